@@ -1,0 +1,37 @@
+"""What a pretraining objective is: a name, a head, a view of the batch, a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+
+class Objective(ABC):
+    """One self-supervised loss L_k(theta) on unlabelled examples.
+
+    The encoder is shared by all objectives; the head belongs to this one. All randomness of a view (masks,
+    augmentations) is drawn from torch's global generator, so that it can be replayed.
+    """
+
+    #: The key of this objective in weights, history and results.
+    name: str
+
+    def prepare(self, corpus: Sequence[Any], seed: int) -> None:  # noqa: B027 (most objectives need no preparation)
+        """Look at the whole corpus once, before training: attach targets to its examples, fit clusters, and so on."""
+
+    @abstractmethod
+    def head(self, encoder: nn.Module) -> nn.Module:
+        """Build this objective's own head, for an encoder of `encoder.width` features."""
+
+    def view(self, batch: Any) -> Any:
+        """Turn a batch of the corpus into what this objective looks at, without changing `batch`."""
+        return batch
+
+    @abstractmethod
+    def loss(self, encoder: nn.Module, head: nn.Module, view: Any) -> Tensor:
+        """Return the scalar loss of one view, a mean over the batch."""

@@ -1,0 +1,76 @@
+"""What a downstream task is: splits of labelled examples, a head, a loss, a metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torchmetrics
+    from torch import Tensor, nn
+
+Split = Literal["train", "valid", "test"]
+
+
+class Task(ABC):
+    """A supervised task on top of an encoder.
+
+    Args:
+        splits: the labelled examples of "train", "valid" and "test".
+    """
+
+    #: Name of the metric that `metric()` computes, as it appears in results ("roc_auc", "rmse", ...).
+    metric_name: str
+    #: Whether a larger metric is a better one.
+    greater_is_better: bool
+
+    def __init__(self, splits: Mapping[Split, Sequence[Any]]) -> None:
+        self.splits = splits
+
+    @abstractmethod
+    def collate(self, examples: list[Any]) -> Any:
+        """Join examples into a batch that the encoder takes."""
+
+    @abstractmethod
+    def head(self, encoder: nn.Module) -> nn.Module:
+        """Build the task's head, for an encoder of `encoder.width` features."""
+
+    @abstractmethod
+    def outputs(self, encoder: nn.Module, head: nn.Module, batch: Any) -> Tensor:
+        """Return the head's outputs, one row an example: logits, or standardised predictions."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss of each example (B,); the mean of this is the training loss."""
+
+    @abstractmethod
+    def metric(self) -> torchmetrics.Metric:
+        """Return a fresh metric whose `update(outputs, targets)` takes the outputs and `targets(batch)`."""
+
+    @abstractmethod
+    def targets(self, batch: Any) -> Tensor:
+        """Return the labels of a batch, in the shape that the metric takes."""
+
+    def loader(self, split: Split, batch_size: int, *, shuffle: bool = False) -> Iterable[Any]:
+        """Return batches of one split."""
+        examples: Any = self.splits[split]
+        return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, collate_fn=self.collate)
+
+    def score(self, encoder: nn.Module, head: nn.Module, split: Split, batch_size: int = 256) -> float:
+        """Return the metric of one split, in eval mode and without gradients; the modes are put back afterwards."""
+        modes = {module: module.training for module in (*encoder.modules(), *head.modules())}
+        metric = self.metric()
+        encoder.eval(), head.eval()
+        try:
+            with torch.no_grad():
+                for batch in self.loader(split, batch_size):
+                    metric.update(self.outputs(encoder, head, batch), self.targets(batch))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return float(metric.compute())
