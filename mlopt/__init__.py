@@ -1,0 +1,39 @@
+"""mlopt: gradient-based multi-level optimisation in PyTorch."""
+
+from . import linear
+from .errors import (
+    EstimatorError,
+    HypergradientMismatchError,
+    MloptError,
+    NonFiniteError,
+    ProblemError,
+    SecondDerivativeError,
+)
+from .estimators import ConjugateGradient, Dense, Estimator, FiniteDifference, Identity, Implicit, Neumann
+from .hypergradient import Hypergradient, hypergradient
+from .problem import Level, Mixture, Problem, Report, Variables, variables
+
+__all__ = [
+    "ConjugateGradient",
+    "Dense",
+    "Estimator",
+    "EstimatorError",
+    "FiniteDifference",
+    "Hypergradient",
+    "HypergradientMismatchError",
+    "Identity",
+    "Implicit",
+    "Level",
+    "Mixture",
+    "MloptError",
+    "Neumann",
+    "NonFiniteError",
+    "Problem",
+    "ProblemError",
+    "Report",
+    "SecondDerivativeError",
+    "Variables",
+    "hypergradient",
+    "linear",
+    "variables",
+]

@@ -1,0 +1,36 @@
+"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "EstimatorError",
+    "HypergradientMismatchError",
+    "MloptError",
+    "NonFiniteError",
+    "ProblemError",
+    "SecondDerivativeError",
+]
+
+
+class MloptError(Exception):
+    """Base of every error that mlopt raises on purpose."""
+
+
+class ProblemError(MloptError, ValueError):
+    """A level, or the graph that the levels form, is not a well-posed problem."""
+
+
+class EstimatorError(MloptError, ValueError):
+    """An estimator cannot do what was asked of it on this problem."""
+
+
+class SecondDerivativeError(EstimatorError):
+    """A kernel inside a loss has no second derivative."""
+
+
+class NonFiniteError(MloptError, ArithmeticError):
+    """A loss, a gradient or a linear solve holds NaN or infinity."""
+
+
+class HypergradientMismatchError(MloptError, AssertionError):
+    """An estimator disagrees with the oracle it was held against."""

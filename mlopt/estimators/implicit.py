@@ -1,0 +1,277 @@
+"""Implicit differentiation: a linear solver for the level's Hessian, and a way to multiply with second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..errors import EstimatorError, NonFiniteError
+from ..linear import Identity, LinearSolution, LinearSolver
+from ..problem import (
+    Block,
+    Estimator,
+    LevelTerm,
+    Linearization,
+    Point,
+    Report,
+    StreamedCotangent,
+    Term,
+    Vectors,
+    derivatives,
+    level_terms,
+)
+from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
+from ..validation import one_of
+from .products import PRODUCTS, Product
+
+__all__ = ["Implicit", "Stationarity"]
+
+
+@attrs.frozen(kw_only=True)
+class Implicit(Estimator):
+    """The implicit-function theorem, with a linear solver and a kind of products.
+
+    With x*(u) = argmin_x f(x, u), a cotangent v on x* gives -(d2f / du dx) q on u, where (d2f / dx2) q = v.
+
+    Args:
+        solver: how q is found.
+        products: how products with second derivatives are evaluated: "autograd", "forward" or "finite_difference".
+        warm_start: whether `solve` starts each linear solve from the q of the outer step before.
+        streamed: whether a level whose loss is a `Mixture` may form the gradient of its weights from the gradients that its
+            own training step computes, with the cotangent of the outer step before. Needs the identity as solver.
+    """
+
+    solver: LinearSolver
+    products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    warm_start: bool = False
+    streamed: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.streamed and not isinstance(self.solver, Identity):
+            raise EstimatorError(
+                f"streamed=True with {self.solver}: only the identity's pullback needs no solve; use Identity(streamed=True)"
+            )
+
+    def linearize(self, point: Point, level: str) -> Stationarity:
+        return Stationarity(point, level, self)
+
+    def __str__(self) -> str:
+        marks = ["warm start"] * self.warm_start + ["streamed"] * self.streamed
+        return ", ".join([f"{self.solver} with {self.products} products", *marks])
+
+
+class Stationarity(Linearization):
+    """A level's stationarity conditions at a point, and their derivative.
+
+    For a level without levels inside, they are grad_x f = 0. Where its objective depends on the solutions X of levels
+    inside, with stationarity conditions grad_X L_c = 0 of their own, its total derivative is that of the Lagrangian
+    L = f + sum_c <M_c, grad_X L_c> at the multipliers M_c that make L stationary in X. Its conditions are then grad L = 0 in
+    x, X and M together, a symmetric system; eliminating X and M from it, with the solves of the levels inside, leaves the
+    Hessian of the total objective in x, which this level's own solver deals with. So nesting of any depth is one recursion.
+
+    Args:
+        point: where.
+        name: the level.
+        estimator: its linear solver and products.
+    """
+
+    def __init__(self, point: Point, name: str, estimator: Implicit) -> None:
+        self._point, self._name, self._estimator = point, name, estimator
+        level, node = point.problem[name], point.problem.graph[name]
+        self.arguments = node.arguments
+        self.report = Report(estimator=str(estimator))
+        self._children = tuple(self._inside(part) for part in node.parts if point.problem.graph[part].arguments)
+        self.states: tuple[Block, ...] = (name, *(block for child in self._children for block in child.blocks))
+        multipliers = ((name, block) for child in self._children for block in child.blocks)
+        self.blocks = (*self.states, *multipliers)
+        own = level_terms(point, level)
+        if self._children:
+            self._find_multipliers(own)
+        lagrangian = (_MultiplierTerm(point, name, child, PRODUCTS[estimator.products]) for child in self._children)
+        self.terms: tuple[Term, ...] = (*own, *lagrangian)
+        self._products = [PRODUCTS[estimator.products](term) for term in self.terms]
+
+    def _inside(self, part: str) -> Stationarity:
+        estimator = self._point.problem[part].estimator
+        if not isinstance(estimator, Implicit):
+            raise EstimatorError(
+                f"level {part!r} is solved inside {self._name!r}, through which cotangents are pulled back; {estimator} cannot be "
+                "nested: use Identity, FiniteDifference, Neumann, ConjugateGradient or Dense"
+            )
+        return estimator.linearize(self._point, part)
+
+    def _find_multipliers(self, terms: Sequence[Term]) -> None:
+        """Set M_c = -(solve of level c) of the cotangent on its states, users of a level before the level."""
+        load: dict[Block, Tensors] = {}
+        for term in terms:
+            wanted = [block for block in self.states if block in term.blocks]
+            _add_into(load, term.derivatives(wanted))
+        for child in self._children:
+            adjoint = child.solve({block: load[block] for block in child.blocks if block in load})
+            for block in child.blocks:
+                found = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self._point.values[block])
+                self._point.values[self._name, block] = tuple(m.detach().requires_grad_() for m in found)
+            back = child.product(adjoint, [a for a in child.arguments if a in self.states])
+            _add_into(load, back, sign=-1.0)
+
+    def product(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
+        total: dict[Block, Tensors] = {}
+        for product in self._products:
+            along = {block: vectors for block, vectors in direction.items() if block in product.term.blocks}
+            asked = [block for block in wanted if block in product.term.blocks]
+            if along and asked:
+                _add_into(total, product(along, asked))
+                self.report.step = product.step or self.report.step
+        return total
+
+    def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
+        """Return Q over the blocks with (d2L / dblocks2) Q = load; absent blocks are zero, in and out."""
+        if not load:
+            return {}
+        _, rest = self._complete(None, load)
+        rhs = rest.get(self._name, zeros_like(self._point.values[self._name]))
+
+        def matvec(q: Tensors) -> Tensors:
+            _, residual = self._complete(q, {})
+            return scale(-1.0, residual[self._name])
+
+        try:
+            found = self._estimator.solver.solve(matvec, rhs, initial=initial)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"level {self._name!r}: {error}") from error
+        self._record(found)
+        solution, _ = self._complete(found.value, load)
+        return solution
+
+    def _complete(self, q: Tensors | None, load: Vectors) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
+        """Eliminate the levels inside: given the own component q, return the whole of Q, and what its own row leaves over."""
+        own = self._name
+        solution: dict[Block, Tensors] = {} if q is None else {own: q}
+        if not self._children:
+            rest = {block: tuple(vectors) for block, vectors in load.items()}
+            if q is not None:
+                _add_into(rest, self.product(solution, [own]), sign=-1.0)
+            return solution, rest
+        for child in reversed(self._children):
+            row = {block: load[own, block] for block in child.blocks if (own, block) in load}
+            tangent = {a: solution[a] for a in child.arguments if a in solution}
+            _add_into(row, child.product(tangent, child.blocks), sign=-1.0)
+            solution |= child.solve(row)
+        rest = {block: load[block] for block in self.states if block in load}
+        _add_into(rest, self.product(solution, self.states), sign=-1.0)
+        for child in self._children:
+            adjoint = child.solve({block: rest.pop(block) for block in child.blocks if block in rest})
+            solution |= {(own, block): vectors for block, vectors in adjoint.items()}
+            back = child.product(adjoint, [a for a in child.arguments if a in self.states])
+            _add_into(rest, back, sign=-1.0)
+        return solution, rest
+
+    def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
+        wanted = self.arguments if wanted is None else wanted
+        streams = self._point.streams
+        if streams is not None and self._estimator.streamed and len(wanted) == 1:
+            streamed = self._pull_streamed(cotangent, wanted[0])
+            if streamed is not None:
+                return streamed
+        warm = self._point.warm if self._estimator.warm_start else None
+        solution = self.solve(cotangent, None if warm is None else warm.get(self._name))
+        if warm is not None and any(bool(v.any()) for v in solution.get(self._name, ())):
+            warm[self._name] = solution[self._name]
+        return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
+
+    def _pull_streamed(self, cotangent: Vectors, weights: str) -> dict[Block, Tensors] | None:
+        """Swap the held cotangent for the present one; return what the training step formed with the held one, if it did."""
+        streams = self._point.streams
+        assert streams is not None
+        held = streams.get(self._name)
+        zero = zeros_like(self._point.values[self._name])
+        streams[self._name] = StreamedCotangent(cotangent.get(self._name, zero))
+        if held is None or held.signals is None:
+            return None
+        self.report.age = 1
+        term = self.terms[0]
+        assert isinstance(term, LevelTerm)
+        return {weights: scale(-1.0, term.weights_cotangent(weights, held.signals))}
+
+    def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
+        """Return how the solution moves when the arguments move along `tangent`; the transpose of `pullback`."""
+        moved = self.product(tangent, self.blocks)
+        return self.solve({block: scale(-1.0, vectors) for block, vectors in moved.items()})
+
+    def reports(self) -> dict[str, Report]:
+        merged = {self._name: self.report}
+        for child in self._children:
+            merged |= child.reports()
+        return merged
+
+    def _record(self, found: LinearSolution) -> None:
+        report = self.report
+        report.solves += 1
+        report.iterations += found.iterations
+        report.products += found.products
+        if found.residual is not None:
+            report.residual = max(found.residual, report.residual or 0.0)
+        if found.converged is not None:
+            report.converged = found.converged and report.converged is not False
+        if found.curvature is not None:
+            low, high = report.curvature or found.curvature
+            report.curvature = (min(low, found.curvature[0]), max(high, found.curvature[1]))
+        if found.remark and found.remark not in report.remarks:
+            report.remarks = (*report.remarks, found.remark)
+
+
+class _MultiplierTerm(Term):
+    """<M, grad L_c>, over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
+
+    def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
+        self._child, self._kind = child, kind
+        self._owned = {(owner, block): block for block in child.blocks}
+        self.values = point.values
+        self.blocks = frozenset(block for term in child.terms for block in term.blocks) | frozenset(self._owned)
+
+    def value(self) -> Tensor:
+        total = torch.zeros(())
+        for term in self._child.terms:
+            blocks = [block for block in self._child.blocks if block in term.blocks]
+            gradient = derivatives(term.value(), blocks, self.values, traced=True)
+            for key, block in self._owned.items():
+                if block in gradient:
+                    total = total + dot(self.values[key], gradient[block])
+        return total
+
+    def function(self, values: Vectors) -> Tensor:
+        values = {**self.values, **values}
+
+        def lagrangian(states: dict[Block, Tensors]) -> Tensor:
+            terms = [term.function({**values, **states}) for term in self._child.terms]
+            return torch.stack(terms).sum()
+
+        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
+        return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
+
+    def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """By the states and arguments of c a product with its second derivatives, by the multipliers its first ones."""
+        direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
+        found = {block: zeros_like(self.values[block]) for block in wanted}
+        for term in self._child.terms:
+            along = {block: vectors for block, vectors in direction.items() if block in term.blocks}
+            asked = [block for block in wanted if block in term.blocks]
+            if along and asked:
+                _add_into(found, self._kind(term)(along, asked))
+            owned = {key: self._owned[key] for key in wanted if self._owned.get(key) in term.blocks}
+            gradient = term.derivatives(list(owned.values()))
+            _add_into(found, {key: gradient[block] for key, block in owned.items()})
+        return found
+
+
+def _add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0) -> None:
+    """Add vectors to a sum over blocks, in place."""
+    for block, vector in vectors.items():
+        if block not in total:
+            total[block] = vector if sign == 1.0 else scale(sign, vector)
+        else:
+            total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)

@@ -1,0 +1,110 @@
+"""The named estimators: each a linear solver paired with a kind of products."""
+
+# These are functions that read as the classes they stand for.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+from .. import linear
+from .implicit import Implicit
+
+__all__ = ["ConjugateGradient", "Dense", "FiniteDifference", "Identity", "Neumann"]
+
+
+def Identity(*, products: str = "autograd", streamed: bool = False) -> Implicit:
+    """Take the inverse Hessian to be the identity: u_bar = -(d2f / du dx) v.
+
+    Args:
+        products: "autograd", "forward" or "finite_difference".
+        streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the
+            gradients that its training step computes, with the cotangent of the outer step before. It costs no pass.
+
+    Source: Luketina et al. 2016 (arXiv 1511.06727); Liu et al. 2019 (arXiv 1806.09055).
+
+    Example:
+        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Identity(products="forward"))
+    """
+    return Implicit(solver=linear.Identity(), products=products, streamed=streamed)
+
+
+def FiniteDifference() -> Implicit:
+    """Take the inverse Hessian to be the identity and the mixed product by central differences: two gradients of u.
+
+    u_bar = -(f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. First derivatives
+    only: it works with fused attention and activation checkpointing.
+
+    Source: Liu et al. 2019 (arXiv 1806.09055), equation 8.
+
+    Example:
+        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.FiniteDifference())
+    """
+    return Implicit(solver=linear.Identity(), products="finite_difference")
+
+
+def Neumann(
+    *,
+    terms: int = 10,
+    step_size: float | None = None,
+    rtol: float = 0.0,
+    damping: float = 0.0,
+    products: str = "autograd",
+    warm_start: bool = False,
+) -> Implicit:
+    """Take the inverse Hessian as a truncated Neumann series: q = alpha sum_{j=0}^{K} (I - alpha H)^j v.
+
+    Args:
+        terms: K, the number of products with H.
+        step_size: alpha, below 2 / lambda_max(H); when None, ten power iterations find a safe one, at ten products.
+        rtol: stop when ||v - H q|| <= rtol ||v||.
+        damping: added to the diagonal of H.
+        products: "autograd", "forward" or "finite_difference".
+        warm_start: start from the q of the outer step before, inside `solve`.
+
+    Source: Lorraine et al. 2020 (arXiv 1911.02590). One term with a warm start is the q update of SOBA (Dagreou et al.
+    2022, arXiv 2201.13409).
+
+    Example:
+        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Neumann(terms=20, step_size=0.1))
+    """
+    solver = linear.Neumann(terms=terms, step_size=step_size, rtol=rtol, damping=damping)
+    return Implicit(solver=solver, products=products, warm_start=warm_start)
+
+
+def ConjugateGradient(
+    *,
+    iterations: int = 10,
+    rtol: float = 1e-10,
+    damping: float = 0.0,
+    products: str = "autograd",
+    warm_start: bool = False,
+) -> Implicit:
+    """Solve H q = v by conjugate gradients, for a positive definite Hessian H.
+
+    Args:
+        iterations: the most iterations, one product with H each.
+        rtol: stop when ||v - H q|| <= rtol ||v||.
+        damping: added to the diagonal of H.
+        products: "autograd", "forward" or "finite_difference".
+        warm_start: start from the q of the outer step before, inside `solve`.
+
+    Source: Pedregosa 2016 (arXiv 1602.02355); Rajeswaran et al. 2019 (arXiv 1909.04630).
+
+    Example:
+        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.ConjugateGradient(iterations=10))
+    """
+    solver = linear.ConjugateGradient(iterations=iterations, rtol=rtol, damping=damping)
+    return Implicit(solver=solver, products=products, warm_start=warm_start)
+
+
+def Dense(*, damping: float = 0.0, products: str = "autograd", limit: int = 5_000) -> Implicit:
+    """Write H out and factorise it: exact, for levels of few variables; the oracle that others are held against.
+
+    Args:
+        damping: added to the diagonal of H.
+        products: "autograd", "forward" or "finite_difference".
+        limit: the most variables of the level.
+
+    Example:
+        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Dense())
+    """
+    return Implicit(solver=linear.Dense(damping=damping, limit=limit), products=products)

@@ -1,0 +1,76 @@
+"""The random generators that a loss may draw from, captured and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["GeneratorState", "derive_seed", "preserved"]
+
+
+@attrs.frozen(eq=False)
+class GeneratorState:
+    """Where the generators of torch (the CPU's and those of CUDA devices), Python and numpy stand."""
+
+    cpu: Tensor
+    cuda: dict[int, Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls, devices: Iterable[torch.device] = ()) -> GeneratorState:
+        """Return the present state; `devices` are those that the losses run on, CPU left out or not."""
+        indices = {d.index or 0 for d in devices if d.type == "cuda"}
+        return cls(
+            cpu=torch.get_rng_state(),
+            cuda={index: torch.cuda.get_rng_state(index) for index in indices},
+            python=random.getstate(),
+            numpy=np.random.get_state(),
+        )
+
+    def restore(self) -> None:
+        """Put every captured generator back where it stood."""
+        torch.set_rng_state(self.cpu)
+        for index, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, index)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+    @classmethod
+    def seeded(cls, seed: int, devices: Iterable[torch.device] = ()) -> GeneratorState:
+        """Return the state that seeding every generator with `seed` gives, and leave the generators as they are."""
+        devices = tuple(devices)
+        with preserved(devices):
+            seed_everything(seed)
+            return cls.capture(devices)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch, Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def preserved(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Put the generators back, on leaving, where they stood on entering."""
+    state = GeneratorState.capture(devices)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a seed below 2**63 that is a hash of its parts: the same on every machine and in every process."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

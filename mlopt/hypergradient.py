@@ -1,0 +1,139 @@
+"""Reverse accumulation over the graph of solutions: a level's total derivative, each level pulled back once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError, ProblemError
+from .generators import GeneratorState, derive_seed
+from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms
+from .tensors import Tensors, add, zeros_like
+
+__all__ = ["Hypergradient", "accumulate", "hypergradient", "partial_derivatives"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Hypergradient:
+    """The total derivative of a level's objective with respect to its variables, solutions of inner levels included.
+
+    Attributes:
+        level: the level's name.
+        gradient: the derivative by parameter name, in the shape of each parameter.
+        loss: the objective, a scalar tensor without a graph.
+        reports: how each level was pulled back, by name.
+    """
+
+    level: str
+    gradient: dict[str, Tensor]
+    loss: Tensor
+    reports: dict[str, Report]
+
+
+def hypergradient(
+    problem: Problem, batches: Mapping[str, Any] | None = None, level: str | None = None
+) -> Hypergradient:
+    """Return the hypergradient of a level at the present point, without stepping.
+
+    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x.
+    Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
+    bit-identical afterwards.
+
+    Args:
+        problem: the problem; its modules hold the point.
+        batches: the batch of each level by name; where one is missing, the next one of its data is drawn, from a stream that
+            belongs to calls of this function.
+        level: the level; the outermost when None.
+
+    Returns:
+        The gradient by parameter name, the loss, and a report for each level pulled back.
+
+    Raises:
+        ProblemError: `batches` names a level that does not exist.
+        NonFiniteError: a loss, a gradient or a linear solve is not finite.
+
+    Example:
+        >>> result = mlopt.hypergradient(problem)
+        >>> result.gradient["logits"], result.reports["classifier"].residual
+    """
+    batches = dict(batches or {})
+    for name in batches:
+        problem[name]
+    target = problem.outermost if level is None else problem[level]
+    problem.probe_count += 1
+    for other in problem:
+        if other.name not in batches:
+            if other.name not in problem.probe_streams:
+                problem.probe_streams[other.name] = Stream(
+                    other.name, other.data, derive_seed("hypergradient", 0), other.device
+                )
+            batches[other.name] = problem.probe_streams[other.name].next()
+    generators = {
+        other.name: GeneratorState.seeded(
+            derive_seed("hypergradient", problem.probe_count, other.name), problem.devices
+        )
+        for other in problem
+    }
+    point = Point(problem, batches, generators)
+    with point.untouched():
+        terms = level_terms(point, target)
+        loss = sum((term.value() for term in terms[1:]), terms[0].value())
+        cotangents = partial_derivatives(problem, target, loss)
+        gradient = accumulate(point, target, cotangents)
+    named = dict(zip(target.parameter_names, gradient, strict=True))
+    return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
+
+
+def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
+    """Return the derivatives of a level's objective with respect to its own variables and the solutions it depends on.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+        ProblemError: the loss depends on no variable of the level or of those solved inside it.
+    """
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"the loss of level {level.name!r} is {loss.item()}")
+    if not loss.requires_grad:
+        raise ProblemError(
+            f"the loss of level {level.name!r} does not depend on its variables: was it computed under no_grad, or detached?"
+        )
+    node = problem.graph[level.name]
+    names = [level.name, *(name for name in node.interior if name in node.references)]
+    return derivatives(loss, names, {name: problem[name].parameters for name in names})
+
+
+def accumulate(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) -> Tensors:
+    """Return the total derivative of a level's objective with respect to its variables.
+
+    Each part of the level's interior is pulled back once, after all those that refer to it.
+
+    Args:
+        point: where to linearise.
+        level: the level.
+        cotangents: partial derivatives of its objective, by block.
+    """
+    problem, cotangents = point.problem, dict(cotangents)
+    node = problem.graph[level.name]
+    within = {level.name, *node.interior}
+    for part in node.parts:
+        estimator = problem[part].estimator
+        if not problem.graph[part].arguments:
+            continue
+        assert estimator is not None
+        begin = time.perf_counter()
+        linearization = estimator.linearize(point, part)
+        cotangent = {block: cotangents.pop(block) for block in linearization.blocks if block in cotangents}
+        wanted = [argument for argument in linearization.arguments if argument in within]
+        for block, vector in linearization.pullback(cotangent, wanted).items():
+            cotangents[block] = add(cotangents[block], vector) if block in cotangents else vector
+        linearization.report.seconds = time.perf_counter() - begin
+        point.reports |= linearization.reports()
+    gradient = cotangents.get(level.name)
+    if gradient is None:
+        gradient = zeros_like(level.parameters)
+    return gradient

@@ -1,0 +1,90 @@
+"""The truncated Neumann series."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from ..tensors import Tensors, add, axpy, dot, norm, scale, subtract
+from ..validation import at_least, positive_or_none
+from .solver import LinearSolution, LinearSolver, MatVec
+
+__all__ = ["Neumann"]
+
+#: The largest eigenvalue found by a few power iterations lies below the true one; the margin keeps the series safe.
+_POWER_ITERATIONS = 10
+_MARGIN = 1.2
+#: A residual that has grown by this factor over the right-hand side is not coming back.
+_DIVERGED = 1e4
+
+
+@attrs.frozen(kw_only=True)
+class Neumann(LinearSolver):
+    """x = alpha sum_{j=0}^{K} (I - alpha A)^j b, K products.
+
+    It is Richardson's iteration x <- x + alpha (b - A x), and converges for 0 < alpha < 2 / lambda_max where A is
+    positive definite (Lorraine et al. 2020, arXiv 1911.02590). The residual reported is that of the sum before its
+    last term, which costs no product more; where the series converges the true one is smaller.
+
+    Args:
+        terms: K, the number of products.
+        step_size: alpha; when None, 1 / (1.2 lambda_max) with lambda_max from ten power iterations, ten products.
+        rtol: stop when ||b - A x|| <= rtol ||b||.
+        damping: added to the diagonal of A.
+    """
+
+    terms: int = attrs.field(default=10, validator=at_least(1))
+    step_size: float | None = attrs.field(default=None, validator=positive_or_none)
+    rtol: float = attrs.field(default=0.0, validator=at_least(0))
+    damping: float = attrs.field(default=0.0, validator=at_least(0))
+
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+        alpha, spent = self.step_size, 0
+        if alpha is None:
+            largest, spent = _largest_eigenvalue(matvec, rhs), _POWER_ITERATIONS
+            if largest == 0.0:
+                return LinearSolution(
+                    value=rhs, residual=1.0, products=spent, converged=False, remark="no curvature along the cotangent"
+                )
+            alpha = 1.0 / (_MARGIN * largest)
+        if initial is None:
+            solution, residual = scale(alpha, rhs), rhs
+        else:
+            residual, spent = subtract(rhs, matvec(initial)), spent + 1
+            solution = axpy(alpha, residual, initial)
+        step = scale(alpha, residual)
+        low, high, relative = math.inf, -math.inf, float(norm(residual)) / size
+        for k in range(1, self.terms + 1):
+            product = matvec(step)
+            curvature = float(dot(step, product)) / max(float(dot(step, step)), 1e-300)
+            low, high = min(low, curvature), max(high, curvature)
+            step = axpy(-alpha, product, step)
+            relative = float(norm(step)) / alpha / size
+            remark = "" if low > 0 else f"negative curvature {low:.3g}"
+            if not relative < _DIVERGED:
+                remark = f"the series diverges (curvature up to {high:.3g} at step size {alpha:.3g})"
+            solution = add(solution, step)
+            if relative <= self.rtol or not relative < _DIVERGED:
+                break
+        return LinearSolution(
+            value=solution,
+            residual=relative,
+            iterations=k,
+            products=spent + k,
+            converged=relative <= self.rtol,
+            curvature=(low, high),
+            remark=remark,
+        )
+
+
+def _largest_eigenvalue(matvec: MatVec, start: Tensors) -> float:
+    """Return a lower bound on |lambda|_max, close to it after ten power iterations."""
+    vector, largest = scale(1.0 / norm(start), start), 0.0
+    for _ in range(_POWER_ITERATIONS):
+        product = matvec(vector)
+        largest = float(norm(product))
+        if largest == 0.0 or not math.isfinite(largest):
+            break
+        vector = scale(1.0 / largest, product)
+    return largest

@@ -1,0 +1,86 @@
+"""What a linear solver is: it finds x with (A + damping I) x ~ b, and knows vectors and a product with A, nothing else."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+import attrs
+
+from ..errors import NonFiniteError
+from ..tensors import Tensors, axpy, is_finite, norm, zeros_like
+
+__all__ = ["LinearSolution", "LinearSolver", "MatVec"]
+
+MatVec: TypeAlias = Callable[[Tensors], Tensors]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LinearSolution:
+    """What a linear solve found.
+
+    Attributes:
+        value: the solution x, in the shapes of the right-hand side.
+        residual: ||b - A x|| / ||b||, or None where no product was spent on it.
+        iterations: iterations taken.
+        products: products with A spent.
+        converged: whether the residual fell to the tolerance; None where it was not measured.
+        curvature: the smallest and largest Rayleigh quotient <p, A p> / <p, p> that was met, or None.
+        remark: a sentence where something is to be said (negative curvature, divergence), else "".
+    """
+
+    value: Tensors
+    residual: float | None = None
+    iterations: int = 0
+    products: int = 0
+    converged: bool | None = None
+    curvature: tuple[float, float] | None = None
+    remark: str = ""
+
+
+class LinearSolver(ABC):
+    """A rule that finds x with (A + damping I) x ~ b for a symmetric A that is known by its products only.
+
+    Implement `_solve`. Zero in gives zero out for every solver, at no product; a solution that is not finite raises.
+    """
+
+    #: Added to the diagonal of A.
+    damping: float
+
+    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
+        """Return x with (A + damping I) x ~ b.
+
+        Args:
+            matvec: takes v and returns A v, in the shapes of `rhs`.
+            rhs: the right-hand side b.
+            initial: where to start from; zero when None.
+
+        Raises:
+            NonFiniteError: the right-hand side, or the solution found, holds NaN or infinity.
+        """
+        size = float(norm(rhs))
+        if not math.isfinite(size):
+            raise NonFiniteError(
+                "the right-hand side of a linear solve (the cotangent on a level's solution) is not finite: "
+                "look at the loss that refers to this level"
+            )
+        if size == 0.0:
+            return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
+
+        def damped(vector: Tensors) -> Tensors:
+            product = matvec(vector)
+            return axpy(self.damping, vector, product) if self.damping else product
+
+        solution = self._solve(damped, rhs, size, initial)
+        if not is_finite(solution.value):
+            raise NonFiniteError(
+                f"{self} found a solution that is not finite after {solution.iterations} iterations; "
+                "raise its damping, lower its step size or the number of iterations"
+            )
+        return solution
+
+    @abstractmethod
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+        """Solve for a finite right-hand side of norm `size` > 0; `matvec` has the damping in it."""

@@ -1,0 +1,37 @@
+"""Levels, the graph that their losses imply, and their objectives as functions of variables."""
+
+from .contract import Block, Estimator, Linearization, Report, Vectors
+from .graph import Graph, Node
+from .level import Level, Variables, variables
+from .objective import Mixture, Outcome, read_outcome
+from .point import Point, StreamedCotangent
+from .problem import Problem
+from .stream import Stream, to_device
+from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, level_terms
+
+__all__ = [
+    "Block",
+    "Estimator",
+    "Graph",
+    "Level",
+    "LevelTerm",
+    "Linearization",
+    "Mixture",
+    "Node",
+    "Outcome",
+    "Point",
+    "Problem",
+    "Report",
+    "Stream",
+    "StreamedCotangent",
+    "Term",
+    "Variables",
+    "Vectors",
+    "cloned_buffers",
+    "cut",
+    "derivatives",
+    "level_terms",
+    "read_outcome",
+    "to_device",
+    "variables",
+]

@@ -1,0 +1,89 @@
+"""What an estimator is to the graph: a rule that linearises a level's solution, and pulls cotangents back through it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import attrs
+
+from ..tensors import Tensors
+
+if TYPE_CHECKING:
+    from .point import Point
+
+__all__ = ["Block", "Estimator", "Linearization", "Report", "Vectors"]
+
+#: A block of variables: a level's name or, for the multiplier of a level inside a nested one, a pair (level, block).
+Block: TypeAlias = Any
+Vectors: TypeAlias = Mapping[Block, Tensors]
+
+
+@attrs.define(kw_only=True, eq=False)
+class Report:
+    """How one level was pulled back.
+
+    Attributes:
+        estimator: the estimator, as it prints.
+        residual: the largest ||v - H q|| / ||v|| of the linear solves, or None where none was measured.
+        iterations: iterations of all its linear solves together.
+        products: products with second derivatives of all its linear solves together.
+        solves: linear solves taken: one, and more where a nested level's Hessian asks for them.
+        converged: whether every solve reached its tolerance; None where it was not measured.
+        curvature: the smallest and largest Rayleigh quotients of the Hessian that were met, or None.
+        step: the last finite-difference step, in units of the vector it was taken along, or None.
+        age: how many outer steps old the cotangent is that this gradient was formed with; zero unless streamed.
+        seconds: wall-clock time spent.
+        remarks: sentences about what went wrong, without repetition.
+    """
+
+    estimator: str
+    residual: float | None = None
+    iterations: int = 0
+    products: int = 0
+    solves: int = 0
+    converged: bool | None = None
+    curvature: tuple[float, float] | None = None
+    step: float | None = None
+    age: int = 0
+    seconds: float = 0.0
+    remarks: tuple[str, ...] = ()
+
+
+class Linearization(ABC):
+    """The derivative of one level's solution with respect to its arguments, at a point.
+
+    Attributes:
+        blocks: what a cotangent may lie on: the level itself and the levels solved inside it that it depends on.
+        arguments: the levels outside that the solution depends on.
+        report: filled in as products are spent.
+    """
+
+    blocks: tuple[Block, ...]
+    arguments: tuple[str, ...]
+    report: Report
+
+    @abstractmethod
+    def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
+        """Return the cotangent on the arguments that a cotangent on the blocks gives.
+
+        Args:
+            cotangent: by block; absent blocks are zero.
+            wanted: the arguments asked for; all when None.
+
+        Returns:
+            By argument; absent ones are zero.
+        """
+
+    def reports(self) -> dict[str, Report]:
+        """Return the report of this level, and of those inside it that were pulled back along with it."""
+        return {str(self.blocks[0]): self.report}
+
+
+class Estimator(ABC):
+    """A rule that linearises a level's solution: its pullback is the vector-Jacobian product of x*(u)."""
+
+    @abstractmethod
+    def linearize(self, point: Point, level: str) -> Linearization:
+        """Return the derivative of the solution of `level` at `point`."""

@@ -1,0 +1,211 @@
+"""A level: one optimisation problem, with its variables, loss, data, optimiser, number of steps and estimator."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import ProblemError
+from ..tensors import Tensors
+from .contract import Estimator
+
+__all__ = ["Level", "Variables", "references", "variables"]
+
+OptimizerFactory = Callable[[Iterator[Parameter]], Optimizer]
+
+
+class Variables(nn.Module):
+    """A bare tensor as a module: calling it returns the tensor, a trainable parameter named `value`."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = Parameter(value.detach().clone())
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def variables(tensor: Tensor) -> Variables:
+    """Wrap a tensor as a module, so that it can be the variables of a level.
+
+    Args:
+        tensor: starting values, of a floating dtype and any shape; copied.
+
+    Returns:
+        A module with the one parameter `value`; calling it returns that parameter.
+
+    Example:
+        >>> decay = mlopt.variables(torch.zeros(3))
+        >>> decay().exp()
+        tensor([1., 1., 1.], grad_fn=<ExpBackward0>)
+    """
+    return Variables(tensor)
+
+
+def references(function: Callable[..., Any], label: str, *, positional: int) -> tuple[str, ...]:
+    """Return the required keyword-only parameters of a loss: the names of the levels that it refers to.
+
+    Keyword-only parameters with defaults are settings, not references.
+
+    Raises:
+        ProblemError: the function does not take the expected positional arguments.
+    """
+    kinds = inspect.Parameter
+    first = ("the module", "the batch")[:positional]
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise ProblemError(f"{label}: its signature cannot be read ({error}); wrap it in a def") from error
+    plain = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in plain if p.default is kinds.empty]
+    if len(plain) < positional or len(required) > positional:
+        raise ProblemError(
+            f"{label} takes {len(required)} required positional parameters ({', '.join(p.name for p in required)}); it must "
+            f"take {positional} ({' and '.join(first)}), and the levels it refers to as keyword-only parameters, after a *"
+        )
+    for p in parameters:
+        if p.kind is kinds.VAR_KEYWORD:
+            raise ProblemError(
+                f"{label} takes **{p.name}: name the levels it refers to, one keyword-only parameter each, so that the "
+                "graph can be read off"
+            )
+    return tuple(p.name for p in parameters if p.kind is kinds.KEYWORD_ONLY and p.default is kinds.empty)
+
+
+def _check_name(level: Level, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value):
+        raise ProblemError(
+            f"Level: name={value!r}; it must be a valid Python name, since losses refer to it by a keyword-only parameter"
+        )
+
+
+def _check_type(kind: type, remedy: str) -> Callable[[Level, attrs.Attribute[Any], object], None]:
+    def check(level: Level, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, kind):
+            raise ProblemError(
+                f"level {level.name!r}: {attribute.name}={value!r} is a {type(value).__name__}; {remedy}"
+            )
+
+    return check
+
+
+def _check_callable(level: Level, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not callable(value):
+        raise ProblemError(f"level {level.name!r}: {attribute.name}={value!r} cannot be called; give a function")
+
+
+def _check_steps(level: Level, attribute: attrs.Attribute[int], value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProblemError(f"level {level.name!r}: steps={value!r}; it must be a whole number >= 1")
+
+
+def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Iterable):
+        raise ProblemError(
+            f"level {level.name!r}: data={value!r} is a {type(value).__name__} that cannot be iterated; give batches: a "
+            "DataLoader, or a list that holds one batch, [batch]"
+        )
+    if isinstance(value, Iterator):
+        raise ProblemError(
+            f"level {level.name!r}: data is a {type(value).__name__} that runs once; give something that can be iterated "
+            "anew each epoch, such as a DataLoader or a list of batches"
+        )
+    if isinstance(value, Tensor):
+        raise ProblemError(
+            f"level {level.name!r}: data is a tensor, whose rows would be batches; give [tensor] for one batch"
+        )
+
+
+@attrs.frozen(eq=False)
+class Level:
+    """One optimisation problem, x*(u) = argmin_x f(x, u).
+
+    x are the trainable parameters of `module`, u those of the levels that the loss names, and f is
+    `loss(module, batch, *, other_level, ...)` plus, where one is given, `regularizer(module, *, other_level, ...)`.
+
+    Args:
+        name: what other levels' losses call it; a valid Python name.
+        module: any `nn.Module`; its parameters with `requires_grad` are the level's variables. For a bare tensor, see
+            `mlopt.variables`.
+        loss: takes the level's module, a batch, and the modules of the levels that it refers to as keyword-only
+            parameters; returns a scalar tensor, a mapping with `loss` and named scalars to log, or a `Mixture`.
+        data: batches: anything that can be iterated again and again, such as a DataLoader or a list; None for a loss
+            that ignores its batch, which is then None.
+        optimizer: takes parameters and returns an optimiser, such as `partial(torch.optim.SGD, lr=0.1)`, or an
+            optimiser. `solve` needs it, `hypergradient` does not.
+        scheduler: takes the optimiser and returns a learning-rate scheduler, stepped after each step of the level.
+        steps: steps taken each time the level is solved.
+        estimator: how cotangents are pulled back through the level's solution. Needed for every level but the outermost.
+        regularizer: a term of the objective that looks at no batch: weight decay, a proximal coupling. Products
+            that concern only levels named here need no pass over the data.
+
+    Raises:
+        ProblemError: an argument is not what it should be.
+
+    Example:
+        >>> mlopt.Level("classifier", network, training_loss, data=loader, optimizer=partial(SGD, lr=0.1), steps=10,
+        ...             estimator=mlopt.ConjugateGradient(iterations=10))
+    """
+
+    name: str = attrs.field(validator=_check_name)
+    module: nn.Module = attrs.field(
+        validator=_check_type(nn.Module, "give an nn.Module; wrap a bare tensor in mlopt.variables(tensor)")
+    )
+    loss: Callable[..., Any] = attrs.field(validator=_check_callable)
+    data: Iterable[Any] | None = attrs.field(default=None, validator=_check_data, kw_only=True)
+    optimizer: OptimizerFactory | Optimizer | None = attrs.field(default=None, kw_only=True)
+    scheduler: Callable[[Optimizer], Any] | None = attrs.field(default=None, kw_only=True)
+    steps: int = attrs.field(default=1, validator=_check_steps, kw_only=True)
+    estimator: Estimator | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(
+            _check_type(Estimator, "give an estimator, such as mlopt.ConjugateGradient(iterations=10)")  # type: ignore[type-abstract]
+        ),
+        kw_only=True,
+    )
+    regularizer: Callable[..., Any] | None = attrs.field(
+        default=None, validator=attrs.validators.optional(_check_callable), kw_only=True
+    )
+    #: Names of the levels that the loss, and the regularizer, refer to.
+    loss_references: tuple[str, ...] = attrs.field(init=False, repr=False)
+    regularizer_references: tuple[str, ...] = attrs.field(init=False, repr=False)
+
+    @loss_references.default
+    def _read_loss(self) -> tuple[str, ...]:
+        return references(self.loss, f"the loss of level {self.name!r}", positional=2)
+
+    @regularizer_references.default
+    def _read_regularizer(self) -> tuple[str, ...]:
+        if self.regularizer is None:
+            return ()
+        return references(self.regularizer, f"the regularizer of level {self.name!r}", positional=1)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the levels that the objective refers to, in the order in which they are written."""
+        return tuple(dict.fromkeys(self.loss_references + self.regularizer_references))
+
+    @property
+    def parameters(self) -> Tensors:
+        """The level's variables: its module's trainable parameters, tied ones once."""
+        return tuple(p for p in self.module.parameters() if p.requires_grad)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names of `parameters`, in the same order."""
+        return tuple(name for name, p in self.module.named_parameters() if p.requires_grad)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the level's variables."""
+        return self.parameters[0].device

@@ -1,0 +1,120 @@
+"""What a loss may return: a scalar, a mixture of losses, or a mapping that holds either and scalars to log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch import Tensor, nn
+
+from ..errors import ProblemError
+
+if TYPE_CHECKING:
+    from .level import Level
+
+__all__ = ["Mixture", "Outcome", "read_outcome", "scalar"]
+
+Loss = Tensor | Callable[[], Tensor]
+
+
+class Mixture:
+    """A loss of the form sum_k w_k L_k, where w is what a level's module returns when it is called without arguments.
+
+    A loss that returns it lets the library use the form: the product with the mixed derivative by the weights is the
+    vector of directional derivatives of the L_k, which needs no second derivative.
+
+    Args:
+        losses: the L_k: scalar tensors or functions without arguments that return them, in a sequence, or by name. Functions
+            are called one after the other, so that one network pass is held in memory at a time.
+        weights: the name of the level that weighs them. The loss must name it among its keyword-only parameters.
+
+    Example:
+        >>> def pretraining_loss(model, batch, *, weights):
+        ...     return mlopt.Mixture({"masked": lambda: masked(model, batch), "contrast": lambda: contrast(model, batch)},
+        ...                          weights="weights")
+    """
+
+    def __init__(self, losses: Sequence[Loss] | Mapping[str, Loss], weights: str) -> None:
+        if isinstance(losses, Mapping):
+            self.names, self._losses = tuple(losses), tuple(losses.values())
+        else:
+            self.names, self._losses = tuple(f"loss_{k}" for k in range(len(losses))), tuple(losses)
+        if not self._losses:
+            raise ProblemError("Mixture: it has no loss; give at least one")
+        self.weights = weights
+        #: Whether every loss is a function, with a network pass of its own.
+        self.lazy = not any(isinstance(loss, Tensor) for loss in self._losses)
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def loss(self, k: int) -> Tensor:
+        """Return L_k, evaluated now where it was given as a function."""
+        loss = self._losses[k]
+        return scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
+
+    def weigh(self, module: nn.Module) -> Tensor:
+        """Return the weights (K,) that the module of the level `weights` gives.
+
+        Raises:
+            ProblemError: it does not return one weight for each loss.
+        """
+        weights = module()
+        if not isinstance(weights, Tensor) or weights.shape != (len(self),):
+            got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+            raise ProblemError(
+                f"Mixture: the module of level {self.weights!r} returned {got}; called without arguments it must return one "
+                f"weight for each of the {len(self)} losses, a tensor of shape ({len(self)},)"
+            )
+        return weights
+
+
+@attrs.frozen(eq=False)
+class Outcome:
+    """What one evaluation of a loss gave: the loss or the mixture, and scalars to log."""
+
+    loss: Tensor | Mixture
+    logs: Mapping[str, Any]
+
+    def total(self, modules: Mapping[str, nn.Module]) -> Tensor:
+        """Return the scalar loss; a mixture is weighed by the module of its level."""
+        if isinstance(self.loss, Tensor):
+            return self.loss
+        weights = self.loss.weigh(modules[self.loss.weights])
+        total = weights[0] * self.loss.loss(0)
+        for k in range(1, len(self.loss)):
+            total = total + weights[k] * self.loss.loss(k)
+        return total
+
+
+def scalar(value: Any, label: str) -> Tensor:
+    """Return the value as a tensor of shape (), or raise a ProblemError."""
+    if not isinstance(value, Tensor):
+        raise ProblemError(f"{label} is a {type(value).__name__}; it must be a scalar tensor")
+    if value.numel() != 1:
+        raise ProblemError(f"{label} has shape {tuple(value.shape)}; it must be a scalar: take its mean")
+    return value.reshape(())
+
+
+def read_outcome(value: Any, level: Level) -> Outcome:
+    """Read what the loss of a level returned.
+
+    Raises:
+        ProblemError: it is neither a scalar tensor, a Mixture, nor a mapping with `loss`.
+    """
+    logs: Mapping[str, Any] = {}
+    if isinstance(value, Mapping):
+        if "loss" not in value:
+            keys = ", ".join(map(repr, value)) or "nothing"
+            raise ProblemError(f"the loss of level {level.name!r} returned a mapping with {keys}; it must hold 'loss'")
+        logs = {key: entry for key, entry in value.items() if key != "loss"}
+        value = value["loss"]
+    if isinstance(value, Mixture):
+        if value.weights not in level.loss_references:
+            raise ProblemError(
+                f"the loss of level {level.name!r} returned a Mixture weighed by {value.weights!r}, which it does not refer "
+                f"to; make {value.weights!r} one of its keyword-only parameters"
+            )
+        return Outcome(value, logs)
+    return Outcome(scalar(value, f"the loss of level {level.name!r}"), logs)

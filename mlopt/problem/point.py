@@ -1,0 +1,69 @@
+"""A point: the present variables, one batch and one state of the generators for each level."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch import Tensor
+
+from ..generators import GeneratorState, preserved
+from ..tensors import Tensors
+from .contract import Block, Report
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+__all__ = ["Point", "StreamedCotangent"]
+
+
+@attrs.define(eq=False)
+class StreamedCotangent:
+    """What a streamed pullback holds from one outer step to the next.
+
+    Attributes:
+        cotangent: p of the previous outer step, on the level's variables.
+        signals: <grad L_k, p>, (K,), formed during the level's latest step; None until then.
+    """
+
+    cotangent: Tensors
+    signals: Tensor | None = None
+
+
+class Point:
+    """Where everything that one hypergradient needs is evaluated: same variables, batches and random numbers throughout.
+
+    Enter `untouched()` around evaluations: on leaving, the generators are as they were.
+
+    Args:
+        problem: the problem; its modules hold the variables.
+        batches: the batch of each level.
+        generators: where the random generators stand when a level is evaluated.
+        warm: last solution of each level's linear system, kept by whoever wants warm starts; None for cold ones.
+        streams: cotangents held by streamed pullbacks; None where nothing is streamed.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        batches: Mapping[str, Any],
+        generators: Mapping[str, GeneratorState],
+        warm: dict[str, Tensors] | None = None,
+        streams: dict[str, StreamedCotangent] | None = None,
+    ) -> None:
+        self.problem = problem
+        self.batches = batches
+        self.generators = generators
+        self.warm = warm
+        self.streams = streams
+        #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
+        self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
+        self.reports: dict[str, Report] = {}
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Put the random generators back on leaving. (Buffers are put back after each evaluation.)"""
+        with preserved(self.problem.devices):
+            yield

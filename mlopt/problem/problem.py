@@ -1,0 +1,141 @@
+"""A problem: the levels, outermost first, and the graph that their losses imply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from ..errors import ProblemError
+from .graph import Graph
+from .level import Level
+from .stream import Stream
+
+__all__ = ["Problem"]
+
+
+class Problem:
+    """Levels, outermost first, and the graph read off the keyword-only parameters of their losses.
+
+    A level is solved inside the innermost outer level that its loss depends on, directly or through the losses of inner
+    levels; where there is none, inside the outermost. Printing a problem draws the graph.
+
+    Args:
+        levels: outermost first.
+
+    Raises:
+        ProblemError: names that occur twice, references to levels that do not exist, a level that cannot influence the
+            outermost objective, a level without variables, a tensor trained by two levels, a missing estimator.
+
+    Example:
+        >>> problem = mlopt.Problem(outer, inner)
+        >>> print(problem)
+    """
+
+    def __init__(self, *levels: Level) -> None:
+        for position, level in enumerate(levels):
+            if not isinstance(level, Level):
+                raise ProblemError(
+                    f"Problem: argument {position} is a {type(level).__name__}; give levels one by one, outermost first: "
+                    "mlopt.Problem(outer, inner)"
+                )
+        if not levels:
+            raise ProblemError("Problem: it has no level; give at least one")
+        self.levels = levels
+        self._by_name: dict[str, Level] = {}
+        for level in levels:
+            if level.name in self._by_name:
+                raise ProblemError(f"two levels have the name {level.name!r}; rename one")
+            self._by_name[level.name] = level
+        self.graph = Graph({level.name: level.references for level in levels})
+        self._check_parameters()
+        for level in levels:
+            if level.estimator is None and self.needs_estimator(level.name):
+                raise ProblemError(
+                    f"level {level.name!r}: estimator=None, and its solution depends on "
+                    f"{', '.join(map(repr, self.graph[level.name].arguments))}, so cotangents must be pulled back through it; "
+                    "give one, such as mlopt.ConjugateGradient(iterations=10)"
+                )
+        #: What standalone calls of `hypergradient` draw from, so that training's streams are left alone.
+        self.probe_streams: dict[str, Stream] = {}
+        self.probe_count = 0
+        #: For each level whose loss has been evaluated, the level that weighs it where it is a mixture, else None.
+        self.mixtures: dict[str, str | None] = {}
+
+    @property
+    def outermost(self) -> Level:
+        """The first level."""
+        return self.levels[0]
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that the levels' variables are on, each once."""
+        return tuple(dict.fromkeys(p.device for level in self.levels for p in level.parameters))
+
+    def __getitem__(self, name: str) -> Level:
+        if name not in self._by_name:
+            raise ProblemError(f"there is no level {name!r}; the levels are {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self.levels)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def needs_estimator(self, name: str) -> bool:
+        """Whether cotangents are pulled back through the level: it is no outermost one, and its solution depends on others."""
+        return self.graph[name].host is not None and bool(self.graph[name].arguments)
+
+    def _check_parameters(self) -> None:
+        owners: dict[int, tuple[str, str]] = {}
+        for level in self.levels:
+            if not level.parameters:
+                raise ProblemError(
+                    f"level {level.name!r}: its {type(level.module).__name__} has no trainable parameter; set requires_grad, or "
+                    "pass the module to the losses directly instead of as a level"
+                )
+            for name, parameter in zip(level.parameter_names, level.parameters, strict=True):
+                if not parameter.is_floating_point():
+                    raise ProblemError(
+                        f"level {level.name!r}: parameter {name!r} is of {parameter.dtype}; only real floating dtypes are optimised"
+                    )
+                if id(parameter) in owners:
+                    other, other_name = owners[id(parameter)]
+                    raise ProblemError(
+                        f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is {level.name}.{name}); "
+                        "give one of them a copy (copy.deepcopy), or freeze it in one"
+                    )
+                owners[id(parameter)] = (level.name, name)
+
+    def __rich__(self) -> Tree:
+        tree = Tree(self._describe(self.outermost))
+        self._grow(tree, self.outermost)
+        return tree
+
+    def _grow(self, tree: Tree, level: Level) -> None:
+        for name in self.graph[level.name].guests:
+            self._grow(tree.add(self._describe(self[name])), self[name])
+
+    def _describe(self, level: Level) -> Text:
+        count = sum(p.numel() for p in level.parameters)
+        text = Text.assemble((level.name, "bold"), f"  {count:,} variable{'s' if count != 1 else ''}")
+        if level.references:
+            text.append(f", refers to {', '.join(level.references)}")
+        if level is not self.outermost:
+            text.append(f", {level.steps} step{'s' if level.steps != 1 else ''} a solve")
+        if level.estimator is not None:
+            text.append(f", {level.estimator}")
+        return text
+
+    def __str__(self) -> str:
+        console = Console(width=160, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __repr__(self) -> str:
+        return f"Problem({', '.join(level.name for level in self.levels)})"

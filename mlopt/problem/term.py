@@ -1,0 +1,216 @@
+"""The terms of an objective as functions of blocks of variables: of the live modules, or pure ones."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..tensors import Tensors, dot, zeros_like
+from .contract import Block, Vectors
+from .objective import Mixture, Outcome, read_outcome, scalar
+
+if TYPE_CHECKING:
+    from .level import Level
+    from .point import Point
+
+__all__ = ["LevelTerm", "Term", "cloned_buffers", "derivatives", "level_terms"]
+
+
+@contextlib.contextmanager
+def cloned_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the modules work on clones of their buffers, and give them their own back on leaving."""
+    owners = {id(m): m for module in modules for m in module.modules() if m._buffers}
+    kept = [(m, dict(m._buffers)) for m in owners.values()]
+    for module, buffers in kept:
+        module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
+
+
+def derivatives(
+    value: Tensor, wanted: Sequence[Block], values: Vectors, *, traced: bool = False
+) -> dict[Block, Tensors]:
+    """Return the derivatives of a scalar by blocks of live variables; variables that it does not depend on get zero.
+
+    Args:
+        value: a scalar with a graph.
+        wanted: the blocks.
+        values: the live variables of each block.
+        traced: whether the derivatives carry a graph of their own.
+    """
+    if not value.requires_grad or not wanted:
+        return {block: zeros_like(values[block]) for block in wanted}
+    inputs = [variable for block in wanted for variable in values[block]]
+    flat = torch.autograd.grad(value, inputs, create_graph=traced, allow_unused=True, materialize_grads=True)
+    return cut(flat, wanted, values)
+
+
+def cut(flat: Sequence[Tensor], blocks: Sequence[Block], values: Vectors) -> dict[Block, Tensors]:
+    """Cut a flat sequence of tensors into blocks."""
+    pieces, start = {}, 0
+    for block in blocks:
+        stop = start + len(values[block])
+        pieces[block], start = tuple(flat[start:stop]), stop
+    return pieces
+
+
+class Term(ABC):
+    """A scalar function of blocks of variables.
+
+    Attributes:
+        blocks: the blocks that it depends on.
+        values: the live variables, by block.
+    """
+
+    blocks: frozenset[Block]
+    values: Mapping[Block, Tensors]
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """Return the term at the live variables, a scalar with a graph."""
+
+    @abstractmethod
+    def function(self, values: Vectors) -> Tensor:
+        """Return the term at other variables, for the transforms of torch.func; blocks left out are the live ones."""
+
+    def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """Return the first derivatives at the live variables, without a graph."""
+        return derivatives(self.value(), wanted, self.values)
+
+    def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
+        """Return d/dw <grad_D, direction> where the term's form gives it from first derivatives alone; else None."""
+        return None
+
+
+class LevelTerm(Term):
+    """The loss of a level, or its regularizer."""
+
+    def __init__(self, point: Point, level: Level, part: Literal["loss", "regularizer"]) -> None:
+        self._point, self._level, self._part = point, level, part
+        self._references = level.loss_references if part == "loss" else level.regularizer_references
+        self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
+        self.blocks = frozenset(self._modules)
+        self.values = point.values
+
+    def value(self) -> Tensor:
+        with cloned_buffers(self._modules.values()):
+            return self._total(self._modules)
+
+    def function(self, values: Vectors) -> Tensor:
+        return self._pure(values, self._total)
+
+    def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
+        """With f = sum_k w_k(a) L_k(x), d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q>."""
+        if set(direction) != {self._level.name} or len(wanted) != 1 or wanted[0] not in self._references:
+            return None
+        if not self._is_mixture(wanted[0]):
+            return None
+        with cloned_buffers(self._modules.values()):
+            shares = self._forward_shares(direction) if forward else self._backward_shares(direction)
+        return {wanted[0]: self.weights_cotangent(wanted[0], shares)}
+
+    def weights_cotangent(self, weights: str, shares: Tensor) -> Tensors:
+        """Return the derivative of <w(a), shares> by the variables a of the level `weights`."""
+        module, variables = self._point.problem[weights].module, self.values[weights]
+        inner = torch.dot(self._weigh(module, len(shares)), shares)
+        return derivatives(inner, [weights], {weights: variables})[weights]
+
+    @staticmethod
+    def _weigh(module: nn.Module, count: int) -> Tensor:
+        return Mixture([torch.zeros(())] * count, "weights").weigh(module)
+
+    def _is_mixture(self, weights: str) -> bool:
+        known = self._point.problem.mixtures
+        if self._level.name not in known:
+            with cloned_buffers(self._modules.values()):
+                self._outcome(self._modules)
+        return known[self._level.name] == weights
+
+    def _backward_shares(self, direction: Vectors) -> Tensor:
+        """Return <grad L_k, direction> for each k, by K backward passes."""
+        mixture = self._outcome(self._modules).loss
+        assert isinstance(mixture, Mixture)
+        variables, along = self.values[self._level.name], direction[self._level.name]
+        shares = []
+        for k in range(len(mixture)):
+            gradient = torch.autograd.grad(
+                mixture.loss(k), variables, allow_unused=True, materialize_grads=True, retain_graph=not mixture.lazy
+            )
+            shares.append(dot(gradient, along))
+        return torch.stack(shares)
+
+    def _forward_shares(self, direction: Vectors) -> Tensor:
+        """Return <grad L_k, direction> for all k, in one forward-mode pass."""
+        name = self._level.name
+
+        def losses(variables: Tensors) -> Tensor:
+            def read(modules: Mapping[str, nn.Module]) -> Tensor:
+                mixture = self._outcome(modules).loss
+                assert isinstance(mixture, Mixture)
+                return torch.stack([mixture.loss(k) for k in range(len(mixture))])
+
+            return self._pure({name: variables}, read)
+
+        start = tuple(v.detach() for v in self.values[name])
+        _, shares = torch.func.jvp(losses, (start,), (tuple(direction[name]),))
+        return shares  # type: ignore[no-any-return]
+
+    def _pure(self, values: Vectors, function: Callable[[Mapping[str, nn.Module]], Tensor]) -> Tensor:
+        named = {
+            f"levels.{name}.{parameter}": tensor
+            for name in self._modules
+            if name in values
+            for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
+        }
+        return _PureFunction(self._modules, function).at(named)
+
+    def _outcome(self, modules: Mapping[str, nn.Module]) -> Outcome:
+        """Evaluate the loss on given modules, at the point's batch and random numbers."""
+        point, level = self._point, self._level
+        point.generators[level.name].restore()
+        others = {name: modules[name] for name in level.loss_references}
+        outcome = read_outcome(level.loss(modules[level.name], point.batches[level.name], **others), level)
+        point.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
+        return outcome
+
+    def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
+        if self._part == "loss":
+            return self._outcome(modules).total(modules)
+        assert self._level.regularizer is not None
+        self._point.generators[self._level.name].restore()
+        others = {name: modules[name] for name in self._references}
+        value = self._level.regularizer(modules[self._level.name], **others)
+        return scalar(value, f"the regularizer of level {self._level.name!r}")
+
+
+def level_terms(point: Point, level: Level) -> tuple[LevelTerm, ...]:
+    """Return the terms of a level's objective: its loss and, where it has one, its regularizer."""
+    loss = LevelTerm(point, level, "loss")
+    return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer"))
+
+
+class _PureFunction(nn.Module):
+    """A function of modules as a pure function of their parameters, by torch.func.functional_call on a module that holds them."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[[Mapping[str, nn.Module]], Tensor]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict(dict(modules))
+        self._function = function
+
+    def forward(self) -> Tensor:
+        return self._function({name: self.levels[name] for name in self.levels})
+
+    def at(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        result: Tensor = functional_call(self, {**parameters, **buffers}, ())
+        return result

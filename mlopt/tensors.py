@@ -1,0 +1,84 @@
+"""Arithmetic on tuples of tensors: the vectors of this library, one tensor for each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+
+__all__ = [
+    "Tensors",
+    "add",
+    "axpy",
+    "dot",
+    "flatten",
+    "is_finite",
+    "norm",
+    "scale",
+    "subtract",
+    "unflatten",
+    "zeros_like",
+]
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return the inner product <a, b>, a scalar tensor."""
+    if not a:
+        return torch.zeros(())
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
+
+
+def norm(a: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm ||a||, a scalar tensor."""
+    if not a:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+
+
+def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensors:
+    """Return alpha x + y."""
+    if not x:
+        return ()
+    if isinstance(alpha, Tensor):
+        return tuple(torch._foreach_add(list(y), torch._foreach_mul(list(x), alpha)))
+    return tuple(torch._foreach_add(list(y), list(x), alpha=alpha))
+
+
+def add(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
+    """Return a + b."""
+    return tuple(torch._foreach_add(list(a), list(b))) if a else ()
+
+
+def subtract(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
+    """Return a - b."""
+    return tuple(torch._foreach_sub(list(a), list(b))) if a else ()
+
+
+def scale(alpha: float | Tensor, a: Sequence[Tensor]) -> Tensors:
+    """Return alpha a."""
+    return tuple(torch._foreach_mul(list(a), alpha)) if a else ()
+
+
+def zeros_like(a: Sequence[Tensor]) -> Tensors:
+    """Return a vector of zeros of the same shapes, detached."""
+    return tuple(torch.zeros_like(x, requires_grad=False) for x in a)
+
+
+def is_finite(a: Sequence[Tensor]) -> bool:
+    """Return whether every component is finite."""
+    return bool(torch.isfinite(norm(a)))
+
+
+def flatten(a: Sequence[Tensor]) -> Tensor:
+    """Return the components of a in one vector (n,)."""
+    return torch.cat([x.reshape(-1) for x in a]) if a else torch.zeros(0)
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
+    """Return the vector (n,) cut into the shapes of `like`."""
+    pieces = torch.split(flat, [x.numel() for x in like])
+    return tuple(piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True))
