@@ -36,7 +36,8 @@ def norm(a: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm ||a||, a scalar tensor."""
     if not a:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    return total
 
 
 def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensors:

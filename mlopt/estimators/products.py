@@ -123,7 +123,7 @@ class Forward(Product):
                 return dict(at({block: point[block] for block in wanted}))
 
             along = {block: tuple(vectors) for block, vectors in direction.items()}
-            _, product = torch.func.jvp(gradient, ({block: start[block] for block in along},), (along,))
+            product = torch.func.jvp(gradient, ({block: start[block] for block in along},), (along,))[1]
         return {block: tuple(vectors) for block, vectors in product.items()}
 
 

@@ -55,7 +55,9 @@ class Neumann(LinearSolver):
             solution = axpy(alpha, residual, initial)
         step = scale(alpha, residual)
         low, high, relative = math.inf, -math.inf, float(norm(residual)) / size
-        for k in range(1, self.terms + 1):
+        k = 0
+        while k < self.terms:
+            k += 1
             product = matvec(step)
             curvature = float(dot(step, product)) / max(float(dot(step, step)), 1e-300)
             low, high = min(low, curvature), max(high, curvature)

@@ -169,7 +169,7 @@ class Level:
     estimator: Estimator | None = attrs.field(
         default=None,
         validator=attrs.validators.optional(
-            _check_type(Estimator, "give an estimator, such as mlopt.ConjugateGradient(iterations=10)")  # type: ignore[type-abstract]
+            _check_type(Estimator, "give an estimator, such as mlopt.ConjugateGradient(iterations=10)")
         ),
         kw_only=True,
     )

@@ -161,8 +161,8 @@ class LevelTerm(Term):
             return self._pure({name: variables}, read)
 
         start = tuple(v.detach() for v in self.values[name])
-        _, shares = torch.func.jvp(losses, (start,), (tuple(direction[name]),))
-        return shares  # type: ignore[no-any-return]
+        shares: Tensor = torch.func.jvp(losses, (start,), (tuple(direction[name]),))[1]
+        return shares
 
     def _pure(self, values: Vectors, function: Callable[[Mapping[str, nn.Module]], Tensor]) -> Tensor:
         named = {
