@@ -12,8 +12,10 @@ from .errors import (
 from .estimators import ConjugateGradient, Dense, Estimator, FiniteDifference, Identity, Implicit, Neumann
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Variables, variables
+from .solving import Callback, Solution, solve
 
 __all__ = [
+    "Callback",
     "ConjugateGradient",
     "Dense",
     "Estimator",
@@ -32,8 +34,10 @@ __all__ = [
     "ProblemError",
     "Report",
     "SecondDerivativeError",
+    "Solution",
     "Variables",
     "hypergradient",
     "linear",
+    "solve",
     "variables",
 ]

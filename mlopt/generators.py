@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["GeneratorState", "derive_seed", "preserved"]
+__all__ = ["GeneratorState", "derive_seed", "preserved", "seed_everything"]
 
 
 @attrs.frozen(eq=False)

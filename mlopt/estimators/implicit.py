@@ -98,8 +98,8 @@ class Stationarity(Linearization):
         estimator = self._point.problem[part].estimator
         if not isinstance(estimator, Implicit):
             raise EstimatorError(
-                f"level {part!r} is solved inside {self._name!r}, through which cotangents are pulled back; {estimator} cannot be "
-                "nested: use Identity, FiniteDifference, Neumann, ConjugateGradient or Dense"
+                f"level {part!r} is solved inside {self._name!r}, through which cotangents are pulled back; {estimator} "
+                "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient or Dense"
             )
         return estimator.linearize(self._point, part)
 

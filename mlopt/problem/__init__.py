@@ -3,7 +3,7 @@
 from .contract import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
 from .level import Level, Variables, variables
-from .objective import Mixture, Outcome, read_outcome
+from .objective import Mixture, Outcome, read_outcome, scalar
 from .point import Point, StreamedCotangent
 from .problem import Problem
 from .stream import Stream, to_device
@@ -32,6 +32,7 @@ __all__ = [
     "derivatives",
     "level_terms",
     "read_outcome",
+    "scalar",
     "to_device",
     "variables",
 ]

@@ -101,13 +101,14 @@ class Problem:
             for name, parameter in zip(level.parameter_names, level.parameters, strict=True):
                 if not parameter.is_floating_point():
                     raise ProblemError(
-                        f"level {level.name!r}: parameter {name!r} is of {parameter.dtype}; only real floating dtypes are optimised"
+                        f"level {level.name!r}: parameter {name!r} is of {parameter.dtype}; "
+                        "only real floating dtypes are optimised"
                     )
                 if id(parameter) in owners:
                     other, other_name = owners[id(parameter)]
                     raise ProblemError(
-                        f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is {level.name}.{name}); "
-                        "give one of them a copy (copy.deepcopy), or freeze it in one"
+                        f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is {level.name}.{name}); give "
+                        " one of them a copy (copy.deepcopy), or freeze it in one"
                     )
                 owners[id(parameter)] = (level.name, name)
 

@@ -1,0 +1,60 @@
+"""What a run logged: a row for each outer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["History"]
+
+
+class History:
+    """Rows of named numbers, one for each outer step.
+
+    Tensors are kept as they come and read when a row is asked for, so that logging makes no device wait.
+
+    Example:
+        >>> solution.history[-1]["classifier/loss"]
+        >>> solution.history.column("weights/loss")
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; scalar tensors in it are detached."""
+        self._rows.append({key: value.detach() if isinstance(value, Tensor) else value for key, value in row.items()})
+
+    def column(self, name: str) -> list[float]:
+        """Return one quantity over the rows that have it.
+
+        Raises:
+            KeyError: no row has it; the message lists what there is.
+        """
+        values = [row[name] for row in self if name in row]
+        if not values:
+            raise KeyError(f"the history has no {name!r}; it has {', '.join(self.names) or 'no rows'}")
+        return values
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What has been logged, in the order of its first appearance."""
+        return tuple(dict.fromkeys(key for row in self._rows for key in row))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, float]:
+        row = self._rows[index]
+        for key, value in row.items():
+            if isinstance(value, Tensor):
+                row[key] = value.item()
+        return dict(row)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} rows of {', '.join(self.names)})"

@@ -1,0 +1,109 @@
+"""Solve a problem: alternate inner solves and outer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from ..errors import ProblemError
+from ..generators import seed_everything
+from ..problem import Problem, Report
+from .callbacks import Callback, ProgressDisplay
+from .engine import Engine
+from .history import History
+
+__all__ = ["Run", "Solution", "solve"]
+
+
+@attrs.frozen(eq=False)
+class Solution:
+    """What a run ended with.
+
+    Attributes:
+        history: a row for each outer step: `step`, and `level/loss` and whatever the losses log for each level.
+        status: why it ended: "completed", or what the callback that stopped it said.
+        reports: the last report of each level that was pulled back.
+    """
+
+    history: History
+    status: str
+    reports: dict[str, Report]
+
+
+class Run:
+    """A run in progress, as callbacks see it.
+
+    Attributes:
+        problem: the problem.
+        steps: outer steps asked for.
+        step: outer steps taken.
+        history: a row for each step taken.
+        engine: optimisers, schedulers and data streams of the levels.
+    """
+
+    def __init__(self, problem: Problem, steps: int, seed: int) -> None:
+        self.problem, self.steps, self.step = problem, steps, 0
+        self.history = History()
+        self.engine = Engine(problem, seed)
+        self.status: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """End the run after the present step; the reason becomes the status."""
+        self.status = reason
+
+
+def solve(
+    problem: Problem,
+    steps: int,
+    *,
+    callbacks: Sequence[Callback] = (),
+    seed: int | None = None,
+    progress: bool = True,
+) -> Solution:
+    """Solve a problem by alternating gradient steps.
+
+    One outer step is: each level solved inside the outermost takes its `steps`, innermost listed first, before each of
+    them the levels inside it; then one hypergradient of the outermost level, and one step of its optimiser on it. The modules
+    hold the solution; state carries over from one solve of a level to the next.
+
+    Args:
+        problem: the problem; every level needs an optimizer.
+        steps: outer steps.
+        callbacks: called in order, see `mlopt.Callback`.
+        seed: seeds torch, Python and numpy, and the order of every level's data. When None, the generators are taken as
+            they stand, and the data's order is drawn from torch's.
+        progress: whether to show a progress bar, where there is a terminal.
+
+    Returns:
+        The history, why the run ended, and the last reports.
+
+    Raises:
+        ProblemError: `steps` is no whole number, or a level has no optimizer.
+        NonFiniteError: a loss, a gradient or a linear solve is not finite.
+
+    Example:
+        >>> solution = mlopt.solve(problem, steps=1_000, seed=0)
+        >>> solution.history.column("classifier/loss")[-1]
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ProblemError(f"solve: steps={steps!r}; it must be a whole number >= 0")
+    if seed is not None:
+        seed_everything(seed)
+    run = Run(problem, steps, int(torch.randint(2**62, ())) if seed is None else seed)
+    watchers = (*callbacks, ProgressDisplay()) if progress else tuple(callbacks)
+    for callback in watchers:
+        callback.on_train_begin(run)
+    try:
+        while run.step < steps and run.status is None:
+            run.engine.logs = {}
+            run.engine.step(problem.outermost)
+            run.step += 1
+            run.history.append({"step": run.step, **run.engine.logs})
+            for callback in watchers:
+                callback.on_step_end(run)
+    finally:
+        for callback in watchers:
+            callback.on_train_end(run)
+    return Solution(history=run.history, status=run.status or "completed", reports=run.engine.reports)
