@@ -36,7 +36,11 @@ class Hypergradient:
 
 
 def hypergradient(
-    problem: Problem, batches: Mapping[str, Any] | None = None, level: str | None = None
+    problem: Problem,
+    batches: Mapping[str, Any] | None = None,
+    level: str | None = None,
+    *,
+    seed: int | None = None,
 ) -> Hypergradient:
     """Return the hypergradient of a level at the present point, without stepping.
 
@@ -49,6 +53,8 @@ def hypergradient(
         batches: the batch of each level by name; where one is missing, the next one of its data is drawn, from a stream that
             belongs to calls of this function.
         level: the level; the outermost when None.
+        seed: of the random numbers that the losses draw (dropout, masks); when None, every call has its own. Two calls with the
+            same seed and batches see the same ones.
 
     Returns:
         The gradient by parameter name, the loss, and a report for each level pulled back.
@@ -73,10 +79,9 @@ def hypergradient(
                     other.name, other.data, derive_seed("hypergradient", 0), other.device
                 )
             batches[other.name] = problem.probe_streams[other.name].next()
+    chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
     generators = {
-        other.name: GeneratorState.seeded(
-            derive_seed("hypergradient", problem.probe_count, other.name), problem.devices
-        )
+        other.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, other.name), problem.devices)
         for other in problem
     }
     point = Point(problem, batches, generators)

@@ -1,0 +1,390 @@
+"""Reading molecules: SMILES files and labelled tables become graphs, and every row left out is accounted for."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import importlib
+import io
+import math
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import attrs
+import torch
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator
+    from types import ModuleType
+
+    from torch_geometric.data import Data
+
+_TABLES = (".csv",)
+_LISTS = (".smi", ".txt")
+_NAMED_IN_SUMMARY = 3
+
+
+class DataError(ValueError):
+    """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import a module of the extra `molecules`.
+
+    Args:
+        name: dotted name of the module.
+
+    Returns:
+        The module.
+
+    Raises:
+        ModuleNotFoundError: naming the extra, where the module is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        remedy = "pip install 'mlopt-torch[molecules]'"
+        raise ModuleNotFoundError(f"molecules need {package}, which is not installed: {remedy}", name=name) from error
+
+
+@attrs.frozen
+class Skipped:
+    """A row that was left out.
+
+    Args:
+        row: 1-based line of the file, the header counted.
+        smiles: the SMILES found there.
+        reason: why it is no molecule.
+    """
+
+    row: int
+    smiles: str
+    reason: str
+
+
+@attrs.frozen(eq=False, repr=False)
+class Molecules(Sequence[Any]):
+    """Molecular graphs of one file, in the order of the file.
+
+    Each graph has `x` (atoms, 9) and `edge_attr` (bonds counted in both directions, 3) of integers, the features of
+    `torch_geometric.utils.from_rdmol`, `edge_index` (2, bonds counted in both directions), `smiles`, and where there
+    are labels `y` (1, tasks) in float32 with NaN for a missing label.
+
+    Args:
+        graphs: the graphs.
+        rows: 1-based line of each graph in the file, the header counted.
+        label_names: the columns of `y`; empty for an unlabelled corpus.
+        skipped: the rows left out.
+        source: the file.
+    """
+
+    graphs: tuple[Data, ...]
+    rows: tuple[int, ...]
+    label_names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    source: str
+
+    @property
+    def smiles(self) -> tuple[str, ...]:
+        """The SMILES of each graph, as they stand in the file."""
+        return tuple(graph.smiles for graph in self.graphs)
+
+    def __len__(self) -> int:
+        return len(self.graphs)
+
+    @overload
+    def __getitem__(self, index: int) -> Data: ...
+    @overload
+    def __getitem__(self, index: slice) -> Molecules: ...
+    def __getitem__(self, index: int | slice) -> Data | Molecules:
+        return self.subset(range(len(self))[index]) if isinstance(index, slice) else self.graphs[index]
+
+    def subset(self, indices: Iterable[int]) -> Molecules:
+        """Return the molecules at the 0-based `indices`, in that order; `skipped` stays with the whole."""
+        chosen = tuple(indices)
+        return attrs.evolve(
+            self, graphs=tuple(self.graphs[i] for i in chosen), rows=tuple(self.rows[i] for i in chosen), skipped=()
+        )
+
+    def summary(self) -> str:
+        """Say in one sentence how many molecules there are, and which rows were left out and why."""
+        sentence = f"{len(self)} molecules of {Path(self.source).name}"
+        if self.skipped:
+            named = [f"row {skipped.row} ({skipped.reason})" for skipped in self.skipped[:_NAMED_IN_SUMMARY]]
+            more = len(self.skipped) - len(named)
+            sentence += f"; {len(self.skipped)} skipped: {', '.join(named)}{f' and {more} more' if more else ''}"
+        return sentence
+
+    def __repr__(self) -> str:
+        labels = f", labels {', '.join(self.label_names)}" if self.label_names else ""
+        return f"Molecules({self.summary()}{labels})"
+
+
+def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: int | None = None) -> Molecules:
+    """Read an unlabelled corpus.
+
+    Args:
+        path: `.csv` with a column `smiles` (in any case; other columns are ignored), or `.smi` or `.txt` with one
+            SMILES a line, followed or not by a blank and a name; each may be gzipped and end in `.gz`.
+        strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
+        limit: stop after so many molecules; at least 2.
+
+    Returns:
+        At least two molecules, without labels.
+
+    Raises:
+        DataError: naming the file, the row, what was found there and the remedy.
+        FileNotFoundError: where there is no such file.
+    """
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit={limit!r}: a corpus needs at least 2 molecules; raise the limit or leave it out")
+    path = Path(path)
+    if _suffix(path, _TABLES + _LISTS) in _TABLES:
+        header, records = _table(path)
+        column = _column(path, header, "smiles")
+        lines = ((row, cells[column]) for row, cells in records)
+    else:
+        lines = ((row, (line.split() or [""])[0]) for row, line in enumerate(_lines(path), start=1) if line.strip())
+    molecules = _molecules(path, ((row, smiles, ()) for row, smiles in lines), (), strict=strict, limit=limit)
+    if len(molecules) < 2:
+        raise DataError(f"{path}: a corpus of one molecule is too small to pretrain on; give at least 2")
+    return molecules
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    smiles_column: str = "smiles",
+    strict: bool = False,
+) -> Molecules:
+    """Read a labelled table of molecules.
+
+    Args:
+        path: `.csv` or `.csv.gz` with a header row. An empty cell, or `nan`, is a missing label.
+        labels: the label columns; by default all but the SMILES column.
+        smiles_column: the column of the SMILES.
+        strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
+
+    Returns:
+        Molecules with labels `y` (1, tasks).
+
+    Raises:
+        DataError: naming the file, the row, what was found there and the remedy.
+        FileNotFoundError: where there is no such file.
+    """
+    path = Path(path)
+    _suffix(path, _TABLES)
+    header, records = _table(path)
+    smiles = _column(path, header, smiles_column)
+    if labels is None:
+        labels = [name for index, name in enumerate(header) if index != smiles]
+    if isinstance(labels, str) or not labels:
+        raise DataError(f"{path}: labels={labels!r} names no label column; the columns are {', '.join(header)}")
+    columns = [_column(path, header, label) for label in labels]
+    if smiles in columns or len(set(columns)) < len(columns):
+        raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
+    names = tuple(header[column] for column in columns)
+    rows = ((row, cells[smiles], [cells[column] for column in columns]) for row, cells in records)
+    return _molecules(path, rows, names, strict=strict)
+
+
+def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
+    """Read a MoleculeNet data set (Wu et al., 2018), fetched by `torch_geometric.datasets.MoleculeNet`.
+
+    The raw file is read by `read_table`, so that rows left out are accounted for and quoted cells are read as such.
+
+    Args:
+        name: "ESOL", "FreeSolv", "Lipo", "PCBA", "MUV", "HIV", "BACE", "BBBP", "Tox21", "ToxCast", "SIDER" or
+            "ClinTox", in any case.
+        root: the folder of the data sets. Nothing is downloaded where `root/<name in lower case>/raw/` has the file.
+
+    Returns:
+        Molecules with the labels of the data set.
+
+    Raises:
+        DataError: where the name is unknown, the file cannot be fetched or cannot be read.
+    """
+    dataset_class: Any = import_extra("torch_geometric.datasets").MoleculeNet
+
+    class RawFile(dataset_class):  # type: ignore[misc]
+        """The data set's fetching alone: its own parser drops rows without saying which."""
+
+        has_process = False
+
+        def load(self, path: str) -> None:
+            """Load nothing, as nothing was processed."""
+
+    key = name.lower()
+    if key not in dataset_class.names:
+        raise DataError(f"name={name!r} is no MoleculeNet data set{_suggestion(key, dataset_class.names)}")
+    try:
+        raw = Path(RawFile(str(root), key).raw_paths[0])
+    except OSError as error:
+        place = Path(root) / key / "raw" / f"{dataset_class.names[key][2]}.csv"
+        raise DataError(f"MoleculeNet {name} cannot be fetched ({error}); lay its raw file at {place}") from error
+    smiles, labels = dataset_class.names[key][3:]
+    header, _ = _table(raw)
+    chosen = header[labels] if isinstance(labels, slice) else [header[labels]]
+    return read_table(raw, labels=chosen, smiles_column=header[smiles])
+
+
+def _suffix(path: Path, known: Sequence[str]) -> str:
+    """Return the suffix of a file, `.gz` apart, after checking that it is a known one."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in known:
+        names = ", ".join(f"{one}, {one}.gz" for one in known)
+        raise DataError(f"{path}: the suffix {suffix!r} is not one of {names}; rename or convert the file")
+    return suffix
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file that may be gzipped, or say in which line it is no text."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the path of a file of molecules")
+    content = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error}); compress it again or drop .gz") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise DataError(f"{path}, row {row}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 text") from error
+    if "\0" in text:
+        row = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{path}, row {row}: a NUL byte, so this is no text file; save the file as UTF-8 text")
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty; give a file with at least one molecule")
+    return text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Return the lines of a file, for any convention of line ends."""
+    return io.StringIO(_text(path), newline=None)
+
+
+def _table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the header of a CSV file, and its further records with the line that each starts at."""
+    records = _records(path)
+    _, header = next(records)
+    header = [name.strip() for name in header]
+    if duplicates := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}: the header names {duplicates[0]!r} more than once; rename the columns")
+    return header, records
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records of a CSV file, all of one length, each with the line that it starts at; skip blank lines."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    width = None
+    while True:
+        row = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}, row {row}: not valid CSV ({error}); check the quotes from there on") from error
+        if not cells:
+            continue
+        width = width or len(cells)
+        if len(cells) != width:
+            raise DataError(f"{path}, row {row}: {len(cells)} cells, but the header has {width}; quote or add commas")
+        yield row, cells
+
+
+def _column(path: Path, header: Sequence[str], name: str) -> int:
+    """Return the index of a column, found by its exact name, else by its name in any case."""
+    if name in header:
+        return header.index(name)
+    alike = [index for index, other in enumerate(header) if other.casefold() == name.casefold()]
+    if len(alike) != 1:
+        raise DataError(f"{path}: no column {name!r}{_suggestion(name, header)}")
+    return alike[0]
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the names there are, and the closest."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; there are {', '.join(map(repr, known))}{f' - did you mean {close[0]!r}?' if close else ''}"
+
+
+def _molecules(
+    path: Path,
+    rows: Iterable[tuple[int, str, Sequence[str]]],
+    names: tuple[str, ...],
+    *,
+    strict: bool,
+    limit: int | None = None,
+) -> Molecules:
+    """Turn rows (line, SMILES, label cells) into graphs, at least one, up to `limit`."""
+    graphs: list[Data] = []
+    kept: list[int] = []
+    skipped: list[Skipped] = []
+    for row, smiles, cells in rows:
+        graph = _graph(smiles.strip())
+        if isinstance(graph, str):
+            if strict:
+                raise DataError(
+                    f"{path}, row {row}: {smiles!r} is no molecule: {graph}; mend it, or read with strict=False"
+                )
+            skipped.append(Skipped(row, smiles.strip(), graph))
+            continue
+        if names:
+            labels = [_label(path, row, name, cell) for name, cell in zip(names, cells, strict=True)]
+            graph.y = torch.tensor([labels], dtype=torch.float32)
+        graphs.append(graph)
+        kept.append(row)
+        if len(graphs) == limit:
+            break
+    if not graphs:
+        found = f"; row {skipped[0].row}, {skipped[0].smiles!r}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"{path}: no molecule in {len(skipped)} rows{found}; give at least one valid SMILES")
+    return Molecules(tuple(graphs), tuple(kept), names, tuple(skipped), str(path))
+
+
+def _graph(smiles: str) -> Data | str:
+    """Return the graph of a molecule, or the reason why there is none."""
+    chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
+    with base.BlockLogs():  # the reason is returned, not printed
+        molecule = chem.MolFromSmiles(smiles)
+        if molecule is None:
+            unchecked = chem.MolFromSmiles(smiles, sanitize=False)
+            problems = chem.DetectChemistryProblems(unchecked) if unchecked is not None else ()
+            return " ".join(problems[0].Message().split()) if problems else "not valid SMILES"
+    if not molecule.GetNumAtoms():
+        return "the SMILES is empty"
+    try:
+        graph: Data = import_extra("torch_geometric.utils").from_rdmol(molecule)
+    except ValueError as error:  # its feature tables are finite: charges from -5 to 6, at most 10 neighbours, ...
+        return f"an atom or bond has no code in the graph features ({error})"
+    graph.smiles = smiles
+    return graph
+
+
+def _label(path: Path, row: int, column: str, cell: str) -> float:
+    """Return a label, NaN where it is missing."""
+    text = cell.strip()
+    if not text:
+        return math.nan
+    try:
+        if "_" in text:  # float() takes digits grouped by underscores, which no table means
+            raise ValueError(text)
+        value = float(text)
+    except ValueError:
+        raise DataError(
+            f"{path}, row {row}, column {column!r}: {cell!r} is not a number; correct it, "
+            "leave the cell empty for a missing label, or choose the label columns by `labels`"
+        ) from None
+    if abs(value) > torch.finfo(torch.float32).max:  # an infinity, or a number that becomes one
+        raise DataError(f"{path}, row {row}, column {column!r}: {cell!r} is not finite in float32; rescale or empty it")
+    return value

@@ -1,0 +1,223 @@
+"""A graph network for molecules: GINE on torch_geometric's atom and bond features."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch_geometric.nn import BatchNorm, GINEConv, global_add_pool, global_mean_pool
+from torch_geometric.utils.smiles import e_map, x_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+    from torch_geometric.data import Batch
+
+#: How many values each of the 9 atom features, and each of the 3 bond features, of `from_smiles` can take.
+ATOM_SIZES: dict[str, int] = {name: len(values) for name, values in x_map.items()}
+BOND_SIZES: dict[str, int] = {name: len(values) for name, values in e_map.items()}
+#: The mask token of each feature: the index after its last value.
+ATOM_MASK = torch.tensor(list(ATOM_SIZES.values()))
+BOND_MASK = torch.tensor(list(BOND_SIZES.values()))
+
+_FORMAT, _VERSION = "mlopt-gine", 1
+_TENSORS, _CONFIG = "model.safetensors", "config.json"
+
+
+class FeatureEmbedding(nn.Module):
+    """Sum of the embeddings of several categorical features, each with a mask token after its last value.
+
+    Args:
+        sizes: the number of values of each feature, without the mask token.
+        width: the size of an embedding.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], width: int) -> None:
+        super().__init__()
+        self.sizes = dict(sizes)
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, width) for size in sizes.values())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Embed `features` (N, F) as (N, width).
+
+        Raises:
+            ValueError: a wrong shape, or a value outside a feature's vocabulary. Values are checked on the CPU only:
+                elsewhere the check would wait for the device, whose own assertion stops the run.
+        """
+        if features.dim() != 2 or features.shape[1] != len(self.sizes):
+            raise ValueError(f"features must be (N, {len(self.sizes)}): {[*self.sizes]}; got {tuple(features.shape)}")
+        if features.device.type == "cpu" and len(features):
+            self._check(features)
+        total = self.tables[0](features[:, 0])
+        for column, table in enumerate(self.tables[1:], start=1):
+            total = total + table(features[:, column])
+        return total
+
+    def _check(self, features: Tensor) -> None:
+        """Name the feature and the value: the message of the lookup itself does not."""
+        lowest, highest = features.amin(0).tolist(), features.amax(0).tolist()
+        for (name, size), low, high in zip(self.sizes.items(), lowest, highest, strict=True):
+            if low < 0 or high > size:
+                raise ValueError(
+                    f"feature {name!r} has values from {low} to {high}, but its vocabulary is 0 to {size - 1} "
+                    f"({size} is the mask token): build graphs with torch_geometric.utils.from_smiles"
+                )
+
+
+class GINE(nn.Module):
+    """Graph isomorphism network with edge features, over the atoms and bonds of `torch_geometric.utils.from_smiles`.
+
+    Each layer computes
+
+        h_i <- norm(MLP(h_i + sum_j relu(h_j + e_ij)))
+
+    with a ReLU between layers. h starts as the sum of an atom's feature embeddings; e_ij is the sum of a bond's feature
+    embeddings, from tables of each layer's own.
+
+    `norm="batch"` in training mode moves running statistics, which torch.func transforms refuse: use "layer" there. It
+    normalises a batch of a single atom by its running statistics, since such a batch has no variance.
+
+    Args:
+        width: the size of node and graph embeddings.
+        layers: the number of message-passing layers.
+        dropout: the probability of dropping a feature after each layer.
+        norm: "batch" or "layer".
+        pooling: "mean" or "sum" of the node embeddings of a molecule.
+        residual: add each layer's input to its output.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: Hu et al., "Strategies for Pre-training Graph Neural Networks", ICLR 2020.
+    """
+
+    def __init__(
+        self,
+        width: int = 128,
+        layers: int = 4,
+        dropout: float = 0.0,
+        norm: Literal["batch", "layer"] = "batch",
+        pooling: Literal["mean", "sum"] = "mean",
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("width", width), ("layers", layers)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; got {dropout!r}")
+        self.config: dict[str, Any] = {
+            "width": width,
+            "layers": layers,
+            "dropout": dropout,
+            "norm": norm,
+            "pooling": pooling,
+            "residual": residual,
+        }
+        self.width = width
+        self.residual = residual
+        self._pooling = _choose("pooling", pooling, {"mean": global_mean_pool, "sum": global_add_pool})
+        normalise = _choose("norm", norm, {"batch": _batch_norm, "layer": nn.LayerNorm})
+        self.atoms = FeatureEmbedding(ATOM_SIZES, width)
+        self.bonds = nn.ModuleList(FeatureEmbedding(BOND_SIZES, width) for _ in range(layers))
+        self.convolutions = nn.ModuleList(GINEConv(_mlp(width)) for _ in range(layers))
+        self.norms = nn.ModuleList(normalise(width) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the embeddings of all atoms of a batch, (N, width)."""
+        nodes = self.atoms(batch.x)
+        last = len(self.convolutions) - 1
+        for layer, (bonds, convolve, norm) in enumerate(zip(self.bonds, self.convolutions, self.norms, strict=True)):
+            update = norm(convolve(nodes, batch.edge_index, bonds(batch.edge_attr)))
+            update = self.dropout(update if layer == last else update.relu())
+            nodes = nodes + update if self.residual else update
+        return nodes
+
+    def pool(self, batch: Batch) -> Tensor:
+        """Return the representations of all molecules of a batch, (B, width)."""
+        return self._pooling(self(batch), batch.batch, size=batch.num_graphs)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json`, which `GINE.load` reads, into `folder` (made if missing)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        config = json.dumps({"format": _FORMAT, "version": _VERSION, **self.config}, indent=2) + "\n"
+        _replace(folder / _TENSORS, lambda file: save_file(tensors, file))
+        _replace(folder / _CONFIG, lambda file: file.write_text(config, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> GINE:
+        """Return the network that `save` wrote, bit for bit, on the CPU and in training mode.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: the config is not one of this class and version, or the tensors do not fit it.
+        """
+        folder = Path(folder)
+        for name in (_CONFIG, _TENSORS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: GINE.load reads a folder that GINE.save wrote")
+        network = cls(**_read_config(folder / _CONFIG))
+        # Copies, since the loaded tensors may be views of the file.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / _TENSORS).items()}
+        try:
+            network.load_state_dict(tensors, assign=True)  # keeps the dtype of the file
+        except RuntimeError as error:
+            raise ValueError(f"{folder / _TENSORS} does not fit {folder / _CONFIG}: {error}") from error
+        return network
+
+
+def _mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+
+def _batch_norm(width: int) -> BatchNorm:
+    return BatchNorm(width, allow_single_element=True)
+
+
+def _choose(argument: str, key: str, choices: Mapping[str, Any]) -> Any:
+    if key not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}; got {key!r}")
+    return choices[key]
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there, so that a reader never meets half of it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Return the constructor's arguments, after checking that the file is one that `GINE.save` wrote."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.pop("format", None) != _FORMAT:
+        raise ValueError(f'{file} is not the config of a GINE: it lacks "format": "{_FORMAT}"')
+    version = config.pop("version", None)
+    if version != _VERSION:
+        raise ValueError(f"{file} has version {version!r}; this release reads version {_VERSION}")
+    expected = ("width", "layers", "dropout", "norm", "pooling", "residual")
+    _compare_keys(file, config, expected)
+    return config
+
+
+def _compare_keys(file: Path, config: Mapping[str, Any], expected: Sequence[str]) -> None:
+    unknown, missing = sorted(config.keys() - set(expected)), sorted(set(expected) - config.keys())
+    if unknown or missing:
+        raise ValueError(f"{file} has unknown keys {unknown} and lacks keys {missing}; it needs {[*expected]}")

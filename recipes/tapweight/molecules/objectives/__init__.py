@@ -1,0 +1,55 @@
+"""Self-supervised objectives for molecules, by name: a view of the batch, a head and a loss each."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from .contrastive import ContrastiveViews
+from .descriptors import Descriptors
+from .fingerprint_clusters import FingerprintClusters
+from .functional_groups import FunctionalGroups
+from .masked_atoms import MaskedAtoms
+from .masked_bonds import MaskedBonds
+from .random_labels import RandomLabels
+
+if TYPE_CHECKING:
+    from ...objective import Objective
+
+__all__ = [
+    "OBJECTIVES",
+    "ContrastiveViews",
+    "Descriptors",
+    "FingerprintClusters",
+    "FunctionalGroups",
+    "MaskedAtoms",
+    "MaskedBonds",
+    "RandomLabels",
+    "make_objective",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective
+    for objective in (
+        MaskedAtoms,
+        MaskedBonds,
+        ContrastiveViews,
+        FunctionalGroups,
+        FingerprintClusters,
+        Descriptors,
+        RandomLabels,
+    )
+}
+
+
+def make_objective(name: str) -> Objective:
+    """Return the objective of that name, with its default settings.
+
+    Raises:
+        ValueError: no objective has that name; the message lists those there are.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no objective {name!r}.{hint} There are: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]()

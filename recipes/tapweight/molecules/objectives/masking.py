@@ -1,0 +1,40 @@
+"""Random choices of atoms and bonds, drawn from torch's global generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_rate(name: str, rate: float) -> float:
+    """Return `rate`.
+
+    Raises:
+        ValueError: it is not a probability above 0 and below 1.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"{name} must be above 0 and below 1; got {rate!r}")
+    return rate
+
+
+def choose(candidates: Tensor, rate: float) -> Tensor:
+    """Return a random share `rate` of `candidates` (M,): at least one of them, where there is one."""
+    count = max(1, round(rate * len(candidates)))
+    return candidates[torch.randperm(len(candidates), device=candidates.device)[:count]]
+
+
+def choose_bonds(ends: Tensor, nodes: int, rate: float) -> tuple[Tensor, Tensor]:
+    """Choose a random share of the bonds, both directions of a bond together.
+
+    Args:
+        ends: the edges (2, E), each bond twice.
+        nodes: the number of atoms.
+        rate: the share.
+
+    Returns:
+        The chosen bonds, one edge of each (K,), and which edges belong to them (E,), boolean.
+    """
+    low, high = ends.amin(0), ends.amax(0)
+    bonds = low * nodes + high  # the same number in both directions
+    chosen = choose((ends[0] < ends[1]).nonzero().squeeze(1), rate)
+    return chosen, torch.isin(bonds, bonds[chosen])

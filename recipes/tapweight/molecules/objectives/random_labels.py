@@ -1,0 +1,55 @@
+"""Random labels: a control that carries no chemistry."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ...objective import Objective
+from .targets import attach
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch_geometric.data import Batch, Data
+
+
+def hashed_labels(corpus: Sequence[Data], classes: int) -> Tensor:
+    """Return a label for each molecule from the BLAKE2 hash of its SMILES, long (M,)."""
+    digests = [hashlib.blake2b(graph.smiles.encode(), digest_size=8).digest() for graph in corpus]
+    return torch.tensor([int.from_bytes(digest, "big") % classes for digest in digests])
+
+
+class RandomLabels(Objective):
+    """Cross entropy of labels that are a hash of the SMILES: a control, which can only be learned by heart.
+
+    A method that weighs objectives should give this one less than its equal share.
+
+    Args:
+        classes: the number of labels.
+    """
+
+    name = "random_labels"
+
+    def __init__(self, classes: int = 8) -> None:
+        if classes < 2:
+            raise ValueError(f"classes must be at least 2; got {classes!r}")
+        self.classes = classes
+        self.attribute = f"random_labels_{classes}"
+
+    def prepare(self, corpus: Sequence[Data], seed: int) -> None:
+        """Attach `random_labels_C` (1,) to each graph. The labels do not depend on the seed."""
+        attach(corpus, self.attribute, lambda: hashed_labels(corpus, self.classes))
+
+    def head(self, encoder: nn.Module) -> nn.Module:
+        """Build a linear map to labels."""
+        return nn.Linear(encoder.width, self.classes)
+
+    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+        """Return the mean over the molecules."""
+        return cross_entropy(head(encoder.pool(view)), view[self.attribute])

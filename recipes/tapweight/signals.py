@@ -1,0 +1,140 @@
+"""Whether the weights mean something: the signal of each objective, and its error, from disjoint halves of the labels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+import mlopt
+
+from .weights import relative_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+__all__ = ["Signal", "SignalProbe", "judge", "verdict"]
+
+
+@attrs.frozen
+class Signal:
+    """How an objective compares with the mixture, over a run.
+
+    Attributes:
+        mean: of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive where more of the objective helps.
+        error: its standard error, the scatter between halves of the validation labels included.
+        z: mean / error.
+        significant: whether |z| passes a two-sided test at 5% for all objectives together (Bonferroni).
+    """
+
+    mean: float
+    error: float
+    z: float
+    significant: bool
+
+
+class SignalProbe(mlopt.Callback):
+    """Measures every objective's signal on two disjoint halves of the validation examples, now and then during a run.
+
+    A half's signal is the hypergradient with that half as the validation batch; both halves see the same pretraining and
+    finetuning batches and the same masks, so that what tells them apart is the labels. The halves are drawn anew each time.
+
+    Args:
+        names: of the objectives, in the order of their weights.
+        valid: the validation examples.
+        collate: joins examples into a batch.
+        draw: returns a pretraining and a finetuning batch, by level name.
+        interval: outer steps between measurements.
+        limit: the most examples in a half.
+        seed: of the halves.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        valid: Sequence[Any],
+        collate: Callable[[list[Any]], Any],
+        draw: Callable[[], Mapping[str, Any]],
+        *,
+        interval: int,
+        limit: int,
+        seed: int,
+    ) -> None:
+        self.names, self._valid, self._collate, self._draw = names, valid, collate, draw
+        self._interval, self._limit = interval, limit
+        self._generator = torch.Generator().manual_seed(seed)
+        #: Signals of the halves, two tensors (K,) for each measurement.
+        self.halves: list[tuple[Tensor, Tensor]] = []
+        self.steps: list[int] = []
+
+    def on_step_end(self, run: Any) -> None:
+        if run.step % self._interval:
+            return
+        self.halves.append(self._measure(run.problem))
+        self.steps.append(run.step)
+
+    def _measure(self, problem: mlopt.Problem) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(self._valid), generator=self._generator).tolist()
+        size = min(len(order) // 2, self._limit)
+        batches, seed = self._draw(), int(torch.randint(2**31, (), generator=self._generator))
+        weights = problem["reweighting"].module().detach()
+        signals = []
+        for half in (order[:size], order[size : 2 * size]):
+            batch = self._collate([self._valid[i] for i in half])
+            result = mlopt.hypergradient(problem, {**batches, "reweighting": batch}, seed=seed)
+            signals.append(relative_signals(result.gradient["logits"], weights).cpu())
+        return signals[0], signals[1]
+
+    def signals(self) -> dict[str, Signal]:
+        """Return the signal of each objective over the run so far."""
+        return judge(self.names, self.halves)
+
+
+def judge(names: Sequence[str], halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Signal]:
+    """Return the signal of each objective from T measurements on two halves of the labels each.
+
+    With a_t, b_t the halves' signals: mean = mean_t (a_t + b_t)/2. Half the difference of two halves scatters as the mean
+    over all labels does, and the labels are the same at every t, so that part of the error does not shrink with T; what
+    scatters from t to t (batches, masks, the drift of the run) does:
+    error^2 = mean_t ((a_t - b_t)/2)^2 + var_t((a_t + b_t)/2) / T.
+
+    Args:
+        names: K names.
+        halves: T pairs of tensors (K,).
+    """
+    if len(halves) < 2:
+        return {name: Signal(mean=0.0, error=math.inf, z=0.0, significant=False) for name in names}
+    a, b = (torch.stack([pair[i] for pair in halves]).double() for i in (0, 1))
+    middle, difference = (a + b) / 2, (a - b) / 2
+    mean = middle.mean(0)
+    error = (difference.square().mean(0) + middle.var(0) / len(halves)).sqrt()
+    threshold = statistics.NormalDist().inv_cdf(1 - 0.025 / len(names))
+    signals = {}
+    for name, m, e in zip(names, mean.tolist(), error.tolist(), strict=True):
+        z = m / e if e > 0 else 0.0
+        signals[name] = Signal(mean=m, error=e, z=z, significant=abs(z) > threshold)
+    return signals
+
+
+def verdict(signals: Mapping[str, Signal]) -> str:
+    """Return in words which objectives the validation labels prefer, or that they show no significant preference."""
+    helps = [name for name, signal in signals.items() if signal.significant and signal.mean > 0]
+    harms = [name for name, signal in signals.items() if signal.significant and signal.mean < 0]
+    if not helps and not harms:
+        return (
+            "This task shows no significant preference among these objectives: the differences of their weights are within "
+            "the noise of the validation labels."
+        )
+    parts = []
+    if helps:
+        parts.append(f"{', '.join(helps)} helped significantly more than the mixture")
+    if harms:
+        parts.append(f"{', '.join(harms)} significantly less")
+    rest = [name for name in signals if name not in (*helps, *harms)]
+    tail = f"; {', '.join(rest)} cannot be told from the mixture" if rest else ""
+    return f"By the validation labels, {' and '.join(parts)}{tail}."

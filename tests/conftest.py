@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let torch-geometric be imported: it scripts one class on import, and PyTorch deprecates scripting."""
+    config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Return the folder of the public data sets: $MLOPT_DATA, else `shared/data` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MLOPT_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"needs the public data sets, and there is no folder {folder}; set MLOPT_DATA")
+    return folder

@@ -1,0 +1,19 @@
+"""What the tests of the core share: one thread and, unless a test says otherwise, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_in_double_precision() -> Iterator[None]:
+    """Set both for one file, and put them back: other folders' tests run in the same process."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)

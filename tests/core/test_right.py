@@ -1,0 +1,145 @@
+"""Law 1: every exact estimator agrees with the closed form, on every shape of problem."""
+
+from __future__ import annotations
+
+import mlopt
+import pytest
+import torch
+from core_cases import PRODUCTS, conjugate_gradient, drawn, gradient_of, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from mlopt.testing import SHAPES, ClosedForm, ladder, logistic_regression, quadratic
+
+NESTED = [name for name in SHAPES if name.startswith("nested")]
+FLAT = [name for name in SHAPES if name not in NESTED]
+
+
+def exact(products: str) -> st.SearchStrategy[mlopt.Estimator]:
+    """Draw an estimator without an error of its own."""
+    return st.sampled_from([mlopt.Dense(products=products), conjugate_gradient(products)])
+
+
+def draw_case(data: st.DataObject, shape: str, products: str) -> ClosedForm:
+    """Draw a quadratic problem, with an exact estimator for each level by itself: a problem may mix them."""
+    estimators = {name: data.draw(exact(products), label=name) for name in SHAPES[shape]}
+    return quadratic(
+        shape,
+        estimators,
+        seed=data.draw(seeds, label="seed"),
+        # A product with a Hessian two nestings deep takes thousands of products with the innermost: keep those small.
+        size=1 if "twice" in shape else data.draw(st.integers(1, 3), label="size"),
+        condition=data.draw(st.floats(1.5, 30.0), label="condition"),
+    )
+
+
+def error(case: ClosedForm, level: str | None = None) -> float:
+    """Return the relative error of the hypergradient."""
+    return case.error(mlopt.hypergradient(case.problem, level=level).gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@drawn(15)
+@given(data=st.data())
+def test_autograd_products_agree_with_the_closed_form(shape: str, data: st.DataObject) -> None:
+    assert error(draw_case(data, shape, "autograd")) < 1e-8
+
+
+@pytest.mark.parametrize("shape", FLAT)
+@drawn(15)
+@given(data=st.data())
+def test_forward_products_agree_with_the_closed_form(shape: str, data: st.DataObject) -> None:
+    assert error(draw_case(data, shape, "forward")) < 1e-8
+
+
+@pytest.mark.parametrize("shape", NESTED)
+@drawn(2)
+@given(data=st.data())
+def test_forward_products_agree_with_the_closed_form_when_nested(shape: str, data: st.DataObject) -> None:
+    assert error(draw_case(data, shape, "forward")) < 1e-8
+
+
+@pytest.mark.parametrize("shape", FLAT)
+@drawn(15)
+@given(data=st.data())
+def test_differences_agree_with_the_closed_form(shape: str, data: st.DataObject) -> None:
+    assert error(draw_case(data, shape, "finite_difference")) < 1e-7
+
+
+@pytest.mark.parametrize("shape", [name for name in NESTED if "twice" not in name])
+@drawn(5)
+@given(data=st.data())
+def test_differences_agree_with_the_closed_form_when_nested(shape: str, data: st.DataObject) -> None:
+    """Differences of differences: rounding, 1e-16, is divided by the step of 1e-5 twice."""
+    assert error(draw_case(data, shape, "finite_difference")) < 1e-4
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+@drawn(15)
+@given(data=st.data())
+def test_a_long_neumann_series_agrees_with_the_closed_form(products: str, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from(FLAT), label="shape")
+    neumann = mlopt.Neumann(terms=300, rtol=1e-12, products=products)
+    case = quadratic(shape, neumann, seed=data.draw(seeds), condition=data.draw(st.floats(1.2, 2.5)))
+    assert error(case) < 1e-8
+
+
+@drawn(15)
+@given(seed=seeds, outer=st.booleans())
+def test_a_long_neumann_series_agrees_with_the_closed_form_when_nested(seed: int, outer: bool) -> None:
+    neumann, dense = mlopt.Neumann(terms=300, rtol=1e-12), mlopt.Dense()
+    estimators = {"y": neumann, "z": dense} if outer else {"y": dense, "z": neumann}
+    assert error(quadratic("nested_and_referred_to", estimators, seed=seed, condition=1.5)) < 1e-8
+
+
+@drawn(15)
+@given(rungs=st.integers(1, 4), seed=seeds)
+def test_a_ladder_of_diamonds(rungs: int, seed: int) -> None:
+    assert error(quadratic(ladder(rungs), mlopt.Dense(), seed=seed, size=1)) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("shape", "level"), [("nested", "y"), ("nested_with_two_inside", "y"), ("nested_twice", "x"), ("nested_twice", "y")]
+)
+@drawn(15)
+@given(data=st.data())
+def test_the_total_gradient_of_a_middle_level(shape: str, level: str, data: st.DataObject) -> None:
+    """The middle level is off its solution: the quadratic's closed form holds wherever those inside it are at theirs."""
+    estimator, seed = data.draw(exact("autograd")), data.draw(seeds)
+    case = quadratic(shape, estimator, seed=seed, size=1, level=level)
+    assert error(case, level) < 1e-8
+
+
+@drawn(15)
+@given(data=st.data())
+def test_the_total_gradient_of_a_middle_level_is_zero_at_its_solution(data: st.DataObject) -> None:
+    case = quadratic("nested", mlopt.Dense(), seed=data.draw(seeds))
+    assert gradient_of(case.problem, level="y").norm() < 1e-12
+    assert gradient_of(case.problem).norm() > 1e-3
+
+
+@pytest.mark.parametrize(("products", "tolerance"), [("autograd", 1e-8), ("forward", 1e-8), ("finite_difference", 1e-6)])
+@drawn(15)
+@given(data=st.data())
+def test_logistic_regression_with_sample_weights(products: str, tolerance: float, data: st.DataObject) -> None:
+    case = logistic_regression(
+        data.draw(exact(products)),
+        seed=data.draw(seeds),
+        samples=data.draw(st.integers(4, 20)),
+        features=data.draw(st.integers(1, 5)),
+        ridge=data.draw(st.floats(0.05, 1.0)),
+    )
+    assert error(case) < tolerance
+
+
+def test_all_products_are_known_here() -> None:
+    from mlopt.estimators.products import PRODUCTS as KNOWN
+
+    assert set(KNOWN) == set(PRODUCTS)
+
+
+def test_the_loss_is_reported_without_a_graph() -> None:
+    case = logistic_regression(mlopt.Dense())
+    result = mlopt.hypergradient(case.problem)
+    batch, beta = case.problem["weights"].data[0], case.problem["regression"].module.value
+    assert not result.loss.requires_grad
+    assert result.loss == torch.log1p(torch.exp(-(batch @ beta))).mean().item()
