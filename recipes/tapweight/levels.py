@@ -1,13 +1,12 @@
 """The three levels of TapWeight, the same for every modality: reweighting, finetuning, pretraining.
 
-    pretraining   theta*(lambda) = argmin_theta  sum_k lambda_k L_k(theta; unlabelled examples)
-    finetuning    omega*(theta*) = argmin_omega  L_train(omega) + gamma ||omega - theta*||^2
-    reweighting   min_lambda  L_valid(omega*(theta*(lambda)))
+pretraining   theta*(lambda) = argmin_theta  sum_k lambda_k L_k(theta; unlabelled examples)
+finetuning    omega*(theta*) = argmin_omega  L_train(omega) + gamma ||omega - theta*||^2
+reweighting   min_lambda  L_valid(omega*(theta*(lambda)))
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,16 @@ from torch import Tensor, nn
 import mlopt
 
 from .proximal import proximal
+from .task import evaluation
 from .weights import SimplexWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .objective import Objective
     from .task import Task
 
-__all__ = ["Finetuning", "Pretraining", "evaluation", "objective_losses", "task_loss", "three_levels"]
+__all__ = ["Finetuning", "Pretraining", "objective_losses", "task_loss", "three_levels"]
 
 
 class Pretraining(nn.Module):
@@ -55,18 +55,6 @@ class Finetuning(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.head = task.head(encoder)
-
-
-@contextlib.contextmanager
-def evaluation(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its parts back in its own mode on leaving."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def objective_losses(
@@ -125,10 +113,12 @@ def three_levels(
     def coupling(own: Finetuning, *, pretraining: Pretraining) -> Tensor:
         return proximal(own.encoder, pretraining.encoder, gamma)
 
-    def reweighting_loss(own: SimplexWeights, batch: Any, *, finetuning: Finetuning) -> Tensor:
+    def reweighting_loss(own: SimplexWeights, batch: Any, *, finetuning: Finetuning) -> dict[str, Any]:
         with evaluation(finetuning):
-            return task_loss(finetuning, batch, task)
+            loss = task_loss(finetuning, batch, task)
+        return {"loss": loss, **dict(zip(names, own().detach(), strict=True))}
 
+    names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
     finetuned = Finetuning(model.encoder, task).to(device)
     return mlopt.Problem(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
+from mlopt.problem import to_device
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import torchmetrics
     from torch import Tensor, nn
@@ -57,20 +60,29 @@ class Task(ABC):
         """Return the labels of a batch, in the shape that the metric takes."""
 
     def loader(self, split: Split, batch_size: int, *, shuffle: bool = False) -> Iterable[Any]:
-        """Return batches of one split."""
+        """Return batches of one split; a last batch that is not full is left out where the order is shuffled."""
         examples: Any = self.splits[split]
-        return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, collate_fn=self.collate)
+        drop = shuffle and len(examples) > batch_size
+        return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, drop_last=drop, collate_fn=self.collate)
 
     def score(self, encoder: nn.Module, head: nn.Module, split: Split, batch_size: int = 256) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are put back afterwards."""
-        modes = {module: module.training for module in (*encoder.modules(), *head.modules())}
-        metric = self.metric()
-        encoder.eval(), head.eval()
-        try:
-            with torch.no_grad():
-                for batch in self.loader(split, batch_size):
-                    metric.update(self.outputs(encoder, head, batch), self.targets(batch))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        device = next(encoder.parameters()).device
+        metric = self.metric().to(device)
+        with evaluation(encoder), evaluation(head), torch.no_grad():
+            for batch in self.loader(split, batch_size):
+                batch = to_device(batch, device)
+                metric.update(self.outputs(encoder, head, batch), self.targets(batch))
         return float(metric.compute())
+
+
+@contextlib.contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and each of its parts back in its own mode on leaving."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

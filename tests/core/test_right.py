@@ -12,6 +12,8 @@ from mlopt.testing import SHAPES, ClosedForm, ladder, logistic_regression, quadr
 
 NESTED = [name for name in SHAPES if name.startswith("nested")]
 FLAT = [name for name in SHAPES if name not in NESTED]
+TWICE = [name for name in NESTED if "twice" in name]
+SINGLE = [name for name in SHAPES if name not in TWICE]
 
 
 def exact(products: str) -> st.SearchStrategy[mlopt.Estimator]:
@@ -37,53 +39,66 @@ def error(case: ClosedForm, level: str | None = None) -> float:
     return case.error(mlopt.hypergradient(case.problem, level=level).gradient)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SINGLE)
 @drawn(15)
 @given(data=st.data())
 def test_autograd_products_agree_with_the_closed_form(shape: str, data: st.DataObject) -> None:
     assert error(draw_case(data, shape, "autograd")) < 1e-8
 
 
+@pytest.mark.parametrize("shape", TWICE)
+@drawn(4)
+@given(data=st.data())
+def test_autograd_products_agree_with_the_closed_form_when_nested_twice(shape: str, data: st.DataObject) -> None:
+    assert error(draw_case(data, shape, "autograd")) < 1e-8
+
+
 @pytest.mark.parametrize("shape", FLAT)
-@drawn(15)
+@drawn(6)
 @given(data=st.data())
 def test_forward_products_agree_with_the_closed_form(shape: str, data: st.DataObject) -> None:
     assert error(draw_case(data, shape, "forward")) < 1e-8
 
 
-@pytest.mark.parametrize("shape", NESTED)
-@drawn(2)
-@given(data=st.data())
-def test_forward_products_agree_with_the_closed_form_when_nested(shape: str, data: st.DataObject) -> None:
-    assert error(draw_case(data, shape, "forward")) < 1e-8
+@pytest.mark.parametrize(("shape", "seed"), [*((shape, 1) for shape in SINGLE if shape in NESTED), ("nested_twice", 0)])
+def test_forward_products_agree_with_the_closed_form_when_nested(shape: str, seed: int) -> None:
+    """Seconds each, so not drawn."""
+    assert error(quadratic(shape, mlopt.Dense(products="forward"), seed=seed, size=1)) < 1e-8
 
 
 @pytest.mark.parametrize("shape", FLAT)
 @drawn(15)
 @given(data=st.data())
 def test_differences_agree_with_the_closed_form(shape: str, data: st.DataObject) -> None:
-    assert error(draw_case(data, shape, "finite_difference")) < 1e-7
+    assert error(draw_case(data, shape, "finite_difference")) < 1e-8
 
 
-@pytest.mark.parametrize("shape", [name for name in NESTED if "twice" not in name])
-@drawn(5)
+@pytest.mark.parametrize("shape", [name for name in SINGLE if name in NESTED])
+@drawn(6)
 @given(data=st.data())
 def test_differences_agree_with_the_closed_form_when_nested(shape: str, data: st.DataObject) -> None:
     """Differences of differences: rounding, 1e-16, is divided by the step of 1e-5 twice."""
-    assert error(draw_case(data, shape, "finite_difference")) < 1e-4
+    assert error(draw_case(data, shape, "finite_difference")) < 5e-5
+
+
+@pytest.mark.xfail(
+    strict=True, reason="three differences one within another, all with a step of 1e-5: rounding leaves two digits"
+)
+def test_differences_agree_with_the_closed_form_when_nested_twice() -> None:
+    assert error(quadratic("nested_twice", mlopt.Dense(products="finite_difference"), seed=1, size=1)) < 1e-4
 
 
 @pytest.mark.parametrize("products", ["autograd", "forward"])
-@drawn(15)
+@drawn(6)
 @given(data=st.data())
 def test_a_long_neumann_series_agrees_with_the_closed_form(products: str, data: st.DataObject) -> None:
-    shape = data.draw(st.sampled_from(FLAT), label="shape")
+    shape = data.draw(st.sampled_from(["two", "chain_of_three", "chain_with_shortcuts", "diamond"]), label="shape")
     neumann = mlopt.Neumann(terms=300, rtol=1e-12, products=products)
     case = quadratic(shape, neumann, seed=data.draw(seeds), condition=data.draw(st.floats(1.2, 2.5)))
     assert error(case) < 1e-8
 
 
-@drawn(15)
+@drawn(6)
 @given(seed=seeds, outer=st.booleans())
 def test_a_long_neumann_series_agrees_with_the_closed_form_when_nested(seed: int, outer: bool) -> None:
     neumann, dense = mlopt.Neumann(terms=300, rtol=1e-12), mlopt.Dense()

@@ -1,0 +1,297 @@
+"""TapWeight: a task, objectives and an encoder; the objectives' weights are learned from the task's validation loss."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+from torch.optim import Adam
+from torch.utils.data import DataLoader
+
+import mlopt
+from mlopt.generators import derive_seed, seed_everything
+from mlopt.problem import Stream
+from mlopt.validation import at_least, one_of
+
+from .levels import Pretraining, three_levels
+from .result import TapWeightResult
+from .signals import SignalProbe
+from .training import Score, finetune, gradient_norms, pretrain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from .objective import Objective
+    from .task import Task
+
+__all__ = ["Settings", "TapWeight"]
+
+Method = Literal["direct", "equal", "tapweight"]
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """The numbers of a TapWeight run.
+
+    Args:
+        gamma: strength of the coupling gamma ||omega - theta||^2 of the finetuned encoder to the pretrained one. Small values let
+            finetuning overfit its training labels, and the validation gradient then says little of the pretrained encoder.
+        every: pretraining steps for each step on the weights.
+        batch_size: unlabelled examples in a batch.
+        task_batch_size: labelled training examples in a batch.
+        valid_batch_size: validation examples in a batch for the weights; all of them where there are no more.
+        pretraining_lr: learning rate of Adam on the encoder and the objectives' heads.
+        finetuning_lr: learning rate of Adam on the finetuning level.
+        weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.
+        scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
+            equal weights mean equal pull; "none" takes the losses as they are, as the authors' release does.
+        epochs: passes over the training labels in the final finetuning.
+        finetune_lr: learning rate of Adam in the final finetuning.
+        freeze_encoder: whether the final finetuning trains the head only.
+        finetunings: final finetunings, each with its own seed; scores are their means.
+        measurements: how often the signals of the objectives are measured on two halves of the validation labels.
+    """
+
+    gamma: float = attrs.field(default=1.0, validator=at_least(0.0))
+    every: int = attrs.field(default=1, validator=at_least(1))
+    batch_size: int = attrs.field(default=64, validator=at_least(2))
+    task_batch_size: int = attrs.field(default=64, validator=at_least(1))
+    valid_batch_size: int = attrs.field(default=128, validator=at_least(1))
+    pretraining_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    finetuning_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
+    scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
+    epochs: int = attrs.field(default=30, validator=at_least(1))
+    finetune_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    freeze_encoder: bool = False
+    finetunings: int = attrs.field(default=1, validator=at_least(1))
+    measurements: int = attrs.field(default=20, validator=at_least(2))
+
+
+class TapWeight:
+    """Task-adaptive pretraining that learns the weights of its objectives.
+
+    Three levels: pretraining, theta*(lambda) = argmin sum_k lambda_k L_k(theta); finetuning,
+    omega*(theta*) = argmin L_train(omega) + gamma ||omega - theta*||^2; reweighting, min_lambda L_valid(omega*(theta*(lambda))).
+    The adapted encoder is theta; it is then finetuned anew, and scored once.
+
+    Args:
+        encoder: an `nn.Module` with `width`, the number of its features; left as it is.
+        objectives: at least two, each with a name of its own.
+        task: the downstream task.
+        corpus: unlabelled examples.
+        settings: the numbers of the run.
+        collate: joins unlabelled examples into a batch; the task's when None.
+        estimator: how cotangents are pulled back through the finetuning level. The identity needs no network pass; an estimator
+            that solves with the level's Hessian, such as `mlopt.ConjugateGradient(iterations=5)`, is closer to the truth.
+        seed: of everything random.
+
+    Raises:
+        ValueError: fewer than two objectives, or two of one name; a corpus of fewer than two examples.
+
+    Example:
+        >>> from mlopt.recipes import TapWeight
+        >>> result = TapWeight(encoder, objectives, task, corpus).fit(steps=2_000)
+        >>> result.weights, result.scores, result.verdict
+
+    Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        objectives: Sequence[Objective],
+        task: Task,
+        corpus: Sequence[Any],
+        *,
+        settings: Settings | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        estimator: mlopt.Estimator | None = None,
+        seed: int = 0,
+    ) -> None:
+        names = [objective.name for objective in objectives]
+        if len(names) < 2:
+            raise ValueError(f"TapWeight: {len(names)} objectives; there is something to weigh from two on")
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"TapWeight: two objectives of one name among {', '.join(names)}; give each its own `name`"
+            )
+        if len(corpus) < 2:
+            raise ValueError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
+        self.encoder, self.objectives, self.task, self.corpus = encoder, tuple(objectives), task, corpus
+        self.settings = settings or Settings()
+        self.estimator = estimator or mlopt.Identity()
+        self.seed = seed
+        self._collate = collate or task.collate
+        self._prepared: tuple[Pretraining, dict[str, float]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives' names, in the order of their weights."""
+        return tuple(objective.name for objective in self.objectives)
+
+    def fit(
+        self,
+        steps: int,
+        *,
+        baselines: Sequence[str] = ("direct", "equal"),
+        callbacks: Sequence[mlopt.Callback] = (),
+        progress: bool = True,
+    ) -> TapWeightResult:
+        """Adapt the encoder, learn the weights, finetune, score; and the same for the baselines, with the same budget.
+
+        Args:
+            steps: pretraining steps.
+            baselines: any of "direct" (finetuning without adaptation) and "equal" (the same pretraining steps on the same
+                batches at equal weights).
+            callbacks: see `mlopt.Callback`; called during the adaptation.
+            progress: whether to show progress bars.
+
+        Returns:
+            The weights and what they are worth, the history, the adapted encoder, the scores.
+
+        Raises:
+            ValueError: too few steps, an unknown baseline, an objective that gives the encoder no gradient.
+        """
+        unknown = [name for name in baselines if name not in ("direct", "equal")]
+        if unknown:
+            raise ValueError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
+        outer = steps // self.settings.every
+        if outer < self.settings.measurements:
+            raise ValueError(
+                f"fit: steps={steps} at every={self.settings.every} moves the weights {outer} times; at least "
+                f"measurements={self.settings.measurements} are needed to judge them"
+            )
+        model, scales = self.prepare()
+        problem, probe = self.problem(copy.deepcopy(model), scales, interval=outer // self.settings.measurements)
+        solution = mlopt.solve(problem, outer, callbacks=[probe, *callbacks], seed=self.seed, progress=progress)
+        adapted = problem["pretraining"].module.encoder
+        scores: dict[str, list[Score]] = {}
+        if "direct" in baselines:
+            scores["direct"] = self._finetune(self.encoder, progress)
+        if "equal" in baselines:
+            equal = self.pretrain_equal(steps, progress=progress)
+            scores["equal"] = self._finetune(equal.encoder, progress)
+        scores["tapweight"] = self._finetune(adapted, progress)
+        weights = problem["reweighting"].module().tolist()
+        return TapWeightResult(
+            weights=dict(zip(self.names, weights, strict=True)),
+            signals=probe.signals(),
+            history=solution.history,
+            encoder=adapted,
+            scores={name: _mean(values) for name, values in scores.items()},
+            metric=self.task.metric_name,
+            greater_is_better=self.task.greater_is_better,
+            settings={
+                **attrs.asdict(self.settings),
+                "steps": steps,
+                "seed": self.seed,
+                "estimator": str(self.estimator),
+            },
+        )
+
+    def prepare(self) -> tuple[Pretraining, dict[str, float]]:
+        """Prepare the objectives on the corpus; return the model at its start, and what each loss is divided by."""
+        if self._prepared is None:
+            for objective in self.objectives:
+                objective.prepare(self.corpus, self.seed)
+            seed_everything(self.seed)
+            model = Pretraining(copy.deepcopy(self.encoder), self.objectives).to(next(self.encoder.parameters()).device)
+            model.train()
+            stream = self._stream("prepare")
+            norms = gradient_norms(model, self.objectives, [stream.next() for _ in range(4)], self.seed)
+            scales = norms if self.settings.scale == "gradient" else dict.fromkeys(norms, 1.0)
+            self._prepared = model, scales
+        return self._prepared
+
+    def problem(
+        self, model: Pretraining, scales: dict[str, float], *, interval: int
+    ) -> tuple[mlopt.Problem, SignalProbe]:
+        """Return the three levels on a model, and the probe that measures their signals every `interval` outer steps."""
+        settings, task = self.settings, self.task
+        problem = three_levels(
+            model,
+            self.objectives,
+            task,
+            scales=scales,
+            gamma=settings.gamma,
+            corpus=self.batches(),
+            train=task.loader("train", settings.task_batch_size, shuffle=True),
+            valid=task.loader("valid", settings.valid_batch_size, shuffle=True),
+            optimizers={
+                "pretraining": partial(Adam, lr=settings.pretraining_lr),
+                "finetuning": partial(Adam, lr=settings.finetuning_lr),
+                "reweighting": partial(Adam, lr=settings.weights_lr),
+            },
+            every=settings.every,
+            estimator=self.estimator,
+        )
+        train = Stream("train", task.loader("train", settings.task_batch_size, shuffle=True), self.seed, self._device)
+        corpus = self._stream("measure")
+        probe = SignalProbe(
+            self.names,
+            task.splits["valid"],
+            task.collate,
+            lambda: {"pretraining": corpus.next(), "finetuning": train.next()},
+            interval=interval,
+            limit=1_000,
+            seed=derive_seed(self.seed, "halves"),
+        )
+        return problem, probe
+
+    def pretrain_equal(self, steps: int, *, progress: bool = True) -> Pretraining:
+        """Return the model after the same pretraining at equal weights, on the same batches."""
+        start, scales = self.prepare()
+        model = copy.deepcopy(start)
+        pretrain(
+            model,
+            self.objectives,
+            self.batches(),
+            weights=dict.fromkeys(self.names, 1 / len(self.names)),
+            scales=scales,
+            optimizer=partial(Adam, lr=self.settings.pretraining_lr),
+            steps=steps,
+            seed=self.seed,
+            progress=progress,
+        )
+        return model
+
+    def batches(self) -> DataLoader[Any]:
+        """Return batches of the corpus."""
+        size = min(self.settings.batch_size, len(self.corpus))
+        corpus: Any = self.corpus
+        return DataLoader(corpus, batch_size=size, shuffle=True, drop_last=True, collate_fn=self._collate)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    def _stream(self, purpose: str) -> Stream:
+        return Stream(purpose, self.batches(), self.seed, self._device)
+
+    def _finetune(self, encoder: nn.Module, progress: bool) -> list[Score]:
+        settings = self.settings
+        return [
+            finetune(
+                encoder,
+                self.task,
+                epochs=settings.epochs,
+                learning_rate=settings.finetune_lr,
+                batch_size=settings.task_batch_size,
+                freeze_encoder=settings.freeze_encoder,
+                seed=derive_seed(self.seed, "finetune", k),
+                progress=progress,
+            )
+            for k in range(settings.finetunings)
+        ]
+
+
+def _mean(scores: Sequence[Score]) -> dict[str, float]:
+    """Return the mean valid and test scores of several finetunings."""
+    return {split: statistics.fmean(getattr(score, split) for score in scores) for split in ("valid", "test")}

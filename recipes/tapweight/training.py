@@ -1,0 +1,168 @@
+"""Plain training in the recipe: pretraining with fixed weights, and finetuning with the choice made on validation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+import mlopt
+from mlopt.generators import preserved, seed_everything
+
+from .levels import Finetuning, Pretraining, objective_losses, task_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from .objective import Objective
+    from .task import Task
+
+__all__ = ["Score", "finetune", "gradient_norms", "pretrain"]
+
+
+@attrs.frozen
+class Score:
+    """The task's metric of a finetuned encoder.
+
+    Attributes:
+        valid: on the validation split, by which the epoch was chosen.
+        test: on the test split, computed once, at that epoch.
+        epoch: the epoch chosen, from 1.
+    """
+
+    valid: float
+    test: float
+    epoch: int
+
+
+def gradient_norms(
+    model: Pretraining, objectives: Sequence[Objective], batches: Sequence[Any], seed: int
+) -> dict[str, float]:
+    """Return the root mean square over batches of ||grad L_k|| on the encoder, for each objective.
+
+    Raises:
+        ValueError: an objective gives the encoder no gradient, or one that is not finite.
+    """
+    probe = copy.deepcopy(model)
+    parameters = [p for p in probe.encoder.parameters() if p.requires_grad]
+    norms = {}
+    with preserved():
+        seed_everything(seed)
+        for name, losses in (
+            (o.name, partial(objective_losses, probe, objectives=[o], scales={o.name: 1.0})) for o in objectives
+        ):
+            squares = []
+            for batch in batches:
+                loss = losses(batch)[name]()
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"objective {name!r}: its loss has no gradient (was it detached?); mend it or leave it out"
+                    )
+                gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                squares.append(sum(float(g.square().sum()) for g in gradient))
+            norm = math.sqrt(sum(squares) / len(squares))
+            if norm == 0.0:
+                raise ValueError(
+                    f"objective {name!r} gives the encoder no gradient, so its weight would mean nothing; does its loss use the "
+                    "encoder? mend it or leave it out"
+                )
+            if not math.isfinite(norm):
+                raise ValueError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")
+            norms[name] = norm
+    return norms
+
+
+def pretrain(
+    model: Pretraining,
+    objectives: Sequence[Objective],
+    corpus: Iterable[Any],
+    *,
+    weights: Mapping[str, float],
+    scales: Mapping[str, float],
+    optimizer: Any,
+    steps: int,
+    seed: int,
+    progress: bool,
+) -> mlopt.Solution:
+    """Train the model in place on sum_k w_k L_k with fixed weights: continued pretraining."""
+
+    def loss(own: Pretraining, batch: Any) -> dict[str, Any]:
+        losses = {name: value() for name, value in objective_losses(own, batch, objectives, scales).items()}
+        total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    problem = mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, optimizer=optimizer))
+    return mlopt.solve(problem, steps, seed=seed, progress=progress)
+
+
+class _BestEpoch(mlopt.Callback):
+    """Scores the validation split after each epoch, and keeps the variables of the best one."""
+
+    def __init__(self, model: Finetuning, task: Task, interval: int) -> None:
+        self._model, self._task, self._interval = model, task, interval
+        self.valid, self.epoch, self._state = math.nan, 0, {}  # type: ignore[var-annotated]
+
+    def on_step_end(self, run: Any) -> None:
+        if run.step % self._interval:
+            return
+        valid = self._task.score(self._model.encoder, self._model.head, "valid")
+        better = valid > self.valid if self._task.greater_is_better else valid < self.valid
+        if math.isnan(self.valid) or better:
+            self.valid, self.epoch = valid, run.step // self._interval
+            self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+
+    def restore(self) -> None:
+        """Load the variables of the best epoch."""
+        self._model.load_state_dict(self._state)
+
+
+def finetune(
+    encoder: nn.Module,
+    task: Task,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    freeze_encoder: bool,
+    seed: int,
+    progress: bool,
+) -> Score:
+    """Finetune a copy of the encoder on the task, choose the epoch by the validation split, score the test split once.
+
+    Args:
+        encoder: left as it is.
+        task: the task.
+        epochs: passes over the training split.
+        learning_rate: of Adam.
+        batch_size: examples in a batch.
+        freeze_encoder: whether only the head is trained.
+        seed: of the head and the order of batches.
+        progress: whether to show a progress bar.
+    """
+    seed_everything(seed)
+    model = Finetuning(encoder, task).to(next(encoder.parameters()).device)
+    if freeze_encoder:
+        model.encoder.requires_grad_(False).eval()
+    train = task.loader("train", batch_size, shuffle=True)
+    interval = max(1, len(task.splits["train"]) // batch_size)
+    level = mlopt.Level(
+        "finetuning",
+        model,
+        partial(_finetuning_loss, task),
+        data=train,
+        optimizer=partial(torch.optim.Adam, lr=learning_rate),
+    )
+    best = _BestEpoch(model, task, interval)
+    mlopt.solve(mlopt.Problem(level), epochs * interval, callbacks=[best], seed=seed, progress=progress)
+    best.restore()
+    return Score(valid=best.valid, test=task.score(model.encoder, model.head, "test"), epoch=best.epoch)
+
+
+def _finetuning_loss(task: Task, model: Finetuning, batch: Any) -> Tensor:
+    return task_loss(model, batch, task)

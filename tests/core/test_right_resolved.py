@@ -1,0 +1,130 @@
+"""Law 1 where nothing is quadratic: against the outer value with the inner problems solved again at displaced variables."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlopt
+import pytest
+import torch
+from core_cases import conjugate_gradient, distance, drawn, gradient_of, seeds
+from hypothesis import given
+from mlopt.problem import Variables
+from torch import Tensor
+from torch.func import grad, hessian
+
+SIZE = 2
+
+
+class Quartic:
+    """A nested trilevel problem of fourth powers and bilinear, trilinear and bent couplings."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        self.a, self.b, self.c, self.d = (draw(SIZE, SIZE) / 2 for _ in range(4))
+        self.e, self.x = draw(SIZE), draw(SIZE)
+
+    def inner(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        pull = z @ (self.a @ y + torch.tanh(self.b @ x))
+        return (z**4).sum() / 4 + z @ z - pull + (z * y).square().sum() / 5
+
+    def middle(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        return (y**4).sum() / 4 + y @ y - y @ (self.c @ x) + (z - self.e).square().sum() / 2 + (x * y * z).sum() / 5
+
+    def outer(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return torch.cos(y).sum() + (z + x).square().sum() + y @ self.d @ z
+
+    def solve_inner(self, y: Tensor, x: Tensor) -> Tensor:
+        """Newton to the end, then two more steps that carry a graph: exact to the second derivative."""
+        z = torch.zeros(SIZE)
+        for _ in range(25):
+            z = self._newton(z, y.detach(), x.detach()).detach()
+        for _ in range(2):
+            z = self._newton(z, y, x)
+        return z
+
+    def _newton(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        slope = z**3 + 2 * z - self.a @ y - torch.tanh(self.b @ x) + 0.4 * z * y**2
+        return z - torch.linalg.solve(torch.diag(3 * z**2 + 2 + 0.4 * y**2), slope)
+
+    def total_middle(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.middle(y, x, self.solve_inner(y, x))
+
+    def solve_middle(self, x: Tensor) -> Tensor:
+        y = torch.zeros(SIZE)
+        for _ in range(12):
+            y = (y - torch.linalg.solve(hessian(self.total_middle)(y, x), grad(self.total_middle)(y, x))).detach()
+        return y
+
+    def total_outer(self, x: Tensor) -> Tensor:
+        y = self.solve_middle(x)
+        return self.outer(x, y, self.solve_inner(y, x))
+
+    def gradient(self, step: float = 1e-4) -> Tensor:
+        """Return the central differences of the outer value, every inner problem solved again."""
+        moves = step * torch.eye(SIZE)
+        values = [self.total_outer(self.x + m) - self.total_outer(self.x - m) for m in moves]
+        return torch.stack(values) / (2 * step)
+
+    def problem(self, estimator: mlopt.Estimator) -> mlopt.Problem:
+        y = self.solve_middle(self.x)
+
+        def outer(x: Variables, batch: Any, *, y: Variables, z: Variables) -> Tensor:
+            return self.outer(x(), y(), z())
+
+        def middle(y: Variables, batch: Any, *, x: Variables, z: Variables) -> Tensor:
+            return self.middle(y(), x(), z())
+
+        def inner(z: Variables, batch: Any, *, x: Variables, y: Variables) -> Tensor:
+            return self.inner(z(), y(), x())
+
+        return mlopt.Problem(
+            mlopt.Level("x", mlopt.variables(self.x), outer),
+            mlopt.Level("y", mlopt.variables(y), middle, estimator=estimator),
+            mlopt.Level("z", mlopt.variables(self.solve_inner(y, self.x).detach()), inner, estimator=estimator),
+        )
+
+
+@drawn(4)
+@given(seed=seeds)
+def test_a_nested_problem_solved_again(seed: int) -> None:
+    quartic = Quartic(seed)
+    expected = quartic.gradient()
+    assert grad(quartic.total_middle)(quartic.solve_middle(quartic.x), quartic.x).norm() < 1e-10
+    estimators = {"dense": mlopt.Dense(), "forward": mlopt.Dense(products="forward"), "cg": conjugate_gradient()}
+    for name, estimator in estimators.items():
+        # What is left is the oracle's own error, the square of its step and rounding over it.
+        assert distance(gradient_of(quartic.problem(estimator)), expected) < 1e-6, name
+
+
+@drawn(4)
+@given(seed=seeds)
+def test_differences_on_a_nested_problem_solved_again(seed: int) -> None:
+    quartic = Quartic(seed)
+    estimator = mlopt.Dense(products="finite_difference")
+    assert distance(gradient_of(quartic.problem(estimator)), quartic.gradient()) < 1e-4
+
+
+@drawn(10)
+@given(seed=seeds)
+def test_the_total_gradient_of_the_middle_level(seed: int) -> None:
+    """Off the middle level's solution, where a wrong multiplier is not hidden by a zero gradient."""
+    quartic = Quartic(seed)
+    problem = quartic.problem(mlopt.Dense())
+    y = problem["y"].module.value.detach() + 0.3
+    problem["y"].module.value.data.copy_(y)
+    problem["z"].module.value.data.copy_(quartic.solve_inner(y, quartic.x).detach())
+    expected = grad(quartic.total_middle)(y, quartic.x)
+    assert distance(gradient_of(problem, level="y"), expected) < 1e-8
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+def test_a_wrong_solution_gives_a_wrong_gradient(products: str) -> None:
+    """The oracle tells apart: without the multiplier's part of the curvature the answer is off in the first digit."""
+    quartic = Quartic(3)
+    estimator = mlopt.Dense(products=products)
+    problem = quartic.problem(estimator)
+    problem["z"].module.value.data.add_(0.5)
+    assert distance(gradient_of(problem), quartic.gradient()) > 1e-2
