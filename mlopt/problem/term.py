@@ -110,7 +110,9 @@ class LevelTerm(Term):
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """With f = sum_k w_k(a) L_k(x), d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q>."""
-        if set(direction) != {self._level.name} or len(wanted) != 1 or wanted[0] not in self._references:
+        if self._part == "regularizer" or set(direction) != {self._level.name}:
+            return None
+        if len(wanted) != 1 or wanted[0] not in self._references:
             return None
         if not self._is_mixture(wanted[0]):
             return None
@@ -121,7 +123,8 @@ class LevelTerm(Term):
     def weights_cotangent(self, weights: str, shares: Tensor) -> Tensors:
         """Return the derivative of <w(a), shares> by the variables a of the level `weights`."""
         module, variables = self._point.problem[weights].module, self.values[weights]
-        inner = torch.dot(self._weigh(module, len(shares)), shares)
+        weighed = self._weigh(module, len(shares))
+        inner = torch.dot(weighed, shares.to(weighed))
         return derivatives(inner, [weights], {weights: variables})[weights]
 
     @staticmethod

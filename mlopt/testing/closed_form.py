@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -89,7 +90,7 @@ def quadratic(
     levels = []
     for name in names:
         used = torch.cat([rows[name], *(rows[ref] for ref in shape[name][1]), torch.tensor([n * len(names)])])
-        loss = _quadratic_loss(forms[name][used][:, used].to(dtype), shape[name][1])
+        loss = _QuadraticLoss(forms[name][used][:, used].to(dtype), shape[name][1])
         rule = None if name == names[0] else estimator if isinstance(estimator, Estimator) else estimator[name]
         levels.append(Level(name, modules[name], loss, estimator=rule))
     named = dict(modules[target].named_parameters())
@@ -101,9 +102,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _form(
-    name: str, shape: Shape, rows: Mapping[str, Tensor], condition: float, generator: torch.Generator
-) -> Tensor:
+def _form(name: str, shape: Shape, rows: Mapping[str, Tensor], condition: float, generator: torch.Generator) -> Tensor:
     """Return the symmetric matrix of a level's loss over (all variables, 1), zero where the level does not look."""
     used = torch.cat([rows[name], *(rows[ref] for ref in shape[name][1])])
     n = len(used)
@@ -126,17 +125,27 @@ def _response(host: str, shape: Shape, rows: Mapping[str, Tensor], forms: Mappin
     if not guests:
         return identity
     deeper = {guest: _response(guest, shape, rows, forms) for guest in guests}
-    # The total gradient of each guest, with what lies inside it at its solution, set to zero: one system for them all.
-    gradients = torch.cat([(deeper[g].T @ forms[g] @ deeper[g])[rows[g]] for g in guests])
-    unknown = torch.cat([rows[g] for g in guests])
+    # One system for all that lies inside: the guests' total gradients are zero, and the rest respond to their hosts. (A guest
+    # may look at what lies inside another, so the two cannot be taken one after the other.)
+    equations, unknowns = [], []
+    for guest in guests:
+        equations.append((deeper[guest].T @ forms[guest] @ deeper[guest])[rows[guest]])
+        unknowns.append(rows[guest])
+        for name in _inside(guest, shape):
+            equations.append((identity - deeper[guest])[rows[name]])
+            unknowns.append(rows[name])
+    system, unknown = torch.cat(equations), torch.cat(unknowns)
     known = torch.ones(len(identity), dtype=torch.bool)
     known[unknown] = False
     solved = identity.clone()
     solved[unknown] = 0.0
-    solved[unknown[:, None], known.nonzero()[:, 0]] = -torch.linalg.solve(gradients[:, unknown], gradients[:, known])
-    for guest in guests:
-        solved = deeper[guest] @ solved
+    solved[unknown[:, None], known.nonzero()[:, 0]] = -torch.linalg.solve(system[:, unknown], system[:, known])
     return solved
+
+
+def _inside(host: str, shape: Shape) -> list[str]:
+    guests = [name for name in shape if shape[name][0] == host]
+    return guests + [name for guest in guests for name in _inside(guest, shape)]
 
 
 class _Blocks(nn.Module):
@@ -151,23 +160,18 @@ class _Blocks(nn.Module):
         return torch.cat([self.weight.reshape(-1), self.shift.reshape(1)])
 
 
-def _quadratic_loss(form: Tensor, refs: tuple[str, ...]) -> Callable[..., Tensor]:
-    def value(module: nn.Module, batch: Any, **others: nn.Module) -> Tensor:
-        s = torch.cat([module(), *(others[ref]() for ref in refs), form.new_ones(1)])
-        return s @ form @ s / 2
+class _QuadraticLoss:
+    """s^T Q s / 2, which states the levels it refers to in its signature: a loss's keyword-only parameters."""
 
-    return _named(value, refs)
+    def __init__(self, form: Tensor, refs: tuple[str, ...]) -> None:
+        kinds = inspect.Parameter
+        own = [kinds(name, kinds.POSITIONAL_ONLY) for name in ("_module", "_batch")]
+        self.__signature__ = inspect.Signature([*own, *(kinds(ref, kinds.KEYWORD_ONLY) for ref in refs)])
+        self._form, self._refs = form, refs
 
-
-def _named(function: Callable[..., Tensor], refs: tuple[str, ...]) -> Callable[..., Tensor]:
-    """Return the function with its ** written out as keyword-only parameters, which is how a loss states its references."""
-    module, batch = "module", "batch"
-    while module in refs or batch in refs:
-        module, batch = module + "_", batch + "_"
-    source = f"lambda {', '.join([module, batch, *(['*', *refs] if refs else [])])}: "
-    source += f"function({', '.join([module, batch, *(f'{ref}={ref}' for ref in refs)])})"
-    named: Callable[..., Tensor] = eval(source, {"function": function})
-    return named
+    def __call__(self, module: nn.Module, batch: Any, /, **others: nn.Module) -> Tensor:
+        s = torch.cat([module(), *(others[ref]() for ref in self._refs), self._form.new_ones(1)])
+        return s @ self._form @ s / 2
 
 
 def logistic_regression(

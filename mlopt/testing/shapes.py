@@ -77,6 +77,12 @@ SHAPES: dict[str, Shape] = {
         "y": ("x", ("x", "z")),
         "z": ("y", ("x", "y")),
     },
+    "nested_and_looked_into": {
+        "x": (None, ("user", "y")),
+        "user": ("x", ("x", "z")),
+        "y": ("x", ("z",)),
+        "z": ("y", ("x", "y")),
+    },
     "nested_twice": {
         "w": (None, ("x",)),
         "x": ("w", ("w", "y")),

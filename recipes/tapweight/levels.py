@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mlopt
 
-from .proximal import proximal
+from .proximal import Proximal
 from .task import evaluation
 from .weights import SimplexWeights
 
@@ -111,13 +111,14 @@ def three_levels(
         return task_loss(own, batch, task)
 
     def coupling(own: Finetuning, *, pretraining: Pretraining) -> Tensor:
-        return proximal(own.encoder, pretraining.encoder, gamma)
+        return proximal(own.encoder, pretraining.encoder)
 
     def reweighting_loss(own: SimplexWeights, batch: Any, *, finetuning: Finetuning) -> dict[str, Any]:
         with evaluation(finetuning):
             loss = task_loss(finetuning, batch, task)
         return {"loss": loss, **dict(zip(names, own().detach(), strict=True))}
 
+    proximal = Proximal(model.encoder, gamma)
     names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
     finetuned = Finetuning(model.encoder, task).to(device)

@@ -9,26 +9,32 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["proximal"]
+__all__ = ["Proximal"]
 
 
-def proximal(encoder: nn.Module, anchor: nn.Module, gamma: float) -> Tensor:
-    """Return gamma ||omega - theta||^2 over the trainable parameters that two encoders share by name.
+class Proximal:
+    """gamma ||omega - theta||^2 over the trainable parameters that two encoders share by name.
 
     Its second derivatives are constants, 2 gamma I and -2 gamma I: as a level's regularizer it lets a cotangent be pulled
     back without a pass through a network.
 
     Args:
-        encoder: holds omega.
-        anchor: holds theta, an encoder of the same architecture.
+        encoder: an encoder of the architecture that both have.
         gamma: strength of the coupling.
 
     Raises:
-        ValueError: the encoders share no trainable parameter.
+        ValueError: the encoder has no trainable parameter.
     """
-    anchors = {name: parameter for name, parameter in anchor.named_parameters() if parameter.requires_grad}
-    pairs = [(p, anchors[name]) for name, p in encoder.named_parameters() if p.requires_grad and name in anchors]
-    if not pairs:
-        raise ValueError("proximal: the two encoders share no trainable parameter, so nothing couples them")
-    differences = torch._foreach_sub([own for own, _ in pairs], [other for _, other in pairs])
-    return gamma * torch.stack([difference.square().sum() for difference in differences]).sum()
+
+    def __init__(self, encoder: nn.Module, gamma: float) -> None:
+        self.gamma = gamma
+        # Read once: within the transforms of torch.func no parameter says that it requires a gradient.
+        self._names = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+        if not self._names:
+            raise ValueError("Proximal: the encoder has no trainable parameter, so nothing couples the two; unfreeze some")
+
+    def __call__(self, encoder: nn.Module, anchor: nn.Module) -> Tensor:
+        """Return the coupling of omega, held by `encoder`, and theta, held by `anchor`; a scalar."""
+        own, other = dict(encoder.named_parameters()), dict(anchor.named_parameters())
+        differences = torch._foreach_sub([own[name] for name in self._names], [other[name] for name in self._names])
+        return self.gamma * torch.stack([difference.square().sum() for difference in differences]).sum()

@@ -133,7 +133,7 @@ class TapWeightResult:
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
         right.set(
-            xlabel="signal against the mixture, with two standard errors",
+            xlabel="signal, with two standard errors",
             title="Does more of it help? (filled: significant)",
         )
         figure.savefig(file, dpi=150)

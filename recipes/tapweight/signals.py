@@ -29,7 +29,7 @@ class Signal:
         mean: of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive where more of the objective helps.
         error: its standard error, the scatter between halves of the validation labels included.
         z: mean / error.
-        significant: whether |z| passes a two-sided test at 5% for all objectives together (Bonferroni).
+        significant: whether |z| passes a two-sided t test at 5% for all objectives together (Bonferroni).
     """
 
     mean: float
@@ -113,12 +113,20 @@ def judge(names: Sequence[str], halves: Sequence[tuple[Tensor, Tensor]]) -> dict
     middle, difference = (a + b) / 2, (a - b) / 2
     mean = middle.mean(0)
     error = (difference.square().mean(0) + middle.var(0) / len(halves)).sqrt()
-    threshold = statistics.NormalDist().inv_cdf(1 - 0.025 / len(names))
+    threshold = _student_quantile(1 - 0.025 / len(names), len(halves) - 1)
     signals = {}
     for name, m, e in zip(names, mean.tolist(), error.tolist(), strict=True):
         z = m / e if e > 0 else 0.0
         signals[name] = Signal(mean=m, error=e, z=z, significant=abs(z) > threshold)
     return signals
+
+
+def _student_quantile(probability: float, freedom: int) -> float:
+    """Return the quantile of Student's t, by its expansion about the normal one (Abramowitz & Stegun 26.7.5)."""
+    x = statistics.NormalDist().inv_cdf(probability)
+    first, second = (x**3 + x) / 4, (5 * x**5 + 16 * x**3 + 3 * x) / 96
+    third = (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384
+    return x + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def verdict(signals: Mapping[str, Signal]) -> str:

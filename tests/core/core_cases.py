@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import mlopt
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mlopt
 from mlopt.problem import Block, Linearization, Point, Vectors
 from mlopt.tensors import Tensors
-from torch import Tensor, nn
 
 PRODUCTS = ("autograd", "forward", "finite_difference")
 

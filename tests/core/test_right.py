@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import mlopt
 import pytest
 import torch
 from core_cases import PRODUCTS, conjugate_gradient, drawn, gradient_of, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+
+import mlopt
 from mlopt.testing import SHAPES, ClosedForm, ladder, logistic_regression, quadratic
 
 NESTED = [name for name in SHAPES if name.startswith("nested")]
@@ -29,7 +30,7 @@ def draw_case(data: st.DataObject, shape: str, products: str) -> ClosedForm:
         estimators,
         seed=data.draw(seeds, label="seed"),
         # A product with a Hessian two nestings deep takes thousands of products with the innermost: keep those small.
-        size=1 if "twice" in shape else data.draw(st.integers(1, 3), label="size"),
+        size=1 if shape in TWICE else data.draw(st.integers(1, 3 if shape in FLAT else 2), label="size"),
         condition=data.draw(st.floats(1.5, 30.0), label="condition"),
     )
 
@@ -132,7 +133,9 @@ def test_the_total_gradient_of_a_middle_level_is_zero_at_its_solution(data: st.D
     assert gradient_of(case.problem).norm() > 1e-3
 
 
-@pytest.mark.parametrize(("products", "tolerance"), [("autograd", 1e-8), ("forward", 1e-8), ("finite_difference", 1e-6)])
+@pytest.mark.parametrize(
+    ("products", "tolerance"), [("autograd", 1e-8), ("forward", 1e-8), ("finite_difference", 1e-6)]
+)
 @drawn(15)
 @given(data=st.data())
 def test_logistic_regression_with_sample_weights(products: str, tolerance: float, data: st.DataObject) -> None:

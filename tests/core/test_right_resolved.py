@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import mlopt
 import pytest
 import torch
 from core_cases import conjugate_gradient, distance, drawn, gradient_of, seeds
 from hypothesis import given
-from mlopt.problem import Variables
 from torch import Tensor
 from torch.func import grad, hessian
+
+import mlopt
+from mlopt.problem import Variables
 
 SIZE = 2
 
@@ -25,6 +26,7 @@ class Quartic:
         draw = partial(torch.randn, generator=generator, dtype=torch.float64)
         self.a, self.b, self.c, self.d = (draw(SIZE, SIZE) / 2 for _ in range(4))
         self.e, self.x = draw(SIZE), draw(SIZE)
+        self.y = self._solve_middle()
 
     def inner(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
         pull = z @ (self.a @ y + torch.tanh(self.b @ x))
@@ -39,7 +41,7 @@ class Quartic:
     def solve_inner(self, y: Tensor, x: Tensor) -> Tensor:
         """Newton to the end, then two more steps that carry a graph: exact to the second derivative."""
         z = torch.zeros(SIZE)
-        for _ in range(25):
+        for _ in range(8):
             z = self._newton(z, y.detach(), x.detach()).detach()
         for _ in range(2):
             z = self._newton(z, y, x)
@@ -52,14 +54,24 @@ class Quartic:
     def total_middle(self, y: Tensor, x: Tensor) -> Tensor:
         return self.middle(y, x, self.solve_inner(y, x))
 
-    def solve_middle(self, x: Tensor) -> Tensor:
+    def _slope(self, y: Tensor, x: Tensor) -> Tensor:
+        y = y.detach().requires_grad_()
+        return torch.autograd.grad(self.total_middle(y, x), y)[0]
+
+    def _solve_middle(self) -> Tensor:
+        """Newton with the Hessian of every third step: it is what costs."""
         y = torch.zeros(SIZE)
-        for _ in range(12):
-            y = (y - torch.linalg.solve(hessian(self.total_middle)(y, x), grad(self.total_middle)(y, x))).detach()
+        for _ in range(5):
+            curvature = hessian(self.total_middle)(y, self.x)
+            for _ in range(3):
+                y = y - torch.linalg.solve(curvature, self._slope(y, self.x))
+        self.curvature = curvature
         return y
 
     def total_outer(self, x: Tensor) -> Tensor:
-        y = self.solve_middle(x)
+        y = self.y
+        for _ in range(5):  # so near to x that each step of this chord method gains four digits
+            y = y - torch.linalg.solve(self.curvature, self._slope(y, x))
         return self.outer(x, y, self.solve_inner(y, x))
 
     def gradient(self, step: float = 1e-4) -> Tensor:
@@ -69,7 +81,7 @@ class Quartic:
         return torch.stack(values) / (2 * step)
 
     def problem(self, estimator: mlopt.Estimator) -> mlopt.Problem:
-        y = self.solve_middle(self.x)
+        y = self.y
 
         def outer(x: Variables, batch: Any, *, y: Variables, z: Variables) -> Tensor:
             return self.outer(x(), y(), z())
@@ -87,12 +99,12 @@ class Quartic:
         )
 
 
-@drawn(4)
+@drawn(5)
 @given(seed=seeds)
 def test_a_nested_problem_solved_again(seed: int) -> None:
     quartic = Quartic(seed)
     expected = quartic.gradient()
-    assert grad(quartic.total_middle)(quartic.solve_middle(quartic.x), quartic.x).norm() < 1e-10
+    assert grad(quartic.total_middle)(quartic.y, quartic.x).norm() < 1e-10
     estimators = {"dense": mlopt.Dense(), "forward": mlopt.Dense(products="forward"), "cg": conjugate_gradient()}
     for name, estimator in estimators.items():
         # What is left is the oracle's own error, the square of its step and rounding over it.
@@ -121,8 +133,7 @@ def test_the_total_gradient_of_the_middle_level(seed: int) -> None:
 
 
 @pytest.mark.parametrize("products", ["autograd", "forward"])
-def test_a_wrong_solution_gives_a_wrong_gradient(products: str) -> None:
-    """The oracle tells apart: without the multiplier's part of the curvature the answer is off in the first digit."""
+def test_the_oracle_tells_apart(products: str) -> None:
     quartic = Quartic(3)
     estimator = mlopt.Dense(products=products)
     problem = quartic.problem(estimator)

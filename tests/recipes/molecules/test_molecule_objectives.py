@@ -174,8 +174,7 @@ def test_masked_atoms_are_hidden_and_their_targets_are_their_elements(batch: Bat
     assert len(masked) == round(0.15 * len(batch.x)) == len(masked.unique())
     assert torch.equal(view.atomic_numbers, batch.x[masked, 0])
     assert (view.x[masked] == ATOM_MASK).all()
-    others = torch.ones(len(batch.x), dtype=torch.bool)
-    others[masked] = False
+    others = ~torch.isin(torch.arange(len(batch.x)), masked)
     assert torch.equal(view.x[others], batch.x[others])
     assert torch.equal(MaskedAtoms().view(Batch.from_data_list([from_smiles("O")])).atomic_numbers, torch.tensor([8]))
 
@@ -286,6 +285,7 @@ def test_clusters_are_those_of_mini_batch_k_means() -> None:
         kmeans = MiniBatchKMeans(number, random_state=3, n_init=1).fit(morgan_fingerprints(graphs))
         assert [int(graph[f"clusters_{number}"]) for graph in graphs] == kmeans.labels_.tolist()
     assert not objective.remarks
+    assert graphs[0].clusters_4.untyped_storage().nbytes() == 8  # a pickled graph does not carry the corpus's table
     assert [linear.out_features for linear in objective.head(GINE(width=8, layers=1))] == objective.classes
 
 

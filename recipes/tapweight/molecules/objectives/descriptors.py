@@ -61,5 +61,5 @@ class Descriptors(Objective):
         """Return the mean over descriptors and molecules."""
         predicted = head(encoder.pool(view))
         raw = view.descriptors[:, self.columns].to(predicted)
-        # Not mse_loss, which has no forward-mode derivative of its gradient.
+        # Not mse_loss: torch 2.13 cannot take a forward-mode derivative of the gradient of its mean.
         return (predicted - (raw - self.mean.to(raw)) / self.deviation.to(raw)).square().mean()

@@ -1,0 +1,136 @@
+"""The command line: `mlopt RECIPE MODALITY ...`; each command lives with its recipe, and is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from .errors import MloptError
+
+__all__ = ["main"]
+
+
+@attrs.frozen
+class Command:
+    """A command of a recipe.
+
+    Attributes:
+        summary: what it does, in a phrase.
+        module: where its `main(arguments, *, prog)` is.
+        extra: the optional dependencies that it needs.
+    """
+
+    summary: str
+    module: str
+    extra: str
+
+
+@attrs.frozen
+class Recipe:
+    """A recipe's commands, by name."""
+
+    summary: str
+    commands: dict[str, Command]
+
+
+_RECIPES = {
+    "tapweight": Recipe(
+        "adapt an encoder to a task, learning how much each pretraining objective should weigh",
+        {
+            "molecules": Command(
+                "predict properties of molecules, from SMILES", "mlopt.recipes.tapweight.molecules.command", "molecules"
+            ),
+        },
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows `mlopt`; those of the process when None.
+
+    Returns:
+        The exit status: 0; 2 after an error in what was given, told on standard error; 130 when interrupted.
+
+    Raises:
+        SystemExit: after `--help`, `--version` and arguments that cannot be parsed.
+        Exception: an error in the program itself, with its traceback.
+    """
+    try:
+        _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        return _refuse("interrupted; a run that had not ended is not saved", 130)
+    except (MloptError, OSError) as error:
+        return _refuse(str(error), 2)
+    except (ValueError, ImportError) as error:
+        if not _on_purpose(error):
+            raise
+        return _refuse(str(error), 2)
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Hand the arguments to the command that they name, or print the help of what they name instead."""
+    known, rest = _parser().parse_known_args(arguments)
+    chosen: Command | argparse.ArgumentParser = known.chosen
+    if isinstance(chosen, Command):
+        _load(chosen, known.prog).main(rest, prog=known.prog)
+    elif rest:
+        chosen.error(f"unrecognised arguments: {' '.join(rest)}")
+    else:
+        chosen.print_help()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlopt", description="Multi-level optimisation in PyTorch.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"mlopt {importlib.metadata.version('mlopt-torch')}",
+        help="print the version",
+    )
+    parser.set_defaults(chosen=parser)
+    recipes = parser.add_subparsers(title="recipes", metavar="RECIPE")
+    for name, recipe in _RECIPES.items():
+        child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
+        child.set_defaults(chosen=child)
+        commands = child.add_subparsers(title="modalities", metavar="MODALITY")
+        for modality, command in recipe.commands.items():
+            leaf = commands.add_parser(modality, help=command.summary, add_help=False, allow_abbrev=False)
+            leaf.set_defaults(chosen=command, prog=leaf.prog)
+    return parser
+
+
+def _load(command: Command, prog: str) -> Any:
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "mlopt":
+            raise
+        raise ModuleNotFoundError(
+            f"`{prog}` needs {missing}, which is not installed: pip install 'mlopt-torch[{command.extra}]'"
+        ) from error
+
+
+def _on_purpose(error: Exception) -> bool:
+    """Say whether a `raise` in mlopt made the error, and not a call that failed, such as torch's or `zip`'s."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
+
+
+def _refuse(sentence: str, status: int) -> int:
+    print(f"mlopt: {sentence}", file=sys.stderr)
+    return status

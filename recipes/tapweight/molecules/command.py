@@ -1,0 +1,215 @@
+"""`mlopt tapweight molecules`: read molecules, adapt an encoder, tell what was learned, and save it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mlopt.generators import seed_everything
+
+from ..recipe import TapWeight
+from ..result import TapWeightResult
+from .configuration import CommandLine, Configuration, ConfigurationError, parse, write
+from .data import Molecules, molecule_net, read_corpus
+from .encoder import GINE
+from .objectives import make_objective
+from .task import MoleculeTask
+
+__all__ = ["main", "run"]
+
+_FILES = (
+    "weights.json",
+    "scores.json",
+    "history.csv",
+    "weights.png",
+    "config.json",
+    "environment.json",
+    "summary.json",
+)
+_WAYS = {"direct": "direct finetuning", "equal": "equal weights", "tapweight": "TapWeight"}
+
+
+def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -> None:
+    """Run the command line of TapWeight on molecules.
+
+    Args:
+        arguments: the options.
+        prog: how the command was called.
+
+    Raises:
+        ConfigurationError: the options, or their file, cannot be used.
+        DataError: the molecules cannot be used.
+        SystemExit: after `--help`, and options that cannot be parsed.
+    """
+    options: CommandLine = parse(arguments, prog=prog)
+    run(options, overwrite=options.overwrite)
+
+
+def run(configuration: Configuration, *, overwrite: bool = False) -> list[TapWeightResult]:
+    """Adapt an encoder once for each seed; tell and save the results.
+
+    Args:
+        configuration: the whole run.
+        overwrite: replace the result that the output folder holds.
+
+    Returns:
+        The results, one a seed.
+
+    Raises:
+        ConfigurationError: keys that are missing or do not go together; an output folder that holds a result.
+        DataError: the molecules cannot be used.
+    """
+    configuration.check()
+    device, output, seeds = _device(configuration.device), configuration.output, configuration.seeds
+    _claim(output, overwrite)
+    console = Console()
+    # The labelled molecules first: they are few, so that a mistake in their file shows at once.
+    tasks = {seed: _task(configuration, seed) for seed in seeds}
+    data = configuration.data
+    corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
+    _say(console, f"Corpus: {corpus.summary()}.")
+    results = []
+    for seed in seeds:
+        if len(seeds) > 1:
+            console.rule(f"seed {seed}")
+        recipe = _recipe(configuration, tasks[seed], corpus, seed, device)
+        _describe(console, recipe)
+        result = recipe.fit(configuration.steps, baselines=configuration.baselines)
+        folder = output / f"seed-{seed}" if len(seeds) > 1 else output
+        if overwrite and not results:
+            _clear(output)
+        result.save(folder)
+        write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
+        for table in result.tables():
+            console.print(table)
+        _say(console, result.verdict)
+        results.append(result)
+    if len(seeds) > 1:
+        write(configuration.resolved(output=output, seeds=seeds, device=device), output / "config.json")
+        _summarise(console, results, seeds, output)
+    _say(console, f"Saved in {output}.")
+    return results
+
+
+def _device(name: str) -> str:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def _claim(output: Path, overwrite: bool) -> None:
+    """Make the output folder before anything is computed, and refuse one that holds a result."""
+    if output.exists() and not output.is_dir():
+        raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
+    held = next(_held(output), None)
+    if held is not None and not overwrite:
+        raise ConfigurationError(
+            f"{output} already holds a result ({held.name}); give another --output, or --overwrite"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _held(output: Path) -> Iterator[Path]:
+    """Yield what earlier runs left in a folder."""
+    yield from (output / name for name in _FILES if (output / name).is_file())
+    if (output / "encoder" / "model.safetensors").is_file():
+        yield output / "encoder"
+    yield from (folder for folder in sorted(output.glob("seed-*")) if (folder / "weights.json").is_file())
+
+
+def _clear(output: Path) -> None:
+    """Remove what earlier runs left, once there is a new result: one of fewer seeds would mix with the old."""
+    for old in list(_held(output)):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _task(configuration: Configuration, seed: int) -> MoleculeTask:
+    data = configuration.data
+    options: dict[str, Any] = {
+        "kind": data.kind,
+        "split": data.split,
+        "chirality": data.chirality,
+        "metric": data.metric,
+        "seed": seed,
+    }
+    if data.dataset is not None:
+        return MoleculeTask.from_molecules(molecule_net(data.dataset, data.root), **options)
+    files: dict[str, Any] = {"valid": data.valid, "test": data.test, "labels": data.labels, "strict": data.strict}
+    return MoleculeTask.from_csv(data.train, **files, **options)
+
+
+def _recipe(configuration: Configuration, task: MoleculeTask, corpus: Molecules, seed: int, device: str) -> TapWeight:
+    seed_everything(seed)
+    return TapWeight(
+        GINE(**attrs.asdict(configuration.encoder)).to(device),
+        [make_objective(name) for name in configuration.objectives],
+        task,
+        # Copies, since objectives attach their targets to the graphs, and keep those that they find there.
+        attrs.evolve(corpus, graphs=tuple(copy.copy(graph) for graph in corpus.graphs)),
+        settings=configuration.settings,
+        seed=seed,
+    )
+
+
+def _describe(console: Console, recipe: TapWeight) -> None:
+    """Tell what the task is, with what a user should know about the data."""
+    task: Any = recipe.task
+    sizes = ", ".join(f"{len(examples)} {split}" for split, examples in task.splits.items())
+    _say(
+        console,
+        f"Task: {task.kind} of {', '.join(task.label_names)}, scored by {task.metric_name}; molecules: {sizes}.",
+    )
+    recipe.prepare()
+    remarks = [*task.remarks]
+    for objective in recipe.objectives:
+        remarks += [f"{objective.name}: {remark}" for remark in getattr(objective, "remarks", ())]
+    for remark in remarks:
+        _say(console, f"Note: {remark}.")
+
+
+def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequence[int], output: Path) -> None:
+    """Tell, and write to `summary.json`, means and standard deviations over the seeds."""
+    first = results[0]
+    weights = {name: _spread([result.weights[name] for result in results]) for name in first.weights}
+    scores = {
+        way: {split: _spread([result.scores[way][split] for result in results]) for split in score}
+        for way, score in first.scores.items()
+    }
+    summary = {"seeds": list(seeds), "metric": first.metric, "weights": weights, "scores": scores}
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _say(console, f"Means (and standard deviations) over {len(seeds)} seeds:")
+    table = Table("objective", "weight", "helps", "harms", title="Learned weights")
+    for name, spread in sorted(weights.items(), key=lambda item: -item[1]["mean"]):
+        means = [result.signals[name].mean for result in results if result.signals[name].significant]
+        helps = sum(mean > 0 for mean in means)
+        table.add_row(name, _show(spread), f"{helps} of {len(seeds)}", f"{len(means) - helps} of {len(seeds)}")
+    console.print(table)
+    better = "higher" if first.greater_is_better else "lower"
+    table = Table("way", "validation", "test", title=f"{first.metric} ({better} is better)")
+    for way, score in scores.items():
+        table.add_row(_WAYS[way], _show(score["valid"]), _show(score["test"]))
+    console.print(table)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
+
+
+def _show(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.3f} ({spread['std']:.3f})"
+
+
+def _say(console: Console, sentence: str) -> None:
+    """Print a sentence as it is: to rich, the brackets of a SMILES would be markup."""
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)

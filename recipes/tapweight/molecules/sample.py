@@ -1,0 +1,100 @@
+"""Molecules that ship with the project: well-known drugs, and their fragments put together anew."""
+
+from __future__ import annotations
+
+import random
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from .data import import_extra
+
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["drugs", "recombined", "solubility"]
+
+_HEAVY_ATOMS = range(10, 36)
+
+
+def drugs() -> tuple[str, ...]:
+    """Return the SMILES of about 130 drugs and relatives of theirs."""
+    text = (resources.files(__package__) / "drugs.smi").read_text()
+    return tuple(line.split()[0] for line in text.splitlines())
+
+
+def solubility(smiles: str) -> float:
+    """Return log10 of the solubility in water (mol/l) that Delaney's equation estimates from four descriptors.
+
+    0.16 - 0.63 logP - 0.0062 weight + 0.066 rotatable bonds - 0.74 aromatic proportion.
+
+    Args:
+        smiles: a molecule.
+
+    Source: Delaney 2004 (doi 10.1021/ci034243x); logP is Crippen's, computed by RDKit.
+    """
+    import_extra("rdkit")
+    from rdkit import Chem
+    from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
+
+    molecule = Chem.MolFromSmiles(smiles)
+    aromatic = sum(atom.GetIsAromatic() for atom in molecule.GetAtoms()) / molecule.GetNumHeavyAtoms()
+    rotatable = rdMolDescriptors.CalcNumRotatableBonds(molecule)
+    return float(
+        0.16
+        - 0.63 * Crippen.MolLogP(molecule)
+        - 0.0062 * Descriptors.MolWt(molecule)
+        + 0.066 * rotatable
+        - 0.74 * aromatic
+    )
+
+
+def recombined(count: int, seed: int) -> list[str]:
+    """Return distinct molecules of 10 to 35 heavy atoms: halves of two drugs, cut at bonds of one BRICS type and joined.
+
+    Args:
+        count: how many.
+        seed: of the choice.
+
+    Returns:
+        Canonical SMILES; the same ones for the same arguments and the same release of RDKit.
+
+    Raises:
+        ValueError: the halves do not make that many.
+
+    Source: BRICS, Degen et al. 2008 (doi 10.1002/cmdc.200800178).
+    """
+    import_extra("rdkit")
+    from rdkit import Chem
+
+    halves = _halves()
+    pairs = [(left, right) for lefts, rights in halves.values() for left in lefts for right in rights]
+    random.Random(seed).shuffle(pairs)
+    found: dict[str, None] = {}
+    for left, right in pairs:
+        if left.GetNumHeavyAtoms() + right.GetNumHeavyAtoms() - 2 in _HEAVY_ATOMS:
+            found[Chem.MolToSmiles(Chem.molzip(left, right))] = None
+        if len(found) == count:
+            return list(found)
+    raise ValueError(f"recombined: count={count}; the halves make {len(found)} distinct molecules")
+
+
+def _halves() -> dict[tuple[str, str], tuple[list[Any], list[Any]]]:
+    """Return, by the BRICS types of a bond's ends, the halves on either side of it, an open end marked in each."""
+    from rdkit import Chem
+    from rdkit.Chem import BRICS
+
+    halves: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
+    for smiles in drugs():
+        molecule = Chem.MolFromSmiles(smiles)
+        for (begin, end), types in BRICS.FindBRICSBonds(molecule):
+            bond = molecule.GetBondBetweenAtoms(begin, end).GetIdx()
+            atoms: list[tuple[int, ...]] = []
+            cut = Chem.FragmentOnBonds(molecule, [bond], dummyLabels=[(0, 0)])
+            pieces = Chem.GetMolFrags(cut, asMols=True, fragsMolAtomMapping=atoms)
+            for piece in pieces:
+                next(atom for atom in piece.GetAtoms() if atom.GetAtomicNum() == 0).SetAtomMapNum(1)
+            first = 0 if begin in atoms[0] else 1
+            lefts, rights = halves.setdefault(tuple(types), ([], []))
+            lefts.append(pieces[first])
+            rights.append(pieces[1 - first])
+    return halves

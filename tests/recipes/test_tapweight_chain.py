@@ -1,0 +1,264 @@
+"""The whole chain of TapWeight: streamed, forward mode, backward passes and the closed form agree."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import mlopt
+from mlopt.recipes.tapweight.levels import Pretraining, three_levels
+from mlopt.recipes.tapweight.objective import Objective
+from mlopt.recipes.tapweight.proximal import Proximal
+from mlopt.recipes.tapweight.signals import judge, verdict
+from mlopt.recipes.tapweight.task import Task
+
+F64 = torch.float64
+
+
+class Encoder(nn.Module):
+    width = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4, dtype=F64)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.layer(batch).tanh()
+
+
+class Reconstruct(Objective):
+    """Predict a function of the input, or nothing of use."""
+
+    def __init__(self, name: str, power: float) -> None:
+        self.name, self.power = name, power
+
+    def head(self, encoder: nn.Module) -> nn.Module:
+        return nn.Linear(encoder.width, 3, dtype=F64)
+
+    def view(self, batch: Tensor) -> Tensor:
+        return batch * torch.bernoulli(torch.full_like(batch, 0.7))
+
+    def loss(self, encoder: nn.Module, head: nn.Module, view: Tensor) -> Tensor:
+        return (head(encoder(view)) - view.abs().pow(self.power)).square().mean()
+
+
+class Sum(Task):
+    metric_name, greater_is_better = "loss", False
+
+    def collate(self, examples):
+        return torch.stack(examples)
+
+    def head(self, encoder):
+        return nn.Linear(encoder.width, 1, dtype=F64)
+
+    def outputs(self, encoder, head, batch):
+        return head(encoder(batch)).squeeze(1)
+
+    def losses(self, outputs, batch):
+        return (outputs - batch.sum(1)).square()
+
+    def metric(self):
+        raise NotImplementedError
+
+    def targets(self, batch):
+        return batch.sum(1)
+
+
+def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple[mlopt.Problem, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    objectives = [Reconstruct("linear", 1.0), Reconstruct("square", 2.0), Reconstruct("root", 0.5)]
+    task = Sum({split: list(torch.randn(6, 3, dtype=F64)) for split in ("train", "valid", "test")})
+    model = Pretraining(Encoder(), objectives)
+    batches = {name: torch.randn(6, 3, dtype=F64) for name in ("reweighting", "finetuning", "pretraining")}
+    problem = three_levels(
+        model,
+        objectives,
+        task,
+        scales={"linear": 1.0, "square": 2.0, "root": 0.5},
+        gamma=gamma,
+        corpus=[batches["pretraining"]],
+        train=[batches["finetuning"]],
+        valid=[batches["reweighting"]],
+        optimizers={
+            "pretraining": partial(SGD, lr=0.01),
+            "finetuning": partial(SGD, lr=0.01),
+            "reweighting": partial(SGD, lr=0.1),
+        },
+        every=1,
+        estimator=estimator or mlopt.Identity(),
+    )
+    with torch.no_grad():  # omega away from theta, weights away from equal
+        for parameter in problem["finetuning"].module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        problem["reweighting"].module.logits.add_(torch.tensor([0.4, -0.3, 0.1]))
+    return problem, batches
+
+
+def closed_form(problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float, masks: mlopt.generators.GeneratorState):
+    """Return dL/da = -2 gamma (diag(lambda) - lambda lambda^T) s with s_k = <grad_theta L_k, v>, from plain torch."""
+    own, theta = problem["reweighting"].module, problem["pretraining"].module
+    omega = problem["finetuning"].module
+    logits = own.logits.detach()
+    weights = logits.softmax(0).double()
+    valid = (omega.head(omega.encoder(batches["reweighting"])).squeeze(1) - batches["reweighting"].sum(1)).square().mean()
+    v = torch.autograd.grad(valid, list(omega.encoder.parameters()))
+    masks.restore()
+    signals = []
+    for (name, head), power, scale in zip(theta.heads.items(), (1.0, 2.0, 0.5), (1.0, 2.0, 0.5), strict=True):
+        view = Reconstruct(name, power).view(batches["pretraining"])
+        loss = Reconstruct(name, power).loss(theta.encoder, head, view) / scale
+        g = torch.autograd.grad(loss, list(theta.encoder.parameters()))
+        signals.append(sum((a * b).sum() for a, b in zip(g, v, strict=True)))
+    s = torch.stack(signals)
+    return -2 * gamma * (torch.diag(weights) - weights[:, None] * weights) @ s
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+@pytest.mark.parametrize("gamma", [1e-3, 0.5, 100.0])
+def test_the_hypergradient_is_the_closed_form(products, gamma):
+    problem, batches = chain(gamma, mlopt.Identity(products=products))
+    result = mlopt.hypergradient(problem, batches, seed=3)
+    devices = problem.devices
+    masks = mlopt.generators.GeneratorState.seeded(
+        mlopt.generators.derive_seed("hypergradient", "seed", 3, "pretraining"), devices
+    )
+    expected = closed_form(problem, batches, gamma, masks)
+    torch.testing.assert_close(result.gradient["logits"].double(), expected, rtol=1e-6, atol=1e-8 * gamma)
+
+
+def test_the_streamed_gradient_is_the_closed_form_with_the_cotangent_of_the_step_before():
+    problem, batches = chain()
+    reference = copy.deepcopy(problem)
+    gradients, states = [], []
+
+    class Watch(mlopt.Callback):
+        def on_step_end(self, run):
+            gradients.append(problem["reweighting"].module.logits.grad.clone())
+            states.append(run.engine.generators["pretraining"])
+
+    mlopt.solve(problem, 2, callbacks=[Watch()], seed=1)
+    theta, omega = reference["pretraining"].module, reference["finetuning"].module
+    own = reference["reweighting"].module
+    # By hand: two outer steps of the same levels; the second gradient uses g_k at the second step and v of the first.
+    scales, powers = (1.0, 2.0, 0.5), (1.0, 2.0, 0.5)
+
+    def losses():
+        return [
+            Reconstruct(name, power).loss(theta.encoder, head, Reconstruct(name, power).view(batches["pretraining"])) / scale
+            for (name, head), power, scale in zip(theta.heads.items(), powers, scales, strict=True)
+        ]
+
+    held = None
+    for step in range(2):
+        states[step].restore()
+        weights = own.logits.detach().softmax(0)
+        values = losses()
+        parameters = list(theta.parameters())
+        gs = [torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True) for x in values]
+        count = len(list(theta.encoder.parameters()))
+        s = None
+        if held is not None:
+            s = torch.stack([sum((a * b).sum() for a, b in zip(g[:count], held, strict=True)) for g in gs])
+        with torch.no_grad():
+            for i, parameter in enumerate(parameters):
+                parameter -= 0.01 * sum(w * g[i] for w, g in zip(weights, gs, strict=True))
+        batch = batches["finetuning"]
+        loss = (omega.head(omega.encoder(batch)).squeeze(1) - batch.sum(1)).square().mean()
+        loss = loss + Proximal(theta.encoder, 0.5)(omega.encoder, theta.encoder)
+        gradient = torch.autograd.grad(loss, list(omega.parameters()))
+        with torch.no_grad():
+            for parameter, g in zip(omega.parameters(), gradient, strict=True):
+                parameter -= 0.01 * g
+        batch = batches["reweighting"]
+        valid = (omega.head(omega.encoder(batch)).squeeze(1) - batch.sum(1)).square().mean()
+        v = torch.autograd.grad(valid, list(omega.encoder.parameters()))
+        if s is None:
+            states[step].restore()
+            recomputed = [torch.autograd.grad(x, list(theta.encoder.parameters())) for x in losses()]
+            s = torch.stack([sum((a * b).sum() for a, b in zip(g, v, strict=True)) for g in recomputed])
+        weights = weights.double()
+        expected = -2 * 0.5 * (torch.diag(weights) - weights[:, None] * weights) @ s if held is None else None
+        if held is not None:
+            expected = -(torch.diag(weights) - weights[:, None] * weights) @ s
+        torch.testing.assert_close(gradients[step].double(), expected, rtol=1e-5, atol=1e-9)
+        with torch.no_grad():
+            own.logits -= 0.1 * gradients[step]
+        held = [2 * 0.5 * x for x in v]
+
+
+def test_the_pullback_through_finetuning_needs_no_network_pass():
+    problem, batches = chain()
+    passes = []
+    problem["finetuning"].module.encoder.layer.register_forward_hook(lambda *_: passes.append(1))
+    mlopt.hypergradient(problem, batches)
+    assert len(passes) == 1  # the validation loss
+
+
+def test_the_couplings_products_are_exact():
+    """2 gamma I and -2 gamma I, whatever the encoders hold."""
+    a, b = Encoder(), Encoder()
+    value = Proximal(a, 0.7)(a, b)
+    v = [torch.randn_like(p) for p in a.parameters()]
+    g = torch.autograd.grad(value, list(a.parameters()), create_graph=True)
+    inner = sum((x * y).sum() for x, y in zip(g, v, strict=True))
+    own = torch.autograd.grad(inner, list(a.parameters()), retain_graph=True)
+    mixed = torch.autograd.grad(inner, list(b.parameters()))
+    for x, h, m in zip(v, own, mixed, strict=True):
+        torch.testing.assert_close(h, 1.4 * x, rtol=1e-14, atol=0)
+        torch.testing.assert_close(m, -1.4 * x, rtol=1e-14, atol=0)
+
+
+def test_a_frozen_encoder_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        Proximal(Encoder().requires_grad_(False), 1.0)
+
+
+def test_halves_that_disagree_are_not_significant_however_many_batches():
+    """Label noise is the same at every measurement: more of them must not make it significant."""
+    generator = torch.Generator().manual_seed(0)
+    label_noise = 1.0
+    halves = []
+    for _ in range(200):
+        # Both halves' signals scatter about a mean that is itself within the labels' error of zero.
+        draw = torch.randn(2, 1, generator=generator, dtype=F64) * label_noise * 2**0.5
+        halves.append((0.8 + draw[0] - draw.mean(0), 0.8 + draw[1] - draw.mean(0)))
+    signal = judge(["one"], halves)["one"]
+    assert signal.mean == pytest.approx(0.8)
+    assert not signal.significant
+    assert signal.error == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_clear_signal_is_significant_and_said():
+    generator = torch.Generator().manual_seed(0)
+    halves = [
+        (torch.tensor([1.0, -1.0, 0.0]) + 0.1 * torch.randn(3, generator=generator), torch.tensor([1.0, -1.0, 0.0]))
+        for _ in range(10)
+    ]
+    signals = judge(["good", "bad", "neither"], halves)
+    assert signals["good"].significant
+    assert signals["bad"].significant
+    assert not signals["neither"].significant
+    sentence = verdict(signals)
+    assert "good helped significantly" in sentence
+    assert "bad significantly less" in sentence
+    assert "neither cannot be told" in sentence
+    assert "no significant preference" in verdict({"neither": signals["neither"]})
+
+
+def test_false_alarms_are_as_rare_as_they_should_be():
+    """Signals that are noise of labels alone: some objective is called significant in about 5% of runs, not in most."""
+    generator = torch.Generator().manual_seed(1)
+    alarms = 0
+    for _ in range(300):
+        per_label = torch.randn(40, 5, generator=generator, dtype=F64)
+        halves = []
+        for _ in range(20):
+            order = torch.randperm(40, generator=generator)
+            halves.append((per_label[order[:20]].mean(0), per_label[order[20:]].mean(0)))
+        alarms += any(signal.significant for signal in judge(list("abcde"), halves).values())
+    assert 0.01 < alarms / 300 < 0.12

@@ -1,0 +1,235 @@
+"""The command line itself: what it lists, how it refuses, and that an error in the program keeps its traceback."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+import torch
+
+import mlopt
+from mlopt import cli
+from mlopt.validation import at_least
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.fixture
+def with_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
+    """Return a function that puts another `main` in the place of every command."""
+
+    def replace(main: Callable[..., object]) -> None:
+        monkeypatch.setattr(cli, "_load", lambda command, prog: SimpleNamespace(main=main))
+
+    return replace
+
+
+def test_the_package_and_its_command_line_import_no_recipe() -> None:
+    code = """
+import sys, mlopt, mlopt.cli
+heavy = ("mlopt.recipes", "tyro", "cattrs", "torch_geometric", "rdkit", "sklearn", "matplotlib")
+print([name for name in sys.modules if name.startswith(heavy)])
+"""
+    assert python(code).stdout == "[]\n"
+
+
+def test_python_m_mlopt_is_the_same_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "mlopt", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"mlopt {importlib.metadata.version('mlopt-torch')}\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize(("arguments", "listed"), [([], "tapweight"), (["tapweight"], "molecules")])
+def test_without_a_command_it_lists_what_there_is(
+    arguments: list[str], listed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"usage: {' '.join(['mlopt', *arguments])} [-h]")
+    assert listed in told.out
+    assert told.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["tapwait"], "invalid choice: 'tapwait' (choose from"),
+        (["tapweight", "molecule"], "invalid choice: 'molecule' (choose from"),
+        (["tapweight", "--steps"], "mlopt tapweight: error: unrecognised arguments: --steps"),
+        (["--vers"], "mlopt: error: unrecognised arguments: --vers"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main(arguments)
+    assert status.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_command_receives_its_arguments_untouched(with_command: Any) -> None:
+    received = []
+    with_command(lambda arguments, prog: received.append((arguments, prog)))
+    arguments = ["--labels", "a", "--help", "b", "--version", "--steps=3", "-x", "--seed", "-1"]
+    assert cli.main(["tapweight", "molecules", *arguments]) == 0
+    assert received == [(arguments, "mlopt tapweight molecules")]
+
+
+@pytest.mark.parametrize(("package", "needs"), [("tyro", "needs"), ("rdkit", "need")])
+def test_a_missing_extra_is_named(package: str, needs: str, tmp_path: Path) -> None:
+    """tyro is imported with the command, RDKit only where a molecule is read."""
+    (tmp_path / "train.csv").write_text("smiles,y\nC,1\n")
+    code = f"import sys; sys.modules[{package!r}] = None; from mlopt.cli import main; sys.exit(main(sys.argv[1:]))"
+    files = ["--corpus", str(tmp_path / "train.csv"), "--train", str(tmp_path / "train.csv")]
+    done = python(code, "tapweight", "molecules", *files, "--output", str(tmp_path / "output"))
+    assert done.returncode == 2
+    assert f"{needs} {package}, which is not installed: pip install 'mlopt-torch[molecules]'\n" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@attrs.frozen
+class Checked:
+    count: int = attrs.field(validator=at_least(1))
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        (lambda: Checked(0), "mlopt: Checked: count=0; it must be a whole number >= 1\n"),
+        (lambda: mlopt.Problem(), "mlopt: "),
+        (lambda: open("/nowhere/at all"), "mlopt: [Errno 2] No such file or directory: '/nowhere/at all'\n"),  # noqa: SIM115
+    ],
+)
+def test_errors_of_a_user_are_one_sentence(
+    act: Callable[[], object], sentence: str, with_command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_command(lambda arguments, prog: act())
+    assert cli.main(["tapweight", "molecules"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(sentence)
+    assert "Traceback" not in told.err
+    assert told.out == ""
+
+
+def raise_here() -> None:
+    raise ValueError("raised by something that is not mlopt")
+
+
+@pytest.mark.parametrize(
+    ("act", "kind"),
+    [
+        (raise_here, ValueError),
+        (lambda: exec(compile("int('x')", cli.__file__, "exec")), ValueError),  # a call that fails inside mlopt
+        (lambda: torch.distributions.Normal(0.0, -1.0), ValueError),
+        (lambda: __import__("mlopt.nothing"), ModuleNotFoundError),
+        (lambda: 1 / 0, ZeroDivisionError),
+    ],
+)
+def test_errors_of_the_program_keep_their_traceback(
+    act: Callable[[], object], kind: type[Exception], with_command: Any
+) -> None:
+    with_command(lambda arguments, prog: act())
+    with pytest.raises(kind):
+        cli.main(["tapweight", "molecules"])
+
+
+def test_a_misspelt_import_of_our_own_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = cli.Command("nothing", "mlopt.recipes.tapweight.nothing", "molecules")
+    monkeypatch.setattr(cli, "_RECIPES", {"tapweight": cli.Recipe("nothing", {"molecules": command})})
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'mlopt\.recipes\.tapweight\.nothing'"):
+        cli.main(["tapweight", "molecules"])
+
+
+def test_an_interruption_is_told(with_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(arguments: list[str], prog: str) -> None:
+        raise KeyboardInterrupt
+
+    with_command(main)
+    assert cli.main(["tapweight", "molecules"]) == 130
+    assert capsys.readouterr().err == "mlopt: interrupted; a run that had not ended is not saved\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--stepps 3", "Perhaps you meant: --steps"),
+        ("--steps four", "--steps: invalid literal for int() with base 10: 'four'"),
+        ("--steps 0", "steps=0; it must be a whole number >= 1"),
+        ("--gamma -1", "gamma=-1.0; it must be a finite number >= 0"),
+        ("--seeds 1 1", "seeds=[1, 1]; give at least one, and each once"),
+        ("--seed -1", "seeds are whole numbers from 0 to 4294967295"),
+        ("--objectives masked_atom contrastive", "invalid choice 'masked_atom'"),
+        ("--corpus-limit 1", "corpus_limit=1; it must be a finite number >= 2"),
+    ],
+)
+def test_options_that_cannot_be_parsed_end_with_2(more: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main(["tapweight", "molecules", *more.split()])
+    assert status.value.code == 2
+    assert sentence in " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+@pytest.mark.parametrize("missing", ["corpus", "train", "output"])
+def test_what_is_needed_is_asked_for(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"corpus": "a.smi", "train": "a.csv", "output": "a"}
+    assert (
+        cli.main(["tapweight", "molecules", *(f"--{name}={value}" for name, value in given.items() if name != missing)])
+        == 2
+    )
+    assert f"--{missing}" in capsys.readouterr().err
+
+
+def test_the_help_explains_every_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as status:
+        cli.main(["tapweight", "molecules", "--help"])
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    configuration = importlib.import_module("mlopt.recipes.tapweight.molecules.configuration")
+    parts = [getattr(configuration, name) for name in ("Data", "Settings", "Encoder")]
+    fields = [*attrs.fields(configuration.CommandLine), *(f for part in parts for f in attrs.fields(part))]
+    entries = re.split(r"\n\W{0,3}(?=--)", re.sub(r"\(default.*?\)", "", text, flags=re.DOTALL))
+    for name in (field.name.replace("_", "-") for field in fields if field.name not in ("data", "settings", "encoder")):
+        described = [entry for entry in entries if re.match(rf"(--\S+( N \[N ...\])?, )?--{name}[\s,]", entry)]
+        assert len(described) == 1, name
+        words = re.findall(r"(?<![-{,])\b[a-z]{2,}\b", described[0])
+        assert len(words) > 3, described
+    assert re.findall(r"^\W*(\w+) options\W*$", text, re.MULTILINE) == ["data", "settings", "encoder"]
+    assert all(name in text for name in configuration.OBJECTIVES)
+
+
+def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
+    molecules = [start + "C" * length for start in ("CC", "c1ccccc1", "N#C", "OC(=O)") for length in range(1, 11)]
+    (tmp_path / "train.csv").write_text("\n".join(["smiles,y", *(f"{one},{len(one)}" for one in molecules)]))
+    files = ["--corpus", "train.csv", "--train", "train.csv", "--split", "random", "--output", "output"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlopt", "tapweight", "molecules", *files, "--steps", "1000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "Corpus: 40 molecules of train.csv.\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "mlopt: interrupted; a run that had not ended is not saved\n")
+    assert list((tmp_path / "output").iterdir()) == []
