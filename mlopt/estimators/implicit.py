@@ -144,6 +144,8 @@ class Stationarity(Linearization):
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self._name!r}: {error}") from error
         self._record(found)
+        if not self._children:
+            return {self._name: found.value}
         solution, _ = self._complete(found.value, load)
         return solution
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def test_three_files_of_classes_and_a_gzipped_corpus_in_a_process_of_its_own(fol
     rest = "--labels nitrogen --output output --freeze-encoder --seed 1"
     done = subprocess.run(
         [sys.executable, "-m", "mlopt", *COMMAND, *files.split(), *FAST, *rest.split()],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100, env={"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(
