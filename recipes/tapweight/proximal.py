@@ -31,7 +31,9 @@ class Proximal:
         # Read once: within the transforms of torch.func no parameter says that it requires a gradient.
         self._names = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
         if not self._names:
-            raise ValueError("Proximal: the encoder has no trainable parameter, so nothing couples the two; unfreeze some")
+            raise ValueError(
+                "Proximal: the encoder has no trainable parameter, so nothing couples the two; unfreeze some"
+            )
 
     def __call__(self, encoder: nn.Module, anchor: nn.Module) -> Tensor:
         """Return the coupling of omega, held by `encoder`, and theta, held by `anchor`; a scalar."""

@@ -331,7 +331,7 @@ def _molecules(
     kept: list[int] = []
     skipped: list[Skipped] = []
     for row, smiles, cells in rows:
-        graph = _graph(smiles.strip())
+        graph = graph_of(smiles.strip())
         if isinstance(graph, str):
             if strict:
                 raise DataError(
@@ -352,7 +352,7 @@ def _molecules(
     return Molecules(tuple(graphs), tuple(kept), names, tuple(skipped), str(path))
 
 
-def _graph(smiles: str) -> Data | str:
+def graph_of(smiles: str) -> Data | str:
     """Return the graph of a molecule, or the reason why there is none."""
     chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
     with base.BlockLogs():  # the reason is returned, not printed

@@ -145,8 +145,7 @@ def test_the_saved_encoder_loads_and_was_trained(finished: Path, tmp_path: Path)
 
 def test_the_saved_configuration_is_the_whole_run(finished: Path) -> None:
     configuration = read(finished / "config.json")
-    assert configuration.output == finished
-    assert configuration.data.train == finished.parent / "train.csv"
+    assert (configuration.output, configuration.data.train) == (finished, finished.parent / "train.csv")
     assert (configuration.seeds, configuration.steps, configuration.device) == ((3,), 6, "cpu")
     assert configuration.settings == Settings(every=2, epochs=2, measurements=2)
 
