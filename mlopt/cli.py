@@ -48,6 +48,9 @@ _RECIPES = {
             "molecules": Command(
                 "predict properties of molecules, from SMILES", "mlopt.recipes.tapweight.molecules.command", "molecules"
             ),
+            "demo": Command(
+                "watch it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"
+            ),
         },
     ),
 }
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, recipe in _RECIPES.items():
         child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
         child.set_defaults(chosen=child)
-        commands = child.add_subparsers(title="modalities", metavar="MODALITY")
+        commands = child.add_subparsers(title="commands", metavar="COMMAND")
         for modality, command in recipe.commands.items():
             leaf = commands.add_parser(modality, help=command.summary, add_help=False, allow_abbrev=False)
             leaf.set_defaults(chosen=command, prog=leaf.prog)

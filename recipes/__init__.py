@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "recipes":
-    raise ImportError("import it as `mlopt.recipes`: the folder `recipes` is packed inside mlopt, and is no package of its own")
+    raise ImportError(
+        "import it as `mlopt.recipes`: the folder `recipes` is packed inside mlopt, and is no package of its own"
+    )
 
 if TYPE_CHECKING:
     from .tapweight.recipe import TapWeight as TapWeight

@@ -107,8 +107,8 @@ class Problem:
                 if id(parameter) in owners:
                     other, other_name = owners[id(parameter)]
                     raise ProblemError(
-                        f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is {level.name}.{name}); give "
-                        " one of them a copy (copy.deepcopy), or freeze it in one"
+                        f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is "
+                        f"{level.name}.{name}); give one of them a copy (copy.deepcopy), or freeze it in one"
                     )
                 owners[id(parameter)] = (level.name, name)
 

@@ -142,7 +142,7 @@ def verdict(signals: Mapping[str, Signal]) -> str:
     if helps:
         parts.append(f"{', '.join(helps)} helped significantly more than the mixture")
     if harms:
-        parts.append(f"{', '.join(harms)} significantly less")
+        parts.append(f"{', '.join(harms)} helped significantly less")
     rest = [name for name in signals if name not in (*helps, *harms)]
     tail = f"; {', '.join(rest)} cannot be told from the mixture" if rest else ""
     return f"By the validation labels, {' and '.join(parts)}{tail}."

@@ -99,13 +99,17 @@ def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple
     return problem, batches
 
 
-def closed_form(problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float, masks: mlopt.generators.GeneratorState):
+def closed_form(
+    problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float, masks: mlopt.generators.GeneratorState
+):
     """Return dL/da = -2 gamma (diag(lambda) - lambda lambda^T) s with s_k = <grad_theta L_k, v>, from plain torch."""
     own, theta = problem["reweighting"].module, problem["pretraining"].module
     omega = problem["finetuning"].module
     logits = own.logits.detach()
     weights = logits.softmax(0).double()
-    valid = (omega.head(omega.encoder(batches["reweighting"])).squeeze(1) - batches["reweighting"].sum(1)).square().mean()
+    valid = (
+        (omega.head(omega.encoder(batches["reweighting"])).squeeze(1) - batches["reweighting"].sum(1)).square().mean()
+    )
     v = torch.autograd.grad(valid, list(omega.encoder.parameters()))
     masks.restore()
     signals = []
@@ -149,7 +153,8 @@ def test_the_streamed_gradient_is_the_closed_form_with_the_cotangent_of_the_step
 
     def losses():
         return [
-            Reconstruct(name, power).loss(theta.encoder, head, Reconstruct(name, power).view(batches["pretraining"])) / scale
+            Reconstruct(name, power).loss(theta.encoder, head, Reconstruct(name, power).view(batches["pretraining"]))
+            / scale
             for (name, head), power, scale in zip(theta.heads.items(), powers, scales, strict=True)
         ]
 
@@ -245,7 +250,7 @@ def test_a_clear_signal_is_significant_and_said():
     assert not signals["neither"].significant
     sentence = verdict(signals)
     assert "good helped significantly" in sentence
-    assert "bad significantly less" in sentence
+    assert "bad helped significantly less" in sentence
     assert "neither cannot be told" in sentence
     assert "no significant preference" in verdict({"neither": signals["neither"]})
 

@@ -45,9 +45,9 @@ SETTINGS = Settings(
 _CORPUS, _TRAIN, _VALID, _TEST = 2_000, 100, 1_000, 900
 
 _INTRODUCTION = (
-    "Molecules: fragments of about 130 well-known drugs, joined anew. Labels: solubility in water by Delaney's equation, computed "
-    "by RDKit. This is a demonstration, not a benchmark: the equation is made of molecular descriptors, so that the objective that "
-    "predicts those is known to suit the task, and the control (labels by hash) is known to be useless."
+    "Molecules: fragments of about 130 well-known drugs, joined anew. Labels: solubility in water by Delaney's equation, "
+    "computed by RDKit. This is a demonstration, not a benchmark: the equation is made of molecular descriptors, so that "
+    "the objective that predicts those is known to suit the task, and the control (labels by hash) is known to be useless."
 )
 
 
@@ -88,6 +88,8 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo") -> Non
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     options = parser.parse_args(arguments)
+    # The batches are small: a second thread costs more than it brings.
+    torch.set_num_threads(1)
     console = Console()
     console.print(_INTRODUCTION, highlight=False)
     results = {}
@@ -111,8 +113,8 @@ def _told(results: Sequence[TapWeightResult]) -> str:
     top = sum(max(result.weights, key=result.weights.__getitem__) == "descriptors" for result in results)
     runs = "the run" if count == 1 else f"{count} runs"
     return (
-        f"The control, {CONTROL}, ended below its equal share of {share:.3f} in {below} of {count} ({runs}); descriptors, of which "
-        f"the label is made, came out on top in {top} of {count}."
+        f"The control, {CONTROL}, ended below its equal share of {share:.3f} in {below} of {count} ({runs}); "
+        f"descriptors, of which the label is made, came out on top in {top} of {count}."
     )
 
 
