@@ -20,7 +20,7 @@ from mlopt.validation import at_least, one_of
 from .levels import Pretraining, three_levels
 from .result import TapWeightResult
 from .signals import SignalProbe
-from .training import Score, finetune, gradient_norms, pretrain
+from .training import Score, finetune, fixed_weights, gradient_norms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,16 +168,16 @@ class TapWeight:
                 f"fit: steps={steps} at every={self.settings.every} moves the weights {outer} times; at least "
                 f"measurements={self.settings.measurements} are needed to judge them"
             )
-        model, scales = self.prepare()
-        problem, probe = self.problem(copy.deepcopy(model), scales, interval=outer // self.settings.measurements)
+        problem, probe = self.problem(interval=outer // self.settings.measurements)
         solution = mlopt.solve(problem, outer, callbacks=[probe, *callbacks], seed=self.seed, progress=progress)
         adapted = problem["pretraining"].module.encoder
         scores: dict[str, list[Score]] = {}
         if "direct" in baselines:
             scores["direct"] = self._finetune(self.encoder, progress)
         if "equal" in baselines:
-            equal = self.pretrain_equal(steps, progress=progress)
-            scores["equal"] = self._finetune(equal.encoder, progress)
+            equal = self.equal_weights()
+            mlopt.solve(equal, steps, seed=self.seed, progress=progress)
+            scores["equal"] = self._finetune(equal["pretraining"].module.encoder, progress)
         scores["tapweight"] = self._finetune(adapted, progress)
         weights = problem["reweighting"].module().tolist()
         return TapWeightResult(
@@ -210,13 +210,12 @@ class TapWeight:
             self._prepared = model, scales
         return self._prepared
 
-    def problem(
-        self, model: Pretraining, scales: dict[str, float], *, interval: int
-    ) -> tuple[mlopt.Problem, SignalProbe]:
-        """Return the three levels on a model, and the probe that measures their signals every `interval` outer steps."""
+    def problem(self, *, interval: int) -> tuple[mlopt.Problem, SignalProbe]:
+        """Return the three levels, and the probe that measures the signals of objectives every `interval` outer steps."""
         settings, task = self.settings, self.task
+        start, scales = self.prepare()
         problem = three_levels(
-            model,
+            copy.deepcopy(start),
             self.objectives,
             task,
             scales=scales,
@@ -245,22 +244,17 @@ class TapWeight:
         )
         return problem, probe
 
-    def pretrain_equal(self, steps: int, *, progress: bool = True) -> Pretraining:
-        """Return the model after the same pretraining at equal weights, on the same batches."""
+    def equal_weights(self) -> mlopt.Problem:
+        """Return continued pretraining at equal weights, from the same start and on the same batches, as a problem."""
         start, scales = self.prepare()
-        model = copy.deepcopy(start)
-        pretrain(
-            model,
+        return fixed_weights(
+            copy.deepcopy(start),
             self.objectives,
             self.batches(),
             weights=dict.fromkeys(self.names, 1 / len(self.names)),
             scales=scales,
             optimizer=partial(Adam, lr=self.settings.pretraining_lr),
-            steps=steps,
-            seed=self.seed,
-            progress=progress,
         )
-        return model
 
     def batches(self) -> DataLoader[Any]:
         """Return batches of the corpus."""

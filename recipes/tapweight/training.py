@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .task import Task
 
-__all__ = ["Score", "finetune", "gradient_norms", "pretrain"]
+__all__ = ["Score", "finetune", "fixed_weights", "gradient_norms"]
 
 
 @attrs.frozen
@@ -78,7 +78,7 @@ def gradient_norms(
     return norms
 
 
-def pretrain(
+def fixed_weights(
     model: Pretraining,
     objectives: Sequence[Objective],
     corpus: Iterable[Any],
@@ -86,19 +86,15 @@ def pretrain(
     weights: Mapping[str, float],
     scales: Mapping[str, float],
     optimizer: Any,
-    steps: int,
-    seed: int,
-    progress: bool,
-) -> mlopt.Solution:
-    """Train the model in place on sum_k w_k L_k with fixed weights: continued pretraining."""
+) -> mlopt.Problem:
+    """Return plain continued pretraining as a problem of one level: min sum_k w_k L_k over the model, trained in place."""
 
     def loss(own: Pretraining, batch: Any) -> dict[str, Any]:
         losses = {name: value() for name, value in objective_losses(own, batch, objectives, scales).items()}
         total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    problem = mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, optimizer=optimizer))
-    return mlopt.solve(problem, steps, seed=seed, progress=progress)
+    return mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, optimizer=optimizer))
 
 
 class _BestEpoch(mlopt.Callback):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import mlopt
+from mlopt import linear
 from mlopt.testing import quadratic
 
 ONES = torch.ones(2, dtype=torch.float64)
@@ -59,6 +60,39 @@ def test_the_worst_of_many_solves_is_reported() -> None:
     assert report.solves > 3
     assert report.converged is False
     assert report.residual > 1e-3
+
+
+class Scripted(linear.LinearSolver):
+    """A solver whose first solve goes wrong, and whose others claim to be perfect."""
+
+    damping = 0.0
+
+    def __init__(self) -> None:
+        self.solves = 0
+
+    def _solve(self, matvec: Any, rhs: Any, size: float, initial: Any) -> linear.LinearSolution:
+        self.solves += 1
+        good = self.solves > 1
+        return linear.LinearSolution(
+            value=rhs,
+            residual=1e-12 if good else 0.5,
+            iterations=2,
+            products=3,
+            converged=good,
+            curvature=(1.0, 2.0) if good else (-1.0, 1.5),
+            remark="" if good else "went wrong",
+        )
+
+
+def test_one_bad_solve_is_not_forgotten_for_the_good_ones_after_it() -> None:
+    solver = Scripted()
+    rules = {"y": mlopt.Dense(), "z": mlopt.Implicit(solver=solver)}
+    report = mlopt.hypergradient(quadratic("nested", rules).problem).reports["z"]
+    assert solver.solves > 3
+    assert (report.solves, report.iterations, report.products) == (solver.solves, 2 * solver.solves, 3 * solver.solves)
+    assert (report.residual, report.converged) == (0.5, False)
+    assert report.curvature == (-1.0, 2.0)
+    assert report.remarks == ("went wrong",)
 
 
 def test_negative_curvature_stops_and_keeps_the_iterate() -> None:

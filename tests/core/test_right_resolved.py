@@ -68,10 +68,14 @@ class Quartic:
         self.curvature = curvature
         return y
 
-    def total_outer(self, x: Tensor) -> Tensor:
+    def solve_middle(self, x: Tensor) -> Tensor:
         y = self.y
         for _ in range(5):  # so near to x that each step of this chord method gains four digits
             y = y - torch.linalg.solve(self.curvature, self._slope(y, x))
+        return y
+
+    def total_outer(self, x: Tensor) -> Tensor:
+        y = self.solve_middle(x)
         return self.outer(x, y, self.solve_inner(y, x))
 
     def gradient(self, step: float = 1e-4) -> Tensor:
@@ -97,6 +101,63 @@ class Quartic:
             mlopt.Level("y", mlopt.variables(y), middle, estimator=estimator),
             mlopt.Level("z", mlopt.variables(self.solve_inner(y, self.x).detach()), inner, estimator=estimator),
         )
+
+
+class Chained(Quartic):
+    """The same with a second level inside the middle one, which depends on the first: multipliers pass from one to the other."""
+
+    def last(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        return (w**4).sum() / 4 + w @ w - w @ (torch.sin(z) + y * z)
+
+    def solve_last(self, z: Tensor, y: Tensor) -> Tensor:
+        w = torch.zeros(SIZE)
+        for k in range(10):
+            # As for z: to the end without a graph, then two steps that carry one.
+            pull = torch.sin(z) + y * z if k >= 8 else (torch.sin(z) + y * z).detach()
+            w = (w if k >= 8 else w.detach()) - (w**3 + 2 * w - pull) / (3 * w**2 + 2)
+        return w
+
+    def total_middle(self, y: Tensor, x: Tensor) -> Tensor:
+        z = self.solve_inner(y, x)
+        return self.middle(y, x, z) + self._middle_of_last(self.solve_last(z, y), y)
+
+    def _middle_of_last(self, w: Tensor, y: Tensor) -> Tensor:
+        return (w - 1).square().sum() / 2 + (w * y**2).sum() / 10
+
+    def total_outer(self, x: Tensor) -> Tensor:
+        y = self.solve_middle(x)
+        z = self.solve_inner(y, x)
+        return self.outer(x, y, z) + self.solve_last(z, y).sum()
+
+    def problem(self, estimator: mlopt.Estimator) -> mlopt.Problem:
+        x, y, z = super().problem(estimator)
+        last = self.solve_last(z.module.value, y.module.value).detach()
+
+        def outer(x: Variables, batch: Any, *, y: Variables, z: Variables, w: Variables) -> Tensor:
+            return self.outer(x(), y(), z()) + w().sum()
+
+        def middle(y: Variables, batch: Any, *, x: Variables, z: Variables, w: Variables) -> Tensor:
+            return self.middle(y(), x(), z()) + self._middle_of_last(w(), y())
+
+        def inner(w: Variables, batch: Any, *, y: Variables, z: Variables) -> Tensor:
+            return self.last(w(), z(), y())
+
+        return mlopt.Problem(
+            mlopt.Level("x", x.module, outer),
+            mlopt.Level("y", y.module, middle, estimator=estimator),
+            mlopt.Level("w", mlopt.variables(last), inner, estimator=estimator),
+            z,
+        )
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+@drawn(2)
+@given(seed=seeds)
+def test_two_levels_inside_solved_again(products: str, seed: int) -> None:
+    chained = Chained(seed)
+    problem = chained.problem(mlopt.Dense(products=products))
+    assert problem.graph["y"].parts == ("w", "z")
+    assert distance(gradient_of(problem), chained.gradient()) < 1e-6
 
 
 @drawn(5)

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.hypergrad`, `python -m benchmarks.tapweight`."""

@@ -1,0 +1,56 @@
+"""What every benchmark writes: the rows, with the commit, the versions and the machine that they came from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["environment", "interleaved", "write"]
+
+
+def environment() -> dict[str, Any]:
+    """Return the commit, the date, the versions and the machine."""
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def interleaved(functions: Sequence[Callable[[], Any]], rounds: int, *, warm_up: int = 1) -> list[float]:
+    """Return the median seconds of CPU time of each function, over rounds in which each runs once.
+
+    Interleaving puts what the machine does otherwise on all of them alike; quote ratios of these figures, not the figures.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(warm_up + rounds):
+        for function, seconds in zip(functions, times, strict=True):
+            begin = time.process_time()
+            function()
+            if turn >= warm_up:
+                seconds.append(time.process_time() - begin)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def write(file: str | os.PathLike[str] | None, rows: Any) -> None:
+    """Write the rows and the environment as JSON, where a file is asked for."""
+    if file is not None:
+        Path(file).write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
