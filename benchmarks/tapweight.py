@@ -87,7 +87,7 @@ def recipe(corpus: Molecules, table: Path, seed: int, size: Size, device: str) -
 def cost(tapweight: TapWeight, every: int, rounds: int) -> float:
     """Return the time of an outer step with `every` pretraining steps over that of `every` plain pretraining steps."""
     tapweight.settings = attrs.evolve(tapweight.settings, every=every)
-    whole, plain = tapweight.problem(interval=1)[0], tapweight.equal_weights()
+    whole, plain = tapweight.problem(outer=1)[0], tapweight.equal_weights()
     engines = Engine(whole, seed=0), Engine(plain, seed=0)
 
     def plain_steps() -> None:

@@ -21,6 +21,7 @@ from .levels import Pretraining, three_levels
 from .result import TapWeightResult
 from .signals import SignalProbe
 from .training import Score, finetune, fixed_weights, gradient_norms
+from .weights import DelayedAdam
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ class Settings:
         valid_batch_size: validation examples in a batch for the weights; all of them where there are no more.
         pretraining_lr: learning rate of Adam on the encoder and the objectives' heads.
         finetuning_lr: learning rate of Adam on the finetuning level.
+        warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
         weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.
         scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
             equal weights mean equal pull; "none" takes the losses as they are, as the authors' release does.
@@ -65,6 +67,7 @@ class Settings:
     valid_batch_size: int = attrs.field(default=128, validator=at_least(1))
     pretraining_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     finetuning_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
     weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
     scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
     epochs: int = attrs.field(default=30, validator=at_least(1))
@@ -163,12 +166,13 @@ class TapWeight:
         if unknown:
             raise ValueError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
         outer = steps // self.settings.every
-        if outer < self.settings.measurements:
+        moved = outer - int(self.settings.warmup * outer)
+        if moved < self.settings.measurements:
             raise ValueError(
-                f"fit: steps={steps} at every={self.settings.every} moves the weights {outer} times; at least "
-                f"measurements={self.settings.measurements} are needed to judge them"
+                f"fit: steps={steps} at every={self.settings.every} and warmup={self.settings.warmup} moves the weights {moved} "
+                f"times; at least measurements={self.settings.measurements} are needed to judge them"
             )
-        problem, probe = self.problem(interval=outer // self.settings.measurements)
+        problem, probe = self.problem(outer)
         solution = mlopt.solve(problem, outer, callbacks=[probe, *callbacks], seed=self.seed, progress=progress)
         adapted = problem["pretraining"].module.encoder
         scores: dict[str, list[Score]] = {}
@@ -210,10 +214,11 @@ class TapWeight:
             self._prepared = model, scales
         return self._prepared
 
-    def problem(self, *, interval: int) -> tuple[mlopt.Problem, SignalProbe]:
-        """Return the three levels, and the probe that measures the signals of objectives every `interval` outer steps."""
+    def problem(self, outer: int) -> tuple[mlopt.Problem, SignalProbe]:
+        """Return the three levels, and the probe that measures the objectives' signals, for a run of so many outer steps."""
         settings, task = self.settings, self.task
         start, scales = self.prepare()
+        delay = int(settings.warmup * outer)
         problem = three_levels(
             copy.deepcopy(start),
             self.objectives,
@@ -226,7 +231,7 @@ class TapWeight:
             optimizers={
                 "pretraining": partial(Adam, lr=settings.pretraining_lr),
                 "finetuning": partial(Adam, lr=settings.finetuning_lr),
-                "reweighting": partial(Adam, lr=settings.weights_lr),
+                "reweighting": partial(DelayedAdam, lr=settings.weights_lr, delay=delay),
             },
             every=settings.every,
             estimator=self.estimator,
@@ -238,7 +243,8 @@ class TapWeight:
             task.splits["valid"],
             task.collate,
             lambda: {"pretraining": corpus.next(), "finetuning": train.next()},
-            interval=interval,
+            start=delay,
+            interval=max(1, (outer - delay) // settings.measurements),
             limit=1_000,
             seed=derive_seed(self.seed, "halves"),
         )

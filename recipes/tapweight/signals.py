@@ -49,6 +49,7 @@ class SignalProbe(mlopt.Callback):
         valid: the validation examples.
         collate: joins examples into a batch.
         draw: returns a pretraining and a finetuning batch, by level name.
+        start: outer steps before the first interval.
         interval: outer steps between measurements.
         limit: the most examples in a half.
         seed: of the halves.
@@ -61,19 +62,21 @@ class SignalProbe(mlopt.Callback):
         collate: Callable[[list[Any]], Any],
         draw: Callable[[], Mapping[str, Any]],
         *,
+        start: int,
         interval: int,
         limit: int,
         seed: int,
     ) -> None:
         self.names, self._valid, self._collate, self._draw = names, valid, collate, draw
-        self._interval, self._limit = interval, limit
+        self._start, self._interval, self._limit = start, interval, limit
         self._generator = torch.Generator().manual_seed(seed)
         #: Signals of the halves, two tensors (K,) for each measurement.
         self.halves: list[tuple[Tensor, Tensor]] = []
         self.steps: list[int] = []
 
     def on_step_end(self, run: Any) -> None:
-        if run.step % self._interval:
+        elapsed = run.step - self._start
+        if elapsed <= 0 or elapsed % self._interval:
             return
         self.halves.append(self._measure(run.problem))
         self.steps.append(run.step)

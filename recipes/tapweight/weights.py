@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim import Adam
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
-__all__ = ["SimplexWeights", "relative_signals"]
+__all__ = ["DelayedAdam", "SimplexWeights", "relative_signals"]
 
 
 class SimplexWeights(nn.Module):
@@ -30,6 +33,32 @@ class SimplexWeights(nn.Module):
 
     def forward(self) -> Tensor:
         return self.logits.softmax(0)
+
+
+class DelayedAdam(Adam):
+    """Adam whose first steps leave the variables, and its own moments, as they are.
+
+    While the heads of the objectives and of the task are still near their random start, how their gradients align is chance,
+    and weights that follow it feed back on themselves: the objective that loses weight stops to train its head.
+
+    Args:
+        parameters: the variables.
+        lr: learning rate.
+        delay: how many steps to leave out.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, delay: int) -> None:
+        super().__init__(parameters, lr=lr)
+        for group in self.param_groups:
+            group["delay"] = delay
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step, or one off the delay."""
+        if self.param_groups[0]["delay"] > 0:
+            for group in self.param_groups:
+                group["delay"] -= 1
+        else:
+            super().step(closure)
 
 
 def relative_signals(gradient: Tensor, weights: Tensor) -> Tensor:

@@ -168,9 +168,6 @@ def _inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
     return (module() - x()).square().sum()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="after each linear solve, one more product with the Hessian is spent and thrown away"
-)
 @pytest.mark.parametrize(("products", "evaluations"), [("forward", 1), ("finite_difference", 2)])
 def test_the_identity_spends_the_mixed_product_and_nothing_else(products: str, evaluations: int) -> None:
     loss = Calls(_inner)

@@ -18,8 +18,8 @@ class Plain(nn.Module):
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(torch.randn(3, 2, generator=generator))
-        self.offset = nn.Parameter(torch.randn(2, generator=generator))
+        self.matrix = nn.Parameter(torch.randn(3, 2, generator=generator) / 2)
+        self.offset = nn.Parameter(torch.randn(2, generator=generator) / 2)
         self.scale: Tensor = torch.tensor([1.0, 2.0, 0.5])
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def build(network: nn.Module, estimator: mlopt.Estimator, seed: int) -> mlopt.Pr
         return (weights().sigmoid() * (module(inputs) - other).square().sum(1)).mean()
 
     def outer(module: nn.Module, batch: None, *, network: nn.Module) -> Tensor:
-        return (network(other) - inputs).square().mean() + module().square().mean()
+        return (network(other) - inputs).square().mean()
 
     return mlopt.Problem(
         mlopt.Level("weights", weights, outer), mlopt.Level("network", network, inner, estimator=estimator)
@@ -67,11 +67,11 @@ def build(network: nn.Module, estimator: mlopt.Estimator, seed: int) -> mlopt.Pr
 def test_a_decorated_module_gives_the_hypergradient_of_the_plain_one(products: str, seed: int) -> None:
     plain = Plain(torch.Generator().manual_seed(seed))
     decorated = Decorated(plain)
-    oracle = mlopt.hypergradient(build(plain, mlopt.Dense(damping=3.0), seed)).gradient["value"]
-    # Damped: an unused parameter makes the Hessian singular.
+    oracle = mlopt.hypergradient(build(plain, mlopt.Dense(damping=10.0), seed)).gradient["value"]
+    # Damped: an unused parameter makes the Hessian singular, and a drawn network may bend the wrong way.
     for estimator in (
-        mlopt.Dense(damping=3.0, products=products),
-        mlopt.ConjugateGradient(iterations=30, damping=3.0, rtol=1e-11, products=products),
+        mlopt.Dense(damping=10.0, products=products),
+        mlopt.ConjugateGradient(iterations=30, damping=10.0, rtol=1e-11, products=products),
     ):
         found = mlopt.hypergradient(build(decorated, estimator, seed)).gradient["value"]
         assert distance(found, oracle) < TOLERANCE[products]

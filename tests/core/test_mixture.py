@@ -152,14 +152,9 @@ def test_the_mixed_product_of_a_mixture_takes_no_second_derivative(products: str
     assert distance(torch.cat([*found]), torch.cat([*expected])) < 1e-6
 
 
-REPEATED = pytest.mark.xfail(
-    strict=True, reason="the regularizer is taken for the mixture, and its shares are counted twice"
-)
-
-
 @pytest.mark.parametrize(
     "products",
-    [pytest.param("autograd", marks=REPEATED), pytest.param("forward", marks=REPEATED), "finite_difference"],
+    PRODUCTS,
 )
 def test_a_mixture_and_a_regularizer_of_the_same_weights(products: str) -> None:
     def shrink(network: nn.Module, *, weights: nn.Module) -> Tensor:
@@ -235,9 +230,6 @@ def test_a_regularizer_of_the_outermost_level_counts() -> None:
     assert more.loss - plain.loss == pytest.approx(3 * level.module.logits.sum().item())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="after each linear solve, one more product with the Hessian is spent and thrown away"
-)
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_a_pullback_through_a_regularizer_alone_passes_over_no_data(products: str) -> None:
     loss, coupling = Calls(data_term), Calls(pull)

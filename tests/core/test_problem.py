@@ -233,7 +233,6 @@ def test_a_module_shared_whole_is_refused() -> None:
         mlopt.Problem(level("a", on("b"), module=shared), level("b", module=shared))
 
 
-@pytest.mark.xfail(strict=True, reason="two spaces, where the sentence was wrapped")
 def test_the_sentence_about_a_shared_tensor_is_well_set() -> None:
     shared = module()
     with refused(r"\); give one of them a copy"):

@@ -177,7 +177,7 @@ def test_a_nested_problem_solved_again(seed: int) -> None:
 def test_differences_on_a_nested_problem_solved_again(seed: int) -> None:
     quartic = Quartic(seed)
     estimator = mlopt.Dense(products="finite_difference")
-    assert distance(gradient_of(quartic.problem(estimator)), quartic.gradient()) < 1e-4
+    assert distance(gradient_of(quartic.problem(estimator)), quartic.gradient()) < 1e-6
 
 
 @drawn(10)

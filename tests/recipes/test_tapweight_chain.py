@@ -7,66 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tapweight_cases import Encoder, Reconstruct, Sum
+from torch import Tensor
 from torch.optim import SGD
 
 import mlopt
 from mlopt.recipes.tapweight.levels import Pretraining, three_levels
-from mlopt.recipes.tapweight.objective import Objective
 from mlopt.recipes.tapweight.proximal import Proximal
 from mlopt.recipes.tapweight.signals import judge, verdict
-from mlopt.recipes.tapweight.task import Task
 
 F64 = torch.float64
-
-
-class Encoder(nn.Module):
-    width = 4
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 4, dtype=F64)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.layer(batch).tanh()
-
-
-class Reconstruct(Objective):
-    """Predict a function of the input, or nothing of use."""
-
-    def __init__(self, name: str, power: float) -> None:
-        self.name, self.power = name, power
-
-    def head(self, encoder: nn.Module) -> nn.Module:
-        return nn.Linear(encoder.width, 3, dtype=F64)
-
-    def view(self, batch: Tensor) -> Tensor:
-        return batch * torch.bernoulli(torch.full_like(batch, 0.7))
-
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Tensor) -> Tensor:
-        return (head(encoder(view)) - view.abs().pow(self.power)).square().mean()
-
-
-class Sum(Task):
-    metric_name, greater_is_better = "loss", False
-
-    def collate(self, examples):
-        return torch.stack(examples)
-
-    def head(self, encoder):
-        return nn.Linear(encoder.width, 1, dtype=F64)
-
-    def outputs(self, encoder, head, batch):
-        return head(encoder(batch)).squeeze(1)
-
-    def losses(self, outputs, batch):
-        return (outputs - batch.sum(1)).square()
-
-    def metric(self):
-        raise NotImplementedError
-
-    def targets(self, batch):
-        return batch.sum(1)
 
 
 def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple[mlopt.Problem, dict[str, Tensor]]:

@@ -1,0 +1,40 @@
+"""TapWeight on molecules: graphs from SMILES, objectives, tasks. Names are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import molecule_net, read_corpus, read_table
+    from .encoder import GINE
+    from .objectives import OBJECTIVES, make_objective
+    from .splits import random_split, scaffold_split
+    from .task import MoleculeTask
+
+__all__ = [
+    "GINE",
+    "OBJECTIVES",
+    "MoleculeTask",
+    "make_objective",
+    "molecule_net",
+    "random_split",
+    "read_corpus",
+    "read_table",
+    "scaffold_split",
+]
+
+_HOMES = {
+    "data": ("molecule_net", "read_corpus", "read_table"),
+    "encoder": ("GINE",),
+    "objectives": ("OBJECTIVES", "make_objective"),
+    "splits": ("random_split", "scaffold_split"),
+    "task": ("MoleculeTask",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{home}", __name__), name)
+    raise AttributeError(f"{__name__} has no {name!r}; it has {', '.join(__all__)}")

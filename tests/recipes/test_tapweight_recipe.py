@@ -1,0 +1,177 @@
+"""TapWeight end to end on a small encoder: what it refuses, what it returns, and that ways are compared on equal terms."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import attrs
+import pytest
+import torch
+from tapweight_cases import F64, Encoder, Reconstruct, Sum
+from torch import nn
+
+from mlopt.recipes import TapWeight
+from mlopt.recipes.tapweight.recipe import Settings
+
+SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
+
+
+class Saved(Encoder):
+    """An encoder that can be saved."""
+
+    def save(self, folder):
+        folder.mkdir()
+        torch.save(self.state_dict(), folder / "state.pt")
+
+
+class Task(Sum):
+    """The sum of the inputs; an example is a tensor (3,)."""
+
+
+def task(count=24):
+    torch.manual_seed(1)
+    return Task({split: list(torch.randn(count, 3, dtype=F64)) for split in ("train", "valid", "test")})
+
+
+def tapweight(objectives=None, corpus=None, **arguments):
+    torch.manual_seed(2)
+    objectives = objectives or [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
+    corpus = list(torch.randn(40, 3, dtype=F64)) if corpus is None else corpus
+    return TapWeight(Saved(), objectives, task(), corpus, **{"settings": SETTINGS, **arguments})
+
+
+class Constant(Reconstruct):
+    """An objective whose loss ignores the encoder."""
+
+    def loss(self, encoder, head, view):
+        return head.weight.square().sum()
+
+
+class Detached(Reconstruct):
+    """An objective whose loss has no graph."""
+
+    def loss(self, encoder, head, view):
+        return super().loss(encoder, head, view).detach()
+
+
+class Infinite(Reconstruct):
+    """An objective whose loss is infinite."""
+
+    def loss(self, encoder, head, view):
+        return super().loss(encoder, head, view) * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("objective", "sentence"),
+    [
+        (Constant("idle", 1.0), "'idle' gives the encoder no gradient"),
+        (Detached("idle", 1.0), "'idle': its loss has no gradient"),
+        (Infinite("idle", 1.0), "'idle': the gradient of its loss is not finite"),
+    ],
+)
+def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tapweight([Reconstruct("linear", 1.0), objective]).fit(4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: tapweight([Reconstruct("linear", 1.0)]), "1 objectives"),
+        (lambda: tapweight([Reconstruct("a", 1.0), Reconstruct("a", 2.0)]), "two objectives of one name"),
+        (lambda: tapweight(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
+        (lambda: tapweight().fit(3, progress=False), "moves the weights 3 times"),
+        (lambda: tapweight().fit(4, baselines=["none"], progress=False), "unknown baseline 'none'"),
+        (lambda: Settings(gamma=-1.0), "gamma=-1.0; it must be a finite number >= 0"),
+        (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),
+        (lambda: Settings(scale="norm"), "scale='norm'; it must be one of 'gradient', 'none'"),
+    ],
+)
+def test_what_cannot_be_run_is_said(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_a_run_returns_and_saves_what_it_learned(tmp_path):
+    made = tapweight()
+    before = {name: tensor.clone() for name, tensor in made.encoder.state_dict().items()}
+    result = made.fit(8, progress=False)
+    assert sum(result.weights.values()) == pytest.approx(1.0, abs=1e-6)
+    assert all(weight > 0 for weight in result.weights.values())
+    assert set(result.scores) == {"direct", "equal", "tapweight"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.encoder.state_dict().items())
+    assert not torch.equal(result.encoder.layer.weight, before["layer.weight"])
+
+    result.save(tmp_path)
+    saved = json.loads((tmp_path / "weights.json").read_text())
+    assert saved["weights"] == result.weights
+    assert saved["verdict"] == result.verdict
+    with open(tmp_path / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert not [name for name in rows[0] if "second" in name or "time" in name]
+    # The first row holds the weights that the first step was taken with, equal ones.
+    assert float(rows[0]["reweighting/weight/linear"]) == 0.5
+    assert float(rows[-1]["reweighting/weight/linear"]) != 0.5
+    state = torch.load(tmp_path / "encoder" / "state.pt", weights_only=True)
+    assert torch.equal(state["layer.weight"], result.encoder.layer.weight)
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another():
+    first, second = (tapweight().fit(6, progress=False) for _ in range(2))
+    assert first.weights == second.weights
+    assert first.scores == second.scores
+    assert tapweight(seed=1).fit(6, progress=False).weights != first.weights
+
+
+def test_equal_weights_see_the_batches_that_tapweight_sees():
+    """At a learning rate of zero for the weights, TapWeight is equal weights, to rounding."""
+    settings = attrs.evolve(SETTINGS, weights_lr=0.0)
+    result = tapweight(settings=settings).fit(6, progress=False)
+    equal, learned = result.scores["equal"], result.scores["tapweight"]
+    assert equal["test"] == pytest.approx(learned["test"], rel=1e-6)
+    assert result.weights == {"linear": 0.5, "square": 0.5}
+
+
+def test_weights_move_at_every_nth_step_only():
+    result = tapweight(settings=attrs.evolve(SETTINGS, every=3, measurements=2)).fit(12, progress=False)
+    assert len(result.history) == 4
+
+
+def test_a_useful_objective_gains_and_the_measurement_says_so():
+    """One objective is the task itself, the other asks for what cannot be predicted: it is known which should win."""
+
+    class Itself(Reconstruct):
+        def head(self, encoder):
+            return nn.Linear(encoder.width, 1, dtype=F64)
+
+        def view(self, batch):
+            return batch
+
+        def loss(self, encoder, head, view):
+            return (head(encoder(view)).squeeze(1) - view.sum(1)).square().mean()
+
+    class Hashed(Reconstruct):
+        def loss(self, encoder, head, view):
+            return (head(encoder(view)) - 3 * (1e4 * view).sin()).square().mean()
+
+    settings = Settings(
+        batch_size=32,
+        task_batch_size=32,
+        valid_batch_size=200,
+        gamma=10.0,
+        weights_lr=0.05,
+        pretraining_lr=5e-3,
+        finetuning_lr=5e-3,
+        epochs=1,
+    )
+    torch.manual_seed(3)
+    corpus = list(torch.randn(200, 3, dtype=F64))
+    made = TapWeight(Saved(), [Itself("itself", 1.0), Hashed("hashed", 1.0)], task(200), corpus, settings=settings)
+    result = made.fit(100, baselines=(), progress=False)
+    assert result.weights["itself"] > 0.7
+    assert result.signals["itself"].significant
+    assert result.signals["itself"].mean > 0
+    assert "itself helped significantly" in result.verdict
