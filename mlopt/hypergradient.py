@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NonFiniteError, ProblemError
 from .generators import GeneratorState, derive_seed
 from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms
-from .tensors import Tensors, add, zeros_like
+from .tensors import Tensors, add, is_finite, zeros_like
 
 __all__ = ["Hypergradient", "accumulate", "hypergradient", "partial_derivatives"]
 
@@ -135,10 +135,16 @@ def accumulate(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) 
         cotangent = {block: cotangents.pop(block) for block in linearization.blocks if block in cotangents}
         wanted = [argument for argument in linearization.arguments if argument in within]
         for block, vector in linearization.pullback(cotangent, wanted).items():
+            if not is_finite(vector):
+                raise NonFiniteError(
+                    f"the cotangent that level {part!r} gives {block!r} is not finite: look at how its loss depends on {block!r}"
+                )
             cotangents[block] = add(cotangents[block], vector) if block in cotangents else vector
         linearization.report.seconds = time.perf_counter() - begin
         point.reports |= linearization.reports()
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
+    if not is_finite(gradient):
+        raise NonFiniteError(f"the derivative of the loss of level {level.name!r} by its own variables is not finite")
     return gradient

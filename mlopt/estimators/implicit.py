@@ -87,6 +87,8 @@ class Stationarity(Linearization):
         self.states: tuple[Block, ...] = (name, *(block for child in self._children for block in child.blocks))
         multipliers = ((name, block) for child in self._children for block in child.blocks)
         self.blocks = (*self.states, *multipliers)
+        if estimator.products == "finite_difference" and any(child._children for child in self._children):
+            self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
         own = level_terms(point, level)
         if self._children:
             self._find_multipliers(own)
@@ -179,9 +181,11 @@ class Stationarity(Linearization):
             streamed = self._pull_streamed(cotangent, wanted[0])
             if streamed is not None:
                 return streamed
+        if not any(bool(v.any()) for vectors in cotangent.values() for v in vectors):
+            return {}
         warm = self._point.warm if self._estimator.warm_start else None
         solution = self.solve(cotangent, None if warm is None else warm.get(self._name))
-        if warm is not None and any(bool(v.any()) for v in solution.get(self._name, ())):
+        if warm is not None:
             warm[self._name] = solution[self._name]
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
@@ -197,7 +201,7 @@ class Stationarity(Linearization):
         self.report.age = 1
         term = self.terms[0]
         assert isinstance(term, LevelTerm)
-        return {weights: scale(-1.0, term.weights_cotangent(weights, held.signals))}
+        return {weights: scale(-1.0, term.streamed(weights, held.signals))}
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return how the solution moves when the arguments move along `tangent`; the transpose of `pullback`."""

@@ -21,6 +21,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+#: What torch says where a second derivative, or a transform of torch.func, meets something that has none.
+_COMPLAINTS = (
+    "derivative for",
+    "forward AD",
+    "double backward",
+    "twice differentiable",
+    "saved tensor hooks",
+    "setup_context",
+    "once_differentiable",
+)
+
+
 def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
     """Turn torch's complaint about a kernel without a second derivative into an error that names the remedy."""
 
@@ -30,8 +42,7 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             text = str(error)
-            known = ("derivative for", "forward AD", "double backward", "twice differentiable")
-            if any(phrase in text for phrase in known):
+            if any(phrase in text for phrase in _COMPLAINTS):
                 raise SecondDerivativeError(
                     f"a kernel in the loss has no second derivative ({text.splitlines()[0]}); use "
                     "products='finite_difference', or a kernel that has one (for attention, attn_implementation='eager')"
@@ -103,7 +114,26 @@ class Autograd(Product):
         with sdpa_kernel(SDPBackend.MATH):
             if self._value is None:
                 self._value = self.term.value()
-            self._gradients |= derivatives(self._value, blocks, self.term.values, traced=True)
+            found = derivatives(self._value, blocks, self.term.values, traced=True)
+        _refuse_once_differentiable(found)
+        self._gradients |= found
+
+
+def _refuse_once_differentiable(gradients: Vectors) -> None:
+    """Raise where a gradient's graph holds the node that a backward marked `once_differentiable` leaves.
+
+    Products walk around it where they can, as if that part of the second derivative were zero.
+    """
+    pending = [g.grad_fn for vectors in gradients.values() for g in vectors if g.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name() in ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error"):
+            raise RuntimeError("a custom autograd.Function is marked once_differentiable")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
 
 
 class Forward(Product):

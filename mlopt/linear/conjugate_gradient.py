@@ -6,6 +6,7 @@ import math
 
 import attrs
 
+from ..errors import NonFiniteError
 from ..tensors import Tensors, axpy, dot, norm, subtract, zeros_like
 from ..validation import at_least
 from .solver import LinearSolution, LinearSolver, MatVec
@@ -42,7 +43,9 @@ class ConjugateGradient(LinearSolver):
             curvature = float(dot(direction, product))
             quotient = curvature / float(dot(direction, direction))
             low, high = min(low, quotient), max(high, quotient)
-            if not curvature > 0:
+            if not math.isfinite(curvature):
+                raise NonFiniteError(f"{self}: a product with the Hessian is not finite at iteration {k + 1}")
+            if curvature <= 0:
                 remark = f"negative curvature {quotient:.3g} at iteration {k + 1}; raise the damping"
                 break
             k += 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import attrs
 import torch
 
-from ..errors import EstimatorError
-from ..tensors import Tensors, flatten, norm, subtract, unflatten
+from ..errors import EstimatorError, NonFiniteError
+from ..tensors import Tensors, flatten, unflatten
 from ..validation import at_least
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Dense"]
+
+#: The residual under which a factorisation counts as having solved the system; single precision leaves about 1e-6.
+_EXACT = 1e-3
 
 
 @attrs.frozen(kw_only=True)
@@ -34,16 +37,26 @@ class Dense(LinearSolver):
             )
         columns = [flatten(matvec(unflatten(unit, rhs))) for unit in torch.eye(n, dtype=flat.dtype, device=flat.device)]
         matrix = torch.stack(columns, dim=1)
-        value = unflatten(torch.linalg.solve(matrix, flat), rhs)
-        residual = float(norm(subtract(rhs, unflatten(matrix @ flatten(value), rhs)))) / size
+        if not torch.isfinite(matrix).all():
+            raise NonFiniteError(f"{self}: a product with the Hessian is not finite")
+        # No factorisation exists in the half precisions.
+        working = torch.promote_types(flat.dtype, torch.float32)
+        matrix, flat = matrix.to(working), flat.to(working)
         eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
         low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+        remark = "" if low > 0 else f"negative curvature {low:.3g}"
+        solution, info = torch.linalg.solve_ex(matrix, flat)
+        if info:
+            # Variables that the objective does not depend on make empty rows: the solution of least norm leaves them at zero.
+            solution = torch.linalg.pinv(matrix) @ flat
+            remark = "the Hessian is singular; solved by its pseudo-inverse"
+        residual = float(torch.linalg.vector_norm(flat - matrix @ solution)) / size
         return LinearSolution(
-            value=value,
+            value=tuple(x.to(y) for x, y in zip(unflatten(solution, rhs), rhs, strict=True)),
             residual=residual,
             iterations=n,
             products=n,
-            converged=True,
+            converged=residual < _EXACT,
             curvature=(low, high),
-            remark="" if low > 0 else f"negative curvature {low:.3g}",
+            remark=remark,
         )

@@ -64,8 +64,8 @@ class Neumann(LinearSolver):
             step = axpy(-alpha, product, step)
             relative = float(norm(step)) / alpha / size
             remark = "" if low > 0 else f"negative curvature {low:.3g}"
-            if not relative < _DIVERGED:
-                remark = f"the series diverges (curvature up to {high:.3g} at step size {alpha:.3g})"
+            if not relative < 1.0:
+                remark = f"the series does not converge (curvature up to {high:.3g} at step size {alpha:.3g})"
             solution = add(solution, step)
             if relative <= self.rtol or not relative < _DIVERGED:
                 break

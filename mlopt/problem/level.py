@@ -58,6 +58,8 @@ def references(function: Callable[..., Any], label: str, *, positional: int) -> 
     Raises:
         ProblemError: the function does not take the expected positional arguments.
     """
+    if not callable(function):
+        raise ProblemError(f"{label} is {function!r}, which cannot be called; give a function")
     kinds = inspect.Parameter
     first = ("the module", "the batch")[:positional]
     try:
@@ -95,11 +97,6 @@ def _check_type(kind: type, remedy: str) -> Callable[[Level, attrs.Attribute[Any
             )
 
     return check
-
-
-def _check_callable(level: Level, attribute: attrs.Attribute[Any], value: object) -> None:
-    if not callable(value):
-        raise ProblemError(f"level {level.name!r}: {attribute.name}={value!r} cannot be called; give a function")
 
 
 def _check_steps(level: Level, attribute: attrs.Attribute[int], value: object) -> None:
@@ -161,7 +158,7 @@ class Level:
     module: nn.Module = attrs.field(
         validator=_check_type(nn.Module, "give an nn.Module; wrap a bare tensor in mlopt.variables(tensor)")
     )
-    loss: Callable[..., Any] = attrs.field(validator=_check_callable)
+    loss: Callable[..., Any]
     data: Iterable[Any] | None = attrs.field(default=None, validator=_check_data, kw_only=True)
     optimizer: OptimizerFactory | Optimizer | None = attrs.field(default=None, kw_only=True)
     scheduler: Callable[[Optimizer], Any] | None = attrs.field(default=None, kw_only=True)
@@ -173,9 +170,7 @@ class Level:
         ),
         kw_only=True,
     )
-    regularizer: Callable[..., Any] | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_check_callable), kw_only=True
-    )
+    regularizer: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
     #: Names of the levels that the loss, and the regularizer, refer to.
     loss_references: tuple[str, ...] = attrs.field(init=False, repr=False)
     regularizer_references: tuple[str, ...] = attrs.field(init=False, repr=False)

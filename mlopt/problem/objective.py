@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
+from ..tensors import Tensors, zeros_like
 
 if TYPE_CHECKING:
     from .level import Level
@@ -23,6 +25,8 @@ class Mixture:
 
     A loss that returns it lets the library use the form: the product with the mixed derivative by the weights is the
     vector of directional derivatives of the L_k, which needs no second derivative.
+
+    The losses themselves must not depend on the level that weighs them.
 
     Args:
         losses: the L_k: scalar tensors or functions without arguments that return them, in a sequence, or by name. Functions
@@ -43,8 +47,6 @@ class Mixture:
         if not self._losses:
             raise ProblemError("Mixture: it has no loss; give at least one")
         self.weights = weights
-        #: Whether every loss is a function, with a network pass of its own.
-        self.lazy = not any(isinstance(loss, Tensor) for loss in self._losses)
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -53,6 +55,30 @@ class Mixture:
         """Return L_k, evaluated now where it was given as a function."""
         loss = self._losses[k]
         return scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
+
+    def gradient(self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
+        """Return L_k, detached, and its gradient by the variables; what it does not depend on gets zero.
+
+        Args:
+            k: which loss.
+            variables: of the level whose loss the mixture is.
+            apart: of the level that weighs the losses.
+
+        Raises:
+            ProblemError: the loss depends on a variable in `apart`.
+        """
+        loss = self.loss(k)
+        if not loss.requires_grad:
+            return loss, zeros_like(variables)
+        # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
+        found = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
+        if any(derivative is not None for derivative in found[len(variables) :]):
+            raise ProblemError(
+                f"loss {self.names[k]!r} of a Mixture depends on the level {self.weights!r} that weighs it; return the plain "
+                "sum of weighted losses instead"
+            )
+        own = zip(found, variables, strict=False)
+        return loss.detach(), tuple(torch.zeros_like(v) if g is None else g for g, v in own)
 
     def weigh(self, module: nn.Module) -> Tensor:
         """Return the weights (K,) that the module of the level `weights` gives.

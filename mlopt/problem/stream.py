@@ -32,6 +32,8 @@ class Stream:
         self.position = 0
         self._iterator: Iterator[Any] | None = None
         self._generators: GeneratorState | None = None
+        #: Where the generators that the data bring along stand in this stream.
+        self._own: list[torch.Tensor] = []
         # A list of batches draws nothing: no generator need be swapped for it.
         self._draws = not isinstance(data, (list, tuple))
 
@@ -46,11 +48,20 @@ class Stream:
         return to_device(self._isolated() if self._draws else self._advance(), self.device)
 
     def _isolated(self) -> Any:
-        with preserved((self.device,)):
-            if self._generators is not None:
-                self._generators.restore()
-            batch = self._advance()
-            self._generators = GeneratorState.capture((self.device,))
+        own = _own_generators(self.data)
+        before = [generator.get_state() for generator in own]
+        try:
+            for generator, state in zip(own, self._own or before, strict=True):
+                generator.set_state(state)
+            with preserved((self.device,)):
+                if self._generators is not None:
+                    self._generators.restore()
+                batch = self._advance()
+                self._generators = GeneratorState.capture((self.device,))
+            self._own = [generator.get_state() for generator in own]
+        finally:
+            for generator, state in zip(own, before, strict=True):
+                generator.set_state(state)
         return batch
 
     def _advance(self) -> Any:
@@ -74,6 +85,14 @@ class Stream:
         if self._draws:
             GeneratorState.seeded(derive_seed(self.seed, self.name, self.epoch), (self.device,)).restore()
         self._iterator = iter(self.data)
+
+
+def _own_generators(data: Any) -> list[torch.Generator]:
+    """Return the generators that a DataLoader and its samplers were given."""
+    holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    holders.append(getattr(holders[-1], "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

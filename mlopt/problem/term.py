@@ -117,19 +117,25 @@ class LevelTerm(Term):
         if not self._is_mixture(wanted[0]):
             return None
         with cloned_buffers(self._modules.values()):
-            shares = self._forward_shares(direction) if forward else self._backward_shares(direction)
-        return {wanted[0]: self.weights_cotangent(wanted[0], shares)}
+            mixture = self._mixture(self._modules)
+            weights = mixture.weigh(self._modules[mixture.weights])
+            shares = self._forward_shares(direction) if forward else self._backward_shares(mixture, direction)
+        return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
 
-    def weights_cotangent(self, weights: str, shares: Tensor) -> Tensors:
-        """Return the derivative of <w(a), shares> by the variables a of the level `weights`."""
-        module, variables = self._point.problem[weights].module, self.values[weights]
-        weighed = self._weigh(module, len(shares))
-        inner = torch.dot(weighed, shares.to(weighed))
-        return derivatives(inner, [weights], {weights: variables})[weights]
+    def streamed(self, weights: str, shares: Tensor) -> Tensors:
+        """Return the derivative of <w(a), shares> by the variables a of the level `weights`, for shares (K,) known already."""
+        with cloned_buffers(self._modules.values()):
+            weighed = self._modules[weights]()
+        return self._weights_cotangent(weights, weighed, shares)
 
-    @staticmethod
-    def _weigh(module: nn.Module, count: int) -> Tensor:
-        return Mixture([torch.zeros(())] * count, "weights").weigh(module)
+    def _weights_cotangent(self, name: str, weights: Tensor, shares: Tensor) -> Tensors:
+        inner = torch.dot(weights, shares.to(weights))
+        return derivatives(inner, [name], self.values)[name]
+
+    def _mixture(self, modules: Mapping[str, nn.Module]) -> Mixture:
+        mixture = self._outcome(modules).loss
+        assert isinstance(mixture, Mixture)
+        return mixture
 
     def _is_mixture(self, weights: str) -> bool:
         known = self._point.problem.mixtures
@@ -138,18 +144,10 @@ class LevelTerm(Term):
                 self._outcome(self._modules)
         return known[self._level.name] == weights
 
-    def _backward_shares(self, direction: Vectors) -> Tensor:
+    def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for each k, by K backward passes."""
-        mixture = self._outcome(self._modules).loss
-        assert isinstance(mixture, Mixture)
-        variables, along = self.values[self._level.name], direction[self._level.name]
-        shares = []
-        for k in range(len(mixture)):
-            gradient = torch.autograd.grad(
-                mixture.loss(k), variables, allow_unused=True, materialize_grads=True, retain_graph=not mixture.lazy
-            )
-            shares.append(dot(gradient, along))
-        return torch.stack(shares)
+        own, along, apart = self.values[self._level.name], direction[self._level.name], self.values[mixture.weights]
+        return torch.stack([dot(mixture.gradient(k, own, apart)[1], along) for k in range(len(mixture))])
 
     def _forward_shares(self, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for all k, in one forward-mode pass."""
@@ -157,8 +155,9 @@ class LevelTerm(Term):
 
         def losses(variables: Tensors) -> Tensor:
             def read(modules: Mapping[str, nn.Module]) -> Tensor:
-                mixture = self._outcome(modules).loss
-                assert isinstance(mixture, Mixture)
+                mixture = self._mixture(modules)
+                # In the order of an evaluation of the loss: a module of weights may draw random numbers.
+                mixture.weigh(modules[mixture.weights])
                 return torch.stack([mixture.loss(k) for k in range(len(mixture))])
 
             return self._pure({name: variables}, read)
@@ -169,7 +168,7 @@ class LevelTerm(Term):
 
     def _pure(self, values: Vectors, function: Callable[[Mapping[str, nn.Module]], Tensor]) -> Tensor:
         named = {
-            f"levels.{name}.{parameter}": tensor
+            f"levels.{_key(name)}.{parameter}": tensor
             for name in self._modules
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
@@ -206,14 +205,20 @@ class _PureFunction(nn.Module):
 
     def __init__(self, modules: Mapping[str, nn.Module], function: Callable[[Mapping[str, nn.Module]], Tensor]) -> None:
         super().__init__()
-        self.levels = nn.ModuleDict(dict(modules))
+        self.levels = nn.ModuleDict({_key(name): module for name, module in modules.items()})
+        self._names = tuple(modules)
         self._function = function
 
     def forward(self) -> Tensor:
-        return self._function({name: self.levels[name] for name in self.levels})
+        return self._function({name: self.levels[_key(name)] for name in self._names})
 
     def at(self, parameters: Mapping[str, Tensor]) -> Tensor:
         # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
         result: Tensor = functional_call(self, {**parameters, **buffers}, ())
         return result
+
+
+def _key(name: str) -> str:
+    """Return the key of a level in a ModuleDict, which refuses the names of its own attributes."""
+    return f"level_{name}"

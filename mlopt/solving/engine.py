@@ -129,17 +129,14 @@ class Engine:
     def _mixture_gradient(self, level: Level, mixture: Mixture, held: StreamedCotangent | None) -> Tensor:
         """Take the losses one by one, each through its own network pass; note <grad L_k, p> where a cotangent p is held."""
         weights = mixture.weigh(self.problem[mixture.weights].module).detach()
-        variables = list(level.parameters)
+        variables, apart = list(level.parameters), self.problem[mixture.weights].parameters
         total = torch.zeros_like(weights[0])
         signals: list[Tensor] = []
         mixed: Tensors = ()
         for k in range(len(mixture)):
-            loss = self._check(level, mixture.loss(k))
-            self.logs[f"{level.name}/{mixture.names[k]}"] = loss.detach()
-            total = total + weights[k] * loss.detach()
-            gradient = torch.autograd.grad(
-                loss, variables, allow_unused=True, materialize_grads=True, retain_graph=not mixture.lazy
-            )
+            loss, gradient = mixture.gradient(k, variables, apart)
+            self.logs[f"{level.name}/{mixture.names[k]}"] = self._check(level, loss)
+            total = total + weights[k] * loss
             if held is not None:
                 signals.append(dot(gradient, held.cotangent))
             mixed = scale(weights[k], gradient) if k == 0 else axpy(weights[k], gradient, mixed)

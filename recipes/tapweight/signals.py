@@ -39,10 +39,11 @@ class Signal:
 
 
 class SignalProbe(mlopt.Callback):
-    """Measures every objective's signal on two disjoint halves of the validation examples, now and then during a run.
+    """Collects every objective's signal at each step, and now and then measures it on two halves of the validation examples.
 
-    A half's signal is the hypergradient with that half as the validation batch; both halves see the same pretraining and
-    finetuning batches and the same masks, so that what tells them apart is the labels. The halves are drawn anew each time.
+    A step's signal comes from the gradient that the weights move by. A half's signal is the hypergradient with that half as
+    the validation batch; both halves see the same pretraining and finetuning batches and the same masks, so that what tells
+    them apart is the labels. The halves are drawn anew each time.
 
     Args:
         names: of the objectives, in the order of their weights.
@@ -70,16 +71,22 @@ class SignalProbe(mlopt.Callback):
         self.names, self._valid, self._collate, self._draw = names, valid, collate, draw
         self._start, self._interval, self._limit = start, interval, limit
         self._generator = torch.Generator().manual_seed(seed)
-        #: Signals of the halves, two tensors (K,) for each measurement.
+        #: For each interval, the mean signal of its steps, (K,), and the signals of two halves at its end.
+        self.means: list[Tensor] = []
         self.halves: list[tuple[Tensor, Tensor]] = []
-        self.steps: list[int] = []
+        self._steps: list[Tensor] = []
 
     def on_step_end(self, run: Any) -> None:
         elapsed = run.step - self._start
-        if elapsed <= 0 or elapsed % self._interval:
+        if elapsed <= 0:
             return
-        self.halves.append(self._measure(run.problem))
-        self.steps.append(run.step)
+        gradient = run.problem["reweighting"].module.logits.grad
+        weights = torch.stack([run.engine.logs[f"reweighting/weight/{name}"] for name in self.names])
+        self._steps.append(relative_signals(gradient, weights))
+        if elapsed % self._interval == 0:
+            self.means.append(torch.stack(self._steps).mean(0).cpu())
+            self._steps = []
+            self.halves.append(self._measure(run.problem))
 
     def _measure(self, problem: mlopt.Problem) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(self._valid), generator=self._generator).tolist()
@@ -95,27 +102,28 @@ class SignalProbe(mlopt.Callback):
 
     def signals(self) -> dict[str, Signal]:
         """Return the signal of each objective over the run so far."""
-        return judge(self.names, self.halves)
+        return judge(self.names, self.means, self.halves)
 
 
-def judge(names: Sequence[str], halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Signal]:
-    """Return the signal of each objective from T measurements on two halves of the labels each.
+def judge(names: Sequence[str], means: Sequence[Tensor], halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Signal]:
+    """Return the signal of each objective over T intervals of a run.
 
-    With a_t, b_t the halves' signals: mean = mean_t (a_t + b_t)/2. Half the difference of two halves scatters as the mean
-    over all labels does, and the labels are the same at every t, so that part of the error does not shrink with T; what
-    scatters from t to t (batches, masks, the drift of the run) does:
-    error^2 = mean_t ((a_t - b_t)/2)^2 + var_t((a_t + b_t)/2) / T.
+    With m_t the mean signal of an interval's steps and a_t, b_t the signals of two halves of the labels at its end, the
+    signal is mean_t m_t. Half the difference of two halves scatters as the mean over all labels does, and the labels are the
+    same at every t, so that part of the error does not shrink with T; what scatters from interval to interval (batches, masks,
+    the drift of the run) does: error^2 = mean_t ((a_t - b_t)/2)^2 + var_t(m_t) / T.
 
     Args:
         names: K names.
+        means: T tensors (K,).
         halves: T pairs of tensors (K,).
     """
     if len(halves) < 2:
         return {name: Signal(mean=0.0, error=math.inf, z=0.0, significant=False) for name in names}
+    middle = torch.stack(list(means)).double()
     a, b = (torch.stack([pair[i] for pair in halves]).double() for i in (0, 1))
-    middle, difference = (a + b) / 2, (a - b) / 2
     mean = middle.mean(0)
-    error = (difference.square().mean(0) + middle.var(0) / len(halves)).sqrt()
+    error = (((a - b) / 2).square().mean(0) + middle.var(0) / len(halves)).sqrt()
     threshold = _student_quantile(1 - 0.025 / len(names), len(halves) - 1)
     signals = {}
     for name, m, e in zip(names, mean.tolist(), error.tolist(), strict=True):

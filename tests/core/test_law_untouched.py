@@ -218,7 +218,6 @@ def test_training_draws_the_same_with_and_without_a_hypergradient(products: str)
     assert run(probe=True) == run(probe=False)
 
 
-@pytest.mark.xfail(strict=True, reason="a stream swaps the global generators, not the one that a DataLoader was given")
 def test_a_loader_with_a_generator_of_its_own_is_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(torch.arange(8.0)), 2, shuffle=True, generator=generator)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mlopt
 
 TASKS = 3
-TOLERANCE = {"autograd": 1e-9, "forward": 1e-9, "finite_difference": 1e-6}
+TOLERANCE = {"autograd": 1e-9, "forward": 1e-9, "finite_difference": 1e-5}
 
 
 class Simplex(nn.Module):
@@ -103,11 +103,6 @@ def rule(products: str) -> mlopt.Implicit:
     return mlopt.ConjugateGradient(iterations=40, damping=1.0, rtol=1e-10, products=products)
 
 
-LAZY = pytest.mark.xfail(
-    strict=True, reason="functions are taken to have a graph each, which is freed after each", raises=RuntimeError
-)
-
-
 @pytest.mark.parametrize(
     ("mixed", "full"),
     [(apart, apart_in_full), (together, together_in_full), (logged, together_in_full)],
@@ -121,7 +116,7 @@ def test_a_mixture_is_the_sum_it_says(mixed: Any, full: Any, products: str, seed
     assert distance(gradient_of(build(mixed, rule(products), seed)), expected) < TOLERANCE[products]
 
 
-@pytest.mark.parametrize("products", [pytest.param("autograd", marks=LAZY), "forward", "finite_difference"])
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
 def test_functions_may_share_a_graph(products: str) -> None:
     expected = gradient_of(build(together_in_full, rule("autograd"), 0))
     assert distance(gradient_of(build(functions_of_one_pass, rule(products), 0)), expected) < TOLERANCE[products]
@@ -175,14 +170,7 @@ class Noisy(Simplex):
         return (self.logits + torch.randn(TASKS)).softmax(0)
 
 
-DRAWN = pytest.mark.xfail(
-    strict=True, reason="the weights are drawn after the losses, where the loss draws them before"
-)
-
-
-@pytest.mark.parametrize(
-    "products", [pytest.param("autograd", marks=DRAWN), pytest.param("forward", marks=DRAWN), "finite_difference"]
-)
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
 def test_weights_that_draw_see_the_numbers_of_the_loss(products: str) -> None:
     def outer(weights: Simplex, batch: Tensor, *, network: Heads) -> Tensor:
         return network.task(0, network.trunk(batch)) + weights.logits.square().sum()

@@ -182,7 +182,7 @@ def test_halves_that_disagree_are_not_significant_however_many_batches():
         # Both halves' signals scatter about a mean that is itself within the labels' error of zero.
         draw = torch.randn(2, 1, generator=generator, dtype=F64) * label_noise * 2**0.5
         halves.append((0.8 + draw[0] - draw.mean(0), 0.8 + draw[1] - draw.mean(0)))
-    signal = judge(["one"], halves)["one"]
+    signal = judge(["one"], [(a + b) / 2 for a, b in halves], halves)["one"]
     assert signal.mean == pytest.approx(0.8)
     assert not signal.significant
     assert signal.error == pytest.approx(1.0, rel=0.2)
@@ -194,7 +194,7 @@ def test_a_clear_signal_is_significant_and_said():
         (torch.tensor([1.0, -1.0, 0.0]) + 0.1 * torch.randn(3, generator=generator), torch.tensor([1.0, -1.0, 0.0]))
         for _ in range(10)
     ]
-    signals = judge(["good", "bad", "neither"], halves)
+    signals = judge(["good", "bad", "neither"], [(a + b) / 2 for a, b in halves], halves)
     assert signals["good"].significant
     assert signals["bad"].significant
     assert not signals["neither"].significant
@@ -215,5 +215,6 @@ def test_false_alarms_are_as_rare_as_they_should_be():
         for _ in range(20):
             order = torch.randperm(40, generator=generator)
             halves.append((per_label[order[:20]].mean(0), per_label[order[20:]].mean(0)))
-        alarms += any(signal.significant for signal in judge(list("abcde"), halves).values())
+        means = [(a + b) / 2 for a, b in halves]
+        alarms += any(signal.significant for signal in judge(list("abcde"), means, halves).values())
     assert 0.01 < alarms / 300 < 0.12
