@@ -181,10 +181,10 @@ class Stationarity(Linearization):
             streamed = self._pull_streamed(cotangent, wanted[0])
             if streamed is not None:
                 return streamed
-        if not any(bool(v.any()) for vectors in cotangent.values() for v in vectors):
-            return {}
         warm = self._point.warm if self._estimator.warm_start else None
         solution = self.solve(cotangent, None if warm is None else warm.get(self._name))
+        if not any(bool(v.any()) for vectors in solution.values() for v in vectors):
+            return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
         if warm is not None:
             warm[self._name] = solution[self._name]
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
