@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/mlopt tapweight demo --output runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
