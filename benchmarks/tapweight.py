@@ -57,7 +57,13 @@ QUICK = Size(
     tasks=("esol",), seeds=(0,), corpus=500, steps=20, width=32, layers=2, settings=Settings(epochs=3, measurements=5)
 )
 STANDARD = Size(
-    tasks=("bbbp", "esol"), seeds=(0, 1, 2), corpus=50_000, steps=300, width=64, layers=3, settings=Settings(epochs=30)
+    tasks=("bbbp", "esol"),
+    seeds=(0, 1, 2),
+    corpus=50_000,
+    steps=300,
+    width=64,
+    layers=3,
+    settings=Settings(weights_lr=0.03, epochs=20),
 )
 FULL = Size(
     tasks=("bbbp", "bace", "clintox", "esol", "freesolv"),

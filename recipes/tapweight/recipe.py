@@ -60,7 +60,7 @@ class Settings:
         measurements: how often the signals of the objectives are measured on two halves of the validation labels.
     """
 
-    gamma: float = attrs.field(default=1.0, validator=at_least(0.0))
+    gamma: float = attrs.field(default=100.0, validator=at_least(0.0))
     every: int = attrs.field(default=1, validator=at_least(1))
     batch_size: int = attrs.field(default=64, validator=at_least(2))
     task_batch_size: int = attrs.field(default=64, validator=at_least(1))

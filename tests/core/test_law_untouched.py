@@ -127,8 +127,6 @@ def trained(problem: mlopt.Problem) -> list[torch.optim.Optimizer]:
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_nothing_moves(name: str, products: str, dtype: torch.dtype) -> None:
-    if name == "dense" and dtype is torch.bfloat16:
-        pytest.skip("PyTorch factorises no matrix in bfloat16")
     problem = build(ESTIMATORS[name](products), dtype)
     optimizers = trained(problem)
     before, objects = snapshot(problem, optimizers), identities(problem)

@@ -32,17 +32,9 @@ OBJECTIVES = (
 )
 #: The control: labels by a hash of the SMILES, from which nothing can be learned.
 CONTROL = "random_labels"
-STEPS = 300
-SETTINGS = Settings(
-    gamma=1.0,
-    batch_size=32,
-    valid_batch_size=256,
-    weights_lr=2e-2,
-    epochs=40,
-    finetune_lr=3e-3,
-    freeze_encoder=True,
-)
-_CORPUS, _TRAIN, _VALID, _TEST = 2_000, 100, 1_000, 900
+STEPS = 240
+SETTINGS = Settings(valid_batch_size=500, weights_lr=3e-2, epochs=15, finetune_lr=3e-3, freeze_encoder=True)
+_CORPUS, _TRAIN, _VALID, _TEST = 2_000, 500, 1_000, 500
 
 _INTRODUCTION = (
     "Molecules: fragments of about 130 well-known drugs, joined anew. Labels: solubility in water by Delaney's equation, "
