@@ -28,5 +28,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.hypergrad --quick
 	$(BIN)/python -m benchmarks.tapweight --quick
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs dist
+	rm -rf .venv runs dist site
