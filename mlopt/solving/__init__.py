@@ -2,6 +2,7 @@
 
 from .callbacks import Callback, ProgressDisplay
 from .history import History
-from .solve import Run, Solution, solve
+from .run import Run
+from .solve import Solution, solve
 
 __all__ = ["Callback", "History", "ProgressDisplay", "Run", "Solution", "solve"]

@@ -11,10 +11,10 @@ from ..errors import ProblemError
 from ..generators import seed_everything
 from ..problem import Problem, Report
 from .callbacks import Callback, ProgressDisplay
-from .engine import Engine
 from .history import History
+from .run import Run
 
-__all__ = ["Run", "Solution", "solve"]
+__all__ = ["Solution", "solve"]
 
 
 @attrs.frozen(eq=False)
@@ -30,28 +30,6 @@ class Solution:
     history: History
     status: str
     reports: dict[str, Report]
-
-
-class Run:
-    """A run in progress, as callbacks see it.
-
-    Attributes:
-        problem: the problem.
-        steps: outer steps asked for.
-        step: outer steps taken.
-        history: a row for each step taken.
-        engine: optimisers, schedulers and data streams of the levels.
-    """
-
-    def __init__(self, problem: Problem, steps: int, seed: int) -> None:
-        self.problem, self.steps, self.step = problem, steps, 0
-        self.history = History()
-        self.engine = Engine(problem, seed)
-        self.status: str | None = None
-
-    def stop(self, reason: str) -> None:
-        """End the run after the present step; the reason becomes the status."""
-        self.status = reason
 
 
 def solve(
