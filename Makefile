@@ -1,5 +1,7 @@
 # Each target sets up .venv by itself. PYTHON names the interpreter that it is made with.
 PYTHON ?= python3
+# What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
 .PHONY: setup demo test lint bench docs clean
@@ -7,9 +9,9 @@ BIN := .venv/bin
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[all]" --group dev
 	touch $@
 
 demo: setup

@@ -120,7 +120,7 @@ def measure(iterations: Sequence[int], rounds: int) -> list[Row]:
                 calls.append(lambda made=made: mlopt.hypergradient(made))
     plain = problem(network, mlopt.Identity(), torch.float32)
     times = interleaved(
-        [lambda: torch.autograd.grad(inner_loss(plain), plain["classifier"].parameters), *calls], rounds
+        [lambda: torch.autograd.grad(inner_loss(plain), plain["classifier"].parameters), *calls], rounds, "cpu"
     )
     return [attrs.evolve(row, cost=seconds / times[0]) for row, seconds in zip(rows, times[1:], strict=True)]
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row.estimator, row.products, iterations, f"{row.error:.1e}", f"{row.cosine:.4f}", f"{row.cost:.1f}"
         )
     Console(width=110).print(table)
-    write(options.json, [attrs.asdict(row) for row in rows])
+    write(options.json, "cpu", [attrs.asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 __all__ = ["environment", "interleaved", "write"]
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Return the commit, the date, the versions and the machine."""
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
@@ -31,26 +31,34 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "processor": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
     }
 
 
-def interleaved(functions: Sequence[Callable[[], Any]], rounds: int, *, warm_up: int = 1) -> list[float]:
-    """Return the median seconds of CPU time of each function, over rounds in which each runs once.
+def interleaved(functions: Sequence[Callable[[], Any]], rounds: int, device: str, *, warm_up: int = 1) -> list[float]:
+    """Return the median seconds of each function, over rounds in which each runs once: of CPU time, or of a GPU's time.
 
     Interleaving puts what the machine does otherwise on all of them alike; quote ratios of these figures, not the figures.
     """
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(warm_up + rounds):
         for function, seconds in zip(functions, times, strict=True):
-            begin = time.process_time()
+            begin = clock(device)
             function()
             if turn >= warm_up:
-                seconds.append(time.process_time() - begin)
+                seconds.append(clock(device) - begin)
     return [statistics.median(seconds) for seconds in times]
 
 
-def write(file: str | os.PathLike[str] | None, rows: Any) -> None:
+def clock(device: str) -> float:
+    """Return the process's CPU time, or the time at which a GPU has done what was asked of it."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def write(file: str | os.PathLike[str] | None, device: str, rows: Any) -> None:
     """Write the rows and the environment as JSON, where a file is asked for."""
     if file is not None:
-        Path(file).write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+        Path(file).write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=2) + "\n")

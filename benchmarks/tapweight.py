@@ -1,7 +1,7 @@
 """`python -m benchmarks.tapweight`: TapWeight against direct finetuning and equal weights on real molecules, and what it costs.
 
 For each task and seed: adapt on the corpus, finetune, choose the epoch on validation, score the scaffold split's test molecules
-once. Then CPU time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many batches,
+once. Then time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many batches,
 interleaved, by medians.
 """
 
@@ -89,17 +89,17 @@ def recipe(corpus: Molecules, table: Path, seed: int, size: Size, device: str) -
     )
 
 
-def cost(tapweight: TapWeight, every: int, rounds: int) -> float:
+def cost(tapweight: TapWeight, every: int, rounds: int, device: str) -> float:
     """Return the time of an outer step with `every` pretraining steps over that of `every` plain pretraining steps."""
     tapweight.settings = attrs.evolve(tapweight.settings, every=every)
-    whole, plain = tapweight.problem(outer=1)[0], tapweight.equal_weights()
+    whole, plain = tapweight.problem(1_000)[0], tapweight.equal_weights()
     engines = Engine(whole, seed=0), Engine(plain, seed=0)
 
     def plain_steps() -> None:
         for _ in range(every):
             engines[1].step(plain.outermost)
 
-    ours, theirs = interleaved([lambda: engines[0].step(whole.outermost), plain_steps], rounds, warm_up=2)
+    ours, theirs = interleaved([lambda: engines[0].step(whole.outermost), plain_steps], rounds, device, warm_up=2)
     return ours / theirs
 
 
@@ -119,6 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
     chosen = QUICK if options.quick else FULL if options.full else STANDARD
     console = Console()
+    if not options.data.is_dir():
+        parser.exit(
+            2,
+            f"no folder {options.data}: give --data a folder with zinc_50k.csv.gz and {', '.join(chosen.tasks)} as .csv\n",
+        )
     corpus = read_corpus(options.data / "zinc_50k.csv.gz", limit=chosen.corpus)
     console.print(f"Corpus: {corpus.summary()}.", markup=False)
     rows: list[dict[str, Any]] = []
@@ -135,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "weights": result.weights,
             }
             rows.append(row | {"signals": {name: attrs.asdict(signal) for name, signal in result.signals.items()}})
-    costs = {every: cost(made, every, rounds=5 if options.quick else 30) for every in (1, 4)}
+    costs = {every: cost(made, every, 5 if options.quick else 30, options.device) for every in (1, 4)}
     for table in _tables(rows, costs):
         console.print(table)
-    write(options.json, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})
+    write(options.json, options.device, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})
 
 
 def _tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Table]:

@@ -3,7 +3,6 @@
 from . import linear
 from .errors import (
     EstimatorError,
-    HypergradientMismatchError,
     MloptError,
     NonFiniteError,
     ProblemError,
@@ -22,7 +21,6 @@ __all__ = [
     "EstimatorError",
     "FiniteDifference",
     "Hypergradient",
-    "HypergradientMismatchError",
     "Identity",
     "Implicit",
     "Level",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = [
     "EstimatorError",
-    "HypergradientMismatchError",
     "MloptError",
     "NonFiniteError",
     "ProblemError",
@@ -30,7 +29,3 @@ class SecondDerivativeError(EstimatorError):
 
 class NonFiniteError(MloptError, ArithmeticError):
     """A loss, a gradient or a linear solve holds NaN or infinity."""
-
-
-class HypergradientMismatchError(MloptError, AssertionError):
-    """An estimator disagrees with the oracle it was held against."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import NonFiniteError, ProblemError
 from .generators import GeneratorState, derive_seed
-from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms
+from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms, to_device
 from .tensors import Tensors, add, is_finite, zeros_like
 
 __all__ = ["Hypergradient", "accumulate", "hypergradient", "partial_derivatives"]
@@ -60,25 +60,17 @@ def hypergradient(
         The gradient by parameter name, the loss, and a report for each level pulled back.
 
     Raises:
-        ProblemError: `batches` names a level that does not exist.
+        ProblemError: `batches` names a level that does not exist; a level's data cannot be drawn from without a trace.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
 
     Example:
         >>> result = mlopt.hypergradient(problem)
         >>> result.gradient["logits"], result.reports["classifier"].residual
     """
-    batches = dict(batches or {})
-    for name in batches:
-        problem[name]
     target = problem.outermost if level is None else problem[level]
     problem.probe_count += 1
-    for other in problem:
-        if other.name not in batches:
-            if other.name not in problem.probe_streams:
-                problem.probe_streams[other.name] = Stream(
-                    other.name, other.data, derive_seed("hypergradient", 0), other.device
-                )
-            batches[other.name] = problem.probe_streams[other.name].next()
+    batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
+    batches |= {other.name: _probe_batch(problem, other) for other in problem if other.name not in batches}
     chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
     generators = {
         other.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, other.name), problem.devices)
@@ -92,6 +84,19 @@ def hypergradient(
         gradient = accumulate(point, target, cotangents)
     named = dict(zip(target.parameter_names, gradient, strict=True))
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
+
+
+def _probe_batch(problem: Problem, level: Level) -> Any:
+    """Return the next batch of a level from the stream that belongs to standalone calls."""
+    if getattr(level.data, "persistent_workers", False):
+        raise ProblemError(
+            f"level {level.name!r}: its DataLoader has persistent_workers, which have one order for all who iterate; pass "
+            f"batches={{{level.name!r}: batch}}, or build the loader without them"
+        )
+    if level.name not in problem.probe_streams:
+        seed = derive_seed("hypergradient", 0)
+        problem.probe_streams[level.name] = Stream(level.name, level.data, seed, level.device)
+    return problem.probe_streams[level.name].next()
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-__all__ = ["at_least", "one_of", "positive_or_none"]
+__all__ = ["at_least", "one_of", "positive", "positive_or_none"]
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -26,14 +26,22 @@ def at_least(bound: float) -> Validator:
     return check
 
 
+def positive(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Accept finite numbers above zero."""
+    if not _is_positive(value):
+        raise ValueError(f"{type(instance).__name__}: {attribute.name}={value!r}; it must be a finite number > 0")
+
+
 def positive_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Accept None and finite numbers above zero."""
-    if value is None:
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
+    if value is not None and not _is_positive(value):
         raise ValueError(
             f"{type(instance).__name__}: {attribute.name}={value!r}; it must be a finite number > 0, or None"
         )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def one_of(*values: object) -> Validator:

@@ -176,9 +176,9 @@ class Stationarity(Linearization):
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        streams = self._point.streams
-        if streams is not None and self._estimator.streamed and len(wanted) == 1:
-            streamed = self._pull_streamed(cotangent, wanted[0])
+        weights = self._point.problem.mixtures.get(self._name)
+        if self._point.streams is not None and self._estimator.streamed and weights is not None and weights in wanted:
+            streamed = self._pull_streamed(cotangent, weights, wanted)
             if streamed is not None:
                 return streamed
         warm = self._point.warm if self._estimator.warm_start else None
@@ -189,7 +189,7 @@ class Stationarity(Linearization):
             warm[self._name] = solution[self._name]
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
-    def _pull_streamed(self, cotangent: Vectors, weights: str) -> dict[Block, Tensors] | None:
+    def _pull_streamed(self, cotangent: Vectors, weights: str, wanted: Sequence[str]) -> dict[Block, Tensors] | None:
         """Swap the held cotangent for the present one; return what the training step formed with the held one, if it did."""
         streams = self._point.streams
         assert streams is not None
@@ -199,9 +199,15 @@ class Stationarity(Linearization):
         if held is None or held.signals is None:
             return None
         self.report.age = 1
-        term = self.terms[0]
-        assert isinstance(term, LevelTerm)
-        return {weights: scale(-1.0, term.streamed(weights, held.signals))}
+        mixture = self.terms[0]
+        assert isinstance(mixture, LevelTerm)
+        found: dict[Block, Tensors] = {weights: mixture.streamed(weights, held.signals)}
+        # What the training step did not form: other arguments of the mixture, and the regularizer.
+        for product in self._products:
+            asked = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
+            if asked:
+                _add_into(found, product({self._name: held.cotangent}, asked))
+        return {block: scale(-1.0, vectors) for block, vectors in found.items()}
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return how the solution moves when the arguments move along `tangent`; the transpose of `pullback`."""

@@ -18,6 +18,7 @@ __all__ = ["ConjugateGradient"]
 class ConjugateGradient(LinearSolver):
     """Conjugate gradients (Hestenes & Stiefel 1952) for a positive definite A, one product an iteration.
 
+    The residual is that of the recurrence: rounding, or differences in place of products, can leave the true one larger.
     Where a direction of negative or no curvature turns up, A is not positive definite: the solver stops, keeps the
     iterate it has, and says so.
 

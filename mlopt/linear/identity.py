@@ -17,7 +17,7 @@ class Identity(LinearSolver):
     The T1-T2 or DARTS approximation (Luketina et al. 2016, arXiv 1511.06727; Liu et al. 2019, arXiv 1806.09055).
     """
 
-    damping: float = attrs.field(default=0.0, init=False)
+    damping: float = attrs.field(default=0.0, init=False, repr=False)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         return LinearSolution(value=rhs)

@@ -6,6 +6,7 @@ import math
 
 import attrs
 
+from ..errors import NonFiniteError
 from ..tensors import Tensors, add, axpy, dot, norm, scale, subtract
 from ..validation import at_least, positive_or_none
 from .solver import LinearSolution, LinearSolver, MatVec
@@ -43,6 +44,8 @@ class Neumann(LinearSolver):
         alpha, spent = self.step_size, 0
         if alpha is None:
             largest, spent = _largest_eigenvalue(matvec, rhs), _POWER_ITERATIONS
+            if not math.isfinite(largest):
+                raise NonFiniteError(f"{self}: a product with the Hessian is not finite")
             if largest == 0.0:
                 return LinearSolution(
                     value=rhs, residual=1.0, products=spent, converged=False, remark="no curvature along the cotangent"
@@ -54,9 +57,11 @@ class Neumann(LinearSolver):
             residual, spent = subtract(rhs, matvec(initial)), spent + 1
             solution = axpy(alpha, residual, initial)
         step = scale(alpha, residual)
+        # From a start that is given, the update above is the first of the iteration's.
+        budget = self.terms if initial is None else self.terms - 1
         low, high, relative = math.inf, -math.inf, float(norm(residual)) / size
-        k = 0
-        while k < self.terms:
+        k, remark = 0, ""
+        while k < budget:
             k += 1
             product = matvec(step)
             curvature = float(dot(step, product)) / max(float(dot(step, step)), 1e-300)
@@ -72,10 +77,10 @@ class Neumann(LinearSolver):
         return LinearSolution(
             value=solution,
             residual=relative,
-            iterations=k,
+            iterations=self.terms - budget + k,
             products=spent + k,
             converged=relative <= self.rtol,
-            curvature=(low, high),
+            curvature=(low, high) if k else None,
             remark=remark,
         )
 

@@ -26,7 +26,7 @@ class Report:
 
     Attributes:
         estimator: the estimator, as it prints.
-        residual: the largest ||v - H q|| / ||v|| of the linear solves, or None where none was measured.
+        residual: the largest ||v - H q|| / ||v|| of the linear solves, as the solver has it, or None where none was measured.
         iterations: iterations of all its linear solves together.
         products: products with second derivatives of all its linear solves together.
         solves: linear solves taken: one, and more where a nested level's Hessian asks for them.

@@ -144,7 +144,7 @@ class Level:
         steps: steps taken each time the level is solved.
         estimator: how cotangents are pulled back through the level's solution. Needed for every level but the outermost.
         regularizer: a term of the objective that looks at no batch: weight decay, a proximal coupling. Products
-            that concern only levels named here need no pass over the data.
+            that concern only levels named here need no pass over the data. It must not draw random numbers.
 
     Raises:
         ProblemError: an argument is not what it should be.

@@ -46,6 +46,10 @@ class Mixture:
             self.names, self._losses = tuple(f"loss_{k}" for k in range(len(losses))), tuple(losses)
         if not self._losses:
             raise ProblemError("Mixture: it has no loss; give at least one")
+        if "loss" in self.names:
+            raise ProblemError(
+                "Mixture: a loss is named 'loss', which is what the weighted sum is logged as; rename it"
+            )
         self.weights = weights
 
     def __len__(self) -> int:

@@ -50,6 +50,11 @@ class Problem:
             if level.name in self._by_name:
                 raise ProblemError(f"two levels have the name {level.name!r}; rename one")
             self._by_name[level.name] = level
+        if levels[0].steps != 1:
+            raise ProblemError(
+                f"level {levels[0].name!r}: steps={levels[0].steps}, but the outermost level is solved inside none; leave "
+                "it out, and give solve the number of steps"
+            )
         self.graph = Graph({level.name: level.references for level in levels})
         self._check_parameters()
         for level in levels:
@@ -108,7 +113,7 @@ class Problem:
                     other, other_name = owners[id(parameter)]
                     raise ProblemError(
                         f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is "
-                        f"{level.name}.{name}); give one of them a copy (copy.deepcopy), or freeze it in one"
+                        f"{level.name}.{name}); give one of them a copy (copy.deepcopy), or freeze it if neither is to train it"
                     )
                 owners[id(parameter)] = (level.name, name)
 

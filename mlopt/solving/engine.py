@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..problem import (
     read_outcome,
     scalar,
 )
-from ..tensors import Tensors, axpy, dot, scale
+from ..tensors import Tensors, axpy, dot, is_finite, scale
 
 __all__ = ["Engine"]
 
@@ -70,6 +71,7 @@ class Engine:
         optimizer = self.optimizers[level.name]
         optimizer.zero_grad(set_to_none=True)
         loss = self._differentiate(level, last)
+        self._check_gradient(level)
         optimizer.step()
         scheduler = self.schedulers[level.name]
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -90,6 +92,10 @@ class Engine:
                 loss = self._mixture_gradient(level, outcome.loss, held)
             else:
                 loss = self._check(level, outcome.loss + self._regularizer(level))
+                if not loss.requires_grad:
+                    raise ProblemError(
+                        f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
+                    )
                 loss.backward(inputs=list(level.parameters))  # type: ignore[no-untyped-call]
         self.logs[f"{level.name}/loss"] = loss.detach()
         self.logs |= {f"{level.name}/{name}": value for name, value in outcome.logs.items()}
@@ -106,6 +112,17 @@ class Engine:
             return 0.0
         others = {name: self.problem[name].module for name in level.regularizer_references}
         return scalar(level.regularizer(level.module, **others), f"the regularizer of level {level.name!r}")
+
+    def _check_gradient(self, level: Level) -> None:
+        gradient = [variable.grad for variable in level.parameters if variable.grad is not None]
+        if not gradient:
+            raise ProblemError(
+                f"the loss of level {level.name!r} does not depend on its own variables; does it use its first argument?"
+            )
+        if not is_finite(gradient):
+            raise NonFiniteError(
+                f"the gradient of level {level.name!r} is not finite; its variables are as they were before this step"
+            )
 
     def _check(self, level: Level, loss: Tensor) -> Tensor:
         if not torch.isfinite(loss):
@@ -130,25 +147,30 @@ class Engine:
         """Take the losses one by one, each through its own network pass; note <grad L_k, p> where a cotangent p is held."""
         weights = mixture.weigh(self.problem[mixture.weights].module).detach()
         variables, apart = list(level.parameters), self.problem[mixture.weights].parameters
-        total = torch.zeros_like(weights[0])
+        total = torch.zeros((), device=level.device)
         signals: list[Tensor] = []
         mixed: Tensors = ()
         for k in range(len(mixture)):
             loss, gradient = mixture.gradient(k, variables, apart)
             self.logs[f"{level.name}/{mixture.names[k]}"] = self._check(level, loss)
-            total = total + weights[k] * loss
+            weight = weights[k].to(loss.device)
+            total = total + weight * loss
             if held is not None:
                 signals.append(dot(gradient, held.cotangent))
-            mixed = scale(weights[k], gradient) if k == 0 else axpy(weights[k], gradient, mixed)
+            mixed = scale(weight, gradient) if k == 0 else axpy(weight, gradient, mixed)
         for variable, derivative in zip(variables, mixed, strict=True):
             variable.grad = derivative
         if held is not None:
             held.signals = torch.stack(signals)
         regularizer = self._regularizer(level)
         if isinstance(regularizer, Tensor):
-            regularizer.backward(inputs=variables)  # type: ignore[no-untyped-call]
+            if regularizer.requires_grad:
+                regularizer.backward(inputs=variables)  # type: ignore[no-untyped-call]
             total = total + regularizer.detach()
         return total
+
+
+_OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
 def _optimizer(level: Level) -> Optimizer:
@@ -172,6 +194,16 @@ def _optimizer(level: Level) -> Optimizer:
         raise ProblemError(
             f"level {level.name!r}: its optimizer also holds {len(held - own)} tensors that are not the level's variables; "
             "give each level an optimizer of its own"
+        )
+    if own - held:
+        raise ProblemError(
+            f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
+            "them, or freeze them with requires_grad_(False)"
+        )
+    if inspect.signature(made.step).parameters.get("closure", _OPTIONAL).default is inspect.Parameter.empty:
+        raise ProblemError(
+            f"level {level.name!r}: {type(made).__name__} evaluates the loss itself, several times a step, which levels do "
+            "not offer; use an optimizer that takes a gradient, such as torch.optim.SGD or Adam"
         )
     return made
 

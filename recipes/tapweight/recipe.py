@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import mlopt
 from mlopt.generators import derive_seed, seed_everything
 from mlopt.problem import Stream
-from mlopt.validation import at_least, one_of
+from mlopt.validation import at_least, one_of, positive
 
 from .levels import Pretraining, three_levels
 from .result import TapWeightResult
@@ -60,7 +60,7 @@ class Settings:
         measurements: how often the signals of the objectives are measured on two halves of the validation labels.
     """
 
-    gamma: float = attrs.field(default=100.0, validator=at_least(0.0))
+    gamma: float = attrs.field(default=100.0, validator=positive)
     every: int = attrs.field(default=1, validator=at_least(1))
     batch_size: int = attrs.field(default=64, validator=at_least(2))
     task_batch_size: int = attrs.field(default=64, validator=at_least(1))
@@ -75,6 +75,21 @@ class Settings:
     freeze_encoder: bool = False
     finetunings: int = attrs.field(default=1, validator=at_least(1))
     measurements: int = attrs.field(default=20, validator=at_least(2))
+
+    def schedule(self, steps: int) -> tuple[int, int]:
+        """Return how many outer steps a run takes, and during how many of them the weights wait.
+
+        Raises:
+            ValueError: the weights move too few times to be judged.
+        """
+        outer = steps // self.every
+        delay = int(self.warmup * outer)
+        if outer - delay < self.measurements:
+            raise ValueError(
+                f"steps={steps} at every={self.every} and warmup={self.warmup} moves the weights {outer - delay} times; at least "
+                f"measurements={self.measurements} are needed to judge them: take more steps"
+            )
+        return outer, delay
 
 
 class TapWeight:
@@ -127,6 +142,9 @@ class TapWeight:
             )
         if len(corpus) < 2:
             raise ValueError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
+        for split, examples in task.splits.items():
+            if len(examples) < 2:
+                raise ValueError(f"TapWeight: the {split} split holds {len(examples)} examples; it needs at least two")
         self.encoder, self.objectives, self.task, self.corpus = encoder, tuple(objectives), task, corpus
         self.settings = settings or Settings()
         self.estimator = estimator or mlopt.Identity()
@@ -165,24 +183,12 @@ class TapWeight:
         unknown = [name for name in baselines if name not in ("direct", "equal")]
         if unknown:
             raise ValueError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
-        outer = steps // self.settings.every
-        moved = outer - int(self.settings.warmup * outer)
-        if moved < self.settings.measurements:
-            raise ValueError(
-                f"fit: steps={steps} at every={self.settings.every} and warmup={self.settings.warmup} moves the weights {moved} "
-                f"times; at least measurements={self.settings.measurements} are needed to judge them"
-            )
-        problem, probe = self.problem(outer)
+        outer, _ = self.settings.schedule(steps)
+        problem, probe = self.problem(steps)
         solution = mlopt.solve(problem, outer, callbacks=[probe, *callbacks], seed=self.seed, progress=progress)
         adapted = problem["pretraining"].module.encoder
-        scores: dict[str, list[Score]] = {}
-        if "direct" in baselines:
-            scores["direct"] = self._finetune(self.encoder, progress)
-        if "equal" in baselines:
-            equal = self.equal_weights()
-            mlopt.solve(equal, steps, seed=self.seed, progress=progress)
-            scores["equal"] = self._finetune(equal["pretraining"].module.encoder, progress)
-        scores["tapweight"] = self._finetune(adapted, progress)
+        encoders = self._baselines(baselines, outer * self.settings.every, progress) | {"tapweight": adapted}
+        scores = {way: self._finetune(encoder, progress) for way, encoder in encoders.items()}
         weights = problem["reweighting"].module().tolist()
         return TapWeightResult(
             weights=dict(zip(self.names, weights, strict=True)),
@@ -192,13 +198,20 @@ class TapWeight:
             scores={name: _mean(values) for name, values in scores.items()},
             metric=self.task.metric_name,
             greater_is_better=self.task.greater_is_better,
-            settings={
-                **attrs.asdict(self.settings),
-                "steps": steps,
-                "seed": self.seed,
-                "estimator": str(self.estimator),
-            },
+            settings=attrs.asdict(self.settings),
+            steps=steps,
+            seed=self.seed,
+            estimator=str(self.estimator),
         )
+
+    def _baselines(self, names: Sequence[str], steps: int, progress: bool) -> dict[str, nn.Module]:
+        """Return the encoder of each baseline: the one at the start, and that of pretraining at equal weights."""
+        encoders = {"direct": self.encoder} if "direct" in names else {}
+        if "equal" in names:
+            equal = self.equal_weights()
+            mlopt.solve(equal, steps, seed=self.seed, progress=progress)
+            encoders["equal"] = equal["pretraining"].module.encoder
+        return encoders
 
     def prepare(self) -> tuple[Pretraining, dict[str, float]]:
         """Prepare the objectives on the corpus; return the model at its start, and what each loss is divided by."""
@@ -214,11 +227,11 @@ class TapWeight:
             self._prepared = model, scales
         return self._prepared
 
-    def problem(self, outer: int) -> tuple[mlopt.Problem, SignalProbe]:
-        """Return the three levels, and the probe that measures the objectives' signals, for a run of so many outer steps."""
+    def problem(self, steps: int) -> tuple[mlopt.Problem, SignalProbe]:
+        """Return the three levels, and the probe that measures the objectives' signals, for a run of so many steps."""
         settings, task = self.settings, self.task
         start, scales = self.prepare()
-        delay = int(settings.warmup * outer)
+        outer, delay = settings.schedule(steps)
         problem = three_levels(
             copy.deepcopy(start),
             self.objectives,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from rich.table import Table
+from safetensors.torch import save_model
 
 from .signals import Signal, verdict
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
     from mlopt.solving import History
 
-__all__ = ["TapWeightResult"]
+__all__ = ["WAYS", "TapWeightResult"]
 
-_WAYS = {"direct": "direct finetuning", "equal": "equal weights", "tapweight": "TapWeight"}
+WAYS = {"direct": "direct finetuning", "equal": "equal weights", "tapweight": "TapWeight"}
 _PACKAGES = (
     "mlopt-torch",
     "torch",
@@ -48,7 +49,10 @@ class TapWeightResult:
         scores: by way ("direct", "equal", "tapweight") the metric on "valid" and "test".
         metric: the metric's name.
         greater_is_better: whether a larger metric is a better one.
-        settings: the numbers of the run.
+        settings: the numbers of the run, see `Settings`.
+        steps: pretraining steps.
+        seed: of everything random.
+        estimator: how the finetuning level was pulled back, as it prints.
     """
 
     weights: dict[str, float]
@@ -59,6 +63,9 @@ class TapWeightResult:
     metric: str
     greater_is_better: bool
     settings: dict[str, Any]
+    steps: int
+    seed: int
+    estimator: str
 
     @property
     def verdict(self) -> str:
@@ -78,11 +85,13 @@ class TapWeightResult:
         for column in ("way", "validation", "test"):
             scores.add_column(column, justify="left" if column == "way" else "right")
         for way, score in self.scores.items():
-            scores.add_row(_WAYS[way], f"{score['valid']:.3f}", f"{score['test']:.3f}")
+            scores.add_row(WAYS[way], f"{score['valid']:.3f}", f"{score['test']:.3f}")
         return weights, scores
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the run to a folder: weights, history, scores, picture, encoder, settings and environment.
+        """Write the run to a folder: weights, history, scores, picture, encoder, configuration and environment.
+
+        The encoder writes itself where it has a method `save(folder)`; else its tensors go to `encoder/model.safetensors`.
 
         Args:
             folder: made where it does not exist.
@@ -92,14 +101,19 @@ class TapWeightResult:
         signals = {name: attrs.asdict(signal) for name, signal in self.signals.items()}
         _write_json(folder / "weights.json", {"weights": self.weights, "signals": signals, "verdict": self.verdict})
         _write_json(folder / "scores.json", {"metric": self.metric, "scores": self.scores})
-        _write_json(folder / "config.json", self.settings)
-        _write_json(folder / "environment.json", environment())
+        configuration = {"steps": self.steps, "seeds": [self.seed], "settings": self.settings}
+        _write_json(folder / "config.json", configuration)
+        _write_json(folder / "environment.json", environment() | {"estimator": self.estimator})
         with open(folder / "history.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.history.names)
             writer.writeheader()
             writer.writerows(self.history)
-        self.encoder.save(folder / "encoder")  # type: ignore[operator]
         self.plot(folder / "weights.png")
+        if hasattr(self.encoder, "save"):
+            self.encoder.save(folder / "encoder")  # type: ignore[operator]
+        else:
+            (folder / "encoder").mkdir(exist_ok=True)
+            save_model(self.encoder, str(folder / "encoder" / "model.safetensors"))
 
     def plot(self, file: str | os.PathLike[str]) -> None:
         """Draw the weights over the steps, and the signals with their errors.

@@ -143,6 +143,8 @@ def finetune(
     """
     seed_everything(seed)
     model = Finetuning(encoder, task).to(next(encoder.parameters()).device)
+    # Whatever mode the encoder came in: every way of pretraining is finetuned alike.
+    model.train()
     if freeze_encoder:
         model.encoder.requires_grad_(False).eval()
     train = task.loader("train", batch_size, shuffle=True)

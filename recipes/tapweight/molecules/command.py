@@ -18,7 +18,7 @@ from rich.table import Table
 from mlopt.generators import seed_everything
 
 from ..recipe import TapWeight
-from ..result import TapWeightResult
+from ..result import WAYS, TapWeightResult
 from .configuration import CommandLine, Configuration, ConfigurationError, parse, write
 from .data import Molecules, molecule_net, read_corpus
 from .encoder import GINE
@@ -36,7 +36,6 @@ _FILES = (
     "environment.json",
     "summary.json",
 )
-_WAYS = {"direct": "direct finetuning", "equal": "equal weights", "tapweight": "TapWeight"}
 
 
 def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -> None:
@@ -198,7 +197,7 @@ def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequ
     better = "higher" if first.greater_is_better else "lower"
     table = Table("way", "validation", "test", title=f"{first.metric} ({better} is better)")
     for way, score in scores.items():
-        table.add_row(_WAYS[way], _show(score["valid"]), _show(score["test"]))
+        table.add_row(WAYS[way], _show(score["valid"]), _show(score["test"]))
     console.print(table)
 
 

@@ -154,6 +154,7 @@ class Configuration:
 
         Raises:
             ConfigurationError: a required key is missing, or two keys do not go together.
+            ValueError: there are too few steps.
         """
         data, settings = self.data, self.settings
         for path, value in (("output", self.output), ("data.corpus", data.corpus)):
@@ -170,12 +171,7 @@ class Configuration:
             )
         if len(self.objectives) < 2:
             raise ConfigurationError(f"objectives={list(self.objectives)}; there is something to weigh from two on")
-        moves = self.steps // settings.every
-        if moves < settings.measurements:
-            raise ConfigurationError(
-                f"steps={self.steps} at every={settings.every} moves the weights {moves} times, fewer than "
-                f"measurements={settings.measurements}; give at least {settings.every * settings.measurements} steps"
-            )
+        settings.schedule(self.steps)
 
     def resolved(self, *, output: Path, seeds: tuple[int, ...], device: str) -> Configuration:
         """Return the configuration of a run as it was, with absolute paths, to be repeated from any folder."""
