@@ -98,7 +98,9 @@ class Engine:
                     )
                 loss.backward(inputs=list(level.parameters))  # type: ignore[no-untyped-call]
         self.logs[f"{level.name}/loss"] = loss.detach()
-        self.logs |= {f"{level.name}/{name}": value for name, value in outcome.logs.items()}
+        for name, value in outcome.logs.items():
+            # A copy: a variable that is logged goes on to change.
+            self.logs[f"{level.name}/{name}"] = value.detach().clone() if isinstance(value, Tensor) else value
         return loss.detach()
 
     def _outcome(self, level: Level) -> Outcome:

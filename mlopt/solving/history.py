@@ -26,7 +26,7 @@ class History:
         self._rows: list[dict[str, Any]] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; scalar tensors in it are copied, since a variable that is logged goes on to change.
+        """Add a row; tensors in it are detached.
 
         Raises:
             ProblemError: a tensor in it is no scalar.
@@ -34,7 +34,7 @@ class History:
         for key, value in row.items():
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ProblemError(f"{key!r} was logged with shape {tuple(value.shape)}; log scalars, such as its norm")
-        self._rows.append({key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in row.items()})
+        self._rows.append({key: v.detach() if isinstance(v, Tensor) else v for key, v in row.items()})
 
     def column(self, name: str) -> list[float]:
         """Return one quantity over the rows that have it.

@@ -8,6 +8,7 @@ import json
 import attrs
 import pytest
 import torch
+from safetensors.torch import load_file
 from tapweight_cases import F64, Encoder, Reconstruct, Sum
 from torch import nn
 
@@ -83,7 +84,7 @@ def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sent
         (lambda: tapweight(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
         (lambda: tapweight().fit(3, progress=False), "moves the weights 3 times"),
         (lambda: tapweight().fit(4, baselines=["none"], progress=False), "unknown baseline 'none'"),
-        (lambda: Settings(gamma=-1.0), "gamma=-1.0; it must be a finite number >= 0"),
+        (lambda: Settings(gamma=0.0), "gamma=0.0; it must be a finite number > 0"),
         (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),
         (lambda: Settings(scale="norm"), "scale='norm'; it must be one of 'gradient', 'none'"),
     ],
@@ -133,6 +134,22 @@ def test_equal_weights_see_the_batches_that_tapweight_sees():
     equal, learned = result.scores["equal"], result.scores["tapweight"]
     assert equal["test"] == pytest.approx(learned["test"], rel=1e-6)
     assert result.weights == {"linear": 0.5, "square": 0.5}
+
+
+def test_equal_weights_take_as_many_steps_as_tapweight():
+    """With `every` that does not divide the steps, both take the whole multiples."""
+    made = tapweight(settings=attrs.evolve(SETTINGS, every=3, measurements=2, weights_lr=0.0))
+    result = made.fit(14, progress=False)
+    assert result.scores["equal"]["test"] == pytest.approx(result.scores["tapweight"]["test"], rel=1e-6)
+
+
+def test_an_encoder_without_save_is_written_as_safetensors(tmp_path):
+    made = tapweight()
+    made.encoder = Encoder()
+    result = made.fit(8, baselines=(), progress=False)
+    result.save(tmp_path)
+    state = load_file(tmp_path / "encoder" / "model.safetensors")
+    assert torch.equal(state["layer.weight"], result.encoder.layer.weight)
 
 
 def test_weights_move_at_every_nth_step_only():
