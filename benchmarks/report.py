@@ -18,14 +18,20 @@ import torch
 __all__ = ["environment", "interleaved", "write"]
 
 
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+
+#: Read when the benchmark starts: the code that runs, whatever is committed meanwhile. A plus marks uncommitted changes.
+_COMMIT = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+
+
 def environment(device: str) -> dict[str, Any]:
     """Return the commit, the date, the versions and the machine."""
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
+        "commit": _COMMIT,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

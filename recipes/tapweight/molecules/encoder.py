@@ -80,7 +80,7 @@ class GINE(nn.Module):
     with a ReLU between layers. h starts as the sum of an atom's feature embeddings; e_ij is the sum of a bond's feature
     embeddings, from tables of each layer's own.
 
-    `norm="batch"` in training mode moves running statistics, which torch.func transforms refuse: use "layer" there. It
+    `norm="batch"` in training mode moves running statistics, which bare torch.func transforms refuse. It
     normalises a batch of a single atom by its running statistics, since such a batch has no variance.
 
     Args:
