@@ -175,7 +175,7 @@ def test_an_interruption_is_told(with_command: Any, capsys: pytest.CaptureFixtur
         ("--stepps 3", "Perhaps you meant: --steps"),
         ("--steps four", "--steps: invalid literal for int() with base 10: 'four'"),
         ("--steps 0", "steps=0; it must be a whole number >= 1"),
-        ("--gamma -1", "gamma=-1.0; it must be a finite number >= 0"),
+        ("--gamma -1", "gamma=-1.0; it must be a finite number > 0"),
         ("--seeds 1 1", "seeds=[1, 1]; give at least one, and each once"),
         ("--seed -1", "seeds are whole numbers from 0 to 4294967295"),
         ("--objectives masked_atom contrastive", "invalid choice 'masked_atom'"),

@@ -67,7 +67,8 @@ class Task(ABC):
 
     def score(self, encoder: nn.Module, head: nn.Module, split: Split, batch_size: int = 256) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are put back afterwards."""
-        device = next(encoder.parameters()).device
+        parameters = (parameter for module in (encoder, head) for parameter in module.parameters())
+        device = next(parameters).device
         metric = self.metric().to(device)
         with evaluation(encoder), evaluation(head), torch.no_grad():
             for batch in self.loader(split, batch_size):
