@@ -14,6 +14,7 @@ from torch import nn
 
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.recipe import Settings
+from mlopt.recipes.tapweight.training import Score, finetune
 
 SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
 
@@ -215,3 +216,33 @@ def test_the_weights_wait_while_the_heads_warm_up():
     # A row holds the weights that its step was taken with: the first step that moves them is the seventh.
     assert path[:7] == [0.5] * 7
     assert 0.5 not in path[7:]
+
+
+@pytest.mark.parametrize(("greater", "chosen"), [(False, 2), (True, 3)])
+def test_the_epoch_is_chosen_on_validation_and_the_test_split_scored_once_at_it(greater, chosen):
+    """Validation scores are made up; the state of the chosen epoch is what the test split is scored with."""
+    made, states = [2.0, 1.0, 3.0], []
+
+    class Told(Task):
+        greater_is_better = greater
+
+        def score(self, encoder, head, split, batch_size=256):
+            states.append((split, head.weight.detach().clone()))
+            return made[len(states) - 1] if split == "valid" else 7.0
+
+    torch.manual_seed(0)
+    splits = {split: list(torch.randn(16, 3, dtype=F64)) for split in ("train", "valid", "test")}
+    score = finetune(
+        Encoder(),
+        Told(splits),
+        epochs=3,
+        learning_rate=0.1,
+        batch_size=8,
+        freeze_encoder=False,
+        seed=0,
+        progress=False,
+    )
+    assert [split for split, _ in states] == ["valid"] * 3 + ["test"]
+    assert score == Score(valid=made[chosen - 1], test=7.0, epoch=chosen)
+    assert torch.equal(states[-1][1], states[chosen - 1][1])
+    assert not torch.equal(states[0][1], states[1][1])
