@@ -146,8 +146,8 @@ def verdict(signals: Mapping[str, Signal]) -> str:
     harms = [name for name, signal in signals.items() if signal.significant and signal.mean < 0]
     if not helps and not harms:
         return (
-            "This task shows no significant preference among these objectives: the differences of their weights are within "
-            "the noise of the validation labels."
+            "This run shows no significant preference of the task among these objectives: the differences of their weights are "
+            "within the noise of its batches and of the validation labels."
         )
     parts = []
     if helps:
