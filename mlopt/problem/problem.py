@@ -77,7 +77,7 @@ class Problem:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """The devices that the levels' variables are on, each once."""
+        """The devices that the levels' variables are on now, each once."""
         return tuple(dict.fromkeys(p.device for level in self.levels for p in level.parameters))
 
     def __getitem__(self, name: str) -> Level:

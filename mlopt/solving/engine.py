@@ -67,7 +67,9 @@ class Engine:
             for k in range(guest.steps):
                 self.step(guest, last=k == guest.steps - 1)
         self.batches[level.name] = self.streams[level.name].next()
-        self.generators[level.name] = GeneratorState.capture(self.problem.devices)
+        if self.problem.needs_estimator(level.name):
+            # A pullback replays what this step draws.
+            self.generators[level.name] = GeneratorState.capture(self.problem.devices)
         optimizer = self.optimizers[level.name]
         optimizer.zero_grad(set_to_none=True)
         loss = self._differentiate(level, last)
