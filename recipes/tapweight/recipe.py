@@ -111,7 +111,7 @@ class TapWeight:
         seed: of everything random.
 
     Raises:
-        ValueError: fewer than two objectives, or two of one name; a corpus of fewer than two examples.
+        ValueError: fewer than two objectives, or two of one name; a corpus, or a split of the task, of fewer than two examples.
 
     Example:
         >>> from mlopt.recipes import TapWeight

@@ -54,12 +54,10 @@ def gradient_norms(
     norms = {}
     with preserved():
         seed_everything(seed)
-        for name, losses in (
-            (o.name, partial(objective_losses, probe, objectives=[o], scales={o.name: 1.0})) for o in objectives
-        ):
-            squares = []
+        for objective in objectives:
+            name, squares = objective.name, []
             for batch in batches:
-                loss = losses(batch)[name]()
+                loss = objective_losses(probe, batch, [objective], {name: 1.0})[name]()
                 if not loss.requires_grad:
                     raise ValueError(
                         f"objective {name!r}: its loss has no gradient (was it detached?); mend it or leave it out"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..recipe import Settings, TapWeight
-from ..result import TapWeightResult
+from ..result import WAYS, TapWeightResult
 from .data import Molecules, graph_of
 from .encoder import GINE
 from .objectives import make_objective
@@ -94,7 +94,8 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo") -> Non
         results[seed] = result
     console.print(_told(list(results.values())), highlight=False)
     if len(results) > 1:
-        console.print(_summary(list(results.values())))
+        for table in _summary(list(results.values())):
+            console.print(table)
     console.print(f"Saved in {options.output}.", highlight=False)
 
 
@@ -107,18 +108,29 @@ def _told(results: Sequence[TapWeightResult]) -> str:
         way: sum(result.scores["tapweight"]["test"] < result.scores[way]["test"] for result in results)
         for way in ("direct", "equal")
     }
+    clear = sum(any(signal.significant for signal in result.signals.values()) for result in results)
     return (
         f"The control, {CONTROL}, ended below its equal share of {share:.3f} in {below} of {count} runs; descriptors, of which "
         f"the label is made, came out on top in {top} of {count}. On the test molecules TapWeight was better than equal weights "
-        f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}."
+        f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. Within a single run some "
+        f"weight was told from noise in {clear} of {count}."
     )
 
 
-def _summary(results: Sequence[TapWeightResult]) -> Table:
-    """Return means and standard deviations over the seeds."""
-    table = Table("quantity", "mean", "standard deviation", title=f"Over {len(results)} seeds")
-    rows = {f"weight of {name}": [result.weights[name] for result in results] for name in OBJECTIVES}
-    rows |= {f"test {results[0].metric}, {way}": [r.scores[way]["test"] for r in results] for way in results[0].scores}
-    for name, values in rows.items():
-        table.add_row(name, f"{statistics.fmean(values):.3f}", f"{statistics.stdev(values):.3f}")
-    return table
+def _summary(results: Sequence[TapWeightResult]) -> tuple[Table, Table]:
+    """Return the weights and the scores over the seeds: means, standard deviations, how often below the equal share."""
+    share, count = 1 / len(OBJECTIVES), len(results)
+    weights = Table(
+        "objective", "weight", "below the equal share", title=f"Mean (standard deviation) over {count} seeds"
+    )
+    for name in OBJECTIVES:
+        values = [result.weights[name] for result in results]
+        weights.add_row(name, _spread(values), f"{sum(value < share for value in values)} of {count}")
+    scores = Table("way", f"test {results[0].metric}")
+    for way in results[0].scores:
+        scores.add_row(WAYS[way], _spread([result.scores[way]["test"] for result in results]))
+    return weights, scores
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})"

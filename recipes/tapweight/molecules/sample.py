@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["drugs", "recombined", "solubility"]
 
-_HEAVY_ATOMS = range(10, 36)
+_HEAVY_ATOMS = range(12, 38)
 
 
 def drugs() -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def solubility(smiles: str) -> float:
 
 
 def recombined(count: int, seed: int) -> list[str]:
-    """Return distinct molecules of 10 to 35 heavy atoms: halves of two drugs, cut at bonds of one BRICS type and joined.
+    """Return distinct molecules of 12 to 37 heavy atoms: halves of two drugs, cut at bonds of one BRICS type and joined.
 
     Args:
         count: how many.
@@ -71,7 +71,7 @@ def recombined(count: int, seed: int) -> list[str]:
     random.Random(seed).shuffle(pairs)
     found: dict[str, None] = {}
     for left, right in pairs:
-        if left.GetNumHeavyAtoms() + right.GetNumHeavyAtoms() - 2 in _HEAVY_ATOMS:
+        if left.GetNumHeavyAtoms() + right.GetNumHeavyAtoms() in _HEAVY_ATOMS:
             found[Chem.MolToSmiles(Chem.molzip(left, right))] = None
         if len(found) == count:
             return list(found)
