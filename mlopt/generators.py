@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,41 +17,60 @@ from torch import Tensor
 __all__ = ["GeneratorState", "derive_seed", "preserved", "seed_everything"]
 
 
-@attrs.frozen(eq=False)
-class GeneratorState:
+class GeneratorState(ABC):
     """Where the generators of torch (the CPU's and those of CUDA devices), Python and numpy stand."""
 
+    @staticmethod
+    def capture(devices: Iterable[torch.device] = ()) -> GeneratorState:
+        """Return the present state; `devices` are those that the losses run on, CPU left out or not."""
+        return _Captured(
+            cpu=torch.get_rng_state(),
+            cuda={index: torch.cuda.get_rng_state(index) for index in _cuda_indices(devices)},
+            python=random.getstate(),
+            numpy=np.random.get_state(),
+        )
+
+    @staticmethod
+    def seeded(seed: int, devices: Iterable[torch.device] = ()) -> GeneratorState:
+        """Return the state that seeding every generator with `seed` gives, and leave the generators as they are."""
+        return _Seeded(seed, _cuda_indices(devices))
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put every generator there."""
+
+
+@attrs.frozen(eq=False)
+class _Captured(GeneratorState):
     cpu: Tensor
     cuda: dict[int, Tensor]
     python: Any
     numpy: Any
 
-    @classmethod
-    def capture(cls, devices: Iterable[torch.device] = ()) -> GeneratorState:
-        """Return the present state; `devices` are those that the losses run on, CPU left out or not."""
-        indices = {d.index or 0 for d in devices if d.type == "cuda"}
-        return cls(
-            cpu=torch.get_rng_state(),
-            cuda={index: torch.cuda.get_rng_state(index) for index in indices},
-            python=random.getstate(),
-            numpy=np.random.get_state(),
-        )
-
     def restore(self) -> None:
-        """Put every captured generator back where it stood."""
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
         random.setstate(self.python)
         np.random.set_state(self.numpy)
 
-    @classmethod
-    def seeded(cls, seed: int, devices: Iterable[torch.device] = ()) -> GeneratorState:
-        """Return the state that seeding every generator with `seed` gives, and leave the generators as they are."""
-        devices = tuple(devices)
-        with preserved(devices):
-            seed_everything(seed)
-            return cls.capture(devices)
+
+@attrs.frozen(eq=False)
+class _Seeded(GeneratorState):
+    seed: int
+    cuda: frozenset[int]
+
+    def restore(self) -> None:
+        # torch.manual_seed would also note each call, with its stack, for kinds of devices that are not in use.
+        torch.default_generator.manual_seed(self.seed)
+        for index in self.cuda:
+            torch.cuda.default_generators[index].manual_seed(self.seed)
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+
+
+def _cuda_indices(devices: Iterable[torch.device]) -> frozenset[int]:
+    return frozenset(d.index or 0 for d in devices if d.type == "cuda")
 
 
 def seed_everything(seed: int) -> None:
