@@ -8,12 +8,13 @@ from .errors import (
     ProblemError,
     SecondDerivativeError,
 )
-from .estimators import ConjugateGradient, Dense, Estimator, FiniteDifference, Identity, Implicit, Neumann
+from .estimators import SAMA, ConjugateGradient, Dense, Estimator, FiniteDifference, Identity, Implicit, Neumann
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Variables, variables
 from .solving import Callback, Solution, solve
 
 __all__ = [
+    "SAMA",
     "Callback",
     "ConjugateGradient",
     "Dense",

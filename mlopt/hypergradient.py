@@ -70,13 +70,18 @@ def hypergradient(
     target = problem.outermost if level is None else problem[level]
     problem.probe_count += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
-    batches |= {other.name: _probe_batch(problem, other) for other in problem if other.name not in batches}
+    batches |= {other.name: _probe_batch(problem, other, other.data) for other in problem if other.name not in batches}
+    curvature = {
+        name: _probe_batch(problem, problem[name], rule.curvature_data, "curvature data")
+        for name in problem.graph[target.name].interior
+        if (rule := problem[name].estimator) is not None and rule.curvature_data is not None
+    }
     chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
     generators = {
         other.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, other.name), problem.devices)
         for other in problem
     }
-    point = Point(problem, batches, generators)
+    point = Point(problem, batches, generators, curvature_batches=curvature)
     with point.untouched():
         terms = level_terms(point, target)
         loss = sum((term.value() for term in terms[1:]), terms[0].value())
@@ -86,17 +91,17 @@ def hypergradient(
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
 
 
-def _probe_batch(problem: Problem, level: Level) -> Any:
-    """Return the next batch of a level from the stream that belongs to standalone calls."""
-    if getattr(level.data, "persistent_workers", False):
+def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") -> Any:
+    """Return the next batch of a level's data of one kind, from the stream that belongs to standalone calls."""
+    if getattr(data, "persistent_workers", False):
         raise ProblemError(
-            f"level {level.name!r}: its DataLoader has persistent_workers, which have one order for all who iterate; pass "
-            f"batches={{{level.name!r}: batch}}, or build the loader without them"
+            f"level {level.name!r}: the DataLoader of its {kind} has persistent_workers, which have one order for all who "
+            f"iterate; pass batches={{{level.name!r}: batch}}, or build the loader without them"
         )
-    if level.name not in problem.probe_streams:
-        seed = derive_seed("hypergradient", 0)
-        problem.probe_streams[level.name] = Stream(level.name, level.data, seed, level.device)
-    return problem.probe_streams[level.name].next()
+    key = level.name if kind == "data" else f"{level.name}/{kind}"
+    if key not in problem.probe_streams:
+        problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
+    return problem.probe_streams[key].next()
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:

@@ -2,9 +2,10 @@
 
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
-from .named import ConjugateGradient, Dense, FiniteDifference, Identity, Neumann
+from .named import SAMA, ConjugateGradient, Dense, FiniteDifference, Identity, Neumann
 
 __all__ = [
+    "SAMA",
     "ConjugateGradient",
     "Dense",
     "Estimator",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -25,6 +26,7 @@ from ..problem import (
 )
 from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
 from ..validation import one_of
+from .adaptation import adaptation
 from .products import PRODUCTS, Product
 
 __all__ = ["Implicit", "Stationarity"]
@@ -38,8 +40,13 @@ class Implicit(Estimator):
 
     Args:
         solver: how q is found.
-        products: how products with second derivatives are evaluated: "autograd", "forward" or "finite_difference".
+        products: how products with second derivatives are evaluated: "autograd", "forward", "finite_difference" or, for a level
+            without levels inside, "gauss_newton".
         warm_start: whether `solve` starts each linear solve from the q of the outer step before.
+        curvature_data: batches on which the Hessian is taken, of a size of their own; the batch of the level when None. The
+            mixed product stays with the level's batch. For a level without levels inside.
+        adapted: whether the inverse Hessian is taken to be what the level's optimiser makes of a gradient, in place of the
+            identity; needs the identity as solver. See `SAMA`.
         streamed: whether a level whose loss is a `Mixture` may form the gradient of its weights from the gradients that its
             own training step computes, with the cotangent of the outer step before. Needs the identity as solver.
     """
@@ -47,6 +54,8 @@ class Implicit(Estimator):
     solver: LinearSolver
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
     warm_start: bool = False
+    curvature_data: Iterable[Any] | None = attrs.field(default=None, repr=False)
+    adapted: bool = False
     streamed: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -54,12 +63,22 @@ class Implicit(Estimator):
             raise EstimatorError(
                 f"streamed=True with {self.solver}: only the identity's pullback needs no solve; use Identity(streamed=True)"
             )
+        if self.adapted and (self.streamed or not isinstance(self.solver, Identity)):
+            raise EstimatorError(
+                "adapted=True takes the optimiser's step for the inverse Hessian: it needs linear.Identity() as solver, and "
+                "streamed=False"
+            )
+        if self.curvature_data is not None and isinstance(self.solver, Identity):
+            raise EstimatorError(
+                "curvature_data with the identity as solver: no product with the Hessian is taken; leave it out"
+            )
 
     def linearize(self, point: Point, level: str) -> Stationarity:
         return Stationarity(point, level, self)
 
     def __str__(self) -> str:
-        marks = ["warm start"] * self.warm_start + ["streamed"] * self.streamed
+        marks = ["warm start"] * self.warm_start + ["adapted"] * self.adapted + ["streamed"] * self.streamed
+        marks += ["curvature data"] * (self.curvature_data is not None)
         return ", ".join([f"{self.solver} with {self.products} products", *marks])
 
 
@@ -91,10 +110,28 @@ class Stationarity(Linearization):
             self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
         own = level_terms(point, level)
         if self._children:
+            self._refuse_what_leaves_have()
             self._find_multipliers(own)
         lagrangian = (_MultiplierTerm(point, name, child, PRODUCTS[estimator.products]) for child in self._children)
         self.terms: tuple[Term, ...] = (*own, *lagrangian)
         self._products = [PRODUCTS[estimator.products](term) for term in self.terms]
+        self._curvature = self._products
+        if name in point.curvature_batches:
+            terms = level_terms(point, level, point.curvature_batches)
+            self._curvature = [PRODUCTS[estimator.products](term) for term in terms]
+
+    def _refuse_what_leaves_have(self) -> None:
+        estimator = self._estimator
+        for argument, given in {
+            "products='gauss_newton'": estimator.products == "gauss_newton",
+            "curvature_data": estimator.curvature_data is not None,
+            "adapted=True": estimator.adapted,
+        }.items():
+            if given:
+                raise EstimatorError(
+                    f"level {self._name!r}: {argument} is for levels without levels inside, and "
+                    f"{', '.join(repr(child._name) for child in self._children)} lies inside it; leave it out"
+                )
 
     def _inside(self, part: str) -> Stationarity:
         estimator = self._point.problem[part].estimator
@@ -121,8 +158,11 @@ class Stationarity(Linearization):
 
     def product(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
+        return self._apply(self._products, direction, wanted)
+
+    def _apply(self, products: Sequence[Product], direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         total: dict[Block, Tensors] = {}
-        for product in self._products:
+        for product in products:
             along = {block: vectors for block, vectors in direction.items() if block in product.term.blocks}
             asked = [block for block in wanted if block in product.term.blocks]
             if along and asked:
@@ -134,32 +174,49 @@ class Stationarity(Linearization):
         """Return Q over the blocks with (d2L / dblocks2) Q = load; absent blocks are zero, in and out."""
         if not load:
             return {}
-        _, rest = self._complete(None, load)
-        rhs = rest.get(self._name, zeros_like(self._point.values[self._name]))
-
-        def matvec(q: Tensors) -> Tensors:
-            _, residual = self._complete(q, {})
-            return scale(-1.0, residual[self._name])
-
+        if self._children:
+            _, load_left = self._complete(None, load)
+            rhs, matvec = load_left.get(self._name, zeros_like(self._point.values[self._name])), self._total_hessian
+        else:
+            rhs, matvec = tuple(load[self._name]), self._hessian
         try:
             found = self._estimator.solver.solve(matvec, rhs, initial=initial)
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self._name!r}: {error}") from error
         self._record(found)
+        if self._estimator.adapted:
+            return {self._name: tuple(torch._foreach_mul(list(found.value), list(self._adaptation())))}
         if not self._children:
             return {self._name: found.value}
         solution, _ = self._complete(found.value, load)
         return solution
 
+    def _hessian(self, q: Tensors) -> Tensors:
+        """Return H q, on the curvature batch where there is one."""
+        return self._apply(self._curvature, {self._name: q}, [self._name])[self._name]
+
+    def _total_hessian(self, q: Tensors) -> Tensors:
+        """Return the product with the Hessian of the total objective, the response of the levels inside included."""
+        _, residual = self._complete(q, {})
+        return scale(-1.0, residual[self._name])
+
+    def _adaptation(self) -> Tensors:
+        """Return how the level's optimiser scales a change of the latest gradient, by component."""
+        level, live = self._point.problem[self._name], self._point.optimizers.get(self._name)
+        if live is None:
+            found: dict[Block, Tensors] = {}
+            for term in self.terms:
+                _add_into(found, term.derivatives([self._name]))
+            gradient = found[self._name]
+        else:
+            # The latest step leaves its gradient behind; a variable that it did not move has none.
+            gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in level.parameters)
+        return adaptation(level, live, gradient)
+
     def _complete(self, q: Tensors | None, load: Vectors) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
         """Eliminate the levels inside: given the own component q, return the whole of Q, and what its own row leaves over."""
         own = self._name
         solution: dict[Block, Tensors] = {} if q is None else {own: q}
-        if not self._children:
-            rest = {block: tuple(vectors) for block, vectors in load.items()}
-            if q is not None:
-                _add_into(rest, self.product(solution, [own]), sign=-1.0)
-            return solution, rest
         for child in reversed(self._children):
             row = {block: load[own, block] for block in child.blocks if (own, block) in load}
             tangent = {a: solution[a] for a in child.arguments if a in solution}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .. import linear
 from .implicit import Implicit
 
-__all__ = ["ConjugateGradient", "Dense", "FiniteDifference", "Identity", "Neumann"]
+__all__ = ["SAMA", "ConjugateGradient", "Dense", "FiniteDifference", "Identity", "Neumann"]
 
 
 def Identity(*, products: str = "autograd", streamed: bool = False) -> Implicit:
@@ -108,3 +108,21 @@ def Dense(*, damping: float = 0.0, products: str = "autograd", limit: int = 5_00
         >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Dense())
     """
     return Implicit(solver=linear.Dense(damping=damping, limit=limit), products=products)
+
+
+def SAMA(*, products: str = "finite_difference") -> Implicit:
+    """Take the inverse Hessian to be what the level's optimiser makes of a gradient: u_bar = -(d2f / du dx) D v.
+
+    D is the diagonal of d step / d gradient at the optimiser's latest step, Adam's correction of its moments' bias included. For
+    SGD it is the learning rate. Outside `solve` it is that of a fresh optimiser's first step, which for Adam is next to nothing:
+    that step is lr sign(g), whatever the size of g.
+
+    Args:
+        products: "autograd", "forward" or "finite_difference".
+
+    Source: Choe et al. 2023 (arXiv 2310.05674), section 3.2.
+
+    Example:
+        >>> mlopt.Level("classifier", network, loss, optimizer=partial(Adam, lr=1e-3), estimator=mlopt.SAMA())
+    """
+    return Implicit(solver=linear.Identity(), products=products, adapted=True)

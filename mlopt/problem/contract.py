@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -82,7 +82,13 @@ class Linearization(ABC):
 
 
 class Estimator(ABC):
-    """A rule that linearises a level's solution: its pullback is the vector-Jacobian product of x*(u)."""
+    """A rule that linearises a level's solution: its pullback is the vector-Jacobian product of x*(u).
+
+    Attributes:
+        curvature_data: batches for the Hessian, where the estimator does not take the level's; else None.
+    """
+
+    curvature_data: Iterable[Any] | None = None
 
     @abstractmethod
     def linearize(self, point: Point, level: str) -> Linearization:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..generators import GeneratorState, preserved
 from ..tensors import Tensors
@@ -43,6 +44,8 @@ class Point:
         generators: where the random generators stand when a level is evaluated.
         warm: last solution of each level's linear system, kept by whoever wants warm starts; None for cold ones.
         streams: cotangents held by streamed pullbacks; None where nothing is streamed.
+        curvature_batches: the batch for the Hessian, of each level whose estimator has one of its own.
+        optimizers: the levels' optimisers, with their state, where a run is under way.
     """
 
     def __init__(
@@ -52,12 +55,16 @@ class Point:
         generators: Mapping[str, GeneratorState],
         warm: dict[str, Tensors] | None = None,
         streams: dict[str, StreamedCotangent] | None = None,
+        curvature_batches: Mapping[str, Any] | None = None,
+        optimizers: Mapping[str, Optimizer] | None = None,
     ) -> None:
         self.problem = problem
         self.batches = batches
         self.generators = generators
         self.warm = warm
         self.streams = streams
+        self.curvature_batches = curvature_batches or {}
+        self.optimizers = optimizers or {}
         #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
         self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
         self.reports: dict[str, Report] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +92,38 @@ class Term(ABC):
 
 
 class LevelTerm(Term):
-    """The loss of a level, or its regularizer."""
+    """The loss of a level, or its regularizer.
 
-    def __init__(self, point: Point, level: Level, part: Literal["loss", "regularizer"]) -> None:
-        self._point, self._level, self._part = point, level, part
+    Args:
+        point: where.
+        level: the level.
+        part: which of the two.
+        batches: the batch of each level, in place of the point's.
+    """
+
+    def __init__(
+        self,
+        point: Point,
+        level: Level,
+        part: Literal["loss", "regularizer"],
+        batches: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._point, self._level, self.part = point, level, part
+        self._batches = point.batches if batches is None else batches
         self._references = level.loss_references if part == "loss" else level.regularizer_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
         self.blocks = frozenset(self._modules)
         self.values = point.values
+
+    @property
+    def name(self) -> str:
+        """The level's name."""
+        return self._level.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The level's module."""
+        return self._level.module
 
     def value(self) -> Tensor:
         with cloned_buffers(self._modules.values()):
@@ -110,7 +134,7 @@ class LevelTerm(Term):
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """With f = sum_k w_k(a) L_k(x), d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q>."""
-        if self._part == "regularizer" or set(direction) != {self._level.name}:
+        if self.part == "regularizer" or set(direction) != {self._level.name}:
             return None
         if len(wanted) != 1 or wanted[0] not in self._references:
             return None
@@ -180,12 +204,12 @@ class LevelTerm(Term):
         point, level = self._point, self._level
         point.generators[level.name].restore()
         others = {name: modules[name] for name in level.loss_references}
-        outcome = read_outcome(level.loss(modules[level.name], point.batches[level.name], **others), level)
+        outcome = read_outcome(level.loss(modules[level.name], self._batches[level.name], **others), level)
         point.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
         return outcome
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
-        if self._part == "loss":
+        if self.part == "loss":
             return self._outcome(modules).total(modules)
         assert self._level.regularizer is not None
         self._point.generators[self._level.name].restore()
@@ -194,9 +218,9 @@ class LevelTerm(Term):
         return scalar(value, f"the regularizer of level {self._level.name!r}")
 
 
-def level_terms(point: Point, level: Level) -> tuple[LevelTerm, ...]:
-    """Return the terms of a level's objective: its loss and, where it has one, its regularizer."""
-    loss = LevelTerm(point, level, "loss")
+def level_terms(point: Point, level: Level, batches: Mapping[str, Any] | None = None) -> tuple[LevelTerm, ...]:
+    """Return the terms of a level's objective: its loss, on the point's batch or another, and its regularizer, if any."""
+    loss = LevelTerm(point, level, "loss", batches)
     return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer"))
 
 

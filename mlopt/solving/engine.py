@@ -48,6 +48,11 @@ class Engine:
         self.optimizers = {level.name: _optimizer(level) for level in problem}
         self.schedulers = {level.name: _scheduler(level, self.optimizers[level.name]) for level in problem}
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
+        self.curvature_streams = {
+            level.name: Stream(f"{level.name}/curvature data", level.estimator.curvature_data, seed, level.device)
+            for level in problem
+            if level.estimator is not None and level.estimator.curvature_data is not None
+        }
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
         self.warm: dict[str, Tensors] = {}
@@ -139,7 +144,11 @@ class Engine:
         loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.loss_references)})
         loss = loss + self._regularizer(level)
         cotangents = partial_derivatives(self.problem, level, loss)
-        point = Point(self.problem, self.batches, self.generators, self.warm, self.cotangents)
+        interior = self.problem.graph[level.name].interior
+        curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
+        point = Point(
+            self.problem, self.batches, self.generators, self.warm, self.cotangents, curvature, self.optimizers
+        )
         with point.untouched():
             gradient = accumulate(point, level, cotangents)
         for variable, derivative in zip(level.parameters, gradient, strict=True):

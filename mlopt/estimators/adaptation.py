@@ -1,0 +1,77 @@
+"""What an optimiser makes of a gradient, to first order: the diagonal matrix d step / d gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ..errors import EstimatorError
+from ..problem import Level
+from ..tensors import Tensors
+
+__all__ = ["adaptation"]
+
+
+def adaptation(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:
+    """Return -dx/dg, by component, of the level's optimiser step x <- x - step(g) that was taken last.
+
+    For SGD it is the learning rate; for Adam, with m^ and v^ the moments corrected for their bias at step t,
+
+        lr ((1 - b1) / (1 - b1^t) / (sqrt(v^) + eps) - m^ (1 - b2) g / ((1 - b2^t) sqrt(v^) (sqrt(v^) + eps)^2)).
+
+    Args:
+        level: the level.
+        live: its optimiser after that step; None for the first step of a fresh one.
+        gradient: g of that step, for each of the level's variables.
+
+    Raises:
+        EstimatorError: the optimiser is none whose derivative is known here.
+    """
+    optimizer = live if live is not None else _fresh(level)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    return tuple(
+        _diagonal(level, optimizer, groups[id(variable)], optimizer.state.get(variable, {}), variable, g).to(variable)
+        for variable, g in zip(level.parameters, gradient, strict=True)
+    )
+
+
+def _fresh(level: Level) -> Optimizer:
+    if level.optimizer is None:
+        raise EstimatorError(
+            f"level {level.name!r}: its estimator takes the optimiser's step for the inverse Hessian, and optimizer=None; give "
+            "the level one, such as partial(torch.optim.Adam, lr=1e-3)"
+        )
+    return level.optimizer if isinstance(level.optimizer, Optimizer) else level.optimizer(iter(level.parameters))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _diagonal(
+    level: Level, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], variable: Tensor, g: Tensor
+) -> Tensor:
+    if type(optimizer) is SGD:
+        momentum = group["momentum"]
+        # The first step takes the gradient itself as momentum; later ones weigh it.
+        share = 1.0 if not momentum or state.get("momentum_buffer") is None else 1.0 - group["dampening"]
+        return torch.full_like(g, group["lr"] * (1.0 + momentum * share if group["nesterov"] else share))
+    if type(optimizer) not in (Adam, AdamW) or group["amsgrad"]:
+        raise EstimatorError(
+            f"level {level.name!r}: how a step of {type(optimizer).__name__} depends on the gradient is known for SGD, Adam and "
+            "AdamW without amsgrad; use one of them, or Identity()"
+        )
+    if type(optimizer) is Adam and group["weight_decay"]:
+        g = g + group["weight_decay"] * variable
+    first, second = group["betas"]
+    step = float(state["step"]) if state else 1.0
+    mean = state["exp_avg"] if state else (1 - first) * g
+    square = state["exp_avg_sq"] if state else (1 - second) * g.square()
+    mean, square = mean / (1 - first**step), square / (1 - second**step)
+    root = square.sqrt()
+    scale = root + group["eps"]
+    # Where no gradient has come yet, root is zero and so is the mean: that part of the derivative is taken as zero.
+    bend = mean * g * (1 - second) / (1 - second**step) / root.clamp_min(torch.finfo(root.dtype).tiny) / scale.square()
+    diagonal: Tensor = group["lr"] * ((1 - first) / (1 - first**step) / scale - bend)
+    return diagonal

@@ -1,0 +1,17 @@
+"""Products of a term's second derivatives with vectors: one symmetric product, several ways to evaluate it."""
+
+from .autograd import Autograd
+from .finite_difference import FiniteDifference
+from .forward import Forward
+from .gauss_newton import GaussNewton
+from .product import Product
+
+__all__ = ["PRODUCTS", "Autograd", "FiniteDifference", "Forward", "GaussNewton", "Product"]
+
+#: The ways to evaluate products, by the name that estimators take.
+PRODUCTS: dict[str, type[Product]] = {
+    "autograd": Autograd,
+    "forward": Forward,
+    "finite_difference": FiniteDifference,
+    "gauss_newton": GaussNewton,
+}

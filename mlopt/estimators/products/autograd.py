@@ -1,0 +1,75 @@
+"""Reverse mode over reverse mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...problem import Block, Term, Vectors, cut, derivatives
+from ...tensors import Tensors, zeros_like
+from .product import Product, name_kernels, plain_attention
+
+__all__ = ["Autograd"]
+
+
+class Autograd(Product):
+    """Reverse over reverse: the gradient's graph is traced once and kept, and each product is one walk through it."""
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        self._value: Tensor | None = None
+        self._gradients: dict[Block, Tensors] = {}
+
+    @name_kernels
+    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        mixed = self.term.mixed(direction, wanted, forward=False)
+        if mixed is not None:
+            return mixed
+        self._trace([block for block in direction if block not in self._gradients])
+        pairs = [
+            (gradient, vector)
+            for block, vectors in direction.items()
+            for gradient, vector in zip(self._gradients[block], vectors, strict=True)
+            if gradient.requires_grad
+        ]
+        values = self.term.values
+        if not pairs:
+            return {block: zeros_like(values[block]) for block in wanted}
+        flat = torch.autograd.grad(
+            [gradient for gradient, _ in pairs],
+            [variable for block in wanted for variable in values[block]],
+            grad_outputs=[vector for _, vector in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return cut(flat, wanted, values)
+
+    def _trace(self, blocks: Sequence[Block]) -> None:
+        if not blocks:
+            return
+        with plain_attention():
+            if self._value is None:
+                self._value = self.term.value()
+            found = derivatives(self._value, blocks, self.term.values, traced=True)
+        _refuse_once_differentiable(found)
+        self._gradients |= found
+
+
+def _refuse_once_differentiable(gradients: Vectors) -> None:
+    """Raise where a gradient's graph holds the node that a backward marked `once_differentiable` leaves.
+
+    Products walk around it where they can, as if that part of the second derivative were zero.
+    """
+    pending = [g.grad_fn for vectors in gradients.values() for g in vectors if g.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name() in ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error"):
+            raise RuntimeError("a custom autograd.Function is marked once_differentiable")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)

@@ -1,0 +1,41 @@
+"""Central differences of first derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...problem import Block, Vectors
+from ...tensors import Tensors, axpy, norm, scale, subtract, zeros_like
+from .product import Product
+
+__all__ = ["FiniteDifference"]
+
+#: Relative size of a finite-difference displacement, ||step * direction|| / ||variables||. Central differences err by
+#: the square of it and by rounding over it; measured on small networks, 1e-2 is off by 12% in float32 and 1e-3 by under 1%.
+_RELATIVE_STEP = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+class FiniteDifference(Product):
+    """Central differences of first derivatives: works with every kernel, activation checkpointing and sharded parameters."""
+
+    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        moved = [variable for block in direction for variable in self.term.values[block]]
+        along = [vector for block in direction for vector in direction[block]]
+        size = float(norm(along))
+        if size == 0.0:
+            return {block: zeros_like(self.term.values[block]) for block in wanted}
+        relative = max(_RELATIVE_STEP.get(variable.dtype, 1e-3) for variable in moved)
+        step = relative * max(1.0, float(norm([v.detach() for v in moved]))) / size
+        self.step = step
+        live = [variable.data for variable in moved]
+        kept = [variable.clone() for variable in live]
+        try:
+            torch._foreach_copy_(live, list(axpy(step, along, kept)))
+            above = self.term.derivatives(wanted)
+            torch._foreach_copy_(live, list(axpy(-step, along, kept)))
+            below = self.term.derivatives(wanted)
+        finally:
+            torch._foreach_copy_(live, kept)
+        return {block: scale(0.5 / step, subtract(above[block], below[block])) for block in wanted}

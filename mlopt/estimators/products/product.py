@@ -1,0 +1,78 @@
+"""What a product with second derivatives is, and what to do about kernels that have none."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...errors import SecondDerivativeError
+from ...problem import Block, Term, Vectors
+from ...tensors import Tensors
+
+__all__ = ["Product", "name_kernels", "plain_attention"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+#: What torch says where a second derivative, or a transform of torch.func, meets something that has none.
+_COMPLAINTS = (
+    "derivative for",
+    "forward AD",
+    "double backward",
+    "twice differentiable",
+    "saved tensor hooks",
+    "setup_context",
+    "once_differentiable",
+)
+
+
+def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
+    """Turn torch's complaint about a kernel without a second derivative into an error that names the remedy."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            text = str(error)
+            if any(phrase in text for phrase in _COMPLAINTS):
+                raise SecondDerivativeError(
+                    f"a kernel in the loss has no second derivative ({text.splitlines()[0]}); use "
+                    "products='finite_difference', or a kernel that has one (for attention, attn_implementation='eager')"
+                ) from error
+            raise
+
+    return wrapped
+
+
+def plain_attention() -> AbstractContextManager[None]:
+    """Enter the attention kernel that has a second derivative; fused ones have none."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class Product(ABC):
+    """Products with the second derivatives of one term L at one point.
+
+    With D the blocks of the direction and W those that are wanted, the product has the components
+    d/dw <grad_D L, direction> for w in W. Every product in the library is of this kind: H q has D = W = {the level},
+    the mixed product D = {the level}, W = {its arguments}, and a pushforward the other way round.
+
+    Args:
+        term: the term.
+    """
+
+    #: The last finite-difference step, in units of the direction; None where none is taken.
+    step: float | None = None
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+
+    @abstractmethod
+    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """Return the product by wanted block. `direction` and `wanted` hold blocks of the term only."""

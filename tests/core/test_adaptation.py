@@ -1,0 +1,135 @@
+"""SAMA: the optimiser's step as inverse Hessian, against differentiating that step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from core_cases import distance, drawn, gradient_of, seeds
+from hypothesis import given
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+import mlopt
+from mlopt.estimators import Implicit
+from mlopt.estimators.adaptation import adaptation
+from mlopt.testing import quadratic
+
+OPTIMIZERS = {
+    "sgd": partial(SGD, lr=0.3),
+    "momentum": partial(SGD, lr=0.3, momentum=0.9),
+    "dampened": partial(SGD, lr=0.3, momentum=0.9, dampening=0.4),
+    "nesterov": partial(SGD, lr=0.3, momentum=0.9, nesterov=True),
+    # A first step of Adam is lr sign(g), but for eps: differences would not see its derivative with the usual one.
+    "adam": partial(Adam, lr=0.1, eps=0.1),
+    "adam_with_decay": partial(Adam, lr=0.1, betas=(0.5, 0.7), eps=0.05, weight_decay=0.2),
+    "adamw": partial(AdamW, lr=0.1, eps=0.1, weight_decay=0.2),
+}
+
+
+def level_of(optimizer: Any) -> mlopt.Level:
+    module = mlopt.variables(torch.randn(4))
+    return mlopt.Level("x", module, lambda module, batch: module().square().sum(), optimizer=optimizer)
+
+
+def stepped(level: mlopt.Level, gradients: list[Tensor], factory: Any) -> tuple[Tensor, Optimizer]:
+    """Return where the steps along the gradients end, and the optimiser, from a copy of the level's variables."""
+    variable = nn.Parameter(level.module.value.detach().clone())
+    optimizer = factory([variable])
+    for gradient in gradients:
+        variable.grad = gradient.clone()
+        optimizer.step()
+    return variable.detach(), optimizer
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@drawn(5)
+@given(seed=seeds)
+def test_the_diagonal_is_the_derivative_of_the_step(name: str, steps: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    factory = OPTIMIZERS[name]
+    level = level_of(factory)
+    gradients = [torch.randn(4) for _ in range(steps)]
+    size = 1e-6
+    above = stepped(level, [*gradients[:-1], gradients[-1] + size], factory)[0]
+    below = stepped(level, [*gradients[:-1], gradients[-1] - size], factory)[0]
+    live = factory(list(level.parameters))
+    for gradient in gradients:
+        before = level.module.value.detach().clone()
+        level.module.value.grad = gradient.clone()
+        live.step()
+    # Adam's coupled decay is of the variables that the step began at.
+    level.module.value.data.copy_(before)
+    found = adaptation(level, None if steps == 1 else live, [gradients[-1]])[0]
+    assert distance(found, (below - above) / (2 * size)) < 1e-5
+
+
+def test_components_that_never_had_a_gradient() -> None:
+    level = level_of(partial(Adam, lr=0.1))
+    found = adaptation(level, None, [torch.tensor([0.0, 1.0, 0.0, 2.0])])[0]
+    assert torch.isfinite(found).all()
+    assert found[0] == pytest.approx(0.1 / 1e-8)  # the step is lr g / eps there
+
+
+def test_with_sgd_it_is_the_identity_times_the_learning_rate() -> None:
+    """Outside `solve`, where the optimiser is a fresh one."""
+    case = quadratic("two", mlopt.Identity())
+    x, y = case.problem["x"], case.problem["y"]
+    outer = x.loss(x.module, None, y=y.module)
+    direct = torch.cat([g.reshape(-1) for g in torch.autograd.grad(outer, x.parameters)])
+    adapted = mlopt.Level("y", y.module, y.loss, optimizer=partial(SGD, lr=0.25), estimator=mlopt.SAMA())
+    through = gradient_of(mlopt.Problem(x, adapted)) - direct
+    assert distance(through, 0.25 * (gradient_of(case.problem) - direct)) < 1e-8
+
+
+class Watch(mlopt.Callback):
+    """Note what the outermost level's gradient was, the inner optimiser's state and the latest inner gradient."""
+
+    def on_step_end(self, run: Any) -> None:
+        engine = run.engine
+        self.gradient = run.problem["u"].module.value.grad.clone()
+        inner = run.problem["x"]
+        self.expected = adaptation(inner, engine.optimizers["x"], [inner.module.value.grad])[0]
+
+
+def test_inside_solve_it_reads_the_live_optimiser() -> None:
+    """With f = <u, x> + |x|^2 / 2 and F = <c, x>, the mixed derivative is I and the hypergradient -D c."""
+    torch.manual_seed(0)
+    c = torch.randn(3)
+
+    def inner(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        return u() @ module() + module().square().sum() / 2
+
+    def outer(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        return c @ x()
+
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(torch.randn(3)), outer, optimizer=partial(SGD, lr=0.1)),
+        mlopt.Level(
+            "x",
+            mlopt.variables(torch.randn(3)),
+            inner,
+            optimizer=partial(Adam, lr=0.1),
+            steps=3,
+            estimator=mlopt.SAMA(products="autograd"),
+        ),
+    )
+    watch = Watch()
+    mlopt.solve(problem, steps=4, callbacks=[watch], progress=False)
+    assert distance(watch.gradient, -watch.expected * c) < 1e-12
+
+
+def test_optimisers_whose_step_is_not_known_are_refused() -> None:
+    for optimizer, sentence in [(partial(RMSprop, lr=0.1), "RMSprop"), (partial(Adam, amsgrad=True), "amsgrad")]:
+        with pytest.raises(mlopt.EstimatorError, match=f"level 'x': .*{sentence}"):
+            adaptation(level_of(optimizer), None, [torch.ones(4)])
+    with pytest.raises(mlopt.EstimatorError, match="optimizer=None"):
+        adaptation(level_of(None), None, [torch.ones(4)])
+
+
+def test_it_needs_the_identity() -> None:
+    with pytest.raises(mlopt.EstimatorError, match="adapted=True"):
+        Implicit(solver=mlopt.linear.Dense(), adapted=True)
