@@ -15,8 +15,8 @@ if os.environ.get("CI"):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let torch-geometric be imported: it scripts one class on import, and PyTorch deprecates scripting."""
-    config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+    """Let torch-geometric be imported: it scripts a class on import, as torch.compile does, and PyTorch deprecates that."""
+    config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script(_method)?. is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from ..problem import (
 from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
 from ..validation import one_of
 from .adaptation import adaptation
-from .products import PRODUCTS, Product
+from .products import PRODUCTS, Compiled, Product
 
 __all__ = ["Implicit", "Stationarity"]
 
@@ -42,6 +42,7 @@ class Implicit(Estimator):
         solver: how q is found.
         products: how products with second derivatives are evaluated: "autograd", "forward", "finite_difference" or, for a level
             without levels inside, "gauss_newton".
+        compile: whether the product with a level's own Hessian is compiled by torch.compile; for "forward" products.
         warm_start: whether `solve` starts each linear solve from the q of the outer step before.
         curvature_data: batches on which the Hessian is taken, of a size of their own; the batch of the level when None. The
             mixed product stays with the level's batch. For a level without levels inside.
@@ -53,6 +54,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    compile: bool = False
     warm_start: bool = False
     curvature_data: Iterable[Any] | None = attrs.field(default=None, repr=False)
     adapted: bool = False
@@ -62,6 +64,11 @@ class Implicit(Estimator):
         if self.streamed and not isinstance(self.solver, Identity):
             raise EstimatorError(
                 f"streamed=True with {self.solver}: only the identity's pullback needs no solve; use Identity(streamed=True)"
+            )
+        if self.compile and self.products != "forward":
+            raise EstimatorError(
+                f"compile=True with products={self.products!r}: a gradient that was compiled has no derivative; use "
+                "products='forward'"
             )
         if self.adapted and (self.streamed or not isinstance(self.solver, Identity)):
             raise EstimatorError(
@@ -73,12 +80,23 @@ class Implicit(Estimator):
                 "curvature_data with the identity as solver: no product with the Hessian is taken; leave it out"
             )
 
+    @property
+    def product(self) -> type[Product]:
+        """How products are evaluated."""
+        return Compiled if self.compile else PRODUCTS[self.products]
+
     def linearize(self, point: Point, level: str) -> Stationarity:
         return Stationarity(point, level, self)
 
     def __str__(self) -> str:
-        marks = ["warm start"] * self.warm_start + ["adapted"] * self.adapted + ["streamed"] * self.streamed
-        marks += ["curvature data"] * (self.curvature_data is not None)
+        kinds = {
+            "compiled": self.compile,
+            "warm start": self.warm_start,
+            "curvature data": self.curvature_data is not None,
+            "adapted": self.adapted,
+            "streamed": self.streamed,
+        }
+        marks = [mark for mark, given in kinds.items() if given]
         return ", ".join([f"{self.solver} with {self.products} products", *marks])
 
 
@@ -112,13 +130,13 @@ class Stationarity(Linearization):
         if self._children:
             self._refuse_what_leaves_have()
             self._find_multipliers(own)
-        lagrangian = (_MultiplierTerm(point, name, child, PRODUCTS[estimator.products]) for child in self._children)
+        lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
         self.terms: tuple[Term, ...] = (*own, *lagrangian)
-        self._products = [PRODUCTS[estimator.products](term) for term in self.terms]
+        self._products = [estimator.product(term) for term in self.terms]
         self._curvature = self._products
         if name in point.curvature_batches:
             terms = level_terms(point, level, point.curvature_batches)
-            self._curvature = [PRODUCTS[estimator.products](term) for term in terms]
+            self._curvature = [estimator.product(term) for term in terms]
 
     def _refuse_what_leaves_have(self) -> None:
         estimator = self._estimator

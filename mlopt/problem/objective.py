@@ -100,7 +100,7 @@ class Mixture:
         return weights
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen: torch.compile does not follow how attrs fills frozen classes
 class Outcome:
     """What one evaluation of a loss gave: the loss or the mixture, and scalars to log."""
 

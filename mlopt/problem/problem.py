@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -69,6 +70,8 @@ class Problem:
         self.probe_count = 0
         #: For each level whose loss has been evaluated, the level that weighs it where it is a mixture, else None.
         self.mixtures: dict[str, str | None] = {}
+        #: Functions of the levels' terms that products have had compiled.
+        self.compiled: dict[Any, Any] = {}
 
     @property
     def outermost(self) -> Level:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["LevelTerm", "Term", "cloned_buffers", "derivatives", "level_terms"]
+__all__ = ["LevelTerm", "OwnFunction", "Term", "cloned_buffers", "derivatives", "level_terms"]
+
+#: A term as a function of its level's variables, of other parameters and buffers by name, and of a batch.
+OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
 
 
 @contextlib.contextmanager
@@ -132,9 +135,36 @@ class LevelTerm(Term):
     def function(self, values: Vectors) -> Tensor:
         return self._pure(values, self._total)
 
+    @property
+    def compiled(self) -> dict[Any, Any]:
+        """What has been compiled for the problem, kept for the next term."""
+        return self._point.problem.compiled
+
+    def own_function(self) -> OwnFunction:
+        """Return the term as a function of the level's variables, of everything else, and of the batch.
+
+        It touches nothing but its arguments, so that it can be compiled and kept; random numbers are as they come.
+        """
+        function = _PureFunction(self._modules, self._evaluate)
+        names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
+
+        def term(own: Tensors, rest: Mapping[str, Tensor], batch: Any) -> Tensor:
+            return function.at({**rest, **dict(zip(names, own, strict=True))}, batch)
+
+        return term
+
+    def own_arguments(self) -> tuple[Tensors, dict[str, Tensor], Any]:
+        """Return what `own_function` takes, at the point; the generators are put where the point has them."""
+        self._point.generators[self.name].restore()
+        function = _PureFunction(self._modules, self._evaluate)
+        rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
+        for name in self._level.parameter_names:
+            del rest[f"levels.{_key(self.name)}.{name}"]
+        return tuple(v.detach() for v in self.values[self.name]), rest, self._batches[self.name]
+
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """With f = sum_k w_k(a) L_k(x), d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q>."""
-        if self.part == "regularizer" or set(direction) != {self._level.name}:
+        if self.part == "regularizer" or set(direction) != {self.name}:
             return None
         if len(wanted) != 1 or wanted[0] not in self._references:
             return None
@@ -163,19 +193,19 @@ class LevelTerm(Term):
 
     def _is_mixture(self, weights: str) -> bool:
         known = self._point.problem.mixtures
-        if self._level.name not in known:
+        if self.name not in known:
             with cloned_buffers(self._modules.values()):
                 self._outcome(self._modules)
-        return known[self._level.name] == weights
+        return known[self.name] == weights
 
     def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for each k, by K backward passes."""
-        own, along, apart = self.values[self._level.name], direction[self._level.name], self.values[mixture.weights]
+        own, along, apart = self.values[self.name], direction[self.name], self.values[mixture.weights]
         return torch.stack([dot(mixture.gradient(k, own, apart)[1], along) for k in range(len(mixture))])
 
     def _forward_shares(self, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for all k, in one forward-mode pass."""
-        name = self._level.name
+        name = self.name
 
         def losses(variables: Tensors) -> Tensor:
             def read(modules: Mapping[str, nn.Module]) -> Tensor:
@@ -201,21 +231,31 @@ class LevelTerm(Term):
 
     def _outcome(self, modules: Mapping[str, nn.Module]) -> Outcome:
         """Evaluate the loss on given modules, at the point's batch and random numbers."""
-        point, level = self._point, self._level
-        point.generators[level.name].restore()
-        others = {name: modules[name] for name in level.loss_references}
-        outcome = read_outcome(level.loss(modules[level.name], self._batches[level.name], **others), level)
-        point.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
+        self._point.generators[self.name].restore()
+        outcome = self._read(modules, self._batches[self.name])
+        mixtures = self._point.problem.mixtures
+        mixtures[self.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
         return outcome
+
+    def _read(self, modules: Mapping[str, nn.Module], batch: Any) -> Outcome:
+        others = {name: modules[name] for name in self._level.loss_references}
+        return read_outcome(self._level.loss(modules[self.name], batch, **others), self._level)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
             return self._outcome(modules).total(modules)
+        self._point.generators[self.name].restore()
+        return self._regularize(modules)
+
+    def _regularize(self, modules: Mapping[str, nn.Module]) -> Tensor:
         assert self._level.regularizer is not None
-        self._point.generators[self._level.name].restore()
         others = {name: modules[name] for name in self._references}
-        value = self._level.regularizer(modules[self._level.name], **others)
-        return scalar(value, f"the regularizer of level {self._level.name!r}")
+        value = self._level.regularizer(modules[self.name], **others)
+        return scalar(value, f"the regularizer of level {self.name!r}")
+
+    def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
+        """Evaluate the term on given modules and a given batch, at whatever random numbers come."""
+        return self._read(modules, batch).total(modules) if self.part == "loss" else self._regularize(modules)
 
 
 def level_terms(point: Point, level: Level, batches: Mapping[str, Any] | None = None) -> tuple[LevelTerm, ...]:
@@ -227,19 +267,19 @@ def level_terms(point: Point, level: Level, batches: Mapping[str, Any] | None = 
 class _PureFunction(nn.Module):
     """A function of modules as a pure function of their parameters, by torch.func.functional_call on a module that holds them."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[[Mapping[str, nn.Module]], Tensor]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.levels = nn.ModuleDict({_key(name): module for name, module in modules.items()})
         self._names = tuple(modules)
         self._function = function
 
-    def forward(self) -> Tensor:
-        return self._function({name: self.levels[_key(name)] for name in self._names})
+    def forward(self, *arguments: Any) -> Tensor:
+        return self._function({name: self.levels[_key(name)] for name in self._names}, *arguments)
 
-    def at(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def at(self, parameters: Mapping[str, Tensor], *arguments: Any) -> Tensor:
         # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
-        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        result: Tensor = functional_call(self, {**parameters, **buffers}, ())
+        buffers = {name: parameters.get(name, buffer).clone() for name, buffer in self.named_buffers()}
+        result: Tensor = functional_call(self, {**parameters, **buffers}, arguments)
         return result
 
 

@@ -1,12 +1,13 @@
 """Products of a term's second derivatives with vectors: one symmetric product, several ways to evaluate it."""
 
 from .autograd import Autograd
+from .compiled import Compiled
 from .finite_difference import FiniteDifference
 from .forward import Forward
 from .gauss_newton import GaussNewton
 from .product import Product
 
-__all__ = ["PRODUCTS", "Autograd", "FiniteDifference", "Forward", "GaussNewton", "Product"]
+__all__ = ["PRODUCTS", "Autograd", "Compiled", "FiniteDifference", "Forward", "GaussNewton", "Product"]
 
 #: The ways to evaluate products, by the name that estimators take.
 PRODUCTS: dict[str, type[Product]] = {

@@ -1,0 +1,76 @@
+"""Compiled products, against the same ones evaluated eagerly."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from core_cases import distance, gradient_of
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import mlopt
+from mlopt.estimators import Implicit
+
+INPUTS, LABELS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 2
+BATCHES = [(INPUTS, LABELS), (2 * INPUTS, LABELS), (INPUTS[:4], LABELS[:4])]
+
+
+def problem_of(network: nn.Module, compile: bool, loss: Any = None) -> mlopt.Problem:
+    """Return weights of samples over a network with dropout and batch norm."""
+
+    def training(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+        inputs, labels = batch
+        return (weights()[: len(labels)] * cross_entropy(module(inputs), labels, reduction="none")).mean()
+
+    def validation(weights: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
+        return network[0](INPUTS).square().mean()
+
+    def decay(module: nn.Module) -> Tensor:
+        return torch.stack([p.square().sum() for p in module.parameters()]).sum()
+
+    rule = Implicit(solver=mlopt.linear.ConjugateGradient(iterations=4), products="forward", compile=compile)
+    return mlopt.Problem(
+        mlopt.Level("weights", mlopt.variables(torch.rand(7)), validation),
+        mlopt.Level("network", network, loss or training, data=BATCHES, estimator=rule, regularizer=decay),
+    )
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
+def test_compiled_products_are_those_of_eager_code() -> None:
+    """With batches of other values and sizes, the same dropout masks, and buffers left alone."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2))
+    torch.manual_seed(1)
+    compiled = problem_of(network, compile=True)
+    torch.manual_seed(1)
+    eager = problem_of(network, compile=False)
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    seen = []
+    for seed in range(len(BATCHES)):
+        found, expected = gradient_of(compiled, seed=seed), gradient_of(eager, seed=seed)
+        assert distance(found, expected) < 1e-12
+        seen.append(expected)
+    assert distance(seen[0], seen[1]) > 1e-2
+    assert all(map(torch.equal, network.buffers(), buffers))
+    assert set(compiled.compiled) == {("network", "loss"), ("network", "regularizer")}
+
+
+def test_a_loss_that_cannot_be_compiled_is_named() -> None:
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+        print("a side effect")
+        return module(batch[0]).square().mean() * weights().sum()
+
+    with pytest.raises(
+        mlopt.EstimatorError, match=r"level 'network': torch.compile does not take its loss .* compile=False"
+    ):
+        mlopt.hypergradient(problem_of(nn.Sequential(nn.Linear(3, 2)), compile=True, loss=loss))
+
+
+def test_only_forward_products_are_compiled() -> None:
+    with pytest.raises(mlopt.EstimatorError, match="compile=True with products='autograd'"):
+        Implicit(solver=mlopt.linear.Dense(), compile=True)
