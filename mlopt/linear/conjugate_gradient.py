@@ -65,6 +65,9 @@ class ConjugateGradient(LinearSolver):
         direction = tuple(x.clone() for x in conditioned)
         low, high, remark, k = math.inf, -math.inf, "", 0
         while k < self.iterations and not stopping.met(math.sqrt(square)):
+            if slope <= 0:
+                remark = remark or f"the preconditioner is not positive definite (met at iteration {k + 1})"
+                break
             product = matvec(direction)
             spent += 1
             curvature, length = dots((direction, product), (direction, direction))

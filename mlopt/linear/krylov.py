@@ -51,7 +51,7 @@ class Stopping:
 
     @classmethod
     def of(cls, rtol: float, rhs: Tensors, size: float, start: float) -> Stopping:
-        return cls(rtol, 10 * max(torch.finfo(x.dtype).eps for x in rhs), size, start)
+        return cls(rtol, 4 * max(torch.finfo(x.dtype).eps for x in rhs), size, start)
 
     def met(self, residual: float) -> bool:
         """Return whether to stop at a residual of this norm."""

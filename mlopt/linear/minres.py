@@ -26,8 +26,7 @@ class MINRES(LinearSolver):
     The residual is that of the recurrence: rounding, or differences in place of products, can leave the true one larger.
     The curvature is that along Lanczos' vectors and along the residuals. Negative curvature is no obstacle and gives no
     remark; the residuals show it as soon as the span holds any (Liu & Roosta 2022, arXiv 2206.05732). Where A is singular
-    and b outside its range, the method stops at the least residual there is and says so; a condition number above the
-    root of 1 / rounding (3,000 in single precision) can look the same to it.
+    and b outside its range, the method stops at the least residual there is and says so.
 
     Args:
         iterations: the most iterations.
@@ -59,24 +58,25 @@ class MINRES(LinearSolver):
             torch._foreach_add_(before, product)
             (alpha,) = dots((vector, before))
             torch._foreach_add_(before, vector, alpha=-alpha)
-            previous, beta = beta, math.sqrt(dots((before, before))[0])
-            if not math.isfinite(alpha + beta):
-                raise NonFiniteError(f"{self}: a product with the Hessian is not finite at iteration {k + 1}")
-            # Column k of the tridiagonal matrix is (previous, alpha, beta); the rotations before have made its upper part
+            # Column k of the tridiagonal matrix is (beta before, alpha, beta); the rotations before have made its upper part
             # (top, above), and the last of them now acts on (above, alpha).
             middle, corner = cosine * above + sine * alpha, cosine * alpha - sine * above
-            low, high = min(low, alpha, cosine * corner), max(high, alpha, cosine * corner)
-            largest = max(largest, math.hypot(previous, alpha, beta))
-            # ||A r|| / ||r|| of the residual r before this iteration: at zero, no x has a smaller residual. The method's own
-            # rounding grows with the square of the condition, so that below this mark a step would do harm.
-            if math.hypot(corner, cosine * beta) <= math.sqrt(stopping.rounding) * largest:
-                remark = f"singular to rounding: the residual stays at {abs(residual) / size:.3g}; raise the damping"
-                break
-            k += 1
-            diagonal = math.hypot(corner, beta)
             torch._foreach_mul_(older, -top)
             torch._foreach_add_(older, direction, alpha=-middle)
             torch._foreach_add_(older, vector)
+            squares = dots((before, before), (older, older))
+            if not all(map(math.isfinite, squares)):
+                raise NonFiniteError(f"{self}: a product with the Hessian is not finite at iteration {k + 1}")
+            previous, beta, length = beta, math.sqrt(squares[0]), math.sqrt(squares[1])
+            low, high = min(low, alpha, cosine * corner), max(high, alpha, cosine * corner)
+            largest = max(largest, math.hypot(previous, alpha, beta))
+            diagonal = math.hypot(corner, beta)
+            # The next direction w is `older` over the diagonal, with ||A w|| = 1 but for an error of eps ||A|| ||w||: when
+            # that error weighs, w lies in the null space, and a step would blow the solution up.
+            if length * largest >= diagonal * stopping.rounding ** (-2 / 3):
+                remark = f"singular to rounding: the residual stays at {abs(residual) / size:.3g}; raise the damping"
+                break
+            k += 1
             torch._foreach_div_(older, diagonal)
             direction, older = older, direction
             top, above = sine * beta, cosine * beta
