@@ -3,7 +3,22 @@
 from .conjugate_gradient import ConjugateGradient
 from .dense import Dense
 from .identity import Identity
+from .minres import MINRES
 from .neumann import Neumann
+from .nystrom import Nystrom, NystromPreconditioner
+from .preconditioner import Preconditioner
 from .solver import LinearSolution, LinearSolver, MatVec
 
-__all__ = ["ConjugateGradient", "Dense", "Identity", "LinearSolution", "LinearSolver", "MatVec", "Neumann"]
+__all__ = [
+    "MINRES",
+    "ConjugateGradient",
+    "Dense",
+    "Identity",
+    "LinearSolution",
+    "LinearSolver",
+    "MatVec",
+    "Neumann",
+    "Nystrom",
+    "NystromPreconditioner",
+    "Preconditioner",
+]

@@ -1,14 +1,17 @@
-"""The method of conjugate gradients."""
+"""The method of conjugate gradients, preconditioned or not."""
 
 from __future__ import annotations
 
 import math
 
 import attrs
+import torch
 
-from ..errors import NonFiniteError
-from ..tensors import Tensors, axpy, dot, norm, subtract, zeros_like
-from ..validation import at_least
+from ..errors import EstimatorError, NonFiniteError
+from ..tensors import Tensors
+from ..validation import at_least, one_of
+from .krylov import Stopping, begin, dots
+from .preconditioner import Preconditioner
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["ConjugateGradient"]
@@ -19,49 +22,86 @@ class ConjugateGradient(LinearSolver):
     """Conjugate gradients (Hestenes & Stiefel 1952) for a positive definite A, one product an iteration.
 
     The residual is that of the recurrence: rounding, or differences in place of products, can leave the true one larger.
-    Where a direction of negative or no curvature turns up, A is not positive definite: the solver stops, keeps the
-    iterate it has, and says so.
+    A direction of negative or no curvature shows that A is not positive definite. Four vectors are kept, one more with
+    a preconditioner, next to what that keeps.
 
     Args:
         iterations: the most iterations.
-        rtol: stop when ||b - A x|| <= rtol ||b||.
+        rtol: stop when ||b - A x|| <= rtol ||b||, or at rounding where that comes first.
         damping: added to the diagonal of A.
+        preconditioner: changes the norm that the iterates are best in, so that fewer are needed; its products are counted.
+            The residual that is measured and reported stays b - A x.
+        negative_curvature: what to do where <p, A p> <= 0: "stop" there, keep the iterate and say so; "raise" an error;
+            or "continue" with the recurrences and say so (at <p, A p> = 0 they end).
+
+    Example:
+        >>> solver = ConjugateGradient(iterations=20, preconditioner=NystromPreconditioner(rank=5))
+        >>> solver.solve(lambda v: (3.0 * v[0],), (torch.ones(4),)).value
     """
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
     rtol: float = attrs.field(default=1e-10, validator=at_least(0))
     damping: float = attrs.field(default=0.0, validator=at_least(0))
+    preconditioner: Preconditioner | None = None
+    negative_curvature: str = attrs.field(default="stop", validator=one_of("stop", "raise", "continue"))
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.preconditioner, Preconditioner | None):
+            raise TypeError(
+                f"ConjugateGradient: preconditioner={self.preconditioner}; it must be a Preconditioner, or None"
+            )
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        solution = zeros_like(rhs) if initial is None else initial
-        residual = rhs if initial is None else subtract(rhs, matvec(initial))
-        spent = 0 if initial is None else 1
-        direction, square = residual, float(dot(residual, residual))
+        # Solution, residual and direction are written over in place; what came from outside, and products, never are.
+        solution, residual, spent = begin(matvec, rhs, initial)
+        (square,) = dots((residual, residual))
+        stopping = Stopping.of(self.rtol, rhs, size, math.sqrt(square))
+        precondition: MatVec = _unchanged
+        if self.preconditioner is not None and not stopping.met(math.sqrt(square)):
+            precondition, more = self.preconditioner.prepare(matvec, rhs, self.damping)
+            spent += more
+        conditioned = precondition(residual)
+        (slope,) = dots((residual, conditioned))
+        direction = tuple(x.clone() for x in conditioned)
         low, high, remark, k = math.inf, -math.inf, "", 0
-        while k < self.iterations and math.sqrt(square) > self.rtol * size:
+        while k < self.iterations and not stopping.met(math.sqrt(square)):
+            if slope <= 0:
+                remark = remark or f"the preconditioner is not positive definite (met at iteration {k + 1})"
+                break
             product = matvec(direction)
             spent += 1
-            curvature = float(dot(direction, product))
-            quotient = curvature / float(dot(direction, direction))
-            low, high = min(low, quotient), max(high, quotient)
+            curvature, length = dots((direction, product), (direction, direction))
             if not math.isfinite(curvature):
                 raise NonFiniteError(f"{self}: a product with the Hessian is not finite at iteration {k + 1}")
+            quotient = curvature / length
+            low, high = min(low, quotient), max(high, quotient)
             if curvature <= 0:
-                remark = f"negative curvature {quotient:.3g} at iteration {k + 1}; raise the damping"
-                break
+                remark = remark or self._negative(quotient, k + 1)
+                if self.negative_curvature == "stop" or curvature == 0:
+                    break
             k += 1
-            alpha = square / curvature
-            solution = axpy(alpha, direction, solution)
-            residual = axpy(-alpha, product, residual)
-            previous, square = square, float(dot(residual, residual))
-            direction = axpy(square / previous, direction, residual)
-        relative = float(norm(residual)) / size
+            torch._foreach_add_(solution, direction, alpha=slope / curvature)
+            torch._foreach_add_(residual, product, alpha=-slope / curvature)
+            conditioned, previous = precondition(residual), slope
+            slope, square = dots((residual, conditioned), (residual, residual))
+            torch._foreach_mul_(direction, slope / previous)
+            torch._foreach_add_(direction, conditioned)
         return LinearSolution(
             value=solution,
-            residual=relative,
+            residual=math.sqrt(square) / size,
             iterations=k,
             products=spent,
-            converged=relative <= self.rtol,
-            curvature=(low, high) if spent and high >= low else None,
-            remark=remark,
+            converged=stopping.converged(math.sqrt(square)),
+            curvature=(low, high) if high >= low else None,
+            remark=remark or stopping.remark(math.sqrt(square)),
         )
+
+    def _negative(self, quotient: float, iteration: int) -> str:
+        met = f"negative curvature {quotient:.3g} at iteration {iteration}; raise the damping"
+        if self.negative_curvature == "raise":
+            raise EstimatorError(f"ConjugateGradient: {met}, or use MINRES, which takes an indefinite Hessian")
+        return met
+
+
+def _unchanged(vector: Tensors) -> Tensors:
+    return vector

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import attrs
+import torch
 
 from ..errors import NonFiniteError
-from ..tensors import Tensors, add, axpy, dot, norm, scale, subtract
+from ..tensors import Tensors, axpy, norm, scale, subtract
 from ..validation import at_least, positive_or_none
+from .krylov import dots
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Neumann"]
@@ -56,6 +58,7 @@ class Neumann(LinearSolver):
         else:
             residual, spent = subtract(rhs, matvec(initial)), spent + 1
             solution = axpy(alpha, residual, initial)
+        # Step and solution are written over in place; what came from outside, and products, never are.
         step = scale(alpha, residual)
         # From a start that is given, the update above is the first of the iteration's.
         budget = self.terms if initial is None else self.terms - 1
@@ -64,14 +67,15 @@ class Neumann(LinearSolver):
         while k < budget:
             k += 1
             product = matvec(step)
-            curvature = float(dot(step, product)) / max(float(dot(step, step)), 1e-300)
-            low, high = min(low, curvature), max(high, curvature)
-            step = axpy(-alpha, product, step)
+            curvature, length = dots((step, product), (step, step))
+            if length > 0:
+                low, high = min(low, curvature / length), max(high, curvature / length)
+            torch._foreach_add_(step, product, alpha=-alpha)
             relative = float(norm(step)) / alpha / size
             remark = "" if low > 0 else f"negative curvature {low:.3g}"
             if not relative < 1.0:
                 remark = f"the series does not converge (curvature up to {high:.3g} at step size {alpha:.3g})"
-            solution = add(solution, step)
+            torch._foreach_add_(solution, step)
             if relative <= self.rtol or not relative < _DIVERGED:
                 break
         return LinearSolution(
@@ -80,13 +84,16 @@ class Neumann(LinearSolver):
             iterations=self.terms - budget + k,
             products=spent + k,
             converged=relative <= self.rtol,
-            curvature=(low, high) if k else None,
+            curvature=(low, high) if high >= low else None,
             remark=remark,
         )
 
 
 def _largest_eigenvalue(matvec: MatVec, start: Tensors) -> float:
-    """Return a lower bound on |lambda|_max, close to it after ten power iterations."""
+    """Return a lower bound on |lambda|_max, close to it after ten power iterations.
+
+    All ten are taken: a large eigenvalue that the right-hand side hardly touches shows late, after the bound has settled.
+    """
     vector, largest = scale(1.0 / norm(start), start), 0.0
     for _ in range(_POWER_ITERATIONS):
         product = matvec(vector)

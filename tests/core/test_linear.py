@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,10 @@ class System:
 
 EXACT: dict[str, Callable[[float], linear.LinearSolver]] = {
     "conjugate_gradient": lambda damping: linear.ConjugateGradient(iterations=200, rtol=1e-12, damping=damping),
+    "preconditioned": lambda damping: linear.ConjugateGradient(
+        iterations=200, rtol=1e-12, damping=damping, preconditioner=linear.NystromPreconditioner(rank=3)
+    ),
+    "minres": lambda damping: linear.MINRES(iterations=200, rtol=1e-12, damping=damping),
     "neumann": lambda damping: linear.Neumann(terms=2_000, rtol=1e-12, damping=damping),
     "dense": lambda damping: linear.Dense(damping=damping),
 }
@@ -76,9 +81,10 @@ def test_against_a_factorisation(name: str, warm: bool, seed: int, condition: fl
 
 @drawn(20)
 @given(seed=seeds, iterations=st.integers(1, 6), warm=st.booleans())
-def test_conjugate_gradients_report_the_true_residual(seed: int, iterations: int, warm: bool) -> None:
+@pytest.mark.parametrize("method", [linear.ConjugateGradient, linear.MINRES])
+def test_krylov_methods_report_the_true_residual(method: Any, seed: int, iterations: int, warm: bool) -> None:
     system = System.definite(seed, 100.0)
-    solver = linear.ConjugateGradient(iterations=iterations, rtol=0.0)
+    solver = method(iterations=iterations, rtol=0.0)
     found = solver.solve(system.matvec, system.right, initial=system.start if warm else None)
     assert found.residual == pytest.approx(system.residual(found.value), rel=1e-9)
     assert found.converged is False
@@ -112,10 +118,11 @@ def test_a_tolerance_stops_at_the_first_iterate_below_it(seed: int, rtol: float)
         assert shorter.solve(system.matvec, system.right).residual > rtol
 
 
-def test_a_start_at_the_solution_takes_no_iteration() -> None:
+@pytest.mark.parametrize("name", ["conjugate_gradient", "preconditioned", "minres"])
+def test_a_start_at_the_solution_takes_no_iteration(name: str) -> None:
     system = System.definite(1, 10.0)
     start = unflatten(system.exact(), system.right)
-    found = linear.ConjugateGradient(rtol=1e-8).solve(system.matvec, system.right, initial=start)
+    found = EXACT[name](0.0).solve(system.matvec, system.right, initial=start)
     assert found.iterations == 0
     assert found.converged is True
     assert found.products == system.products == 1
@@ -163,6 +170,70 @@ def test_zero_in_zero_out_at_no_product(solver: linear.LinearSolver, warm: bool)
     assert found.residual == 0.0
 
 
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_given_is_left_as_it_is(name: str, warm: bool) -> None:
+    """The products here are the very tensors that went in, so that writing over either would show."""
+    system = System.definite(0, 3.0)
+    start = system.start if warm else None
+    before = flatten(system.right), flatten(system.start)
+    found = EXACT[name](0.5).solve(lambda vector: vector, system.right, initial=start)
+    assert distance(flatten(found.value), flatten(system.right) / 1.5) < 1e-10
+    assert torch.equal(flatten(system.right), before[0])
+    assert torch.equal(flatten(system.start), before[1])
+    kept = EXACT[name](0.0).solve(lambda vector: vector, system.right, initial=start)
+    assert distance(flatten(kept.value), flatten(system.right)) < 1e-10
+    assert torch.equal(flatten(system.right), before[0])
+    owned = {x.data_ptr() for x in (*system.right, *system.start)}
+    assert not owned & {x.data_ptr() for x in kept.value}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", EXACT)
+def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    """Right to a few roundings, for a right-hand side so small that its squares vanish in half precision."""
+    system = System.definite(0, 3.0)
+    matrix, small = system.matrix.to(dtype), 1e-3
+    right = tuple((small * x).to(dtype) for x in system.right)
+    found = EXACT[name](0.0).solve(lambda v: unflatten(matrix @ flatten(v), v), right)
+    assert {x.dtype for x in found.value} == {dtype}
+    expected = torch.linalg.solve(matrix.double(), flatten(right).double())
+    assert distance(flatten(found.value).double(), expected) < 30 * torch.finfo(dtype).eps
+    assert "curvature" not in found.remark
+
+
+@pytest.mark.parametrize("name", ["conjugate_gradient", "preconditioned", "minres"])
+@pytest.mark.parametrize("condition", [2.0, 1e2, 1e4])
+@drawn(10)
+@given(seed=seeds)
+def test_a_tolerance_below_rounding_ends_at_rounding_and_is_said(name: str, condition: float, seed: int) -> None:
+    system = System.definite(seed, condition)
+    matrix, right = system.matrix.float(), tuple(x.float() for x in system.right)
+    calls = itertools.count(1)
+
+    def matvec(vector: Tensors) -> Tensors:
+        next(calls)
+        return unflatten(matrix @ flatten(vector), vector)
+
+    found = EXACT[name](0.0).solve(matvec, right)
+    assert found.residual < 1e-6
+    assert found.converged is True
+    assert found.remark.startswith("the residual reached rounding (")
+    assert "rtol=1e-12" in found.remark
+    assert found.products == next(calls) - 1
+    assert found.products < 80
+
+
+def test_a_start_that_is_far_off_ends_at_its_own_rounding() -> None:
+    """What is left of a start of 1e20 is known to 1e4 at best: no claim to have solved it."""
+    system = System.definite(0, 3.0)
+    start = tuple(1e20 * x for x in system.start)
+    for name in ("conjugate_gradient", "preconditioned", "minres"):
+        found = EXACT[name](0.0).solve(system.matvec, system.right, initial=start)
+        assert found.converged is False
+        assert found.remark.startswith("the residual reached rounding (")
+
+
 def test_the_identity_spends_nothing_and_claims_nothing() -> None:
     system = System.definite(0, 3.0)
     found = linear.Identity().solve(system.matvec, system.right)
@@ -190,6 +261,50 @@ def test_indefinite_matrices(seed: int, negative: int) -> None:
     assert series.iterations < 2_000
 
 
+SADDLE = torch.tensor([2.0, -1.0, 1.0])
+
+
+def saddle(vector: Tensors) -> Tensors:
+    return (SADDLE * vector[0],)
+
+
+def test_what_to_do_at_negative_curvature_is_the_users_choice() -> None:
+    right = (torch.tensor([3.0, 1.0, 1.0]),)
+    stopped = linear.ConjugateGradient().solve(saddle, right)
+    gone_on = linear.ConjugateGradient(negative_curvature="continue").solve(saddle, right)
+    assert stopped.remark == gone_on.remark
+    assert stopped.remark.startswith("negative curvature -")
+    assert (stopped.converged, gone_on.converged) == (False, True)
+    assert stopped.iterations < gone_on.iterations == 3
+    assert torch.allclose(gone_on.value[0], right[0] / SADDLE)
+    with pytest.raises(mlopt.EstimatorError, match=r"negative curvature -.* raise the damping, or use MINRES"):
+        linear.ConjugateGradient(negative_curvature="raise").solve(saddle, right)
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_no_curvature_ends_the_recurrences(policy: str) -> None:
+    right = (torch.tensor([1.0, 2.0, 2.0]),)
+    solver = linear.ConjugateGradient(negative_curvature=policy)
+    found = solver.solve(lambda v: (torch.tensor([4.0, -1.0, 0.0]) * v[0],), right)
+    assert found.iterations == 0
+    assert found.remark.startswith("negative curvature 0 at iteration 1")
+    assert found.residual == 1.0
+
+
+class Wrong(linear.Preconditioner):
+    def prepare(self, matvec: linear.MatVec, like: Tensors, damping: float) -> tuple[linear.MatVec, int]:
+        return lambda vector: tuple(-x for x in vector), 0
+
+
+def test_a_preconditioner_that_is_not_definite_is_said() -> None:
+    system = System.definite(0, 3.0)
+    found = linear.ConjugateGradient(preconditioner=Wrong()).solve(system.matvec, system.right)
+    assert found.remark == "the preconditioner is not positive definite (met at iteration 1)"
+    assert found.converged is False
+    with pytest.raises(TypeError, match="it must be a Preconditioner, or None"):
+        linear.ConjugateGradient(preconditioner=linear.Nystrom())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(
     "solver", [*(make(0.0) for make in EXACT.values()), linear.Identity()], ids=[*EXACT, "identity"]
@@ -202,7 +317,7 @@ def test_a_right_hand_side_that_is_not_finite_raises(solver: linear.LinearSolver
     assert system.products == 0
 
 
-@pytest.mark.parametrize("name", ["conjugate_gradient", "neumann", "dense"])
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("late", [False, True])
 def test_a_product_that_is_not_finite_raises(name: str, late: bool) -> None:
     system = System.definite(0, 3.0)
@@ -239,6 +354,14 @@ def test_dense_refuses_what_is_too_large() -> None:
         (lambda: linear.ConjugateGradient(iterations=0), r"iterations=0; it must be a whole number >= 1"),
         (lambda: linear.ConjugateGradient(iterations=2.0), r"iterations=2.0; it must be a whole number >= 1"),
         (lambda: linear.ConjugateGradient(rtol=-1.0), r"rtol=-1.0; it must be a finite number >= 0"),
+        (
+            lambda: linear.ConjugateGradient(negative_curvature="go"),
+            r"='go'; it must be one of 'stop', 'raise', 'continue'",
+        ),
+        (lambda: linear.MINRES(iterations=0), r"iterations=0; it must be a whole number >= 1"),
+        (lambda: linear.Nystrom(rank=0), r"rank=0; it must be a whole number >= 1"),
+        (lambda: linear.Nystrom(damping=0.0), r"damping=0.0; it must be a finite number > 0"),
+        (lambda: linear.NystromPreconditioner(rank=1.5), r"rank=1.5; it must be a whole number >= 1"),
         (lambda: linear.Neumann(terms=True), r"terms=True; it must be a whole number >= 1"),
         (lambda: linear.Neumann(step_size=0.0), r"step_size=0.0; it must be a finite number > 0, or None"),
         (lambda: linear.Dense(damping=math.nan), r"damping=nan; it must be a finite number >= 0"),

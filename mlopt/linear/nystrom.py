@@ -1,0 +1,164 @@
+"""The Nystrom approximation of a matrix from a few products: a solver, and a preconditioner."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..tensors import Tensors, flatten, norm, subtract, unflatten
+from ..validation import at_least, positive
+from .preconditioner import Preconditioner
+from .solver import LinearSolution, LinearSolver, MatVec
+
+__all__ = ["Nystrom", "NystromPreconditioner"]
+
+#: In units of the shift, which is rounding: how negative a Ritz value may be by rounding alone.
+_NOISE = 100.0
+
+
+@attrs.frozen(kw_only=True)
+class Nystrom(LinearSolver):
+    """x = (U Lambda U^T + damping I)^-1 b, with U Lambda U^T the Nystrom approximation of A from `rank` products.
+
+    With orthonormal random vectors Omega (n, rank), U Lambda U^T = (A Omega) (Omega^T A Omega)^+ (A Omega)^T; it is A itself
+    where the rank of A is no larger. On what U does not span, x = b / damping: good where the eigenvalues that are left out
+    lie below the damping. The probes come from a generator of the solver's own, so that x is linear in b. No iteration is
+    taken, and a start that is given is not used. One product more measures the residual.
+
+    Where A is indefinite, what has negative curvature among the probes is left out, that is, taken for zero, and the remark
+    says so. The curvature is that of the probes, their extreme Ritz values.
+
+    Args:
+        rank: the number of probes, one product each; at most n are used. At the peak four vectors are kept for each.
+        damping: added to the diagonal of A, not to the approximation's alone; above zero.
+        rtol: the solution counts as converged when ||b - (A + damping I) x|| <= rtol ||b||.
+        seed: of the probes.
+
+    Source: Hataya & Yamada 2023 (arXiv 2302.09726); Frangella, Tropp & Udell 2021 (arXiv 2110.02820) for the shift that
+    keeps it stable.
+
+    Example:
+        >>> Nystrom(rank=1, damping=0.1).solve(lambda v: (v[0].sum().expand(3),), (torch.ones(3),)).value
+    """
+
+    rank: int = attrs.field(default=10, validator=at_least(1))
+    damping: float = attrs.field(default=1e-2, validator=positive)
+    rtol: float = attrs.field(default=1e-3, validator=at_least(0))
+    seed: int = attrs.field(default=0, validator=at_least(0))
+
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+        found = _approximate(matvec, rhs, self.rank, self.damping, self.seed)
+        solution = found.combine(rhs, 1 / (found.eigenvalues + self.damping), 1 / self.damping)
+        residual = float(norm(subtract(rhs, matvec(solution)))) / size
+        remarks = [f"negative curvature {found.curvature[0]:.3g} taken for zero; raise the damping"] * found.clipped
+        if not residual <= 1:
+            remarks.append(
+                f"worse than no solve: eigenvalues that {found.products} products missed exceed the damping; raise it or the rank"
+            )
+        return LinearSolution(
+            value=solution,
+            residual=residual,
+            products=found.products + 1,
+            converged=residual <= self.rtol,
+            curvature=found.curvature,
+            remark="; ".join(remarks),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class NystromPreconditioner(Preconditioner):
+    """P^-1 = U (lambda + mu) (Lambda + mu)^-1 U^T + (I - U U^T), lambda the smallest of Lambda and mu the damping.
+
+    With U Lambda U^T as in `Nystrom`: it brings the largest eigenvalues of A + mu I down to about lambda + mu and leaves the
+    others, which is what conjugate gradients need where a few large eigenvalues stand out. What has negative curvature
+    among the probes is left alone.
+
+    Args:
+        rank: the number of probes, one product each for every solve; at most n are used.
+        seed: of the probes.
+
+    Source: Frangella, Tropp & Udell 2021 (arXiv 2110.02820), equation 1.3.
+
+    Example:
+        >>> ConjugateGradient(iterations=10, preconditioner=NystromPreconditioner(rank=5))
+    """
+
+    rank: int = attrs.field(default=10, validator=at_least(1))
+    seed: int = attrs.field(default=0, validator=at_least(0))
+
+    def prepare(self, matvec: MatVec, like: Tensors, damping: float) -> tuple[MatVec, int]:
+        found = _approximate(matvec, like, self.rank, damping, self.seed)
+        damped = found.eigenvalues + damping
+        weights = damped.amin() / damped if len(damped) else damped
+        return lambda vector: found.combine(vector, weights, 1.0), found.products
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _LowRank:
+    """A ~ U Lambda U^T, positive semi-definite.
+
+    Attributes:
+        basis: U^T, orthonormal rows (k, n).
+        eigenvalues: Lambda (k,), above zero.
+        products: products spent.
+        curvature: the extreme Ritz values among the probes, damping included.
+        clipped: whether negative ones were left out.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    products: int
+    curvature: tuple[float, float]
+    clipped: bool
+
+    def combine(self, vector: Tensors, inside: Tensor, outside: float) -> Tensors:
+        """Return (U diag(inside) U^T + outside (I - U U^T)) v."""
+        flat = flatten(vector).to(self.basis.dtype)
+        along = self.basis @ flat
+        rest = flat - self.basis.T @ along
+        mixed = torch.add(self.basis.T @ (inside * along), rest, alpha=outside)
+        return tuple(x.to(y.dtype) for x, y in zip(unflatten(mixed, vector), vector, strict=True))
+
+
+def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed: int) -> _LowRank:
+    """Return the approximation of A from products with A + damping I."""
+    device, n = like[0].device, sum(x.numel() for x in like)
+    # No factorisation exists in the half precisions.
+    working = torch.promote_types(flatten(like).dtype, torch.float32)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.randn(n, min(rank, n), generator=generator, dtype=working, device=device)
+    rows = torch.linalg.qr(drawn).Q.T.contiguous()
+    image = torch.empty_like(rows)
+    for row, out in zip(rows, image, strict=True):
+        probe = tuple(x.to(y.dtype) for x, y in zip(unflatten(row, like), like, strict=True))
+        out.copy_(flatten(matvec(probe)))
+        # What was multiplied is the probe after rounding to the vectors' own dtype.
+        row.copy_(flatten(probe))
+    # The damping belongs beside the approximation, not into it: on what the probes miss it has to be whole.
+    image.sub_(rows, alpha=damping)
+    if not torch.isfinite(image).all():
+        raise NonFiniteError("Nystrom: a product with the Hessian is not finite")
+    return _decompose(rows, image, damping)
+
+
+def _decompose(rows: Tensor, image: Tensor, damping: float) -> _LowRank:
+    """Return the approximation from probes Omega^T (k, n) and their images (A Omega)^T (k, n)."""
+    core = image @ rows.T
+    ritz, vectors = torch.linalg.eigh((core + core.T) / 2)
+    # A shift by rounding keeps the division by small Ritz values stable; it is taken off again at the end.
+    shift = float(torch.finfo(core.dtype).eps * torch.linalg.matrix_norm(image))
+    kept = ritz > 0
+    factor = (vectors[:, kept] / (ritz[kept] + shift).sqrt()).T @ image.add_(rows, alpha=shift)
+    _, singular, basis = torch.linalg.svd(factor, full_matrices=False)
+    eigenvalues = singular.square() - shift
+    above = eigenvalues > shift
+    low, high = float(ritz[0]), float(ritz[-1])
+    return _LowRank(
+        basis=basis[above],
+        eigenvalues=eigenvalues[above],
+        products=len(rows),
+        curvature=(low + damping, high + damping),
+        clipped=low < -_NOISE * shift,
+    )
