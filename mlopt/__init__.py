@@ -8,12 +8,24 @@ from .errors import (
     ProblemError,
     SecondDerivativeError,
 )
-from .estimators import SAMA, ConjugateGradient, Dense, Estimator, FiniteDifference, Identity, Implicit, Neumann
+from .estimators import (
+    MINRES,
+    SAMA,
+    ConjugateGradient,
+    Dense,
+    Estimator,
+    FiniteDifference,
+    Identity,
+    Implicit,
+    Neumann,
+    Nystrom,
+)
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Variables, variables
 from .solving import Callback, Solution, solve
 
 __all__ = [
+    "MINRES",
     "SAMA",
     "Callback",
     "ConjugateGradient",
@@ -29,6 +41,7 @@ __all__ = [
     "MloptError",
     "Neumann",
     "NonFiniteError",
+    "Nystrom",
     "Problem",
     "ProblemError",
     "Report",

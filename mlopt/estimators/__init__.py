@@ -2,9 +2,10 @@
 
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
-from .named import SAMA, ConjugateGradient, Dense, FiniteDifference, Identity, Neumann
+from .named import MINRES, SAMA, ConjugateGradient, Dense, FiniteDifference, Identity, Neumann, Nystrom
 
 __all__ = [
+    "MINRES",
     "SAMA",
     "ConjugateGradient",
     "Dense",
@@ -14,5 +15,6 @@ __all__ = [
     "Implicit",
     "Linearization",
     "Neumann",
+    "Nystrom",
     "Report",
 ]

@@ -142,6 +142,17 @@ def test_a_warm_start_changes_where_the_solve_begins() -> None:
     assert residuals[-1] < residuals[1] < residuals[0]
 
 
+def test_a_solution_that_has_blown_up_is_no_start() -> None:
+    """Else one solve in a region of negative curvature would spoil all that follow."""
+    diverging = mlopt.Neumann(terms=20, step_size=10.0, warm_start=True)
+    problem = quadratic("two", diverging, size=1).problem
+    point = point_of(problem, warm={})
+    rule = problem["y"].estimator.linearize(point, "y")
+    rule.pullback(random_vectors(["y"], torch.Generator().manual_seed(1)))
+    assert rule.report.residual > 1e3
+    assert point.warm == {}
+
+
 @pytest.mark.parametrize(
     "products",
     ["autograd", "forward", "finite_difference"],
