@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 from .errors import NonFiniteError, ProblemError
@@ -111,7 +111,7 @@ def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Bl
         NonFiniteError: the loss is NaN or infinite.
         ProblemError: the loss depends on no variable of the level or of those solved inside it.
     """
-    if not torch.isfinite(loss):
+    if not math.isfinite(loss.item()):
         raise NonFiniteError(f"the loss of level {level.name!r} is {loss.item()}")
     if not loss.requires_grad:
         raise ProblemError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -71,7 +72,7 @@ def zeros_like(a: Sequence[Tensor]) -> Tensors:
 
 def is_finite(a: Sequence[Tensor]) -> bool:
     """Return whether every component is finite."""
-    return bool(torch.isfinite(norm(a)))
+    return math.isfinite(float(norm(a)))
 
 
 def flatten(a: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,8 +73,8 @@ class Engine:
             for k in range(guest.steps):
                 self.step(guest, last=k == guest.steps - 1)
         self.batches[level.name] = self.streams[level.name].next()
-        if self.problem.needs_estimator(level.name):
-            # A pullback replays what this step draws.
+        if last and self.problem.needs_estimator(level.name):
+            # A pullback replays what the latest step draws.
             self.generators[level.name] = GeneratorState.capture(self.problem.devices)
         optimizer = self.optimizers[level.name]
         optimizer.zero_grad(set_to_none=True)
@@ -134,7 +135,7 @@ class Engine:
             )
 
     def _check(self, level: Level, loss: Tensor) -> Tensor:
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss.item()):
             raise NonFiniteError(
                 f"the loss of level {level.name!r} is {loss.item()}; its variables are as they were before this step"
             )
