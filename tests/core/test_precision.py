@@ -1,0 +1,82 @@
+"""Single and half precision: how far hypergradients are from those in double."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from core_cases import distance, drawn, gradient_of, seeds
+from hypothesis import given
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import mlopt
+from mlopt.testing import ladder, quadratic
+
+EXACT = {
+    "dense": mlopt.Dense(),
+    "conjugate_gradient": mlopt.ConjugateGradient(iterations=50),
+    "conjugate_gradient_forward": mlopt.ConjugateGradient(iterations=50, products="forward"),
+    "minres": mlopt.MINRES(iterations=50),
+    "neumann": mlopt.Neumann(terms=300),
+}
+
+
+@pytest.mark.parametrize("shape", ["two", "chain_of_three", "diamond", "nested", "nested_and_referred_to"])
+@pytest.mark.parametrize("name", EXACT)
+@drawn(3)
+@given(seed=seeds)
+def test_single_precision_against_the_closed_form(name: str, shape: str, seed: int) -> None:
+    if shape.startswith("nested") and name in ("conjugate_gradient_forward", "neumann"):
+        shape = "two"  # nested ones take seconds with these
+    case = quadratic(shape, EXACT[name], seed=seed, size=1, dtype=torch.float32)
+    assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-4
+
+
+def test_a_ladder_in_single_precision() -> None:
+    case = quadratic(ladder(4), EXACT["dense"], size=1, dtype=torch.float32)
+    assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-4
+
+
+def cleaning(dtype: torch.dtype, estimator: mlopt.Estimator, activation: type[nn.Module] = nn.Tanh) -> mlopt.Problem:
+    """Return sample weights over a network, the same up to the dtype; its values are exact in bfloat16."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 64), activation(), nn.Linear(64, 4)).bfloat16()
+    inputs, held_out = (torch.randn(200, 16).bfloat16().to(dtype) for _ in range(2))
+    labels = torch.randint(4, (200,))
+
+    def training(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+        return (weights().sigmoid() * cross_entropy(module(inputs), labels, reduction="none")).mean()
+
+    def validation(weights: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
+        return cross_entropy(network(held_out), labels)
+
+    return mlopt.Problem(
+        mlopt.Level("weights", mlopt.variables(torch.zeros(200, dtype=dtype)), validation),
+        mlopt.Level("network", copy.deepcopy(network).to(dtype), training, estimator=estimator),
+    )
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize(
+    ("products", "single", "half"),
+    [("autograd", 1e-6, 0.01), ("forward", 1e-6, 0.01), ("finite_difference", 1e-3, 0.05)],
+)
+def test_mixed_products_of_a_network(products: str, single: float, half: float, activation: type[nn.Module]) -> None:
+    rule = mlopt.Identity(products=products)
+    exact = gradient_of(cleaning(torch.float64, mlopt.Identity(), activation))
+    assert distance(gradient_of(cleaning(torch.float32, rule, activation)).double(), exact) < single
+    assert distance(gradient_of(cleaning(torch.bfloat16, rule, activation)).double(), exact) < half
+
+
+def test_differences_are_taken_outside_autocast() -> None:
+    """Its rounding would be divided by the step: the error would be several times as large."""
+    exact = gradient_of(cleaning(torch.float64, mlopt.Identity()))
+    problem = cleaning(torch.float32, mlopt.FiniteDifference())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradient_of(problem)
+        assert torch.is_autocast_enabled("cpu")
+    # The cotangent is still that of the autocast forward pass, right to bfloat16's rounding.
+    assert distance(found.double(), exact) < 0.01
