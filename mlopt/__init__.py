@@ -1,6 +1,7 @@
 """mlopt: gradient-based multi-level optimisation in PyTorch."""
 
 from . import linear
+from .diagnosis import DisagreementError, check_hypergradient
 from .errors import (
     EstimatorError,
     MloptError,
@@ -17,6 +18,7 @@ __all__ = [
     "Callback",
     "ConjugateGradient",
     "Dense",
+    "DisagreementError",
     "Estimator",
     "EstimatorError",
     "FiniteDifference",
@@ -34,6 +36,7 @@ __all__ = [
     "SecondDerivativeError",
     "Solution",
     "Variables",
+    "check_hypergradient",
     "hypergradient",
     "linear",
     "solve",

@@ -1,0 +1,137 @@
+"""The oracle that assumes nothing of estimators: outer values with the levels inside solved again at displaced variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..estimators import ConjugateGradient, Estimator, Implicit
+from ..generators import GeneratorState, derive_seed
+from ..hypergradient import accumulate, partial_derivatives
+from ..problem import Level, Point, Problem, level_terms
+from ..tensors import flatten, unflatten
+from .minimize import minimize
+
+__all__ = ["Resolver", "replace_estimators"]
+
+#: Norm of a gradient, over one plus that of the variables, at which a level counts as solved.
+_SOLVED = {torch.float64: 1e-12, torch.float32: 1e-6}
+#: How much less of that is asked of a level that holds others, whose gradient inherits the errors of their solutions.
+_NESTED = 1e2
+#: A displacement of the outer variables, over one plus their norm. Its fourth power is the error of the extrapolated
+#: differences, and what the inner solves leave is divided by it.
+_STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
+
+
+def replace_estimators(problem: Problem, estimators: Mapping[str, Estimator] | Estimator) -> Problem:
+    """Return a problem on the same modules, in which levels that are pulled back have other estimators."""
+    levels = []
+    for level in problem:
+        if problem.needs_estimator(level.name):
+            rule = estimators if isinstance(estimators, Estimator) else estimators[level.name]
+            level = attrs.evolve(level, estimator=rule)  # noqa: PLW2901
+        levels.append(level)
+    return Problem(*levels)
+
+
+class Resolver:
+    """Solves the levels inside a level again, and again, at one batch and one state of the generators.
+
+    A level that holds others is solved by its total gradient: at every evaluation those inside it are solved anew. It moves
+    the variables of the modules, and the generators; whoever calls puts them back.
+
+    Args:
+        problem: the problem; its own estimators are used only for which products they are able to take.
+        batches: of every level.
+        target: the level whose objective is asked for.
+        seed: of what the losses draw; the same draws as in `hypergradient` at this seed.
+    """
+
+    def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
+        exact = {level.name: _exact(level.estimator) for level in problem if problem.needs_estimator(level.name)}
+        self._problem = replace_estimators(problem, exact)
+        self._target = self._problem[target]
+        generators = {
+            level.name: GeneratorState.seeded(derive_seed("hypergradient", "seed", seed, level.name), problem.devices)
+            for level in problem
+        }
+        self._point = Point(self._problem, batches, generators)
+        #: The norm of each level's gradient where its latest solve ended.
+        self.reached: dict[str, float] = {}
+
+    def solve_inside(self, name: str) -> None:
+        """Solve the levels that the objective of `name` depends on, those that others depend on first."""
+        graph = self._problem.graph
+        for part in reversed(graph[name].parts):
+            if graph[part].arguments:
+                self._solve(self._problem[part])
+
+    def _solve(self, level: Level) -> None:
+        variables = [variable.data for variable in level.parameters]
+        nested = bool(self._problem.graph[level.name].parts)
+
+        def objective(flat: Tensor) -> tuple[float, Tensor]:
+            _write(variables, flat)
+            self.solve_inside(level.name)
+            return self._differentiate(level)
+
+        start = flatten(variables).clone()
+        tolerance = _SOLVED.get(start.dtype, 1e-3) * (1.0 + float(start.norm())) * (_NESTED if nested else 1.0)
+        found = minimize(objective, start, tolerance=tolerance)
+        _write(variables, found.variables)
+        self.solve_inside(level.name)
+        self.reached[level.name] = found.gradient_norm
+
+    def _value(self, level: Level) -> Tensor:
+        terms = level_terms(self._point, level)
+        return sum((term.value() for term in terms[1:]), terms[0].value())
+
+    def _differentiate(self, level: Level) -> tuple[float, Tensor]:
+        """Return a level's objective and its total gradient (n,)."""
+        value = self._value(level)
+        gradient = accumulate(self._point, level, partial_derivatives(self._problem, level, value))
+        return float(value.detach()), flatten(gradient)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""
+        graph, norms = self._problem.graph, {}
+        pending = list(graph[self._target.name].parts)
+        while pending:
+            name = pending.pop(0)
+            pending.extend(graph[name].parts)
+            if graph[name].arguments:
+                norms[name] = float(self._differentiate(self._problem[name])[1].norm())
+        return norms
+
+    def derivative(self, direction: Tensor) -> tuple[float, float]:
+        """Return the derivative of the target's objective along a unit direction (n,), and what its error may be.
+
+        Central differences at a step and at half of it are extrapolated; what they differ by bounds the error.
+        """
+        variables = [variable.data for variable in self._target.parameters]
+        origin = flatten(variables).clone()
+        step = _STEP.get(origin.dtype, 3e-2) * (1.0 + float(origin.norm()))
+        differences = []
+        for size in (step, step / 2):
+            values = []
+            for sign in (1.0, -1.0):
+                _write(variables, origin + sign * size * direction)
+                self.solve_inside(self._target.name)
+                values.append(float(self._value(self._target).detach()))
+            differences.append((values[0] - values[1]) / (2 * size))
+        _write(variables, origin)
+        wide, narrow = differences
+        return (4 * narrow - wide) / 3, abs(narrow - wide)
+
+
+def _exact(estimator: Estimator | None) -> Implicit:
+    products = estimator.products if isinstance(estimator, Implicit) else "autograd"
+    return ConjugateGradient(iterations=1_000, rtol=1e-9 if products == "finite_difference" else 1e-12, products=products)
+
+
+def _write(variables: list[Tensor], flat: Tensor) -> None:
+    torch._foreach_copy_(variables, list(unflatten(flat, variables)))
