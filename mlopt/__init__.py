@@ -1,7 +1,7 @@
 """mlopt: gradient-based multi-level optimisation in PyTorch."""
 
 from . import linear
-from .diagnosis import DisagreementError, check_hypergradient
+from .diagnosis import Diagnosis, DisagreementError, check_hypergradient, diagnose
 from .errors import (
     EstimatorError,
     MloptError,
@@ -18,6 +18,7 @@ __all__ = [
     "Callback",
     "ConjugateGradient",
     "Dense",
+    "Diagnosis",
     "DisagreementError",
     "Estimator",
     "EstimatorError",
@@ -37,6 +38,7 @@ __all__ = [
     "Solution",
     "Variables",
     "check_hypergradient",
+    "diagnose",
     "hypergradient",
     "linear",
     "solve",

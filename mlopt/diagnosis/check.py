@@ -291,9 +291,7 @@ def _compare(name: str, found: Tensors, truth: Tensors) -> Row:
     found, truth = (tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in side) for side in (found, truth))
     a, b = float(norm(found)), float(norm(truth))
     cosine = 1.0 if a == b == 0.0 else 0.0 if a * b == 0.0 else float(dot(found, truth)) / (a * b)
-    return Row(
-        name=name, estimator=a, oracle=b, error=_relative(float(norm(subtract(found, truth))), b), cosine=cosine
-    )
+    return Row(name=name, estimator=a, oracle=b, error=_relative(float(norm(subtract(found, truth))), b), cosine=cosine)
 
 
 def _relative(difference: float, size: float) -> float:

@@ -11,9 +11,11 @@ from rich.console import Console, RenderableType
 
 from ..errors import ProblemError
 from ..generators import derive_seed
-from ..problem import Problem, Stream, to_device
+from ..hypergradient import accumulate, partial_derivatives
+from ..problem import Level, Point, Problem, Stream, level_terms, to_device
+from ..tensors import Tensors
 
-__all__ = ["fixed_batches", "put_back", "rendered"]
+__all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
 
 
 def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
@@ -44,6 +46,14 @@ def put_back(problem: Problem) -> Iterator[None]:
         yield
     finally:
         torch._foreach_copy_(live, kept)
+
+
+def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
+    """Return a level's objective at a point, and its total gradient, in the shapes of its variables."""
+    terms = level_terms(point, level)
+    value = sum((term.value() for term in terms[1:]), terms[0].value())
+    gradient = accumulate(point, level, partial_derivatives(point.problem, level, value))
+    return float(value.detach()), gradient
 
 
 def rendered(what: RenderableType, width: int = 130) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..generators import GeneratorState, derive_seed
-from ..hypergradient import accumulate, partial_derivatives
 from ..problem import Level, Point, Problem, level_terms
-from ..tensors import flatten, unflatten
+from ..tensors import flatten, norm, unflatten
 from .minimize import minimize
+from .probe import evaluate
 
 __all__ = ["Resolver", "replace_estimators"]
 
@@ -33,7 +33,7 @@ def replace_estimators(problem: Problem, estimators: Mapping[str, Estimator] | E
     for level in problem:
         if problem.needs_estimator(level.name):
             rule = estimators if isinstance(estimators, Estimator) else estimators[level.name]
-            level = attrs.evolve(level, estimator=rule)  # noqa: PLW2901
+            level = attrs.evolve(level, estimator=rule)
         levels.append(level)
     return Problem(*levels)
 
@@ -77,7 +77,8 @@ class Resolver:
         def objective(flat: Tensor) -> tuple[float, Tensor]:
             _write(variables, flat)
             self.solve_inside(level.name)
-            return self._differentiate(level)
+            value, gradient = evaluate(self._point, level)
+            return value, flatten(gradient)
 
         start = flatten(variables).clone()
         tolerance = _SOLVED.get(start.dtype, 1e-3) * (1.0 + float(start.norm())) * (_NESTED if nested else 1.0)
@@ -86,15 +87,9 @@ class Resolver:
         self.solve_inside(level.name)
         self.reached[level.name] = found.gradient_norm
 
-    def _value(self, level: Level) -> Tensor:
-        terms = level_terms(self._point, level)
-        return sum((term.value() for term in terms[1:]), terms[0].value())
-
-    def _differentiate(self, level: Level) -> tuple[float, Tensor]:
-        """Return a level's objective and its total gradient (n,)."""
-        value = self._value(level)
-        gradient = accumulate(self._point, level, partial_derivatives(self._problem, level, value))
-        return float(value.detach()), flatten(gradient)
+    def _value(self) -> float:
+        # Without the pullbacks that `evaluate` goes on to.
+        return sum(float(term.value().detach()) for term in level_terms(self._point, self._target))
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""
@@ -104,7 +99,7 @@ class Resolver:
             name = pending.pop(0)
             pending.extend(graph[name].parts)
             if graph[name].arguments:
-                norms[name] = float(self._differentiate(self._problem[name])[1].norm())
+                norms[name] = float(norm(evaluate(self._point, self._problem[name])[1]))
         return norms
 
     def derivative(self, direction: Tensor) -> tuple[float, float]:
@@ -121,7 +116,7 @@ class Resolver:
             for sign in (1.0, -1.0):
                 _write(variables, origin + sign * size * direction)
                 self.solve_inside(self._target.name)
-                values.append(float(self._value(self._target).detach()))
+                values.append(self._value())
             differences.append((values[0] - values[1]) / (2 * size))
         _write(variables, origin)
         wide, narrow = differences
@@ -130,7 +125,9 @@ class Resolver:
 
 def _exact(estimator: Estimator | None) -> Implicit:
     products = estimator.products if isinstance(estimator, Implicit) else "autograd"
-    return ConjugateGradient(iterations=1_000, rtol=1e-9 if products == "finite_difference" else 1e-12, products=products)
+    return ConjugateGradient(
+        iterations=1_000, rtol=1e-9 if products == "finite_difference" else 1e-12, products=products
+    )
 
 
 def _write(variables: list[Tensor], flat: Tensor) -> None:
