@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `mlopt`; those of the process when None.
 
     Returns:
-        The exit status: that of the command, 0 where it has none to tell; 2 after an error in what was given, told on standard error; 130 when interrupted.
+        The exit status: that of the command, 0 where it tells none; 2 after an error in what was given, told on standard
+        error; 130 when interrupted.
 
     Raises:
         SystemExit: after `--help`, `--version` and arguments that cannot be parsed.
