@@ -17,7 +17,7 @@ from ..estimators import Implicit
 from ..generators import GeneratorState, derive_seed
 from ..linear import LinearSolution, LinearSolver, MatVec
 from ..problem import Level, Point, Problem, level_terms
-from ..tensors import Tensors, flatten, unflatten
+from ..tensors import Tensors, axpy, flatten, unflatten
 from .probe import evaluate
 from .spectrum import Spectrum, lanczos
 
@@ -26,6 +26,8 @@ __all__ = ["KINDS", "Measures", "Tap", "Trial", "examine", "point_at"]
 #: The kinds of products that are to agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
 _LANCZOS_STEPS = 20
+#: Two steps of differences, relative to the variables: where both give the same, both are right.
+_STEPS = {torch.float64: (1e-4, 1e-5), torch.float32: (1e-2, 3e-3)}
 _REPEATS = 3
 
 
@@ -123,6 +125,8 @@ def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     p, q = (_random(level, generator) for _ in range(2))
     measures.trials = {kind: _try(point, level, kind, p) for kind in KINDS}
+    if not problem.graph[name].parts:
+        _suspect(measures, point, level, p)
     measures.reference = next((kind for kind in KINDS if not measures.trials[kind].error), None)
     if measures.reference is not None:
         _measure_spectrum(measures, level, start, (p, q))
@@ -171,6 +175,35 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
     trial.mixed = flatten([t for argument in rule.arguments for t in mixed.get(argument, ())]).double()
     trial.step = rule.report.step
     return trial
+
+
+def _suspect(measures: Measures, point: Point, level: Level, vector: Tensors) -> None:
+    """Note against products that they are far from differences of the gradient which, at two steps, agree with one another.
+
+    A custom backward marked once_differentiable, or a detach, may drop a second derivative without a word.
+    """
+    direction, size = flatten(vector).double(), float(flatten(level.parameters).detach().norm())
+    live = [variable.data for variable in level.parameters]
+    kept = [variable.clone() for variable in live]
+    found = []
+    try:
+        for relative in _STEPS[torch.promote_types(live[0].dtype, torch.float32)]:
+            step = relative * max(1.0, size) / float(direction.norm())
+            sides = []
+            for sign in (1.0, -1.0):
+                torch._foreach_copy_(live, list(axpy(sign * step, vector, kept)))
+                sides.append(flatten(evaluate(point, level)[1]).double())
+            found.append((sides[0] - sides[1]) / (2 * step))
+    finally:
+        torch._foreach_copy_(live, kept)
+    if _distance(found[0], found[1]) > 0.01:
+        return
+    for kind, trial in measures.trials.items():
+        if trial.own is not None and kind != "finite_difference" and _distance(trial.own, found[1]) > 0.1:
+            trial.error = (
+                f"H p is off by {_distance(trial.own, found[1]):.1e} from differences of the gradient, which agree at two steps: "
+                "a part of the loss drops its second derivative (once_differentiable, detach)"
+            )
 
 
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -18,8 +18,8 @@ Objective: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 
 _MEMORY = 20
 _HALVINGS = 30
-#: Steps without a smaller gradient after which rounding is all that is left.
-_PATIENCE = 8
+#: Steps without a lower value or a smaller gradient after which rounding is all that is left.
+_PATIENCE = 40
 
 
 @attrs.frozen(eq=False)
@@ -34,8 +34,8 @@ class Minimum:
 def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: int = 1_000) -> Minimum:
     """Minimise an objective by L-BFGS with backtracking, from `start`, until its gradient is small or steps stop helping.
 
-    A step is accepted where the objective falls or, where values can no longer tell two points apart, the gradient
-    shrinks: so the iteration ends at the precision of gradients, not at the square root of that of values.
+    A step is accepted where the objective falls or, where values can no longer tell two points apart, the slope along
+    the step shrinks: so the iteration ends at the precision of gradients, not at the square root of that of values.
 
     Args:
         objective: value and gradient.
@@ -55,7 +55,8 @@ def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: in
     value, gradient = objective(point)
     best, smallest, waited, k = point, float(gradient.norm()), 0, 0
     pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
-    slack = math.sqrt(torch.finfo(start.dtype).eps)
+    noise = 10 * torch.finfo(start.dtype).eps
+    slack = math.sqrt(noise)
     while smallest > tolerance and k < steps and waited < _PATIENCE:
         direction = _direction(gradient, pairs)
         slope = float(gradient @ direction)
@@ -68,7 +69,10 @@ def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: in
             trial_value, trial_gradient = objective(trial)
             if trial_value <= value + 1e-4 * length * slope:
                 break
-            if trial_value <= value + slack * (1.0 + abs(value)) and trial_gradient.norm() < gradient.norm():
+            if (
+                trial_value <= value + slack * (1.0 + abs(value))
+                and abs(float(trial_gradient @ direction)) <= -0.9 * slope
+            ):
                 break
             length /= 2
         else:
@@ -79,9 +83,9 @@ def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: in
         step, change = trial - point, trial_gradient - gradient
         if float(step @ change) > 0.0:
             pairs.append((step, change))
+        size, fallen = float(trial_gradient.norm()), value - trial_value > noise * (1.0 + abs(value))
+        waited = 0 if size < smallest or fallen else waited + 1
         point, value, gradient, k = trial, trial_value, trial_gradient, k + 1
-        size = float(gradient.norm())
-        waited = 0 if size < smallest else waited + 1
         if size < smallest:
             best, smallest = point, size
     return Minimum(best, smallest if math.isfinite(smallest) else math.inf, k)
