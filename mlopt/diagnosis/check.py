@@ -222,6 +222,7 @@ def _against_resolved(
         after = {name: flatten(problem[name].parameters).detach() for name in stationarity}
         moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
         settled = hypergradient(Problem(*problem.levels), batches, found.level, seed=seed)
+        resolver.unsolved = 0.0
         measured = [resolver.derivative(flatten(axis)) for axis in axes]
     given, there = (_along(axes, result) for result in (found, settled))
     truth = torch.tensor([value for value, _ in measured], dtype=torch.float64)
@@ -236,7 +237,7 @@ def _against_resolved(
         oracle="resolve",
         tolerance=tolerance,
         rows=tuple(rows),
-        accuracy=_relative(doubt, rows[-1].oracle),
+        accuracy=max(_relative(doubt, rows[-1].oracle), resolver.unsolved),
         reports=found.reports,
         stationarity=stationarity,
         moved=moved,
@@ -250,7 +251,7 @@ def _judge(check: Check, approximate: list[str]) -> None:
     if check.accuracy > check.tolerance:
         raise EstimatorError(
             f"check_hypergradient: the {check.oracle!r} oracle is good to {check.accuracy:.1e} only, and tolerance="
-            f"{check.tolerance:.1e}; use float64, a larger tolerance, or the other oracle\n{check}"
+            f"{check.tolerance:.1e}; use float64, a smooth loss (no ReLU), a larger tolerance, or the other oracle\n{check}"
         )
     whole = check.rows[-1]
     off = [whole] if not whole.error <= check.tolerance else []

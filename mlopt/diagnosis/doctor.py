@@ -10,9 +10,11 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from .. import linear
 from ..estimators import Implicit
 from ..generators import preserved
 from ..problem import Level, Problem
+from ..tensors import Tensors
 from .examine import Measures, Tap, Trial, examine, normalises, point_at
 from .finding import Finding
 from .probe import evaluate, fixed_batches, put_back, rendered
@@ -36,7 +38,8 @@ class LevelDiagnosis:
         findings: what was met; errors are of the level with the estimator that it has.
         products: by kind of products, whether they are safe.
         solvers: by linear solver, with the settings that it has when none are given, whether it is safe.
-        differences: by kind of products, the relative difference of H p and the mixed product from those of `autograd`.
+        differences: by kind of products, the relative differences of H v, and of the mixed product with v, from those of
+            `autograd`; v is a cotangent that is pulled back here.
         costs: by kind of products, the time of one product with H over that of one gradient.
         spectrum: the ends of the Hessian's spectrum; None where no product could be had.
     """
@@ -45,7 +48,7 @@ class LevelDiagnosis:
     findings: tuple[Finding, ...]
     products: dict[str, Finding]
     solvers: dict[str, Finding]
-    differences: dict[str, float]
+    differences: dict[str, tuple[float, float]]
     costs: dict[str, float]
     spectrum: Spectrum | None
 
@@ -89,10 +92,11 @@ class Diagnosis:
 def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed: int = 0) -> Diagnosis:
     """Examine every level that cotangents are pulled back through, at the present point, before a long run.
 
-    Each kind of products is tried on a random vector and compared with autograd's; some twenty Lanczos steps give the ends
-    of the Hessian's spectrum, and with it which linear solvers converge and how fast: conjugate gradients need about
-    sqrt(kappa) / 2 ln(2 / 0.01) iterations for an error of 1%, a Neumann series a step size below 2 / lambda_max.
-    Nothing moves: parameters, buffers, optimisers, `.grad` and generators are bit-identical afterwards.
+    Each kind of products is tried on a cotangent v that is pulled back here, and compared with autograd's. Some twenty
+    Lanczos steps give the ends of the Hessian's spectrum, and with it which linear solvers converge and how fast:
+    conjugate gradients need about sqrt(kappa) / 2 ln(2 / 0.01) iterations for an error of 1%, a Neumann series a step size
+    below 2 / lambda_max. Nothing moves: parameters, buffers, optimisers, `.grad` and generators are bit-identical
+    afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
@@ -115,13 +119,16 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
     batches = fixed_batches(twin, batches, seed)
     names = [level.name for level in reversed(twin.levels) if twin.needs_estimator(level.name)]
     with put_back(twin), preserved(twin.devices):
-        influence = _influential(twin, batches, seed)
-        levels = {name: _diagnose(twin, name, examine(twin, batches, name, seed), name in influence) for name in names}
+        reaching = _cotangents(twin, batches, seed)
+        levels = {
+            name: _diagnose(twin, name, examine(twin, batches, name, seed, reaching.get(name)), name in reaching)
+            for name in names
+        }
     return Diagnosis(levels=levels)
 
 
-def _influential(problem: Problem, batches: Mapping[str, Any], seed: int) -> set[str]:
-    """Return the levels that a cotangent other than zero reaches, from any level that they are solved inside."""
+def _cotangents(problem: Problem, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:
+    """Return a cotangent for each level that one other than zero reaches, from any level that it is solved inside."""
     taps = {level.name: Tap() for level in problem if problem.needs_estimator(level.name)}
     tapped = replace_estimators(
         problem, {name: Implicit(solver=tap, products="finite_difference") for name, tap in taps.items()}
@@ -129,7 +136,7 @@ def _influential(problem: Problem, batches: Mapping[str, Any], seed: int) -> set
     for level in tapped:
         if tapped.graph[level.name].parts:
             evaluate(point_at(tapped, batches, seed), level)
-    return {name for name, tap in taps.items() if tap.matvecs}
+    return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 
 
 def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool) -> LevelDiagnosis:
@@ -142,7 +149,7 @@ def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool
     }
     precision = torch.finfo(level.parameters[0].dtype).eps
     products = {
-        kind: _judge_products(kind, measures, differences.get(kind, 0.0), precision) for kind in measures.trials
+        kind: _judge_products(kind, measures, differences.get(kind, (0.0, 0.0)), precision) for kind in measures.trials
     }
     judged = {
         solver: judge_solver(rule, measures.spectrum)
@@ -150,7 +157,7 @@ def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool
         if measures.spectrum is not None
     }
     findings = [
-        *_of_estimator(level, products, measures),
+        *_of_estimator(level, measures, differences),
         *_of_module(level, measures),
         *_of_draws(measures, precision),
     ]
@@ -163,7 +170,7 @@ def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool
     if reference is not None and reference.mixed is not None and not reference.mixed.any():
         findings.append(
             Finding("warning", f"its solution does not move with {', '.join(problem.graph[name].arguments)}: the mixed "
-                    "product of a random vector is zero", "look at how its loss depends on them")
+                    "product is zero", "look at how its loss depends on them")
         )  # fmt: skip
     return LevelDiagnosis(
         level=name,
@@ -180,17 +187,19 @@ def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool
     )
 
 
-def _difference(trial: Trial, reference: Trial) -> float:
-    """Return the larger relative difference, of H p and of the mixed product."""
+def _difference(trial: Trial, reference: Trial) -> tuple[float, float]:
+    """Return the relative differences, of H v and of the mixed product."""
     found = []
     for a, b in ((trial.own, reference.own), (trial.mixed, reference.mixed)):
         assert a is not None
         assert b is not None
         found.append(float((a - b).norm() / b.norm()) if b.any() else float(a.norm()))
-    return max(found)
+    return found[0], found[1]
 
 
-def _judge_products(kind: str, measures: Measures, difference: float, precision: float) -> Finding:
+def _judge_products(
+    kind: str, measures: Measures, differences: tuple[float, float], precision: float, *, mixed_only: bool = False
+) -> Finding:
     trial = measures.trials[kind]
     if trial.error:
         return Finding("error", f"unsafe: {trial.error}")
@@ -198,22 +207,35 @@ def _judge_products(kind: str, measures: Measures, difference: float, precision:
         return Finding("error", "unsafe: the two gradients that are subtracted see different random numbers")
     if kind == measures.reference:
         return Finding("ok", "safe")
-    told = f"differ from {measures.reference}'s by {difference:.1e}"
+    own, mixed = differences
+    told = f"H v is off by {own:.1e} from {measures.reference}'s, the mixed product by {mixed:.1e}"
     if trial.step is not None:
-        told += f" at step {trial.step:.1e}"
-    if difference > max(_WRONG, precision):
-        return Finding("error", f"unsafe: {told}", f"products={measures.reference!r}")
-    if difference > max(_DOUBTFUL, precision):
+        told += f", at step {trial.step:.1e}"
+    worst = mixed if mixed_only else max(own, mixed)
+    if worst > max(_WRONG, precision):
+        remedy = f"products={measures.reference!r}"
+        if kind == "finite_difference" and mixed <= max(_WRONG, precision):
+            remedy += ", or Identity(), which takes no product with H (a kink, such as ReLU's, spoils these first)"
+        return Finding("error", f"unsafe: {told}", remedy)
+    if worst > max(_DOUBTFUL, precision):
         return Finding("warning", f"coarse: {told}", f"products={measures.reference!r}, where that matters")
     return Finding("ok", f"safe: {told}")
 
 
-def _of_estimator(level: Level, products: dict[str, Finding], measures: Measures) -> list[Finding]:
+def _of_estimator(level: Level, measures: Measures, differences: dict[str, tuple[float, float]]) -> list[Finding]:
     """Judge the estimator that the level has."""
     rule = level.estimator
     if not isinstance(rule, Implicit):
         return [Finding("ok", f"{rule} is not implicit: nothing here says how good it is", "check_hypergradient does")]
-    verdicts = {f"{rule.products} products": products.get(rule.products)}
+    verdicts: dict[str, Finding | None] = {}
+    if rule.products in measures.trials:
+        verdicts[f"{rule.products} products"] = _judge_products(
+            rule.products,
+            measures,
+            differences.get(rule.products, (0.0, 0.0)),
+            torch.finfo(level.parameters[0].dtype).eps,
+            mixed_only=isinstance(rule.solver, linear.Identity),
+        )
     if measures.spectrum is not None:
         verdicts[str(rule.solver)] = judge_solver(rule.solver, measures.spectrum)
     bad = [
@@ -269,11 +291,15 @@ def _of_draws(measures: Measures, precision: float) -> list[Finding]:
     return []
 
 
-def _of_precision(level: Level, differences: dict[str, float]) -> list[Finding]:
+def _of_precision(level: Level, differences: dict[str, tuple[float, float]]) -> list[Finding]:
     halves = [str(p.dtype) for p in level.parameters if p.dtype in _HALVES]
     if not halves:
         return []
-    by = f" Finite differences are off by {differences['finite_difference']:.0%} here" if len(differences) > 1 else ""
+    by = (
+        f" Finite differences are off by {max(differences['finite_difference']):.0%} here"
+        if len(differences) > 1
+        else ""
+    )
     return [
         Finding("warning", f"variables of {halves[0]}.{by}", "keep the variables in float32, and autocast the loss")
     ]

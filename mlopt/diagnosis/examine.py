@@ -26,6 +26,8 @@ __all__ = ["KINDS", "Measures", "Tap", "Trial", "examine", "point_at"]
 #: The kinds of products that are to agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
 _LANCZOS_STEPS = 20
+#: How many numbers the vectors of a Lanczos process may hold together: large levels take fewer steps, five at least.
+_LANCZOS_NUMBERS = 200_000_000
 #: Two steps of differences, relative to the variables: where both give the same, both are right.
 _STEPS = {torch.float64: (1e-4, 1e-5), torch.float32: (1e-2, 3e-3)}
 _REPEATS = 3
@@ -37,19 +39,21 @@ class Tap(LinearSolver):
 
     damping: float = 0.0
     matvecs: list[MatVec] = attrs.field(factory=list)
+    cotangents: list[Tensors] = attrs.field(factory=list)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         self.matvecs.append(matvec)
+        self.cotangents.append(rhs)
         return LinearSolution(value=rhs)
 
 
 @attrs.define(kw_only=True, eq=False)
 class Trial:
-    """One kind of products, tried on one random vector.
+    """One kind of products, tried on one vector v.
 
     Attributes:
-        own: H p, (n,), in float64; None where it failed.
-        mixed: (d2f / du dx) p over all arguments, (m,), in float64.
+        own: H v, (n,), in float64; None where it failed.
+        mixed: (d2f / du dx) v over all arguments, (m,), in float64.
         matvec: the product with H.
         step: the finite-difference step; None where none was taken.
         seconds: of one product with H, once what is kept between products is there.
@@ -104,7 +108,7 @@ def point_at(problem: Problem, batches: Mapping[str, Any], seed: int) -> Point:
     return Point(problem, batches, generators)
 
 
-def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int) -> Measures:
+def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int, cotangent: Tensors | None) -> Measures:
     """Measure one level that cotangents are pulled back through. The generators move; whoever calls puts them back.
 
     Args:
@@ -112,6 +116,8 @@ def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int) 
         batches: of every level.
         name: the level.
         seed: of the draws, and of the random vectors.
+        cotangent: what products are tried on, a random vector when None. Differences cross the kinks of a network along
+            a random vector, and few along a gradient: what is pulled back is what they are to be right on.
     """
     level, point = problem[name], point_at(problem, batches, seed)
     measures = Measures()
@@ -124,9 +130,10 @@ def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int) 
     measures.unused, measures.kernels = _used(point, level)
     generator = torch.Generator().manual_seed(seed)
     p, q = (_random(level, generator) for _ in range(2))
-    measures.trials = {kind: _try(point, level, kind, p) for kind in KINDS}
+    vector = p if cotangent is None else cotangent
+    measures.trials = {kind: _try(point, level, kind, vector) for kind in KINDS}
     if not problem.graph[name].parts:
-        _suspect(measures, point, level, p)
+        _suspect(measures, point, level, vector)
     measures.reference = next((kind for kind in KINDS if not measures.trials[kind].error), None)
     if measures.reference is not None:
         _measure_spectrum(measures, level, start, (p, q))
@@ -138,18 +145,19 @@ def _measure_spectrum(measures: Measures, level: Level, gradient: Tensor, vector
     trial = measures.trials[measures.reference]
     known = trial.matvec
     assert known is not None
-    assert trial.own is not None
 
     def matvec(vector: Tensor) -> Tensor:
         given = tuple(part.to(x) for part, x in zip(unflatten(vector, level.parameters), level.parameters, strict=True))
-        return flatten(known(given)).double()
+        return flatten(known(given)).to(vector)
 
     p, q = (flatten(vector).double() for vector in vectors)
-    hq = matvec(q)
-    measures.asymmetry = float((p @ hq - q @ trial.own).abs() / (p.norm() * hq.norm()).clamp_min(1e-300))
-    values, _ = lanczos(matvec, p, steps=_LANCZOS_STEPS)
+    hp, hq = matvec(p), matvec(q)
+    measures.asymmetry = float((p @ hq - q @ hp).abs() / (p.norm() * hq.norm()).clamp_min(1e-300))
+    steps = max(5, min(_LANCZOS_STEPS, _LANCZOS_NUMBERS // len(p)))
+    working = torch.promote_types(level.parameters[0].dtype, torch.float32)
+    values, _ = lanczos(matvec, p.to(working), steps=steps)
     if measures.gradient_norm > 0.0:
-        more, newton = lanczos(matvec, gradient, steps=_LANCZOS_STEPS)
+        more, newton = lanczos(matvec, gradient.to(working), steps=steps)
         size = float(flatten(level.parameters).detach().norm())
         measures.newton = newton / size if size else newton
         values = torch.cat([values, more])
@@ -201,7 +209,7 @@ def _suspect(measures: Measures, point: Point, level: Level, vector: Tensors) ->
     for kind, trial in measures.trials.items():
         if trial.own is not None and kind != "finite_difference" and _distance(trial.own, found[1]) > 0.1:
             trial.error = (
-                f"H p is off by {_distance(trial.own, found[1]):.1e} from differences of the gradient, which agree at two steps: "
+                f"H v is off by {_distance(trial.own, found[1]):.1e} from differences of the gradient, which agree at two steps: "
                 "a part of the loss drops its second derivative (once_differentiable, detach)"
             )
 

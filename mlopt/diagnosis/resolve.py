@@ -63,6 +63,8 @@ class Resolver:
         self._point = Point(self._problem, batches, generators)
         #: The norm of each level's gradient where its latest solve ended.
         self.reached: dict[str, float] = {}
+        #: The largest share of a gradient that a solve at displaced variables began with and was left with.
+        self.unsolved = 0.0
 
     def solve_inside(self, name: str) -> None:
         """Solve the levels that the objective of `name` depends on, those that others depend on first."""
@@ -82,11 +84,14 @@ class Resolver:
             return value, flatten(gradient)
 
         start = flatten(variables).clone()
+        before = float(objective(start)[1].norm())
         tolerance = _SOLVED.get(start.dtype, 1e-3) * (1.0 + float(start.norm())) * (_NESTED if nested else 1.0)
         found = minimize(objective, start, tolerance=tolerance)
         _write(variables, found.variables)
         self.solve_inside(level.name)
         self.reached[level.name] = found.gradient_norm
+        if level.name in self._problem.graph[self._target.name].parts and found.gradient_norm > tolerance:
+            self.unsolved = max(self.unsolved, found.gradient_norm / before)
 
     def _value(self) -> float:
         # Without the pullbacks that `evaluate` goes on to.
@@ -105,6 +110,8 @@ class Resolver:
 
     def derivative(self, direction: Tensor) -> tuple[float, float]:
         """Return the derivative of the target's objective along a unit direction (n,), and what its error may be.
+
+        Begin at the solutions of the levels inside.
 
         Central differences at a step and at half of it are extrapolated; and once more from twice the step, to compare.
         """

@@ -91,9 +91,7 @@ def test_the_error_is_the_one_against_the_closed_form(seed: int) -> None:
         mlopt.check_hypergradient(case.problem, tolerance=error / 2)
     assert caught.value.check.error == pytest.approx(error, rel=1e-8)
     assert str(caught.value.check) in str(caught.value)
-    assert mlopt.check_hypergradient(case.problem, tolerance=10 * max(1.0, error)).error == pytest.approx(
-        error, rel=1e-8
-    )
+    assert mlopt.check_hypergradient(case.problem, tolerance=1e9).error == pytest.approx(error, rel=1e-8)
 
 
 def test_a_solve_that_ran_out_is_named() -> None:
