@@ -9,6 +9,7 @@ import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from torch import nn
 
 from .. import linear
 from ..estimators import Implicit
@@ -264,6 +265,11 @@ def _of_module(level: Level, measures: Measures) -> list[Finding]:
         findings.append(
             Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
                     "(running statistics stay as they are)", "eval(), where that is not meant")
+        )  # fmt: skip
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in level.module.modules()):
+        findings.append(
+            Finding("error", "wrapped in DistributedDataParallel, whose reduction only runs in backward(): products and "
+                    "cotangents stay each process's own", "give the plain module, and reduce gradients yourself")
         )  # fmt: skip
     if measures.unused:
         findings.append(
