@@ -18,7 +18,7 @@ from ..generators import GeneratorState, derive_seed
 from ..linear import LinearSolution, LinearSolver, MatVec
 from ..problem import Level, Point, Problem, level_terms
 from ..tensors import Tensors, axpy, flatten, unflatten
-from .probe import evaluate
+from .probe import evaluate, put_back
 from .spectrum import Spectrum, lanczos
 
 __all__ = ["KINDS", "Measures", "Tap", "Trial", "examine", "point_at"]
@@ -194,7 +194,7 @@ def _suspect(measures: Measures, point: Point, level: Level, vector: Tensors) ->
     live = [variable.data for variable in level.parameters]
     kept = [variable.clone() for variable in live]
     found = []
-    try:
+    with put_back(point.problem):
         for relative in _STEPS[torch.promote_types(live[0].dtype, torch.float32)]:
             step = relative * max(1.0, size) / float(direction.norm())
             sides = []
@@ -202,8 +202,6 @@ def _suspect(measures: Measures, point: Point, level: Level, vector: Tensors) ->
                 torch._foreach_copy_(live, list(axpy(sign * step, vector, kept)))
                 sides.append(flatten(evaluate(point, level)[1]).double())
             found.append((sides[0] - sides[1]) / (2 * step))
-    finally:
-        torch._foreach_copy_(live, kept)
     if _distance(found[0], found[1]) > 0.01:
         return
     for kind, trial in measures.trials.items():

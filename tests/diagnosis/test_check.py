@@ -230,6 +230,21 @@ def test_an_oracle_that_is_too_coarse_says_so() -> None:
     assert not isinstance(caught.value, mlopt.DisagreementError)
 
 
+def test_a_level_that_cannot_be_solved_again_spoils_the_oracle_and_is_told() -> None:
+    """Its minimum is at a kink, where the gradient does not vanish: that every value is the same there proves nothing."""
+
+    def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
+        return (module() * y()).sum()
+
+    def inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
+        return module().abs().sum() + (module() - 0.1 * x()).square().sum()
+
+    x, y = (mlopt.variables(torch.ones(3, dtype=torch.float64) / k) for k in (1, 2))
+    y = mlopt.Level("y", y, inner, estimator=mlopt.Dense())
+    with pytest.raises(mlopt.EstimatorError, match=r"the 'resolve' oracle is good to .*a smooth loss \(no ReLU\)"):
+        mlopt.check_hypergradient(mlopt.Problem(mlopt.Level("x", x, outer), y), oracle="resolve")
+
+
 class OnceOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
