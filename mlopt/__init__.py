@@ -1,6 +1,7 @@
 """mlopt: gradient-based multi-level optimisation in PyTorch."""
 
 from . import linear
+from .diagnosis import Diagnosis, DisagreementError, check_hypergradient, diagnose
 from .errors import (
     EstimatorError,
     MloptError,
@@ -30,6 +31,8 @@ __all__ = [
     "Callback",
     "ConjugateGradient",
     "Dense",
+    "Diagnosis",
+    "DisagreementError",
     "Estimator",
     "EstimatorError",
     "FiniteDifference",
@@ -48,6 +51,8 @@ __all__ = [
     "SecondDerivativeError",
     "Solution",
     "Variables",
+    "check_hypergradient",
+    "diagnose",
     "hypergradient",
     "linear",
     "solve",

@@ -1,4 +1,4 @@
-"""The command line: `mlopt RECIPE MODALITY ...`; each command lives with its recipe, and is imported when it is asked for."""
+"""The command line: `mlopt doctor ...`, `mlopt RECIPE MODALITY ...`; each command is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["main"]
 
 @attrs.frozen
 class Command:
-    """A command of a recipe.
+    """A command.
 
     Attributes:
         summary: what it does, in a phrase.
-        module: where its `main(arguments, *, prog)` is.
-        extra: the optional dependencies that it needs.
+        module: where its `main(arguments, *, prog)` is, which may return an exit status.
+        extra: the optional dependencies that it needs; empty where it needs none.
     """
 
     summary: str
     module: str
-    extra: str
+    extra: str = ""
 
 
 @attrs.frozen
@@ -40,6 +40,8 @@ class Recipe:
     summary: str
     commands: dict[str, Command]
 
+
+_DOCTOR = Command("examine a problem of yours before a long run", "mlopt.diagnosis.command")
 
 _RECIPES = {
     "tapweight": Recipe(
@@ -63,14 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `mlopt`; those of the process when None.
 
     Returns:
-        The exit status: 0; 2 after an error in what was given, told on standard error; 130 when interrupted.
+        The exit status: that of the command, 0 where it tells none; 2 after an error in what was given, told on standard
+        error; 130 when interrupted.
 
     Raises:
         SystemExit: after `--help`, `--version` and arguments that cannot be parsed.
         Exception: an error in the program itself, with its traceback.
     """
     try:
-        _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+        return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return _refuse("interrupted; a run that had not ended is not saved", 130)
     except (MloptError, OSError) as error:
@@ -79,19 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _on_purpose(error):
             raise
         return _refuse(str(error), 2)
-    return 0
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> int:
     """Hand the arguments to the command that they name, or print the help of what they name instead."""
     known, rest = _parser().parse_known_args(arguments)
     chosen: Command | argparse.ArgumentParser = known.chosen
     if isinstance(chosen, Command):
-        _load(chosen, known.prog).main(rest, prog=known.prog)
-    elif rest:
+        status = _load(chosen, known.prog).main(rest, prog=known.prog)
+        return status if isinstance(status, int) else 0
+    if rest:
         chosen.error(f"unrecognised arguments: {' '.join(rest)}")
-    else:
-        chosen.print_help()
+    chosen.print_help()
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,15 +108,21 @@ def _parser() -> argparse.ArgumentParser:
         help="print the version",
     )
     parser.set_defaults(chosen=parser)
-    recipes = parser.add_subparsers(title="recipes", metavar="RECIPE")
+    recipes = parser.add_subparsers(title="commands and recipes", metavar="COMMAND")
+    _add(recipes, "doctor", _DOCTOR)
     for name, recipe in _RECIPES.items():
         child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
         child.set_defaults(chosen=child)
         commands = child.add_subparsers(title="commands", metavar="COMMAND")
         for modality, command in recipe.commands.items():
-            leaf = commands.add_parser(modality, help=command.summary, add_help=False, allow_abbrev=False)
-            leaf.set_defaults(chosen=command, prog=leaf.prog)
+            _add(commands, modality, command)
     return parser
+
+
+def _add(commands: Any, name: str, command: Command) -> None:
+    """Add a command whose arguments are its own business."""
+    leaf = commands.add_parser(name, help=command.summary, add_help=False, allow_abbrev=False)
+    leaf.set_defaults(chosen=command, prog=leaf.prog)
 
 
 def _load(command: Command, prog: str) -> Any:
@@ -121,7 +130,7 @@ def _load(command: Command, prog: str) -> Any:
         return importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing == "mlopt":
+        if missing == "mlopt" or not command.extra:
             raise
         raise ModuleNotFoundError(
             f"`{prog}` needs {missing}, which is not installed: pip install 'mlopt-torch[{command.extra}]'"

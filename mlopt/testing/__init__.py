@@ -1,6 +1,20 @@
 """Problems with known hypergradients, for tests of estimators: the library's own, and those of people who write one."""
 
 from .closed_form import ClosedForm, logistic_regression, quadratic
+from .contract import EstimatorContract
 from .shapes import SHAPES, Shape, ladder
+from .untouched import same, snapshot, stateful_problem, train_a_little
 
-__all__ = ["SHAPES", "ClosedForm", "Shape", "ladder", "logistic_regression", "quadratic"]
+__all__ = [
+    "SHAPES",
+    "ClosedForm",
+    "EstimatorContract",
+    "Shape",
+    "ladder",
+    "logistic_regression",
+    "quadratic",
+    "same",
+    "snapshot",
+    "stateful_problem",
+    "train_a_little",
+]

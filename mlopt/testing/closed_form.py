@@ -34,7 +34,9 @@ class ClosedForm:
         """Return ||gradient - exact|| / ||exact||, all parameters together.
 
         Example:
-            >>> case.error(mlopt.hypergradient(case.problem).gradient)
+            >>> case = quadratic("two", mlopt.Dense())
+            >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
+            True
         """
         exact = torch.cat([g.reshape(-1) for g in self.gradient.values()])
         found = torch.cat([gradient[name].reshape(-1) for name in self.gradient])

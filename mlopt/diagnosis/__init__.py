@@ -1,0 +1,16 @@
+"""What lets a user trust an estimator on a problem: checks against an oracle, and an examination before a long run."""
+
+from .check import Check, DisagreementError, Row, check_hypergradient
+from .doctor import Diagnosis, LevelDiagnosis, diagnose
+from .finding import Finding
+
+__all__ = [
+    "Check",
+    "Diagnosis",
+    "DisagreementError",
+    "Finding",
+    "LevelDiagnosis",
+    "Row",
+    "check_hypergradient",
+    "diagnose",
+]

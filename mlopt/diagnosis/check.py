@@ -1,0 +1,327 @@
+"""An estimator held against an oracle, on the problem that it is meant for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import Tensor
+
+from ..errors import EstimatorError, SecondDerivativeError
+from ..estimators import Dense, Implicit
+from ..generators import preserved
+from ..hypergradient import Hypergradient, hypergradient
+from ..problem import Problem, Report
+from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
+from .probe import fixed_batches, put_back, rendered
+from .resolve import Resolver, replace_estimators
+
+__all__ = ["Check", "DisagreementError", "Row", "check_hypergradient"]
+
+_DENSE_LIMIT = 5_000
+#: A parameter is not judged by itself where what it is off by is less than this share of what the whole may be off by.
+_NEGLIGIBLE = 1e-3
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Row:
+    """One comparison: of a parameter's part of the gradient, of its derivative along a direction, or of all together.
+
+    Attributes:
+        name: the parameter, the direction, or "all".
+        estimator: what the estimator gives: a norm or, along a direction, a derivative.
+        oracle: what the oracle gives.
+        error: ||estimator - oracle|| / ||oracle||.
+        cosine: of the angle between the two; None for single numbers.
+    """
+
+    name: str
+    estimator: float
+    oracle: float
+    error: float
+    cosine: float | None = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Check:
+    """An estimator against an oracle; it prints as a table.
+
+    Attributes:
+        level: the level whose hypergradient was compared.
+        oracle: "dense" or "resolve".
+        tolerance: the relative error that is allowed.
+        rows: the comparisons; the last is of all together.
+        accuracy: the relative error that the oracle itself may have.
+        reports: of the estimators, by level.
+        stationarity: by level, the norm of the gradient of its total objective at the present point. Implicit estimators take
+            it to be zero. Empty for "dense", which takes it to be zero, too.
+        moved: by level, ||x* - x|| / ||x||, how far its variables are from the solution x*. Empty for "dense".
+        error_at_solution: the error of all together with the levels inside at their solutions; None for "dense".
+        remarks: what else is to be said, in sentences.
+    """
+
+    level: str
+    oracle: str
+    tolerance: float
+    rows: tuple[Row, ...]
+    accuracy: float
+    reports: dict[str, Report]
+    stationarity: dict[str, float] = attrs.field(factory=dict)
+    moved: dict[str, float] = attrs.field(factory=dict)
+    error_at_solution: float | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """The relative error of all together."""
+        return self.rows[-1].error
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title=f"hypergradient of {self.level!r} against {self.oracle!r}", title_justify="left")
+        for heading in ("", "estimator", "oracle", "relative error", "cosine"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for row in self.rows:
+            cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
+            table.add_row(row.name, f"{row.estimator:.6g}", f"{row.oracle:.6g}", f"{row.error:.2e}", cosine)
+        notes = [f"tolerance {self.tolerance:.2e}; the oracle is good to {self.accuracy:.1e}"]
+        notes += [_told(name, report) for name, report in self.reports.items()]
+        for name, size in self.stationarity.items():
+            moved = f", {self.moved[name]:.1e} of its variables' norm from its solution" if name in self.moved else ""
+            notes.append(f"{name}: gradient of norm {size:.1e} at this point{moved}")
+        if self.error_at_solution is not None:
+            notes.append(f"relative error with the levels inside at their solutions: {self.error_at_solution:.2e}")
+        return Group(table, "\n".join([*notes, *self.remarks]))
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+class DisagreementError(EstimatorError):
+    """An estimator and an oracle disagree by more than the tolerance.
+
+    Attributes:
+        check: the comparison.
+    """
+
+    def __init__(self, sentence: str, check: Check) -> None:
+        super().__init__(f"{sentence}\n{check}")
+        self.check = check
+
+
+def check_hypergradient(
+    problem: Problem,
+    batches: Mapping[str, Any] | None = None,
+    *,
+    level: str | None = None,
+    oracle: str = "dense",
+    tolerance: float = 1e-2,
+    directions: int = 4,
+    seed: int = 0,
+) -> Check:
+    """Hold the estimators of a problem against an oracle, at the present point; raise where they disagree.
+
+    "dense" replaces every estimator by `Dense`: the exact implicit derivative of this very point. It tells how well the
+    linear systems are solved. "resolve" assumes nothing of implicit differentiation: with u the variables of the level, x*(u)
+    the levels inside, minimised anew by L-BFGS, and unit directions d,
+
+        <gradient, d>   against   (f(u + h d, x*(u + h d)) - f(u - h d, x*(u - h d))) / 2h.
+
+    It tells how far the gradient is from that of the true outer objective, and thus also whether the levels inside are
+    near enough to their solutions. An estimator that is not implicit, such as one that unrolls a few steps, is compared to
+    the same two: its truncation counts as its error. Nothing moves: parameters, buffers and generators are bit-identical
+    afterwards.
+
+    Args:
+        problem: the problem; its modules hold the point.
+        batches: the batch of each level by name; where one is missing, the first of its data in the order that `seed` gives.
+        level: the level whose hypergradient is checked; the outermost when None.
+        oracle: "dense", for levels of up to 5,000 variables, or "resolve".
+        tolerance: the relative error allowed, of each parameter and of all together.
+        directions: how many random directions "resolve" takes.
+        seed: of the random numbers that the losses draw, of the data's order and of the directions.
+
+    Returns:
+        The comparison; printing it shows a table.
+
+    Raises:
+        DisagreementError: estimator and oracle disagree beyond the tolerance; it carries the comparison.
+        EstimatorError: the oracle cannot be had on this problem, or to this tolerance.
+        ValueError: an argument is not what it may be.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> case = logistic_regression(mlopt.ConjugateGradient(iterations=3))
+        >>> mlopt.check_hypergradient(case.problem, oracle="resolve", tolerance=1e-6).error < 1e-6
+        True
+    """
+    if oracle not in ("dense", "resolve"):
+        raise ValueError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
+    if not tolerance > 0:
+        raise ValueError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
+    if not isinstance(directions, int) or directions < 1:
+        raise ValueError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
+    name = (problem.outermost if level is None else problem[level]).name
+    batches = fixed_batches(problem, batches, seed)
+    # Calls are counted, and draw, by problem: the user's own is left as it is.
+    found = hypergradient(Problem(*problem.levels), batches, name, seed=seed)
+    if oracle == "dense":
+        check = _against_dense(problem, batches, found, tolerance, seed)
+    else:
+        check = _against_resolved(problem, batches, found, tolerance, directions, seed)
+    _judge(check, _not_implicit(problem, found))
+    return check
+
+
+def _against_dense(
+    problem: Problem, batches: Mapping[str, Any], found: Hypergradient, tolerance: float, seed: int
+) -> Check:
+    for pulled in problem:
+        size = sum(variable.numel() for variable in pulled.parameters)
+        if problem.needs_estimator(pulled.name) and size > _DENSE_LIMIT:
+            raise EstimatorError(
+                f"check_hypergradient: level {pulled.name!r} has {size:,} variables, and the dense oracle writes out the "
+                f"Hessian of at most {_DENSE_LIMIT:,}; use oracle='resolve'"
+            )
+    exact = replace_estimators(problem, Dense(limit=_DENSE_LIMIT))
+    try:
+        truth = hypergradient(exact, batches, found.level, seed=seed)
+    except SecondDerivativeError as error:
+        raise EstimatorError(
+            f"check_hypergradient: the dense oracle takes second derivatives ({error}); use oracle='resolve', which does not"
+        ) from error
+    rows = [_compare(name, (gradient,), (truth.gradient[name],)) for name, gradient in found.gradient.items()]
+    rows.append(_compare("all", tuple(found.gradient.values()), tuple(truth.gradient.values())))
+    remarks = [f"dense oracle, {name}: {said}" for name, report in truth.reports.items() for said in report.remarks]
+    return Check(
+        level=found.level,
+        oracle="dense",
+        tolerance=tolerance,
+        rows=tuple(rows),
+        accuracy=max([report.residual or 0.0 for report in truth.reports.values()], default=0.0),
+        reports=found.reports,
+        remarks=tuple(remarks),
+    )
+
+
+def _against_resolved(
+    problem: Problem, batches: Mapping[str, Any], found: Hypergradient, tolerance: float, directions: int, seed: int
+) -> Check:
+    resolver = Resolver(problem, batches, found.level, seed)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = problem[found.level].parameters
+    axes = [_direction(shapes, generator) for _ in range(directions)]
+    with put_back(problem), preserved(problem.devices):
+        stationarity = resolver.gradient_norms()
+        before = {name: flatten(problem[name].parameters).detach().clone() for name in stationarity}
+        resolver.solve_inside(found.level)
+        after = {name: flatten(problem[name].parameters).detach() for name in stationarity}
+        moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
+        settled = hypergradient(Problem(*problem.levels), batches, found.level, seed=seed)
+        resolver.unsolved = 0.0
+        measured = [resolver.derivative(flatten(axis)) for axis in axes]
+    given, there = (_along(axes, result) for result in (found, settled))
+    truth = torch.tensor([value for value, _ in measured], dtype=torch.float64)
+    rows = [
+        Row(name=f"direction {k + 1}", estimator=a, oracle=b, error=_relative(abs(a - b), abs(b)))
+        for k, (a, b) in enumerate(zip(given.tolist(), truth.tolist(), strict=True))
+    ]
+    rows.append(_compare("all", (given,), (truth,)))
+    doubt = math.hypot(*(error for _, error in measured))
+    return Check(
+        level=found.level,
+        oracle="resolve",
+        tolerance=tolerance,
+        rows=tuple(rows),
+        accuracy=max(_relative(doubt, rows[-1].oracle), resolver.unsolved),
+        reports=found.reports,
+        stationarity=stationarity,
+        moved=moved,
+        error_at_solution=_compare("", (there,), (truth,)).error,
+        remarks=tuple(f"{name} was solved again to a gradient of norm {g:.1e}" for name, g in resolver.reached.items()),
+    )
+
+
+def _judge(check: Check, approximate: list[str]) -> None:
+    """Raise where the comparison fails, with what is known of why."""
+    if check.accuracy > check.tolerance:
+        raise EstimatorError(
+            f"check_hypergradient: the {check.oracle!r} oracle is good to {check.accuracy:.1e} only, and tolerance="
+            f"{check.tolerance:.1e}; use float64, a smooth loss (no ReLU), a larger tolerance, or the other oracle\n{check}"
+        )
+    whole = check.rows[-1]
+    off = [whole] if not whole.error <= check.tolerance else []
+    if check.oracle == "dense":
+        floor = _NEGLIGIBLE * check.tolerance * whole.oracle
+        off += [r for r in check.rows[:-1] if not r.error <= check.tolerance and not r.error * r.oracle <= floor]
+    if not off:
+        return
+    sentence = (
+        f"check_hypergradient: the hypergradient of {check.level!r} is off by {off[0].error:.1e} ({off[0].name}), and "
+        f"tolerance={check.tolerance:.1e}."
+    )
+    if check.error_at_solution is not None and check.error_at_solution <= check.tolerance:
+        sentence += (
+            f" With the levels inside at their solutions it is off by {check.error_at_solution:.1e} only: it is the point, "
+            "not the estimator. Implicit estimators take the gradient of a level to be zero: give the levels inside more steps."
+        )
+    elif any(report.converged is False for report in check.reports.values()):
+        names = ", ".join(repr(name) for name, report in check.reports.items() if report.converged is False)
+        sentence += f" The linear solve of {names} did not converge: more iterations, a preconditioner, or damping."
+    if approximate:
+        sentence += (
+            f" {' '.join(approximate)} No linear system is solved there, so the error is that of its own approximation (steps "
+            "unrolled, size of a penalty): raise those, or the tolerance."
+        )
+    raise DisagreementError(sentence, check)
+
+
+def _not_implicit(problem: Problem, found: Hypergradient) -> list[str]:
+    return [
+        f"{name!r} has {problem[name].estimator}, which is not implicit."
+        for name in found.reports
+        if not isinstance(problem[name].estimator, Implicit)
+    ]
+
+
+def _compare(name: str, found: Tensors, truth: Tensors) -> Row:
+    found, truth = (tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in side) for side in (found, truth))
+    a, b = float(norm(found)), float(norm(truth))
+    cosine = 1.0 if a == b == 0.0 else 0.0 if a * b == 0.0 else float(dot(found, truth)) / (a * b)
+    return Row(name=name, estimator=a, oracle=b, error=_relative(float(norm(subtract(found, truth))), b), cosine=cosine)
+
+
+def _relative(difference: float, size: float) -> float:
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / size
+
+
+def _along(axes: Sequence[Tensors], result: Hypergradient) -> Tensor:
+    """Return <gradient, d> for each direction d."""
+    gradient = tuple(result.gradient.values())
+    return torch.tensor([float(dot(gradient, axis)) for axis in axes], dtype=torch.float64)
+
+
+def _direction(like: Tensors, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return a random vector of norm one in the shapes of the variables, the same on every device."""
+    flat = torch.randn(sum(x.numel() for x in like), generator=generator, dtype=torch.float64)
+    return tuple(part.to(x) for part, x in zip(unflatten(flat / flat.norm(), like), like, strict=True))
+
+
+def _told(name: str, report: Report) -> str:
+    """Return what a report says, in a line."""
+    facts = [f"{report.iterations} iterations"] if report.iterations else []
+    if report.residual is not None:
+        facts.append(f"residual {report.residual:.1e}")
+    if report.converged is not None:
+        facts.append("converged" if report.converged else "not converged")
+    if report.curvature is not None:
+        facts.append(f"curvature {report.curvature[0]:.2g} to {report.curvature[1]:.2g}")
+    if report.step is not None:
+        facts.append(f"difference step {report.step:.1e}")
+    return f"{name}: {report.estimator}: {', '.join([*facts, *report.remarks]) or 'nothing measured'}"

@@ -1,0 +1,350 @@
+"""An examination of a problem before a long run: which estimators and products are safe for it, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import nn
+
+from .. import linear
+from ..estimators import Implicit
+from ..generators import preserved
+from ..problem import Level, Problem
+from ..tensors import Tensors
+from .examine import Measures, Tap, Trial, examine, normalises, point_at
+from .finding import Finding
+from .probe import evaluate, fixed_batches, put_back, rendered
+from .resolve import replace_estimators
+from .spectrum import Spectrum
+from .verdicts import SOLVERS, iterations_for, judge_solver
+
+__all__ = ["Diagnosis", "LevelDiagnosis", "diagnose"]
+
+#: Relative differences between two kinds of products from which on a user is warned, and the worse one is called unsafe.
+_DOUBTFUL, _WRONG = 0.01, 0.1
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LevelDiagnosis:
+    """What an examination found of one level.
+
+    Attributes:
+        level: its name.
+        findings: what was met; errors are of the level with the estimator that it has.
+        products: by kind of products, whether they are safe.
+        solvers: by linear solver, with the settings that it has when none are given, whether it is safe.
+        differences: by kind of products, the relative differences of H v, and of the mixed product with v, from those of
+            `autograd`; v is a cotangent that is pulled back here.
+        costs: by kind of products, the time of one product with H over that of one gradient.
+        spectrum: the ends of the Hessian's spectrum; None where no product could be had.
+    """
+
+    level: str
+    findings: tuple[Finding, ...]
+    products: dict[str, Finding]
+    solvers: dict[str, Finding]
+    differences: dict[str, tuple[float, float]]
+    costs: dict[str, float]
+    spectrum: Spectrum | None
+
+    def __rich__(self) -> RenderableType:
+        table = Table(show_header=False, title=f"level {self.level!r}", title_justify="left")
+        for finding in self.findings:
+            table.add_row(finding.severity, str(finding))
+        table.add_section()
+        for kind, finding in self.products.items():
+            cost = f" (x {self.costs[kind]:.1f} a gradient)" if kind in self.costs else ""
+            table.add_row(f"{kind} products", f"{finding}{cost}")
+        table.add_section()
+        for solver, finding in self.solvers.items():
+            table.add_row(solver, str(finding))
+        return table
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Diagnosis:
+    """What an examination of a problem found; it prints as tables.
+
+    Attributes:
+        levels: by name, the levels that cotangents are pulled back through.
+    """
+
+    levels: dict[str, LevelDiagnosis]
+
+    @property
+    def safe(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(f.severity == "error" for level in self.levels.values() for f in level.findings)
+
+    def __rich__(self) -> RenderableType:
+        verdict = "safe to run" if self.safe else "not safe to run: see the errors"
+        return Group(*self.levels.values(), verdict if self.levels else "no level is pulled back: nothing to examine")
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed: int = 0) -> Diagnosis:
+    """Examine every level that cotangents are pulled back through, at the present point, before a long run.
+
+    Each kind of products is tried on a cotangent v that is pulled back here, and compared with autograd's. Some twenty
+    Lanczos steps give the ends of the Hessian's spectrum, and with it which linear solvers converge and how fast:
+    conjugate gradients need about sqrt(kappa) / 2 ln(2 / 0.01) iterations for an error of 1%, a Neumann series a step size
+    below 2 / lambda_max. Nothing moves: parameters, buffers, optimisers, `.grad` and generators are bit-identical
+    afterwards.
+
+    Args:
+        problem: the problem; its modules hold the point.
+        batches: the batch of each level by name; where one is missing, the first of its data in the order that `seed` gives.
+        seed: of the random numbers that the losses draw, of the data's order and of the random vectors.
+
+    Returns:
+        Findings for each level, and which products and solvers are safe for it; printing it shows tables.
+
+    Raises:
+        MloptError: a loss cannot be evaluated or differentiated once: there is nothing to examine.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> diagnosis = mlopt.diagnose(logistic_regression(mlopt.ConjugateGradient(iterations=3)).problem)
+        >>> diagnosis.safe, diagnosis.levels["regression"].products["forward"].severity
+        (True, 'ok')
+    """
+    twin = Problem(*problem.levels)
+    batches = fixed_batches(twin, batches, seed)
+    names = [level.name for level in reversed(twin.levels) if twin.needs_estimator(level.name)]
+    with put_back(twin), preserved(twin.devices):
+        reaching = _cotangents(twin, batches, seed)
+        levels = {
+            name: _diagnose(twin, name, examine(twin, batches, name, seed, reaching.get(name)), name in reaching)
+            for name in names
+        }
+    return Diagnosis(levels=levels)
+
+
+def _cotangents(problem: Problem, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:
+    """Return a cotangent for each level that one other than zero reaches, from any level that it is solved inside."""
+    taps = {level.name: Tap() for level in problem if problem.needs_estimator(level.name)}
+    tapped = replace_estimators(
+        problem, {name: Implicit(solver=tap, products="finite_difference") for name, tap in taps.items()}
+    )
+    for level in tapped:
+        if tapped.graph[level.name].parts:
+            evaluate(point_at(tapped, batches, seed), level)
+    return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
+
+
+def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool) -> LevelDiagnosis:
+    level = problem[name]
+    reference = measures.trials[measures.reference] if measures.reference else None
+    differences = {
+        kind: _difference(trial, reference)
+        for kind, trial in measures.trials.items()
+        if reference is not None and not trial.error
+    }
+    precision = torch.finfo(level.parameters[0].dtype).eps
+    products = {
+        kind: _judge_products(kind, measures, differences.get(kind, (0.0, 0.0)), precision) for kind in measures.trials
+    }
+    judged = {
+        solver: judge_solver(rule, measures.spectrum)
+        for solver, rule in SOLVERS.items()
+        if measures.spectrum is not None
+    }
+    findings = [
+        *_of_estimator(level, measures, differences),
+        *_of_module(level, measures),
+        *_of_draws(measures, precision),
+    ]
+    findings += [*_of_precision(level, differences), *_of_curvature(measures, precision), *_of_point(measures)]
+    if not influential:
+        findings.append(
+            Finding("warning", "no cotangent reaches it: at this point it does not influence any outer loss",
+                    "look at how the outer losses depend on it")
+        )  # fmt: skip
+    if reference is not None and reference.mixed is not None and not reference.mixed.any():
+        findings.append(
+            Finding("warning", f"its solution does not move with {', '.join(problem.graph[name].arguments)}: the mixed "
+                    "product is zero", "look at how its loss depends on them")
+        )  # fmt: skip
+    return LevelDiagnosis(
+        level=name,
+        findings=tuple(findings),
+        products=products,
+        solvers={solver: finding for solver, finding in judged.items() if finding is not None},
+        differences=differences,
+        costs={
+            kind: trial.seconds / measures.gradient_seconds
+            for kind, trial in measures.trials.items()
+            if not trial.error
+        },
+        spectrum=measures.spectrum,
+    )
+
+
+def _difference(trial: Trial, reference: Trial) -> tuple[float, float]:
+    """Return the relative differences, of H v and of the mixed product."""
+    found = []
+    for a, b in ((trial.own, reference.own), (trial.mixed, reference.mixed)):
+        assert a is not None
+        assert b is not None
+        found.append(float((a - b).norm() / b.norm()) if b.any() else float(a.norm()))
+    return found[0], found[1]
+
+
+def _judge_products(
+    kind: str, measures: Measures, differences: tuple[float, float], precision: float, *, mixed_only: bool = False
+) -> Finding:
+    trial = measures.trials[kind]
+    if trial.error:
+        return Finding("error", f"unsafe: {trial.error}")
+    if kind == "finite_difference" and measures.replay > 100 * precision:
+        return Finding("error", "unsafe: the two gradients that are subtracted see different random numbers")
+    if kind == measures.reference:
+        return Finding("ok", "safe")
+    own, mixed = differences
+    told = f"H v is off by {own:.1e} from {measures.reference}'s, the mixed product by {mixed:.1e}"
+    if trial.step is not None:
+        told += f", at step {trial.step:.1e}"
+    worst = mixed if mixed_only else max(own, mixed)
+    if worst > max(_WRONG, precision):
+        remedy = f"products={measures.reference!r}"
+        if kind == "finite_difference" and mixed <= max(_WRONG, precision):
+            remedy += ", or Identity(), which takes no product with H (a kink, such as ReLU's, spoils these first)"
+        return Finding("error", f"unsafe: {told}", remedy)
+    if worst > max(_DOUBTFUL, precision):
+        return Finding("warning", f"coarse: {told}", f"products={measures.reference!r}, where that matters")
+    return Finding("ok", f"safe: {told}")
+
+
+def _of_estimator(level: Level, measures: Measures, differences: dict[str, tuple[float, float]]) -> list[Finding]:
+    """Judge the estimator that the level has."""
+    rule = level.estimator
+    if not isinstance(rule, Implicit):
+        return [Finding("ok", f"{rule} is not implicit: nothing here says how good it is", "check_hypergradient does")]
+    verdicts: dict[str, Finding | None] = {}
+    if rule.products in measures.trials:
+        verdicts[f"{rule.products} products"] = _judge_products(
+            rule.products,
+            measures,
+            differences.get(rule.products, (0.0, 0.0)),
+            torch.finfo(level.parameters[0].dtype).eps,
+            mixed_only=isinstance(rule.solver, linear.Identity),
+        )
+    if measures.spectrum is not None:
+        verdicts[str(rule.solver)] = judge_solver(rule.solver, measures.spectrum)
+    bad = [
+        attrs.evolve(verdict, sentence=f"its estimator, {what}: {verdict.sentence}")
+        for what, verdict in verdicts.items()
+        if verdict is not None and verdict.severity != "ok"
+    ]
+    return bad or [Finding("ok", f"its estimator, {rule}, is safe here")]
+
+
+def _of_module(level: Level, measures: Measures) -> list[Finding]:
+    findings = []
+    if measures.kernels:
+        findings.append(
+            Finding("warning", f"the loss runs fused attention ({', '.join(measures.kernels)}), which has no second derivative: "
+                    "autograd and forward products run the plain kernel, at more memory",
+                    "finite differences keep the fused kernel")
+        )  # fmt: skip
+    if "hooks" in measures.trials["forward"].error:
+        findings.append(
+            Finding(
+                "warning", "activation checkpointing, which forward products refuse", "autograd or finite differences"
+            )
+        )
+    if normalises(level.module):
+        findings.append(
+            Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
+                    "(running statistics stay as they are)", "eval(), where that is not meant")
+        )  # fmt: skip
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in level.module.modules()):
+        findings.append(
+            Finding("error", "wrapped in DistributedDataParallel, whose reduction only runs in backward(): products and "
+                    "cotangents stay each process's own", "give the plain module, and reduce gradients yourself")
+        )  # fmt: skip
+    if measures.unused:
+        findings.append(
+            Finding("warning", f"its objective does not depend on {', '.join(measures.unused)}: no curvature there",
+                    "freeze them by requires_grad_(False)")
+        )  # fmt: skip
+    frozen = [name for name, p in level.module.named_parameters() if not p.requires_grad]
+    if frozen:
+        findings.append(Finding("ok", f"frozen, so no variables: {', '.join(frozen)}"))
+    return findings
+
+
+def _of_draws(measures: Measures, precision: float) -> list[Finding]:
+    if measures.replay > 100 * precision:
+        return [
+            Finding("error", f"two evaluations at the same random numbers differ by {measures.replay:.1e}: the loss draws from "
+                    "a generator of its own, or keeps state", "draw from torch, numpy or Python's own generators")
+        ]  # fmt: skip
+    if measures.spread > 100 * precision:
+        return [
+            Finding("warning", f"the loss draws random numbers (dropout, augmentation): two draws' gradients differ by "
+                    f"{measures.spread:.1e}. A pullback sees one draw throughout; it is one sample of the hypergradient",
+                    "eval(), where that is not meant")
+        ]  # fmt: skip
+    return []
+
+
+def _of_precision(level: Level, differences: dict[str, tuple[float, float]]) -> list[Finding]:
+    halves = [str(p.dtype) for p in level.parameters if p.dtype in _HALVES]
+    if not halves:
+        return []
+    by = (
+        f" Finite differences are off by {max(differences['finite_difference']):.0%} here"
+        if len(differences) > 1
+        else ""
+    )
+    return [
+        Finding("warning", f"variables of {halves[0]}.{by}", "keep the variables in float32, and autocast the loss")
+    ]
+
+
+def _of_curvature(measures: Measures, precision: float) -> list[Finding]:
+    spectrum = measures.spectrum
+    if spectrum is None:
+        return [Finding("error", "no kind of products could be had", "see what each of them says")]
+    findings = []
+    if measures.asymmetry > max(1e-3, 10 * precision):
+        findings.append(
+            Finding("error", f"the Hessian is not symmetric: <p, H q> and <q, H p> differ by {measures.asymmetry:.1e}",
+                    "look for a custom backward, or for a detach, in the loss")
+        )  # fmt: skip
+    ends = f"curvature from at most {spectrum.low:.3g} to at least {spectrum.high:.3g}"
+    if spectrum.negative:
+        findings.append(
+            Finding("warning", f"{ends}: not at a minimum of the level, and conjugate gradients and Neumann series are unsafe",
+                    f"more steps, MINRES, Nystrom or damping above {-spectrum.low:.2g}")
+        )  # fmt: skip
+    elif spectrum.singular:
+        findings.append(Finding("warning", f"{ends}: flat directions", "a regularizer, or damping"))
+    else:
+        kappa = spectrum.condition
+        findings.append(
+            Finding("ok", f"{ends}: condition number {kappa:.2g}, so 1% takes about {iterations_for(kappa)} conjugate-gradient "
+                    f"iterations; Neumann step sizes below {2 / spectrum.high:.3g}")
+        )  # fmt: skip
+    return findings
+
+
+def _of_point(measures: Measures) -> list[Finding]:
+    away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
+    told = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
+    if measures.newton > _DOUBTFUL:
+        return [
+            Finding(
+                "warning", f"not stationary: {told}. Implicit estimators take the gradient to be zero", "more steps"
+            )
+        ]
+    return [Finding("ok", f"stationary: {told}")]

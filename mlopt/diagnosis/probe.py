@@ -1,0 +1,64 @@
+"""What an examination stands on: batches that stay the same, and variables that come back from copies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+
+from ..errors import ProblemError
+from ..generators import derive_seed
+from ..hypergradient import accumulate, partial_derivatives
+from ..problem import Level, Point, Problem, Stream, level_terms, to_device
+from ..tensors import Tensors
+
+__all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
+
+
+def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
+    """Return a batch for each level: the one given, else the first of its data in the order that the seed gives.
+
+    Raises:
+        ProblemError: `batches` names a level that does not exist; a level's data cannot be drawn from without a trace.
+    """
+    fixed = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
+    for level in problem:
+        if level.name in fixed:
+            continue
+        if getattr(level.data, "persistent_workers", False):
+            raise ProblemError(
+                f"level {level.name!r}: its DataLoader has persistent_workers, which have one order for all who iterate; "
+                f"pass batches={{{level.name!r}: batch}}, or build the loader without them"
+            )
+        fixed[level.name] = Stream(level.name, level.data, derive_seed("diagnosis", seed), level.device).next()
+    return fixed
+
+
+@contextlib.contextmanager
+def put_back(problem: Problem) -> Iterator[None]:
+    """Copy every level's variables back, on leaving, to what they were on entering."""
+    live = [variable.data for level in problem for variable in level.parameters]
+    kept = [variable.clone() for variable in live]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(live, kept)
+
+
+def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
+    """Return a level's objective at a point, and its total gradient, in the shapes of its variables."""
+    terms = level_terms(point, level)
+    value = sum((term.value() for term in terms[1:]), terms[0].value())
+    gradient = accumulate(point, level, partial_derivatives(point.problem, level, value))
+    return float(value.detach()), gradient
+
+
+def rendered(what: RenderableType, width: int = 130) -> str:
+    """Return what rich prints, as plain text."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(what)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

@@ -1,0 +1,142 @@
+"""The oracle that assumes nothing of estimators: outer values with the levels inside solved again at displaced variables."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..estimators import ConjugateGradient, Estimator, Implicit
+from ..generators import GeneratorState, derive_seed
+from ..problem import Level, Point, Problem, level_terms
+from ..tensors import flatten, norm, unflatten
+from .minimize import minimize
+from .probe import evaluate
+
+__all__ = ["Resolver", "replace_estimators"]
+
+#: Norm of a gradient, over one plus that of the variables, at which a level counts as solved.
+_SOLVED = {torch.float64: 1e-12, torch.float32: 1e-6}
+#: How much less of that is asked of a level that holds others, whose gradient inherits the errors of their solutions.
+_NESTED = 1e2
+#: A displacement of the outer variables, over one plus their norm. Its fourth power is the error of the extrapolated
+#: differences, and what the inner solves leave is divided by it.
+_STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
+
+
+def replace_estimators(problem: Problem, estimators: Mapping[str, Estimator] | Estimator) -> Problem:
+    """Return a problem on the same modules, in which levels that are pulled back have other estimators."""
+    levels = []
+    for level in problem:
+        if problem.needs_estimator(level.name):
+            rule = estimators if isinstance(estimators, Estimator) else estimators[level.name]
+            level = attrs.evolve(level, estimator=rule)
+        levels.append(level)
+    return Problem(*levels)
+
+
+class Resolver:
+    """Solves the levels inside a level again, and again, at one batch and one state of the generators.
+
+    A level that holds others is solved by its total gradient: at every evaluation those inside it are solved anew. It moves
+    the variables of the modules, and the generators; whoever calls puts them back.
+
+    Args:
+        problem: the problem; its own estimators are used only for which products they are able to take.
+        batches: of every level.
+        target: the level whose objective is asked for.
+        seed: of what the losses draw; the same draws as in `hypergradient` at this seed.
+    """
+
+    def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
+        exact = {level.name: _exact(level.estimator) for level in problem if problem.needs_estimator(level.name)}
+        self._problem = replace_estimators(problem, exact)
+        self._target = self._problem[target]
+        generators = {
+            level.name: GeneratorState.seeded(derive_seed("hypergradient", "seed", seed, level.name), problem.devices)
+            for level in problem
+        }
+        self._point = Point(self._problem, batches, generators)
+        #: The norm of each level's gradient where its latest solve ended.
+        self.reached: dict[str, float] = {}
+        #: The largest share of a gradient that a solve at displaced variables began with and was left with.
+        self.unsolved = 0.0
+
+    def solve_inside(self, name: str) -> None:
+        """Solve the levels that the objective of `name` depends on, those that others depend on first."""
+        graph = self._problem.graph
+        for part in reversed(graph[name].parts):
+            if graph[part].arguments:
+                self._solve(self._problem[part])
+
+    def _solve(self, level: Level) -> None:
+        variables = [variable.data for variable in level.parameters]
+        nested = bool(self._problem.graph[level.name].parts)
+
+        def objective(flat: Tensor) -> tuple[float, Tensor]:
+            _write(variables, flat)
+            self.solve_inside(level.name)
+            value, gradient = evaluate(self._point, level)
+            return value, flatten(gradient)
+
+        start = flatten(variables).clone()
+        before = float(objective(start)[1].norm())
+        tolerance = _SOLVED.get(start.dtype, 1e-3) * (1.0 + float(start.norm())) * (_NESTED if nested else 1.0)
+        found = minimize(objective, start, tolerance=tolerance)
+        _write(variables, found.variables)
+        self.solve_inside(level.name)
+        self.reached[level.name] = found.gradient_norm
+        if level.name in self._problem.graph[self._target.name].parts and found.gradient_norm > tolerance:
+            self.unsolved = max(self.unsolved, found.gradient_norm / before)
+
+    def _value(self) -> float:
+        # Without the pullbacks that `evaluate` goes on to.
+        return sum(float(term.value().detach()) for term in level_terms(self._point, self._target))
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""
+        graph, norms = self._problem.graph, {}
+        pending = list(graph[self._target.name].parts)
+        while pending:
+            name = pending.pop(0)
+            pending.extend(graph[name].parts)
+            if graph[name].arguments:
+                norms[name] = float(norm(evaluate(self._point, self._problem[name])[1]))
+        return norms
+
+    def derivative(self, direction: Tensor) -> tuple[float, float]:
+        """Return the derivative of the target's objective along a unit direction (n,), and what its error may be.
+
+        Begin at the solutions of the levels inside.
+
+        Central differences at a step and at half of it are extrapolated; and once more from twice the step, to compare.
+        """
+        variables = [variable.data for variable in self._target.parameters]
+        origin = flatten(variables).clone()
+        step = _STEP.get(origin.dtype, 3e-2) * (1.0 + float(origin.norm()))
+        differences = []
+        for size in (2 * step, step, step / 2):
+            values = []
+            for sign in (1.0, -1.0):
+                _write(variables, origin + sign * size * direction)
+                self.solve_inside(self._target.name)
+                values.append(self._value())
+            differences.append((values[0] - values[1]) / (2 * size))
+        _write(variables, origin)
+        coarse, fine = ((4 * narrow - wide) / 3 for wide, narrow in itertools.pairwise(differences))
+        return fine, abs(fine - coarse)
+
+
+def _exact(estimator: Estimator | None) -> Implicit:
+    products = estimator.products if isinstance(estimator, Implicit) else "autograd"
+    return ConjugateGradient(
+        iterations=1_000, rtol=1e-9 if products == "finite_difference" else 1e-12, products=products
+    )
+
+
+def _write(variables: list[Tensor], flat: Tensor) -> None:
+    torch._foreach_copy_(variables, list(unflatten(flat, variables)))

@@ -1,0 +1,58 @@
+"""The page on estimators: its code runs as it stands, and the estimators that it writes keep the contract."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import unittest
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlopt
+from mlopt.testing import EstimatorContract
+
+PAGE = Path(__file__).parents[2] / "docs" / "estimators.md"
+
+
+@pytest.fixture(scope="module")
+def page() -> tuple[dict[str, Any], str]:
+    """Run the page's blocks one after the other, as a reader would; return what they define and what they print."""
+    names: dict[str, Any] = {"__name__": "page"}
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+            exec(compile(block, str(PAGE), "exec"), names)
+    return names, output.getvalue()
+
+
+def test_its_code_runs_and_prints_tables(page: tuple[dict[str, Any], str]) -> None:
+    _, output = page
+    assert "The linear solve of 'regression' did not converge" in output
+    assert output.count("hypergradient of 'weights' against 'dense'") == 2
+    assert output.count("hypergradient of 'weights' against 'resolve'") == 1
+    assert "safe to run" in output
+
+
+@pytest.mark.parametrize("name", ["TestSteepestDescent", "TestTwoJacobiSweeps"])
+def test_its_estimators_keep_the_contract(name: str, page: tuple[dict[str, Any], str]) -> None:
+    contract = page[0][name]()
+    laws = [law for law in dir(contract) if law.startswith("test_")]
+    assert isinstance(contract, EstimatorContract)
+    assert len(laws) > 12
+    for law in laws:
+        with contextlib.suppress(unittest.SkipTest):
+            getattr(contract, law)()
+
+
+def test_its_tables_name_what_there_is(page: tuple[dict[str, Any], str]) -> None:
+    """Estimators by their public name, with the arguments that they are shown with."""
+    planned = {"MINRES", "Nystrom", "Unrolled", "ValueFunction"}
+    calls = re.findall(r"`([A-Z]\w+)\(([^`.]*)\)`", PAGE.read_text().split("## Trust one")[0])
+    assert len(calls) > 6
+    for name, arguments in calls:
+        if name in planned and not hasattr(mlopt, name):
+            continue
+        eval(f"mlopt.{name}({arguments})", {"mlopt": mlopt})
