@@ -224,7 +224,16 @@ class _Once(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
-@pytest.mark.parametrize(("products", "kind"), [("autograd", "once"), ("forward", "once"), ("forward", "checkpoint")])
+@pytest.mark.parametrize(
+    ("products", "kind"),
+    [
+        ("autograd", "once"),
+        ("autograd", "once_constant"),
+        ("forward", "once"),
+        ("forward", "once_constant"),
+        ("forward", "checkpoint"),
+    ],
+)
 def test_functions_without_a_second_derivative_are_named(products: str, kind: str) -> None:
     def once(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return _Once.apply(module()).square().sum() + (module() - x()).square().sum()
@@ -233,7 +242,11 @@ def test_functions_without_a_second_derivative_are_named(products: str, kind: st
         square = torch.utils.checkpoint.checkpoint(lambda y: y.square().sum(), module(), use_reentrant=False)
         return square + (module() * x()).sum()
 
-    loss = once if kind == "once" else checkpointed
+    def once_constant(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
+        # What flows back into the function is a constant, so that nothing is left of it in the gradient's graph.
+        return _Once.apply(module()).sum() + (module() - x()).square().sum()
+
+    loss = {"once": once, "once_constant": once_constant, "checkpoint": checkpointed}[kind]
     with pytest.raises(mlopt.SecondDerivativeError):
         mlopt.hypergradient(build(mlopt.ConjugateGradient(products=products), loss))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
@@ -54,20 +55,27 @@ class Autograd(Product):
             if self._value is None:
                 self._value = self.term.value()
             found = derivatives(self._value, blocks, self.term.values, traced=True)
-        _refuse_once_differentiable(found)
+        _refuse_once_differentiable([self._value, *(g for vectors in found.values() for g in vectors)])
         self._gradients |= found
 
 
-def _refuse_once_differentiable(gradients: Vectors) -> None:
-    """Raise where a gradient's graph holds the node that a backward marked `once_differentiable` leaves.
+#: What `once_differentiable` makes of a backward.
+_ONCE = once_differentiable(lambda ctx: None).__code__
+_ERRORS = ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error")
 
-    Products walk around it where they can, as if that part of the second derivative were zero.
+
+def _refuse_once_differentiable(roots: Sequence[Tensor]) -> None:
+    """Raise where the graph of a value, or of its gradient, holds a function that is marked `once_differentiable`.
+
+    The gradient's graph has a node of error for it, around which products walk where they can, as if that part of the second
+    derivative were zero; where what flows back into the function is a constant, it has no node at all.
     """
-    pending = [g.grad_fn for vectors in gradients.values() for g in vectors if g.grad_fn is not None]
+    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
-        if node.name() in ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error"):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if node.name() in _ERRORS or getattr(backward, "__code__", None) is _ONCE:
             raise RuntimeError("a custom autograd.Function is marked once_differentiable")
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
