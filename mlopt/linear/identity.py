@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 
 from ..tensors import Tensors
@@ -18,6 +20,7 @@ class Identity(LinearSolver):
     """
 
     damping: float = attrs.field(default=0.0, init=False, repr=False)
+    _in_one: ClassVar[bool] = False
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         return LinearSolution(value=rhs)

@@ -30,7 +30,7 @@ def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
 
 
 def _widened(vector: Tensors) -> Tensors:
-    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in vector)
+    return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in vector)
 
 
 @attrs.frozen

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import attrs
 
 from ..errors import NonFiniteError
-from ..tensors import Tensors, axpy, is_finite, norm, zeros_like
+from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
 
 __all__ = ["LinearSolution", "LinearSolver", "MatVec"]
 
@@ -48,6 +48,8 @@ class LinearSolver(ABC):
 
     #: Added to the diagonal of A.
     damping: float
+    #: Whether `_solve` is given vectors in one tensor, where they are of one dtype and on one device.
+    _in_one: ClassVar[bool] = True
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.
@@ -69,11 +71,19 @@ class LinearSolver(ABC):
         if size == 0.0:
             return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
 
+        one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
+
         def damped(vector: Tensors) -> Tensors:
-            product = matvec(vector)
+            product = (flatten(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
             return axpy(self.damping, vector, product) if self.damping else product
 
-        solution = self._solve(damped, rhs, size, initial)
+        if one:
+            # Arithmetic on one long vector takes one kernel, where a network has hundreds of parameters.
+            start = None if initial is None else (flatten(initial),)
+            solution = self._solve(damped, (flatten(rhs),), size, start)
+            solution = attrs.evolve(solution, value=unflatten(solution.value[0], rhs))
+        else:
+            solution = self._solve(damped, rhs, size, initial)
         if not is_finite(solution.value):
             raise NonFiniteError(
                 f"{self} found a solution that is not finite after {solution.iterations} iterations; "
@@ -83,4 +93,7 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        """Solve for a finite right-hand side of norm `size` > 0; `matvec` has the damping in it."""
+        """Solve for a finite right-hand side of norm `size` > 0; `matvec` has the damping in it.
+
+        A vector handed to `matvec` may be written over later, and one that it returned never is.
+        """
