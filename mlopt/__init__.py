@@ -8,7 +8,17 @@ from .errors import (
     ProblemError,
     SecondDerivativeError,
 )
-from .estimators import ConjugateGradient, Dense, Estimator, FiniteDifference, Identity, Implicit, Neumann
+from .estimators import (
+    ConjugateGradient,
+    Dense,
+    Estimator,
+    FiniteDifference,
+    Identity,
+    Implicit,
+    Neumann,
+    Unrolled,
+    ValueFunction,
+)
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Variables, variables
 from .solving import Callback, Solution, solve
@@ -33,6 +43,8 @@ __all__ = [
     "Report",
     "SecondDerivativeError",
     "Solution",
+    "Unrolled",
+    "ValueFunction",
     "Variables",
     "hypergradient",
     "linear",

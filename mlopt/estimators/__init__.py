@@ -3,6 +3,8 @@
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
 from .named import ConjugateGradient, Dense, FiniteDifference, Identity, Neumann
+from .unrolled import Unrolled
+from .value_function import ValueFunction
 
 __all__ = [
     "ConjugateGradient",
@@ -14,4 +16,6 @@ __all__ = [
     "Linearization",
     "Neumann",
     "Report",
+    "Unrolled",
+    "ValueFunction",
 ]

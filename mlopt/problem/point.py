@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..generators import GeneratorState, preserved
 from ..tensors import Tensors
@@ -16,7 +18,7 @@ from .contract import Block, Report
 if TYPE_CHECKING:
     from .problem import Problem
 
-__all__ = ["Point", "StreamedCotangent"]
+__all__ = ["Point", "StreamedCotangent", "restored"]
 
 
 @attrs.define(eq=False)
@@ -32,6 +34,17 @@ class StreamedCotangent:
     signals: Tensor | None = None
 
 
+@contextlib.contextmanager
+def restored(variables: Tensors) -> Iterator[Tensors]:
+    """Give copies of the values of live variables, and put the values back from them on leaving."""
+    live = [variable.data for variable in variables]
+    kept = tuple(value.clone() for value in live)
+    try:
+        yield kept
+    finally:
+        torch._foreach_copy_(live, kept)
+
+
 class Point:
     """Where everything that one hypergradient needs is evaluated: same variables, batches and random numbers throughout.
 
@@ -43,6 +56,7 @@ class Point:
         generators: where the random generators stand when a level is evaluated.
         warm: last solution of each level's linear system, kept by whoever wants warm starts; None for cold ones.
         streams: cotangents held by streamed pullbacks; None where nothing is streamed.
+        optimizers: the optimisers that train the levels, where there are any at work.
     """
 
     def __init__(
@@ -52,14 +66,18 @@ class Point:
         generators: Mapping[str, GeneratorState],
         warm: dict[str, Tensors] | None = None,
         streams: dict[str, StreamedCotangent] | None = None,
+        optimizers: Mapping[str, Optimizer] | None = None,
     ) -> None:
         self.problem = problem
         self.batches = batches
         self.generators = generators
         self.warm = warm
         self.streams = streams
+        self.optimizers = optimizers or {}
         #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
         self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
+        #: What the lookahead of a level's estimator left for its pullback.
+        self.ahead: dict[str, Any] = {}
         self.reports: dict[str, Report] = {}
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import NonFiniteError, ProblemError
 from ..generators import GeneratorState
-from ..hypergradient import accumulate, partial_derivatives
+from ..hypergradient import accumulate, lookahead, partial_derivatives
 from ..problem import (
     Level,
     Mixture,
@@ -85,11 +85,12 @@ class Engine:
         """Set `.grad` of the level's variables to its total gradient; return the loss."""
         held = self.cotangents.get(level.name) if last else None
         others = [self.problem[name].module for name in level.references]
+        point = Point(self.problem, self.batches, self.generators, self.warm, self.cotangents, self.optimizers)
         # Only a level's own training steps keep what its module does to its buffers.
-        with cloned_buffers(others):
+        with cloned_buffers(others), lookahead(point, level):
             outcome = self._outcome(level)
             if self.problem.graph[level.name].parts:
-                loss = self._total_gradient(level, outcome)
+                loss = self._total_gradient(point, level, outcome)
             elif isinstance(outcome.loss, Mixture):
                 loss = self._mixture_gradient(level, outcome.loss, held)
             else:
@@ -135,11 +136,10 @@ class Engine:
             )
         return loss
 
-    def _total_gradient(self, level: Level, outcome: Outcome) -> Tensor:
+    def _total_gradient(self, point: Point, level: Level, outcome: Outcome) -> Tensor:
         loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.loss_references)})
         loss = loss + self._regularizer(level)
         cotangents = partial_derivatives(self.problem, level, loss)
-        point = Point(self.problem, self.batches, self.generators, self.warm, self.cotangents)
         with point.untouched():
             gradient = accumulate(point, level, cotangents)
         for variable, derivative in zip(level.parameters, gradient, strict=True):
