@@ -56,7 +56,8 @@ class Unrolled(Estimator):
     Args:
         steps: T.
         checkpoint_every: x_t and s_t are kept for every so many steps, and the steps between are taken again on the way back,
-            all of which are held until the adjoint has passed them. 1 keeps every step; None takes the square root of T.
+            where they are held with g_t until the adjoint has passed them. With 1 nothing is taken again, and all of it is held
+            for every step; None takes the square root of T.
         products: "autograd", "forward" or "finite_difference".
         optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts afresh each time; when None,
             the level's own optimiser, which must be torch.optim's SGD, Adam or AdamW. Its hyperparameters are those of now,
@@ -187,7 +188,9 @@ class _Trajectory:
         self._rule, self._point, self._level = rule, point, point.problem[name]
         self._terms = level_terms(point, self._level)
         self._live = self._level.parameters
-        self._every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
+        every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
+        # The steps since the last checkpoint are held from the first.
+        self._every = rule.steps if every == 1 else every
         variables = present if rule.start is None else self._start(rule.start)
         memory: Tensors = ()
         self._kept: list[tuple[Tensors, Tensors]] = []
