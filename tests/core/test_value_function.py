@@ -39,40 +39,37 @@ def test_quadratics_agree_with_the_closed_form_by_default(seed: int, condition: 
 
 
 @drawn(8)
-@given(seed=seeds, steps=st.integers(1, 5), away=st.booleans())
+@given(seed=seeds, steps=st.integers(2, 6), away=st.booleans())
 def test_a_few_steps_on_a_quadratic_are_a_neumann_series(seed: int, steps: int, away: bool) -> None:
     """Also away from the solution: the way there is common to both sides."""
-    rules = {"few": mlopt.ValueFunction(steps, step_size=0.1, perturbation=0.3)}
-    rules["series"] = mlopt.Neumann(terms=max(steps - 1, 1), step_size=0.1)
-    found = {}
-    for name, rule in rules.items():
-        problem = quadratic("two", mlopt.Neumann(terms=1, step_size=0.1) if steps == 0 else rule, seed=seed).problem
+    found = []
+    for rule in (
+        mlopt.ValueFunction(steps, step_size=0.1, perturbation=0.3),
+        mlopt.Neumann(terms=steps - 1, step_size=0.1),
+    ):
+        problem = quadratic("two", rule, seed=seed).problem
         with torch.no_grad():
             problem["y"].module.weight.add_(0.7 * away)
-        found[name] = mlopt.hypergradient(problem)
-    if steps > 1:
-        for name, gradient in found["series"].gradient.items():
-            # The outer loss is differentiated at the same point, so away or not makes no difference to the comparison.
-            torch.testing.assert_close(found["few"].gradient[name], gradient, rtol=1e-9, atol=1e-9)
-    assert found["few"].reports["y"].iterations == steps
+        found.append(gradient_of(problem))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 @drawn(5)
 @given(seed=seeds)
 def test_the_error_is_of_second_order_in_the_perturbation(seed: int) -> None:
     errors = []
-    for nu in (0.2, 0.1, 0.05, 0.01):
-        case = logistic_regression(mlopt.ValueFunction(3_000, step_size=0.6, perturbation=nu), seed=seed)
+    for nu in (0.1, 0.05, 0.01):
+        case = logistic_regression(mlopt.ValueFunction(60, step_size=0.8, perturbation=nu), seed=seed, ridge=0.5)
         errors.append(case.error(mlopt.hypergradient(case.problem).gradient))
-    assert errors[3] < 1e-3
-    assert 3.0 < errors[1] / errors[2] < 5.0
-    assert 18 < errors[2] / errors[3] < 32
+    assert errors[2] < 1e-3
+    assert 3.0 < errors[0] / errors[1] < 5.0
+    assert 18 < errors[1] / errors[2] < 32
 
 
 @drawn(5)
 @given(seed=seeds)
 def test_logistic_regression_by_default(seed: int) -> None:
-    case = logistic_regression(mlopt.ValueFunction(1_000), seed=seed, ridge=0.3)
+    case = logistic_regression(mlopt.ValueFunction(150), seed=seed, ridge=0.5)
     assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-5
 
 
