@@ -20,6 +20,8 @@ from .estimators import (
     Implicit,
     Neumann,
     Nystrom,
+    Unrolled,
+    ValueFunction,
 )
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Variables, variables
@@ -50,6 +52,8 @@ __all__ = [
     "Report",
     "SecondDerivativeError",
     "Solution",
+    "Unrolled",
+    "ValueFunction",
     "Variables",
     "check_hypergradient",
     "diagnose",

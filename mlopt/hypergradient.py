@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ from .generators import GeneratorState, derive_seed
 from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms, to_device
 from .tensors import Tensors, add, is_finite, zeros_like
 
-__all__ = ["Hypergradient", "accumulate", "hypergradient", "partial_derivatives"]
+__all__ = ["Hypergradient", "accumulate", "hypergradient", "lookahead", "partial_derivatives"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -44,7 +45,8 @@ def hypergradient(
 ) -> Hypergradient:
     """Return the hypergradient of a level at the present point, without stepping.
 
-    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x.
+    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. They are
+    taken to be where the modules stand, except that an `Unrolled` level first takes its virtual steps from there.
     Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
     bit-identical afterwards.
 
@@ -82,7 +84,7 @@ def hypergradient(
         for other in problem
     }
     point = Point(problem, batches, generators, curvature_batches=curvature)
-    with point.untouched():
+    with point.untouched(), lookahead(point, target):
         terms = level_terms(point, target)
         loss = sum((term.value() for term in terms[1:]), terms[0].value())
         cotangents = partial_derivatives(problem, target, loss)
@@ -102,6 +104,21 @@ def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") 
     if key not in problem.probe_streams:
         problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
     return problem.probe_streams[key].next()
+
+
+@contextlib.contextmanager
+def lookahead(point: Point, level: Level) -> Iterator[None]:
+    """Put the variables of the levels inside where their estimators take the solutions to be; put them back on leaving.
+
+    Each level is moved after those that its objective refers to.
+    """
+    problem = point.problem
+    with contextlib.ExitStack() as moved:
+        for part in reversed(problem.graph[level.name].parts):
+            estimator = problem[part].estimator
+            if estimator is not None and problem.graph[part].arguments:
+                moved.enter_context(estimator.lookahead(point, part))
+        yield
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:

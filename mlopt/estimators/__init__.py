@@ -3,6 +3,8 @@
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
 from .named import MINRES, SAMA, ConjugateGradient, Dense, FiniteDifference, Identity, Neumann, Nystrom
+from .unrolled import Unrolled
+from .value_function import ValueFunction
 
 __all__ = [
     "MINRES",
@@ -17,4 +19,6 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "Report",
+    "Unrolled",
+    "ValueFunction",
 ]

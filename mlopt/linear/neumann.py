@@ -13,7 +13,7 @@ from ..validation import at_least, positive_or_none
 from .krylov import dots
 from .solver import LinearSolution, LinearSolver, MatVec
 
-__all__ = ["Neumann"]
+__all__ = ["Neumann", "largest_eigenvalue"]
 
 #: The largest eigenvalue found by a few power iterations lies below the true one; the margin keeps the series safe.
 _POWER_ITERATIONS = 10
@@ -45,7 +45,7 @@ class Neumann(LinearSolver):
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         alpha, spent = self.step_size, 0
         if alpha is None:
-            largest, spent = _largest_eigenvalue(matvec, rhs), _POWER_ITERATIONS
+            largest, spent = largest_eigenvalue(matvec, rhs), _POWER_ITERATIONS
             if not math.isfinite(largest):
                 raise NonFiniteError(f"{self}: a product with the Hessian is not finite")
             if largest == 0.0:
@@ -89,7 +89,7 @@ class Neumann(LinearSolver):
         )
 
 
-def _largest_eigenvalue(matvec: MatVec, start: Tensors) -> float:
+def largest_eigenvalue(matvec: MatVec, start: Tensors) -> float:
     """Return a lower bound on |lambda|_max, close to it after ten power iterations.
 
     All ten are taken: a large eigenvalue that the right-hand side hardly touches shows late, after the bound has settled.

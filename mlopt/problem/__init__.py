@@ -4,7 +4,7 @@ from .contract import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .objective import Mixture, Outcome, read_outcome, scalar
-from .point import Point, StreamedCotangent
+from .point import Point, StreamedCotangent, restored
 from .problem import Problem
 from .stream import Stream, to_device
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, level_terms
@@ -32,6 +32,7 @@ __all__ = [
     "derivatives",
     "level_terms",
     "read_outcome",
+    "restored",
     "scalar",
     "to_device",
     "variables",

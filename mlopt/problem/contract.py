@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
+from ..errors import EstimatorError
 from ..tensors import Tensors
 
 if TYPE_CHECKING:
@@ -93,3 +95,20 @@ class Estimator(ABC):
     @abstractmethod
     def linearize(self, point: Point, level: str) -> Linearization:
         """Return the derivative of the solution of `level` at `point`."""
+
+    def lookahead(self, point: Point, level: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context within which the level's variables are where the rule takes its solution to be.
+
+        They are the present ones unless a rule says otherwise. What is moved is put back, from copies, on leaving; the
+        generators are back already when the context is entered.
+        """
+        return contextlib.nullcontext()
+
+    def _refuse_levels_inside(self, point: Point, level: str) -> None:
+        """Raise where the level's objective depends on the solutions of levels inside it."""
+        interior = point.problem.graph[level].interior
+        if interior:
+            raise EstimatorError(
+                f"level {level!r}: its objective depends on the solutions of {', '.join(map(repr, interior))} inside it, and "
+                f"{self} cannot differentiate through those: use Identity, FiniteDifference, Neumann, ConjugateGradient or Dense"
+            )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from .contract import Block, Report
 if TYPE_CHECKING:
     from .problem import Problem
 
-__all__ = ["Point", "StreamedCotangent"]
+__all__ = ["Point", "StreamedCotangent", "restored"]
 
 
 @attrs.define(eq=False)
@@ -31,6 +32,17 @@ class StreamedCotangent:
 
     cotangent: Tensors
     signals: Tensor | None = None
+
+
+@contextlib.contextmanager
+def restored(variables: Tensors) -> Iterator[Tensors]:
+    """Give copies of the values of live variables, and put the values back from them on leaving."""
+    live = [variable.data for variable in variables]
+    kept = tuple(value.clone() for value in live)
+    try:
+        yield kept
+    finally:
+        torch._foreach_copy_(live, kept)
 
 
 class Point:
@@ -67,6 +79,8 @@ class Point:
         self.optimizers = optimizers or {}
         #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
         self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
+        #: What the lookahead of a level's estimator left for its pullback.
+        self.ahead: dict[str, Any] = {}
         self.reports: dict[str, Report] = {}
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import NonFiniteError, ProblemError
 from ..generators import GeneratorState
-from ..hypergradient import accumulate, partial_derivatives
+from ..hypergradient import accumulate, lookahead, partial_derivatives
 from ..problem import (
     Level,
     Mixture,
@@ -93,23 +93,27 @@ class Engine:
         others = [self.problem[name].module for name in level.references]
         # Only a level's own training steps keep what its module does to its buffers.
         with cloned_buffers(others):
-            outcome = self._outcome(level)
             if self.problem.graph[level.name].parts:
-                loss = self._total_gradient(level, outcome)
-            elif isinstance(outcome.loss, Mixture):
-                loss = self._mixture_gradient(level, outcome.loss, held)
+                outcome, loss = self._total_gradient(level)
             else:
-                loss = self._check(level, outcome.loss + self._regularizer(level))
-                if not loss.requires_grad:
-                    raise ProblemError(
-                        f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
-                    )
-                loss.backward(inputs=list(level.parameters))  # type: ignore[no-untyped-call]
+                outcome, loss = self._own_gradient(level, held)
         self.logs[f"{level.name}/loss"] = loss.detach()
         for name, value in outcome.logs.items():
             # A copy: a variable that is logged goes on to change.
             self.logs[f"{level.name}/{name}"] = value.detach().clone() if isinstance(value, Tensor) else value
         return loss.detach()
+
+    def _own_gradient(self, level: Level, held: StreamedCotangent | None) -> tuple[Outcome, Tensor]:
+        outcome = self._outcome(level)
+        if isinstance(outcome.loss, Mixture):
+            return outcome, self._mixture_gradient(level, outcome.loss, held)
+        loss = self._check(level, outcome.loss + self._regularizer(level))
+        if not loss.requires_grad:
+            raise ProblemError(
+                f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
+            )
+        loss.backward(inputs=list(level.parameters))  # type: ignore[no-untyped-call]
+        return outcome, loss
 
     def _outcome(self, level: Level) -> Outcome:
         others = {name: self.problem[name].module for name in level.loss_references}
@@ -141,21 +145,23 @@ class Engine:
             )
         return loss
 
-    def _total_gradient(self, level: Level, outcome: Outcome) -> Tensor:
-        loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.loss_references)})
-        loss = loss + self._regularizer(level)
-        cotangents = partial_derivatives(self.problem, level, loss)
+    def _total_gradient(self, level: Level) -> tuple[Outcome, Tensor]:
         interior = self.problem.graph[level.name].interior
         curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
         point = Point(
             self.problem, self.batches, self.generators, self.warm, self.cotangents, curvature, self.optimizers
         )
-        with point.untouched():
-            gradient = accumulate(point, level, cotangents)
+        with lookahead(point, level):
+            outcome = self._outcome(level)
+            loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.loss_references)})
+            loss = loss + self._regularizer(level)
+            cotangents = partial_derivatives(self.problem, level, loss)
+            with point.untouched():
+                gradient = accumulate(point, level, cotangents)
         for variable, derivative in zip(level.parameters, gradient, strict=True):
             variable.grad = derivative.detach()
         self.reports |= point.reports
-        return loss
+        return outcome, loss
 
     def _mixture_gradient(self, level: Level, mixture: Mixture, held: StreamedCotangent | None) -> Tensor:
         """Take the losses one by one, each through its own network pass; note <grad L_k, p> where a cotangent p is held."""

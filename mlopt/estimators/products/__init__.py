@@ -2,12 +2,12 @@
 
 from .autograd import Autograd
 from .compiled import Compiled
-from .finite_difference import FiniteDifference
+from .finite_difference import FiniteDifference, relative_step
 from .forward import Forward
 from .gauss_newton import GaussNewton
 from .product import Product
 
-__all__ = ["PRODUCTS", "Autograd", "Compiled", "FiniteDifference", "Forward", "GaussNewton", "Product"]
+__all__ = ["PRODUCTS", "Autograd", "Compiled", "FiniteDifference", "Forward", "GaussNewton", "Product", "relative_step"]
 
 #: The ways to evaluate products, by the name that estimators take.
 PRODUCTS: dict[str, type[Product]] = {
