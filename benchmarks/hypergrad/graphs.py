@@ -37,6 +37,8 @@ def shape(name: str) -> dict[str, tuple[str, ...]]:
 class Graph:
     """Levels with losses s^T Q s / 2 + b^T s, s the variables of a level and of those it refers to, each at its solution.
 
+    The outermost loss reads the solutions only, so that all of the hypergradient flows through the levels inside.
+
     Args:
         references: by level, outermost first.
         size: variables of each level.
@@ -46,8 +48,8 @@ class Graph:
         self.references, self.size = dict(references), size
         self._forms = {}
         generator = torch.Generator().manual_seed(0)
-        for name, others in self.references.items():
-            n = size * (1 + len(others))
+        for name in self.references:
+            n = size * len(self._parts(name))
             basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
             spectrum = CONDITION ** torch.linspace(0, 1, n, dtype=torch.float64)
             slope = torch.randn(n, generator=generator, dtype=torch.float64)
@@ -60,8 +62,11 @@ class Graph:
     def loss(self, name: str, variables: Callable[[str], Tensor]) -> Tensor:
         """Return the loss of a level, where `variables` gives those of a level by name."""
         form, slope = self._forms[name]
-        s = torch.cat([variables(part) for part in (name, *self.references[name])])
+        s = torch.cat([variables(part) for part in self._parts(name)])
         return 0.5 * s @ form @ s + slope @ s
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        return self.references[name] if name == "outer" else (name, *self.references[name])
 
     def _solutions(self, outer: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {"outer": outer}

@@ -42,6 +42,7 @@ class Worker:
         self.adapter = adapter(library)
         self.calls: dict[str, Callable[[], Any]] = {}
         self.repeats: dict[str, int] = {}
+        self.start: list[Tensor] = []
 
     def hello(self) -> dict[str, Any]:
         """Return the library's version and the names of its estimators."""
@@ -65,16 +66,22 @@ class Worker:
         self.double = double
         self.case = double.to(kind, self.device, outer=outer)
         self.start = [variable.detach().clone() for variable in [*self.case.x, *self.case.u]]
-        self.calls, self.repeats = {"plain": self.case.plain_gradient}, {}
+        self.calls, self.repeats = {}, {}
+        self._know("plain", self.case.plain_gradient)
 
     def build(self, key: str, estimator: str, iterations: int) -> None:
         """Make a call of an estimator, to be known by a key."""
-        self.calls[key] = self.adapter.ESTIMATORS[estimator](self.case, iterations)
+        self._know(key, self.adapter.ESTIMATORS[estimator](self.case, iterations))
 
     def error(self, key: str, against: str = "exact") -> dict[str, float]:
         """Call once; return the relative error and the cosine to a reference of the case."""
         found = self._call(key).double().cpu()
         return _compare(found, getattr(self.double, against))
+
+    def bfloat16_error(self, key: str) -> float:
+        """Call once; return the error of a product at the rounded point, against float64 at that point."""
+        truth = exact.hypergradient(self.case.to(torch.float64), identity=True)[0]
+        return _compare(self._call(key).double().cpu(), truth)["error"]
 
     def repeats_of(self, key: str, count: int) -> list[list[float]]:
         """Return the hypergradients of so many calls, each from seeds of its own."""
@@ -126,7 +133,7 @@ class Worker:
         """Make a call on a graph of quadratic levels."""
         self.case_graph = graphs.Graph(graphs.shape(shape), size)
         self.start = []
-        self.calls[key] = self.adapter.GRAPHS[estimator](self.case_graph, iterations, self.device)
+        self._know(key, self.adapter.GRAPHS[estimator](self.case_graph, iterations, self.device))
 
     def graph_error(self, key: str) -> dict[str, float]:
         """Return the error of a call on the latest graph."""
@@ -136,6 +143,10 @@ class Worker:
         """Return the error of ours on one of `mlopt.testing`'s shapes."""
         return self.adapter.closed_form(shape, estimator)
 
+    def _know(self, key: str, call: Callable[[], Any]) -> None:
+        self.calls[key] = call
+        self.repeats.pop(key, None)
+
     def _call(self, key: str) -> Any:
         found = self.calls[key]()
         self._restore()
@@ -143,9 +154,10 @@ class Worker:
 
     def _restore(self) -> None:
         """Put the variables back where they were: not every library does."""
-        with torch.no_grad():
-            for variable, kept in zip([*self.case.x, *self.case.u] if self.start else [], self.start, strict=True):
-                variable.copy_(kept)
+        if self.start:
+            with torch.no_grad():
+                for variable, kept in zip([*self.case.x, *self.case.u], self.start, strict=True):
+                    variable.copy_(kept)
 
 
 class _Watch:

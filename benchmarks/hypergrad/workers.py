@@ -40,6 +40,8 @@ class Library:
         self.name, self.python, self.device = name, python, device
         # A library must not be found by accident beside the repository: -P leaves the current folder out.
         surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        #: What a loop last said.
+        self.latest: dict[str, Any] = {}
         self._log = tempfile.TemporaryFile("w+")
         try:
             self._process = subprocess.Popen(

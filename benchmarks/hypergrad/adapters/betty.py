@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from ..cases import Case
+from ..graphs import Graph
 from . import flat_or_zero
 
 VERSION = "betty-ml"
@@ -71,9 +72,34 @@ def _two_levels(kind: str, case: Case, iterations: int) -> Callable[[], Tensor]:
     return partial(_gradient, outer)
 
 
+def _graph(kind: str, graph: Graph, iterations: int, device: str) -> Callable[[], Tensor]:
+    def loss(problem: Any) -> Tensor:
+        return graph.loss(problem.name, lambda name: (problem if name == problem.name else getattr(problem, name)).module())
+
+    problems = {
+        name: _Problem(name, module, loss, _config(kind, iterations, step_size=0.5))
+        for name, module in graph.modules.items()
+    }
+    # Where outermost variables enter, and from each level to those whose losses read its solution.
+    outer = problems["outer"]
+    entering = [problems[name] for name, others in graph.references.items() if "outer" in others]
+    upward = {
+        problems[name]: [problems[user] for user, others in graph.references.items() if name in others]
+        for name in graph.references
+        if name != "outer"
+    }
+    _engine(list(problems.values()), {"u2l": {outer: entering}, "l2u": upward}, device)
+    return partial(_gradient, outer)
+
+
 ESTIMATORS = {
     "FiniteDifference": partial(_two_levels, "darts"),
     "Neumann": partial(_two_levels, "neumann"),
     "ConjugateGradient": partial(_two_levels, "cg"),
+}
+GRAPHS = {
+    "FiniteDifference": partial(_graph, "darts"),
+    "Neumann": partial(_graph, "neumann"),
+    "ConjugateGradient": partial(_graph, "cg"),
 }
 LOOPS = {"ConjugateGradient": ESTIMATORS["ConjugateGradient"], "Neumann": ESTIMATORS["Neumann"]}

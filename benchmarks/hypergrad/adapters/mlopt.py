@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import mlopt
 import torch
+from mlopt import testing
 from mlopt.estimators.products import PRODUCTS
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from ..cases import Case, flat
+from ..graphs import Graph
 from . import OUTER_RATE, Unsupported, watched
 
 VERSION = "mlopt-torch"
@@ -80,6 +83,46 @@ def _estimators() -> dict[str, Callable[[Case, int], Callable[[], Tensor]]]:
 
 
 ESTIMATORS = _estimators()
+
+
+class _GraphLoss:
+    """The loss of a level of a graph, which states the levels it refers to as a loss does: in its signature."""
+
+    def __init__(self, graph: Graph, name: str) -> None:
+        kinds = inspect.Parameter
+        own = [kinds(part, kinds.POSITIONAL_ONLY) for part in ("_module", "_batch")]
+        others = [kinds(other, kinds.KEYWORD_ONLY) for other in graph.references[name]]
+        self.__signature__ = inspect.Signature([*own, *others])
+        self._graph, self._name = graph, name
+
+    def __call__(self, module: nn.Module, batch: Any, /, **others: nn.Module) -> Tensor:
+        found = {self._name: module, **others}
+        return self._graph.loss(self._name, lambda name: found[name]())
+
+
+def _graph(estimator: Callable[[int], Any], graph: Graph, iterations: int, device: str) -> Callable[[], Tensor]:
+    levels = [
+        mlopt.Level(name, module.to(device), _GraphLoss(graph, name), estimator=estimator(iterations))
+        for name, module in graph.modules.items()
+    ]
+    made = mlopt.Problem(*levels)
+    return lambda: mlopt.hypergradient(made).gradient["value"]
+
+
+GRAPHS = {
+    "Identity": partial(_graph, lambda k: mlopt.Identity()),
+    "FiniteDifference": partial(_graph, lambda k: mlopt.FiniteDifference()),
+    "ConjugateGradient": partial(_graph, lambda k: mlopt.ConjugateGradient(iterations=k, rtol=1e-12)),
+    "Dense": partial(_graph, lambda k: mlopt.Dense()),
+}
+
+
+def closed_form(shape: str, estimator: str) -> float:
+    """Return the error on a shape of `mlopt.testing`, nests included."""
+    made = {"Dense": mlopt.Dense(), "ConjugateGradient": mlopt.ConjugateGradient(iterations=200, rtol=1e-12)}[estimator]
+    case = testing.quadratic(shape, made, size=3)
+    return case.error(mlopt.hypergradient(case.problem).gradient)
+
 
 #: The settings of the `loop` section.
 LOOPS: dict[str, Callable[[Case], Any]] = {
