@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cases, rounds and steps: minutes")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="draw PNG files")
-    parser.add_argument("--peer", metavar="NAME=PYTHON", type=_peer, action="append", default=[], help="a library's Python")
+    parser.add_argument(
+        "--peer", metavar="NAME=PYTHON", type=_peer, action="append", default=[], help="a library's Python"
+    )
     parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; may be given more than once")
     return parser
 
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         versions = {library.name: library.about["version"] for library in place.libraries}
         show_libraries(versions, place.absent)
         rows += [{"section": "libraries", "library": name, "version": version} for name, version in versions.items()]
-        rows += [{"section": "libraries", "library": name, "note": f"absent: {why}"} for name, why in place.absent.items()]
+        rows += [
+            {"section": "libraries", "library": name, "note": f"absent: {why}"} for name, why in place.absent.items()
+        ]
         try:
             for name in options.only or SECTIONS:
                 begin = time.monotonic()

@@ -57,7 +57,9 @@ def _worst(values: Iterable[float]) -> float | None:
 
 def _right(rows: list[Row]) -> list[Check]:
     found = [row for row in _ours(_of(rows, "accuracy", "error")) if _family(row) in EXACT]
-    graphs = [row for row in _ours(_of(rows, "multilevel", "error")) if row["estimator"] in ("Dense", "ConjugateGradient")]
+    graphs = [
+        row for row in _ours(_of(rows, "multilevel", "error")) if row["estimator"] in ("Dense", "ConjugateGradient")
+    ]
     double = [row["error"] for row in [*found, *graphs] if row.get("dtype", "float64") == "float64"]
     single = [row["error"] for row in found if row["dtype"] == "float32"]
     return [
@@ -89,7 +91,9 @@ def _ratio(ours: list[Row], peers: list[Row], what: str) -> float | None:
 def _loop(rows: list[Row]) -> list[Check]:
     found = [row for row in _ours(_of(rows, "loop", "best peer / this")) if row["error"] <= 1e-2]
     best = max((row["best peer / this"] for row in found), default=None)
-    return [_judge("3 loop: the best peer's time per outer step / ours, both tracking to 1% >= 3", best, 3.0, least=True)]
+    return [
+        _judge("3 loop: the best peer's time per outer step / ours, both tracking to 1% >= 3", best, 3.0, least=True)
+    ]
 
 
 def _identity(rows: list[Row]) -> list[Check]:

@@ -169,8 +169,8 @@ def validation_loss(inner: Any, outer: Any, data: dict[str, Any]) -> Tensor:
 
 def quadratic_inner(inner: Any, outer: Any, data: dict[str, Any]) -> Tensor:
     """f = x^T A x / 2 - x^T B u."""
-    x = inner()
-    return 0.5 * x @ data["A"] @ x - x @ (data["B"] @ outer())
+    x, u = inner()[:, None], outer()[:, None]  # columns: only products of matrices are counted as operations
+    return (0.5 * x.T @ (data["A"] @ x) - x.T @ (data["B"] @ u)).squeeze()
 
 
 def quadratic_outer(inner: Any, outer: Any, data: dict[str, Any]) -> Tensor:

@@ -52,7 +52,9 @@ def hypergradient(
     if identity:
         solved = cotangent
     elif len(cotangent) <= DENSE_LIMIT:
-        solved = torch.linalg.solve(torch.stack([product(row) for row in torch.eye(len(cotangent)).to(cotangent)]), cotangent)
+        solved = torch.linalg.solve(
+            torch.stack([product(row) for row in torch.eye(len(cotangent)).to(cotangent)]), cotangent
+        )
     else:
         solved = _conjugate_gradients(product, cotangent, start, rtol)
     mixed = torch.autograd.grad(slope, case.u, grad_outputs=solved)
@@ -71,7 +73,9 @@ def _conjugate_gradients(
         image = product(direction)
         curvature = direction @ image
         if curvature <= 0:
-            raise ArithmeticError(f"f_xx is not positive definite here (curvature {float(curvature):.2g}): raise the ridge")
+            raise ArithmeticError(
+                f"f_xx is not positive definite here (curvature {float(curvature):.2g}): raise the ridge"
+            )
         alpha = square / curvature
         solution, residual = solution + alpha * direction, residual - alpha * image
         before, square = square, residual @ residual

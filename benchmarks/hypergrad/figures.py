@@ -50,7 +50,10 @@ def _plot(file: Path, rows: Sequence[Row], x: str, y: str, x_label: str, title: 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for library, estimator in dict.fromkeys((row["library"], row["estimator"]) for row in rows):
         line = sorted((r[x], r[y]) for r in rows if (r["library"], r["estimator"]) == (library, estimator))
-        style: dict[str, Any] = {"linestyle": "-" if library == "mlopt" else ":", "marker": "o" if library == "mlopt" else "x"}
+        style: dict[str, Any] = {
+            "linestyle": "-" if library == "mlopt" else ":",
+            "marker": "o" if library == "mlopt" else "x",
+        }
         axes.plot(*zip(*line, strict=True), label=f"{library}: {estimator}", **style)
     axes.set(yscale="log", xlabel=x_label, ylabel=y, title=title, xscale="log" if x_log else "linear")
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -30,7 +30,11 @@ def shape(name: str) -> dict[str, tuple[str, ...]]:
         raise ValueError(f"shape {name!r}: give 'ladder N' or 'chain N'")
     found: dict[str, tuple[str, ...]] = {"outer": (f"node_{n}",)}
     for i in reversed(range(n)):
-        found |= {f"node_{i + 1}": (f"left_{i}", f"right_{i}"), f"left_{i}": (f"node_{i}",), f"right_{i}": (f"node_{i}",)}
+        found |= {
+            f"node_{i + 1}": (f"left_{i}", f"right_{i}"),
+            f"left_{i}": (f"node_{i}",),
+            f"right_{i}": (f"node_{i}",),
+        }
     return found | {"node_0": ("outer",)}
 
 

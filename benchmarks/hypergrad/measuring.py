@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 __all__ = ["MemoryTracker", "clock", "flops", "peak_memory"]
 
@@ -68,11 +68,24 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
     return tracker.peak
 
 
+class _FlopCounter(TorchDispatchMode):
+    """Adds up torch's own formulas. Its `FlopCounterMode` follows modules by hooks, which fail where a module returns a leaf."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
 def flops(call: Callable[[], Any]) -> int:
-    """Return the floating-point operations of a call's matrix products, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    """Return the floating-point operations of a call's matrix products and convolutions; nothing else is counted."""
+    with _FlopCounter() as counter:
         call()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def clock(device: str) -> float:

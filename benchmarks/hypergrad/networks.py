@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class Dropout(nn.Module):
 def mlp(*widths: int, dropout: bool = False) -> nn.Sequential:
     """Return linear layers of these widths with tanh between them, and dropout after each tanh where asked for."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.Tanh()] + [Dropout()] * dropout
     return nn.Sequential(*layers[: -1 - dropout])
 

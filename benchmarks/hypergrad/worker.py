@@ -127,7 +127,7 @@ class Worker:
             alternate(self.case, self.adapter.LOOPS[setting](self.case, iterations), steps, watch)
         spent = watch.stop()
         self._restore()
-        return {"seconds": spent / steps, "error": statistics.median(watch.errors), "worst": max(watch.errors)}
+        return {"seconds": spent / (steps - 1), "error": statistics.median(watch.errors), "worst": max(watch.errors)}
 
     def graph(self, key: str, shape: str, size: int, estimator: str, iterations: int = 0) -> None:
         """Make a call on a graph of quadratic levels."""
@@ -171,12 +171,14 @@ class _Watch:
 
     def __call__(self) -> None:
         self._count += 1
+        if self._count == 1:
+            self._spent, self._since = 0.0, clock(self._worker.device)
         if self._count % self._every:
             return
         self._spent += clock(self._worker.device) - self._since
         case = self._worker.case
         found = cases.flat([variable.grad for variable in case.u]).double().cpu()
-        truth, self._solved = exact.hypergradient(case.to(torch.float64), start=self._solved, rtol=1e-7)
+        truth, self._solved = exact.hypergradient(case.to(torch.float64), start=self._solved, rtol=1e-6)
         self.errors.append(_compare(found, truth)["error"])
         say, listen = self._worker.channel[1], self._worker.channel[0]
         print(json.dumps({"pause": self._count}), file=say, flush=True)

@@ -42,7 +42,7 @@ class Library:
         surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         #: What a loop last said.
         self.latest: dict[str, Any] = {}
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         try:
             self._process = subprocess.Popen(
                 [python, "-P", "-m", "benchmarks.hypergrad.worker", name, device],
@@ -53,6 +53,7 @@ class Library:
                 text=True,
             )
         except OSError as error:
+            self._log.close()
             raise Absent(f"{python}: {error.strerror}") from error
         hello = self.ask("hello")
         if "result" not in hello:
@@ -107,11 +108,9 @@ class Library:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        if self._process.poll() is None:
+        with self._log, self._process:
+            assert self._process.stdin is not None
             self._process.stdin.close()
-            self._process.wait(timeout=60)
-        self._log.close()
 
 
 class Workplace:

@@ -74,7 +74,9 @@ def _two_levels(kind: str, case: Case, iterations: int) -> Callable[[], Tensor]:
 
 def _graph(kind: str, graph: Graph, iterations: int, device: str) -> Callable[[], Tensor]:
     def loss(problem: Any) -> Tensor:
-        return graph.loss(problem.name, lambda name: (problem if name == problem.name else getattr(problem, name)).module())
+        return graph.loss(
+            problem.name, lambda name: (problem if name == problem.name else getattr(problem, name)).module()
+        )
 
     problems = {
         name: _Problem(name, module, loss, _config(kind, iterations, step_size=0.5))

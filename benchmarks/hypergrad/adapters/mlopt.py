@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import mlopt
 import torch
-from mlopt import testing
-from mlopt.estimators.products import PRODUCTS
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+
+import mlopt
+from mlopt import testing
+from mlopt.estimators.products import PRODUCTS
 
 from ..cases import Case, flat
 from ..graphs import Graph
@@ -126,7 +127,9 @@ def closed_form(shape: str, estimator: str) -> float:
 
 #: The settings of the `loop` section.
 LOOPS: dict[str, Callable[[Case], Any]] = {
-    "ConjugateGradient warm, rtol 1e-2": lambda case: mlopt.ConjugateGradient(iterations=50, rtol=1e-2, warm_start=True),
+    "ConjugateGradient warm, rtol 1e-2": lambda case: mlopt.ConjugateGradient(
+        iterations=50, rtol=1e-2, warm_start=True
+    ),
     "Neumann warm, one term": lambda case: mlopt.Neumann(terms=1, step_size=case.step_size, warm_start=True),
 }
 

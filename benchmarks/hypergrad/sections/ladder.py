@@ -27,7 +27,9 @@ def _climb(library: Library, estimator: str, bearable: float) -> list[dict[str, 
     for rungs in range(1, 9):
         row: dict[str, Any] = {"library": library.name, "estimator": estimator, "case": "ladder", "rungs": rungs}
         rows.append(row)
-        answer = library.ask("graph", key="call", shape=f"ladder {rungs}", size=SIZE, estimator=estimator, iterations=50)
+        answer = library.ask(
+            "graph", key="call", shape=f"ladder {rungs}", size=SIZE, estimator=estimator, iterations=50
+        )
         if "result" in answer:
             answer = library.ask("graph_error", key="call")
         if "result" not in answer:

@@ -23,7 +23,7 @@ def run(place: Workplace) -> list[dict[str, Any]]:
                 if "result" in answer:
                     answer = library.ask("graph_error", key="call")
                 note = {"note": answer.get("unsupported") or f"failed: {answer.get('failed')}"}
-                rows.append(row | (answer["result"] if "result" in answer else note))
+                rows.append(row | answer.get("result", note))
         if library.name == "mlopt":
             for estimator in ("Dense", "ConjugateGradient"):
                 for shape in NESTS:

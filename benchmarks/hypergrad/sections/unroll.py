@@ -25,7 +25,9 @@ def run(place: Workplace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     timed: list[tuple[Library, str, dict[str, Any]]] = []
     if place["mlopt"] is not None and "Unrolled" not in place["mlopt"].about["estimators"]:
-        rows.append({"library": "mlopt", "estimator": "Unrolled", "case": CASE, "note": "this version of mlopt has none"})
+        rows.append(
+            {"library": "mlopt", "estimator": "Unrolled", "case": CASE, "note": "this version of mlopt has none"}
+        )
     for library in place.libraries:
         names = [name for name in library.about["estimators"] if family(name) == "Unrolled"]
         if not names:
