@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["draw"]
 
 Row = dict[str, Any]
+MARKERS = "osD^vXP*<>"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -31,7 +32,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         found.append(_plot(folder / "ladder.png", ladder, "rungs", "time / one rung", "rungs", "ladder", x_log=False))
     if unroll:
         found.append(
-            _plot(folder / "unroll_memory.png", unroll, "iterations", "memory", "steps", "memory / plain gradient")
+            _plot(folder / "unroll_memory.png", unroll, "iterations", "memory", "steps", "unrolling: memory / plain")
         )
     return found
 
@@ -41,7 +42,7 @@ def _of(rows: Sequence[Row], section: str, *having: str) -> list[Row]:
 
 
 def _plot(file: Path, rows: Sequence[Row], x: str, y: str, x_label: str, title: str, *, x_log: bool = True) -> Path:
-    """Draw y against x, a line for each estimator of each library, ours drawn full and the others' broken."""
+    """Draw y against x, a line for each estimator: colours are libraries, markers families, ours are drawn full."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -130,10 +130,10 @@ class Worker:
         return {"seconds": spent / (steps - 1), "error": statistics.median(watch.errors), "worst": max(watch.errors)}
 
     def graph(self, key: str, shape: str, size: int, estimator: str, iterations: int = 0) -> None:
-        """Make a call on a graph of quadratic levels."""
+        """Make a call on a graph of quadratic levels, which are small: on the CPU whatever the device."""
         self.case_graph = graphs.Graph(graphs.shape(shape), size)
         self.start = []
-        self._know(key, self.adapter.GRAPHS[estimator](self.case_graph, iterations, self.device))
+        self._know(key, self.adapter.GRAPHS[estimator](self.case_graph, iterations))
 
     def graph_error(self, key: str) -> dict[str, float]:
         """Return the error of a call on the latest graph."""

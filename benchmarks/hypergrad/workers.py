@@ -144,13 +144,18 @@ class Workplace:
             cases.make(name, self._files[name])
         return str(self._files[name])
 
-    def interleaved(self, wanted: Sequence[tuple[Library, str]], rounds: int) -> list[float]:
-        """Return the median seconds of each call, over rounds in which each call of each library runs once, in turn."""
-        times: list[list[float]] = [[] for _ in wanted]
+    def ratios(self, wanted: Sequence[tuple[Library, str]], rounds: int) -> list[float]:
+        """Return the time of each call over that of a plain gradient: medians over rounds in which all libraries take turns.
+
+        The plain gradient is timed in the same process just before the call, so that what the machine does otherwise falls
+        on both.
+        """
+        found: list[list[float]] = [[] for _ in wanted]
         for _ in range(rounds):
-            for (library, key), seconds in zip(wanted, times, strict=True):
-                seconds.append(library.result("time", key=key))
-        return [statistics.median(seconds) for seconds in times]
+            for (library, key), ratios in zip(wanted, found, strict=True):
+                plain = library.result("time", key="plain")
+                ratios.append(library.result("time", key=key) / plain)
+        return [statistics.median(ratios) for ratios in found]
 
     def close(self) -> None:
         """End all processes."""

@@ -43,10 +43,12 @@ def test_a_peer_is_a_standard_only_where_it_is_as_right() -> None:
     assert verdicts([ours, wrong, broken], "2 ConjugateGradient") == [None, None]
 
 
-def test_the_better_of_ours_counts_at_the_same_iterations() -> None:
-    ours = [row("mlopt", "Neumann forward", error=0.5, time=t, memory=1.0) for t in (50.0, 9.0)]
+def test_the_fastest_of_ours_is_held_to_the_memory_too() -> None:
+    slow = row("mlopt", "Neumann differences", error=0.5, time=50.0, memory=0.5)
+    fast = row("mlopt", "Neumann", error=0.5, time=9.0, memory=3.0)
     peer = row("hypertorch", "Neumann", error=0.5, time=10.0, memory=1.0)
-    assert verdicts([*ours, peer], "2 Neumann") == [True, True]
+    assert verdicts([slow, fast, peer], "2 Neumann") == [True, False]
+    assert verdicts([slow, fast | {"memory": 1.0}, peer], "2 Neumann") == [True, True]
 
 
 @pytest.mark.parametrize(("ratio", "error", "met"), [(3.1, 5e-3, True), (2.9, 5e-3, False), (9.0, 5e-2, None)])

@@ -90,4 +90,4 @@ def test_an_indefinite_hessian_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("shape", ["chain 2", "chain 3", "ladder 1", "ladder 3"])
 def test_the_reference_on_a_graph_is_the_dense_solve_of_mlopt(shape: str) -> None:
     graph = graphs.Graph(graphs.shape(shape), 3)
-    assert distance(ours.GRAPHS["Dense"](graph, 0, "cpu")(), graph.exact()) < 1e-10
+    assert distance(ours.GRAPHS["Dense"](graph, 0)(), graph.exact()) < 1e-10

@@ -51,7 +51,7 @@ def test_more_iterations_cost_more_operations(ours: Library) -> None:
 
 def test_times_are_taken_of_every_call(place: Workplace, ours: Library) -> None:
     ours.result("build", key="call", estimator="Identity", iterations=0)
-    assert all(seconds > 0 for seconds in place.interleaved([(ours, "plain"), (ours, "call")], 2))
+    assert all(ratio > 0 for ratio in place.ratios([(ours, "plain"), (ours, "call")], 2))
 
 
 def test_a_failure_is_an_answer_and_the_process_goes_on(ours: Library) -> None:

@@ -72,7 +72,7 @@ def _two_levels(kind: str, case: Case, iterations: int) -> Callable[[], Tensor]:
     return partial(_gradient, outer)
 
 
-def _graph(kind: str, graph: Graph, iterations: int, device: str) -> Callable[[], Tensor]:
+def _graph(kind: str, graph: Graph, iterations: int) -> Callable[[], Tensor]:
     def loss(problem: Any) -> Tensor:
         return graph.loss(
             problem.name, lambda name: (problem if name == problem.name else getattr(problem, name)).module()
@@ -90,7 +90,7 @@ def _graph(kind: str, graph: Graph, iterations: int, device: str) -> Callable[[]
         for name in graph.references
         if name != "outer"
     }
-    _engine(list(problems.values()), {"u2l": {outer: entering}, "l2u": upward}, device)
+    _engine(list(problems.values()), {"u2l": {outer: entering}, "l2u": upward}, "cpu")
     return partial(_gradient, outer)
 
 

@@ -101,9 +101,9 @@ class _GraphLoss:
         return self._graph.loss(self._name, lambda name: found[name]())
 
 
-def _graph(estimator: Callable[[int], Any], graph: Graph, iterations: int, device: str) -> Callable[[], Tensor]:
+def _graph(estimator: Callable[[int], Any], graph: Graph, iterations: int) -> Callable[[], Tensor]:
     levels = [
-        mlopt.Level(name, module.to(device), _GraphLoss(graph, name), estimator=estimator(iterations))
+        mlopt.Level(name, module, _GraphLoss(graph, name), estimator=estimator(iterations))
         for name, module in graph.modules.items()
     ]
     made = mlopt.Problem(*levels)

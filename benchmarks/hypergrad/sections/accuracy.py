@@ -1,7 +1,7 @@
 """Error and cost of every estimator of every library, at the same points and numbers of iterations.
 
 Time, operations and memory are those of one hypergradient over those of one plain gradient of the inner loss, taken in the
-same process; times are medians over rounds in which every call of every library runs in turn.
+same process; times are medians of ratios, over rounds in which every call of every library runs in turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
     for library in place.libraries:
         library.result("load", file=file)
         for estimator in library.about["estimators"]:
-            for k in _iterations(estimator, recipe.at_optimum):
+            for k in _iterations(estimator, recipe.at_optimum, place.quick):
                 key = f"{estimator}, {k}"
                 row = {"case": name, "library": library.name, "estimator": estimator, "iterations": k}
                 row |= {"dtype": str(recipe.dtype).removeprefix("torch."), **_accuracy(library, key, estimator, k)}
@@ -37,22 +37,20 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
                 if "note" not in row:
                     row |= _cost(library, key)
                     timed.append((library, key, row))
-    plain = [(library, "plain") for library in place.libraries]
-    rounds = 3 if place.quick else 10
-    seconds = place.interleaved([*plain, *((library, key) for library, key, _ in timed)], rounds)
-    unit = {library.name: spent for (library, _), spent in zip(plain, seconds, strict=False)}
-    for (library, _, row), spent in zip(timed, seconds[len(plain) :], strict=True):
-        row["time"] = spent / unit[library.name]
+    ratios = place.ratios([(library, key) for library, key, _ in timed], 3 if place.quick else 10)
+    for (_, _, row), ratio in zip(timed, ratios, strict=True):
+        row["time"] = ratio
     return rows
 
 
-def _iterations(estimator: str, at_optimum: bool) -> tuple[int, ...]:
+def _iterations(estimator: str, at_optimum: bool, quick: bool) -> tuple[int, ...]:
     if family(estimator) in ONE_SHOT:
         return (0,)
     # Unrolling moves away from a point that is no minimum: there it differentiates something else.
     if family(estimator) == "Unrolled" and not at_optimum:
         return ()
-    return (10, 100) if at_optimum else (10,)
+    # What has more than its family's name is a variant: other products, other equations.
+    return (10,) if not at_optimum or (quick and estimator != family(estimator)) else (10, 100)
 
 
 def _accuracy(library: Library, key: str, estimator: str, k: int) -> dict[str, Any]:

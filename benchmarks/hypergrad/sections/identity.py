@@ -59,13 +59,11 @@ def _product(place: Workplace, library: Library, case: str, estimator: str) -> d
 
 
 def _time(place: Workplace, rows: list[tuple[Library, dict[str, Any]]]) -> None:
-    wanted = []
     for library, row in rows:
         library.result("build", key=row["estimator"], estimator=row["estimator"], iterations=0)
-        wanted += [(library, "plain"), (library, row["estimator"])]
-    seconds = place.interleaved(wanted, 5 if place.quick else 20)
-    for i, (_, row) in enumerate(rows):
-        row["time"] = seconds[2 * i + 1] / seconds[2 * i]
+    wanted = [(library, row["estimator"]) for library, row in rows]
+    for (_, row), ratio in zip(rows, place.ratios(wanted, 5 if place.quick else 20), strict=True):
+        row["time"] = ratio
 
 
 def _masked(file: str, count: int) -> tuple[Tensor, float]:

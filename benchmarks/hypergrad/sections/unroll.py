@@ -50,10 +50,7 @@ def run(place: Workplace) -> list[dict[str, Any]]:
                     found = torch.tensor(library.result("repeats_of", key=key, count=1)[0], dtype=torch.float64)
                     row["error"] = float((found - truth).norm() / truth.norm())
                 timed.append((library, key, row))
-    units = {library.name: library for library, _, _ in timed}
-    wanted = [(library, "plain") for library in units.values()] + [(library, key) for library, key, _ in timed]
-    seconds = place.interleaved(wanted, 2 if place.quick else 3)
-    plains = dict(zip(units, seconds, strict=False))
-    for (library, _, row), spent in zip(timed, seconds[len(units) :], strict=True):
-        row["time"] = spent / plains[library.name]
+    ratios = place.ratios([(library, key) for library, key, _ in timed], 2 if place.quick else 5)
+    for (_, _, row), ratio in zip(timed, ratios, strict=True):
+        row["time"] = ratio
     return rows
