@@ -39,12 +39,11 @@ def bar(rows: list[Row]) -> list[Check]:
     return [line for check in checks for line in check(rows)]
 
 
-def _judge(asked: str, figure: float | None, limit: float, text: str = "{:.3g}", *, least: bool = False) -> Check:
+def _judge(asked: str, figure: float | None, limit: float, *, least: bool = False) -> Check:
     """Judge a figure; one that is not a number is not met."""
     if figure is None:
         return asked, "not measured", None
-    met = figure >= limit if least else figure <= limit
-    return asked, text.format(figure), met and not math.isnan(figure)
+    return asked, f"{figure:.3g}", figure >= limit if least else figure <= limit
 
 
 def _worst(values: Iterable[float]) -> float | None:

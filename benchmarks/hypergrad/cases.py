@@ -212,7 +212,7 @@ RECIPES: dict[str, Recipe] = {
     "MLP 64-256-10": _cleaning(lambda: mlp(64, 256, 10), data.digits, 0.1),
     "MLP 784-256-10": _cleaning(lambda: mlp(784, 256, 10), partial(data.clusters, 784), 0.02, pretraining=8),
     "transformer": _cleaning(lambda: Transformer(64, 32, 4), data.sequences, 0.3, count=128, pretraining=15),
-    "GIN": _cleaning(lambda: GIN(8, 64, 4), data.graphs, 0.1, count=256),
+    "GIN": _cleaning(lambda: GIN(8, 64, 4), data.graphs, 0.3, count=128, pretraining=15),
     "MLP with dropout": _cleaning(lambda: mlp(64, 256, 10, dropout=True), data.digits, 0.1, reference=False),
     "MLP of 1M": _cleaning(
         lambda: mlp(784, 1024, 200, 10),

@@ -68,7 +68,7 @@ def sequences(count: int = 128, length: int = 12, vocabulary: int = 64, classes:
     return _split(tokens, labels, count, classes, generator)
 
 
-def graphs(count: int = 256, nodes: int = 16, features: int = 8, classes: int = 4) -> dict[str, Any]:
+def graphs(count: int = 128, nodes: int = 16, features: int = 8, classes: int = 4) -> dict[str, Any]:
     """Return random graphs, denser with the class, as (node features, edges, the graph of each node)."""
     generator = _generator()
     labels = torch.randint(classes, (2 * count,), generator=generator)

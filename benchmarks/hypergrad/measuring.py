@@ -1,8 +1,7 @@
-"""What one call costs: time, floating-point operations, peak memory."""
+"""What one call costs: floating-point operations, peak memory. (Its time is `report.clock`'s.)"""
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["MemoryTracker", "clock", "flops", "peak_memory"]
+__all__ = ["MemoryTracker", "flops", "peak_memory"]
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -30,28 +29,23 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A storage keeps one Python object for as long as it lives, so that its identity and its end are the object's.
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         found = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in before:
-                self._follow(leaf.untyped_storage())
+        storages = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(found) if isinstance(t, Tensor))}
+        for key in storages.keys() - before:
+            self._follow(storages[key])
         return found
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        # Storages keep one Python object for as long as they live, so that its identity and its end are theirs.
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
+        size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._ended, key, size)
+        weakref.finalize(storage, self._ended, size)
 
-    def _ended(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _ended(self, size: int) -> None:
         self.live -= size
 
 
@@ -86,11 +80,3 @@ def flops(call: Callable[[], Any]) -> int:
     with _FlopCounter() as counter:
         call()
     return counter.total
-
-
-def clock(device: str) -> float:
-    """Return the process's CPU time, or the time at which a GPU has done what was asked of it."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()

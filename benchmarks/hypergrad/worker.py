@@ -20,9 +20,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from ..report import clock
 from . import cases, exact, graphs
 from .adapters import Unsupported, adapter, alternate
-from .measuring import clock, flops, peak_memory
+from .measuring import flops, peak_memory
 
 #: A call shorter than this, in seconds, is repeated within one timing.
 SHORTEST = 0.02

@@ -91,3 +91,13 @@ def test_an_indefinite_hessian_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_reference_on_a_graph_is_the_dense_solve_of_mlopt(shape: str) -> None:
     graph = graphs.Graph(graphs.shape(shape), 3)
     assert distance(ours.GRAPHS["Dense"](graph, 0)(), graph.exact()) < 1e-10
+
+
+@pytest.mark.parametrize("shape", ["chain 3", "ladder 2"])
+def test_the_levels_of_a_graph_are_at_their_solutions(shape: str) -> None:
+    graph = graphs.Graph(graphs.shape(shape), 3)
+    for name, module in graph.modules.items():
+        if name != "outer":
+            loss = graph.loss(name, lambda other: graph.modules[other]())
+            slope = torch.autograd.grad(loss, list(module.parameters()))[0]
+            assert slope.norm() < 1e-12

@@ -30,7 +30,7 @@ LIBRARIES = {
 }
 
 #: Families that take no number of iterations.
-ONE_SHOT = ("Identity", "FiniteDifference", "Dense", "Converged", "ValueFunction")
+ONE_SHOT = ("Identity", "FiniteDifference", "Dense", "Converged")
 
 
 class Unsupported(Exception):  # noqa: N818

@@ -65,7 +65,7 @@ _PLAIN: dict[str, Callable[[Case, int], Any]] = {
     "Dense": lambda case, k: mlopt.Dense(),
     "Converged ConjugateGradient": lambda case, k: mlopt.ConjugateGradient(**_converged(case)),
     "Converged MINRES": lambda case, k: mlopt.MINRES(**_converged(case)),
-    "ValueFunction": lambda case, k: mlopt.ValueFunction(),
+    "ValueFunction": lambda case, k: mlopt.ValueFunction(steps=k, step_size=case.step_size),
     "Unrolled": lambda case, k: mlopt.Unrolled(steps=k),
 }
 

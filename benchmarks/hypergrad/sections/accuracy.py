@@ -37,7 +37,7 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
                 if "note" not in row:
                     row |= _cost(library, key)
                     timed.append((library, key, row))
-    ratios = place.ratios([(library, key) for library, key, _ in timed], 3 if place.quick else 10)
+    ratios = place.ratios([(library, key) for library, key, _ in timed], 3 if place.quick else 7)
     for (_, _, row), ratio in zip(timed, ratios, strict=True):
         row["time"] = ratio
     return rows
