@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test lint bench peers docs clean
 
 setup: .venv/.done
 
@@ -30,8 +30,28 @@ bench: setup
 	$(BIN)/python -m benchmarks.hypergrad --quick
 	$(BIN)/python -m benchmarks.tapweight --quick
 
+# The other libraries that benchmarks.hypergrad measures, each in an environment of its own (their pins conflict), all with the
+# same torch. Their own requirements are left aside: they would replace torch, or refuse the Python that is here.
+PEERS := betty torchopt higher boat
+PACKAGE_betty := betty-ml==0.2.1
+NEEDS_betty := scikit-learn higher==0.2.1
+PACKAGE_torchopt := torchopt==0.7.3
+NEEDS_torchopt := optree graphviz
+PACKAGE_higher := higher==0.2.1
+PACKAGE_boat := boat-torch==1.1.1
+NEEDS_boat := higher==0.2.1 matplotlib
+
+peers: $(PEERS:%=.peers/%/.done)
+
+.peers/%/.done: constraints.txt
+	$(PYTHON) -m venv --clear .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.peers/$*/bin/python -m pip install --quiet -c $(CONSTRAINTS) torch numpy $(NEEDS_$*)
+	.peers/$*/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(PACKAGE_$*)
+	touch $@
+
 docs: setup
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv runs dist site
+	rm -rf .venv .peers runs dist site

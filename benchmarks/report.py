@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment", "interleaved", "write"]
+__all__ = ["clock", "environment", "interleaved", "write"]
 
 
 def _git(*arguments: str) -> str:

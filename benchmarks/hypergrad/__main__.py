@@ -1,0 +1,86 @@
+"""Hypergradients of ours and of the other libraries: error, time, operations and memory, in one run.
+
+Every library runs in its own environment and process, with one thread; `make peers` makes the environments. hypertorch and
+Betty's head exist only as repositories: name a Python that can import them by --peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..report import write
+from .adapters import LIBRARIES
+from .bar import bar
+from .figures import draw
+from .sections import accuracy, identity, ladder, loop, multilevel, unroll
+from .table import console, show_bar, show_libraries, show_rows
+from .workers import Workplace
+
+SECTIONS: dict[str, Callable[[Workplace], list[dict[str, Any]]]] = {
+    "accuracy": accuracy.run,
+    "loop": loop.run,
+    "identity": identity.run,
+    "unroll": unroll.run,
+    "ladder": ladder.run,
+    "multilevel": multilevel.run,
+}
+
+
+def _peer(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if name not in LIBRARIES or not python:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=PYTHON, NAME one of {', '.join(LIBRARIES)}")
+    return name, python
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hypergrad", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="fewer cases, rounds and steps: minutes")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
+    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="draw PNG files")
+    parser.add_argument(
+        "--peer", metavar="NAME=PYTHON", type=_peer, action="append", default=[], help="a library's Python"
+    )
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; may be given more than once")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sections, print their tables and the bar."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Workplace(dict(options.peer), options.device, options.quick, Path(folder))
+        versions = {library.name: library.about["version"] for library in place.libraries}
+        show_libraries(versions, place.absent)
+        rows += [{"section": "libraries", "library": name, "version": version} for name, version in versions.items()]
+        rows += [
+            {"section": "libraries", "library": name, "note": f"absent: {why}"} for name, why in place.absent.items()
+        ]
+        try:
+            for name in options.only or SECTIONS:
+                begin = time.monotonic()
+                found = [{"section": name, **row} for row in SECTIONS[name](place)]
+                rows += found
+                show_rows(name, found)
+                console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
+        finally:
+            place.close()
+            write(options.json, options.device, rows)
+    show_bar(bar(rows))
+    if options.figures is not None:
+        for file in draw(rows, options.figures):
+            console.print(str(file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Graphs of quadratic levels in plain torch: ladders of diamonds and chains, with their exact hypergradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .networks import Vector
+
+__all__ = ["Graph", "shape"]
+
+CONDITION = 3.0
+
+
+def shape(name: str) -> dict[str, tuple[str, ...]]:
+    """Return the levels that each level's loss refers to, outermost first, of "ladder N" or "chain N".
+
+    In a ladder of N diamonds 2^N paths lead from the outermost level and back to it; a chain has one, through N levels.
+    """
+    kind, count = name.split()
+    n = int(count)
+    if kind == "chain":
+        # x -> level_1 -> ... -> level_n, whose solution the outermost loss reads.
+        inner = {f"level_{i}": (f"level_{i - 1}" if i > 1 else "outer",) for i in range(1, n + 1)}
+        return {"outer": (f"level_{n}",), **inner}
+    if kind != "ladder":
+        raise ValueError(f"shape {name!r}: give 'ladder N' or 'chain N'")
+    found: dict[str, tuple[str, ...]] = {"outer": (f"node_{n}",)}
+    for i in reversed(range(n)):
+        found |= {
+            f"node_{i + 1}": (f"left_{i}", f"right_{i}"),
+            f"left_{i}": (f"node_{i}",),
+            f"right_{i}": (f"node_{i}",),
+        }
+    return found | {"node_0": ("outer",)}
+
+
+class Graph:
+    """Levels with losses s^T Q s / 2 + b^T s, s the variables of a level and of those it refers to, each at its solution.
+
+    The outermost loss reads the solutions only, so that all of the hypergradient flows through the levels inside.
+
+    Args:
+        references: by level, outermost first.
+        size: variables of each level.
+    """
+
+    def __init__(self, references: Mapping[str, tuple[str, ...]], size: int) -> None:
+        self.references, self.size = dict(references), size
+        self._forms = {}
+        generator = torch.Generator().manual_seed(0)
+        for name in self.references:
+            n = size * len(self._parts(name))
+            basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+            spectrum = CONDITION ** torch.linspace(0, 1, n, dtype=torch.float64)
+            slope = torch.randn(n, generator=generator, dtype=torch.float64)
+            self._forms[name] = ((basis * spectrum) @ basis.T, slope)
+        self.modules: dict[str, nn.Module] = {name: Vector(size).double() for name in self.references}
+        start = torch.randn(size, generator=generator, dtype=torch.float64)
+        for name, value in self._solutions(start).items():
+            self.modules[name].load_state_dict({"value": value})
+
+    def loss(self, name: str, variables: Callable[[str], Tensor]) -> Tensor:
+        """Return the loss of a level, where `variables` gives those of a level by name."""
+        form, slope = self._forms[name]
+        s = torch.cat([variables(part) for part in self._parts(name)])
+        return 0.5 * s @ form @ s + slope @ s
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        return self.references[name] if name == "outer" else (name, *self.references[name])
+
+    def _solutions(self, outer: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {"outer": outer}
+        while len(found) < len(self.references):
+            for name, others in self.references.items():
+                if name not in found and all(other in found for other in others):
+                    form, slope = self._forms[name]
+                    own, rest = form[: self.size, : self.size], form[: self.size, self.size :]
+                    known = torch.cat([found[other] for other in others])
+                    found[name] = -torch.linalg.solve(own, rest @ known + slope[: self.size])
+        return found
+
+    def exact(self) -> Tensor:
+        """Return the hypergradient: the solutions are written out and differentiated."""
+        outer: Any = self.modules["outer"]
+        start = outer.value.detach().clone().requires_grad_()
+        solutions = self._solutions(start)
+        return torch.autograd.grad(self.loss("outer", solutions.__getitem__), start)[0]

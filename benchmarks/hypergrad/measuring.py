@@ -1,0 +1,82 @@
+"""What one call costs: floating-point operations, peak memory. (Its time is `report.clock`'s.)"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["MemoryTracker", "flops", "peak_memory"]
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Follows the storages that operators return, from their making to their end.
+
+    What a kernel allocates and frees within itself is not seen, nor is what was there before.
+
+    Attributes:
+        live: bytes now held.
+        peak: the most that were held at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A storage keeps one Python object for as long as it lives, so that its identity and its end are the object's.
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        found = function(*args, **(kwargs or {}))
+        storages = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(found) if isinstance(t, Tensor))}
+        for key in storages.keys() - before:
+            self._follow(storages[key])
+        return found
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._ended, size)
+
+    def _ended(self, size: int) -> None:
+        self.live -= size
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> int:
+    """Return the most bytes that a call holds beyond what there was before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with MemoryTracker() as tracker:
+        call()
+    return tracker.peak
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Adds up torch's own formulas. Its `FlopCounterMode` follows modules by hooks, which fail where a module returns a leaf."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Return the floating-point operations of a call's matrix products and convolutions; nothing else is counted."""
+    with _FlopCounter() as counter:
+        call()
+    return counter.total

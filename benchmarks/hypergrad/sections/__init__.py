@@ -1,0 +1,1 @@
+"""The sections: each has `run`, which takes the workplace and returns rows."""

@@ -1,0 +1,67 @@
+"""Error and cost of every estimator of every library, at the same points and numbers of iterations.
+
+Time, operations and memory are those of one hypergradient over those of one plain gradient of the inner loss, taken in the
+same process; times are medians of ratios, over rounds in which every call of every library runs in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adapters import ONE_SHOT, family
+from ..cases import RECIPES
+from ..workers import Library, Workplace
+
+QUICK = ("quadratic, condition 100", "logistic regression", "MLP 64-256-10")
+LEFT_OUT = ("MLP with dropout", "MLP of 1M")
+
+
+def run(place: Workplace) -> list[dict[str, Any]]:
+    """Return a row for each case, library, estimator and number of iterations."""
+    names = QUICK if place.quick else tuple(name for name in RECIPES if name not in LEFT_OUT)
+    return [row for name in names for row in _case(place, name)]
+
+
+def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
+    recipe = RECIPES[name]
+    file = place.case(name)
+    rows, timed = [], []
+    for library in place.libraries:
+        library.result("load", file=file)
+        for estimator in library.about["estimators"]:
+            for k in _iterations(estimator, recipe.at_optimum, place.quick):
+                key = f"{estimator}, {k}"
+                row = {"case": name, "library": library.name, "estimator": estimator, "iterations": k}
+                row |= {"dtype": str(recipe.dtype).removeprefix("torch."), **_accuracy(library, key, estimator, k)}
+                rows.append(row)
+                if "note" not in row:
+                    row |= _cost(library, key)
+                    timed.append((library, key, row))
+    ratios = place.ratios([(library, key) for library, key, _ in timed], 3 if place.quick else 7)
+    for (_, _, row), ratio in zip(timed, ratios, strict=True):
+        row["time"] = ratio
+    return rows
+
+
+def _iterations(estimator: str, at_optimum: bool, quick: bool) -> tuple[int, ...]:
+    if family(estimator) in ONE_SHOT:
+        return (0,)
+    # Unrolling moves away from a point that is no minimum: there it differentiates something else.
+    if family(estimator) == "Unrolled" and not at_optimum:
+        return ()
+    # What has more than its family's name is a variant: other products, other equations.
+    return (10,) if not at_optimum or (quick and estimator != family(estimator)) else (10, 100)
+
+
+def _accuracy(library: Library, key: str, estimator: str, k: int) -> dict[str, Any]:
+    for method, arguments in (("build", {"estimator": estimator, "iterations": k}), ("error", {})):
+        answer = library.ask(method, key=key, **arguments)
+        if "result" not in answer:
+            return {"note": answer.get("unsupported") or f"failed: {answer['failed']}"}
+    found: dict[str, Any] = answer["result"]
+    return found
+
+
+def _cost(library: Library, key: str) -> dict[str, float]:
+    plain, own = library.result("cost", key="plain"), library.result("cost", key=key)
+    return {what: own[what] / plain[what] for what in own if plain[what]}

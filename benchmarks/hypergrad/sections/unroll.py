@@ -1,0 +1,56 @@
+"""Differentiating through steps of gradient descent: time and peak memory against the number of steps.
+
+A network of 1.01M parameters (784-1024-200-10, 128 samples, float32), SGD; relative to one plain gradient of the inner loss. The
+error is that of 10 steps against the same unroll in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import cases, exact
+from ..adapters import family
+from ..workers import Library, Workplace
+
+CASE = "MLP of 1M"
+
+
+def run(place: Workplace) -> list[dict[str, Any]]:
+    """Return a row for each unrolling estimator and number of steps."""
+    file, steps = place.case(CASE), (10, 30) if place.quick else (10, 20, 50, 100)
+    case = cases.load(file)
+    truth = exact.unrolled(case, steps[0], case.step_size)
+    rows: list[dict[str, Any]] = []
+    timed: list[tuple[Library, str, dict[str, Any]]] = []
+    if place["mlopt"] is not None and "Unrolled" not in place["mlopt"].about["estimators"]:
+        rows.append(
+            {"library": "mlopt", "estimator": "Unrolled", "case": CASE, "note": "this version of mlopt has none"}
+        )
+    for library in place.libraries:
+        names = [name for name in library.about["estimators"] if family(name) == "Unrolled"]
+        if not names:
+            continue
+        library.result("load", file=file)
+        plain = library.result("memory", key="plain")
+        for name in names:
+            for count in steps:
+                row = {"library": library.name, "estimator": name, "case": CASE, "iterations": count}
+                rows.append(row)
+                key = f"{name}, {count}"
+                answer = library.ask("build", key=key, estimator=name, iterations=count)
+                if "result" in answer:
+                    answer = library.ask("memory", key=key)
+                if "result" not in answer:
+                    row["note"] = answer.get("unsupported") or f"failed: {answer['failed']}"
+                    continue
+                row["memory"] = answer["result"] / plain
+                if count == steps[0]:
+                    found = torch.tensor(library.result("repeats_of", key=key, count=1)[0], dtype=torch.float64)
+                    row["error"] = float((found - truth).norm() / truth.norm())
+                timed.append((library, key, row))
+    ratios = place.ratios([(library, key) for library, key, _ in timed], 2 if place.quick else 5)
+    for (_, _, row), ratio in zip(timed, ratios, strict=True):
+        row["time"] = ratio
+    return rows

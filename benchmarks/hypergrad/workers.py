@@ -1,0 +1,172 @@
+"""The libraries as processes, each under its own environment's Python, and timings taken across them in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cases
+from .adapters import LIBRARIES
+
+__all__ = ["Absent", "Library", "Workplace"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Absent(Exception):  # noqa: N818
+    """A library that cannot be started, with the reason."""
+
+
+class Library:
+    """One library in a process of its own.
+
+    Args:
+        name: among the adapters.
+        python: of its environment.
+        device: "cpu" or "cuda".
+
+    Raises:
+        Absent: there is no such Python, or it cannot import the library.
+    """
+
+    def __init__(self, name: str, python: str, device: str) -> None:
+        self.name, self.python, self.device = name, python, device
+        # A library must not be found by accident beside the repository: -P leaves the current folder out.
+        surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        #: What a loop last said.
+        self.latest: dict[str, Any] = {}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        try:
+            self._process = subprocess.Popen(
+                [python, "-P", "-m", "benchmarks.hypergrad.worker", name, device],
+                env=surroundings,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+            )
+        except OSError as error:
+            self._log.close()
+            raise Absent(f"{python}: {error.strerror}") from error
+        hello = self.ask("hello")
+        if "result" not in hello:
+            self.close()
+            raise Absent(next(iter(hello.values())))
+        self.about: dict[str, Any] = hello["result"]
+
+    def send(self, method: str, **arguments: Any) -> None:
+        """Ask without waiting."""
+        self._write({"method": method, **arguments})
+
+    def _write(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """Return the next answer; that of a process that has ended says so."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            last = self._log.read().strip().splitlines()[-1:] or ["nothing on standard error"]
+            return {"failed": f"the process ended ({last[0]})"}
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def go_on(self) -> dict[str, Any]:
+        """Let a paused loop continue; return its next pause, or its answer."""
+        self._write("go on")
+        return self.receive()
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Ask and wait."""
+        self.send(method, **arguments)
+        return self.receive()
+
+    def result(self, method: str, **arguments: Any) -> Any:
+        """Ask for what must not fail.
+
+        Raises:
+            RuntimeError: it did.
+        """
+        answer = self.ask(method, **arguments)
+        if "result" not in answer:
+            raise RuntimeError(f"{self.name}: {method} gave {answer.get('trace') or answer}")
+        return answer["result"]
+
+    def another(self) -> Library:
+        """Start a second process of the same library."""
+        return Library(self.name, self.python, self.device)
+
+    def close(self) -> None:
+        """End the process."""
+        with self._log, self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+
+
+class Workplace:
+    """What every section works with: the libraries that are there, those that are not, and the cases as files.
+
+    Args:
+        pythons: a Python for a library by name, where the usual one is not meant.
+        device: "cpu" or "cuda".
+        quick: fewer cases, rounds and steps.
+        folder: where the cases are written.
+    """
+
+    def __init__(self, pythons: Mapping[str, str], device: str, quick: bool, folder: Path) -> None:
+        self.device, self.quick, self._folder = device, quick, folder
+        self.libraries: list[Library] = []
+        self.absent: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        for name, remedy in LIBRARIES.items():
+            try:
+                self.libraries.append(Library(name, pythons.get(name) or _usual_python(name), device))
+            except Absent as error:
+                self.absent[name] = f"{error}; remedy: {remedy}"
+
+    def __getitem__(self, name: str) -> Library | None:
+        return next((library for library in self.libraries if library.name == name), None)
+
+    def case(self, name: str) -> str:
+        """Return the file of a case, made where it is not there yet."""
+        if name not in self._files:
+            self._files[name] = self._folder / f"{len(self._files)}.pt"
+            cases.make(name, self._files[name])
+        return str(self._files[name])
+
+    def ratios(self, wanted: Sequence[tuple[Library, str]], rounds: int) -> list[float]:
+        """Return the time of each call over that of a plain gradient: medians over rounds in which all libraries take turns.
+
+        The plain gradient is timed in the same process just before the call, so that what the machine does otherwise falls
+        on both.
+        """
+        found: list[list[float]] = [[] for _ in wanted]
+        for _ in range(rounds):
+            for (library, key), ratios in zip(wanted, found, strict=True):
+                plain = library.result("time", key="plain")
+                ratios.append(library.result("time", key=key) / plain)
+        return [statistics.median(ratios) for ratios in found]
+
+    def close(self) -> None:
+        """End all processes."""
+        for library in self.libraries:
+            library.close()
+
+
+def _usual_python(name: str) -> str:
+    if name == "mlopt":
+        return sys.executable
+    found = ROOT / ".peers" / name / "bin" / "python"
+    if not found.exists():
+        raise Absent(f"no .peers/{name}")
+    return str(found)
