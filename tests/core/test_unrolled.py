@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from core_cases import PRODUCTS, distance, drawn, gradient_of, point_of, seeds
@@ -413,14 +414,27 @@ def test_training_inside_solve_does_not_depend_on_the_estimator(name: str) -> No
         assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
 
 
+def test_the_outer_loss_draws_what_it_would_without_the_steps() -> None:
+    problem = build(0, mlopt.Unrolled(3), OPTIMIZERS["sgd"], net=Restless())
+    before = torch.get_rng_state()
+    with lookahead(point_of(problem), problem.outermost):
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_inside_solve_the_steps_go_on_from_the_momenta(name: str) -> None:
-    net = Net(1)
-    problem = build(1, mlopt.Unrolled(3), OPTIMIZERS[name](p for p in net.parameters() if p.requires_grad), net=net)
+    made: list[torch.optim.Optimizer] = []
+
+    def factory(parameters: Any) -> torch.optim.Optimizer:
+        made.append(OPTIMIZERS[name](parameters))
+        return made[-1]
+
+    problem = build(1, mlopt.Unrolled(3), factory)
     before = problem["weights"].module.value.detach().clone()
     mlopt.solve(problem, 1, seed=0, progress=False)
     found = problem["weights"].module.value.grad.clone()
     problem["weights"].module.value.data.copy_(before)
+    problem = mlopt.Problem(problem["weights"], attrs.evolve(problem["net"], optimizer=made[0]))
     expected = differences(lambda: outer_value(problem, 3), problem["weights"].module.value)
     assert distance(found, expected) < 1e-6
 
