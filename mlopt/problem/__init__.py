@@ -7,7 +7,7 @@ from .objective import Mixture, Outcome, read_outcome, scalar
 from .point import Point, StreamedCotangent, restored
 from .problem import Problem
 from .stream import Stream, to_device
-from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, level_terms
+from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, level_terms, standing_in
 
 __all__ = [
     "Block",
@@ -34,6 +34,7 @@ __all__ = [
     "read_outcome",
     "restored",
     "scalar",
+    "standing_in",
     "to_device",
     "variables",
 ]

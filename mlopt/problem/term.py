@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["LevelTerm", "OwnFunction", "Term", "cloned_buffers", "derivatives", "level_terms"]
+__all__ = ["LevelTerm", "OwnFunction", "Term", "cloned_buffers", "derivatives", "level_terms", "standing_in"]
 
 #: A term as a function of its level's variables, of other parameters and buffers by name, and of a batch.
 OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
@@ -37,6 +37,31 @@ def cloned_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let other parameters stand in for the variables of a level, in its module and at the point.
+
+    A graph that is traced meanwhile is of these leaves: it stays whole when the variables move on.
+    """
+    swapped = {id(variable): leaf for variable, leaf in zip(level.parameters, leaves, strict=True)}
+    places = [
+        (module, name, parameter)
+        for module in level.module.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in swapped
+    ]
+    before = point.values[level.name]
+    try:
+        point.values[level.name] = tuple(leaves)
+        for module, name, parameter in places:
+            setattr(module, name, swapped[id(parameter)])  # which recurrent layers take note of
+        yield
+    finally:
+        point.values[level.name] = before
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
 
 
 def derivatives(

@@ -450,7 +450,7 @@ def test_nothing_moves_when_a_loss_raises(products: str) -> None:
             raise RuntimeError("stop here")
         return training_loss(net, batch, weights=weights)
 
-    while fatal < 7:
+    while fatal < 6:
         calls, fatal, net = 0, fatal + 1, Restless()
         problem = build(0, mlopt.Unrolled(3, checkpoint_every=2, products=products), OPTIMIZERS["adam"], net=net)
         level = problem["net"]

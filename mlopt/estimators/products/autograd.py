@@ -48,6 +48,12 @@ class Autograd(Product):
         )
         return cut(flat, wanted, values)
 
+    @name_kernels
+    def gradient(self, block: Block) -> Tensors:
+        if block not in self._gradients:
+            self._trace([block])
+        return tuple(g.detach() for g in self._gradients[block])
+
     def _trace(self, blocks: Sequence[Block]) -> None:
         if not blocks:
             return

@@ -76,3 +76,7 @@ class Product(ABC):
     @abstractmethod
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the product by wanted block. `direction` and `wanted` hold blocks of the term only."""
+
+    def gradient(self, block: Block) -> Tensors:
+        """Return the term's first derivative by one of its blocks, without a graph; what a product needs of it is kept."""
+        return self.term.derivatives([block])[block]

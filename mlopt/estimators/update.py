@@ -1,0 +1,191 @@
+"""An optimiser's step as a function, on TorchOpt's differentiable optimisers: the only file that imports torchopt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ..errors import EstimatorError
+from ..problem import Point
+from ..tensors import Tensors, zeros_like
+
+__all__ = ["Step", "Update", "check_transformation"]
+
+
+def _torchopt() -> Any:
+    try:
+        import torchopt
+    except ImportError as error:
+        raise EstimatorError(
+            f"Unrolled needs TorchOpt's differentiable optimisers ({error}): pip install 'mlopt-torch[unroll]'"
+        ) from error
+    return torchopt
+
+
+def check_transformation(optimizer: Any) -> None:
+    """Raise where TorchOpt is not installed, or `optimizer` is neither None nor a transformation of TorchOpt's."""
+    kind = _torchopt().base.GradientTransformation
+    if optimizer is not None and not isinstance(optimizer, kind):
+        raise EstimatorError(
+            f"Unrolled: optimizer={optimizer!r} is a {type(optimizer).__name__}; give a TorchOpt transformation, "
+            "such as torchopt.adam(1e-3), or None for the level's own"
+        )
+
+
+@attrs.frozen(eq=False)
+class Step:
+    """Where one step was taken: its number t, x_t, g_t, and the leaves of s_t."""
+
+    number: int
+    variables: Tensors
+    gradient: Tensors
+    memory: Tensors
+
+
+@attrs.frozen(eq=False)
+class _Part:
+    """A transformation for some of the variables: what it is in the first step and in later ones, and its first state."""
+
+    indices: list[int]
+    first: Any
+    later: Any
+    state: Any
+
+
+class Update:
+    """Phi: the optimiser's step as a function of the variables, the gradient, and the state's leaves.
+
+    Args:
+        transformation: of TorchOpt's, which starts afresh; None for the optimiser that the level has.
+        point: where.
+        name: the level.
+        used: which of its variables are stepped.
+        fresh: whether the level's optimiser starts afresh, too.
+    """
+
+    def __init__(self, transformation: Any, point: Point, name: str, used: list[int], *, fresh: bool) -> None:
+        self._parts: Sequence[_Part] = _parts(transformation, point, name, used, fresh)
+        leaves, self._structure = _torchopt().pytree.tree_flatten([part.state for part in self._parts])
+        self.initial: Tensors = tuple(leaves)
+
+    def __call__(self, step: Step) -> tuple[Tensors, Tensors]:
+        """Return x_{t+1} and the leaves of s_{t+1}."""
+        torchopt = _torchopt()
+        moved = list(step.variables)
+        states = torchopt.pytree.tree_unflatten(self._structure, step.memory)
+        for k, part in enumerate(self._parts):
+            transformation = part.later if step.number else part.first
+            own = [step.variables[i] for i in part.indices]
+            along = [step.gradient[i] for i in part.indices]
+            along, states[k] = transformation.update(along, states[k], params=own, inplace=False)
+            for i, variable in zip(part.indices, torchopt.apply_updates(own, along, inplace=False), strict=True):
+                moved[i] = variable
+        return tuple(moved), tuple(torchopt.pytree.tree_leaves(states))
+
+    def pull(self, step: Step, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """Return the cotangents on x_t, g_t and the leaves of s_t, of those on x_{t+1} and s_{t+1} (zero when empty)."""
+        leaves = (*step.variables, *step.gradient, *step.memory)
+        # A step counter is a leaf, too.
+        inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in leaves)
+        n = len(step.variables)
+        with torch.enable_grad():
+            moved, after = self(Step(step.number, inputs[:n], inputs[n : 2 * n], inputs[2 * n :]))
+        pairs = zip((*moved, *after), (*adjoint, *(memory or zeros_like(after))), strict=True)
+        traced = [(output, vector) for output, vector in pairs if output.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in traced],
+                [x for x in inputs if x.requires_grad],
+                grad_outputs=[vector for _, vector in traced],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+        pulled = tuple(next(found) if x.requires_grad else torch.zeros_like(x) for x in inputs)
+        return pulled[:n], pulled[n : 2 * n], pulled[2 * n :]
+
+
+def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh: bool) -> list[_Part]:
+    """Return the transformation that was given or, where it is None, the level's optimiser translated."""
+    level = point.problem[name]
+    if transformation is not None:
+        own = [level.parameters[i].detach() for i in used]
+        return [_Part(used, *(_settled(transformation, own),) * 2, transformation.init(own))]
+    optimizer: Any = point.optimizers.get(name, level.optimizer)
+    if optimizer is None:
+        raise EstimatorError(
+            f"level {name!r}: optimizer=None, and Unrolled takes its virtual steps with it; give the level one, or give "
+            "Unrolled(optimizer=...) a TorchOpt transformation, such as torchopt.sgd(0.1)"
+        )
+    if not isinstance(optimizer, Optimizer):
+        optimizer = optimizer(list(level.parameters))
+    translate = _TRANSLATIONS.get(type(optimizer))
+    if translate is None or any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise EstimatorError(
+            f"level {name!r}: Unrolled cannot take virtual steps of {type(optimizer).__name__}"
+            f"{' with amsgrad' if translate else ''}, only of torch.optim's SGD, Adam and AdamW (without amsgrad); give it a "
+            "TorchOpt transformation, such as Unrolled(optimizer=torchopt.rmsprop(1e-3))"
+        )
+    position = {id(variable): i for i, variable in enumerate(level.parameters) if i in used}
+    parts = []
+    for group in optimizer.param_groups:
+        members = [v for v in group["params"] if id(v) in position]
+        states = [{} if fresh else optimizer.state.get(v, {}) for v in members]
+        for live in (False, True):
+            # What has no state yet takes a first step; what has one goes on from it.
+            chosen = [(v, s) for v, s in zip(members, states, strict=True) if any(map(_is_set, s.values())) == live]
+            if chosen:
+                own, own_states = [v.detach() for v, _ in chosen], [s for _, s in chosen]
+                parts.append(_Part([position[id(v)] for v, _ in chosen], *translate(group, own, own_states, live)))
+    return parts
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None
+
+
+def _settled(transformation: Any, variables: list[Tensor]) -> Any:
+    """Return a transformation after a step on zeros: TorchOpt's momentum treats its first call ever unlike later ones."""
+    with torch.no_grad():
+        zeros = [torch.zeros_like(v) for v in variables]
+        transformation.update(zeros, transformation.init(variables), params=variables, inplace=False)
+    return transformation
+
+
+def _sgd(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]], live: bool) -> tuple[Any, Any, Any]:
+    settings = {key: float(group[key]) for key in ("lr", "momentum", "weight_decay")}
+    settings |= {key: bool(group[key]) for key in ("nesterov", "maximize")}
+    sgd = _torchopt().sgd
+    later = _settled(sgd(dampening=float(group["dampening"]), **settings), own)
+    # The first gradient enters torch's momentum undamped.
+    first = later if live else _settled(sgd(dampening=0.0, **settings), own)
+    traces = {"trace": [s["momentum_buffer"] for s in states]} if live else {}
+    return first, later, _filled(later.init(own), **traces)
+
+
+def _adam(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]], live: bool) -> tuple[Any, Any, Any]:
+    settings: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+    settings |= {"betas": tuple(map(float, group["betas"])), "maximize": bool(group["maximize"])}
+    make = _torchopt().adamw if group.get("decoupled_weight_decay") else _torchopt().adam
+    # The root has no derivative at zero, where the second moment of an idle unit is. This one's has, and no step is changed.
+    adam = make(eps_root=max(torch.finfo(v.dtype).tiny for v in own), **settings)
+    # A floating count: TorchOpt raises the betas to it, which in whole numbers would be in the default dtype.
+    counts = [
+        torch.as_tensor(s["step"] if live else 0, dtype=torch.float64, device=v.device)
+        for v, s in zip(own, states, strict=True)
+    ]
+    moments = {"mu": [s["exp_avg"] for s in states], "nu": [s["exp_avg_sq"] for s in states]} if live else {}
+    return adam, adam, _filled(adam.init(own), count=counts, **moments)
+
+
+def _filled(state: tuple[Any, ...], **fields: list[Tensor]) -> tuple[Any, ...]:
+    """Return the state of a chain with the fields of the one transformation that has them."""
+    return tuple(s._replace(**fields) if fields.keys() <= set(s._fields) else s for s in state)
+
+
+_TRANSLATIONS = {SGD: _sgd, Adam: _adam, AdamW: _adam}
