@@ -127,7 +127,7 @@ class _Unrolling(Linearization):
 
     def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
-        total: dict[Block, Tensors] = {self._name: zeros_like(along)}
+        total: dict[Block, Tensors] = {}
         with standing_in(self._point, self._point.problem[self._name], held.leaves):
             for product in held.products:
                 asked = [block for block in (self._name, *wanted) if block in product.term.blocks]
@@ -201,8 +201,8 @@ class _Trajectory:
         variables, memory = self._kept[begin // self._every]
         for t in range(begin, min(begin + self._every, self._rule.steps)):
             if segment is None:
-                _put(self._live, variables)
-                gradient = self._gradient()
+                with standing_in(self._point, self._level, _leaves(variables)):
+                    gradient = self._gradient()
                 filled = tuple(
                     torch.zeros_like(x) if g is None else g for g, x in zip(gradient, variables, strict=True)
                 )
@@ -217,12 +217,12 @@ class _Trajectory:
     def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
         """Trace the gradient at x_t, on leaves of its own: the traces of several steps are held at a time."""
         name = self._level.name
-        leaves = tuple(nn.Parameter(x.detach()) for x in variables)
+        leaves = _leaves(variables)
         products = [PRODUCTS[self._rule.products](term) for term in self._terms]
-        gradient = zeros_like(variables)
         with standing_in(self._point, self._level, leaves):
-            for product in products:
-                gradient = add(gradient, product.gradient(name))
+            gradient, *others = (product.gradient(name) for product in products)
+        for other in others:
+            gradient = add(gradient, other)
         if t == 0:
             self._check(gradient)
         return _Held(Step(t, variables, gradient, memory), leaves, products)
@@ -240,7 +240,7 @@ class _Trajectory:
         value = sum((term.value() for term in self._terms[1:]), self._terms[0].value())
         if not value.requires_grad:
             return (None,) * len(self._live)
-        return torch.autograd.grad(value, self._live, allow_unused=True)
+        return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
 
     def backwards(self) -> Iterator[_Held]:
         """Yield the steps from the last to the first, and forget each: once only."""
@@ -266,6 +266,10 @@ class _Trajectory:
                 "modules of one kind"
             )
         return tuple(x.detach().to(own) for x, own in zip(variables, self._live, strict=True))
+
+
+def _leaves(variables: Tensors) -> tuple[nn.Parameter, ...]:
+    return tuple(nn.Parameter(x.detach()) for x in variables)
 
 
 def _put(live: Tensors, values: Tensors) -> None:

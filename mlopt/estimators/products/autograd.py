@@ -20,7 +20,6 @@ class Autograd(Product):
 
     def __init__(self, term: Term) -> None:
         super().__init__(term)
-        self._value: Tensor | None = None
         self._gradients: dict[Block, Tensors] = {}
 
     @name_kernels
@@ -58,10 +57,10 @@ class Autograd(Product):
         if not blocks:
             return
         with plain_attention():
-            if self._value is None:
-                self._value = self.term.value()
-            found = derivatives(self._value, blocks, self.term.values, traced=True)
-        _refuse_once_differentiable([self._value, *(g for vectors in found.values() for g in vectors)])
+            value = self.term.value()
+            found = derivatives(value, blocks, self.term.values, traced=True)
+        # What only the value's graph holds goes with it.
+        _refuse_once_differentiable([value, *(g for vectors in found.values() for g in vectors)])
         self._gradients |= found
 
 
