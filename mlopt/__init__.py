@@ -8,6 +8,7 @@ from .errors import (
     NonFiniteError,
     ProblemError,
     SecondDerivativeError,
+    TrustWarning,
 )
 from .estimators import (
     MINRES,
@@ -52,6 +53,7 @@ __all__ = [
     "Report",
     "SecondDerivativeError",
     "Solution",
+    "TrustWarning",
     "Unrolled",
     "ValueFunction",
     "Variables",

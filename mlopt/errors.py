@@ -1,4 +1,4 @@
-"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it."""
+"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it, and its warning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ __all__ = [
     "NonFiniteError",
     "ProblemError",
     "SecondDerivativeError",
+    "TrustWarning",
 ]
 
 
@@ -29,3 +30,7 @@ class SecondDerivativeError(EstimatorError):
 
 class NonFiniteError(MloptError, ArithmeticError):
     """A loss, a gradient or a linear solve holds NaN or infinity."""
+
+
+class TrustWarning(UserWarning):
+    """A hypergradient should not be trusted: the report of a level says why."""

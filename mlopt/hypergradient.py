@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 from torch import Tensor
 
-from .errors import NonFiniteError, ProblemError
+from .errors import NonFiniteError, ProblemError, TrustWarning
 from .generators import GeneratorState, derive_seed
 from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms, to_device
 from .tensors import Tensors, add, is_finite, zeros_like
@@ -65,6 +66,9 @@ def hypergradient(
         ProblemError: `batches` names a level that does not exist; a level's data cannot be drawn from without a trace.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
 
+    Warns:
+        TrustWarning: a report has a remark, and its solve did not converge.
+
     Example:
         >>> result = mlopt.hypergradient(problem)
         >>> result.gradient["logits"], result.reports["classifier"].residual
@@ -89,6 +93,9 @@ def hypergradient(
         loss = sum((term.value() for term in terms[1:]), terms[0].value())
         cotangents = partial_derivatives(problem, target, loss)
         gradient = accumulate(point, target, cotangents)
+    for name, report in point.reports.items():
+        if report.doubtful:
+            warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=2)
     named = dict(zip(target.parameter_names, gradient, strict=True))
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
 

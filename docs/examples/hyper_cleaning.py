@@ -70,7 +70,7 @@ def main():
             data=[(inputs[train], noisy, torch.arange(1000))],
             optimizer=partial(SGD, lr=0.5, momentum=0.9),
             steps=10,
-            estimator=mlopt.ConjugateGradient(iterations=10, damping=1e-2),
+            estimator=mlopt.ConjugateGradient(iterations=10, damping=2e-2),
         ),
     )
     print(problem)

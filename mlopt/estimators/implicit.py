@@ -130,6 +130,7 @@ class Stationarity(Linearization):
         self.blocks = (*self.states, *multipliers)
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
             self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
+            self.report.converged = False
         own = level_terms(point, level)
         if self._children:
             self._refuse_what_leaves_have()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import attrs
 
@@ -50,6 +50,13 @@ class LinearSolver(ABC):
     damping: float
     #: Whether `_solve` is given vectors in one tensor, where they are of one dtype and on one device.
     _in_one: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        """Return the name, the first argument, and those others that are not as they are by default."""
+        kind: Any = type(self)
+        fields = attrs.fields(kind) if attrs.has(kind) else ()
+        told = [f for k, f in enumerate(fields) if f.init and (k == 0 or getattr(self, f.name) != f.default)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.

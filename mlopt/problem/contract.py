@@ -52,6 +52,11 @@ class Report:
     seconds: float = 0.0
     remarks: tuple[str, ...] = ()
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether something went wrong and the tolerance was not reached all the same: then do not trust the answer."""
+        return bool(self.remarks) and self.converged is not True
+
 
 class Linearization(ABC):
     """The derivative of one level's solution with respect to its arguments, at a point.

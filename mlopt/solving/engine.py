@@ -60,6 +60,8 @@ class Engine:
         self.cotangents: dict[str, StreamedCotangent] = {}
         self.logs: dict[str, Any] = {}
         self.reports: dict[str, Report] = {}
+        #: For levels whose pullback was doubtful: in how many steps, and what the latest report said.
+        self.doubts: dict[str, tuple[int, str]] = {}
 
     def step(self, level: Level, *, last: bool = True) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -161,6 +163,9 @@ class Engine:
         for variable, derivative in zip(level.parameters, gradient, strict=True):
             variable.grad = derivative.detach()
         self.reports |= point.reports
+        for name, report in point.reports.items():
+            if report.doubtful:
+                self.doubts[name] = (self.doubts.get(name, (0, ""))[0] + 1, "; ".join(report.remarks))
         return outcome, loss
 
     def _mixture_gradient(self, level: Level, mixture: Mixture, held: StreamedCotangent | None) -> Tensor:

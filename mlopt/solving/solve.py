@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import attrs
 import torch
 
-from ..errors import ProblemError
+from ..errors import ProblemError, TrustWarning
 from ..generators import seed_everything
 from ..problem import Problem, Report
 from .callbacks import Callback, ProgressDisplay
@@ -61,6 +62,9 @@ def solve(
         ProblemError: `steps` is no whole number, or a level has no optimizer.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
 
+    Warns:
+        TrustWarning: reports of some steps had a remark, and their solves did not converge.
+
     Example:
         >>> solution = mlopt.solve(problem, steps=1_000, seed=0)
         >>> solution.history.column("classifier/loss")[-1]
@@ -84,4 +88,6 @@ def solve(
     finally:
         for callback in watchers:
             callback.on_train_end(run)
+    for name, (count, remarks) in run.engine.doubts.items():
+        warnings.warn(f"level {name!r}, in {count} steps, at last: {remarks}", TrustWarning, stacklevel=2)
     return Solution(history=run.history, status=run.status or "completed", reports=run.engine.reports)

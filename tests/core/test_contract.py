@@ -90,6 +90,78 @@ class TestShortNeumann(EstimatorContract):
         return mlopt.Neumann(terms=3, step_size=0.1)
 
 
+class TestMINRES(EstimatorContract):
+    nested = True
+
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.MINRES(iterations=200, rtol=1e-13)
+
+
+class TestFewMINRES(EstimatorContract):
+    exact = False
+    linear = False
+    nested = True
+
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.MINRES(iterations=2)
+
+
+class TestNystrom(EstimatorContract):
+    """The probes are the same for every cotangent, so that a pullback is linear."""
+
+    exact = False
+    nested = True
+    damping = 0.1
+
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.Nystrom(rank=10, damping=0.1)
+
+
+class TestPreconditionedConjugateGradient(EstimatorContract):
+    nested = True
+
+    def estimator(self) -> mlopt.Estimator:
+        preconditioner = mlopt.linear.NystromPreconditioner(rank=2)
+        return mlopt.ConjugateGradient(iterations=200, rtol=1e-13, preconditioner=preconditioner)
+
+
+class TestGaussNewton(EstimatorContract):
+    """The modules of these problems return their variables, so that the matrix is the Hessian."""
+
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.Dense(products="gauss_newton")
+
+
+class TestValueFunction(EstimatorContract):
+    tolerance = 1e-5
+    linear = False  # the size of the penalty depends on the cotangent
+    steps, rate = 250, 0.5
+
+    def estimator(self) -> mlopt.Estimator:
+        # A larger penalty than the default: these are quadratics, or nearly, and its rounding would show in the residual.
+        return mlopt.ValueFunction(self.steps, step_size=self.rate, perturbation=1e-3)
+
+    def test_frozen_unused_and_tied_parameters(self) -> None:
+        self.steps, self.rate = 5, 0.05  # the problem is steeper than the others
+        super().test_frozen_unused_and_tied_parameters()
+
+
+class TestUnrolled(EstimatorContract):
+    """From a solution, many steps of gradient descent are a Neumann series of as many terms."""
+
+    tolerance = 1e-5
+    steps, rate = 250, 0.5
+    seeds = (0, 1)
+
+    def estimator(self) -> mlopt.Estimator:
+        torchopt = pytest.importorskip("torchopt", reason="Unrolled takes TorchOpt's optimisers: the extra `unroll`")
+        return mlopt.Unrolled(self.steps, optimizer=torchopt.sgd(self.rate))
+
+    def test_frozen_unused_and_tied_parameters(self) -> None:
+        self.steps, self.rate = 5, 0.05  # the problem is steeper than the others
+        super().test_frozen_unused_and_tied_parameters()
+
+
 def take_inverse_for_identity(case: ClosedForm) -> dict[str, Tensor]:
     """Return the hypergradient with -B^T v in place of every -B^T H^-1 v, by plain autograd."""
     problem = case.problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -332,3 +333,37 @@ def test_an_estimator_that_is_no_pair_cannot_be_nested() -> None:
     problem = quadratic("nested", {"y": mlopt.Dense(), "z": Other()}).problem
     with pytest.raises(mlopt.EstimatorError, match=r"level 'z' is solved inside 'y'.*cannot be nested"):
         mlopt.hypergradient(problem)
+
+
+def saddle(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
+    """A loss whose Hessian has the eigenvalues 1 and -1."""
+    first, second = module()
+    return (first * first - second * second) / 2 + (module() * x()).sum()
+
+
+def pulled(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
+    return (y() * torch.tensor([1.0, 2.0])).sum()
+
+
+def saddle_problem(estimator: mlopt.Estimator) -> mlopt.Problem:
+    return mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(torch.ones(2)), pulled, optimizer=partial(torch.optim.SGD, lr=0.1)),
+        mlopt.Level(
+            "y", mlopt.variables(torch.ones(2)), saddle, optimizer=partial(torch.optim.SGD, lr=0.1), estimator=estimator
+        ),
+    )
+
+
+def test_what_is_not_to_be_trusted_is_warned_of() -> None:
+    with pytest.warns(mlopt.TrustWarning, match="level 'y': negative curvature -.*raise the damping"):
+        mlopt.hypergradient(saddle_problem(mlopt.ConjugateGradient()))
+    with pytest.warns(mlopt.TrustWarning, match="level 'y', in 3 steps, at last: negative curvature"):
+        mlopt.solve(saddle_problem(mlopt.ConjugateGradient()), steps=3, progress=False)
+
+
+@pytest.mark.filterwarnings("error::mlopt.TrustWarning")
+def test_what_is_right_or_approximate_on_purpose_is_not_warned_of() -> None:
+    for estimator in (mlopt.MINRES(), mlopt.Dense(), mlopt.Identity()):
+        mlopt.hypergradient(saddle_problem(estimator))
+    case = quadratic("two", mlopt.ConjugateGradient(iterations=1))
+    assert mlopt.hypergradient(case.problem).reports["y"].converged is False
