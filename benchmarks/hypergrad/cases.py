@@ -214,7 +214,10 @@ RECIPES: dict[str, Recipe] = {
     "transformer": _cleaning(lambda: Transformer(64, 32, 4), data.sequences, 0.3, count=128, pretraining=15),
     "GIN": _cleaning(lambda: GIN(8, 64, 4), data.graphs, 0.3, count=128, pretraining=15),
     "MLP with dropout": _cleaning(lambda: mlp(64, 256, 10, dropout=True), data.digits, 0.1, reference=False),
-    "softmax regression": _cleaning(lambda: nn.Linear(64, 10), data.digits, 2e-3, travel=30, pretraining=None),
+    "softmax regression 64-10": _cleaning(lambda: nn.Linear(64, 10), data.digits, 2e-3, travel=30, pretraining=None),
+    "softmax regression 784-10": _cleaning(
+        lambda: nn.Linear(784, 10), partial(data.clusters, 784), 2e-3, travel=30, pretraining=None
+    ),
     "MLP of 1M": _cleaning(
         lambda: mlp(784, 1024, 200, 10),
         partial(data.clusters, 784, 128),
