@@ -2,7 +2,8 @@
 
 The inner step is full-batch gradient descent of step size 1 / (1.05 lambda_max), outer learning rate 1e-2; n = 1000, float32.
 Softmax regression is the problem of the literature (there with 784 features) and badly conditioned; the network, MLP 64-256-10,
-is well conditioned by its proximal term. Ours run at two tolerances, of which the looser that tracks counts. At every tenth outer step the hypergradient that the step takes is compared with the
+is well conditioned by its proximal term. Ours run at two tolerances, of which the looser that tracks counts. At every tenth outer
+step the hypergradient that the step takes is compared with the
 exact one at that point (conjugate gradients in float64, relative residual 1e-6), with the clock stopped; the tracking error is
 the median of these relative errors. Ours run by `mlopt.solve`; the others' hypergradients are called by a loop of ten lines,
 which spares them an engine. A peer's number of iterations is the smallest of 5, 10, 20, 40 and 80 (1 to 80 where it starts
