@@ -107,9 +107,9 @@ class _Unrolling(Linearization):
         values = self._point.values
         found: dict[Block, Tensors] = {argument: zeros_like(values[argument]) for argument in wanted}
         adjoint = cotangent.get(self._name, ())
-        if not found or not any(bool(v.any()) for v in adjoint):
-            return found
         size = float(norm(adjoint))
+        if not found or size == 0.0:
+            return found
         with restored(values[self._name]) as present:
             trajectory = self._point.ahead.get(self._name)
             if trajectory is None:

@@ -77,11 +77,12 @@ class _Penalty(Linearization):
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
         load = cotangent.get(self._name, ())
-        if not any(bool(v.any()) for v in load):
+        size = float(norm(load))
+        if size == 0.0:
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
         warm = self._point.warm if self._rule.warm_start else None
         start = warm.get(self._name) if warm is not None else None
-        size, blocks = float(norm(load)), (self._name, *wanted)
+        blocks = (self._name, *wanted)
         with restored(self._live) as present:
             step_size = self._rule.step_size or self._safe_step_size(load)
             nu = self._rule.perturbation or self._safe_perturbation(present, start, step_size, size)
