@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -38,6 +38,7 @@ class Tap(LinearSolver):
     """The identity, which keeps what it is given: the product with the Hessian, and the cotangent."""
 
     damping: float = 0.0
+    _in_one: ClassVar[bool] = False  # the vectors that it keeps are used as they are
     matvecs: list[MatVec] = attrs.field(factory=list)
     cotangents: list[Tensors] = attrs.field(factory=list)
 

@@ -75,7 +75,7 @@ def test_absent_libraries_are_listed_with_the_remedy(place: Workplace, capsys: p
 
 def test_a_python_without_the_library_is_absent(tmp_path: Path) -> None:
     with pytest.raises(Absent, match="ModuleNotFoundError"):
-        Library("torchopt", sys.executable, "cpu")
+        Library("betty", sys.executable, "cpu")
 
 
 def test_a_loop_pauses_and_reports(place: Workplace, ours: Library) -> None:
