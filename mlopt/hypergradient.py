@@ -124,7 +124,9 @@ def lookahead(point: Point, level: Level) -> Iterator[None]:
         for part in reversed(problem.graph[level.name].parts):
             estimator = problem[part].estimator
             if estimator is not None and problem.graph[part].arguments:
+                begin = time.perf_counter()
                 moved.enter_context(estimator.lookahead(point, part))
+                point.seconds[part] = time.perf_counter() - begin
         yield
 
 
@@ -174,7 +176,7 @@ def accumulate(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) 
                     f"the cotangent that level {part!r} gives {block!r} is not finite: look at how its loss depends on {block!r}"
                 )
             cotangents[block] = add(cotangents[block], vector) if block in cotangents else vector
-        linearization.report.seconds = time.perf_counter() - begin
+        linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
         point.reports |= linearization.reports()
     gradient = cotangents.get(level.name)
     if gradient is None:

@@ -33,8 +33,9 @@ def adaptation(level: Level, live: Optimizer | None, gradient: Sequence[Tensor])
     """
     optimizer = live if live is not None else _fresh(level)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    state = optimizer.state if live is not None else {}
     return tuple(
-        _diagonal(level, optimizer, groups[id(variable)], optimizer.state.get(variable, {}), variable, g).to(variable)
+        _diagonal(level, optimizer, groups[id(variable)], state.get(variable, {}), variable, g).to(variable)
         for variable, g in zip(level.parameters, gradient, strict=True)
     )
 
@@ -52,17 +53,16 @@ def _fresh(level: Level) -> Optimizer:
 def _diagonal(
     level: Level, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], variable: Tensor, g: Tensor
 ) -> Tensor:
-    if type(optimizer) is SGD:
-        momentum = group["momentum"]
-        # The first step takes the gradient itself as momentum; later ones weigh it.
-        share = 1.0 if not momentum or state.get("momentum_buffer") is None else 1.0 - group["dampening"]
-        return torch.full_like(g, group["lr"] * (1.0 + momentum * share if group["nesterov"] else share))
-    if type(optimizer) not in (Adam, AdamW) or group["amsgrad"]:
+    kind = type(optimizer)
+    if kind not in (SGD, Adam, AdamW) or any(group.get(key) for key in ("amsgrad", "dampening", "maximize")):
         raise EstimatorError(
-            f"level {level.name!r}: how a step of {type(optimizer).__name__} depends on the gradient is known for SGD, Adam and "
-            "AdamW without amsgrad; use one of them, or Identity()"
+            f"level {level.name!r}: how a step of {kind.__name__} depends on the gradient is known for SGD, Adam and AdamW, "
+            "without amsgrad, dampening or maximize; use one of them so, or Identity()"
         )
-    if type(optimizer) is Adam and group["weight_decay"]:
+    if kind is SGD:
+        return torch.full_like(g, group["lr"] * (1.0 + group["momentum"] if group["nesterov"] else 1.0))
+    if kind is Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
+        # That of where the step began, to first order in the learning rate.
         g = g + group["weight_decay"] * variable
     first, second = group["betas"]
     step = float(state["step"]) if state else 1.0

@@ -161,7 +161,7 @@ class Stationarity(Linearization):
         if not isinstance(estimator, Implicit):
             raise EstimatorError(
                 f"level {part!r} is solved inside {self._name!r}, through which cotangents are pulled back; {estimator} "
-                "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient or Dense"
+                "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient, MINRES, Nystrom or Dense"
             )
         return estimator.linearize(self._point, part)
 

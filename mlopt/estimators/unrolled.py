@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import EstimatorError, NonFiniteError
 from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored, standing_in
-from ..tensors import Tensors, add, is_finite, norm, subtract, zeros_like
+from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, one_of
 from .products import PRODUCTS, Product
 from .update import Step, Update, check_transformation
@@ -121,7 +121,10 @@ class _Unrolling(Linearization):
                 adjoint = add(adjoint, product.pop(self._name))
                 found |= {argument: add(found[argument], vectors) for argument, vectors in product.items()}
         if self._rule.start in found:
-            found[self._rule.start] = add(found[self._rule.start], adjoint)
+            start = values[self._rule.start]
+            found[self._rule.start] = add(
+                found[self._rule.start], tuple(a.to(x) for a, x in zip(adjoint, start, strict=True))
+            )
         self._record(float(norm(adjoint)) / size)
         return found
 
@@ -229,8 +232,9 @@ class _Trajectory:
 
     def _check(self, gradient: Tensors) -> None:
         """Raise where leaves in place of the variables change the gradient: the loss then has the variables from elsewhere."""
-        apart = float(norm(subtract([gradient[i] for i in self._used], self._first)))
-        if apart > 0.01 * float(norm(self._first)):
+        noise = 1e3 * torch.finfo(gradient[0].dtype).eps * float(norm(self._first))
+        found = [gradient[i] for i in self._used]
+        if any(float((f - g).norm()) > 0.01 * float(f.norm()) + noise for f, g in zip(self._first, found, strict=True)):
             raise EstimatorError(
                 f"level {self._level.name!r}: Unrolled evaluates its loss with other parameters in its module, and the gradient "
                 "was not the same; the loss must take its parameters from the module that it is given, not from outside"
@@ -244,6 +248,8 @@ class _Trajectory:
 
     def backwards(self) -> Iterator[_Held]:
         """Yield the steps from the last to the first, and forget each: once only."""
+        if not self._kept:
+            raise EstimatorError(f"level {self._level.name!r}: its virtual steps have been pulled back through already")
         while self._kept:
             if not self._segment:
                 self._walk((len(self._kept) - 1) * self._every, self._segment)

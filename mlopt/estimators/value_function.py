@@ -83,7 +83,8 @@ class _Penalty(Linearization):
         warm = self._point.warm if self._rule.warm_start else None
         start = warm.get(self._name) if warm is not None else None
         blocks = (self._name, *wanted)
-        with restored(self._live) as present:
+        # Autocast's rounding would be divided by the perturbation.
+        with restored(self._live) as present, torch.autocast(self._live[0].device.type, enabled=False):
             step_size = self._rule.step_size or self._safe_step_size(load)
             nu = self._rule.perturbation or self._safe_perturbation(present, start, step_size, size)
             ends, slopes = [], []
@@ -95,7 +96,7 @@ class _Penalty(Linearization):
         above, below = slopes
         found = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
         residual = float(norm(add(found.pop(self._name), load))) / size
-        if warm is not None:
+        if warm is not None and residual < 1.0:
             warm[self._name] = scale(0.5 / nu, subtract(*ends))
         self._record(residual, nu)
         return found

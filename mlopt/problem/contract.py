@@ -115,5 +115,6 @@ class Estimator(ABC):
         if interior:
             raise EstimatorError(
                 f"level {level!r}: its objective depends on the solutions of {', '.join(map(repr, interior))} inside it, and "
-                f"{self} cannot differentiate through those: use Identity, FiniteDifference, Neumann, ConjugateGradient or Dense"
+                f"{self} cannot differentiate through those: use Identity, FiniteDifference, Neumann, ConjugateGradient, MINRES, "
+                "Nystrom or Dense"
             )

@@ -81,6 +81,8 @@ class Point:
         self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
         #: What the lookahead of a level's estimator left for its pullback.
         self.ahead: dict[str, Any] = {}
+        #: Seconds that lookaheads took.
+        self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
 
     @contextlib.contextmanager

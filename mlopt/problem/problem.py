@@ -72,6 +72,8 @@ class Problem:
         self.mixtures: dict[str, str | None] = {}
         #: Functions of the levels' terms that products have had compiled.
         self.compiled: dict[Any, Any] = {}
+        #: Terms whose pure functions agreed with the live modules when they were first used.
+        self.verified: set[Any] = set()
 
     @property
     def outermost(self) -> Level:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -165,12 +166,19 @@ class LevelTerm(Term):
         """What has been compiled for the problem, kept for the next term."""
         return self._point.problem.compiled
 
+    @property
+    def verified(self) -> set[Any]:
+        """Terms of the problem whose pure functions have been found to be what the live modules compute."""
+        return self._point.problem.verified
+
     def own_function(self) -> OwnFunction:
         """Return the term as a function of the level's variables, of everything else, and of the batch.
 
         It touches nothing but its arguments, so that it can be compiled and kept; random numbers are as they come.
         """
-        function = _PureFunction(self._modules, self._evaluate)
+        bare = copy.copy(self)  # which keeps no point, and so no batch, alive
+        del bare._point, bare._batches, bare.values
+        function = _PureFunction(self._modules, bare._evaluate)
         names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
 
         def term(own: Tensors, rest: Mapping[str, Tensor], batch: Any) -> Tensor:

@@ -20,11 +20,11 @@ from mlopt.testing import quadratic
 OPTIMIZERS = {
     "sgd": partial(SGD, lr=0.3),
     "momentum": partial(SGD, lr=0.3, momentum=0.9),
-    "dampened": partial(SGD, lr=0.3, momentum=0.9, dampening=0.4),
     "nesterov": partial(SGD, lr=0.3, momentum=0.9, nesterov=True),
     # A first step of Adam is lr sign(g), but for eps: differences would not see its derivative with the usual one.
     "adam": partial(Adam, lr=0.1, eps=0.1),
     "adam_with_decay": partial(Adam, lr=0.1, betas=(0.5, 0.7), eps=0.05, weight_decay=0.2),
+    "adam_with_decoupled_decay": partial(Adam, lr=0.1, eps=0.1, weight_decay=0.2, decoupled_weight_decay=True),
     "adamw": partial(AdamW, lr=0.1, eps=0.1, weight_decay=0.2),
 }
 
@@ -123,11 +123,28 @@ def test_inside_solve_it_reads_the_live_optimiser() -> None:
 
 
 def test_optimisers_whose_step_is_not_known_are_refused() -> None:
-    for optimizer, sentence in [(partial(RMSprop, lr=0.1), "RMSprop"), (partial(Adam, amsgrad=True), "amsgrad")]:
+    for optimizer, sentence in [
+        (partial(RMSprop, lr=0.1), "RMSprop"),
+        (partial(Adam, amsgrad=True), "amsgrad"),
+        (partial(SGD, lr=0.1, maximize=True), "maximize"),
+        (partial(SGD, lr=0.1, momentum=0.9, dampening=0.4), "dampening"),
+    ]:
         with pytest.raises(mlopt.EstimatorError, match=f"level 'x': .*{sentence}"):
             adaptation(level_of(optimizer), None, [torch.ones(4)])
     with pytest.raises(mlopt.EstimatorError, match="optimizer=None"):
         adaptation(level_of(None), None, [torch.ones(4)])
+
+
+def test_outside_solve_an_optimiser_that_has_stepped_counts_as_fresh() -> None:
+    level = level_of(None)
+    optimizer = Adam(level.parameters, lr=0.1, eps=0.1)
+    held = mlopt.Level("x", level.module, lambda module, batch: module().square().sum(), optimizer=optimizer)
+    gradient = torch.randn(4)
+    fresh = adaptation(held, None, [gradient])[0]
+    level.module.value.grad = torch.randn(4)
+    optimizer.step()
+    assert torch.equal(adaptation(held, None, [gradient])[0], fresh)
+    assert not torch.allclose(adaptation(held, optimizer, [gradient])[0], fresh)
 
 
 def test_it_needs_the_identity() -> None:

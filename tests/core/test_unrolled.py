@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -460,3 +461,61 @@ def test_nothing_moves_when_a_loss_raises(products: str) -> None:
             mlopt.hypergradient(mlopt.Problem(problem["weights"], broken))
         assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
         assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_a_part_of_the_loss_that_reads_parameters_from_outside_is_refused() -> None:
+    """However small that part is."""
+    module = nn.Module()
+    module.w, module.z = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    alias = [module.z]
+
+    def inner(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        return 1e4 * (module.w - u()).square().sum() + 1e-3 * (alias[0] * u()).sum() + 1e-3 * alias[0].square().sum()
+
+    def outer(u: nn.Module, batch: Any, *, inner: nn.Module) -> Tensor:
+        return inner.w.square().sum() + 1e3 * inner.z.square().sum()
+
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(torch.rand(3)), outer),
+        mlopt.Level("inner", module, inner, optimizer=partial(SGD, lr=1e-5), estimator=mlopt.Unrolled(3)),
+    )
+    with pytest.raises(mlopt.EstimatorError, match=r"level 'inner': .* must take its parameters from the module"):
+        mlopt.hypergradient(problem)
+
+
+def test_the_report_counts_the_seconds_of_the_virtual_steps() -> None:
+    def slow(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        time.sleep(0.02)
+        return (module() - u()).square().sum()
+
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(torch.rand(3)), lambda u, batch, *, x: x().square().sum()),
+        mlopt.Level(
+            "x", mlopt.variables(torch.rand(3)), slow, optimizer=partial(SGD, lr=0.1), estimator=mlopt.Unrolled(4)
+        ),
+    )
+    assert mlopt.hypergradient(problem).reports["x"].seconds > 6 * 0.02
+
+
+def test_a_start_of_another_dtype_gets_its_cotangent_in_its_own() -> None:
+    def adapted(module: nn.Module, batch: Any, *, start: nn.Module) -> Tensor:
+        return (module() - 1.0).square().sum()
+
+    problem = mlopt.Problem(
+        mlopt.Level(
+            "start", mlopt.variables(torch.rand(3, dtype=torch.float32)), lambda m, batch, *, x: x().square().sum()
+        ),
+        mlopt.Level(
+            "x",
+            mlopt.variables(torch.zeros(3, dtype=torch.float64)),
+            adapted,
+            optimizer=partial(SGD, lr=0.1),
+            estimator=mlopt.Unrolled(2, start="start"),
+        ),
+    )
+    result = mlopt.hypergradient(problem)
+    value = problem["start"].module.value.detach()
+    # x_2 = 1 + 0.8^2 (x_0 - 1)
+    expected = 2 * 0.64 * (1 + 0.64 * (value - 1))
+    assert result.gradient["value"].dtype == torch.float32
+    assert torch.allclose(result.gradient["value"], expected)

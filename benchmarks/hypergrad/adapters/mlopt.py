@@ -13,7 +13,6 @@ from torch.optim import SGD, Adam
 
 import mlopt
 from mlopt import testing
-from mlopt.estimators.products import PRODUCTS
 
 from ..cases import Case, flat
 from ..graphs import Graph
@@ -52,7 +51,7 @@ def _converged(case: Case) -> dict[str, Any]:
     return {"iterations": 5_000, "rtol": 1e-12 if case.x[0].dtype == torch.float64 else 1e-6}
 
 
-#: A line for each estimator; those that this version of mlopt lacks are left out below.
+#: A line for each estimator.
 _TABLE: dict[str, Callable[..., Any]] = {
     "Identity": lambda case, k, **how: mlopt.Identity(**how),
     "Neumann": lambda case, k, **how: mlopt.Neumann(terms=k, step_size=case.step_size, **how),
@@ -73,13 +72,13 @@ _PLAIN: dict[str, Callable[[Case, int], Any]] = {
 def _estimators() -> dict[str, Callable[[Case, int], Callable[[], Tensor]]]:
     found: dict[str, Callable[[Case, int], Any]] = {}
     for name, make in _TABLE.items():
-        if hasattr(mlopt, name):
-            found[name] = make
-            for products, spelling in SPELLING.items():
-                # The identity's differences are what FiniteDifference is, and it has no product that Gauss-Newton concerns.
-                if products in PRODUCTS and not (name == "Identity" and products != "forward"):
-                    found[f"{name} {spelling}"] = partial(make, products=products)
-    found |= {name: make for name, make in _PLAIN.items() if hasattr(mlopt, name.split()[-1])}
+        found[name] = make
+        # Products are an axis of their own: it is walked along one solver.
+        if name == "ConjugateGradient":
+            found |= {f"{name} {spelling}": partial(make, products=kind) for kind, spelling in SPELLING.items()}
+    # The identity's differences are what FiniteDifference is, and it has no product that Gauss-Newton concerns.
+    found["Identity forward"] = partial(_TABLE["Identity"], products="forward")
+    found |= _PLAIN
     return {name: partial(_hypergradient, make) for name, make in found.items()}
 
 

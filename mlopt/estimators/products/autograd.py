@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
-from .product import Product, name_kernels, plain_attention
+from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
 
 __all__ = ["Autograd"]
 
@@ -60,29 +58,5 @@ class Autograd(Product):
             value = self.term.value()
             found = derivatives(value, blocks, self.term.values, traced=True)
         # What only the value's graph holds goes with it.
-        _refuse_once_differentiable([value, *(g for vectors in found.values() for g in vectors)])
+        refuse_once_differentiable([value, *(g for vectors in found.values() for g in vectors)])
         self._gradients |= found
-
-
-#: What `once_differentiable` makes of a backward.
-_ONCE = once_differentiable(lambda ctx: None).__code__
-_ERRORS = ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error")
-
-
-def _refuse_once_differentiable(roots: Sequence[Tensor]) -> None:
-    """Raise where the graph of a value, or of its gradient, holds a function that is marked `once_differentiable`.
-
-    The gradient's graph has a node of error for it, around which products walk where they can, as if that part of the second
-    derivative were zero; where what flows back into the function is a constant, it has no node at all.
-    """
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if node.name() in _ERRORS or getattr(backward, "__code__", None) is _ONCE:
-            raise RuntimeError("a custom autograd.Function is marked once_differentiable")
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)

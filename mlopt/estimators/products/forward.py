@@ -1,28 +1,25 @@
-"""Forward mode, by torch.func."""
+"""Forward mode over reverse mode, by torch.func."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
-from ...problem import Block, Vectors, derivatives
+from ...errors import EstimatorError
+from ...problem import Block, LevelTerm, Term, Vectors
 from ...tensors import Tensors
-from .product import Product, name_kernels, plain_attention
+from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
 
 __all__ = ["Forward"]
 
 
 class Forward(Product):
-    """Forward mode, torch.func.jvp, over or under reverse mode: nothing is kept from one product to the next.
+    """Forward over reverse, torch.func.jvp over torch.func.grad: nothing is kept from one product to the next.
 
-    A product of a level's Hessian is taken forward over reverse. Where the blocks that are wanted are not among those of the
-    direction, as in a mixed product, reverse over forward does with less: the derivative of the term along the direction is one
-    forward-mode pass, and walking back from it to the wanted blocks visits only what depends on them.
+    (Reverse over forward would take fewer passes for a mixed product, and is wrong where torch's forward mode takes statistics
+    for constants: through batch, layer and instance norms.)
     """
 
     @name_kernels
@@ -32,49 +29,36 @@ class Forward(Product):
             if mixed is not None:
                 return mixed
             start = {block: tuple(v.detach() for v in self.term.values[block]) for block in self.term.blocks}
+
+            def gradient(moved: dict[Block, Tensors]) -> tuple[dict[Block, Tensors], Tensor]:
+                point = {**start, **moved}
+                at = torch.func.grad_and_value(lambda inner: self.term.function({**point, **inner}))
+                found, value = at({block: point[block] for block in wanted})
+                return dict(found), value
+
             along = {block: tuple(vectors) for block, vectors in direction.items()}
             origin = {block: start[block] for block in along}
-            if along.keys().isdisjoint(wanted):
-                return self._reverse_over_forward(start, origin, along, wanted)
-
-            def gradient(moved: dict[Block, Tensors]) -> dict[Block, Tensors]:
-                point = {**start, **moved}
-                at = torch.func.grad(lambda inner: self.term.function({**point, **inner}))
-                return dict(at({block: point[block] for block in wanted}))
-
-            product = torch.func.jvp(gradient, (origin,), (along,))[1]
+            found, moved = torch.func.jvp(gradient, (origin,), (along,))[:2]
+            verify(self.term, found[1])
+            product = moved[0]
         return {block: tuple(vectors) for block, vectors in product.items()}
 
-    def _reverse_over_forward(
-        self, start: Vectors, origin: dict[Block, Tensors], along: dict[Block, Tensors], wanted: Sequence[Block]
-    ) -> dict[Block, Tensors]:
-        leaves = {block: tuple(v.clone().requires_grad_() for v in start[block]) for block in wanted}
-        point = {**start, **leaves}
-        with _LinearLayersOnData():
-            slope = torch.func.jvp(lambda moved: self.term.function({**point, **moved}), (origin,), (along,))[1]
-        return derivatives(slope, wanted, leaves)
 
+def verify(term: Term, value: Tensor) -> None:
+    """Raise where a level's loss, as a pure function, is not what it is on the live modules; looked at once for each problem.
 
-def _dual(tensor: Tensor) -> forward_ad.UnpackedDualTensor:
-    pair: forward_ad.UnpackedDualTensor = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
-    return pair
-
-
-class _LinearLayersOnData(TorchFunctionMode):
-    """Forward mode through `torch.nn.functional.linear` at two matrix products where the input has no tangent.
-
-    torch takes a tangent that is absent for one of zeros, and multiplies with it: a third product, in a network's widest layer.
+    torch.func draws masks in another order where dropout meets a tensor that is not contiguous, and parameters that a loss has
+    from elsewhere than its modules are constants there.
     """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.linear and not kwargs and _dual(args[0]).tangent is None:
-            _, weight, *rest = args
-            primal, tangent = _dual(weight)
-            bias = _dual(rest[0]) if rest and rest[0] is not None else None
-            if tangent is not None and (bias is None or bias.tangent is not None):
-                value = func(args[0], primal, None if bias is None else bias.primal)
-                moved = func(args[0], tangent, None if bias is None else bias.tangent)
-                return forward_ad.make_dual(value, moved)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.verified:
+        return
+    live = term.value()
+    refuse_once_differentiable([live])
+    tolerance = torch.finfo(live.dtype).eps ** 0.5
+    if not torch.allclose(value.detach().to(live), live.detach(), rtol=tolerance, atol=tolerance * 1e-3):
+        raise EstimatorError(
+            f"level {term.name!r}: under torch.func its {term.part} is {value.item():.6g}, and {live.item():.6g} on the module: "
+            "it draws other random numbers there (dropout of a transposed tensor), or has parameters from outside the module; "
+            "use products='autograd'"
+        )
+    term.verified.add((term.name, term.part))

@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import ParamSpec, TypeVar
 
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import SecondDerivativeError
 from ...problem import Block, Term, Vectors
 from ...tensors import Tensors
 
-__all__ = ["Product", "name_kernels", "plain_attention"]
+__all__ = ["Product", "name_kernels", "plain_attention", "refuse_once_differentiable"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +56,30 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
 def plain_attention() -> AbstractContextManager[None]:
     """Enter the attention kernel that has a second derivative; fused ones have none."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+#: What `once_differentiable` makes of a backward.
+_ONCE = once_differentiable(lambda ctx: None).__code__
+_ERRORS = ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error")
+
+
+def refuse_once_differentiable(roots: Sequence[Tensor]) -> None:
+    """Raise where the graph of a value, or of its gradient, holds a function that is marked `once_differentiable`.
+
+    The gradient's graph has a node of error for it, around which products walk where they can, as if that part of the second
+    derivative were zero; where what flows back into the function is a constant, it has no node at all.
+    """
+    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if node.name() in _ERRORS or getattr(backward, "__code__", None) is _ONCE:
+            raise RuntimeError("a custom autograd.Function is marked once_differentiable")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
 
 
 class Product(ABC):

@@ -1,0 +1,147 @@
+"""Kinds of products against one another, on layers that are known to trouble one kind or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from core_cases import distance, gradient_of
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+import mlopt
+
+
+class Transposed(nn.Module):
+    """Drops out of a tensor that is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(self.layer(x).tanh().T, 0.5).T
+
+
+class Mapped(nn.Module):
+    """A layer that is mapped over its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.layer)(x).tanh()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x[:, None, :].expand(-1, 2, -1))[0][:, -1]
+        return out
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "layer_norm": lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)),
+    "batch_norm": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)),
+    "batch_norm_first": lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)),
+    "group_norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 3)),
+    "dropout": lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)),
+    "glu": lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU()),
+    "attention": lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
+    "vmap": Mapped,
+    "lstm": Recurrent,
+}
+
+
+def problem_of(network: nn.Module, estimator: mlopt.Estimator) -> mlopt.Problem:
+    """Return scales of the inputs' features over a network."""
+    torch.manual_seed(1)
+    inputs, targets = torch.randn(9, 4), torch.randn(9)
+
+    def inner(module: nn.Module, batch: Any, *, scales: nn.Module) -> Tensor:
+        decay = torch.stack([p.square().sum() for p in module.parameters()]).sum()
+        return (module(inputs * scales())[:, 0] - targets).square().mean() + 0.1 * decay
+
+    def outer(module: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
+        return (network(inputs)[:, 0] - targets).square().mean()
+
+    return mlopt.Problem(
+        mlopt.Level("scales", mlopt.variables(torch.rand(4) + 0.5), outer),
+        mlopt.Level("network", network, inner, estimator=estimator),
+    )
+
+
+@pytest.mark.parametrize("solver", ["identity", "neumann"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kinds_of_products_agree(name: str, solver: str) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    found = {}
+    for products in ("autograd", "forward", "finite_difference"):
+        rules = {
+            "identity": mlopt.Identity(products=products),
+            "neumann": mlopt.Neumann(terms=3, step_size=0.05, products=products),
+        }
+        found[products] = gradient_of(problem_of(network, rules[solver]), seed=0)
+    assert distance(found["forward"], found["autograd"]) < 1e-9
+    assert distance(found["finite_difference"], found["autograd"]) < 1e-5
+
+
+@pytest.mark.parametrize("rule", [mlopt.Identity, mlopt.ConjugateGradient])
+def test_masks_that_torch_func_draws_in_another_order_are_refused(rule: Callable[..., mlopt.Estimator]) -> None:
+    torch.manual_seed(0)
+    network = Transposed()
+    exact, differences = (
+        gradient_of(problem_of(network, rule(products=p)), seed=0) for p in ("autograd", "finite_difference")
+    )
+    assert distance(differences, exact) < 1e-5
+    with pytest.raises(
+        mlopt.EstimatorError, match=r"level 'network': under torch.func its loss is .* draws other random numbers"
+    ):
+        mlopt.hypergradient(problem_of(network, rule(products="forward")), seed=0)
+
+
+class Once(torch.autograd.Function):
+    """The square, with a forward-mode derivative and a backward that has none of its own."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Once.apply(self.layer(x))
+        return out
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+def test_a_function_that_is_differentiable_once_is_refused(products: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(mlopt.SecondDerivativeError, match="once_differentiable"):
+        mlopt.hypergradient(problem_of(Squared(), mlopt.ConjugateGradient(products=products)), seed=0)
