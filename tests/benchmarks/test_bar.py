@@ -41,6 +41,9 @@ def test_a_peer_is_a_standard_only_where_it_is_as_right() -> None:
     right = row("boat", "ConjugateGradient", error=1e-2, time=11.0, memory=1.0)
     assert verdicts([ours, wrong, broken, right], "2 ConjugateGradient") == [True, False]
     assert verdicts([ours, wrong, broken], "2 ConjugateGradient") == [None, None]
+    # Nor is one of ours that solves with another matrix.
+    other = row("mlopt", "ConjugateGradient Gauss-Newton", error=0.9, time=1.0, memory=0.1)
+    assert verdicts([ours, other, right], "2 ConjugateGradient") == [True, False]
 
 
 def test_the_fastest_of_ours_is_held_to_the_memory_too() -> None:
