@@ -140,7 +140,7 @@ def raise_here() -> None:
     [
         (raise_here, ValueError),
         (lambda: exec(compile("int('x')", cli.__file__, "exec")), ValueError),  # a call that fails inside mlopt
-        (lambda: torch.distributions.Normal(0.0, -1.0), ValueError),
+        (lambda: torch.nn.GroupNorm(2, 3), ValueError),
         (lambda: __import__("mlopt.nothing"), ModuleNotFoundError),
         (lambda: 1 / 0, ZeroDivisionError),
     ],

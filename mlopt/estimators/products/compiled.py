@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
@@ -30,6 +29,9 @@ class Compiled(Forward):
         term = self.term
         if not isinstance(term, LevelTerm) or set(direction) != {term.name} or set(wanted) != {term.name}:
             return super().__call__(direction, wanted)
+        # It takes as long to import as the rest of torch.
+        from torch._dynamo.exc import TorchDynamoException
+
         key = (term.name, term.part)
         if key not in term.compiled:
             term.compiled[key] = _compile(term)
