@@ -14,10 +14,21 @@ from torch import Tensor
 
 from .errors import NonFiniteError, ProblemError, TrustWarning
 from .generators import GeneratorState, derive_seed
-from .problem import Block, Level, Point, Problem, Report, Stream, derivatives, level_terms, to_device
+from .problem import (
+    Block,
+    Level,
+    Point,
+    Problem,
+    Report,
+    Stream,
+    derivatives,
+    level_terms,
+    refuse_persistent_workers,
+    to_device,
+)
 from .tensors import Tensors, add, is_finite, zeros_like
 
-__all__ = ["Hypergradient", "accumulate", "hypergradient", "lookahead", "partial_derivatives"]
+__all__ = ["Hypergradient", "accumulate", "hypergradient", "lookahead", "partial_derivatives", "seeded_generators"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -83,10 +94,7 @@ def hypergradient(
         if (rule := problem[name].estimator) is not None and rule.curvature_data is not None
     }
     chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
-    generators = {
-        other.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, other.name), problem.devices)
-        for other in problem
-    }
+    generators = seeded_generators(problem, *chosen)
     point = Point(problem, batches, generators, curvature_batches=curvature)
     with point.untouched(), lookahead(point, target):
         terms = level_terms(point, target)
@@ -100,13 +108,17 @@ def hypergradient(
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
 
 
+def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorState]:
+    """Return where the generators stand for each level of a call: ("seed", n) for a call of `hypergradient` at seed n."""
+    return {
+        level.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, level.name), problem.devices)
+        for level in problem
+    }
+
+
 def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") -> Any:
     """Return the next batch of a level's data of one kind, from the stream that belongs to standalone calls."""
-    if getattr(data, "persistent_workers", False):
-        raise ProblemError(
-            f"level {level.name!r}: the DataLoader of its {kind} has persistent_workers, which have one order for all who "
-            f"iterate; pass batches={{{level.name!r}: batch}}, or build the loader without them"
-        )
+    refuse_persistent_workers(level.name, data, kind)
     key = level.name if kind == "data" else f"{level.name}/{kind}"
     if key not in problem.probe_streams:
         problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)

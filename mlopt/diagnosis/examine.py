@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MloptError
 from ..estimators import Implicit
-from ..generators import GeneratorState, derive_seed
+from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
-from ..problem import Level, Point, Problem, level_terms
+from ..problem import Level, Point, Problem, level_terms, restored
 from ..tensors import Tensors, axpy, flatten, unflatten
-from .probe import evaluate, put_back
+from .probe import evaluate
 from .spectrum import Spectrum, lanczos
 
 __all__ = ["KINDS", "Measures", "Tap", "Trial", "examine", "point_at"]
@@ -102,11 +102,7 @@ class Measures:
 
 def point_at(problem: Problem, batches: Mapping[str, Any], seed: int) -> Point:
     """Return the present point, with the generators that a seed gives."""
-    generators = {
-        level.name: GeneratorState.seeded(derive_seed("diagnosis", seed, level.name), problem.devices)
-        for level in problem
-    }
-    return Point(problem, batches, generators)
+    return Point(problem, batches, seeded_generators(problem, "seed", seed))
 
 
 def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int, cotangent: Tensors | None) -> Measures:
@@ -193,9 +189,8 @@ def _suspect(measures: Measures, point: Point, level: Level, vector: Tensors) ->
     """
     direction, size = flatten(vector).double(), float(flatten(level.parameters).detach().norm())
     live = [variable.data for variable in level.parameters]
-    kept = [variable.clone() for variable in live]
     found = []
-    with put_back(point.problem):
+    with restored(level.parameters) as kept:
         for relative in _STEPS[torch.promote_types(live[0].dtype, torch.float32)]:
             step = relative * max(1.0, size) / float(direction.norm())
             sides = []

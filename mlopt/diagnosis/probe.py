@@ -6,13 +6,11 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from rich.console import Console, RenderableType
 
-from ..errors import ProblemError
 from ..generators import derive_seed
 from ..hypergradient import accumulate, partial_derivatives
-from ..problem import Level, Point, Problem, Stream, level_terms, to_device
+from ..problem import Level, Point, Problem, Stream, level_terms, refuse_persistent_workers, restored, to_device
 from ..tensors import Tensors
 
 __all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
@@ -28,11 +26,7 @@ def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int
     for level in problem:
         if level.name in fixed:
             continue
-        if getattr(level.data, "persistent_workers", False):
-            raise ProblemError(
-                f"level {level.name!r}: its DataLoader has persistent_workers, which have one order for all who iterate; "
-                f"pass batches={{{level.name!r}: batch}}, or build the loader without them"
-            )
+        refuse_persistent_workers(level.name, level.data)
         fixed[level.name] = Stream(level.name, level.data, derive_seed("diagnosis", seed), level.device).next()
     return fixed
 
@@ -40,12 +34,8 @@ def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int
 @contextlib.contextmanager
 def put_back(problem: Problem) -> Iterator[None]:
     """Copy every level's variables back, on leaving, to what they were on entering."""
-    live = [variable.data for level in problem for variable in level.parameters]
-    kept = [variable.clone() for variable in live]
-    try:
+    with restored(tuple(variable for level in problem for variable in level.parameters)):
         yield
-    finally:
-        torch._foreach_copy_(live, kept)
 
 
 def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:

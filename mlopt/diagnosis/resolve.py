@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import ConjugateGradient, Estimator, Implicit
-from ..generators import GeneratorState, derive_seed
+from ..hypergradient import seeded_generators
 from ..problem import Level, Point, Problem, level_terms
 from ..tensors import flatten, norm, unflatten
 from .minimize import minimize
@@ -56,11 +56,7 @@ class Resolver:
         exact = {level.name: _exact(level.estimator) for level in problem if problem.needs_estimator(level.name)}
         self._problem = replace_estimators(problem, exact)
         self._target = self._problem[target]
-        generators = {
-            level.name: GeneratorState.seeded(derive_seed("hypergradient", "seed", seed, level.name), problem.devices)
-            for level in problem
-        }
-        self._point = Point(self._problem, batches, generators)
+        self._point = Point(self._problem, batches, seeded_generators(problem, "seed", seed))
         #: The norm of each level's gradient where its latest solve ended.
         self.reached: dict[str, float] = {}
         #: The largest share of a gradient that a solve at displaced variables began with and was left with.

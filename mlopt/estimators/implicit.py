@@ -31,10 +31,6 @@ from .products import PRODUCTS, Compiled, Product
 
 __all__ = ["Implicit", "Stationarity"]
 
-#: A residual, over the cotangent, at which a solution is no start for the next solve: zero leaves 1, batches that differ leave a
-#: few, and where curvature is negative a solution that is kept would grow from step to step.
-_LOST = 100.0
-
 
 @attrs.frozen(kw_only=True)
 class Implicit(Estimator):
@@ -266,10 +262,7 @@ class Stationarity(Linearization):
         if not any(bool(v.any()) for vectors in solution.values() for v in vectors):
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
         if warm is not None:
-            if self.report.residual is None or self.report.residual < _LOST:
-                warm[self._name] = solution[self._name]
-            else:
-                warm.pop(self._name, None)
+            self._point.keep_warm(self._name, solution[self._name], self.report.residual)
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
     def _pull_streamed(self, cotangent: Vectors, weights: str, wanted: Sequence[str]) -> dict[Block, Tensors] | None:

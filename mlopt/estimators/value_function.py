@@ -96,8 +96,8 @@ class _Penalty(Linearization):
         above, below = slopes
         found = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
         residual = float(norm(add(found.pop(self._name), load))) / size
-        if warm is not None and residual < 1.0:
-            warm[self._name] = scale(0.5 / nu, subtract(*ends))
+        if warm is not None:
+            self._point.keep_warm(self._name, scale(0.5 / nu, subtract(*ends)), residual)
         self._record(residual, nu)
         return found
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Point", "StreamedCotangent", "restored"]
 
+#: A residual, over the cotangent, at which a solution is no start for the next solve: zero leaves 1, batches that differ leave a
+#: few, and where curvature is negative a solution that is kept would grow from step to step.
+_LOST = 100.0
+
 
 @attrs.define(eq=False)
 class StreamedCotangent:
@@ -84,6 +88,21 @@ class Point:
         #: Seconds that lookaheads took.
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
+
+    def keep_warm(self, name: str, solution: Tensors, residual: float | None) -> None:
+        """Keep a solution of a level's linear system for the next outer step, where warm starts are kept and it is fit to be one.
+
+        Args:
+            name: the level.
+            solution: what was found.
+            residual: what it leaves of the cotangent; None where that was not measured.
+        """
+        if self.warm is None:
+            return
+        if residual is None or residual < _LOST:
+            self.warm[name] = solution
+        else:
+            self.warm.pop(name, None)
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch
 from ..errors import ProblemError
 from ..generators import GeneratorState, derive_seed, preserved
 
-__all__ = ["Stream", "to_device"]
+__all__ = ["Stream", "refuse_persistent_workers", "to_device"]
 
 
 class Stream:
@@ -85,6 +85,20 @@ class Stream:
         if self._draws:
             GeneratorState.seeded(derive_seed(self.seed, self.name, self.epoch), (self.device,)).restore()
         self._iterator = iter(self.data)
+
+
+def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
+    """Raise where batches cannot be drawn without a trace.
+
+    Raises:
+        ProblemError: the data are a DataLoader whose workers persist.
+    """
+    if getattr(data, "persistent_workers", False):
+        remedy = f"pass batches={{{name!r}: batch}}, or build" if kind == "data" else "build"
+        raise ProblemError(
+            f"level {name!r}: the DataLoader of its {kind} has persistent_workers, which have one order for all who iterate; "
+            f"{remedy} the loader without them"
+        )
 
 
 def _own_generators(data: Any) -> list[torch.Generator]:

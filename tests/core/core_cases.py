@@ -100,3 +100,17 @@ class Calls:
 def squared(module: nn.Module, batch: Any) -> Tensor:
     """A loss without references: the sum of squares of what the module returns."""
     return module().square().sum()
+
+
+class Restless(nn.Module):
+    """In train mode, with BatchNorm and dropout, and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1))
+        self.unused = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.body(inputs).squeeze(1)

@@ -20,6 +20,7 @@ from mlopt.testing import ClosedForm, EstimatorContract
 
 class TestDense(EstimatorContract):
     nested = True
+    tolerance = 1e-8
 
     def estimator(self) -> mlopt.Estimator:
         return mlopt.Dense()
@@ -36,6 +37,7 @@ class TestDenseForward(TestDense):
 
 class TestConjugateGradient(EstimatorContract):
     nested = True
+    tolerance = 1e-8
 
     def estimator(self) -> mlopt.Estimator:
         return conjugate_gradient()
@@ -92,6 +94,7 @@ class TestShortNeumann(EstimatorContract):
 
 class TestMINRES(EstimatorContract):
     nested = True
+    tolerance = 1e-8
 
     def estimator(self) -> mlopt.Estimator:
         return mlopt.MINRES(iterations=200, rtol=1e-13)
@@ -119,6 +122,7 @@ class TestNystrom(EstimatorContract):
 
 class TestPreconditionedConjugateGradient(EstimatorContract):
     nested = True
+    tolerance = 1e-8
 
     def estimator(self) -> mlopt.Estimator:
         preconditioner = mlopt.linear.NystromPreconditioner(rank=2)
@@ -162,8 +166,8 @@ class TestUnrolled(EstimatorContract):
         super().test_frozen_unused_and_tied_parameters()
 
 
-def take_inverse_for_identity(case: ClosedForm) -> dict[str, Tensor]:
-    """Return the hypergradient with -B^T v in place of every -B^T H^-1 v, by plain autograd."""
+def take_inverse_for_identity(case: ClosedForm, factor: float = 1.0) -> dict[str, Tensor]:
+    """Return the hypergradient with -B^T v, times a factor, in place of every -B^T H^-1 v, by plain autograd."""
     problem = case.problem
     losses, cotangents = {}, {}
     for level in problem:
@@ -185,7 +189,7 @@ def take_inverse_for_identity(case: ClosedForm) -> dict[str, Tensor]:
             back = torch.autograd.grad(
                 inner, problem[name].parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            cotangents[name] = add(cotangents[name], scale(-1.0, back))
+            cotangents[name] = add(cotangents[name], scale(-factor, back))
     return dict(zip(case.gradient, cotangents[outer], strict=True))
 
 
@@ -209,6 +213,27 @@ class TestFiniteDifference(TestIdentity):
 
     def estimator(self) -> mlopt.Estimator:
         return mlopt.FiniteDifference()
+
+
+class SteppedBySGD(mlopt.Estimator):
+    """SAMA on levels that come without an optimiser."""
+
+    def linearize(self, point: Point, level: str) -> Linearization:
+        point.optimizers = {level: torch.optim.SGD(point.problem[level].parameters, lr=0.3)}
+        return mlopt.SAMA(products="autograd").linearize(point, level)
+
+
+class TestSAMA(TestIdentity):
+    """For SGD the identity times the learning rate; other optimisers have tests of their own."""
+
+    nested = False
+    nested_shapes = ("nested",)
+
+    def estimator(self) -> mlopt.Estimator:
+        return SteppedBySGD()
+
+    def expected(self, case: ClosedForm) -> Mapping[str, Tensor]:
+        return take_inverse_for_identity(case, 0.3)
 
 
 class Faulty(mlopt.Estimator):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core_cases import PRODUCTS, distance
+from functions import OnceDifferentiable
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -213,18 +214,6 @@ def test_a_kernel_without_a_second_derivative_is_named(products: str) -> None:
         mlopt.hypergradient(problem)
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
-
-
 @pytest.mark.parametrize(
     ("products", "kind"),
     [
@@ -237,7 +226,7 @@ class _Once(torch.autograd.Function):
 )
 def test_functions_without_a_second_derivative_are_named(products: str, kind: str) -> None:
     def once(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
-        return _Once.apply(module()).square().sum() + (module() - x()).square().sum()
+        return OnceDifferentiable.apply(module()).square().sum() + (module() - x()).square().sum()
 
     def checkpointed(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         square = torch.utils.checkpoint.checkpoint(lambda y: y.square().sum(), module(), use_reentrant=False)
@@ -245,7 +234,7 @@ def test_functions_without_a_second_derivative_are_named(products: str, kind: st
 
     def once_constant(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         # What flows back into the function is a constant, so that nothing is left of it in the gradient's graph.
-        return _Once.apply(module()).sum() + (module() - x()).square().sum()
+        return OnceDifferentiable.apply(module()).sum() + (module() - x()).square().sum()
 
     loss = {"once": once, "once_constant": once_constant, "checkpoint": checkpointed}[kind]
     with pytest.raises(mlopt.SecondDerivativeError):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from core_cases import distance, gradient_of
+from functions import OnceDifferentiable
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
@@ -108,35 +109,13 @@ def test_masks_that_torch_func_draws_in_another_order_are_refused(rule: Callable
         mlopt.hypergradient(problem_of(network, rule(products="forward")), seed=0)
 
 
-class Once(torch.autograd.Function):
-    """The square, with a forward-mode derivative and a backward that has none of its own."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.square()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * gradient
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * tangent
-
-
 class Squared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = Once.apply(self.layer(x))
+        out: Tensor = OnceDifferentiable.apply(self.layer(x))
         return out
 
 

@@ -19,7 +19,12 @@ SINGLE = [name for name in SHAPES if name not in TWICE]
 
 def exact(products: str) -> st.SearchStrategy[mlopt.Estimator]:
     """Draw an estimator without an error of its own."""
-    return st.sampled_from([mlopt.Dense(products=products), conjugate_gradient(products)])
+    rtol = 1e-9 if products == "finite_difference" else 1e-13
+    minres = mlopt.MINRES(iterations=200, rtol=rtol, products=products)
+    preconditioned = mlopt.ConjugateGradient(
+        iterations=200, rtol=rtol, preconditioner=mlopt.linear.NystromPreconditioner(rank=2), products=products
+    )
+    return st.sampled_from([mlopt.Dense(products=products), conjugate_gradient(products), minres, preconditioned])
 
 
 def draw_case(data: st.DataObject, shape: str, products: str) -> ClosedForm:

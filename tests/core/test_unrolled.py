@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from core_cases import PRODUCTS, distance, drawn, gradient_of, point_of, seeds
+from core_cases import PRODUCTS, Restless, distance, drawn, gradient_of, point_of, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -379,20 +379,6 @@ def test_zero_in_zero_out_without_an_evaluation() -> None:
     found = rule.pullback({"y": (torch.tensor([1.0, 2.0]),)})["x"][0]
     assert distance(found, gradient_of(problem)) < 1e-12
     assert torch.equal(problem["y"].module.value.detach(), torch.tensor([0.3, -0.2]))
-
-
-class Restless(nn.Module):
-    """In train mode, with BatchNorm and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.body = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1))
-        self.unused = nn.Parameter(torch.ones(1))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.body(inputs).squeeze(1)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])

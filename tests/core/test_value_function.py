@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import Calls, distance, drawn, gradient_of, point_of, seeds
+from core_cases import Calls, Restless, distance, drawn, gradient_of, point_of, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -164,20 +164,6 @@ def test_nests_are_refused(level: str) -> None:
 def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         mlopt.ValueFunction(**arguments)
-
-
-class Restless(nn.Module):
-    """In train mode, with BatchNorm and dropout, and a parameter that nothing uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.body = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1))
-        self.unused = nn.Parameter(torch.ones(1))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.body(inputs).squeeze(1)
 
 
 def restless(estimator: mlopt.Estimator, net: nn.Module, fatal: int = 0) -> mlopt.Problem:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from functions import OnceDifferentiable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -245,24 +246,12 @@ def test_a_level_that_cannot_be_solved_again_spoils_the_oracle_and_is_told() -> 
         mlopt.check_hypergradient(mlopt.Problem(mlopt.Level("x", x, outer), y), oracle="resolve")
 
 
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * gradient
-
-
 def test_without_second_derivatives_the_other_oracle_is_named_and_works() -> None:
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         return (module() * y()).sum()
 
     def inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
-        return OnceOnly.apply(module()).square().sum() - (module() * x()).sum()
+        return OnceDifferentiable.apply(module()).square().sum() - (module() * x()).sum()
 
     start = torch.arange(1.0, 4.0, dtype=torch.float64)
     estimator = mlopt.ConjugateGradient(products="finite_difference", rtol=1e-8)

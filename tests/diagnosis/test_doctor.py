@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from functions import OnceDifferentiable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -169,25 +170,14 @@ def test_activation_checkpointing() -> None:
     assert told(used, "error", "its estimator, forward products: unsafe")
 
 
-class OnceOnly(torch.autograd.Function):
-    """The square, whose backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * gradient
-
-
 @pytest.mark.parametrize(
     ("loss", "sentence"),
     [
-        (lambda y: OnceOnly.apply(y).square().sum(), "has no second derivative.*finite_difference"),
-        (lambda y: OnceOnly.apply(y).sum() + 0.1 * y.square().sum(), "has no second derivative.*finite_difference"),
+        (lambda y: OnceDifferentiable.apply(y).square().sum(), "has no second derivative.*finite_difference"),
+        (
+            lambda y: OnceDifferentiable.apply(y).sum() + 0.1 * y.square().sum(),
+            "has no second derivative.*finite_difference",
+        ),
         # Here torch does not complain: a part of the second derivative is silently left out.
         (lambda y: (y.detach() * y).sum() + y.square().sum(), "drops its second derivative"),
     ],
