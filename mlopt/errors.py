@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "EstimatorError",
+    "Interrupted",
     "MloptError",
     "NonFiniteError",
     "ProblemError",
@@ -29,7 +30,19 @@ class SecondDerivativeError(EstimatorError):
 
 
 class NonFiniteError(MloptError, ArithmeticError):
-    """A loss, a gradient or a linear solve holds NaN or infinity."""
+    """A loss, a gradient or a linear solve holds NaN or infinity.
+
+    Attributes:
+        step: the outer step of `solve` in which it came, where one is under way.
+    """
+
+    def __init__(self, sentence: str, *, step: int | None = None) -> None:
+        super().__init__(sentence)
+        self.step = step
+
+
+class Interrupted(SystemExit):
+    """A signal ended a run, which is saved: SIGTERM exits with 0, SIGINT with 130."""
 
 
 class TrustWarning(UserWarning):

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -35,9 +35,20 @@ class GeneratorState(ABC):
         """Return the state that seeding every generator with `seed` gives, and leave the generators as they are."""
         return _Seeded(seed, _cuda_indices(devices))
 
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> GeneratorState:
+        """Return what `state_dict` told of."""
+        if "seed" in state:
+            return _Seeded(state["seed"], frozenset(state["cuda"]))
+        return _Captured(**state)
+
     @abstractmethod
     def restore(self) -> None:
         """Put every generator there."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as tensors, numbers and tuples of them."""
 
 
 @attrs.frozen(eq=False)
@@ -54,6 +65,9 @@ class _Captured(GeneratorState):
         random.setstate(self.python)
         np.random.set_state(self.numpy)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"cpu": self.cpu, "cuda": self.cuda, "python": self.python, "numpy": self.numpy}
+
 
 @attrs.frozen(eq=False)
 class _Seeded(GeneratorState):
@@ -67,6 +81,9 @@ class _Seeded(GeneratorState):
             torch.cuda.default_generators[index].manual_seed(self.seed)
         random.seed(self.seed)
         np.random.seed(self.seed % 2**32)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed, "cuda": sorted(self.cuda)}
 
 
 def _cuda_indices(devices: Iterable[torch.device]) -> frozenset[int]:

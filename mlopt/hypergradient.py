@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
 from torch import Tensor
 
-from .errors import NonFiniteError, ProblemError, TrustWarning
+from .errors import ProblemError, TrustWarning
+from .finiteness import require_finite
 from .generators import GeneratorState, derive_seed
 from .problem import (
     Block,
+    Estimator,
     Level,
     Point,
     Problem,
@@ -26,7 +28,7 @@ from .problem import (
     refuse_persistent_workers,
     to_device,
 )
-from .tensors import Tensors, add, is_finite, zeros_like
+from .tensors import Tensors, add, zeros_like
 
 __all__ = ["Hypergradient", "accumulate", "hypergradient", "lookahead", "partial_derivatives", "seeded_generators"]
 
@@ -122,6 +124,8 @@ def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") 
     key = level.name if kind == "data" else f"{level.name}/{kind}"
     if key not in problem.probe_streams:
         problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
+        if key in problem.probe_states:
+            problem.probe_streams[key].load_state_dict(problem.probe_states.pop(key))
     return problem.probe_streams[key].next()
 
 
@@ -149,8 +153,7 @@ def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Bl
         NonFiniteError: the loss is NaN or infinite.
         ProblemError: the loss depends on no variable of the level or of those solved inside it.
     """
-    if not math.isfinite(loss.item()):
-        raise NonFiniteError(f"the loss of level {level.name!r} is {loss.item()}")
+    require_finite((), lambda value: f"the loss of level {level.name!r} is {value}", size=loss.detach())
     if not loss.requires_grad:
         raise ProblemError(
             f"the loss of level {level.name!r} does not depend on its variables: was it computed under no_grad, or detached?"
@@ -183,16 +186,19 @@ def accumulate(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) 
         cotangent = {block: cotangents.pop(block) for block in linearization.blocks if block in cotangents}
         wanted = [argument for argument in linearization.arguments if argument in within]
         for block, vector in linearization.pullback(cotangent, wanted).items():
-            if not is_finite(vector):
-                raise NonFiniteError(
-                    f"the cotangent that level {part!r} gives {block!r} is not finite: look at how its loss depends on {block!r}"
-                )
+            require_finite(vector, partial(_not_finite, part, block, estimator))
             cotangents[block] = add(cotangents[block], vector) if block in cotangents else vector
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
         point.reports |= linearization.reports()
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
-    if not is_finite(gradient):
-        raise NonFiniteError(f"the derivative of the loss of level {level.name!r} by its own variables is not finite")
+    require_finite(gradient, lambda _: f"the total gradient of level {level.name!r} is not finite")
     return gradient
+
+
+def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:
+    return (
+        f"the cotangent that level {part!r} gives {block!r} by {estimator} is not finite: look at how its loss depends on "
+        f"{block!r}"
+    )

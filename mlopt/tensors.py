@@ -37,6 +37,9 @@ def norm(a: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm ||a||, a scalar tensor."""
     if not a:
         return torch.zeros(())
+    if len(a) == 1:
+        one: Tensor = torch.linalg.vector_norm(a[0])
+        return one
     total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
     return total
 

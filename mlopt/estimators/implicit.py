@@ -186,7 +186,8 @@ class Stationarity(Linearization):
             asked = [block for block in wanted if block in product.term.blocks]
             if along and asked:
                 _add_into(total, product(along, asked))
-                self.report.step = product.step or self.report.step
+                if product.step is not None:
+                    self.report.step = product.step
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
@@ -259,7 +260,9 @@ class Stationarity(Linearization):
                 return streamed
         warm = self._point.warm if self._estimator.warm_start else None
         solution = self.solve(cotangent, None if warm is None else warm.get(self._name))
-        if not any(bool(v.any()) for vectors in solution.values() for v in vectors):
+        # Where nothing is solved nothing is looked at either: the host would wait for the device.
+        looked = not isinstance(self._estimator.solver, Identity)
+        if looked and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
         if warm is not None:
             self._point.keep_warm(self._name, solution[self._name], self.report.residual)

@@ -136,7 +136,8 @@ class _Unrolling(Linearization):
                 asked = [block for block in (self._name, *wanted) if block in product.term.blocks]
                 for block, vectors in product({self._name: along}, asked).items():
                     total[block] = add(total[block], vectors) if block in total else vectors
-                self.report.step = product.step or self.report.step
+                if product.step is not None:
+                    self.report.step = product.step
         return total
 
     def _record(self, growth: float) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import attrs
 
+from ..finiteness import require_finite
 from ..tensors import Tensors
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Identity"]
 
@@ -20,7 +19,11 @@ class Identity(LinearSolver):
     """
 
     damping: float = attrs.field(default=0.0, init=False, repr=False)
-    _in_one: ClassVar[bool] = False
+
+    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
+        # Nothing is measured, so that the host need not wait for the device.
+        require_finite(rhs, lambda _: NOT_FINITE)
+        return self._solve(matvec, rhs, 0.0, initial)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         return LinearSolution(value=rhs)

@@ -40,10 +40,17 @@ class LinearSolution:
     remark: str = ""
 
 
+#: What is said of a right-hand side that is not finite.
+NOT_FINITE = (
+    "the right-hand side of a linear solve (the cotangent on a level's solution) is not finite: look at the loss that refers to "
+    "this level"
+)
+
+
 class LinearSolver(ABC):
     """A rule that finds x with (A + damping I) x ~ b for a symmetric A that is known by its products only.
 
-    Implement `_solve`. Zero in gives zero out for every solver, at no product; a solution that is not finite raises.
+    Implement `_solve`. Zero in gives zero out for every solver, at no product of its own; a solution that is not finite raises.
     """
 
     #: Added to the diagonal of A.
@@ -71,10 +78,7 @@ class LinearSolver(ABC):
         """
         size = float(norm(rhs))
         if not math.isfinite(size):
-            raise NonFiniteError(
-                "the right-hand side of a linear solve (the cotangent on a level's solution) is not finite: "
-                "look at the loss that refers to this level"
-            )
+            raise NonFiniteError(NOT_FINITE)
         if size == 0.0:
             return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
+from torch import Tensor
 
 from ..errors import EstimatorError
 from ..tensors import Tensors
@@ -47,10 +48,19 @@ class Report:
     solves: int = 0
     converged: bool | None = None
     curvature: tuple[float, float] | None = None
-    step: float | None = None
+    _step: float | Tensor | None = attrs.field(default=None, repr=False)
     age: int = 0
     seconds: float = 0.0
     remarks: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> float | None:
+        """The last finite-difference step; it is fetched from its device when it is asked for."""
+        return None if self._step is None else float(self._step)
+
+    @step.setter
+    def step(self, step: float | Tensor | None) -> None:
+        self._step = step
 
     @property
     def doubtful(self) -> bool:

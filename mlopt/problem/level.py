@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -99,9 +100,31 @@ def _check_type(kind: type, remedy: str) -> Callable[[Level, attrs.Attribute[Any
     return check
 
 
-def _check_steps(level: Level, attribute: attrs.Attribute[int], value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ProblemError(f"level {level.name!r}: steps={value!r}; it must be a whole number >= 1")
+def _check_count(least: int) -> Callable[[Level, attrs.Attribute[int], object], None]:
+    def check(level: Level, attribute: attrs.Attribute[int], value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ProblemError(f"level {level.name!r}: {attribute.name}={value!r}; it must be a whole number >= {least}")
+
+    return check
+
+
+def _check_clip(level: Level, attribute: attrs.Attribute[float | None], value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ProblemError(f"level {level.name!r}: clip={value!r}; it must be a finite number > 0, or None")
+
+
+def _read_device(value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ProblemError(f"Level: device={value!r} is no device ({error}); give one such as 'cuda:0' or 'cpu'") from error
+
+
+def _check_precision(level: Level, attribute: attrs.Attribute[str | None], value: object) -> None:
+    if value not in (None, "bf16", "fp16"):
+        raise ProblemError(f"level {level.name!r}: precision={value!r}; it must be 'bf16', 'fp16' or None")
 
 
 def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -142,6 +165,14 @@ class Level:
             optimiser. `solve` needs it, `hypergradient` does not.
         scheduler: takes the optimiser and returns a learning-rate scheduler, stepped after each step of the level.
         steps: steps taken each time the level is solved.
+        warmup: steps that `solve` takes once, before the first outer step.
+        accumulate: batches for one step, whose gradients are averaged. A pullback takes the last of them.
+        clip: the largest norm of the gradient that a step follows; a longer one is scaled down. The norm is logged as
+            `gradient_norm`.
+        precision: "bf16" or "fp16" evaluates the level's own steps in an autocast region, "fp16" with a loss scale that adapts
+            itself. Products with second derivatives are taken outside of it.
+        device: where the module is moved to, in place; where it is when None. The level's batches follow; a loss moves what it
+            takes from levels on other devices.
         estimator: how cotangents are pulled back through the level's solution. Needed for every level but the outermost.
         regularizer: a term of the objective that looks at no batch: weight decay, a proximal coupling. Products
             that concern only levels named here need no pass over the data. It must not draw random numbers.
@@ -162,7 +193,11 @@ class Level:
     data: Iterable[Any] | None = attrs.field(default=None, validator=_check_data, kw_only=True)
     optimizer: OptimizerFactory | Optimizer | None = attrs.field(default=None, kw_only=True)
     scheduler: Callable[[Optimizer], Any] | None = attrs.field(default=None, kw_only=True)
-    steps: int = attrs.field(default=1, validator=_check_steps, kw_only=True)
+    steps: int = attrs.field(default=1, validator=_check_count(1), kw_only=True)
+    warmup: int = attrs.field(default=0, validator=_check_count(0), kw_only=True)
+    accumulate: int = attrs.field(default=1, validator=_check_count(1), kw_only=True)
+    clip: float | None = attrs.field(default=None, validator=_check_clip, kw_only=True)
+    precision: str | None = attrs.field(default=None, validator=_check_precision, kw_only=True)
     estimator: Estimator | None = attrs.field(
         default=None,
         validator=attrs.validators.optional(
@@ -171,6 +206,9 @@ class Level:
         kw_only=True,
     )
     regularizer: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
+    _device: torch.device | None = attrs.field(
+        default=None, converter=attrs.converters.optional(_read_device), kw_only=True, repr=False
+    )
     #: Names of the levels that the loss, and the regularizer, refer to.
     loss_references: tuple[str, ...] = attrs.field(init=False, repr=False)
     regularizer_references: tuple[str, ...] = attrs.field(init=False, repr=False)
@@ -184,6 +222,10 @@ class Level:
         if self.regularizer is None:
             return ()
         return references(self.regularizer, f"the regularizer of level {self.name!r}", positional=1)
+
+    def __attrs_post_init__(self) -> None:
+        if self._device is not None:
+            self.module.to(self._device)
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -60,20 +60,23 @@ class Mixture:
         loss = self._losses[k]
         return scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
 
-    def gradient(self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
-        """Return L_k, detached, and its gradient by the variables; what it does not depend on gets zero.
+    def gradient(
+        self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor], loss: Tensor | None = None
+    ) -> Tensors:
+        """Return the gradient of L_k by the variables; what it does not depend on gets zero.
 
         Args:
             k: which loss.
             variables: of the level whose loss the mixture is.
             apart: of the level that weighs the losses.
+            loss: L_k, or a multiple of it whose gradient is asked for, where it is evaluated already.
 
         Raises:
             ProblemError: the loss depends on a variable in `apart`.
         """
-        loss = self.loss(k)
+        loss = self.loss(k) if loss is None else loss
         if not loss.requires_grad:
-            return loss, zeros_like(variables)
+            return zeros_like(variables)
         # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
         found = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
         if any(derivative is not None for derivative in found[len(variables) :]):
@@ -82,7 +85,7 @@ class Mixture:
                 "sum of weighted losses instead"
             )
         own = zip(found, variables, strict=False)
-        return loss.detach(), tuple(torch.zeros_like(v) if g is None else g for g, v in own)
+        return tuple(torch.zeros_like(v) if g is None else g for g, v in own)
 
     def weigh(self, module: nn.Module) -> Tensor:
         """Return the weights (K,) that the module of the level `weights` gives.

@@ -56,6 +56,10 @@ class Problem:
                 f"level {levels[0].name!r}: steps={levels[0].steps}, but the outermost level is solved inside none; leave "
                 "it out, and give solve the number of steps"
             )
+        if levels[0].warmup:
+            raise ProblemError(
+                f"level {levels[0].name!r}: warmup={levels[0].warmup}, but only levels inside another are warmed up; leave it out"
+            )
         self.graph = Graph({level.name: level.references for level in levels})
         self._check_parameters()
         for level in levels:
@@ -68,6 +72,8 @@ class Problem:
         #: What standalone calls of `hypergradient` draw from, so that training's streams are left alone.
         self.probe_streams: dict[str, Stream] = {}
         self.probe_count = 0
+        #: Where those streams are to begin, when a run is resumed.
+        self.probe_states: dict[str, Any] = {}
         #: For each level whose loss has been evaluated, the level that weighs it where it is a mixture, else None.
         self.mixtures: dict[str, str | None] = {}
         #: Functions of the levels' terms that products have had compiled.

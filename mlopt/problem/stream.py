@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 
 from ..errors import ProblemError
 from ..generators import GeneratorState, derive_seed, preserved
+
+_END = object()
 
 __all__ = ["Stream", "refuse_persistent_workers", "to_device"]
 
@@ -30,10 +34,14 @@ class Stream:
         self.name, self.data, self.seed, self.device = name, data, seed, device
         self.epoch = -1
         self.position = 0
+        #: Batches that were taken back, to come again; see `taken_back`.
+        self._again: deque[Any] = deque()
+        self._taken: list[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._generators: GeneratorState | None = None
-        #: Where the generators that the data bring along stand in this stream.
+        #: Where the generators that the data bring along stand in this stream, and stood at the start of the epoch.
         self._own: list[torch.Tensor] = []
+        self._own_at_start: list[torch.Tensor] = []
         # A list of batches draws nothing: no generator need be swapped for it.
         self._draws = not isinstance(data, (list, tuple))
 
@@ -45,9 +53,66 @@ class Stream:
         """
         if self.data is None:
             return None
-        return to_device(self._isolated() if self._draws else self._advance(), self.device)
+        if self._again:
+            return self._again.popleft()
+        if self._draws:
+            with self._isolated():
+                batch = self._advance()
+        else:
+            batch = self._advance()
+        batch = to_device(batch, self.device)
+        if self._taken is not None:
+            self._taken.append(batch)
+        return batch
 
-    def _isolated(self) -> Any:
+    @contextlib.contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """Let the batches that are drawn inside come once more afterwards, in their order."""
+        self._taken = []
+        try:
+            yield
+        finally:
+            self._again.extend(self._taken)
+            self._taken = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands, as tensors, numbers and lists of them."""
+        generators = None if self._generators is None else self._generators.state_dict()
+        own = {"own": self._own, "own_at_start": self._own_at_start}
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "generators": generators,
+            **own,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go where `state_dict` said: the epoch is drawn anew, and its batches up to there are read and let go.
+
+        Raises:
+            ProblemError: the epoch of these data has fewer batches.
+        """
+        self.seed = state["seed"]
+        if state["epoch"] < 0:
+            return
+        self.epoch, self._own = state["epoch"] - 1, list(state["own_at_start"])
+        with self._isolated() if self._draws else contextlib.nullcontext():
+            self._start_epoch()
+            assert self._iterator is not None
+            for self.position in range(1, state["position"] + 1):
+                if next(self._iterator, _END) is _END:
+                    raise ProblemError(
+                        f"level {self.name!r}: its data end after {self.position - 1} batches, and the run to go on with had taken "
+                        f"{state['position']} of an epoch; give the data that it was begun with"
+                    )
+        generators = state["generators"]
+        self._generators = None if generators is None else GeneratorState.from_state_dict(generators)
+        self._own = list(state["own"])
+
+    @contextlib.contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """Let the data draw from the stream's own generators, which stand where the stream left them."""
         own = _own_generators(self.data)
         before = [generator.get_state() for generator in own]
         try:
@@ -56,13 +121,12 @@ class Stream:
             with preserved((self.device,)):
                 if self._generators is not None:
                     self._generators.restore()
-                batch = self._advance()
+                yield
                 self._generators = GeneratorState.capture((self.device,))
             self._own = [generator.get_state() for generator in own]
         finally:
             for generator, state in zip(own, before, strict=True):
                 generator.set_state(state)
-        return batch
 
     def _advance(self) -> Any:
         for _ in range(2):
@@ -84,6 +148,11 @@ class Stream:
         self.epoch, self.position = self.epoch + 1, 0
         if self._draws:
             GeneratorState.seeded(derive_seed(self.seed, self.name, self.epoch), (self.device,)).restore()
+            self._own_at_start = [generator.get_state() for generator in _own_generators(self.data)]
+            for holder in _samplers(self.data):
+                # How samplers and streaming data sets that shuffle by themselves are told of the epoch.
+                if callable(tell := getattr(holder, "set_epoch", None)):
+                    tell(self.epoch)
         self._iterator = iter(self.data)
 
 
@@ -103,10 +172,15 @@ def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
 
 def _own_generators(data: Any) -> list[torch.Generator]:
     """Return the generators that a DataLoader and its samplers were given."""
-    holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
-    holders.append(getattr(holders[-1], "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
+    found = [getattr(holder, "generator", None) for holder in _samplers(data)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _samplers(data: Any) -> list[Any]:
+    """Return the data, and what a DataLoader among them draws from: its data set and its samplers."""
+    batches = getattr(data, "batch_sampler", None)
+    parts = [data, getattr(data, "dataset", None), getattr(data, "sampler", None), batches]
+    return [part for part in (*parts, getattr(batches, "sampler", None)) if part is not None]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

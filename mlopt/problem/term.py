@@ -234,7 +234,7 @@ class LevelTerm(Term):
     def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for each k, by K backward passes."""
         own, along, apart = self.values[self.name], direction[self.name], self.values[mixture.weights]
-        return torch.stack([dot(mixture.gradient(k, own, apart)[1], along) for k in range(len(mixture))])
+        return torch.stack([dot(mixture.gradient(k, own, apart), along) for k in range(len(mixture))])
 
     def _forward_shares(self, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for all k, in one forward-mode pass."""

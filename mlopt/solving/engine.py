@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import NonFiniteError, ProblemError
-from ..generators import GeneratorState
-from ..hypergradient import accumulate, lookahead, partial_derivatives
-from ..problem import (
-    Level,
-    Mixture,
-    Outcome,
-    Point,
-    Problem,
-    Report,
-    Stream,
-    StreamedCotangent,
-    cloned_buffers,
-    read_outcome,
-    scalar,
-)
-from ..tensors import Tensors, axpy, dot, is_finite, scale
+from ..finiteness import require_finite
+from ..problem import Level, Problem, Stream, StreamedCotangent, to_device
+from ..tensors import Tensors, norm
+from .gradients import Gradients
+from .optimizers import make_optimizer, make_scheduler
+from .precision import Precision
+from .state import Snapshot, load_module_state, module_state
 
 __all__ = ["Engine"]
 
@@ -39,208 +29,206 @@ class Engine:
     Args:
         problem: the problem.
         seed: of the order of every level's data.
+        lookahead: whether the inner steps before an outer step are taken back once its hypergradient is formed, and taken
+            again, on the same batches, after it.
+        skips: how many steps of levels whose loss or gradient is not finite may be left out; none when zero.
 
     Raises:
         ProblemError: a level has no optimiser, or one that does not train the level's variables.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem = problem
-        self.optimizers = {level.name: _optimizer(level) for level in problem}
-        self.schedulers = {level.name: _scheduler(level, self.optimizers[level.name]) for level in problem}
+    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skips: int = 0) -> None:
+        self.problem, self._lookahead, self._skips = problem, lookahead, skips
+        self.optimizers = {level.name: make_optimizer(level) for level in problem}
+        self.schedulers = {level.name: make_scheduler(level, self.optimizers[level.name]) for level in problem}
+        self.precisions = {level.name: Precision(level) for level in problem}
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
-        self.curvature_streams = {
-            level.name: Stream(f"{level.name}/curvature data", level.estimator.curvature_data, seed, level.device)
-            for level in problem
-            if level.estimator is not None and level.estimator.curvature_data is not None
-        }
-        self.batches: dict[str, Any] = {}
-        self.generators: dict[str, GeneratorState] = {}
-        self.warm: dict[str, Tensors] = {}
-        self.cotangents: dict[str, StreamedCotangent] = {}
-        self.logs: dict[str, Any] = {}
-        self.reports: dict[str, Report] = {}
-        #: For levels whose pullback was doubtful: in how many steps, and what the latest report said.
-        self.doubts: dict[str, tuple[int, str]] = {}
+        self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
+        #: Steps of each level that were left out.
+        self.skipped: dict[str, int] = {}
+        #: Warm-up steps that each level has taken.
+        self.warmed: dict[str, int] = {}
+        self._variables: dict[str, Tensors] = {}
 
-    def step(self, level: Level, *, last: bool = True) -> None:
+    @property
+    def logs(self) -> dict[str, Any]:
+        """What the levels logged in the present outer step."""
+        return self.gradients.logs
+
+    def warm_up(self) -> bool:
+        """Take one warm-up step of the level listed last among those that lack some; say whether there was one."""
+        for level in reversed(self.problem.levels):
+            if self.warmed.get(level.name, 0) < level.warmup:
+                self._begin()
+                self._step(level, last=True)
+                self.warmed[level.name] = self.warmed.get(level.name, 0) + 1
+                return True
+        return False
+
+    def step(self) -> None:
+        """Take one outer step: all that is solved inside the outermost level, its hypergradient, and its step."""
+        self._begin()
+        outermost = self.problem.outermost
+        if self._lookahead:
+            self._look_ahead(outermost)
+        else:
+            self._step(outermost, last=True)
+
+    def _begin(self) -> None:
+        self.gradients.logs = {}
+        # A callback may have frozen some.
+        self._variables = {}
+
+    def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
 
         Args:
             level: the level.
             last: whether this is the last step of the present solve of the level.
         """
+        self._solve_inside(level)
+        try:
+            self._descend(level, self._differentiate(level, last))
+        except NonFiniteError as error:
+            self._leave_out(level, error)
+
+    def _solve_inside(self, level: Level) -> None:
         for name in self.problem.graph[level.name].guests:
             guest = self.problem[name]
             for k in range(guest.steps):
-                self.step(guest, last=k == guest.steps - 1)
-        self.batches[level.name] = self.streams[level.name].next()
-        if last and self.problem.needs_estimator(level.name):
-            # A pullback replays what the latest step draws.
-            self.generators[level.name] = GeneratorState.capture(self.problem.devices)
-        optimizer = self.optimizers[level.name]
-        optimizer.zero_grad(set_to_none=True)
-        loss = self._differentiate(level, last)
-        self._check_gradient(level)
-        optimizer.step()
-        scheduler = self.schedulers[level.name]
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(float(loss))
-        elif scheduler is not None:
-            scheduler.step()
+                self._step(guest, last=k == guest.steps - 1)
+
+    def _look_ahead(self, level: Level) -> None:
+        """Step the level on the hypergradient at where its inner levels go, and let them go there anew afterwards."""
+        inside = self.problem.graph[level.name].interior
+        loss: Tensor | None = None
+        with contextlib.ExitStack() as drawn:
+            for name in inside:
+                drawn.enter_context(self.streams[name].taken_back())
+            before = Snapshot((self.problem[name].module for name in inside), map(self._stateful, inside))
+            self._solve_inside(level)
+            try:
+                loss = self._differentiate(level, last=True)
+            except NonFiniteError as error:
+                self._leave_out(level, error)
+            before.restore()
+        if loss is not None:
+            try:
+                self._descend(level, loss)
+            except NonFiniteError as error:
+                self._leave_out(level, error)
+        self._solve_inside(level)
+
+    def _stateful(self, name: str) -> dict[str, Any]:
+        """Return what a level has that carries state: optimiser, scheduler, loss scaler."""
+        parts = {
+            "optimizer": self.optimizers[name],
+            "scheduler": self.schedulers[name],
+            "scaler": self.precisions[name].scaler,
+        }
+        return {kind: part for kind, part in parts.items() if part is not None}
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
-        """Set `.grad` of the level's variables to its total gradient; return the loss."""
-        held = self.cotangents.get(level.name) if last else None
-        others = [self.problem[name].module for name in level.references]
-        # Only a level's own training steps keep what its module does to its buffers.
-        with cloned_buffers(others):
-            if self.problem.graph[level.name].parts:
-                outcome, loss = self._total_gradient(level)
-            else:
-                outcome, loss = self._own_gradient(level, held)
-        self.logs[f"{level.name}/loss"] = loss.detach()
-        for name, value in outcome.logs.items():
-            # A copy: a variable that is logged goes on to change.
-            self.logs[f"{level.name}/{name}"] = value.detach().clone() if isinstance(value, Tensor) else value
-        return loss.detach()
+        """Set `.grad` of the level's variables, on as many batches as it accumulates."""
+        variables = self._variables[level.name] = self._variables.get(level.name) or level.parameters
+        for variable in variables:
+            variable.grad = None
+        stream = self.streams[level.name]
+        batches = [stream.next() for _ in range(level.accumulate)]
+        return self.gradients.differentiate(level, variables, batches, last=last)
 
-    def _own_gradient(self, level: Level, held: StreamedCotangent | None) -> tuple[Outcome, Tensor]:
-        outcome = self._outcome(level)
-        if isinstance(outcome.loss, Mixture):
-            return outcome, self._mixture_gradient(level, outcome.loss, held)
-        loss = self._check(level, outcome.loss + self._regularizer(level))
-        if not loss.requires_grad:
-            raise ProblemError(
-                f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
-            )
-        loss.backward(inputs=list(level.parameters))  # type: ignore[no-untyped-call]
-        return outcome, loss
+    def _descend(self, level: Level, loss: Tensor) -> None:
+        """Step on the gradient in `.grad`, clipped; step the scheduler."""
+        precision, optimizer = self.precisions[level.name], self.optimizers[level.name]
+        precision.unscale(optimizer)
+        self._examine(level, overflow_expected=precision.scaler is not None)
+        stepped = precision.step(optimizer)
+        if precision.loss_scale is not None:
+            self.logs[f"{level.name}/loss_scale"] = precision.loss_scale
+        scheduler = self.schedulers[level.name]
+        if scheduler is None or not stepped:
+            return
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(float(loss))
+        else:
+            scheduler.step()
 
-    def _outcome(self, level: Level) -> Outcome:
-        others = {name: self.problem[name].module for name in level.loss_references}
-        outcome = read_outcome(level.loss(level.module, self.batches[level.name], **others), level)
-        self.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
-        return outcome
-
-    def _regularizer(self, level: Level) -> Tensor | float:
-        if level.regularizer is None:
-            return 0.0
-        others = {name: self.problem[name].module for name in level.regularizer_references}
-        return scalar(level.regularizer(level.module, **others), f"the regularizer of level {level.name!r}")
-
-    def _check_gradient(self, level: Level) -> None:
-        gradient = [variable.grad for variable in level.parameters if variable.grad is not None]
+    def _examine(self, level: Level, *, overflow_expected: bool) -> None:
+        """Refuse a gradient that is missing or not finite, and clip it."""
+        variables = self._variables[level.name]
+        gradient = [variable.grad for variable in variables if variable.grad is not None]
         if not gradient:
             raise ProblemError(
                 f"the loss of level {level.name!r} does not depend on its own variables; does it use its first argument?"
             )
-        if not is_finite(gradient):
-            raise NonFiniteError(
-                f"the gradient of level {level.name!r} is not finite; its variables are as they were before this step"
-            )
+        if overflow_expected and level.clip is None:
+            return
+        size = norm(gradient)
+        if level.clip is not None:
+            self.logs[f"{level.name}/gradient_norm"] = size
+            torch.nn.utils.clip_grads_with_norm_(variables, level.clip, size)
+        if not overflow_expected:
+            require_finite((), lambda _: f"the gradient of level {level.name!r} is not finite", size=size)
 
-    def _check(self, level: Level, loss: Tensor) -> Tensor:
-        if not math.isfinite(loss.item()):
-            raise NonFiniteError(
-                f"the loss of level {level.name!r} is {loss.item()}; its variables are as they were before this step"
-            )
-        return loss
+    def _leave_out(self, level: Level, error: NonFiniteError) -> None:
+        """Count a step that is not finite, where it may be left out.
 
-    def _total_gradient(self, level: Level) -> tuple[Outcome, Tensor]:
-        interior = self.problem.graph[level.name].interior
-        curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
-        point = Point(
-            self.problem, self.batches, self.generators, self.warm, self.cotangents, curvature, self.optimizers
-        )
-        with lookahead(point, level):
-            outcome = self._outcome(level)
-            loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.loss_references)})
-            loss = loss + self._regularizer(level)
-            cotangents = partial_derivatives(self.problem, level, loss)
-            with point.untouched():
-                gradient = accumulate(point, level, cotangents)
-        for variable, derivative in zip(level.parameters, gradient, strict=True):
-            variable.grad = derivative.detach()
-        self.reports |= point.reports
-        for name, report in point.reports.items():
-            if report.doubtful:
-                self.doubts[name] = (self.doubts.get(name, (0, ""))[0] + 1, "; ".join(report.remarks))
-        return outcome, loss
+        Raises:
+            NonFiniteError: it may not, or there were too many.
+        """
+        if not self._skips:
+            raise error
+        self.skipped[level.name] = self.skipped.get(level.name, 0) + 1
+        if sum(self.skipped.values()) > self._skips:
+            raise NonFiniteError(f"{error}; {self._skips} such steps were left out already") from error
 
-    def _mixture_gradient(self, level: Level, mixture: Mixture, held: StreamedCotangent | None) -> Tensor:
-        """Take the losses one by one, each through its own network pass; note <grad L_k, p> where a cotangent p is held."""
-        weights = mixture.weigh(self.problem[mixture.weights].module).detach()
-        variables, apart = list(level.parameters), self.problem[mixture.weights].parameters
-        total = torch.zeros((), device=level.device)
-        signals: list[Tensor] = []
-        mixed: Tensors = ()
-        for k in range(len(mixture)):
-            loss, gradient = mixture.gradient(k, variables, apart)
-            self.logs[f"{level.name}/{mixture.names[k]}"] = self._check(level, loss)
-            weight = weights[k].to(loss.device)
-            total = total + weight * loss
-            if held is not None:
-                signals.append(dot(gradient, held.cotangent))
-            mixed = scale(weight, gradient) if k == 0 else axpy(weight, gradient, mixed)
-        for variable, derivative in zip(variables, mixed, strict=True):
-            variable.grad = derivative
-        if held is not None:
-            held.signals = torch.stack(signals)
-        regularizer = self._regularizer(level)
-        if isinstance(regularizer, Tensor):
-            if regularizer.requires_grad:
-                regularizer.backward(inputs=variables)  # type: ignore[no-untyped-call]
-            total = total + regularizer.detach()
-        return total
+    def snapshot(self) -> Snapshot:
+        """Return a copy of all that steps change, data and generators left out."""
+        names = [level.name for level in self.problem]
+        snapshot = Snapshot((level.module for level in self.problem), map(self._stateful, names))
+        snapshot.held = [(held, dict(held)) for held in (self.gradients.warm, self.gradients.cotangents)]
+        return snapshot
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next steps depend on, but for the generators."""
+        gradients, problem = self.gradients, self.problem
+        levels = {}
+        for level in problem:
+            parts = {kind: part.state_dict() for kind, part in self._stateful(level.name).items()}
+            stream = self.streams[level.name].state_dict()
+            levels[level.name] = {"module": module_state(level.module), "stream": stream, **parts}
+        return {
+            "levels": levels,
+            "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
+            "warm": dict(gradients.warm),
+            "cotangents": {name: attrs.asdict(held, recurse=False) for name, held in gradients.cotangents.items()},
+            "doubts": dict(gradients.doubts),
+            "skipped": dict(self.skipped),
+            "warmed": dict(self.warmed),
+            "probes": {
+                "count": problem.probe_count,
+                "streams": problem.probe_states
+                | {key: stream.state_dict() for key, stream in problem.probe_streams.items()},
+            },
+        }
 
-_OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
-
-
-def _optimizer(level: Level) -> Optimizer:
-    """Make the level's optimiser, or check the one that it brought."""
-    if level.optimizer is None:
-        raise ProblemError(
-            f"level {level.name!r}: optimizer=None, and solve steps every level; give one, such as "
-            "partial(torch.optim.SGD, lr=0.1)"
-        )
-    made: Any = level.optimizer
-    if not isinstance(made, Optimizer):
-        made = made(list(level.parameters))
-    if not isinstance(made, Optimizer):
-        raise ProblemError(
-            f"level {level.name!r}: optimizer returned a {type(made).__name__}; it must take parameters and return a "
-            "torch.optim.Optimizer"
-        )
-    own = {id(variable) for variable in level.parameters}
-    held = {id(variable) for group in made.param_groups for variable in group["params"] if variable.requires_grad}
-    if not held <= own:
-        raise ProblemError(
-            f"level {level.name!r}: its optimizer also holds {len(held - own)} tensors that are not the level's variables; "
-            "give each level an optimizer of its own"
-        )
-    if own - held:
-        raise ProblemError(
-            f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
-            "them, or freeze them with requires_grad_(False)"
-        )
-    if inspect.signature(made.step).parameters.get("closure", _OPTIONAL).default is inspect.Parameter.empty:
-        raise ProblemError(
-            f"level {level.name!r}: {type(made).__name__} evaluates the loss itself, several times a step, which levels do "
-            "not offer; use an optimizer that takes a gradient, such as torch.optim.SGD or Adam"
-        )
-    return made
-
-
-def _scheduler(level: Level, optimizer: Optimizer) -> Any:
-    factory: Callable[[Optimizer], Any] | None = level.scheduler
-    if factory is None:
-        return None
-    scheduler = factory(optimizer)
-    if not hasattr(scheduler, "step"):
-        raise ProblemError(
-            f"level {level.name!r}: scheduler returned a {type(scheduler).__name__}; it must take the optimizer and return a "
-            "scheduler, such as partial(torch.optim.lr_scheduler.StepLR, step_size=100)"
-        )
-    return scheduler
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go where `state_dict` said."""
+        gradients, problem = self.gradients, self.problem
+        for level in problem:
+            held = state["levels"][level.name]
+            load_module_state(level.module, held["module"])
+            for kind, part in self._stateful(level.name).items():
+                part.load_state_dict(held[kind])
+            self.streams[level.name].load_state_dict(held["stream"])
+        for name, stream in gradients.curvature_streams.items():
+            stream.load_state_dict(state["curvature"][name])
+        for name, vectors in state["warm"].items():
+            gradients.warm[name] = to_device(vectors, problem[name].device)
+        for name, held in state["cotangents"].items():
+            gradients.cotangents[name] = StreamedCotangent(**to_device(held, problem[name].device))
+        gradients.doubts |= state["doubts"]
+        self.skipped |= state["skipped"]
+        self.warmed |= state["warmed"]
+        problem.probe_count, problem.probe_states = state["probes"]["count"], dict(state["probes"]["streams"])
+        problem.probe_streams.clear()

@@ -13,7 +13,7 @@ __all__ = ["History"]
 
 
 class History:
-    """Rows of named numbers, one for each outer step.
+    """Rows of named numbers, one for each outer step. NaN and infinity are kept as they are.
 
     Tensors are kept as they come and read when a row is asked for, so that logging makes no device wait.
 
@@ -35,6 +35,10 @@ class History:
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ProblemError(f"{key!r} was logged with shape {tuple(value.shape)}; log scalars, such as its norm")
         self._rows.append({key: v.detach() if isinstance(v, Tensor) else v for key, v in row.items()})
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Add quantities to the last row."""
+        self._rows[-1] |= values
 
     def column(self, name: str) -> list[float]:
         """Return one quantity over the rows that have it.

@@ -166,8 +166,10 @@ def test_zero_in_zero_out_at_no_product(solver: linear.LinearSolver, warm: bool)
     found = solver.solve(system.matvec, zero, initial=system.start if warm else None)
     assert all(not x.any() for x in found.value)
     assert system.products == 0
-    assert found.converged is True
-    assert found.residual == 0.0
+    # The identity measures nothing, so that the host need not wait for a device.
+    measured = not isinstance(solver, linear.Identity)
+    assert found.converged is (True if measured else None)
+    assert found.residual == (0.0 if measured else None)
 
 
 @pytest.mark.parametrize("warm", [False, True])

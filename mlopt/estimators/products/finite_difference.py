@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Block, Vectors
-from ...tensors import Tensors, axpy, norm, scale, subtract, zeros_like
+from ...tensors import Tensors, axpy, norm, scale, subtract
 from .product import Product
 
 __all__ = ["FiniteDifference", "relative_step"]
@@ -23,6 +23,11 @@ def relative_step(variables: Sequence[Tensor]) -> float:
     return max(_RELATIVE_STEP.get(variable.dtype, 1e-3) for variable in variables)
 
 
+def _wide(size: Tensor) -> Tensor:
+    """Return a norm in a dtype that a step can be given in: a step rounded to half precision would be another on the way back."""
+    return size.float() if size.dtype in (torch.bfloat16, torch.float16) else size
+
+
 class FiniteDifference(Product):
     """Central differences of first derivatives: works with every kernel, activation checkpointing and sharded parameters.
 
@@ -32,10 +37,9 @@ class FiniteDifference(Product):
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         moved = [variable for block in direction for variable in self.term.values[block]]
         along = [vector for block in direction for vector in direction[block]]
-        size = float(norm(along))
-        if size == 0.0:
-            return {block: zeros_like(self.term.values[block]) for block in wanted}
-        step = relative_step(moved) * max(1.0, float(norm([v.detach() for v in moved]))) / size
+        size, reach = (_wide(norm(vectors)) for vectors in (along, [v.detach() for v in moved]))
+        # It stays on the device. Along a direction of zero both sides are the same, whatever the step.
+        step = relative_step(moved) * reach.clamp_min(1.0) / torch.where(size > 0, size, 1.0)
         self.step = step
         live = [variable.data for variable in moved]
         kept = [variable.clone() for variable in live]
@@ -47,7 +51,7 @@ class FiniteDifference(Product):
         return {block: scale(0.5 / step, subtract(above[block], below[block])) for block in wanted}
 
     def _probe(
-        self, live: list[Tensor], kept: list[Tensor], step: float, along: list[Tensor], wanted: Sequence[Block]
+        self, live: list[Tensor], kept: list[Tensor], step: Tensor, along: list[Tensor], wanted: Sequence[Block]
     ) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
         """Return the first derivatives on both sides."""
         torch._foreach_copy_(live, list(axpy(step, along, kept)))

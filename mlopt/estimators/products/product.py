@@ -94,7 +94,7 @@ class Product(ABC):
     """
 
     #: The last finite-difference step, in units of the direction; None where none is taken.
-    step: float | None = None
+    step: float | Tensor | None = None
 
     def __init__(self, term: Term) -> None:
         self.term = term

@@ -1,0 +1,223 @@
+"""The gradient that a step of a level follows: its own derivative, and what flows back through the levels inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ProblemError
+from ..finiteness import require_finite
+from ..generators import GeneratorState
+from ..hypergradient import accumulate, lookahead, partial_derivatives
+from ..problem import (
+    Block,
+    Level,
+    Mixture,
+    Outcome,
+    Point,
+    Problem,
+    Report,
+    Stream,
+    StreamedCotangent,
+    cloned_buffers,
+    read_outcome,
+    scalar,
+)
+from ..tensors import Tensors, add, axpy, dot, is_finite, scale
+from .precision import Precision
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Forms the gradients of steps, and keeps what pullbacks need from step to step.
+
+    Args:
+        problem: the problem.
+        optimizers: of the levels, which estimators may look at.
+        precisions: of the levels.
+        seed: of the order of curvature data.
+
+    Attributes:
+        batches: the latest batch of each level.
+        generators: where the generators stood before the latest evaluation of each level that cotangents are pulled back through.
+        warm: the last solution of each level's linear system, of estimators with warm starts.
+        cotangents: what streamed pullbacks hold.
+        curvature_streams: of estimators with curvature data.
+        logs: what the levels logged in the present outer step.
+        reports: how each level was pulled back last.
+        doubts: for levels whose pullback was doubtful, in how many steps, and what the latest report said.
+    """
+
+    def __init__(
+        self, problem: Problem, optimizers: Mapping[str, Any], precisions: Mapping[str, Precision], seed: int
+    ) -> None:
+        self.problem, self._optimizers, self._precisions = problem, optimizers, precisions
+        self.curvature_streams = {
+            level.name: Stream(f"{level.name}/curvature data", level.estimator.curvature_data, seed, level.device)
+            for level in problem
+            if level.estimator is not None and level.estimator.curvature_data is not None
+        }
+        self.batches: dict[str, Any] = {}
+        self.generators: dict[str, GeneratorState] = {}
+        self.warm: dict[str, Tensors] = {}
+        self.cotangents: dict[str, StreamedCotangent] = {}
+        self.logs: dict[str, Any] = {}
+        self.reports: dict[str, Report] = {}
+        self.doubts: dict[str, tuple[int, str]] = {}
+
+    def differentiate(self, level: Level, variables: Tensors, batches: Sequence[Any], *, last: bool) -> Tensor:
+        """Set `.grad` of a level's variables to its total gradient, the mean over batches; return the loss, detached.
+
+        Args:
+            level: the level.
+            variables: its variables.
+            batches: one or more.
+            last: whether this is the last step of the present solve of the level.
+        """
+        others = [self.problem[name].module for name in level.references]
+        # Only a level's own training steps keep what its module does to its buffers.
+        with cloned_buffers(others):
+            if self.problem.graph[level.name].parts:
+                return self._total_gradient(level, variables, batches, last)
+            return self._own_gradient(level, variables, batches, last)
+
+    def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
+        held = self.cotangents.get(level.name) if last else None
+        precision, share = self._precisions[level.name], 1.0 / len(batches)
+        losses, signals = [], []
+        for k, batch in enumerate(batches):
+            self._stand(level, batch, replayed=last and k == len(batches) - 1)
+            with precision.autocast():
+                outcome = self._outcome(level)
+            if isinstance(outcome.loss, Mixture):
+                loss, aligned = self._descend_mixture(level, variables, outcome.loss, held, share)
+                signals.append(aligned)
+            else:
+                loss = self._descend(level, variables, outcome.loss, share)
+            losses.append(loss)
+            self._log(level, loss, outcome.logs, share, first=k == 0)
+        if held is not None and signals:
+            held.signals = torch.stack(signals).sum(0)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _descend(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
+        """Add the gradient of a share of the objective to `.grad`; return the objective, detached."""
+        if level.regularizer is not None:
+            loss = loss + self._regularizer(level)
+        if not loss.requires_grad:
+            raise ProblemError(
+                f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
+            )
+        scaled = self._precisions[level.name].scaled(loss)
+        (scaled if share == 1.0 else share * scaled).backward(inputs=variables)  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _descend_mixture(
+        self, level: Level, variables: Tensors, mixture: Mixture, held: StreamedCotangent | None, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """Do so for losses taken one by one, each through its own network pass; return the <grad L_k, p>, too, of a held p."""
+        precision = self._precisions[level.name]
+        weights = mixture.weigh(self.problem[mixture.weights].module).detach()
+        apart = self.problem[mixture.weights].parameters
+        total = torch.zeros((), device=variables[0].device)
+        signals: list[Tensor] = []
+        mixed: Tensors = ()
+        for k in range(len(mixture)):
+            with precision.autocast():
+                loss = mixture.loss(k)
+            loss, gradient = loss.detach(), mixture.gradient(k, variables, apart, precision.scaled(loss))
+            self.logs[f"{level.name}/{mixture.names[k]}"] = loss
+            require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
+            weight = weights[k].to(loss.device)
+            total = total + weight * loss
+            if held is not None:
+                (aligned,) = precision.unscaled([dot(gradient, held.cotangent)])
+                signals.append(share * aligned)
+            mixed = scale(weight, gradient) if k == 0 else axpy(weight, gradient, mixed)
+        if share != 1.0:
+            mixed = scale(share, mixed)
+        for variable, derivative in zip(variables, mixed, strict=True):
+            variable.grad = derivative if variable.grad is None else variable.grad + derivative
+        if level.regularizer is not None:
+            regularizer = self._regularizer(level)
+            if regularizer.requires_grad:
+                (share * precision.scaled(regularizer)).backward(inputs=variables)  # type: ignore[no-untyped-call]
+            total = total + regularizer.detach()
+        return total, torch.stack(signals) if signals else torch.zeros(0)
+
+    def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
+        """Pull the mean cotangents of the batches back once."""
+        interior = self.problem.graph[level.name].interior
+        curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
+        point = Point(
+            self.problem, self.batches, self.generators, self.warm, self.cotangents, curvature, self._optimizers
+        )
+        precision, share = self._precisions[level.name], 1.0 / len(batches)
+        losses = []
+        cotangents: dict[Block, Tensors] = {}
+        with lookahead(point, level):
+            for k, batch in enumerate(batches):
+                self._stand(level, batch, replayed=last and k == len(batches) - 1)
+                with precision.autocast():
+                    outcome = self._outcome(level)
+                    loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.references)})
+                if level.regularizer is not None:
+                    loss = loss + self._regularizer(level)
+                losses.append(loss.detach())
+                self._log(level, losses[-1], outcome.logs, share, first=k == 0)
+                scaled = precision.scaled(loss)
+                found = partial_derivatives(self.problem, level, scaled if share == 1.0 else share * scaled)
+                cotangents = found if k == 0 else {block: add(cotangents[block], found[block]) for block in found}
+            cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
+            if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
+                # The scaled loss overflowed on its way back: the scaler sees that in the gradient, and does not step.
+                gradient = tuple(torch.full_like(variable, torch.nan) for variable in variables)
+            else:
+                with point.untouched():
+                    gradient = precision.scaled_vectors(accumulate(point, level, cotangents))
+        for variable, derivative in zip(variables, gradient, strict=True):
+            variable.grad = derivative.detach()
+        self._keep_reports(point)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _keep_reports(self, point: Point) -> None:
+        self.reports |= point.reports
+        for name, report in point.reports.items():
+            if report.doubtful:
+                self.doubts[name] = (self.doubts.get(name, (0, ""))[0] + 1, "; ".join(report.remarks))
+
+    def _stand(self, level: Level, batch: Any, *, replayed: bool) -> None:
+        """Note the batch and, where a pullback replays what this evaluation draws, where the generators stand."""
+        self.batches[level.name] = batch
+        if replayed and self.problem.needs_estimator(level.name):
+            self.generators[level.name] = GeneratorState.capture(self.problem.devices)
+
+    def _outcome(self, level: Level) -> Outcome:
+        others = {name: self.problem[name].module for name in level.loss_references}
+        outcome = read_outcome(level.loss(level.module, self.batches[level.name], **others), level)
+        self.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
+        return outcome
+
+    def _regularizer(self, level: Level) -> Tensor:
+        assert level.regularizer is not None
+        others = {name: self.problem[name].module for name in level.regularizer_references}
+        return scalar(level.regularizer(level.module, **others), f"the regularizer of level {level.name!r}")
+
+    def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
+        """Add a share of what one evaluation gave to the row of this outer step, then refuse a loss that is not finite."""
+        for name, value in (("loss", loss), *logs.items()):
+            key = f"{level.name}/{name}"
+            # A copy: a variable that is logged goes on to change.
+            value = value.detach().clone() if isinstance(value, Tensor) else value
+            if share != 1.0:
+                value = share * value if first else self.logs[key] + share * value
+            self.logs[key] = value
+        require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
+
+
+def _not_finite(what: str) -> Callable[[float], str]:
+    return lambda value: f"{what} is {value}"

@@ -1,0 +1,222 @@
+"""The loop of a run: steps, evaluations, logs, checkpoints, and what happens where something fails or a signal comes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+
+from ..errors import CheckpointError, CheckpointWarning, Interrupted, NonFiniteError, ProblemError
+from ..finiteness import Watch, deferred
+from ..generators import GeneratorState, preserved
+from ..problem import Problem
+from .callbacks import Callback
+from .checkpoints import Checkpoints
+from .interruption import Interruption
+from .run import Run
+
+__all__ = ["Evaluate", "Loop"]
+
+Evaluate: TypeAlias = Callable[[Problem], Mapping[str, float]]
+
+
+@attrs.define(kw_only=True, eq=False)
+class Loop:
+    """What goes on around the steps of a run; see `mlopt.solve` for the arguments.
+
+    Args:
+        run: the run.
+        watchers: callbacks, in the order in which they are called.
+        checkpoints: where the run is saved; nowhere when None.
+        evaluate: what is evaluated, if anything, and after how many steps each time.
+        log_every: after how many steps rows are handed to the callbacks.
+        seconds: how long steps may be begun.
+        on_nonfinite: "raise", "skip" or "rollback".
+        limit: how often something may be not finite, where it is not raised.
+    """
+
+    run: Run
+    watchers: Sequence[Callback]
+    checkpoints: Checkpoints | None
+    evaluate: Evaluate | None
+    evaluate_every: int
+    log_every: int
+    seconds: float | None
+    on_nonfinite: str
+    limit: int
+    _watch: Watch = attrs.field(factory=Watch, init=False)
+    _logged: int = attrs.field(default=0, init=False)
+    _saved: int | None = attrs.field(default=None, init=False)
+    _began: float = attrs.field(factory=time.monotonic, init=False)
+
+    def go(self, resume: bool, seed: int | None) -> str:
+        """Run until done; return why it ended.
+
+        Args:
+            resume: whether to go on from the newest checkpoint.
+            seed: what the run to go on with must have had.
+        """
+        generators = self._resume(seed) if resume else None
+        if self.checkpoints is not None:
+            self.checkpoints.claim(resume)
+        self._call("on_train_begin")
+        self._logged = len(self.run.history)
+        if generators is not None:
+            generators.restore()
+        try:
+            with Interruption() if self.checkpoints is not None else contextlib.nullcontext() as interruption:
+                with self._watching():
+                    self._steps(interruption)
+                self._save(last=True)
+        except NonFiniteError as error:
+            raise self._told(error) from error
+        finally:
+            self._call("on_train_end")
+        if interruption is not None and interruption.received is not None:
+            self._leave(interruption)
+        return self.run.status or "completed"
+
+    def _resume(self, seed: int | None) -> GeneratorState | None:
+        """Load the newest checkpoint, where there is one."""
+        if self.checkpoints is None:
+            raise ProblemError("solve: resume=True without checkpoint; give the folder that the run was saved in")
+        found = self.checkpoints.newest()
+        if found is None:
+            return None
+        step, folder, state = found
+        self._saved = step
+        try:
+            return self.run.load_state_dict(state, seed=seed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    def _watching(self) -> contextlib.AbstractContextManager[None]:
+        """Let what is not finite be noted on the devices, where looking would make the host wait and nothing asks for it."""
+        away = any(device.type != "cpu" for device in self.run.problem.devices)
+        return deferred(self._watch) if away and self.on_nonfinite == "raise" else contextlib.nullcontext()
+
+    def _steps(self, interruption: Interruption | None) -> None:
+        run = self.run
+
+        def goes_on() -> bool:
+            if interruption is not None and interruption.received is not None:
+                return False
+            if self.seconds is not None and time.monotonic() - self._began >= self.seconds and run.step < run.steps:
+                run.status = f"max_time of {self.seconds:g} s reached"
+            return run.status is None
+
+        while run.step == 0 and run.steps > 0 and goes_on() and run.engine.warm_up():
+            pass
+        while run.step < run.steps and goes_on():
+            self._step()
+
+    def _step(self) -> None:
+        run = self.run
+        self._call("on_step_begin")
+        self._watch.step = run.step + 1
+        before = run.engine.snapshot() if self.on_nonfinite == "rollback" else None
+        try:
+            run.engine.step()
+        except NonFiniteError as error:
+            if before is None:
+                raise
+            before.restore()
+            run.rollbacks += 1
+            if run.rollbacks > self.limit:
+                raise NonFiniteError(f"{error}; {self.limit} outer steps were taken back already") from error
+        run.step += 1
+        self._record(run.step)
+        self._call("on_step_end")
+        if self.evaluate is not None and run.step % self.evaluate_every == 0:
+            self._evaluate(self.evaluate)
+        if run.step % self.log_every == 0:
+            self._log()
+        if self.checkpoints is not None and run.step % self.checkpoints.every == 0:
+            self._save()
+
+    def _record(self, step: int) -> None:
+        """Add the row of an outer step to the history."""
+        counts: dict[str, int] = {}
+        if self.on_nonfinite == "skip":
+            counts["skipped"] = sum(self.run.engine.skipped.values())
+        if self.on_nonfinite == "rollback":
+            counts["rollbacks"] = self.run.rollbacks
+        self.run.history.append({"step": step, **self.run.engine.logs, **counts})
+
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        with preserved(self.run.problem.devices):
+            metrics = evaluate(self.run.problem)
+        if not isinstance(metrics, Mapping):
+            raise ProblemError(
+                f"evaluate returned a {type(metrics).__name__}; it must return a mapping of named numbers, such as "
+                "{'accuracy': 0.9}"
+            )
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self.run.history.amend({f"evaluation/{name}": value for name, value in metrics.items()})
+        self._call("on_evaluate", metrics)
+
+    def _log(self) -> None:
+        """Hand the rows since the last time to the callbacks, then look at what was noted as perhaps not finite."""
+        rows = [self.run.history[k] for k in range(self._logged, len(self.run.history))]
+        self._logged += len(rows)
+        if rows:
+            self._call("on_log", rows)
+        self._watch.read()
+
+    def _save(self, *, last: bool = False) -> None:
+        """Log, then write a checkpoint, where the run keeps any and this step's is not written yet.
+
+        Raises:
+            CheckpointError: it is the last one, and cannot be written. Before, that is a warning, and the run goes on.
+        """
+        self._log()
+        run = self.run
+        if self.checkpoints is None or self._saved == run.step:
+            return
+        score = run.history[-1].get(self.checkpoints.best or "") if run.step else None
+        try:
+            folder = self.checkpoints.save(run.step, run.state_dict(), score)
+        except CheckpointError as error:
+            if last:
+                raise
+            warnings.warn(f"{error}; the run goes on, and tries again at its next save", CheckpointWarning, stacklevel=2)
+            return
+        self._saved = run.step
+        self._call("on_save", folder)
+
+    def _told(self, error: NonFiniteError) -> NonFiniteError:
+        """Log the step that failed, save what there is beside the checkpoints, and say where and under which estimators it failed."""
+        run = self.run
+        step = error.step
+        if step is None:
+            # It was noticed at once, within a step that has no row yet.
+            step = run.step + 1
+            self._record(step)
+        rows = [run.history[k] for k in range(self._logged, len(run.history))]
+        if rows:
+            self._call("on_log", rows)
+        estimators = ", ".join(f"{level.name}: {level.estimator}" for level in run.problem if level.estimator is not None)
+        sentence = f"outer step {step}: {error}" + (f" (estimators: {estimators})" if estimators else "")
+        if self.checkpoints is not None:
+            sentence += f"; the state as it is now is in {self.checkpoints.save_fault(step, run.state_dict())}"
+        return NonFiniteError(sentence, step=step)
+
+    def _leave(self, interruption: Interruption) -> None:
+        assert interruption.received is not None
+        assert self.checkpoints is not None
+        name, run = interruption.received.name, self.run
+        print(
+            f"mlopt: {name}: step {run.step} of {run.steps} is finished and saved in {self.checkpoints.folder}; resume=True "
+            "(--resume on the command line) goes on from there",
+            file=sys.stderr,
+        )
+        raise Interrupted(0 if name == "SIGTERM" else 130)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for watcher in self.watchers:
+            getattr(watcher, hook)(self.run, *arguments)

@@ -1,0 +1,56 @@
+"""The state of modules and of what steps them: copied in memory, or as a tree for a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Snapshot", "load_module_state", "module_state"]
+
+
+class Snapshot:
+    """A copy in memory of trainable parameters and buffers, and of the state of what steps them.
+
+    Args:
+        modules: whose trainable parameters and buffers are copied.
+        stateful: for each, what it has with `state_dict` and `load_state_dict`, by kind.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], stateful: Iterable[Mapping[str, Any]]) -> None:
+        self._live = [t for module in modules for t in (*_trainable(module), *module.buffers())]
+        self._kept = [t.detach().clone() for t in self._live]
+        self._states = [(part, copy.deepcopy(part.state_dict())) for parts in stateful for part in parts.values()]
+        #: Dictionaries, and what was in them.
+        self.held: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+
+    def restore(self) -> None:
+        """Put everything back; once."""
+        for live, kept in zip(self._live, self._kept, strict=True):
+            live.data.copy_(kept)
+        for part, state in self._states:
+            part.load_state_dict(state)
+        for held, content in self.held:
+            held.clear()
+            held.update(content)
+
+
+def _trainable(module: nn.Module) -> list[torch.Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state, the buffers that its own `state_dict` leaves out included."""
+    state = module.state_dict()
+    return {"state": dict(state), "buffers": {name: b for name, b in module.named_buffers() if name not in state}}
+
+
+def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put back what `module_state` returned."""
+    module.load_state_dict(state["state"])
+    buffers = dict(module.named_buffers())
+    for name, value in state["buffers"].items():
+        buffers[name].copy_(value)
