@@ -1,8 +1,10 @@
-"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it, and its warning."""
+"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it, and its warnings."""
 
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
+    "CheckpointWarning",
     "EstimatorError",
     "MloptError",
     "NonFiniteError",
@@ -32,5 +34,13 @@ class NonFiniteError(MloptError, ArithmeticError):
     """A loss, a gradient or a linear solve holds NaN or infinity."""
 
 
+class CheckpointError(MloptError, RuntimeError):
+    """A run's state cannot be written, or what was written cannot be read back whole."""
+
+
 class TrustWarning(UserWarning):
     """A hypergradient should not be trusted: the report of a level says why."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint that is not whole was passed over, or one that is no longer needed could not be removed."""
