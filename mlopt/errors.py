@@ -1,8 +1,10 @@
-"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it, and its warning."""
+"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it, and its warnings."""
 
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
+    "CheckpointWarning",
     "EstimatorError",
     "Interrupted",
     "MloptError",
@@ -45,5 +47,13 @@ class Interrupted(SystemExit):
     """A signal ended a run, which is saved: SIGTERM exits with 0, SIGINT with 130."""
 
 
+class CheckpointError(MloptError, RuntimeError):
+    """A run's state cannot be written, or what was written cannot be read back whole."""
+
+
 class TrustWarning(UserWarning):
     """A hypergradient should not be trusted: the report of a level says why."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint that is not whole was passed over, or one that is no longer needed could not be removed."""
