@@ -1,8 +1,36 @@
-"""Solving a problem: the schedule of steps, history, callbacks."""
+"""Solving a problem: the schedule of steps, checkpoints, history, callbacks."""
 
-from .callbacks import Callback, ProgressDisplay
+from .callbacks import (
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    JSONLLogger,
+    MLflowLogger,
+    ProgressDisplay,
+    TensorBoardLogger,
+    TrackioLogger,
+    WandbLogger,
+    write_csv,
+)
+from .checkpoints import Checkpoints
 from .history import History
 from .run import Run
 from .solve import Solution, solve
 
-__all__ = ["Callback", "History", "ProgressDisplay", "Run", "Solution", "solve"]
+__all__ = [
+    "CSVLogger",
+    "Callback",
+    "Checkpoints",
+    "EarlyStopping",
+    "History",
+    "JSONLLogger",
+    "MLflowLogger",
+    "ProgressDisplay",
+    "Run",
+    "Solution",
+    "TensorBoardLogger",
+    "TrackioLogger",
+    "WandbLogger",
+    "solve",
+    "write_csv",
+]

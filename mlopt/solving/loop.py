@@ -61,9 +61,9 @@ class Loop:
             resume: whether to go on from the newest checkpoint.
             seed: what the run to go on with must have had.
         """
-        generators = self._resume(seed) if resume else None
         if self.checkpoints is not None:
             self.checkpoints.claim(resume)
+        generators = self._resume(seed) if resume else None
         self._call("on_train_begin")
         self._logged = len(self.run.history)
         if generators is not None:
@@ -136,7 +136,7 @@ class Loop:
             self._evaluate(self.evaluate)
         if run.step % self.log_every == 0:
             self._log()
-        if self.checkpoints is not None and run.step % self.checkpoints.every == 0:
+        if self.checkpoints is not None and self.checkpoints.due(run.step):
             self._save()
 
     def _record(self, step: int) -> None:

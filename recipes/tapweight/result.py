@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import json
 import platform
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from rich.table import Table
 from safetensors.torch import save_model
+
+from mlopt.solving import write_csv
 
 from .signals import Signal, verdict
 
@@ -104,10 +105,7 @@ class TapWeightResult:
         configuration = {"steps": self.steps, "seeds": [self.seed], "settings": self.settings}
         _write_json(folder / "config.json", configuration)
         _write_json(folder / "environment.json", environment() | {"estimator": self.estimator})
-        with open(folder / "history.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.history.names)
-            writer.writeheader()
-            writer.writerows(self.history)
+        write_csv(self.history, folder / "history.csv")
         self.plot(folder / "weights.png")
         if hasattr(self.encoder, "save"):
             self.encoder.save(folder / "encoder")  # type: ignore[operator]

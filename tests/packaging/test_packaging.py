@@ -84,6 +84,7 @@ def test_a_recipe_without_its_dependencies_names_the_extra() -> None:
 
 def test_importing_mlopt_needs_no_heavy_package() -> None:
     heavy = ("torch_geometric", "rdkit", "transformers", "torchopt", "sklearn", "matplotlib", "torchmetrics", "tyro")
+    heavy += ("tensorboard", "wandb", "trackio", "mlflow")
     code = f"import mlopt, sys; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(sys.executable, "-c", code).strip() == "[]"
 

@@ -1,0 +1,213 @@
+"""The history sent to a tracker of experiments: TensorBoard, Weights & Biases, Trackio, MLflow."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .callback import Callback
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+__all__ = ["MLflowLogger", "TensorBoardLogger", "TrackioLogger", "WandbLogger"]
+
+
+class _Tracker(Callback):
+    """Sends each row once, under its outer step, and keeps for a resumed run which ones were sent, and the tracker's run.
+
+    What is sent after the checkpoint that a run is resumed from is sent again, since what was on its way when the run
+    ended may be lost.
+    """
+
+    def __init__(self) -> None:
+        self._tracked: Any = None
+        #: How the tracker calls the run; empty before there is one.
+        self._id = ""
+        self._sent = 0
+
+    def on_train_begin(self, run: Run) -> None:
+        if run.step == 0:
+            # The same object may have watched another run.
+            self._id, self._sent = "", 0
+        self._tracked = self._begin()
+
+    def on_log(self, run: Run, rows: Sequence[Mapping[str, float]]) -> None:
+        self._send(run)
+
+    def on_train_end(self, run: Run) -> None:
+        if self._tracked is not None:
+            # An error may have ended the run between two logs.
+            self._send(run)
+            self._end(run)
+            self._tracked = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"id": self._id, "sent": self._sent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._id, self._sent = state["id"], state["sent"]
+
+    def _send(self, run: Run) -> None:
+        while self._sent < len(run.history):
+            row = run.history[self._sent]
+            step = int(row.pop("step"))
+            self._write(row, step)
+            self._sent += 1
+
+    @abstractmethod
+    def _begin(self) -> Any: ...
+
+    @abstractmethod
+    def _write(self, row: dict[str, float], step: int) -> None: ...
+
+    @abstractmethod
+    def _end(self, run: Run) -> None: ...
+
+
+class TensorBoardLogger(_Tracker):
+    """Writes the history as scalars for TensorBoard, which keeps them in float32.
+
+    What the folder holds of an earlier run, or of steps after the checkpoint that a run is resumed from, is no longer shown.
+
+    Args:
+        folder: of the event files; made where it does not exist.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+
+    Example:
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TensorBoardLogger("runs/first")])
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._package = _imported("torch.utils.tensorboard", type(self), "'mlopt-torch[tracking]'")
+        self._folder = str(folder)
+
+    def _begin(self) -> Any:
+        return self._package.SummaryWriter(self._folder, purge_step=self._sent + 1)
+
+    def _write(self, row: dict[str, float], step: int) -> None:
+        for name, value in row.items():
+            self._tracked.add_scalar(name, value, step)
+
+    def _send(self, run: Run) -> None:
+        super()._send(run)
+        self._tracked.flush()
+
+    def _end(self, run: Run) -> None:
+        self._tracked.close()
+
+
+class WandbLogger(_Tracker):
+    """Logs the history to Weights & Biases, whose step is the outer step; a resumed run continues its run there.
+
+    Of steps that were logged already Weights & Biases keeps the first values. The status is in the summary.
+
+    Args:
+        arguments: of `wandb.init`, such as project and config.
+
+    Raises:
+        ImportError: wandb is not installed.
+
+    Example:
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.WandbLogger(project="hyper-cleaning")])
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self._package = _imported("wandb", type(self), "wandb")
+        self._arguments = arguments
+
+    def _begin(self) -> Any:
+        resumed = {"id": self._id, "resume": "allow"} if self._id else {}
+        tracked = self._package.init(**self._arguments | resumed)
+        self._id = tracked.id
+        return tracked
+
+    def _write(self, row: dict[str, float], step: int) -> None:
+        self._tracked.log(row, step=step)
+
+    def _end(self, run: Run) -> None:
+        self._tracked.summary["status"] = run.status
+        self._tracked.finish()
+
+
+class TrackioLogger(_Tracker):
+    """Logs the history to Trackio, whose step is the outer step; a resumed run continues its run there.
+
+    Of steps that were logged already Trackio has both values, one after the other.
+
+    Args:
+        arguments: of `trackio.init`, such as project and config.
+
+    Raises:
+        ImportError: trackio is not installed.
+
+    Example:
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TrackioLogger(project="hyper-cleaning")])
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self._package = _imported("trackio", type(self), "trackio")
+        self._arguments = arguments
+
+    def _begin(self) -> Any:
+        resumed = {"name": self._id, "resume": "allow"} if self._id else {}
+        tracked = self._package.init(**self._arguments | resumed)
+        self._id = tracked.name
+        return tracked
+
+    def _write(self, row: dict[str, float], step: int) -> None:
+        self._tracked.log(row, step=step)
+
+    def _end(self, run: Run) -> None:
+        self._tracked.finish()
+
+
+class MLflowLogger(_Tracker):
+    """Logs the history to MLflow, whose step is the outer step; a resumed run continues its run there.
+
+    Of steps that were logged already MLflow has both values, one after the other. The status is a tag. Where the runs are
+    kept is said as ever, by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI.
+
+    Args:
+        arguments: of `mlflow.start_run`, such as run_name and tags.
+
+    Raises:
+        ImportError: mlflow is not installed.
+
+    Example:
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.MLflowLogger(run_name="hyper-cleaning")])
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self._package = _imported("mlflow", type(self), "mlflow")
+        self._arguments = arguments
+
+    def _begin(self) -> Any:
+        resumed = {"run_id": self._id} if self._id else {}
+        tracked = self._package.start_run(**self._arguments | resumed)
+        self._id = tracked.info.run_id
+        return tracked
+
+    def _write(self, row: dict[str, float], step: int) -> None:
+        self._package.log_metrics(row, step=step, run_id=self._id)
+
+    def _end(self, run: Run) -> None:
+        self._package.set_tag("status", run.status)
+        self._package.end_run()
+
+
+def _imported(module: str, logger: type, requirement: str) -> Any:
+    """Return the module: by name, so that the core has no such dependency."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{logger.__name__} cannot import {module} ({error}): pip install {requirement}") from error

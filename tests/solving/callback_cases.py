@@ -1,0 +1,70 @@
+"""A run that hands out rows as `solve` does, with nothing to solve: callbacks see no difference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from mlopt.solving import Callback, History
+
+__all__ = ["play"]
+
+Rows = Sequence[dict[str, float]]
+
+
+def play(
+    rows: Rows,
+    make: Callable[[], Callback],
+    *,
+    log_every: int = 1,
+    save_at: int = 0,
+    killed_at: int = 0,
+    status: str = "completed",
+) -> Any:
+    """Play rows to a callback; return the run.
+
+    A row's columns "evaluation/..." are an evaluation after that step. The order within a step is: step, evaluation, log,
+    checkpoint. With `save_at` the run is killed after `killed_at` steps, without a word to the callback, and resumed from
+    the checkpoint by a callback that knows nothing but the saved state.
+    """
+    watch, run = make(), _run(rows, [])
+    watch.on_train_begin(run)
+    if save_at:
+        _steps(rows, watch, run, log_every, range(save_at))
+        saved = copy.deepcopy((watch.state_dict(), list(run.history)))
+        assert run.status is None, "the run stopped before the checkpoint"
+        _steps(rows, watch, run, log_every, range(save_at, killed_at))
+        watch, run = make(), _run(rows, saved[1])
+        watch.load_state_dict(saved[0])
+        watch.on_train_begin(run)
+    _steps(rows, watch, run, log_every, range(save_at, len(rows)))
+    if run.step % log_every:
+        watch.on_log(run, [run.history[i] for i in range(run.step - run.step % log_every, run.step)])
+    run.status = run.status or status
+    watch.on_train_end(run)
+    return run
+
+
+def _run(rows: Rows, earlier: Rows) -> Any:
+    run = SimpleNamespace(steps=len(rows), step=len(earlier), history=History(), status=None)
+    run.stop = lambda reason: setattr(run, "status", reason)
+    for row in earlier:
+        run.history.append(row)
+    return run
+
+
+def _steps(rows: Rows, watch: Callback, run: Any, log_every: int, span: range) -> None:
+    for index in span:
+        if run.status is not None:
+            return
+        watch.on_step_begin(run)
+        run.step = index + 1
+        run.history.append({"step": run.step, **rows[index]})
+        watch.on_step_end(run)
+        metrics = {k.removeprefix("evaluation/"): v for k, v in rows[index].items() if k.startswith("evaluation/")}
+        if metrics:
+            watch.on_evaluate(run, metrics)
+        if run.step % log_every == 0:
+            watch.on_log(run, [run.history[i] for i in range(run.step - log_every, run.step)])

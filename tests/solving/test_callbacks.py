@@ -1,0 +1,339 @@
+"""What callbacks do, and that a run which was killed and resumed leaves what an uninterrupted one leaves."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import math
+import struct
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from callback_cases import play
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch.optim import SGD
+
+import mlopt
+from mlopt.solving import History, write_csv
+
+finite_or_not = st.floats(allow_nan=True, allow_infinity=True)
+#: A level's loss at each step, and now and then an evaluation.
+drawn_rows = st.lists(
+    st.fixed_dictionaries(
+        {"net/loss": finite_or_not}, optional={"evaluation/a,b": finite_or_not, "net/é": finite_or_not}
+    ),
+    min_size=2,
+    max_size=12,
+)
+
+
+def losses(*values, key="net/loss"):
+    return [{key: value} for value in values]
+
+
+def stopped(rows, metric, patience, **arguments):
+    """Return the step at which early stopping ended the run; 0 where it did not."""
+    names = ("greater_is_better", "min_delta")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
+    run = play(rows, lambda: mlopt.EarlyStopping(metric, patience, **own), **arguments)
+    return 0 if run.status == "completed" else run.step
+
+
+def same_bits(first, second):
+    return struct.pack("d", first) == struct.pack("d", second) or (math.isnan(first) and math.isnan(second))
+
+
+# Early stopping
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments", "step"),
+    [
+        ([3, 2, 1, 1, 1, 1], {}, 5),
+        ([3, 2, 2, 1, 1, 0], {}, 0),
+        ([1, 2, 3, 3, 3], {"greater_is_better": True}, 5),
+        ([3, 2.8, 2.6, 2.4], {"min_delta": 0.5}, 3),
+        # Measured from the best value, not from the previous one.
+        ([3, 2.8, 2.4, 2.2, 2.0], {"min_delta": 0.5}, 5),
+        # A step of exactly min_delta is none.
+        ([3, 2.5, 2.5], {"min_delta": 0.5}, 3),
+        ([math.nan, math.nan, 1], {}, 2),
+        ([math.nan, 5, math.nan, 4, math.nan, math.nan], {}, 6),
+        ([math.nan, 1, math.nan, math.nan], {"greater_is_better": True}, 4),
+        ([math.inf, math.inf, 1], {}, 2),
+        ([-math.inf, -math.inf, -math.inf, 1], {}, 3),
+        ([1, math.inf, math.inf], {"greater_is_better": True, "min_delta": 0.1}, 0),
+    ],
+)
+def test_early_stopping_ends_the_run_where_it_should(values, arguments, step):
+    assert stopped(losses(*values), "net/loss", 2, **arguments) == step
+    evaluations = losses(*values, key="evaluation/m")
+    assert stopped(evaluations, "evaluation/m", 2, **arguments) == step
+
+
+def by_hand(values, patience, greater, delta):
+    """Return how many values are seen before the run stops, by looking at all of them anew each time; 0 for never."""
+    sign = -1 if greater else 1
+    last = -1
+    best = math.inf
+    for i, value in enumerate(values):
+        if not math.isnan(value) and best - sign * value > delta:
+            best, last = sign * value, i
+        if i - last >= patience:
+            return i + 1
+    return 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([math.nan, 0.0, 1.0, 1.25, 2.0, 3.0]), min_size=1, max_size=15),
+    patience=st.integers(1, 4),
+    greater=st.booleans(),
+    delta=st.sampled_from([0.0, 0.5]),
+    gap=st.integers(1, 3),
+)
+def test_evaluations_are_judged_one_by_one_however_many_steps_lie_between(values, patience, greater, delta, gap):
+    rows = [{"net/loss": 0.0} for _ in range(gap * len(values))]
+    for i, value in enumerate(values):
+        rows[gap * (i + 1) - 1]["evaluation/m"] = value
+    found = stopped(rows, "evaluation/m", patience, greater_is_better=greater, min_delta=delta, log_every=4)
+    assert found == gap * by_hand(values, patience, greater, delta)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([math.nan, 1.0, 2.0, 3.0]), min_size=4, max_size=16),
+    patience=st.integers(1, 5),
+    log_every=st.integers(1, 4),
+    key=st.sampled_from(["net/loss", "evaluation/m"]),
+    data=st.data(),
+)
+def test_a_resumed_run_stops_at_the_same_step(values, patience, log_every, key, data):
+    rows = losses(*values, key=key)
+    whole = stopped(rows, key, patience, log_every=log_every)
+    last = (whole or len(rows)) - 1
+    if last:
+        save_at = data.draw(st.integers(1, last), label="save_at")
+        killed_at = data.draw(st.integers(save_at, last), label="killed_at")
+        assert stopped(rows, key, patience, log_every=log_every, save_at=save_at, killed_at=killed_at) == whole
+
+
+def test_rows_are_judged_when_they_are_logged():
+    assert stopped(losses(1, 1, 1, 1, 1, 1, 1, 1), "net/loss", 2, log_every=4) == 4
+
+
+def test_the_status_says_what_was_waited_for():
+    run = play(losses(3, 2, 2, 2), lambda: mlopt.EarlyStopping("net/loss", 2))
+    assert run.status == "early stopping: net/loss was no better than 2, of step 2, in 2 rows"
+    run = play(losses(math.nan, math.nan, key="evaluation/m"), lambda: mlopt.EarlyStopping("evaluation/m", 2))
+    assert run.status == "early stopping: evaluation/m was not finite in 2 evaluations"
+
+
+def test_a_metric_that_never_appears_is_told_with_those_that_do():
+    with pytest.warns(UserWarning, match=r"metric='accuracy' was never logged.*step, net/loss, evaluation/accuracy"):
+        play([{"net/loss": 1.0, "evaluation/accuracy": 0.5}], lambda: mlopt.EarlyStopping("accuracy", 1))
+
+
+def test_early_stopping_starts_anew_with_another_run():
+    watch = mlopt.EarlyStopping("net/loss", 2)
+    assert play(losses(1, 1, 1), lambda: watch).step == 3
+    assert play(losses(5, 5, 5, 5), lambda: watch).step == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"patience": 0}, r"patience=0; it must be a whole number >= 1"),
+        ({"patience": 1.5}, r"patience=1.5; it must be a whole number >= 1"),
+        ({"patience": 1, "min_delta": -0.1}, r"min_delta=-0.1; it must be a finite number >= 0"),
+    ],
+)
+def test_early_stopping_refuses_what_cannot_be(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mlopt.EarlyStopping("net/loss", **arguments)
+
+
+# Files
+
+
+def read_csv(file):
+    with open(file, encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def read_jsonl(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=drawn_rows, log_every=st.integers(1, 4), data=st.data())
+@pytest.mark.parametrize("kind", [mlopt.CSVLogger, mlopt.JSONLLogger])
+def test_files_hold_every_bit_and_resumed_ones_every_byte(kind, rows, log_every, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    whole, resumed = folder / "whole", folder / "resumed"
+    run = play(rows, lambda: kind(whole), log_every=log_every)
+    found = read_csv(whole) if kind is mlopt.CSVLogger else read_jsonl(whole)
+    assert len(found) == len(rows)
+    for row, expected in zip(found, run.history, strict=True):
+        present = {key: value for key, value in row.items() if value != ""}
+        assert set(present) == set(expected)
+        assert all(same_bits(float(present[key]), float(expected[key])) for key in expected)
+    save_at = data.draw(st.integers(1, len(rows)), label="save_at")
+    killed_at = data.draw(st.integers(save_at, len(rows)), label="killed_at")
+    play(rows, lambda: kind(resumed), log_every=log_every, save_at=save_at, killed_at=killed_at)
+    assert resumed.read_bytes() == whole.read_bytes()
+    if kind is mlopt.CSVLogger:
+        write_csv(run.history, resumed)
+        assert resumed.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["resumed", "whole"]
+
+
+def test_a_file_as_it_is(tmp_path):
+    """Text, so that a change of the format shows."""
+    rows = [{"net/loss": 0.1}, {"net/loss": math.nan, "evaluation/m": -math.inf}, {"net/loss": 1e-30}]
+    play(rows, lambda: mlopt.CSVLogger(tmp_path / "h.csv"))
+    assert (tmp_path / "h.csv").read_text() == "step,net/loss,evaluation/m\n1,0.1,\n2,nan,-inf\n3,1e-30,\n"
+    play(rows, lambda: mlopt.JSONLLogger(tmp_path / "h.jsonl"))
+    assert (tmp_path / "h.jsonl").read_text() == (
+        '{"step": 1, "net/loss": 0.1}\n'
+        '{"step": 2, "net/loss": NaN, "evaluation/m": -Infinity}\n'
+        '{"step": 3, "net/loss": 1e-30}\n'
+    )
+
+
+@pytest.mark.parametrize("kind", [mlopt.CSVLogger, mlopt.JSONLLogger])
+def test_numbers_of_numpy_and_torch_are_written_with_all_their_digits(kind, tmp_path):
+    tenth = float(np.float32(0.1))
+    play([{"a": np.float32(0.1), "b": torch.tensor(0.1), "c": np.int64(3)}], lambda: kind(tmp_path / "file"))
+    assert f"{tenth!r}" != "0.1"
+    assert (tmp_path / "file").read_text().count(f"{tenth!r}") == 2
+    assert "3.0" not in (tmp_path / "file").read_text()
+
+
+@pytest.mark.parametrize("kind", [mlopt.CSVLogger, mlopt.JSONLLogger])
+def test_rows_are_in_the_file_after_each_log_and_after_an_error(kind, tmp_path):
+    counts = []
+
+    class Count(kind):
+        def on_log(self, run, rows):
+            super().on_log(run, rows)
+            counts.append(self.file.read_text().count("net/loss" if kind is mlopt.JSONLLogger else "\n"))
+
+    head = 1 if kind is mlopt.CSVLogger else 0
+    play(losses(*range(5)), lambda: Count(tmp_path / "deeper" / "file"), log_every=2)
+    assert counts == [head + 2, head + 4, head + 5]
+
+    def loss(own, batch):
+        return own().log().sum()
+
+    # The first step leaves x = 0, and the second one's loss is not finite: there is one row, and it was not logged.
+    level = mlopt.Level("x", mlopt.variables(torch.ones(1)), loss, optimizer=partial(SGD, lr=1.0))
+    logger = kind(tmp_path / "file")
+    logger.on_log = lambda run, rows: None
+    with pytest.raises(mlopt.NonFiniteError):
+        mlopt.solve(mlopt.Problem(level), 5, callbacks=[logger], progress=False)
+    assert logger.file.read_text().count("\n") == head + 1
+
+
+@pytest.mark.parametrize("kind", [mlopt.CSVLogger, mlopt.JSONLLogger])
+def test_a_file_that_cannot_be_written_is_named(kind, tmp_path):
+    (tmp_path / "text").write_text("no folder")
+    with pytest.raises(OSError, match=r"text/file"):
+        play(losses(1), lambda: kind(tmp_path / "text" / "file"))
+    assert (tmp_path / "text").read_text() == "no folder"
+
+    class Full(kind):
+        def on_train_begin(self, run):
+            super().on_train_begin(run)
+            self._names = ("step", "net/loss")
+            self.file.unlink()
+            self.file.symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match="full disk") as caught:
+        play(losses(1), lambda: Full(tmp_path / "full disk"))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    history = History()
+    history.append({"step": 1, "a": 1.0})
+    file = tmp_path / "history.csv"
+    write_csv(history, file)
+    before = file.read_bytes()
+    history.append({"step": 2, "b": 2.0})
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=r"history\.csv"):
+        write_csv(history, file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_a_history_without_rows_is_an_empty_file(tmp_path):
+    write_csv(History(), tmp_path / "history.csv")
+    assert (tmp_path / "history.csv").read_bytes() == b""
+
+
+# Progress
+
+
+def drawn(rows, **arguments):
+    """Return what a progress display leaves on a terminal."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    play(rows, lambda: mlopt.ProgressDisplay("demo", console), **arguments)
+    return console.file.getvalue()
+
+
+def test_progress_shows_steps_losses_and_the_last_evaluation():
+    rows = [
+        {"net/loss": 0.5, "net/size": 7.0},
+        {"net/loss": 0.25, "evaluation/loss": 0.125, "evaluation/acc": math.nan},
+    ]
+    text = drawn([*rows, {"net/loss": 0.75}], log_every=1)
+    last = [line for line in text.splitlines() if "demo" in line][-1]
+    assert "3/3" in last
+    assert "net 0.75" in last
+    assert "loss 0.125  acc nan" in last
+    assert "size" not in text
+    assert "evaluation" not in text
+
+
+def test_progress_goes_on_from_the_step_that_a_run_is_resumed_at():
+    starts = []
+
+    class Watch(mlopt.ProgressDisplay):
+        def on_train_begin(self, run):
+            super().on_train_begin(run)
+            starts.append(self._progress.tasks[0].completed)
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    play(losses(*range(5)), lambda: Watch("demo", console), save_at=3, killed_at=3)
+    assert starts == [0, 3]
+
+
+def test_progress_is_quiet_where_there_is_no_terminal():
+    console = Console(file=io.StringIO(), width=200)
+    play([{"net/loss": 0.5, "evaluation/m": 1.0}], lambda: mlopt.ProgressDisplay("demo", console))
+    assert console.file.getvalue() == ""
+
+
+def test_progress_reads_no_row_between_logs():
+    """The run has no history at all here."""
+    watch = mlopt.ProgressDisplay("demo", Console(file=io.StringIO(), force_terminal=True))
+    run = SimpleNamespace(steps=3, step=0)
+    watch.on_train_begin(run)
+    for run.step in (1, 2, 3):
+        watch.on_step_begin(run)
+        watch.on_step_end(run)
+    watch.on_log(run, [])
+    watch.on_train_end(run)
