@@ -103,7 +103,9 @@ def _check_type(kind: type, remedy: str) -> Callable[[Level, attrs.Attribute[Any
 def _check_count(least: int) -> Callable[[Level, attrs.Attribute[int], object], None]:
     def check(level: Level, attribute: attrs.Attribute[int], value: object) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ProblemError(f"level {level.name!r}: {attribute.name}={value!r}; it must be a whole number >= {least}")
+            raise ProblemError(
+                f"level {level.name!r}: {attribute.name}={value!r}; it must be a whole number >= {least}"
+            )
 
     return check
 
@@ -119,7 +121,9 @@ def _read_device(value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise ProblemError(f"Level: device={value!r} is no device ({error}); give one such as 'cuda:0' or 'cpu'") from error
+        raise ProblemError(
+            f"Level: device={value!r} is no device ({error}); give one such as 'cuda:0' or 'cpu'"
+        ) from error
 
 
 def _check_precision(level: Level, attribute: attrs.Attribute[str | None], value: object) -> None:

@@ -103,8 +103,8 @@ class Stream:
             for self.position in range(1, state["position"] + 1):
                 if next(self._iterator, _END) is _END:
                     raise ProblemError(
-                        f"level {self.name!r}: its data end after {self.position - 1} batches, and the run to go on with had taken "
-                        f"{state['position']} of an epoch; give the data that it was begun with"
+                        f"level {self.name!r}: its data end after {self.position - 1} batches, and the run to go on with had "
+                        f"taken {state['position']} of an epoch; give the data that it was begun with"
                     )
         generators = state["generators"]
         self._generators = None if generators is None else GeneratorState.from_state_dict(generators)

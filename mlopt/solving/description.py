@@ -68,8 +68,8 @@ def _compare_parameters(name: str, own: Mapping[str, Any], other: Mapping[str, A
         if own.get(parameter) != other.get(parameter):
             here, there = (_shape(side.get(parameter)) for side in (own, other))
             raise CheckpointError(
-                f"level {name!r}: parameter {parameter!r} is {there} in the checkpoint, {here} here: it is of another problem; give "
-                "another folder"
+                f"level {name!r}: parameter {parameter!r} is {there} in the checkpoint, {here} here: it is of another "
+                "problem; give another folder"
             )
 
 

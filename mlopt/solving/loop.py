@@ -184,13 +184,15 @@ class Loop:
         except CheckpointError as error:
             if last:
                 raise
-            warnings.warn(f"{error}; the run goes on, and tries again at its next save", CheckpointWarning, stacklevel=2)
+            warnings.warn(
+                f"{error}; the run goes on, and tries again at its next save", CheckpointWarning, stacklevel=2
+            )
             return
         self._saved = run.step
         self._call("on_save", folder)
 
     def _told(self, error: NonFiniteError) -> NonFiniteError:
-        """Log the step that failed, save what there is beside the checkpoints, and say where and under which estimators it failed."""
+        """Log the step that failed, save what there is beside the checkpoints, and say where and under what it failed."""
         run = self.run
         step = error.step
         if step is None:
@@ -200,7 +202,9 @@ class Loop:
         rows = [run.history[k] for k in range(self._logged, len(run.history))]
         if rows:
             self._call("on_log", rows)
-        estimators = ", ".join(f"{level.name}: {level.estimator}" for level in run.problem if level.estimator is not None)
+        estimators = ", ".join(
+            f"{level.name}: {level.estimator}" for level in run.problem if level.estimator is not None
+        )
         sentence = f"outer step {step}: {error}" + (f" (estimators: {estimators})" if estimators else "")
         if self.checkpoints is not None:
             sentence += f"; the state as it is now is in {self.checkpoints.save_fault(step, run.state_dict())}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
+
 class Run:
     """A run in progress, as callbacks see it.
 

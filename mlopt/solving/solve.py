@@ -65,8 +65,8 @@ def solve(
         problem: the problem; every level needs an optimizer.
         steps: outer steps, those before a resume included.
         callbacks: called in order, see `mlopt.Callback`.
-        checkpoint: a folder that the run is saved in, or `mlopt.Checkpoints(folder, every=..., keep=...)`. With it, SIGTERM and SIGINT
-            end the run after the present step, saved; the process exits with 0 or 130.
+        checkpoint: a folder that the run is saved in, or `mlopt.Checkpoints(folder, every=..., keep=...)`. With it, SIGTERM and
+            SIGINT end the run after the present step, saved; the process exits with 0 or 130.
         resume: whether to go on from the newest valid checkpoint in that folder, if there is any. What follows is bit-equal to
             the run that was not interrupted.
         seed: seeds torch, Python and numpy, and the order of every level's data. When None, the generators are taken as
@@ -80,8 +80,8 @@ def solve(
         max_time: seconds, or a timedelta, after which no step is begun.
         on_nonfinite: what a loss, gradient or linear solve that is not finite does. "raise": an error that says where, the state
             saved beside the checkpoints. "skip": that step of that level is left out. "rollback": variables and optimisers
-            go back to the start of the outer step; data and random numbers go on. Either way the row says so. On a GPU, "raise" looks
-            when rows are logged; the others look at every step, for which the host waits.
+            go back to the start of the outer step; data and random numbers go on. Either way the row says so. On a GPU, "raise"
+            looks when rows are logged; the others look at every step, for which the host waits.
         nonfinite_limit: how many are left out or taken back before they raise after all.
         progress: whether to show a progress bar, where there is a terminal.
 

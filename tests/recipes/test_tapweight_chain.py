@@ -93,7 +93,7 @@ def test_the_streamed_gradient_is_the_closed_form_with_the_cotangent_of_the_step
     class Watch(mlopt.Callback):
         def on_step_end(self, run):
             gradients.append(problem["reweighting"].module.logits.grad.clone())
-            states.append(run.engine.generators["pretraining"])
+            states.append(run.engine.gradients.generators["pretraining"])
 
     mlopt.solve(problem, 2, callbacks=[Watch()], seed=1)
     theta, omega = reference["pretraining"].module, reference["finetuning"].module

@@ -297,7 +297,7 @@ def test_streaming_uses_the_cotangent_of_the_step_before():
     class Watch(mlopt.Callback):
         def on_step_end(self, run):
             gradients.append(weights.logits.grad.clone())
-            ages.append(run.engine.reports["net"].age)
+            ages.append(run.engine.gradients.reports["net"].age)
 
     weights, net = TwoWeights(), variables(torch.zeros(3, dtype=F64))
     problem = Problem(
