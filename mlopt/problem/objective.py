@@ -127,7 +127,7 @@ def scalar(value: Any, label: str) -> Tensor:
         raise ProblemError(f"{label} is a {type(value).__name__}; it must be a scalar tensor")
     if value.numel() != 1:
         raise ProblemError(f"{label} has shape {tuple(value.shape)}; it must be a scalar: take its mean")
-    return value.reshape(())
+    return value if value.dim() == 0 else value.reshape(())
 
 
 def read_outcome(value: Any, level: Level) -> Outcome:

@@ -48,6 +48,8 @@ class Engine:
         self.skipped: dict[str, int] = {}
         #: Warm-up steps that each level has taken.
         self.warmed: dict[str, int] = {}
+        #: Parameters and, among them, the variables of each level; callbacks may freeze some as the run goes on.
+        self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
         self._variables: dict[str, Tensors] = {}
 
     @property
@@ -76,8 +78,9 @@ class Engine:
 
     def _begin(self) -> None:
         self.gradients.logs = {}
-        # A callback may have frozen some.
-        self._variables = {}
+        self._variables = {
+            name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
+        }
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -130,7 +133,7 @@ class Engine:
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the level's variables, on as many batches as it accumulates."""
-        variables = self._variables[level.name] = self._variables.get(level.name) or level.parameters
+        variables = self._variables[level.name]
         for variable in variables:
             variable.grad = None
         stream = self.streams[level.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ from ..tensors import Tensors, add, axpy, dot, is_finite, scale
 from .precision import Precision
 
 __all__ = ["Gradients"]
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Gradients:
@@ -80,7 +84,7 @@ class Gradients:
         """
         others = [self.problem[name].module for name in level.references]
         # Only a level's own training steps keep what its module does to its buffers.
-        with cloned_buffers(others):
+        with cloned_buffers(others) if others else _NOTHING:
             if self.problem.graph[level.name].parts:
                 return self._total_gradient(level, variables, batches, last)
             return self._own_gradient(level, variables, batches, last)
@@ -91,7 +95,7 @@ class Gradients:
         losses, signals = [], []
         for k, batch in enumerate(batches):
             self._stand(level, batch, replayed=last and k == len(batches) - 1)
-            with precision.autocast():
+            with precision.autocast:
                 outcome = self._outcome(level)
             if isinstance(outcome.loss, Mixture):
                 loss, aligned = self._descend_mixture(level, variables, outcome.loss, held, share)
@@ -114,7 +118,8 @@ class Gradients:
             )
         scaled = self._precisions[level.name].scaled(loss)
         (scaled if share == 1.0 else share * scaled).backward(inputs=variables)  # type: ignore[no-untyped-call]
-        return loss.detach()
+        # A copy where it is a variable, or a part of one, which goes on to change.
+        return loss.detach().clone() if loss.is_leaf or loss._is_view() else loss.detach()
 
     def _descend_mixture(
         self, level: Level, variables: Tensors, mixture: Mixture, held: StreamedCotangent | None, share: float
@@ -127,7 +132,7 @@ class Gradients:
         signals: list[Tensor] = []
         mixed: Tensors = ()
         for k in range(len(mixture)):
-            with precision.autocast():
+            with precision.autocast:
                 loss = mixture.loss(k)
             loss, gradient = loss.detach(), mixture.gradient(k, variables, apart, precision.scaled(loss))
             self.logs[f"{level.name}/{mixture.names[k]}"] = loss
@@ -162,12 +167,12 @@ class Gradients:
         with lookahead(point, level):
             for k, batch in enumerate(batches):
                 self._stand(level, batch, replayed=last and k == len(batches) - 1)
-                with precision.autocast():
+                with precision.autocast:
                     outcome = self._outcome(level)
                     loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.references)})
                 if level.regularizer is not None:
                     loss = loss + self._regularizer(level)
-                losses.append(loss.detach())
+                losses.append(loss.detach().clone())
                 self._log(level, losses[-1], outcome.logs, share, first=k == 0)
                 scaled = precision.scaled(loss)
                 found = partial_derivatives(self.problem, level, scaled if share == 1.0 else share * scaled)
@@ -209,10 +214,10 @@ class Gradients:
 
     def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
         """Add a share of what one evaluation gave to the row of this outer step, then refuse a loss that is not finite."""
-        for name, value in (("loss", loss), *logs.items()):
+        # Copies: variables that are logged go on to change.
+        copies = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in logs.items()}
+        for name, value in {"loss": loss, **copies}.items():
             key = f"{level.name}/{name}"
-            # A copy: a variable that is logged goes on to change.
-            value = value.detach().clone() if isinstance(value, Tensor) else value
             if share != 1.0:
                 value = share * value if first else self.logs[key] + share * value
             self.logs[key] = value

@@ -31,10 +31,16 @@ class History:
         Raises:
             ProblemError: a tensor in it is no scalar.
         """
-        for key, value in row.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ProblemError(f"{key!r} was logged with shape {tuple(value.shape)}; log scalars, such as its norm")
-        self._rows.append({key: v.detach() if isinstance(v, Tensor) else v for key, v in row.items()})
+        kept = dict(row)
+        for key, value in kept.items():
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise ProblemError(
+                        f"{key!r} was logged with shape {tuple(value.shape)}; log scalars, such as its norm"
+                    )
+                if value.requires_grad:
+                    kept[key] = value.detach()
+        self._rows.append(kept)
 
     def amend(self, values: Mapping[str, Any]) -> None:
         """Add quantities to the last row."""

@@ -26,17 +26,18 @@ class Precision:
 
     Args:
         level: the level.
+
+    Attributes:
+        autocast: the context in which the level's loss is evaluated; it can be entered again and again.
+        scaler: of the loss; None where it is not scaled.
     """
 
     def __init__(self, level: Level) -> None:
-        self._device, self._dtype = level.device, _TYPES.get(level.precision or "")
+        self._device, dtype = level.device, _TYPES.get(level.precision or "")
         self.scaler = GradScaler(self._device.type) if level.precision == "fp16" else None
-
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context in which the level's loss is evaluated."""
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
+        self.autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if dtype is not None:
+            self.autocast = torch.autocast(self._device.type, dtype=dtype)
 
     @property
     def loss_scale(self) -> Tensor | None:
