@@ -20,10 +20,11 @@ from mlopt.validation import at_least, one_of, positive
 from .levels import Pretraining, three_levels
 from .result import TapWeightResult
 from .signals import SignalProbe
-from .training import Score, finetune, fixed_weights, gradient_norms
+from .training import Saved, Score, finetune, fixed_weights, gradient_norms
 from .weights import DelayedAdam
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from torch import nn
@@ -163,6 +164,8 @@ class TapWeight:
         *,
         baselines: Sequence[str] = ("direct", "equal"),
         callbacks: Sequence[mlopt.Callback] = (),
+        checkpoint: mlopt.Checkpoints | str | os.PathLike[str] | None = None,
+        resume: bool = False,
         progress: bool = True,
     ) -> TapWeightResult:
         """Adapt the encoder, learn the weights, finetune, score; and the same for the baselines, with the same budget.
@@ -172,6 +175,9 @@ class TapWeight:
             baselines: any of "direct" (finetuning without adaptation) and "equal" (the same pretraining steps on the same
                 batches at equal weights).
             callbacks: see `mlopt.Callback`; called during the adaptation.
+            checkpoint: a folder in which each phase of the run is saved, in a folder of its own, or
+                `mlopt.Checkpoints(folder, every=...)`.
+            resume: whether to go on from there: phases that had ended are read, the others go on from their newest checkpoint.
             progress: whether to show progress bars.
 
         Returns:
@@ -185,10 +191,11 @@ class TapWeight:
             raise ValueError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
         outer, _ = self.settings.schedule(steps)
         problem, probe = self.problem(steps)
-        solution = mlopt.solve(problem, outer, callbacks=[probe, *callbacks], seed=self.seed, progress=progress)
+        solve = Saved(checkpoint, resume=resume, progress=progress)
+        solution = solve("adaptation", problem, outer, callbacks=[probe, *callbacks], seed=self.seed)
         adapted = problem["pretraining"].module.encoder
-        encoders = self._baselines(baselines, outer * self.settings.every, progress) | {"tapweight": adapted}
-        scores = {way: self._finetune(encoder, progress) for way, encoder in encoders.items()}
+        encoders = self._baselines(baselines, outer * self.settings.every, solve) | {"tapweight": adapted}
+        scores = {way: self._finetune(encoder, way, solve) for way, encoder in encoders.items()}
         weights = problem["reweighting"].module().tolist()
         return TapWeightResult(
             weights=dict(zip(self.names, weights, strict=True)),
@@ -204,12 +211,12 @@ class TapWeight:
             estimator=str(self.estimator),
         )
 
-    def _baselines(self, names: Sequence[str], steps: int, progress: bool) -> dict[str, nn.Module]:
+    def _baselines(self, names: Sequence[str], steps: int, solve: Saved) -> dict[str, nn.Module]:
         """Return the encoder of each baseline: the one at the start, and that of pretraining at equal weights."""
         encoders = {"direct": self.encoder} if "direct" in names else {}
         if "equal" in names:
             equal = self.equal_weights()
-            mlopt.solve(equal, steps, seed=self.seed, progress=progress)
+            solve("equal", equal, steps, seed=self.seed)
             encoders["equal"] = equal["pretraining"].module.encoder
         return encoders
 
@@ -255,7 +262,7 @@ class TapWeight:
             self.names,
             task.splits["valid"],
             task.collate,
-            lambda: {"pretraining": corpus.next(), "finetuning": train.next()},
+            {"pretraining": corpus, "finetuning": train},
             start=delay,
             interval=max(1, (outer - delay) // settings.measurements),
             limit=1_000,
@@ -288,7 +295,7 @@ class TapWeight:
     def _stream(self, purpose: str) -> Stream:
         return Stream(purpose, self.batches(), self.seed, self._device)
 
-    def _finetune(self, encoder: nn.Module, progress: bool) -> list[Score]:
+    def _finetune(self, encoder: nn.Module, way: str, solve: Saved) -> list[Score]:
         settings = self.settings
         return [
             finetune(
@@ -299,7 +306,7 @@ class TapWeight:
                 batch_size=settings.task_batch_size,
                 freeze_encoder=settings.freeze_encoder,
                 seed=derive_seed(self.seed, "finetune", k),
-                progress=progress,
+                solve=partial(solve, f"finetuning-{way}-{k}"),
             )
             for k in range(settings.finetunings)
         ]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mlopt.problem import Stream
+
 __all__ = ["Signal", "SignalProbe", "judge", "verdict"]
 
 
@@ -49,7 +51,7 @@ class SignalProbe(mlopt.Callback):
         names: of the objectives, in the order of their weights.
         valid: the validation examples.
         collate: joins examples into a batch.
-        draw: returns a pretraining and a finetuning batch, by level name.
+        streams: pretraining and finetuning batches of the probe's own, by level name.
         start: outer steps before the first interval.
         interval: outer steps between measurements.
         limit: the most examples in a half.
@@ -61,14 +63,14 @@ class SignalProbe(mlopt.Callback):
         names: Sequence[str],
         valid: Sequence[Any],
         collate: Callable[[list[Any]], Any],
-        draw: Callable[[], Mapping[str, Any]],
+        streams: Mapping[str, Stream],
         *,
         start: int,
         interval: int,
         limit: int,
         seed: int,
     ) -> None:
-        self.names, self._valid, self._collate, self._draw = names, valid, collate, draw
+        self.names, self._valid, self._collate, self._streams = names, valid, collate, streams
         self._start, self._interval, self._limit = start, interval, limit
         self._generator = torch.Generator().manual_seed(seed)
         #: For each interval, the mean signal of its steps, (K,), and the signals of two halves at its end.
@@ -91,7 +93,8 @@ class SignalProbe(mlopt.Callback):
     def _measure(self, problem: mlopt.Problem) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(self._valid), generator=self._generator).tolist()
         size = min(len(order) // 2, self._limit)
-        batches, seed = self._draw(), int(torch.randint(2**31, (), generator=self._generator))
+        batches = {name: stream.next() for name, stream in self._streams.items()}
+        seed = int(torch.randint(2**31, (), generator=self._generator))
         weights = problem["reweighting"].module().detach()
         signals = []
         for half in (order[:size], order[size : 2 * size]):
@@ -99,6 +102,21 @@ class SignalProbe(mlopt.Callback):
             result = mlopt.hypergradient(problem, {**batches, "reweighting": batch}, seed=seed)
             signals.append(relative_signals(result.gradient["logits"], weights).cpu())
         return signals[0], signals[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "means": self.means,
+            "halves": self.halves,
+            "steps": self._steps,
+            "generator": self._generator.get_state(),
+            "streams": {name: stream.state_dict() for name, stream in self._streams.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.means, self.halves, self._steps = list(state["means"]), list(state["halves"]), list(state["steps"])
+        self._generator.set_state(state["generator"])
+        for name, stream in self._streams.items():
+            stream.load_state_dict(state["streams"][name])
 
     def signals(self) -> dict[str, Signal]:
         """Return the signal of each objective over the run so far."""

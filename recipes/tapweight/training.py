@@ -16,14 +16,41 @@ from mlopt.generators import preserved, seed_everything
 from .levels import Finetuning, Pretraining, objective_losses, task_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    import os
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from .objective import Objective
     from .task import Task
 
-__all__ = ["Score", "finetune", "fixed_weights", "gradient_norms"]
+__all__ = ["Saved", "Score", "finetune", "fixed_weights", "gradient_norms"]
+
+
+class Saved:
+    """`mlopt.solve` for the phases of a recipe, each of which is saved in a folder of its own, where any is.
+
+    A phase that had ended before a resume is read from its last checkpoint.
+
+    Args:
+        checkpoint: the folder of all phases, or how to save in it; nothing is saved when None.
+        resume: whether phases go on from their newest checkpoints.
+        progress: whether to show progress bars.
+    """
+
+    def __init__(
+        self, checkpoint: mlopt.Checkpoints | str | os.PathLike[str] | None, *, resume: bool, progress: bool
+    ) -> None:
+        if resume and checkpoint is None:
+            raise ValueError("resume=True without checkpoint; give the folder that the run was saved in")
+        known = checkpoint is None or isinstance(checkpoint, mlopt.Checkpoints)
+        self._checkpoints: Any = checkpoint if known else mlopt.Checkpoints(checkpoint)  # type: ignore[arg-type]
+        self._options = {"resume": resume, "progress": progress}
+
+    def __call__(self, phase: str, problem: mlopt.Problem, steps: int, **options: Any) -> mlopt.Solution:
+        """Solve the problem of a phase."""
+        own = self._checkpoints and attrs.evolve(self._checkpoints, folder=self._checkpoints.folder / phase)
+        return mlopt.solve(problem, steps, checkpoint=own, **self._options, **options)
 
 
 @attrs.frozen
@@ -111,6 +138,12 @@ class _BestEpoch(mlopt.Callback):
             self.valid, self.epoch = valid, run.step // self._interval
             self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"valid": self.valid, "epoch": self.epoch, "state": self._state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.valid, self.epoch, self._state = state["valid"], state["epoch"], dict(state["state"])
+
     def restore(self) -> None:
         """Load the variables of the best epoch."""
         self._model.load_state_dict(self._state)
@@ -125,7 +158,7 @@ def finetune(
     batch_size: int,
     freeze_encoder: bool,
     seed: int,
-    progress: bool,
+    solve: Callable[..., Any],
 ) -> Score:
     """Finetune a copy of the encoder on the task, choose the epoch by the validation split, score the test split once.
 
@@ -137,7 +170,7 @@ def finetune(
         batch_size: examples in a batch.
         freeze_encoder: whether only the head is trained.
         seed: of the head and the order of batches.
-        progress: whether to show a progress bar.
+        solve: what solves the problem: `mlopt.solve`, or a phase of `Saved`.
     """
     seed_everything(seed)
     model = Finetuning(encoder, task).to(next(encoder.parameters()).device)
@@ -155,7 +188,7 @@ def finetune(
         optimizer=partial(torch.optim.Adam, lr=learning_rate),
     )
     best = _BestEpoch(model, task, interval)
-    mlopt.solve(mlopt.Problem(level), epochs * interval, callbacks=[best], seed=seed, progress=progress)
+    solve(mlopt.Problem(level), epochs * interval, callbacks=[best], seed=seed)
     best.restore()
     return Score(valid=best.valid, test=task.score(model.encoder, model.head, "test"), epoch=best.epoch)
 
