@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
-import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import torch
 from rich.console import Console
-from rich.table import Table
 
 from mlopt.generators import seed_everything
 
+from .. import command
+from ..command import say
 from ..recipe import TapWeight
-from ..result import WAYS, TapWeightResult
-from .configuration import CommandLine, Configuration, ConfigurationError, parse, write
+from ..result import TapWeightResult
+from .configuration import CommandLine, Configuration, parse
 from .data import Molecules, molecule_net, read_corpus
 from .encoder import GINE
 from .objectives import make_objective
 from .task import MoleculeTask
 
 __all__ = ["main", "run"]
-
-_FILES = (
-    "weights.json",
-    "scores.json",
-    "history.csv",
-    "weights.png",
-    "config.json",
-    "environment.json",
-    "summary.json",
-)
 
 
 def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -> None:
@@ -55,82 +41,30 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -
 
 
 def run(configuration: Configuration, *, overwrite: bool = False) -> list[TapWeightResult]:
-    """Adapt an encoder once for each seed; tell and save the results.
-
-    Args:
-        configuration: the whole run.
-        overwrite: replace the result that the output folder holds.
-
-    Returns:
-        The results, one a seed.
-
-    Raises:
-        ConfigurationError: keys that are missing or do not go together; an output folder that holds a result.
-        DataError: the molecules cannot be used.
-    """
-    configuration.check()
-    device, output, seeds = _device(configuration.device), configuration.output, configuration.seeds
-    _claim(output, overwrite)
-    console = Console()
-    # The labelled molecules first: they are few, so that a mistake in their file shows at once.
-    tasks = {seed: _task(configuration, seed) for seed in seeds}
-    data = configuration.data
-    corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
-    _say(console, f"Corpus: {corpus.summary()}.")
-    results = []
-    for seed in seeds:
-        if len(seeds) > 1:
-            console.rule(f"seed {seed}")
-        recipe = _recipe(configuration, tasks[seed], corpus, seed, device)
-        _describe(console, recipe)
-        result = recipe.fit(configuration.steps, baselines=configuration.baselines)
-        folder = output / f"seed-{seed}" if len(seeds) > 1 else output
-        if overwrite and not results:
-            _clear(output)
-        result.save(folder)
-        write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
-        for table in result.tables():
-            console.print(table)
-        _say(console, result.verdict)
-        results.append(result)
-    if len(seeds) > 1:
-        write(configuration.resolved(output=output, seeds=seeds, device=device), output / "config.json")
-        _summarise(console, results, seeds, output)
-    _say(console, f"Saved in {output}.")
-    return results
+    """Adapt an encoder once for each seed; tell and save the results; see `mlopt.recipes.tapweight.command.run`."""
+    return command.run(configuration, _Recipes, overwrite=overwrite)
 
 
-def _device(name: str) -> str:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
-    return ("cuda" if available else "cpu") if name == "auto" else name
+class _Recipes:
+    """The recipe of each seed."""
 
+    def __init__(self, configuration: Configuration, console: Console) -> None:
+        self._configuration = configuration
+        # The labelled molecules first: they are few, so that a mistake in their file shows at once.
+        self._tasks = {seed: _task(configuration, seed) for seed in configuration.seeds}
+        data = configuration.data
+        self._corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
+        say(console, f"Corpus: {self._corpus.summary()}.")
 
-def _claim(output: Path, overwrite: bool) -> None:
-    """Make the output folder before anything is computed, and refuse one that holds a result."""
-    if output.exists() and not output.is_dir():
-        raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
-    held = next(_held(output), None)
-    if held is not None and not overwrite:
-        raise ConfigurationError(
-            f"{output} already holds a result ({held.name}); give another --output, or --overwrite"
-        )
-    output.mkdir(parents=True, exist_ok=True)
+    def __call__(self, seed: int, device: str) -> TapWeight:
+        """Return the recipe of a seed."""
+        return _recipe(self._configuration, self._tasks[seed], self._corpus, seed, device)
 
-
-def _held(output: Path) -> Iterator[Path]:
-    """Yield what earlier runs left in a folder."""
-    yield from (output / name for name in _FILES if (output / name).is_file())
-    if (output / "encoder" / "model.safetensors").is_file():
-        yield output / "encoder"
-    yield from (folder for folder in sorted(output.glob("seed-*")) if (folder / "weights.json").is_file())
-
-
-def _clear(output: Path) -> None:
-    """Remove what earlier runs left, once there is a new result: one of fewer seeds would mix with the old."""
-    for old in list(_held(output)):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    def introduce(self, recipe: TapWeight) -> str:
+        """Say what the task is."""
+        task: Any = recipe.task
+        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in task.splits.items())
+        return f"Task: {task.kind} of {', '.join(task.label_names)}, scored by {task.metric_name}; molecules: {sizes}."
 
 
 def _task(configuration: Configuration, seed: int) -> MoleculeTask:
@@ -159,56 +93,3 @@ def _recipe(configuration: Configuration, task: MoleculeTask, corpus: Molecules,
         settings=configuration.settings,
         seed=seed,
     )
-
-
-def _describe(console: Console, recipe: TapWeight) -> None:
-    """Tell what the task is, with what a user should know about the data."""
-    task: Any = recipe.task
-    sizes = ", ".join(f"{len(examples)} {split}" for split, examples in task.splits.items())
-    _say(
-        console,
-        f"Task: {task.kind} of {', '.join(task.label_names)}, scored by {task.metric_name}; molecules: {sizes}.",
-    )
-    recipe.prepare()
-    remarks = [*task.remarks]
-    for objective in recipe.objectives:
-        remarks += [f"{objective.name}: {remark}" for remark in getattr(objective, "remarks", ())]
-    for remark in remarks:
-        _say(console, f"Note: {remark}.")
-
-
-def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequence[int], output: Path) -> None:
-    """Tell, and write to `summary.json`, means and standard deviations over the seeds."""
-    first = results[0]
-    weights = {name: _spread([result.weights[name] for result in results]) for name in first.weights}
-    scores = {
-        way: {split: _spread([result.scores[way][split] for result in results]) for split in score}
-        for way, score in first.scores.items()
-    }
-    summary = {"seeds": list(seeds), "metric": first.metric, "weights": weights, "scores": scores}
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _say(console, f"Means (and standard deviations) over {len(seeds)} seeds:")
-    table = Table("objective", "weight", "helps", "harms", title="Learned weights")
-    for name, spread in sorted(weights.items(), key=lambda item: -item[1]["mean"]):
-        means = [result.signals[name].mean for result in results if result.signals[name].significant]
-        helps = sum(mean > 0 for mean in means)
-        table.add_row(name, _show(spread), f"{helps} of {len(seeds)}", f"{len(means) - helps} of {len(seeds)}")
-    console.print(table)
-    better = "higher" if first.greater_is_better else "lower"
-    table = Table("way", "validation", "test", title=f"{first.metric} ({better} is better)")
-    for way, score in scores.items():
-        table.add_row(WAYS[way], _show(score["valid"]), _show(score["test"]))
-    console.print(table)
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
-
-
-def _show(spread: dict[str, float]) -> str:
-    return f"{spread['mean']:.3f} ({spread['std']:.3f})"
-
-
-def _say(console: Console, sentence: str) -> None:
-    """Print a sentence as it is: to rich, the brackets of a SMILES would be markup."""
-    console.print(sentence, markup=False, highlight=False, soft_wrap=True)

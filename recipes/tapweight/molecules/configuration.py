@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import attrs
-import cattrs
-import tyro
-from cattrs.cols import homogenous_tuple_structure_factory
-from cattrs.gen import make_dict_structure_fn
 from tyro.conf import arg
 
 from mlopt.validation import at_least
 
+from .. import configuration as reader
+from ..configuration import ConfigurationError, distinct, missing, seeds, write
 from ..recipe import Settings
 from .objectives import OBJECTIVES
 
@@ -29,22 +23,6 @@ _OBJECTIVES_HELP = (
     f"what to pretrain on, at least two; their weights are learned. There are {', '.join(OBJECTIVES)} "
     "(a control that should get little weight)."
 )
-_LARGEST_SEED = 2**32 - 1  # numpy's
-
-
-class ConfigurationError(ValueError):
-    """A configuration that cannot be run; the message says which key, what was found and what it may be."""
-
-
-def _distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
-    if not value or len(set(value)) < len(value):
-        raise ConfigurationError(f"{attribute.name}={list(value)}; give at least one, and each once")
-
-
-def _seeds(instance: object, attribute: attrs.Attribute[Any], value: tuple[int, ...]) -> None:
-    _distinct(instance, attribute, value)
-    if not 0 <= min(value) <= max(value) <= _LARGEST_SEED:
-        raise ConfigurationError(f"{attribute.name}={list(value)}; seeds are whole numbers from 0 to {_LARGEST_SEED}")
 
 
 @attrs.frozen(kw_only=True)
@@ -135,10 +113,10 @@ class Configuration:
     output: Annotated[Path | None, arg(metavar=_FOLDER, help_behavior_hint="(required)")] = None
     steps: int = attrs.field(default=2_000, validator=at_least(1))
     seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]", aliases=["--seed"])] = attrs.field(
-        default=(0,), validator=_seeds
+        default=(0,), validator=seeds
     )
     objectives: Annotated[tuple[Literal[*OBJECTIVES], ...], arg(metavar="NAME [NAME ...]", help=_OBJECTIVES_HELP)] = (
-        attrs.field(default=tuple(name for name in OBJECTIVES if name != "random_labels"), validator=_distinct)
+        attrs.field(default=tuple(name for name in OBJECTIVES if name != "random_labels"), validator=distinct)
     )
     baselines: Annotated[tuple[Literal["direct", "equal"], ...], arg(metavar="[{direct,equal} ...]")] = (
         "direct",
@@ -159,7 +137,7 @@ class Configuration:
         data, settings = self.data, self.settings
         for path, value in (("output", self.output), ("data.corpus", data.corpus)):
             if value is None:
-                raise _missing(path)
+                raise missing(path)
         if (data.train is None) == (data.dataset is None):
             raise ConfigurationError(
                 "give either --train FILE.csv (`train` in [data]) or --dataset NAME (`dataset` in [data])"
@@ -196,129 +174,10 @@ class CommandLine(Configuration):
 
 
 def parse(arguments: Sequence[str], *, prog: str) -> CommandLine:
-    """Return the configuration of a command line: its own options, else those of its `--config`, else the defaults.
-
-    Raises:
-        ConfigurationError: the file cannot be used, or an option has a wrong value.
-        SystemExit: after `--help`, and arguments that cannot be parsed.
-    """
-    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    file = first.parse_known_args(arguments)[0].config
-    start = Configuration() if file is None else read(file)
-    fields = {field.name: getattr(start, field.name) for field in attrs.fields(Configuration)}
-    return tyro.cli(
-        CommandLine, args=arguments, default=CommandLine(**fields), config=(tyro.conf.OmitArgPrefixes,), prog=prog
-    )
+    """Return the configuration of a command line; see `mlopt.recipes.tapweight.configuration.parse`."""
+    return reader.parse(arguments, CommandLine, Configuration, prog=prog)
 
 
 def read(file: Path) -> Configuration:
-    """Read a configuration file.
-
-    Args:
-        file: .toml or .json.
-
-    Raises:
-        ConfigurationError: there is no such file, it is not in its format, it has a key that there is not, or a wrong value.
-    """
-    if file.suffix not in (".toml", ".json"):
-        raise ConfigurationError(f"{file}: a configuration is a .toml or a .json file")
-    if not file.is_file():
-        raise ConfigurationError(f"{file}: no such file; give the path of a configuration")
-    loads = tomllib.loads if file.suffix == ".toml" else json.loads
-    try:
-        content = loads(file.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{file}: not valid {file.suffix[1:].upper()} ({error})") from error
-    try:
-        return _CONVERTER.structure(content, Configuration)
-    except (cattrs.BaseValidationError, _UnexpectedError) as error:
-        raise ConfigurationError(f"{file}: {'; '.join(_complaints(error))}") from error
-
-
-def write(configuration: Configuration, file: Path) -> None:
-    """Write a configuration as JSON, for `read`."""
-    content = _CONVERTER.unstructure(configuration, Configuration)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _missing(path: str) -> ConfigurationError:
-    section, _, name = path.rpartition(".")
-    return ConfigurationError(
-        f"--{name} is missing; give it, or `{name}`{f' in [{section}]' if section else ''} in --config"
-    )
-
-
-class _UnexpectedError(ValueError):
-    """A value of another kind than it must be."""
-
-
-def _expect(good: bool, value: Any, kind: str) -> Any:
-    if not good:
-        raise _UnexpectedError(f"={value!r}; it must be {kind}")
-    return value
-
-
-def _converter() -> cattrs.Converter:
-    """Return a converter that takes values as they stand: cattrs alone would read "3" as 3, and "ab" as ("a", "b")."""
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    for kind, accepted, name in (
-        (bool, (bool,), "true or false"),
-        (int, (int,), "a whole number"),
-        (float, (float, int), "a number"),
-        (str, (str,), "text"),
-        (Path, (str,), "a path, as text"),
-    ):
-        converter.register_structure_hook(kind, _scalar(kind, accepted, name))
-    converter.register_unstructure_hook(Path, str)
-
-    @converter.register_structure_hook_factory(lambda kind: get_origin(kind) is Literal)
-    def choice(kind: Any) -> Any:
-        expected = f"one of {', '.join(map(repr, get_args(kind)))}"
-        return lambda value, _: _expect(isinstance(value, str) and value in get_args(kind), value, expected)
-
-    @converter.register_structure_hook_factory(lambda kind: get_origin(kind) is tuple)
-    def sequence(kind: Any, converter: cattrs.Converter) -> Any:
-        structure = homogenous_tuple_structure_factory(kind, converter)
-        return lambda value, _: structure(_expect(isinstance(value, list), value, "a list"), kind)
-
-    @converter.register_structure_hook_factory(attrs.has)
-    def section(kind: Any, converter: cattrs.Converter) -> Any:
-        structure = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
-        return lambda value, _: structure(_expect(isinstance(value, dict), value, "a table of keys"), kind)
-
-    return converter
-
-
-def _scalar(kind: Any, accepted: tuple[type, ...], name: str) -> Any:
-    return lambda value, _: kind(_expect(type(value) in accepted, value, name))
-
-
-def _complaints(error: Exception) -> list[str]:
-    """Return what is wrong with a file, each with its place in it."""
-    complaints = []
-    for line in cattrs.transform_error(error, path="", format_exception=_complaint):
-        text, _, path = line.rpartition(" @ ")
-        complaints.append(f"{path.removeprefix('.') or 'the configuration'}{text}")
-    return complaints
-
-
-def _complaint(error: BaseException, _: type | None) -> str:
-    if isinstance(error, _UnexpectedError):
-        return str(error)
-    if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return "; ".join(_unknown(key, error.cl) for key in sorted(error.extra_fields))
-    return f": {error}"
-
-
-def _unknown(key: str, section: type) -> str:
-    own = {name: name for name in attrs.fields_dict(section)}
-    places = {name: f"{part}.{name}" for part, kind in _SECTIONS.items() for name in attrs.fields_dict(kind)}
-    near = [known[name] for known in (own, places) for name in difflib.get_close_matches(key, known, n=1)]
-    return (
-        f" has no key {key!r}; did you mean {near[0]!r}?" if near else f" has no key {key!r}; it has {', '.join(own)}"
-    )
-
-
-_SECTIONS = {"data": Data, "settings": Settings, "encoder": Encoder}
-_CONVERTER = _converter()
+    """Read a configuration file; see `mlopt.recipes.tapweight.configuration.read`."""
+    return reader.read(file, Configuration)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
 import importlib
-import io
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -16,9 +11,11 @@ from typing import TYPE_CHECKING, Any, overload
 import attrs
 import torch
 
+from ..files import DataError, column_of, lines_of, suffix_of, suggestion, table_of
+
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from types import ModuleType
 
     from torch_geometric.data import Data
@@ -26,10 +23,6 @@ if TYPE_CHECKING:
 _TABLES = (".csv",)
 _LISTS = (".smi", ".txt")
 _NAMED_IN_SUMMARY = 3
-
-
-class DataError(ValueError):
-    """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
 
 
 def import_extra(name: str) -> ModuleType:
@@ -144,12 +137,12 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
     if limit is not None and limit < 2:
         raise ValueError(f"limit={limit!r}: a corpus needs at least 2 molecules; raise the limit or leave it out")
     path = Path(path)
-    if _suffix(path, _TABLES + _LISTS) in _TABLES:
-        header, records = _table(path)
-        column = _column(path, header, "smiles")
+    if suffix_of(path, _TABLES + _LISTS) in _TABLES:
+        header, records = table_of(path)
+        column = column_of(path, header, "smiles")
         lines = ((row, cells[column]) for row, cells in records)
     else:
-        lines = ((row, (line.split() or [""])[0]) for row, line in enumerate(_lines(path), start=1) if line.strip())
+        lines = ((row, (line.split() or [""])[0]) for row, line in enumerate(lines_of(path), start=1) if line.strip())
     molecules = _molecules(path, ((row, smiles, ()) for row, smiles in lines), (), strict=strict, limit=limit)
     if len(molecules) < 2:
         raise DataError(f"{path}: a corpus of one molecule is too small to pretrain on; give at least 2")
@@ -179,14 +172,14 @@ def read_table(
         FileNotFoundError: where there is no such file.
     """
     path = Path(path)
-    _suffix(path, _TABLES)
-    header, records = _table(path)
-    smiles = _column(path, header, smiles_column)
+    suffix_of(path, _TABLES)
+    header, records = table_of(path)
+    smiles = column_of(path, header, smiles_column)
     if labels is None:
         labels = [name for index, name in enumerate(header) if index != smiles]
     if isinstance(labels, str) or not labels:
         raise DataError(f"{path}: labels={labels!r} names no label column; the columns are {', '.join(header)}")
-    columns = [_column(path, header, label) for label in labels]
+    columns = [column_of(path, header, label) for label in labels]
     if smiles in columns or len(set(columns)) < len(columns):
         raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
     names = tuple(header[column] for column in columns)
@@ -222,100 +215,16 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
 
     key = name.lower()
     if key not in dataset_class.names:
-        raise DataError(f"name={name!r} is no MoleculeNet data set{_suggestion(key, dataset_class.names)}")
+        raise DataError(f"name={name!r} is no MoleculeNet data set{suggestion(key, dataset_class.names)}")
     try:
         raw = Path(RawFile(str(root), key).raw_paths[0])
     except OSError as error:
         place = Path(root) / key / "raw" / f"{dataset_class.names[key][2]}.csv"
         raise DataError(f"MoleculeNet {name} cannot be fetched ({error}); lay its raw file at {place}") from error
     smiles, labels = dataset_class.names[key][3:]
-    header, _ = _table(raw)
+    header, _ = table_of(raw)
     chosen = header[labels] if isinstance(labels, slice) else [header[labels]]
     return read_table(raw, labels=chosen, smiles_column=header[smiles])
-
-
-def _suffix(path: Path, known: Sequence[str]) -> str:
-    """Return the suffix of a file, `.gz` apart, after checking that it is a known one."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix not in known:
-        names = ", ".join(f"{one}, {one}.gz" for one in known)
-        raise DataError(f"{path}: the suffix {suffix!r} is not one of {names}; rename or convert the file")
-    return suffix
-
-
-def _text(path: Path) -> str:
-    """Return the text of a file that may be gzipped, or say in which line it is no text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the path of a file of molecules")
-    content = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not a whole gzip file ({error}); compress it again or drop .gz") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
-        raise DataError(f"{path}, row {row}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 text") from error
-    if "\0" in text:
-        row = text[: text.index("\0")].count("\n") + 1
-        raise DataError(f"{path}, row {row}: a NUL byte, so this is no text file; save the file as UTF-8 text")
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty; give a file with at least one molecule")
-    return text
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Return the lines of a file, for any convention of line ends."""
-    return io.StringIO(_text(path), newline=None)
-
-
-def _table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a CSV file, and its further records with the line that each starts at."""
-    records = _records(path)
-    _, header = next(records)
-    header = [name.strip() for name in header]
-    if duplicates := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{path}: the header names {duplicates[0]!r} more than once; rename the columns")
-    return header, records
-
-
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV file, all of one length, each with the line that it starts at; skip blank lines."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    width = None
-    while True:
-        row = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"{path}, row {row}: not valid CSV ({error}); check the quotes from there on") from error
-        if not cells:
-            continue
-        width = width or len(cells)
-        if len(cells) != width:
-            raise DataError(f"{path}, row {row}: {len(cells)} cells, but the header has {width}; quote or add commas")
-        yield row, cells
-
-
-def _column(path: Path, header: Sequence[str], name: str) -> int:
-    """Return the index of a column, found by its exact name, else by its name in any case."""
-    if name in header:
-        return header.index(name)
-    alike = [index for index, other in enumerate(header) if other.casefold() == name.casefold()]
-    if len(alike) != 1:
-        raise DataError(f"{path}: no column {name!r}{_suggestion(name, header)}")
-    return alike[0]
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error about an unknown name: the names there are, and the closest."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; there are {', '.join(map(repr, known))}{f' - did you mean {close[0]!r}?' if close else ''}"
 
 
 def _molecules(

@@ -1,0 +1,104 @@
+"""Reading text files and tables: gzipped or not, and where one cannot be read, the file, the row and the remedy."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = ["DataError", "column_of", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
+
+
+class DataError(ValueError):
+    """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
+
+
+def suffix_of(path: Path, known: Sequence[str]) -> str:
+    """Return the suffix of a file, `.gz` apart, after checking that it is a known one."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in known:
+        names = ", ".join(f"{one}, {one}.gz" for one in known)
+        raise DataError(f"{path}: the suffix {suffix!r} is not one of {names}; rename or convert the file")
+    return suffix
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a file that may be gzipped, or say in which line it is no text."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the path of a data file")
+    content = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error}); compress it again or drop .gz") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise DataError(f"{path}, row {row}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 text") from error
+    if "\0" in text:
+        row = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{path}, row {row}: a NUL byte, so this is no text file; save the file as UTF-8 text")
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty; give a file with at least one example")
+    return text
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Return the lines of a file, for any convention of line ends."""
+    return io.StringIO(text_of(path), newline=None)
+
+
+def table_of(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the header of a CSV file, and its further records with the line that each starts at."""
+    records = _records(path)
+    _, header = next(records)
+    header = [name.strip() for name in header]
+    if duplicates := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}: the header names {duplicates[0]!r} more than once; rename the columns")
+    return header, records
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records of a CSV file, all of one length, each with the line that it starts at; skip blank lines."""
+    reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
+    width = None
+    while True:
+        row = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}, row {row}: not valid CSV ({error}); check the quotes from there on") from error
+        if not cells:
+            continue
+        width = width or len(cells)
+        if len(cells) != width:
+            raise DataError(f"{path}, row {row}: {len(cells)} cells, but the header has {width}; quote or add commas")
+        yield row, cells
+
+
+def column_of(path: Path, header: Sequence[str], name: str) -> int:
+    """Return the index of a column, found by its exact name, else by its name in any case."""
+    if name in header:
+        return header.index(name)
+    alike = [index for index, other in enumerate(header) if other.casefold() == name.casefold()]
+    if len(alike) != 1:
+        raise DataError(f"{path}: no column {name!r}{suggestion(name, header)}")
+    return alike[0]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the names there are, and the closest."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; there are {', '.join(map(repr, known))}{f' - did you mean {close[0]!r}?' if close else ''}"
