@@ -92,7 +92,7 @@ def recipe(corpus: Molecules, table: Path, seed: int, size: Size, device: str) -
 def cost(tapweight: TapWeight, every: int, rounds: int, device: str) -> float:
     """Return the time of an outer step with `every` pretraining steps over that of `every` plain pretraining steps."""
     tapweight.settings = attrs.evolve(tapweight.settings, every=every)
-    whole, plain = tapweight.problem(1_000)[0], tapweight.equal_weights()
+    whole, plain = tapweight.problem(1_000)[0], tapweight.equal_weights(1_000)
     engines = Engine(whole, seed=0), Engine(plain, seed=0)
 
     def plain_steps() -> None:

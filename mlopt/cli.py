@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
-        return _refuse("interrupted; a run that had not ended is not saved", 130)
+        return _refuse("interrupted; of a run that had not ended, what its checkpoints hold is saved", 130)
     except (MloptError, OSError) as error:
         return _refuse(str(error), 2)
     except (ValueError, ImportError) as error:

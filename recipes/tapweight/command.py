@@ -9,16 +9,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import attrs
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from .configuration import ConfigurationError, write
+import mlopt
+
+from .configuration import ConfigurationError, read, write
 from .recipe import TapWeight
 from .result import WAYS, TapWeightResult
 
 __all__ = ["Recipes", "run", "say"]
 
+_CHECKPOINTS = "checkpoints"
+#: What a run may be gone on with otherwise: it does not change the result.
+_FREE = ("output", "device", "checkpoint_every")
 _FILES = (
     "weights.json",
     "scores.json",
@@ -42,24 +48,29 @@ class Recipes(Protocol):
         ...
 
 
-def run(configuration: Any, prepare: Any, *, overwrite: bool = False) -> list[TapWeightResult]:
+def run(configuration: Any, prepare: Any, *, overwrite: bool = False, resume: bool = False) -> list[TapWeightResult]:
     """Adapt an encoder once for each seed; tell and save the results.
 
     Args:
-        configuration: the whole run: `output`, `seeds`, `steps`, `baselines`, `device`, a method `check` and a method `resolved`.
+        configuration: the whole run: `output`, `seeds`, `steps`, `baselines`, `device`, `checkpoint_every`, and methods `check`
+            and `resolved`.
         prepare: reads the data, telling what there is on a console, and returns the modality's `Recipes`.
         overwrite: replace the result that the output folder holds.
+        resume: go on with the run of the same configuration that was begun there, if there is one.
 
     Returns:
         The results, one a seed.
 
     Raises:
-        ConfigurationError: keys that are missing or do not go together; an output folder that holds a result.
+        ConfigurationError: keys that are missing or do not go together; an output folder that holds a result, or, with `resume`,
+            a run of another configuration.
         DataError: the data cannot be used.
     """
     configuration.check()
     device, output, seeds = _device(configuration.device), configuration.output, configuration.seeds
-    _claim(output, overwrite)
+    _claim(output, overwrite, resume)
+    whole = configuration.resolved(output=output, seeds=seeds, device=device)
+    _note(whole, output / _CHECKPOINTS / "config.json")
     console = Console()
     recipes: Recipes = prepare(configuration, console)
     results = []
@@ -69,8 +80,10 @@ def run(configuration: Any, prepare: Any, *, overwrite: bool = False) -> list[Ta
         recipe = recipes(seed, device)
         say(console, recipes.introduce(recipe))
         _remark(console, recipe)
-        result = recipe.fit(configuration.steps, baselines=configuration.baselines)
         folder = output / f"seed-{seed}" if len(seeds) > 1 else output
+        checkpoints = mlopt.Checkpoints(folder / _CHECKPOINTS, every=configuration.checkpoint_every)
+        baselines = configuration.baselines
+        result = recipe.fit(configuration.steps, baselines=baselines, checkpoint=checkpoints, resume=resume)
         if overwrite and not results:
             _clear(output)
         result.save(folder)
@@ -80,7 +93,7 @@ def run(configuration: Any, prepare: Any, *, overwrite: bool = False) -> list[Ta
         say(console, result.verdict)
         results.append(result)
     if len(seeds) > 1:
-        write(configuration.resolved(output=output, seeds=seeds, device=device), output / "config.json")
+        write(whole, output / "config.json")
         _summarise(console, results, seeds, output)
     say(console, f"Saved in {output}.")
     return results
@@ -103,16 +116,54 @@ def _device(name: str) -> str:
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
-def _claim(output: Path, overwrite: bool) -> None:
-    """Make the output folder before anything is computed, and refuse one that holds a result."""
+def _claim(output: Path, overwrite: bool, resume: bool) -> None:
+    """Make the output folder before anything is computed, and refuse one that holds a result, or a run that was begun."""
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
-    held = next(_held(output), None)
-    if held is not None and not overwrite:
+    if overwrite and resume:
+        raise ConfigurationError("--overwrite and --resume do not go together; give one of them")
+    begun, held = (output / _CHECKPOINTS / "config.json").is_file(), next(_held(output), None)
+    if held is not None and not overwrite and not (resume and begun):
         raise ConfigurationError(
             f"{output} already holds a result ({held.name}); give another --output, or --overwrite"
         )
+    if begun and not overwrite and not resume:
+        raise ConfigurationError(
+            f"{output} holds a run that was begun; go on with it by --resume, or give another --output, or --overwrite"
+        )
+    if overwrite:
+        for folder in (output, *output.glob("seed-*")):
+            if (folder / _CHECKPOINTS).is_dir():
+                shutil.rmtree(folder / _CHECKPOINTS)
     output.mkdir(parents=True, exist_ok=True)
+
+
+def _note(configuration: Any, file: Path) -> None:
+    """Write down the configuration of a run that begins; hold it against that of a run to go on with.
+
+    Raises:
+        ConfigurationError: they differ in something that the result depends on.
+    """
+    if file.is_file():
+        before = read(file, type(configuration))
+        own, other = (_flat(attrs.asdict(one)) for one in (configuration, before))
+        differ = [key for key in own if own[key] != other[key] and key not in _FREE]
+        if differ:
+            raise ConfigurationError(
+                f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; go on with the "
+                "same configuration, or give another --output"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(configuration, file)
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a dictionary of dictionaries, by the dotted path of their keys."""
+    flat = {}
+    for key, value in nested.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{path}".rstrip("."): entry for path, entry in inner.items()}
+    return flat
 
 
 def _held(output: Path) -> Iterator[Path]:

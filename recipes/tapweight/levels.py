@@ -85,6 +85,7 @@ def three_levels(
     train: Iterable[Any],
     valid: Iterable[Any],
     optimizers: Mapping[str, Callable[..., torch.optim.Optimizer]],
+    schedulers: Mapping[str, Callable[..., Any] | None],
     every: int,
     estimator: mlopt.Estimator,
 ) -> mlopt.Problem:
@@ -100,6 +101,7 @@ def three_levels(
         train: batches of labelled examples for finetuning.
         valid: batches of labelled examples for reweighting.
         optimizers: by level name.
+        schedulers: of pretraining and finetuning, by level name; None for a learning rate that stays.
         every: pretraining steps for each step on the weights.
         estimator: how finetuning is pulled back; with the identity, no network pass is needed.
     """
@@ -136,6 +138,7 @@ def three_levels(
             finetuning_loss,
             data=train,
             optimizer=optimizers["finetuning"],
+            scheduler=schedulers["finetuning"],
             regularizer=coupling,
             estimator=estimator,
         ),
@@ -145,6 +148,7 @@ def three_levels(
             pretraining_loss,
             data=corpus,
             optimizer=optimizers["pretraining"],
+            scheduler=schedulers["pretraining"],
             steps=every,
             estimator=mlopt.Identity(streamed=True),
         ),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import torch
-from torch.optim import Adam
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from torch.utils.data import DataLoader
 
 import mlopt
@@ -48,8 +49,10 @@ class Settings:
         batch_size: unlabelled examples in a batch.
         task_batch_size: labelled training examples in a batch.
         valid_batch_size: validation examples in a batch for the weights; all of them where there are no more.
-        pretraining_lr: learning rate of Adam on the encoder and the objectives' heads.
-        finetuning_lr: learning rate of Adam on the finetuning level.
+        pretraining_lr: learning rate of AdamW on the encoder and the objectives' heads.
+        finetuning_lr: learning rate of AdamW on the finetuning level.
+        weight_decay: of AdamW, on both.
+        lr_schedule: what becomes of the learning rates of both over the run: they stay, or fall to zero on a line or a cosine.
         warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
         weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.
         scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
@@ -68,6 +71,8 @@ class Settings:
     valid_batch_size: int = attrs.field(default=128, validator=at_least(1))
     pretraining_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     finetuning_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    weight_decay: float = attrs.field(default=0.0, validator=at_least(0.0))
+    lr_schedule: str = attrs.field(default="constant", validator=one_of("constant", "linear", "cosine"))
     warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
     weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
     scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
@@ -91,6 +96,14 @@ class Settings:
                 f"measurements={self.measurements} are needed to judge them: take more steps"
             )
         return outer, delay
+
+    def scheduler(self, steps: int) -> Callable[..., Any] | None:
+        """Return what makes the scheduler of an optimiser that takes so many steps."""
+        if self.lr_schedule == "constant":
+            return None
+        if self.lr_schedule == "linear":
+            return partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps)
+        return partial(CosineAnnealingLR, T_max=steps)
 
 
 class TapWeight:
@@ -215,7 +228,7 @@ class TapWeight:
         """Return the encoder of each baseline: the one at the start, and that of pretraining at equal weights."""
         encoders = {"direct": self.encoder} if "direct" in names else {}
         if "equal" in names:
-            equal = self.equal_weights()
+            equal = self.equal_weights(steps)
             solve("equal", equal, steps, seed=self.seed)
             encoders["equal"] = equal["pretraining"].module.encoder
         return encoders
@@ -249,9 +262,13 @@ class TapWeight:
             train=task.loader("train", settings.task_batch_size, shuffle=True),
             valid=task.loader("valid", settings.valid_batch_size, shuffle=True),
             optimizers={
-                "pretraining": partial(Adam, lr=settings.pretraining_lr),
-                "finetuning": partial(Adam, lr=settings.finetuning_lr),
+                "pretraining": self._adam(settings.pretraining_lr),
+                "finetuning": self._adam(settings.finetuning_lr),
                 "reweighting": partial(DelayedAdam, lr=settings.weights_lr, delay=delay),
+            },
+            schedulers={
+                "pretraining": settings.scheduler(outer * settings.every),
+                "finetuning": settings.scheduler(outer),
             },
             every=settings.every,
             estimator=self.estimator,
@@ -270,8 +287,8 @@ class TapWeight:
         )
         return problem, probe
 
-    def equal_weights(self) -> mlopt.Problem:
-        """Return continued pretraining at equal weights, from the same start and on the same batches, as a problem."""
+    def equal_weights(self, steps: int) -> mlopt.Problem:
+        """Return so many steps of pretraining at equal weights, from the same start and on the same batches, as a problem."""
         start, scales = self.prepare()
         return fixed_weights(
             copy.deepcopy(start),
@@ -279,8 +296,12 @@ class TapWeight:
             self.batches(),
             weights=dict.fromkeys(self.names, 1 / len(self.names)),
             scales=scales,
-            optimizer=partial(Adam, lr=self.settings.pretraining_lr),
+            optimizer=self._adam(self.settings.pretraining_lr),
+            scheduler=self.settings.scheduler(steps),
         )
+
+    def _adam(self, lr: float) -> Callable[..., AdamW]:
+        return partial(AdamW, lr=lr, weight_decay=self.settings.weight_decay)
 
     def batches(self) -> DataLoader[Any]:
         """Return batches of the corpus."""

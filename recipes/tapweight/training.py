@@ -111,6 +111,7 @@ def fixed_weights(
     weights: Mapping[str, float],
     scales: Mapping[str, float],
     optimizer: Any,
+    scheduler: Any,
 ) -> mlopt.Problem:
     """Return plain continued pretraining as a problem of one level: min sum_k w_k L_k over the model, trained in place."""
 
@@ -119,7 +120,7 @@ def fixed_weights(
         total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    return mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, optimizer=optimizer))
+    return mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, optimizer=optimizer, scheduler=scheduler))
 
 
 class _BestEpoch(mlopt.Callback):

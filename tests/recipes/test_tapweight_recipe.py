@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 
 import attrs
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tapweight_cases import F64, Encoder, Reconstruct, Sum
 from torch import nn
 
+import mlopt
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.recipe import Settings
 from mlopt.recipes.tapweight.training import Score, finetune
@@ -240,7 +242,7 @@ def test_the_epoch_is_chosen_on_validation_and_the_test_split_scored_once_at_it(
         batch_size=8,
         freeze_encoder=False,
         seed=0,
-        progress=False,
+        solve=partial(mlopt.solve, progress=False),
     )
     assert [split for split, _ in states] == ["valid"] * 3 + ["test"]
     assert score == Score(valid=made[chosen - 1], test=7.0, epoch=chosen)

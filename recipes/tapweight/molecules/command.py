@@ -37,12 +37,12 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -
         SystemExit: after `--help`, and options that cannot be parsed.
     """
     options: CommandLine = parse(arguments, prog=prog)
-    run(options, overwrite=options.overwrite)
+    run(options, overwrite=options.overwrite, resume=options.resume)
 
 
-def run(configuration: Configuration, *, overwrite: bool = False) -> list[TapWeightResult]:
+def run(configuration: Configuration, *, overwrite: bool = False, resume: bool = False) -> list[TapWeightResult]:
     """Adapt an encoder once for each seed; tell and save the results; see `mlopt.recipes.tapweight.command.run`."""
-    return command.run(configuration, _Recipes, overwrite=overwrite)
+    return command.run(configuration, _Recipes, overwrite=overwrite, resume=resume)
 
 
 class _Recipes:

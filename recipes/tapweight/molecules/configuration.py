@@ -105,6 +105,7 @@ class Configuration:
         objectives: what to pretrain on; their weights are learned. At least two.
         baselines: what to compare with: finetuning without pretraining, and pretraining with equal weights.
         device: where to compute; auto is a GPU where there is one.
+        checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
         data: The molecules: an unlabelled corpus to pretrain on, and labelled ones, the task.
         settings: Training: how the weights are learned, and how the result is finetuned and scored.
         encoder: The graph network that is pretrained (GINE).
@@ -123,6 +124,7 @@ class Configuration:
         "equal",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: int = attrs.field(default=100, validator=at_least(1))
     data: Data = attrs.field(factory=Data)
     settings: Settings = attrs.field(factory=Settings)
     encoder: Encoder = attrs.field(factory=Encoder)
@@ -167,10 +169,12 @@ class CommandLine(Configuration):
         config: a TOML or JSON file with any of these options, such as the config.json of an earlier result; the command line
             overrides it. Paths in it are relative to the current folder.
         overwrite: replace the result that --output holds.
+        resume: go on with the run that --output holds, from its newest checkpoints, if there is one.
     """
 
     config: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: none)")] = None
     overwrite: bool = False
+    resume: bool = False
 
 
 def parse(arguments: Sequence[str], *, prog: str) -> CommandLine:
