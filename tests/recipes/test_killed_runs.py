@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import random
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from states import assert_same_state
 
 from mlopt.solving import archive
 
@@ -85,27 +84,7 @@ def assert_equal(folder: Path, other: Path) -> None:
     for phase in phases:
         last, expected = (max((run / "checkpoints" / phase).glob("step-*")) for run in (folder, other))
         assert last.name == expected.name
-        assert_same(archive.read(last), archive.read(expected), phase)
-
-
-def assert_same(a: Any, b: Any, place: str) -> None:
-    """Hold two trees of state against each other, to the last bit."""
-    assert type(a) is type(b), place
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, place
-        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), place
-    elif isinstance(a, dict):
-        assert list(a) == list(b), place
-        for key in a:
-            assert_same(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), place
-        for k, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{place}[{k}]")
-    elif isinstance(a, float) and math.isnan(a):
-        assert math.isnan(b), place
-    else:
-        assert repr(a) == repr(b), place
+        assert_same_state(archive.read(last), archive.read(expected), phase)
 
 
 def killed_once(moments: int, seed: int) -> Callable[..., None]:
