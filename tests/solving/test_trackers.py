@@ -91,6 +91,14 @@ def test_a_resumed_run_goes_on_in_the_trackers_run_with_the_first_row_that_was_n
     assert recorder.runs == {"run 1": EXPECTED[:before] + EXPECTED[at_checkpoint:]}
 
 
+def test_rows_that_an_error_leaves_unlogged_are_sent_at_the_end(recorded):
+    recorder, make, _, _ = recorded
+    logger = make()
+    logger.on_log = lambda run, rows: None
+    play(ROWS, lambda: logger)
+    assert recorder.runs == {"run 1": EXPECTED}
+
+
 def test_wandb_offline_gets_every_row_again(monkeypatch):
     """The files of the two parts are synchronised later, and what the first one lacks is not known."""
     recorder = Recorder()
@@ -153,6 +161,19 @@ def test_tensorboard_shows_a_resumed_run_as_an_uninterrupted_one(tmp_path, log_e
     make = lambda: mlopt.TensorBoardLogger(tmp_path / "resumed")  # noqa: E731
     play(ROWS, make, log_every=log_every, save_at=6, killed_at=killed_at)
     assert repr(scalars(tmp_path / "resumed")) == repr(found)
+
+
+def test_tensorboard_shows_rows_as_soon_as_they_are_logged(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    shown = []
+
+    class Watch(mlopt.TensorBoardLogger):
+        def on_log(self, run, rows):
+            super().on_log(run, rows)
+            shown.append(len(scalars(tmp_path)["net/loss"]))
+
+    play(ROWS, lambda: Watch(tmp_path), log_every=4)
+    assert shown == [4, 8, 9]
 
 
 def test_tensorboard_shows_the_steps_of_the_resumed_run_only(tmp_path):
