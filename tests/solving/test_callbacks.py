@@ -134,6 +134,12 @@ def test_the_status_says_what_was_waited_for():
     assert run.status == "early stopping: net/loss was no better than 2, of step 2, in 2 rows"
     run = play(losses(math.nan, math.nan, key="evaluation/m"), lambda: mlopt.EarlyStopping("evaluation/m", 2))
     assert run.status == "early stopping: evaluation/m was not finite in 2 evaluations"
+    # An evaluation before the first step.
+    watch = mlopt.EarlyStopping("evaluation/m", 1)
+    run = SimpleNamespace(step=0, status=None, stop=lambda reason: setattr(run, "status", reason))
+    watch.on_evaluate(run, {"m": 2.0})
+    watch.on_evaluate(run, {"m": 2.0})
+    assert run.status == "early stopping: evaluation/m was no better than 2, of step 0, in 1 evaluations"
 
 
 def test_a_metric_that_never_appears_is_told_with_those_that_do():
