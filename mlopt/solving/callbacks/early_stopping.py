@@ -97,5 +97,6 @@ class EarlyStopping(Callback):
             return
         self._waited += 1
         if self._waited >= self.patience and run.status is None:
-            best = f"no better than {self._best:.6g}, of step {self._best_step}," if self._best_step >= 0 else "not finite"
-            run.stop(f"early stopping: {self.metric} was {best} in {self._waited} {unit}")
+            best = f"no better than {self._best:.6g}, of step {self._best_step},"
+            found = best if self._best_step >= 0 else "not finite"
+            run.stop(f"early stopping: {self.metric} was {found} in {self._waited} {unit}")
