@@ -9,7 +9,7 @@ from typing import Any
 
 from mlopt.solving import Callback, History
 
-__all__ = ["play"]
+__all__ = ["play", "play_on", "play_until_killed"]
 
 Rows = Sequence[dict[str, float]]
 
@@ -26,20 +26,32 @@ def play(
     """Play rows to a callback; return the run.
 
     A row's columns "evaluation/..." are an evaluation after that step. The order within a step is: step, evaluation, log,
-    checkpoint. With `save_at` the run is killed after `killed_at` steps, without a word to the callback, and resumed from
-    the checkpoint by a callback that knows nothing but the saved state.
+    checkpoint. With `save_at` the run is killed after `killed_at` steps, and resumed from the checkpoint by a callback that
+    knows nothing but the saved state.
     """
+    saved = play_until_killed(rows, make, log_every, save_at, killed_at) if save_at else None
+    return play_on(rows, make, saved, log_every, status)
+
+
+def play_until_killed(rows: Rows, make: Callable[[], Callback], log_every: int, save_at: int, killed_at: int) -> Any:
+    """Play the first rows, and no end; return what a checkpoint after `save_at` steps holds."""
     watch, run = make(), _run(rows, [])
     watch.on_train_begin(run)
-    if save_at:
-        _steps(rows, watch, run, log_every, range(save_at))
-        saved = copy.deepcopy((watch.state_dict(), list(run.history)))
-        assert run.status is None, "the run stopped before the checkpoint"
-        _steps(rows, watch, run, log_every, range(save_at, killed_at))
-        watch, run = make(), _run(rows, saved[1])
-        watch.load_state_dict(saved[0])
-        watch.on_train_begin(run)
-    _steps(rows, watch, run, log_every, range(save_at, len(rows)))
+    _steps(rows, watch, run, log_every, range(save_at))
+    assert run.status is None, "the run stopped before the checkpoint"
+    saved = copy.deepcopy((watch.state_dict(), list(run.history)))
+    _steps(rows, watch, run, log_every, range(save_at, killed_at))
+    return saved
+
+
+def play_on(rows: Rows, make: Callable[[], Callback], saved: Any, log_every: int, status: str = "completed") -> Any:
+    """Play the rows that a checkpoint does not hold, and the end; return the run."""
+    state, earlier = saved or (None, [])
+    watch, run = make(), _run(rows, earlier)
+    if state is not None:
+        watch.load_state_dict(state)
+    watch.on_train_begin(run)
+    _steps(rows, watch, run, log_every, range(len(earlier), len(rows)))
     if run.step % log_every:
         watch.on_log(run, [run.history[i] for i in range(run.step - run.step % log_every, run.step)])
     run.status = run.status or status

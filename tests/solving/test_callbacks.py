@@ -134,6 +134,12 @@ def test_the_status_says_what_was_waited_for():
     assert run.status == "early stopping: net/loss was no better than 2, of step 2, in 2 rows"
     run = play(losses(math.nan, math.nan, key="evaluation/m"), lambda: mlopt.EarlyStopping("evaluation/m", 2))
     assert run.status == "early stopping: evaluation/m was not finite in 2 evaluations"
+    # An evaluation before the first step.
+    watch = mlopt.EarlyStopping("evaluation/m", 1)
+    run = SimpleNamespace(step=0, status=None, stop=lambda reason: setattr(run, "status", reason))
+    watch.on_evaluate(run, {"m": 2.0})
+    watch.on_evaluate(run, {"m": 2.0})
+    assert run.status == "early stopping: evaluation/m was no better than 2, of step 0, in 1 evaluations"
 
 
 def test_a_metric_that_never_appears_is_told_with_those_that_do():
@@ -261,7 +267,8 @@ def test_a_file_that_cannot_be_written_is_named(kind, tmp_path):
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["os.fsync", "os.replace"])
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, failing):
     history = History()
     history.append({"step": 1, "a": 1.0})
     file = tmp_path / "history.csv"
@@ -269,14 +276,27 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     before = file.read_bytes()
     history.append({"step": 2, "b": 2.0})
 
-    def fail(descriptor):
+    def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", fail)
+    monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match=r"history\.csv"):
         write_csv(history, file)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_a_solved_problem_leaves_its_history_in_both_files(tmp_path):
+    def loss(own, batch):
+        return {"loss": own().square().sum(), "x": own()}
+
+    level = mlopt.Level("x", mlopt.variables(torch.full((1,), 0.7)), loss, optimizer=partial(SGD, lr=0.1))
+    loggers = [mlopt.CSVLogger(tmp_path / "h.csv"), mlopt.JSONLLogger(tmp_path / "h.jsonl")]
+    solution = mlopt.solve(mlopt.Problem(level), 4, callbacks=loggers, progress=False)
+    rows = list(solution.history)
+    assert len(rows) == 4
+    assert read_jsonl(tmp_path / "h.jsonl") == rows
+    assert [{key: float(text) for key, text in row.items()} for row in read_csv(tmp_path / "h.csv")] == rows
 
 
 def test_a_history_without_rows_is_an_empty_file(tmp_path):
@@ -299,13 +319,11 @@ def test_progress_shows_steps_losses_and_the_last_evaluation():
         {"net/loss": 0.5, "net/size": 7.0},
         {"net/loss": 0.25, "evaluation/loss": 0.125, "evaluation/acc": math.nan},
     ]
-    text = drawn([*rows, {"net/loss": 0.75}], log_every=1)
-    last = [line for line in text.splitlines() if "demo" in line][-1]
-    assert "3/3" in last
-    assert "net 0.75" in last
-    assert "loss 0.125  acc nan" in last
-    assert "size" not in text
-    assert "evaluation" not in text
+    # A terminal is drawn on ten times a second: what is there at the end is what can be relied on.
+    last = [line for line in drawn(rows).splitlines() if "demo" in line][-1]
+    assert " ".join(last.split()).endswith("2/2 0:00:00 net 0.25 loss 0.125 acc nan")
+    last = [line for line in drawn([*rows, {"net/loss": 0.75}]).splitlines() if "demo" in line][-1]
+    assert " ".join(last.split()).endswith("3/3 0:00:00 net 0.75 loss 0.125 acc nan")
 
 
 def test_progress_goes_on_from_the_step_that_a_run_is_resumed_at():

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from callback_cases import play
@@ -18,32 +24,26 @@ ROWS[4] |= {"evaluation/m": math.inf}
 
 
 class Recorder:
-    """Stands in for the modules wandb, trackio and mlflow: notes what is called with what."""
+    """Stands in for the modules wandb, trackio and mlflow: notes what it is given, run by run."""
 
     def __init__(self):
-        self.calls, self.made = [], 0
-
-    def _begin(self, identity):
-        self.made += not identity
-        self.rows, self.summary = {}, {}
-        return identity or f"run {self.made}"
+        self.runs, self.begun, self.ended, self.online = {}, [], [], True
 
     def init(self, **arguments):
-        self.calls.append(("init", arguments))
-        self.id = self.name = self._begin(arguments.get("id") or arguments.get("name"))
+        self.begun.append(arguments)
+        given = [arguments[key] for key in ("id", "name", "run_id") if key in arguments]
+        self.id = self.name = self.run_id = given[0] if given else f"run {len(self.runs) + 1}"
+        self.rows, self.summary, self.info = self.runs.setdefault(self.id, []), {}, self
+        self.starting_step = self.rows[-1][0] + 1 if self.rows and self.online else 0
         return self
 
     def log(self, row, step):
-        assert step not in self.rows
-        self.rows[step] = row
+        self.rows.append((step, repr(row)))
 
     def finish(self):
-        self.calls.append(("finish", dict(self.summary)))
+        self.ended.append(dict(self.summary))
 
-    def start_run(self, **arguments):
-        self.calls.append(("start_run", arguments))
-        self.id = self._begin(arguments.get("run_id"))
-        return SimpleNamespace(info=SimpleNamespace(run_id=self.id))
+    start_run, end_run = init, finish
 
     def log_metrics(self, row, step, run_id):
         assert run_id == self.id
@@ -52,58 +52,69 @@ class Recorder:
     def set_tag(self, name, value):
         self.summary[name] = value
 
-    def end_run(self):
-        self.finish()
-
 
 LOGGERS = {
     "wandb": (mlopt.WandbLogger, {"project": "p"}, {"project": "p", "id": "run 1", "resume": "allow"}),
     "trackio": (mlopt.TrackioLogger, {"project": "p"}, {"project": "p", "name": "run 1", "resume": "allow"}),
     "mlflow": (mlopt.MLflowLogger, {"tags": {}}, {"tags": {}, "run_id": "run 1"}),
 }
+#: Rows by step, as text: NaN is not equal to itself.
+EXPECTED = [(step, repr(row)) for step, row in enumerate(ROWS, 1)]
 
 
 @pytest.fixture(params=list(LOGGERS))
 def recorded(request, monkeypatch):
-    """Give a stand-in for the module, and how its logger is made and resumed."""
+    """Give a stand-in for the module, and how its logger is made, begins and is resumed."""
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, request.param, recorder)
     kind, arguments, resumed = LOGGERS[request.param]
     return recorder, lambda: kind(**arguments), arguments, resumed
 
 
-def plain(rows):
-    """Return rows by step, as text: NaN is not equal to itself."""
-    return {step: repr(row) for step, row in rows.items()}
-
-
 @pytest.mark.parametrize("log_every", [1, 4, 20])
 def test_every_row_is_sent_under_its_step(recorded, log_every):
     recorder, make, arguments, _ = recorded
     play(ROWS, make, log_every=log_every, status="enough")
-    assert plain(recorder.rows) == {step: repr(row) for step, row in enumerate(ROWS, 1)}
-    (_, given), (_, summary) = recorder.calls
-    assert given == arguments
-    assert summary in ({"status": "enough"}, {})
+    assert recorder.runs == {"run 1": EXPECTED}
+    assert recorder.begun == [arguments]
+    assert recorder.ended == [{} if isinstance(make(), mlopt.TrackioLogger) else {"status": "enough"}]
 
 
-@pytest.mark.parametrize(("log_every", "first"), [(1, 7), (4, 5), (20, 1)])
-def test_a_resumed_run_goes_on_in_the_trackers_run_with_the_first_row_that_was_not_sent(recorded, log_every, first):
-    recorder, make, _, resumed = recorded
+@pytest.mark.parametrize("log_every", [1, 4, 20])
+def test_a_resumed_run_goes_on_in_the_trackers_run_with_the_first_row_that_was_not_sent(recorded, log_every):
+    recorder, make, arguments, resumed = recorded
     play(ROWS, make, log_every=log_every, save_at=6, killed_at=8)
-    assert recorder.calls[1][1] == resumed
-    assert recorder.made == 1
-    assert plain(recorder.rows) == {step: repr(row) for step, row in enumerate(ROWS, 1) if step >= first}
+    assert recorder.begun == [arguments, resumed]
+    before, at_checkpoint = 8 - 8 % log_every, 6 - 6 % log_every
+    if isinstance(make(), mlopt.WandbLogger):
+        at_checkpoint = before
+    assert recorder.runs == {"run 1": EXPECTED[:before] + EXPECTED[at_checkpoint:]}
+
+
+def test_rows_that_an_error_leaves_unlogged_are_sent_at_the_end(recorded):
+    recorder, make, _, _ = recorded
+    logger = make()
+    logger.on_log = lambda run, rows: None
+    play(ROWS, lambda: logger)
+    assert recorder.runs == {"run 1": EXPECTED}
+
+
+def test_wandb_offline_gets_every_row_again(monkeypatch):
+    """The files of the two parts are synchronised later, and what the first one lacks is not known."""
+    recorder = Recorder()
+    recorder.online = False
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    play(ROWS, mlopt.WandbLogger, save_at=6, killed_at=8)
+    assert recorder.runs == {"run 1": EXPECTED[:8] + EXPECTED}
 
 
 def test_another_run_is_another_run_of_the_tracker(recorded):
     recorder, make, arguments, _ = recorded
     logger = make()
-    for count in (1, 2):
-        play(ROWS, lambda: logger)
-        assert len(recorder.rows) == len(ROWS)
-        assert recorder.made == count
-    assert recorder.calls[2][1] == arguments
+    play(ROWS, lambda: logger)
+    play(ROWS, lambda: logger)
+    assert recorder.runs == {"run 1": EXPECTED, "run 2": EXPECTED}
+    assert recorder.begun == [arguments, arguments]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,19 @@ def test_tensorboard_shows_a_resumed_run_as_an_uninterrupted_one(tmp_path, log_e
     assert repr(scalars(tmp_path / "resumed")) == repr(found)
 
 
+def test_tensorboard_shows_rows_as_soon_as_they_are_logged(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    shown = []
+
+    class Watch(mlopt.TensorBoardLogger):
+        def on_log(self, run, rows):
+            super().on_log(run, rows)
+            shown.append(len(scalars(tmp_path)["net/loss"]))
+
+    play(ROWS, lambda: Watch(tmp_path), log_every=4)
+    assert shown == [4, 8, 9]
+
+
 def test_tensorboard_shows_the_steps_of_the_resumed_run_only(tmp_path):
     """Steps after the checkpoint had other values, and there were more of them."""
     pytest.importorskip("tensorboard", reason="needs tensorboard")
@@ -168,42 +192,96 @@ def test_tensorboard_shows_the_steps_of_the_resumed_run_only(tmp_path):
     assert scalars(tmp_path)["a"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
 
 
-def test_mlflow_keeps_one_run(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow", reason="needs mlflow, which no extra installs")
-    pytest.importorskip("sqlalchemy", reason="needs MLflow's store in SQLite")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    play(ROWS, lambda: mlopt.MLflowLogger(run_name="demo"), log_every=4, save_at=6, killed_at=7, status="enough")
-    client = mlflow.MlflowClient()
-    (run,) = client.search_runs(["0"])
-    assert (run.info.run_name, run.info.status, run.data.tags["status"]) == ("demo", "FINISHED", "enough")
-    history = client.get_metric_history(run.info.run_id, "net/loss")
-    found = {metric.step: metric.value for metric in history}
-    assert len(history) == len(found) == len(ROWS)
-    assert [found[k] for k in range(1, 10)] == pytest.approx([row["net/loss"] for row in ROWS], nan_ok=True)
+PART = """
+import json, os, signal, sys, time
+import mlopt
+from callback_cases import play_on, play_until_killed
+from test_trackers import REAL, ROWS
+
+make = REAL[sys.argv[1]]
+if sys.argv[2] == "first":
+    with open("saved.json", "w") as file:
+        json.dump(play_until_killed(ROWS, make, log_every=2, save_at=6, killed_at=8), file)
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGKILL)
+play_on(ROWS, make, json.load(open("saved.json")), log_every=2, status="enough")
+"""
+REAL = {
+    "wandb": lambda: mlopt.WandbLogger(project="demo"),
+    "trackio": lambda: mlopt.TrackioLogger(project="demo", auto_log_cpu=False),
+    "mlflow": lambda: mlopt.MLflowLogger(run_name="demo"),
+}
 
 
-def test_trackio_keeps_one_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    trackio = pytest.importorskip("trackio", reason="needs trackio, which no extra installs")
-    play(ROWS, lambda: mlopt.TrackioLogger(project="demo"), log_every=4, save_at=6, killed_at=7)
-    (run,) = trackio.Api().runs("demo")
-    print(run.history())
+@pytest.fixture
+def killed_and_resumed(tmp_path):
+    """Give a function that logs ROWS to a tracker from two processes, of which the first is killed; it returns the folder."""
+
+    def play_twice(name):
+        own = {"WANDB_MODE": "offline", "TRACKIO_DIR": "trackio", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+        paths = os.pathsep.join(map(str, (Path(mlopt.__file__).parents[1], Path(__file__).parent)))
+        environment = os.environ | own | {"PYTHONPATH": paths}
+        for part, code in (("first", -signal.SIGKILL), ("second", 0)):
+            command = [sys.executable, "-c", PART, name, part]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == code, done.stdout + done.stderr
+        return tmp_path
+
+    return play_twice
 
 
-def test_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs wandb, which no extra installs")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+def test_mlflow_keeps_one_run(killed_and_resumed):
+    pytest.importorskip("mlflow", reason="needs mlflow, which no extra installs")
+    pytest.importorskip("sqlalchemy", reason="needs sqlalchemy, for MLflow's store")
+    with contextlib.closing(sqlite3.connect(killed_and_resumed("mlflow") / "mlflow.db")) as store:
+        assert store.execute("SELECT name, status FROM runs").fetchall() == [("demo", "FINISHED")]
+        assert store.execute("SELECT value FROM tags WHERE key = 'status'").fetchall() == [("enough",)]
+        rows = store.execute("SELECT step, value, is_nan FROM metrics WHERE key = 'net/loss' ORDER BY step").fetchall()
+        evaluations = store.execute("SELECT step, value FROM metrics WHERE key = 'evaluation/m'").fetchall()
+    found = [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
+    expected = [(step, ROWS[step - 1]["net/loss"]) for step in (1, 2, 3, 4, 5, 6, 7, 7, 8, 8, 9)]
+    assert repr(found) == repr(expected)
+    assert evaluations == [(5, sys.float_info.max)]
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    play(ROWS, lambda: mlopt.WandbLogger(project="demo", dir=str(tmp_path)), log_every=4, save_at=6, killed_at=7)
-    for file in sorted(tmp_path.rglob("*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "history":
-                print(
-                    file.name, {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-                )
+
+def test_trackio_keeps_one_run(killed_and_resumed):
+    pytest.importorskip("trackio", reason="needs trackio, which no extra installs")
+    folder = killed_and_resumed("trackio")
+    with contextlib.closing(sqlite3.connect(folder / "trackio" / "demo.db")) as store:
+        rows = store.execute("SELECT run_id, step, metrics FROM metrics").fetchall()
+    assert len({run for run, _, _ in rows}) == 1
+    expected = [(step, row | {"net/loss": "NaN"} if step == 2 else row) for step, row in enumerate(ROWS, 1)]
+    expected[4][1]["evaluation/m"] = "Infinity"
+    assert [(step, json.loads(text)) for _, step, text in rows] == expected[:8] + expected[6:]
+
+
+def test_wandb_keeps_one_run_and_its_second_file_has_all_rows(killed_and_resumed):
+    records = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="needs wandb, which no extra installs")
+    files = sorted(killed_and_resumed("wandb").glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1
+    found = []
+    for data in log_records(files[1].read_bytes()[7:]):
+        record = records.Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            row = {name: float(json.loads(values[name])) for name in ROWS[4] if name in values}
+            found.append((int(values["_step"]), repr(row)))
+    assert found == EXPECTED
+
+
+def log_records(data):
+    """Yield the records of a log in LevelDB's format, whose pieces lie in blocks of 32 KiB."""
+    position, record = 0, b""
+    while position + 7 <= len(data):
+        # The file's header of seven bytes counts in the first block.
+        left = 32768 - (position + 7) % 32768
+        if left < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):
+            yield record
+            record = b""

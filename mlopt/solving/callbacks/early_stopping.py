@@ -53,7 +53,7 @@ class EarlyStopping(Callback):
 
     def __attrs_post_init__(self) -> None:
         self._best = -math.inf if self.greater_is_better else math.inf
-        self._best_step = self._waited = self._judged = 0
+        self._best_step, self._waited, self._judged = -1, 0, 0
 
     def on_train_begin(self, run: Run) -> None:
         if run.step == 0:
@@ -97,5 +97,6 @@ class EarlyStopping(Callback):
             return
         self._waited += 1
         if self._waited >= self.patience and run.status is None:
-            best = f"no better than {self._best:.6g}, of step {self._best_step}," if self._best_step else "not finite"
-            run.stop(f"early stopping: {self.metric} was {best} in {self._waited} {unit}")
+            best = f"no better than {self._best:.6g}, of step {self._best_step},"
+            found = best if self._best_step >= 0 else "not finite"
+            run.stop(f"early stopping: {self.metric} was {found} in {self._waited} {unit}")

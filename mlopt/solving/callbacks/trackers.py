@@ -17,11 +17,7 @@ __all__ = ["MLflowLogger", "TensorBoardLogger", "TrackioLogger", "WandbLogger"]
 
 
 class _Tracker(Callback):
-    """Sends each row once, under its outer step, and keeps for a resumed run which ones were sent, and the tracker's run.
-
-    What is sent after the checkpoint that a run is resumed from is sent again, since what was on its way when the run
-    ended may be lost.
-    """
+    """Sends each row under its outer step; a resumed run goes on with the first row that was not sent at its checkpoint."""
 
     def __init__(self) -> None:
         self._tracked: Any = None
@@ -106,7 +102,8 @@ class TensorBoardLogger(_Tracker):
 class WandbLogger(_Tracker):
     """Logs the history to Weights & Biases, whose step is the outer step; a resumed run continues its run there.
 
-    Of steps that were logged already Weights & Biases keeps the first values. The status is in the summary.
+    A resumed run goes on with the first step that Weights & Biases does not have, or, offline, with the first step of all.
+    The status is in the summary.
 
     Args:
         arguments: of `wandb.init`, such as project and config.
@@ -126,7 +123,8 @@ class WandbLogger(_Tracker):
     def _begin(self) -> Any:
         resumed = {"id": self._id, "resume": "allow"} if self._id else {}
         tracked = self._package.init(**self._arguments | resumed)
-        self._id = tracked.id
+        # What was sent need not have arrived, and what has arrived is not taken twice.
+        self._id, self._sent = tracked.id, max(0, tracked.starting_step - 1)
         return tracked
 
     def _write(self, row: dict[str, float], step: int) -> None:
@@ -140,7 +138,8 @@ class WandbLogger(_Tracker):
 class TrackioLogger(_Tracker):
     """Logs the history to Trackio, whose step is the outer step; a resumed run continues its run there.
 
-    Of steps that were logged already Trackio has both values, one after the other.
+    Steps that were logged after the checkpoint that a run is resumed from are in Trackio twice. It stores what it is sent
+    within half a second, and a run that is killed sooner leaves a gap.
 
     Args:
         arguments: of `trackio.init`, such as project and config.
@@ -173,8 +172,8 @@ class TrackioLogger(_Tracker):
 class MLflowLogger(_Tracker):
     """Logs the history to MLflow, whose step is the outer step; a resumed run continues its run there.
 
-    Of steps that were logged already MLflow has both values, one after the other. The status is a tag. Where the runs are
-    kept is said as ever, by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI.
+    Steps that were logged after the checkpoint that a run is resumed from are in MLflow twice. The status is a tag. MLflow's
+    databases keep infinity as the largest float. Where they are is said by `mlflow.set_tracking_uri`, as ever.
 
     Args:
         arguments: of `mlflow.start_run`, such as run_name and tags.
