@@ -432,3 +432,24 @@ def test_an_averaged_model_goes_on_bit_equally():
         part.load_state_dict(found[str(k)])
     steps(*others)
     assert same(parts[1].state_dict(), others[1].state_dict())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_on_a_device_comes_back_on_the_cpu_and_goes_on_there():
+    def made():
+        parameters = quadratic().to("cuda")
+        return parameters, torch.optim.Adam(parameters, lr=1e-2)
+
+    parts = made()
+    train(*parts, 3)
+    state = {str(k): part.state_dict() for k, part in enumerate(parts)}
+    found = through(state)
+    assert found["0"]["1"].device.type == "cpu"
+    assert torch.equal(found["0"]["1"], parts[0][1].cpu())
+    train(*parts, 3)
+    others = made()
+    for k, part in enumerate(others):
+        part.load_state_dict(found[str(k)])
+    train(*others, 3)
+    assert all(map(torch.equal, parts[0], others[0]))

@@ -199,6 +199,20 @@ def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkey
     assert newest(checkpoints) == (2, [])
 
 
+def test_what_is_renamed_and_removed_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Files, then their folder, then its name, and nothing is removed until the new name is on the disk too."""
+    checkpoints = saved(tmp_path, 1, keep=1)
+    events = []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append(Path(paths[1]).name), rename(*paths)))
+    monkeypatch.setattr(os, "unlink", lambda *a, **options: (unlink(*a, **options), events.append("unlink")))
+    folder = checkpoints.save(2, state_of(2))
+    files = [(folder / name).stat().st_ino for name in ("tensors.safetensors", "state.json", "manifest.json")]
+    expected = [*files, folder.stat().st_ino, folder.name, tmp_path.stat().st_ino, "partial-step-00000001"]
+    assert events == [*expected, "unlink", "unlink", "unlink"]
+
+
 # What is damaged is passed over.
 
 
@@ -432,8 +446,9 @@ def failing(monkeypatch, n, error, calls=CALLS, forever=False):
     return count
 
 
-@pytest.mark.parametrize("step", [2, 3], ids=["the same step again", "a new step"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+@pytest.mark.parametrize(
+    ("step", "code"), [(2, errno.ENOSPC), (3, errno.EIO)], ids=["the same step again", "a new step"]
+)
 def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, code):
     """Writing must fail with a sentence; removing what is old may fail with a warning."""
     failed = 0
@@ -520,7 +535,12 @@ def test_what_cannot_be_saved_leaves_no_trace(tmp_path):
 
 def in_a_child(code, folder):
     """Run code in a process of its own, which is free to limit itself and to kill its children."""
-    head = "import os, resource, signal, sys, time\nfrom pathlib import Path\nfrom test_checkpoints import *\nfolder = Path(sys.argv[1])\n"
+    head = """
+import os, random, resource, signal, sys, time
+from pathlib import Path
+from test_checkpoints import *
+folder = Path(sys.argv[1])
+"""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", head + code, str(folder)],
@@ -535,35 +555,39 @@ def in_a_child(code, folder):
 
 KILLED = """
 checkpoints = Checkpoints(folder)
+begin = time.monotonic()
 checkpoints.save(0, state_of(0, 20_000))
-for k in range(30):
+seconds = time.monotonic() - begin
+for k in range(20):
     first = checkpoints.newest()[0]
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        # Now going on, now replacing what is there.
-        for step in range(first, first + 10_000):
+        # Each step twice: now going on, now replacing what is there.
+        for count in range(1, 10_000):
+            step = first + count // 2
             checkpoints.save(step, state_of(step, 20_000))
-            checkpoints.save(step, state_of(step, 20_000))
-    time.sleep(0.0131 * (1 + k * 0.618 % 1))
+            os.write(writer, b".")
+    os.read(reader, 1)
+    time.sleep(3 * seconds * random.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    step, place, state = checkpoints.newest()
-    assert step >= first and is_of(state, step, 20_000)
     left = not all(name.startswith("step-") for name in names(folder))
-    checkpoints.claim(resume=True)
-    assert all(name.startswith("step-") for name in names(folder))
-    step, place, state = checkpoints.newest()
-    assert step >= first and is_of(state, step, 20_000)
+    for _ in range(2):
+        step, place, state = checkpoints.newest()
+        assert step >= first and is_of(state, step, 20_000)
+        checkpoints.claim(resume=True)
+        assert all(name.startswith("step-") for name in names(folder))
     print(step, left)
 """
 
 
 def test_killed_at_any_moment_the_newest_is_whole(tmp_path):
     rows = [line.split() for line in in_a_child(KILLED, tmp_path).splitlines()]
-    assert len(rows) == 30
-    # Some were killed in the middle of a save, and there was progress.
-    assert sum(left == "True" for _, left in rows) >= 3
-    assert int(rows[-1][0]) > 10
+    assert len(rows) == 20
+    # Saves went on, and some were cut off half-way.
+    assert int(rows[-1][0]) > 0
+    assert any(left == "True" for _, left in rows)
 
 
 FULL = """
