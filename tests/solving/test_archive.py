@@ -89,7 +89,12 @@ names = st.text(max_size=4) | st.sampled_from(
     ["$tensor", "$dict", "$", "$tuple", "__metadata__", "state", "a.b", "\ud83d\ude00"]
 )
 plain = st.none() | st.booleans() | st.integers() | st.integers(-(2**80), 2**80) | names
-reals = st.floats() | st.binary(min_size=8, max_size=8).map(lambda bits: struct.unpack("d", bits)[0])
+nans = st.builds(
+    lambda sign, payload: struct.unpack(">d", bytes([sign, 0xF8]) + payload)[0],
+    st.sampled_from([0x7F, 0xFF]),
+    st.binary(min_size=6, max_size=6),
+)
+reals = st.floats() | nans | st.binary(min_size=8, max_size=8).map(lambda bits: struct.unpack("d", bits)[0])
 keys = st.recursive(
     plain | st.floats(allow_nan=False), lambda inner: st.lists(inner, max_size=2).map(tuple), max_leaves=3
 )
