@@ -132,8 +132,8 @@ class Checkpoints:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the state holds something that cannot be saved, or it cannot be written: what was there before is
-                as it was.
+            CheckpointError: the state holds something that cannot be saved, or it cannot be written; what was there before
+                still is.
 
         Warns:
             CheckpointWarning: an old checkpoint could not be removed.
@@ -193,6 +193,7 @@ class Checkpoints:
         return [(step, entry) for step, _, entry in sorted(steps)]
 
     def _write(self, kind: str, step: int, state: Mapping[str, Any], score: float | None) -> Path:
+        assert step >= 0
         target = self.folder / f"{kind}-{step:08d}"
         staging = target.with_name(_PARTIAL + target.name)
         try:
@@ -205,9 +206,7 @@ class Checkpoints:
             _move(staging, target)
             archive.sync_folder(self.folder)
         except OSError as error:
-            raise CheckpointError(
-                f"{target} cannot be saved: {_told(error)}; the newest whole checkpoint is {self._newest_whole()}"
-            ) from error
+            raise CheckpointError(f"{target} cannot be saved: {_told(error)}; {self._what_is_whole()}") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _discard(target.with_name(_REPLACED + target.name))
@@ -249,11 +248,11 @@ class Checkpoints:
             if number not in keep:
                 _discard(folder)
 
-    def _newest_whole(self) -> str:
+    def _what_is_whole(self) -> str:
         for step, folder in reversed(self._found()):
             if _is_whole(folder, step):
-                return folder.name
-        return "none: nothing is left of this run"
+                return f"the newest whole checkpoint is {folder.name}"
+        return "there is no whole checkpoint"
 
 
 def _version() -> str:
