@@ -168,9 +168,9 @@ def test_a_tensor_in_two_places_comes_back_as_one_and_views_come_back_apart(tmp_
 
 
 def test_tensors_whose_places_read_alike_are_kept_apart():
-    values = iter(torch.arange(9.0).split(1))
+    values = iter(torch.arange(7.0).split(1))
     state = {"a.b": next(values), "a": {"b": next(values)}, "__metadata__": next(values), "": next(values)}
-    state["\ud83d"], state["x"] = next(values), {1: next(values), "1": next(values), True: [next(values)]}
+    state["\ud83d"], state["x"] = next(values), {1: next(values), "1": next(values)}
     assert same(state, through(state))
 
 
