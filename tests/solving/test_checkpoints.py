@@ -270,6 +270,8 @@ def test_damage_is_passed_over_or_harmless(pristine, file, damage, place, byte):
             assert file == "manifest.json"
             assert damage in (flip, append)
             assert not told
+            manifests = [Path(where) / "step-00000003" / file for where in (folder, pristine)]
+            assert len({str(json.loads(manifest.read_bytes())) for manifest in manifests}) == 1
         else:
             assert step == 2
             assert len(told) == 1
@@ -288,6 +290,11 @@ def rewritten(**entries):
         path.write_text(json.dumps({**manifest, "sha256": digest}))
 
     return damage
+
+
+def retouch(path):
+    """Make another checkpoint the best, by hand."""
+    path.write_text(path.read_text().replace('"score": null', '"score": 0.5'))
 
 
 def put(name, content):
@@ -309,6 +316,10 @@ def put(name, content):
         (put("manifest.json", b"[]"), "it is no manifest"),
         (put("manifest.json", b'{"format": true}'), "it is no manifest"),
         (put("manifest.json", b'{"format": 1}'), "it does not have its SHA-256"),
+        (
+            lambda folder: retouch(folder / "manifest.json"),
+            "its manifest.json is damaged: it does not have its SHA-256",
+        ),
         (rewritten(format=2), "it is of format 2, and this mlopt reads formats up to 1"),
         (rewritten(step=7), "its manifest.json is of step 7: it was renamed"),
         (lambda folder: (delete(folder / "state.json"), (folder / "state.json").mkdir()), "its state.json has"),
