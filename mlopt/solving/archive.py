@@ -26,21 +26,10 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 _VERSION = 1
 _DEPTH = 100
 
-# A complex tensor goes as pairs of real numbers.
-_DTYPES = frozenset(
-    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-    + (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint64,
-        torch.uint32,
-        torch.uint16,
-        torch.uint8,
-        torch.bool,
-    )
-)
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+#: Complex ones go as pairs of real numbers.
+_DTYPES = frozenset((*_FLOATING, *_WHOLE, torch.bool))
 
 #: What has come by so far: the tensors by the name they are stored under, and that name by the identity of what it was.
 _Seen = tuple[dict[str, Tensor], dict[int, str]]

@@ -132,8 +132,8 @@ class Checkpoints:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the state holds something that cannot be saved, or it cannot be written: what was there before is
-                as it was.
+            CheckpointError: the state holds something that cannot be saved, or it cannot be written; what was there before
+                still is.
 
         Warns:
             CheckpointWarning: an old checkpoint could not be removed.
@@ -193,6 +193,7 @@ class Checkpoints:
         return [(step, entry) for step, _, entry in sorted(steps)]
 
     def _write(self, kind: str, step: int, state: Mapping[str, Any], score: float | None) -> Path:
+        assert step >= 0
         target = self.folder / f"{kind}-{step:08d}"
         staging = target.with_name(_PARTIAL + target.name)
         try:
@@ -205,9 +206,7 @@ class Checkpoints:
             _move(staging, target)
             archive.sync_folder(self.folder)
         except OSError as error:
-            raise CheckpointError(
-                f"{target} cannot be saved: {_told(error)}; the newest whole checkpoint is {self._newest_whole()}"
-            ) from error
+            raise CheckpointError(f"{target} cannot be saved: {_told(error)}; {self._what_is_whole()}") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _discard(target.with_name(_REPLACED + target.name))
@@ -216,7 +215,7 @@ class Checkpoints:
     def _manifest(self, staging: Path, step: int, score: float | None) -> bytes:
         manifest = {
             "format": _FORMAT,
-            "mlopt": importlib.metadata.version("mlopt-torch"),
+            "mlopt": _version(),
             "step": step,
             "best": self.best,
             "score": float(score) if score is not None and math.isfinite(score) else None,
@@ -232,30 +231,35 @@ class Checkpoints:
 
         Later ones are not of this line of steps: those that a resumed run passed over, and will replace.
         """
-        manifests: dict[Path, dict[str, Any]] = {}
+        whole: dict[int, tuple[Path, dict[str, Any]]] = {}
         for number, folder in self._found():
             try:
                 if number <= step:
-                    manifests[folder] = _read_manifest(folder, number)
+                    whole[number] = folder, _read_manifest(folder, number)
             except (CheckpointError, OSError):
                 # Not to be counted as kept, and not certain to be ours to remove; who reads it is told what it lacks.
                 continue
-        keep = set(list(manifests)[-self.keep :])
-        # A column that was another one's says nothing about this one.
-        scores = {
-            folder: m["score"] for folder, m in manifests.items() if m["best"] == self.best and m["score"] is not None
-        }
+        keep = set(list(whole)[-self.keep :])
+        # What another column said says nothing about this one.
+        scores = {k: m["score"] for k, (_, m) in whole.items() if m["best"] == self.best and m["score"] is not None}
         if self.best is not None and scores:
             keep.add((max if self.greater_is_better else min)(scores, key=scores.__getitem__))
-        for folder in manifests:
-            if folder not in keep:
+        for number, (folder, _) in whole.items():
+            if number not in keep:
                 _discard(folder)
 
-    def _newest_whole(self) -> str:
+    def _what_is_whole(self) -> str:
         for step, folder in reversed(self._found()):
             if _is_whole(folder, step):
-                return folder.name
-        return "none: nothing is left of this run"
+                return f"the newest whole checkpoint is {folder.name}"
+        return "there is no whole checkpoint"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mlopt-torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _read_manifest(folder: Path, step: int) -> dict[str, Any]:
@@ -324,14 +328,17 @@ def _move(staging: Path, target: Path) -> None:
 
 
 def _settle(target: Path) -> None:
-    """Finish a replacement that was cut off: what was replaced goes back where what replaces it is not whole."""
+    """Finish a replacement that was cut off: what was replaced goes back where nothing whole has replaced it."""
     replaced, step = target.with_name(_REPLACED + target.name), int(target.name.partition("-")[2])
-    if replaced.is_dir():
-        if _is_whole(replaced, step) and not _is_whole(target, step):
-            _remove(target)
-            os.rename(replaced, target)
-        else:
-            _remove(replaced)
+    if not replaced.is_dir():
+        return
+    if not target.is_dir():
+        os.rename(replaced, target)
+    elif _is_whole(replaced, step) and not _is_whole(target, step):
+        _remove(target)
+        os.rename(replaced, target)
+    else:
+        _remove(replaced)
 
 
 def _discard(folder: Path) -> None:

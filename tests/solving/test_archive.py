@@ -1,0 +1,467 @@
+"""A state comes back from its two files bit for bit, or is refused by the place of what cannot."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import struct
+import tempfile
+from collections import Counter, OrderedDict, deque
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import lr_scheduler
+
+from mlopt import MloptError
+from mlopt.errors import CheckpointError
+from mlopt.solving import archive
+
+REAL = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
+DTYPES = [*REAL, *WHOLE, torch.bool, torch.complex64, torch.complex128]
+
+
+def same(one, other):
+    """Return whether two trees are of the same types, order, shapes and bits."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)
+    if isinstance(one, np.ndarray | np.generic):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, float):
+        return struct.pack("d", one) == struct.pack("d", other)
+    if isinstance(one, dict):
+        return len(one) == len(other) and all(
+            same(a, b) and same(one[a], other[b]) for a, b in zip(one, other, strict=True)
+        )
+    if isinstance(one, list | tuple | deque):
+        return (
+            len(one) == len(other)
+            and all(map(same, one, other))
+            and getattr(one, "maxlen", 0) == getattr(other, "maxlen", 0)
+        )
+    return one == other
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().clone().untyped_storage().tolist()
+
+
+def through(state, folder=None):
+    """Return what is read of what is written."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        archive.write(Path(place), state)
+        return archive.read(Path(place))
+
+
+@st.composite
+def tensors(draw):
+    """Draw the bits of a tensor, then its shape and strides."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    size = int(np.prod(shape)) * dtype.itemsize
+    content = draw(st.binary(min_size=size, max_size=size))
+    if dtype == torch.bool:
+        content = bytes(byte & 1 for byte in content)
+    tensor = torch.frombuffer(bytearray(content), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return tensor.reshape(shape).transpose(0, -1) if shape and draw(st.booleans()) else tensor.reshape(shape)
+
+
+@st.composite
+def arrays(draw):
+    kind = np.dtype(draw(st.sampled_from(["?", "i1", "<u4", ">i8", "<f4", ">f8", "<f2", "<c16"])))
+    shape = draw(st.lists(st.integers(0, 3), max_size=2))
+    size = int(np.prod(shape)) * kind.itemsize
+    content = draw(st.binary(min_size=size, max_size=size))
+    return np.ndarray(shape, kind, buffer=bytearray(content) or None)
+
+
+names = st.text(max_size=4) | st.sampled_from(
+    ["$tensor", "$dict", "$", "$tuple", "__metadata__", "state", "a.b", "\ud83d\ude00"]
+)
+plain = st.none() | st.booleans() | st.integers() | st.integers(-(2**80), 2**80) | names
+nans = st.builds(
+    lambda sign, payload: struct.unpack(">d", bytes([sign, 0xF8]) + payload)[0],
+    st.sampled_from([0x7F, 0xFF]),
+    st.binary(min_size=6, max_size=6),
+)
+reals = st.floats() | nans | st.binary(min_size=8, max_size=8).map(lambda bits: struct.unpack("d", bits)[0])
+keys = st.recursive(
+    plain | st.floats(allow_nan=False), lambda inner: st.lists(inner, max_size=2).map(tuple), max_leaves=3
+)
+scalars = st.sampled_from(
+    [np.float64(-0.0), np.float32("nan"), np.int64(3), np.bool_(True), np.uint8(7), np.complex64(1j)]
+)
+leaves = plain | reals | tensors() | arrays() | scalars
+
+
+def containers(inner):
+    lists = st.lists(inner, max_size=3)
+    mappings = st.dictionaries(keys, inner, max_size=3)
+    return st.one_of(
+        lists,
+        lists.map(tuple),
+        st.builds(deque, lists, st.none() | st.integers(3, 5)),
+        st.dictionaries(names, inner, max_size=3),
+        mappings,
+        mappings.map(OrderedDict),
+        st.dictionaries(keys, st.integers(), max_size=3).map(Counter),
+        st.sets(keys, max_size=3),
+        st.frozensets(keys, max_size=3),
+    )
+
+
+states = st.dictionaries(names, st.recursive(leaves, containers, max_leaves=12), max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(states)
+def test_a_state_comes_back_bit_for_bit(state):
+    assert same(state, through(state))
+
+
+def test_bits_are_compared():
+    """The comparison above can tell what must not be confused."""
+    nan = struct.unpack("d", b"\1\0\0\0\0\0\xf8\x7f")[0]
+    apart = [(0.0, -0.0), (float("nan"), nan), (1, True), (1, 1.0), ((), []), (torch.zeros(1), -torch.zeros(1))]
+    apart += [(torch.zeros(1), torch.zeros(())), (np.float64(1), 1.0), ({1: 2, 3: 4}, {3: 4, 1: 2}), ({1: 2}, {"1": 2})]
+    apart += [(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.5], dtype=torch.bfloat16))]
+    assert not any(same(*pair) for pair in apart)
+
+
+def test_integers_of_any_length_and_generators_come_back():
+    state = {
+        "long": -(7**9000),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "bits": np.random.default_rng(3).bit_generator.state,
+        "torch": torch.get_rng_state(),
+    }
+    found = through(state)
+    assert same(state, found)
+    draws = random.random(), np.random.rand(), torch.rand(3)
+    random.setstate(found["python"])
+    np.random.set_state(found["numpy"])
+    torch.set_rng_state(found["torch"])
+    assert same(draws, (random.random(), np.random.rand(), torch.rand(3)))
+
+
+def test_a_tensor_in_two_places_comes_back_as_one_and_views_come_back_apart(tmp_path):
+    tensor = torch.arange(6.0, dtype=torch.float64)
+    state = {"one": tensor, "other": [tensor], "view": tensor.view(2, 3).T, "parameter": nn.Parameter(tensor)}
+    archive.write(tmp_path, state)
+    found = archive.read(tmp_path)
+    assert found["one"] is found["other"][0]
+    assert len(safetensors.torch.load_file(tmp_path / archive.TENSORS)) == 3
+    found["view"].zero_()
+    assert same(state["parameter"].detach(), found["parameter"])
+    assert type(found["parameter"]) is torch.Tensor
+
+
+def test_tensors_whose_places_read_alike_are_kept_apart():
+    values = iter(torch.arange(7.0).split(1))
+    state = {"a.b": next(values), "a": {"b": next(values)}, "__metadata__": next(values), "": next(values)}
+    state["\ud83d"], state["x"] = next(values), {1: next(values), "1": next(values)}
+    assert same(state, through(state))
+
+
+def test_lazily_conjugated_numbers_are_written_as_they_read():
+    tensor = torch.complex(torch.arange(3.0), torch.ones(3))
+    found = through({"conjugate": tensor.conj(), "imaginary": tensor.conj().imag})
+    assert torch.equal(found["conjugate"], tensor.conj())
+    assert torch.equal(found["imaginary"], tensor.conj().imag)
+
+
+def test_the_files_are_readable_by_place_and_by_whom_the_umask_lets(tmp_path):
+    archive.write(tmp_path, {"modules": {"classifier": {"0.weight": torch.ones(2)}}, "step": 3})
+    assert list(safetensors.torch.load_file(tmp_path / archive.TENSORS)) == ["modules.classifier.0.weight"]
+    assert json.loads((tmp_path / archive.STATE).read_text())["state"]["step"] == 3
+    (tmp_path / "plain").write_bytes(b"")
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def test_what_is_read_does_not_change_with_the_file(tmp_path):
+    archive.write(tmp_path, {"weights": torch.ones(10_000)})
+    found = archive.read(tmp_path)
+    with open(tmp_path / archive.TENSORS, "r+b") as file:
+        file.write(bytes(40_000))
+    assert torch.equal(found["weights"], torch.ones(10_000))
+
+
+class Foo:
+    pass
+
+
+class Named(dict):
+    pass
+
+
+cyclic: list = []
+cyclic.append(cyclic)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (Foo(), "state.3.foo is a test_archive.Foo; a checkpoint holds"),
+        (Named(), "state.3.foo is a test_archive.Named"),
+        ([0, (1, {"x": 1j})], "state.3.foo.1.1.x is a complex"),
+        (b"bytes", "state.3.foo is a bytes"),
+        (torch.float32, "state.3.foo is a torch.dtype"),
+        (torch.Size([2]), "state.3.foo is a torch.Size"),
+        (np.array(["text"]), "state.3.foo is a numpy.ndarray"),
+        (np.array([None]), "state.3.foo is a numpy.ndarray"),
+        (np.datetime64("2020-01-01"), "state.3.foo is a numpy.datetime64"),
+        (torch.eye(2).to_sparse(), "state.3.foo is a tensor of torch.float32 and torch.sparse_coo"),
+        (torch.empty(2, device="meta"), "on meta"),
+        ({torch.ones(2): 1}, "state.3.foo has a torch.Tensor as a key"),
+        ({("a", Foo()): 1}, "state.3.foo has a tuple as a key"),
+        ({np.int64(3)}, "state.3.foo has a numpy.int64 as a key or in a set"),
+        (cyclic, "state.3.foo... is nested deeper than 100 levels, or holds itself"),
+    ],
+)
+def test_what_would_not_come_back_is_refused_by_its_place(tmp_path, value, told):
+    with pytest.raises(CheckpointError) as caught:
+        archive.write(tmp_path, {"fine": torch.ones(3), "state": {3: {"foo": value}}})
+    assert isinstance(caught.value, MloptError)
+    assert told in str(caught.value).replace(f"{__name__}.", "test_archive.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"version": 2, "state": {}}',
+        '{"version": 1, "state": []}',
+        '{"version": 1, "state": {"a": {"$tensor": "b"}}}',
+        '{"version": 1, "state": {"a": {"$complex": "a"}}}',
+        '{"version": 1, "state": {"a": {"$unknown": 1}}}',
+        '{"version": 1, "state": {"a": {"$float": "00"}}}',
+        '{"version": 1, "state": ' + "[" * 100_000,
+    ],
+)
+def test_what_write_does_not_write_is_refused(tmp_path, text):
+    archive.write(tmp_path, {"a": torch.ones(3)})
+    (tmp_path / archive.STATE).write_text(text)
+    with pytest.raises(CheckpointError, match="do not make a state"):
+        archive.read(tmp_path)
+
+
+# What follows saves real optimisers and schedulers half-way and holds the steps after against those that were not saved.
+
+
+def quadratic(dtype=torch.float64):
+    """Return a matrix and a vector to train, the same each time."""
+    torch.manual_seed(0)
+    return nn.ParameterList([torch.randn(3, 2, dtype=dtype), torch.randn(2, dtype=dtype)])
+
+
+def train(parameters, optimizer, steps, after=lambda: None):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((p * p.sin()).sum() for p in parameters).backward()
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            for p in parameters:
+                p.grad = p.grad.to_sparse()
+        optimizer.step()
+        after()
+
+
+#: Every optimiser that takes a gradient.
+OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+}
+VARIANTS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_goes_on_bit_equally(name, dtype):
+    def made():
+        parameters = quadratic(dtype)
+        chosen = [parameters[0]] if name == "Muon" else list(parameters)
+        return parameters, chosen, OPTIMIZERS[name](chosen, lr=1e-2, **VARIANTS.get(name, {}))
+
+    parameters, chosen, optimizer = made()
+    train(chosen, optimizer, 3)
+    state = {"optimizer": optimizer.state_dict(), "module": parameters.state_dict()}
+    found = through(state)
+    assert same(state, found)
+    train(chosen, optimizer, 3)
+    others, chosen, optimizer = made()
+    others.load_state_dict(found["module"])
+    optimizer.load_state_dict(found["optimizer"])
+    if name == "NAdam":
+        # Its own load_state_dict turns a float32 product of its into the parameters' dtype.
+        for entry, kept in zip(optimizer.state.values(), found["optimizer"]["state"].values(), strict=True):
+            entry["mu_product"] = kept["mu_product"]
+    train(chosen, optimizer, 3)
+    assert same(parameters.state_dict(), others.state_dict())
+
+
+def test_an_optimizer_whose_learning_rate_is_a_tensor_goes_on():
+    parameters = quadratic()
+    optimizer = torch.optim.Adam(parameters, lr=torch.tensor(1e-2), capturable=False, foreach=False)
+    train(parameters, optimizer, 2)
+    assert same(optimizer.state_dict(), through(optimizer.state_dict()))
+
+
+S = lr_scheduler
+
+
+def chained(optimizer):
+    return S.ChainedScheduler([S.ExponentialLR(optimizer, 0.9), S.ConstantLR(optimizer, 0.5, 4)], optimizer)
+
+
+def sequential(optimizer):
+    return S.SequentialLR(optimizer, [S.LinearLR(optimizer, total_iters=3), S.CosineAnnealingLR(optimizer, 9)], [4])
+
+
+class Halving:
+    """A schedule with a state of its own."""
+
+    def __init__(self):
+        self.factor = 0.5
+
+    def __call__(self, epoch):
+        return self.factor**epoch
+
+
+SCHEDULERS = {
+    "LambdaLR": partial(S.LambdaLR, lr_lambda=lambda epoch: 0.9**epoch),
+    "LambdaLR of an object": lambda optimizer: S.LambdaLR(optimizer, Halving()),
+    "MultiplicativeLR": partial(S.MultiplicativeLR, lr_lambda=lambda epoch: 0.9),
+    "StepLR": partial(S.StepLR, step_size=2),
+    "MultiStepLR": partial(S.MultiStepLR, milestones=[2, 4, 4]),
+    "ConstantLR": partial(S.ConstantLR, total_iters=4),
+    "LinearLR": S.LinearLR,
+    "ExponentialLR": partial(S.ExponentialLR, gamma=0.9),
+    "PolynomialLR": S.PolynomialLR,
+    "CosineAnnealingLR": partial(S.CosineAnnealingLR, T_max=5),
+    "CosineAnnealingWarmRestarts": partial(S.CosineAnnealingWarmRestarts, T_0=3, T_mult=2),
+    "CyclicLR": partial(S.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2, mode="triangular2"),
+    "CyclicLR by a function": partial(
+        S.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2, scale_fn=lambda x: 1 / (x + 1)
+    ),
+    "OneCycleLR": partial(S.OneCycleLR, max_lr=0.1, total_steps=20),
+    "ReduceLROnPlateau": partial(S.ReduceLROnPlateau, patience=0, threshold=10.0),
+    "SequentialLR": sequential,
+    "ChainedScheduler": chained,
+    "SWALR": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_goes_on_bit_equally(name):
+    def made():
+        parameters = quadratic()
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        rates = []
+        losses = itertools.count()
+
+        def after():
+            scheduler.step(*[float(next(losses))] * isinstance(scheduler, S.ReduceLROnPlateau))
+            rates.append(optimizer.param_groups[0]["lr"])
+
+        return parameters, optimizer, scheduler, rates, after
+
+    parameters, optimizer, scheduler, rates, after = made()
+    train(parameters, optimizer, 3, after)
+    parts = {"module": parameters, "optimizer": optimizer, "scheduler": scheduler}
+    state = {key: part.state_dict() for key, part in parts.items()}
+    found = through(state)
+    assert same(state, found)
+    train(parameters, optimizer, 5, after)
+    others, optimizer, scheduler, others_rates, after = made()
+    for key, part in {"module": others, "optimizer": optimizer, "scheduler": scheduler}.items():
+        part.load_state_dict(found[key])
+    train(others, optimizer, 5, after)
+    assert same(rates[3:], others_rates)
+    assert same(parameters.state_dict(), others.state_dict())
+    assert len(set(rates)) > 1 or name == "ReduceLROnPlateau"
+
+
+def test_a_gradient_scaler_goes_on_bit_equally():
+    def step(scaler, weight):
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        scaler.scale(weight.square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    weight = nn.Parameter(torch.ones(3))
+    scaler, fresh = (torch.amp.GradScaler("cpu", growth_interval=2) for _ in range(2))
+    for _ in range(3):
+        step(scaler, weight)
+    found = through({"scaler": scaler.state_dict(), "weight": weight})
+    assert same(scaler.state_dict(), found["scaler"])
+    fresh.load_state_dict(found["scaler"])
+    other = nn.Parameter(found["weight"])
+    for _ in range(3):
+        step(scaler, weight)
+        weight.grad = None
+    for _ in range(3):
+        step(fresh, other)
+        other.grad = None
+    assert same(scaler.state_dict(), fresh.state_dict())
+
+
+def test_an_averaged_model_goes_on_bit_equally():
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        averaged = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        )
+        return model, averaged, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def steps(model, averaged, optimizer):
+        for k in range(3):
+            optimizer.zero_grad()
+            model(torch.arange(8.0).reshape(4, 2).cos() + k).square().mean().backward()
+            optimizer.step()
+            averaged.update_parameters(model)
+
+    parts = made()
+    steps(*parts)
+    found = through({str(k): part.state_dict() for k, part in enumerate(parts)})
+    steps(*parts)
+    others = made()
+    for k, part in enumerate(others):
+        part.load_state_dict(found[str(k)])
+    steps(*others)
+    assert same(parts[1].state_dict(), others[1].state_dict())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_on_a_device_comes_back_on_the_cpu_and_goes_on_there():
+    def made():
+        parameters = quadratic().to("cuda")
+        return parameters, torch.optim.Adam(parameters, lr=1e-2)
+
+    parts = made()
+    train(*parts, 3)
+    state = {str(k): part.state_dict() for k, part in enumerate(parts)}
+    found = through(state)
+    assert found["0"]["1"].device.type == "cpu"
+    assert torch.equal(found["0"]["1"], parts[0][1].cpu())
+    train(*parts, 3)
+    others = made()
+    for k, part in enumerate(others):
+        part.load_state_dict(found[str(k)])
+    train(*others, 3)
+    assert all(map(torch.equal, parts[0], others[0]))

@@ -1,0 +1,629 @@
+"""A folder of checkpoints always has a whole one to go on from, whatever cuts a save off or damages a file."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlopt.errors import CheckpointError, CheckpointWarning
+from mlopt.solving import archive
+from mlopt.solving.checkpoints import Checkpoints
+
+FILES = ("manifest.json", "state.json", "tensors.safetensors")
+
+
+def state_of(step, length=20):
+    """Return a state of which every part says its step."""
+    return {"step": step, "weights": torch.full((length,), step, dtype=torch.int64), "log": [{"x": float(step)}] * 3}
+
+
+def is_of(state, step, length=20):
+    expected = state_of(step, length)
+    return torch.equal(state.pop("weights"), expected.pop("weights")) and state == expected
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def saved(folder, *steps, scores=None, **options):
+    """Return checkpoints that have saved these steps, in this order."""
+    checkpoints = Checkpoints(folder, **options)
+    for k, step in enumerate(steps):
+        checkpoints.save(step, state_of(step), scores[k] if scores else None)
+    return checkpoints
+
+
+def newest(checkpoints):
+    """Return the step of the newest whole checkpoint, its content checked, and the warnings that came."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step, folder, state = checkpoints.newest()
+    assert int(folder.name.split("-")[-1]) == step
+    assert is_of(state, step)
+    assert all(warning.category is CheckpointWarning for warning in caught)
+    return step, [str(warning.message) for warning in caught]
+
+
+def test_a_checkpoint_is_three_files_of_which_one_vouches_for_the_others(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "new" / "run", best="a/loss")
+    checkpoints.claim(resume=False)
+    assert checkpoints.newest() is None
+    folder = checkpoints.save(42, state_of(42), 0.25)
+    assert folder == tmp_path / "new" / "run" / "step-00000042"
+    assert tuple(names(folder)) == FILES
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["format"], manifest["step"], manifest["score"], manifest["best"]) == (1, 42, 0.25, "a/loss")
+    for name, entry in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert set(manifest["files"]) == set(FILES[1:])
+    assert newest(checkpoints) == (42, [])
+
+
+def test_where_there_was_never_a_folder_there_is_no_checkpoint(tmp_path):
+    assert Checkpoints(tmp_path / "nowhere").newest() is None
+
+
+def test_due_counts_outer_steps(tmp_path):
+    assert [step for step in range(1, 10) if Checkpoints(tmp_path, every=3).due(step)] == [3, 6, 9]
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 1.5}, {"keep": 0}, {"keep": True}, {"best": 3}])
+def test_an_argument_of_the_wrong_kind_is_named(tmp_path, options):
+    with pytest.raises(ValueError, match=f"Checkpoints: {next(iter(options))}="):
+        Checkpoints(tmp_path, **options)
+
+
+# Which are kept.
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, float("nan"), None]), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_the_newest_and_the_best_are_kept(scores, keep, greater):
+    with tempfile.TemporaryDirectory() as folder:
+        steps = range(8, 8 + len(scores))
+        saved(Path(folder), *steps, scores=scores, keep=keep, best="a/x", greater_is_better=greater)
+        comparable = {step: score for step, score in zip(steps, scores, strict=True) if score in (0, 1, 2, 3)}
+        # The best of those that had been kept until then is the best of all: none that is better is ever removed.
+        best = sorted(comparable, key=lambda step: -comparable[step] if greater else comparable[step])[:1]
+        assert names(Path(folder)) == [f"step-{step:08d}" for step in sorted({*list(steps)[-keep:], *best})]
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    checkpoints = saved(tmp_path, 9, 99_999_999, 100_000_000, keep=5)
+    (tmp_path / "step-00000009").rename(tmp_path / "step-9")
+    assert newest(checkpoints)[0] == 100_000_000
+    saved(tmp_path, 100_000_001, keep=3)
+    assert names(tmp_path) == ["step-100000000", "step-100000001", "step-99999999"]
+
+
+def test_without_a_column_scores_keep_nothing(tmp_path):
+    saved(tmp_path, 1, 2, 3, scores=[0.0, 1.0, 2.0], keep=1)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_scores_of_another_column_are_not_compared(tmp_path):
+    saved(tmp_path, 1, scores=[0.0], best="a/error")
+    saved(tmp_path, 2, 3, scores=[5.0, 6.0], best="a/loss", keep=1)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_what_is_not_whole_is_neither_counted_nor_removed(tmp_path):
+    saved(tmp_path, 1, 2, 3, keep=3)
+    (tmp_path / "step-00000003" / "state.json").write_text("{")
+    checkpoints = saved(tmp_path, 4, keep=2)
+    assert names(tmp_path) == [f"step-0000000{k}" for k in (2, 3, 4)]
+    assert newest(checkpoints) == (4, [])
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_keeps_what_it_saves(tmp_path):
+    """One whose later checkpoints were passed over must not take them for its newest."""
+    saved(tmp_path, 1, 20)
+    flip(tmp_path / "step-00000020" / "tensors.safetensors", 0.9, 1)
+    checkpoints = saved(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-00000002", "step-00000020"]
+    assert newest(checkpoints)[0] == 2
+
+
+def test_what_else_lies_in_the_folder_is_left_alone(tmp_path):
+    foreign = [
+        "step-00000001.txt",
+        "step-",
+        "step-1a",
+        "my-step-00000001",
+        "partial-notes",
+        "replaced-x",
+        "step-٣",
+        "best",
+    ]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    (tmp_path / "step-00000090").write_text("a file")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.claim(resume=False)
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step))
+    assert newest(checkpoints) == (2, [])
+    assert names(tmp_path) == sorted([*foreign, "step-00000090", "step-00000002"])
+    with pytest.raises(CheckpointError, match="step-00000090 cannot be saved: Not a directory"):
+        checkpoints.save(90, state_of(90))
+    assert (tmp_path / "step-00000090").read_text() == "a file"
+
+
+def test_faults_are_kept_and_never_gone_on_from(tmp_path):
+    checkpoints = saved(tmp_path, 1, keep=1)
+    for weight in (5, 6):
+        folder = checkpoints.save_fault(7, state_of(weight))
+    assert folder.name == "fault-00000007"
+    assert is_of(archive.read(folder), 6)
+    checkpoints.save(8, state_of(8))
+    assert names(tmp_path) == ["fault-00000007", "step-00000008"]
+    shutil.rmtree(tmp_path / "step-00000008")
+    assert checkpoints.newest() is None
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1, keep=1)
+    rename = os.rename
+
+    def busy(source, target):
+        if Path(source).name == "step-00000001":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    with pytest.warns(
+        CheckpointWarning, match="step-00000001 is no longer needed and cannot be removed: Device or resource"
+    ):
+        checkpoints.save(2, state_of(2))
+    assert newest(checkpoints) == (2, [])
+
+
+def test_what_is_renamed_and_removed_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Files, then their folder, then its name, and nothing is removed until the new name is on the disk too."""
+    checkpoints = saved(tmp_path, 1, keep=1)
+    events = []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append(Path(paths[1]).name), rename(*paths)))
+    monkeypatch.setattr(os, "unlink", lambda *a, **options: (unlink(*a, **options), events.append("unlink")))
+    folder = checkpoints.save(2, state_of(2))
+    files = [(folder / name).stat().st_ino for name in ("tensors.safetensors", "state.json", "manifest.json")]
+    expected = [*files, folder.stat().st_ino, folder.name, tmp_path.stat().st_ino, "partial-step-00000001"]
+    assert events == [*expected, "unlink", "unlink", "unlink"]
+
+
+# What is damaged is passed over.
+
+
+def flip(path, place, mask):
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= mask
+    path.write_bytes(content)
+
+
+def truncate(path, place, _):
+    path.write_bytes(path.read_bytes()[: int(place * (path.stat().st_size - 1))])
+
+
+def append(path, _, byte):
+    path.write_bytes(path.read_bytes() + bytes([byte]))
+
+
+def delete(path, *_):
+    path.unlink()
+
+
+def rename_file(path, *_):
+    path.rename(path.with_name("renamed"))
+
+
+def swap(path, *_):
+    """Put the same file of the checkpoint before in its place."""
+    shutil.copy(path.parent.with_name("step-00000002") / path.name, path)
+
+
+def empty(path, *_):
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+
+
+DAMAGES = [flip, truncate, append, delete, rename_file, swap, empty]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine")
+    saved(folder, 1, 2, 3, keep=3)
+    return folder
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(FILES), st.sampled_from(DAMAGES), st.floats(0, 1), st.integers(1, 255))
+def test_damage_is_passed_over_or_harmless(pristine, file, damage, place, byte):
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(pristine, folder, dirs_exist_ok=True)
+        damage(Path(folder) / "step-00000003" / file, place, byte)
+        step, told = newest(Checkpoints(folder))
+        if step == 3:
+            # White space may become other white space in the one file that no hash of its bytes is kept of.
+            assert file == "manifest.json"
+            assert damage in (flip, append)
+            assert not told
+            manifests = [Path(where) / "step-00000003" / file for where in (folder, pristine)]
+            assert len({str(json.loads(manifest.read_bytes())) for manifest in manifests}) == 1
+        else:
+            assert step == 2
+            assert len(told) == 1
+            assert "step-00000003: its " in told[0] or "step-00000003: it " in told[0]
+
+
+def rewritten(**entries):
+    """Return a damage that changes entries of the manifest and has it vouch for itself again."""
+
+    def damage(folder):
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"]
+        manifest |= entries
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps({**manifest, "sha256": digest}))
+
+    return damage
+
+
+def retouch(path):
+    """Make another checkpoint the best, by hand."""
+    path.write_text(path.read_text().replace('"score": null', '"score": 0.5'))
+
+
+def put(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: delete(folder / "manifest.json"), "it has no manifest.json: the save was cut off"),
+        (lambda folder: delete(folder / "state.json"), "its state.json is missing"),
+        (lambda folder: truncate(folder / "tensors.safetensors", 0.5, 0), "its tensors.safetensors has"),
+        (
+            lambda folder: flip(folder / "tensors.safetensors", 1, 1),
+            "its tensors.safetensors is damaged: it does not have",
+        ),
+        (put("manifest.json", b"\xff{"), "its manifest.json is damaged"),
+        (put("manifest.json", b"[" * 100_000), "its manifest.json is damaged"),
+        (put("manifest.json", b"[]"), "it is no manifest"),
+        (put("manifest.json", b'{"format": true}'), "it is no manifest"),
+        (put("manifest.json", b'{"format": 1}'), "it does not have its SHA-256"),
+        (
+            lambda folder: retouch(folder / "manifest.json"),
+            "its manifest.json is damaged: it does not have its SHA-256",
+        ),
+        (rewritten(format=2), "it is of format 2, and this mlopt reads formats up to 1"),
+        (rewritten(step=7), "its manifest.json is of step 7: it was renamed"),
+        (lambda folder: (delete(folder / "state.json"), (folder / "state.json").mkdir()), "its state.json has"),
+    ],
+)
+def test_why_a_checkpoint_is_passed_over_is_told(tmp_path, damage, told):
+    checkpoints = saved(tmp_path, 1, 2)
+    damage(tmp_path / "step-00000002")
+    step, messages = newest(checkpoints)
+    assert step == 1
+    assert len(messages) == 1
+    assert str(tmp_path / "step-00000002") in messages[0]
+    assert told in messages[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_may_not_be_read_is_passed_over(tmp_path, monkeypatch, file):
+    checkpoints = saved(tmp_path, 1, 2)
+    real = builtins.open
+
+    def closed(path, *arguments):
+        if Path(path).parts[-2:] == ("step-00000002", file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(builtins, "open", closed)
+    step, messages = newest(checkpoints)
+    assert step == 1
+    assert "Permission denied" in messages[0]
+
+
+def test_where_none_is_whole_each_is_told(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    delete(tmp_path / "step-00000001" / "manifest.json")
+    delete(tmp_path / "step-00000002" / "state.json")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)none .* whole.*00002: its state.json is missing.*00001: it has no manifest"
+    ):
+        checkpoints.newest()
+
+
+# What is claimed.
+
+
+def test_a_folder_that_holds_checkpoints_is_gone_on_from_or_refused(tmp_path):
+    saved(tmp_path, 1, 2)
+    with pytest.raises(
+        CheckpointError, match=r"holds checkpoints already, the newest step-00000002: go on .* resume=True"
+    ):
+        Checkpoints(tmp_path).claim(resume=False)
+    Checkpoints(tmp_path).claim(resume=True)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_claiming_clears_away_what_was_cut_off(tmp_path):
+    saved(tmp_path, 1)
+    for name in ("partial-step-00000002", "partial-fault-00000001"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    (tmp_path / "partial-probe").write_text("")
+    Checkpoints(tmp_path).claim(resume=True)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("whole", ["both", "replaced", "target", "only replaced"])
+def test_a_replacement_that_was_cut_off_is_settled_for_what_is_whole(tmp_path, whole):
+    checkpoints = saved(tmp_path, 3)
+    target, replaced = tmp_path / "step-00000003", tmp_path / "replaced-step-00000003"
+    shutil.copytree(target, replaced)
+    if whole == "replaced":
+        flip(target / "state.json", 0.5, 1)
+    if whole == "target":
+        delete(replaced / "state.json")
+    if whole == "only replaced":
+        shutil.rmtree(target)
+    assert newest(checkpoints)[0] == 3
+    checkpoints.claim(resume=True)
+    assert names(tmp_path) == ["step-00000003"]
+    assert newest(checkpoints) == (3, [])
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("file", "File exists .*; a file has that name"),
+        ("file/under", "Not a directory .*; a file is where a folder should be"),
+    ],
+)
+def test_a_file_where_the_folder_should_be_is_told(tmp_path, path, told):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=f"checkpoints cannot be written to .*: {told}"):
+        Checkpoints(tmp_path / path).claim(resume=False)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    def read_only(path, mode="r", *arguments):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(builtins, "open", read_only)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written to .*: Read-only file system .*; give a folder on a file"
+    ):
+        Checkpoints(tmp_path).claim(resume=False)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [".", "under"])
+def test_a_folder_without_permission_is_told(tmp_path, path):
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("permissions do not bind this user")
+    with pytest.raises(CheckpointError, match=r"Permission denied .*; give yourself the permission"):
+        Checkpoints(tmp_path / path).claim(resume=False)
+    tmp_path.chmod(0o700)
+
+
+# What fails while saving.
+
+CALLS = [(os, "rename"), (os, "fsync"), (os, "mkdir"), (os, "open"), (os, "unlink"), (os, "rmdir"), (builtins, "open")]
+
+
+def failing(monkeypatch, n, error, calls=CALLS, forever=False):
+    """Have the n-th call to the system raise, and with `forever` every later one; return how many there were."""
+    count = [0]
+
+    def wrapped(real):
+        def call(*arguments, **options):
+            count[0] += 1
+            if count[0] == n or (forever and count[0] > n):
+                raise error
+            return real(*arguments, **options)
+
+        return call
+
+    for module, name in calls:
+        monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
+    return count
+
+
+@pytest.mark.parametrize(
+    ("step", "code"), [(2, errno.ENOSPC), (3, errno.EIO)], ids=["the same step again", "a new step"]
+)
+def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, code):
+    """Writing must fail with a sentence; removing what is old may fail with a warning."""
+    failed = 0
+    for n in range(1, 200):
+        folder = tmp_path / str(n)
+        checkpoints = saved(folder, 1, 2, keep=2)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            count = failing(patch, n, OSError(code, os.strerror(code), "a place"), calls=CALLS[:4] + CALLS[6:])
+            try:
+                checkpoints.save(step, {"step": "new"})
+                error = None
+            except CheckpointError as told:
+                error = str(told)
+        if error is None:
+            state = checkpoints.newest()[2]
+            assert state == {"step": "new"}
+            if count[0] < n:
+                break
+            assert caught or (folder / "step-00000001").is_dir()
+            continue
+        failed += 1
+        assert f"step-0000000{step} cannot be saved: {os.strerror(code)} (a place); " in error
+        assert "the newest whole checkpoint is step-0000000" in error
+        assert not list(folder.glob("partial-*"))
+        found = checkpoints.newest()
+        if found[2] == {"step": "new"}:
+            # Its name could not be flushed to the disk; what it replaces is still there too.
+            assert found[0] == step
+            assert "is step-0000000" + str(step) in error
+            assert (folder / "step-00000001").is_dir()
+            assert step == 3 or is_of(archive.read(folder / "replaced-step-00000002"), 2)
+        else:
+            assert "is step-00000002" in error
+            assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        checkpoints.save(step, state_of(step))
+        assert newest(checkpoints) == (step, [])
+        assert all(name.startswith("step-") for name in names(folder))
+    else:
+        pytest.fail("the number of calls was not reached")
+    assert failed >= 8
+
+
+class PowerCutError(BaseException):
+    """What nothing handles."""
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["the same step again", "a new step"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all whole", "the only whole one replaced"])
+def test_wherever_a_save_is_cut_off_a_whole_one_is_found(tmp_path, step, whole):
+    """As if the process had died before any one of its calls: none that follows is made, none that clears up either."""
+    for n in range(1, 200):
+        folder = tmp_path / str(n)
+        checkpoints = saved(folder, 1, 2, keep=2)
+        if not whole:
+            delete(folder / "step-00000001" / "state.json")
+        with pytest.MonkeyPatch.context() as patch:
+            count = failing(patch, n, PowerCutError(), forever=True)
+            try:
+                checkpoints.save(step, state_of(step))
+            except PowerCutError:
+                pass
+            else:
+                assert count[0] < n
+                break
+        # `newest` holds what it reads against the number of its step.
+        found = newest(checkpoints)[0]
+        assert found in (2, step)
+        checkpoints.claim(resume=True)
+        assert newest(checkpoints) == (found, [])
+        assert all(name.startswith("step-") for name in names(folder))
+    else:
+        pytest.fail("the number of calls was not reached")
+    assert n > 15
+
+
+def test_where_the_first_save_fails_it_says_that_there_is_nothing_to_go_on_from(tmp_path, monkeypatch):
+    failing(monkeypatch, 1, OSError(errno.EDQUOT, "Disk quota exceeded"))
+    with pytest.raises(
+        CheckpointError, match=r"Disk quota exceeded; free some of your quota.*; there is no whole checkpoint"
+    ):
+        Checkpoints(tmp_path).save(1, state_of(1))
+
+
+def test_what_cannot_be_saved_leaves_no_trace(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"levels\.x is a object; a checkpoint holds"):
+        checkpoints.save(2, {"levels": {"x": object()}})
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def in_a_child(code, folder):
+    """Run code in a process of its own, which is free to limit itself and to kill its children."""
+    head = """
+import os, random, resource, signal, sys, time
+from pathlib import Path
+from test_checkpoints import *
+folder = Path(sys.argv[1])
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", head + code, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+KILLED = """
+checkpoints = Checkpoints(folder)
+begin = time.monotonic()
+checkpoints.save(0, state_of(0, 20_000))
+seconds = time.monotonic() - begin
+for k in range(20):
+    first = checkpoints.newest()[0]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # Each step twice: now going on, now replacing what is there.
+        for count in range(1, 10_000):
+            step = first + count // 2
+            checkpoints.save(step, state_of(step, 20_000))
+            os.write(writer, b".")
+    os.read(reader, 1)
+    time.sleep(3 * seconds * random.random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = not all(name.startswith("step-") for name in names(folder))
+    for _ in range(2):
+        step, place, state = checkpoints.newest()
+        assert step >= first and is_of(state, step, 20_000)
+        checkpoints.claim(resume=True)
+        assert all(name.startswith("step-") for name in names(folder))
+    print(step, left)
+"""
+
+
+def test_killed_at_any_moment_the_newest_is_whole(tmp_path):
+    rows = [line.split() for line in in_a_child(KILLED, tmp_path).splitlines()]
+    assert len(rows) == 20
+    # Saves went on, and some were cut off half-way.
+    assert int(rows[-1][0]) > 0
+    assert any(left == "True" for _, left in rows)
+
+
+FULL = """
+checkpoints = Checkpoints(folder)
+checkpoints.save(1, state_of(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    checkpoints.save(2, state_of(2, 20_000))
+except CheckpointError as error:
+    print(error)
+print(names(folder), newest(checkpoints))
+"""
+
+
+def test_a_file_that_does_not_fit_is_told(tmp_path):
+    told, left = in_a_child(FULL, tmp_path).splitlines()
+    assert "step-00000002 cannot be saved: File too large; raise the limit on the size of a file" in told
+    assert told.endswith("the newest whole checkpoint is step-00000001")
+    assert left == "['step-00000001'] (1, [])"
