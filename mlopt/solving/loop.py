@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
+from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointWarning, Interrupted, NonFiniteError, ProblemError
 from ..finiteness import Watch, deferred
@@ -74,9 +75,13 @@ class Loop:
                     self._steps(interruption)
                 self._save(last=True)
         except NonFiniteError as error:
-            raise self._told(error) from error
-        finally:
-            self._call("on_train_end")
+            told = self._told(error)
+            self._end(told)
+            raise told from error
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
         if interruption is not None and interruption.received is not None:
             self._leave(interruption)
         return self.run.status or "completed"
@@ -156,7 +161,7 @@ class Loop:
                 f"evaluate returned a {type(metrics).__name__}; it must return a mapping of named numbers, such as "
                 "{'accuracy': 0.9}"
             )
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = {name: float(v.detach() if isinstance(v, Tensor) else v) for name, v in metrics.items()}
         self.run.history.amend({f"evaluation/{name}": value for name, value in metrics.items()})
         self._call("on_evaluate", metrics)
 
@@ -220,6 +225,20 @@ class Loop:
             file=sys.stderr,
         )
         raise Interrupted(0 if name == "SIGTERM" else 130)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Let every callback end, also where one cannot; what ends the run already is not to be hidden by that."""
+        failures = []
+        for watcher in self.watchers:
+            try:
+                watcher.on_train_end(self.run)
+            except Exception as failure:
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
+        if error is not None:
+            for also in failures:
+                error.add_note(f"and at its end: {also!r}")
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for watcher in self.watchers:

@@ -102,7 +102,9 @@ def build(kind: str) -> Problem:
     }
     decay = partial(AdamW, lr=0.02, weight_decay=0.1)
     return Problem(
-        Level("weights", Weights(), outer, data=DataLoader(Augmented(6), batch_size=4), optimizer=partial(Adam, lr=0.05)),
+        Level(
+            "weights", Weights(), outer, data=DataLoader(Augmented(6), batch_size=4), optimizer=partial(Adam, lr=0.05)
+        ),
         Level(
             "net",
             Net(),
@@ -125,7 +127,7 @@ def build(kind: str) -> Problem:
 
 
 def evaluate(problem: Problem) -> dict[str, float]:
-    return {"size": float(problem["weights"].module().norm()) + float(torch.rand(()))}
+    return {"size": float(problem["weights"].module().detach().norm()) + float(torch.rand(()))}
 
 
 def play(kind: str, folder: Path, steps: int, *, resume: bool, every: int = 1) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["streamed", "warm", "curvature", "unrolled", "fp16"])
-@pytest.mark.parametrize("cut", [0, 1, 3, 6, STEPS])
+@pytest.mark.parametrize("cut", [0, 2, 3, 6, STEPS])
 def test_gone_on_with_from_a_checkpoint_is_the_same_run(kind: str, cut: int, whole: Any, tmp_path: Path) -> None:
     expected, _ = whole(kind)
     if cut:
