@@ -394,9 +394,11 @@ def test_a_replacement_that_was_cut_off_is_settled_for_what_is_whole(tmp_path, w
         delete(replaced / "state.json")
     if whole == "only replaced":
         shutil.rmtree(target)
+    right = (target if whole in ("both", "target") else replaced).stat().st_ino
     assert newest(checkpoints)[0] == 3
     checkpoints.claim(resume=True)
     assert names(tmp_path) == ["step-00000003"]
+    assert target.stat().st_ino == right
     assert newest(checkpoints) == (3, [])
 
 
