@@ -18,7 +18,7 @@ from ..tensors import Tensors, norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
-from .state import Snapshot, load_module_state, module_state
+from .state import Snapshot, load_module_state, load_part, module_state
 
 __all__ = ["Engine"]
 
@@ -222,7 +222,7 @@ class Engine:
             held = state["levels"][level.name]
             load_module_state(level.module, held["module"])
             for kind, part in self._stateful(level.name).items():
-                part.load_state_dict(held[kind])
+                load_part(part, held[kind])
             self.streams[level.name].load_state_dict(held["stream"])
         for name, stream in gradients.curvature_streams.items():
             stream.load_state_dict(state["curvature"][name])

@@ -23,7 +23,7 @@ from .run import Run
 
 __all__ = ["Evaluate", "Loop"]
 
-Evaluate: TypeAlias = Callable[[Problem], Mapping[str, float]]
+Evaluate: TypeAlias = Callable[[Problem], Mapping[str, Any]]
 
 
 @attrs.define(kw_only=True, eq=False)

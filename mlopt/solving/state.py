@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-__all__ = ["Snapshot", "load_module_state", "module_state"]
+__all__ = ["Snapshot", "load_module_state", "load_part", "module_state"]
 
 
 class Snapshot:
@@ -32,10 +33,25 @@ class Snapshot:
         for live, kept in zip(self._live, self._kept, strict=True):
             live.data.copy_(kept)
         for part, state in self._states:
-            part.load_state_dict(state)
+            load_part(part, state)
         for held, content in self.held:
             held.clear()
             held.update(content)
+
+
+def load_part(part: Any, state: Mapping[str, Any]) -> None:
+    """Give an optimiser, a scheduler or a loss scaler its state; that of an optimiser to the last bit.
+
+    An optimiser casts what it is given to the dtype of its parameters, also what it keeps in another one (NAdam's product).
+    """
+    part.load_state_dict(state)
+    if isinstance(part, Optimizer):
+        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+        for index, kept in state["state"].items():
+            own = part.state[parameters[index]]
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and own[name].dtype != value.dtype:
+                    own[name] = value.to(own[name].device)
 
 
 def _trainable(module: nn.Module) -> list[torch.Tensor]:

@@ -1,0 +1,296 @@
+"""What is not finite is raised with what is known, left out, or taken back; and nothing waits for a device to find out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mlopt
+from mlopt import Level, Problem, variables
+from mlopt.finiteness import Watch, deferred, require_finite
+from mlopt.solving import archive
+from mlopt.solving.loop import Loop
+
+F64 = torch.float64
+
+
+def build(values: list[float], *, outer_values: list[float] | None = None, **options: Any) -> Problem:
+    """Return two levels on scalars; what the batches hold is multiplied into their losses, and may be nan."""
+
+    def outer(own, batch, *, x):
+        return {"loss": batch * ((x() - 2).square().sum() + own().square().sum()), "own": own()[0]}
+
+    def inner(own, batch, *, weights):
+        return batch * (own() - weights()).square().sum()
+
+    def batches(factors: list[float]) -> list[torch.Tensor]:
+        return [torch.tensor(factor, dtype=F64) for factor in factors]
+
+    given = {"estimator": mlopt.ConjugateGradient(iterations=3, warm_start=True), **options}
+    return Problem(
+        Level(
+            "weights",
+            variables(torch.zeros(1, dtype=F64)),
+            outer,
+            data=batches(outer_values or [1.0]),
+            optimizer=partial(SGD, lr=0.1, momentum=0.9),
+        ),
+        Level(
+            "x",
+            variables(torch.ones(1, dtype=F64)),
+            inner,
+            data=batches(values),
+            optimizer=partial(Adam, lr=0.1),
+            scheduler=partial(StepLR, step_size=1, gamma=0.9),
+            **given,
+        ),
+    )
+
+
+class Told(mlopt.Callback):
+    """Keeps the rows that it is handed."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.ended = 0
+
+    def on_log(self, run: Any, rows: Any) -> None:
+        self.rows += rows
+
+    def on_train_end(self, run: Any) -> None:
+        self.ended += 1
+
+
+def solve(problem: Problem, steps: int, **options: Any) -> mlopt.Solution:
+    return mlopt.solve(problem, steps, **{"seed": 0, "progress": False, **options})
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("made", "step", "sentence"),
+    [
+        (lambda: build([1.0, 1.0, NAN]), 3, "outer step 3: the loss of level 'x' is nan"),
+        (lambda: build([1.0], outer_values=[1.0, INF]), 2, "outer step 2: the loss of level 'weights' is inf"),
+        (lambda: build([1e200, 1e200], estimator=mlopt.Neumann(terms=9, step_size=1.0)), 1, "outer step 1: .*Neumann"),
+    ],
+)
+def test_raised_with_level_step_estimator_and_state(
+    made: Callable[[], Problem], step: int, sentence: str, tmp_path: Path
+) -> None:
+    told = Told()
+    with pytest.raises(mlopt.NonFiniteError, match=sentence) as raised:
+        solve(made(), 5, checkpoint=mlopt.Checkpoints(tmp_path, every=1), callbacks=[told])
+    assert raised.value.step == step
+    assert f"estimators: x: {made()['x'].estimator}" in str(raised.value)
+    fault = tmp_path / f"fault-{step:08d}"
+    assert str(fault) in str(raised.value)
+    # The row of the step that failed is there, with what it has.
+    assert [row["step"] for row in told.rows] == list(range(1, step + 1))
+    assert told.ended == 1
+    saved = archive.read(fault)
+    assert saved["history"][-1]["step"] == step
+    assert repr(saved["history"]) == repr(told.rows)
+    # What is resumed from is the state before, and the data go on to fail: they are what failed.
+    whole = solve(made(), step - 1) if step > 1 else None
+    with pytest.raises(mlopt.NonFiniteError):
+        solve(made(), 5, checkpoint=mlopt.Checkpoints(tmp_path, every=1), resume=True)
+    if whole is not None:
+        assert repr(saved["history"][:-1]) == repr(list(whole.history))
+
+
+def test_nan_is_in_the_logged_row() -> None:
+    told = Told()
+    with pytest.raises(mlopt.NonFiniteError):
+        solve(build([NAN]), 3, callbacks=[told])
+    assert math.isnan(told.rows[-1]["x/loss"])
+
+
+def test_a_skipped_step_moves_nothing_of_its_level_and_the_others_go_on() -> None:
+    """The inner steps are those of a plain loop over the batches that are finite; the row says nan."""
+    problem = build([1.0, NAN, 3.0, 0.5], estimator=mlopt.Identity())
+    states = []
+
+    class Watch(mlopt.Callback):
+        def on_step_end(self, run: Any) -> None:
+            states.append((problem["x"].module.value.item(), problem["weights"].module.value.item()))
+
+    solution = solve(problem, 4, on_nonfinite="skip", callbacks=[Watch()])
+    x, w = (torch.tensor([v], dtype=F64, requires_grad=True) for v in (1.0, 0.0))
+    inner, outer = Adam([x], lr=0.1), SGD([w], lr=0.1, momentum=0.9)
+    scheduler = StepLR(inner, step_size=1, gamma=0.9)
+    expected = []
+    for factor in (1.0, NAN, 3.0, 0.5):
+        if not math.isnan(factor):
+            x.grad = (2 * factor * (x - w)).detach()
+            inner.step()
+            scheduler.step()
+            # -(d2f/dw dx) v, v = 2 (x - 2), and the own part
+            w.grad = (2 * factor * 2 * (x - 2) + 2 * w).detach()
+            outer.step()
+        expected.append((x.item(), w.item()))
+    torch.testing.assert_close(torch.tensor(states), torch.tensor(expected), rtol=1e-12, atol=0)
+    assert solution.history.column("skipped") == [0, 2, 2, 2]  # the pullback is on the batch that failed, too
+    assert [math.isnan(loss) for loss in solution.history.column("x/loss")] == [False, True, False, False]
+
+
+def test_a_step_that_is_rolled_back_leaves_variables_and_optimizers_and_the_next_one_sees_new_data() -> None:
+    rolled = build([1.0, 3.0, NAN, 1.0, 0.5, 2.0], steps=2)
+    solution = solve(rolled, 3, on_nonfinite="rollback")
+    # What failed was the first of two inner steps: the second one's batch was not drawn.
+    plain = build([1.0, 3.0, 1.0, 0.5], steps=2)
+    solve(plain, 2)
+    for name in ("weights", "x"):
+        assert torch.equal(rolled[name].module.value, plain[name].module.value)
+    assert solution.history.column("rollbacks") == [0, 1, 1]
+    assert math.isnan(solution.history[1]["x/loss"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [("skip", "3 such steps were left out already"), ("rollback", "3 outer steps were taken back")],
+)
+def test_both_are_bounded(policy: str, sentence: str) -> None:
+    with pytest.raises(mlopt.NonFiniteError, match=sentence):
+        solve(build([NAN]), 20, on_nonfinite=policy, nonfinite_limit=3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_both_count_on_through_a_resume(policy: str, tmp_path: Path) -> None:
+    values = [1.0, NAN, 2.0, 3.0, NAN, 0.5]
+    checkpoint = mlopt.Checkpoints(tmp_path, every=1)
+    whole, cut = build(values), build(values)
+    expected = solve(whole, 6, on_nonfinite=policy)
+    solve(build(values), 3, on_nonfinite=policy, checkpoint=checkpoint)
+    solution = solve(cut, 6, on_nonfinite=policy, checkpoint=checkpoint, resume=True)
+    assert repr(list(solution.history)) == repr(list(expected.history))
+    assert torch.equal(cut["x"].module.value, whole["x"].module.value)
+    with pytest.raises(mlopt.NonFiniteError, match="already"):
+        solve(build(values), 12, on_nonfinite=policy, checkpoint=checkpoint, resume=True, nonfinite_limit=3)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host waits for a device with: reading a number, or how many entries there are."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(name in str(function) for name in self.NAMES)
+        return function(*args, **(kwargs or {}))
+
+
+def two_levels(estimator: mlopt.Estimator, *, mixture: bool) -> Problem:
+    """Return a problem whose losses make no host wait."""
+
+    def outer(own, batch, *, net):
+        return {"loss": net(batch).square().mean() + own().square().sum(), "first": own()[0]}
+
+    def inner(own, batch, *, weights):
+        losses = [(own(batch) - 1).square().mean(), own(batch).abs().mean()]
+        if mixture:
+            return mlopt.Mixture(losses, weights="weights")
+        w = weights()
+        return w[0] * losses[0] + w[1] * losses[1]
+
+    torch.manual_seed(0)
+    batch = torch.randn(8, 3)
+    sgd = partial(SGD, lr=0.05, momentum=0.9)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    return Problem(
+        Level("weights", variables(torch.full((2,), 0.5)), outer, data=[batch], optimizer=sgd, clip=1.0),
+        Level(
+            "net", net, inner, data=[batch], optimizer=sgd, steps=3, accumulate=2, clip=1.0, estimator=estimator,
+            scheduler=partial(StepLR, step_size=5), warmup=1, precision="bf16",
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        mlopt.Identity(),
+        mlopt.Identity(streamed=True),
+        mlopt.Identity(products="forward"),
+        mlopt.FiniteDifference(),
+    ],
+    ids=str,
+)
+def test_an_outer_step_makes_no_host_wait(
+    estimator: mlopt.Estimator, mixture: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device: what is not finite is noted, and looked at when rows are logged."""
+    counts = count_waits(two_levels(estimator, mixture=mixture), monkeypatch)
+    # In the first step each pure function is held against its live module.
+    assert counts[1:] == [0, 0, 0]
+
+
+def test_a_solver_that_stops_by_residual_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert min(count_waits(two_levels(mlopt.ConjugateGradient(iterations=2), mixture=False), monkeypatch)) > 0
+
+
+def count_waits(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how often each outer step waits, where what is not finite is noted."""
+    counts, waits = [], Waits()
+    monkeypatch.setattr(Loop, "_watching", lambda loop: deferred(loop._watch))
+
+    class Count(mlopt.Callback):
+        def on_step_begin(self, run: Any) -> None:
+            waits.count = 0
+            waits.__enter__()
+
+        def on_step_end(self, run: Any) -> None:
+            waits.__exit__(None, None, None)
+            counts.append(waits.count)
+
+    solve(problem, 4, callbacks=[Count()], log_every=4)
+    return counts
+
+
+def test_what_was_noted_raises_at_the_next_log_and_names_its_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Loop, "_watching", lambda loop: deferred(loop._watch))
+    told = Told()
+    values = [1.0, 1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0]
+    with pytest.raises(mlopt.NonFiniteError, match="outer step 4: the loss of level 'x' is nan") as raised:
+        solve(
+            build(values, estimator=mlopt.Identity()), 20, log_every=5, callbacks=[told],
+            checkpoint=mlopt.Checkpoints(tmp_path, every=3),
+        )  # fmt: skip
+    assert raised.value.step == 4
+    assert len(told.rows) == 5
+    # What is whole is from before.
+    step, _, state = mlopt.Checkpoints(tmp_path).newest()
+    assert step == 3
+    assert math.isfinite(state["engine"]["levels"]["x"]["module"]["state"]["value"].item())
+
+
+def test_a_watch_reads_once_and_starts_anew() -> None:
+    watch = Watch()
+    with deferred(watch):
+        require_finite((torch.ones(3), torch.ones(2)), lambda _: "fine")
+        watch.step = 2
+        require_finite((torch.tensor([1.0, INF]),), lambda value: f"it is {value}")
+        watch.step = 3
+        require_finite((torch.tensor([NAN]),), lambda value: f"it is {value}")
+    with pytest.raises(mlopt.NonFiniteError, match="it is inf") as raised:
+        watch.read()
+    assert raised.value.step == 2
+    watch.read()
+    with pytest.raises(mlopt.NonFiniteError, match="it is nan"):
+        require_finite((torch.tensor([NAN]),), lambda value: f"it is {value}")

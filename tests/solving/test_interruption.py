@@ -1,0 +1,184 @@
+"""SIGTERM and SIGINT: the step is finished, the run saved, the process ends with 0 or 130 and a sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from states import assert_same_state
+from torch.optim import SGD
+
+import mlopt
+from mlopt.solving import archive
+from mlopt.solving.interruption import Interruption
+
+SCRIPT = """
+import signal, sys, time
+from functools import partial
+import torch, mlopt
+
+def loss(own, batch):
+    return (own() - torch.rand(2)).square().sum()
+
+class Slow(mlopt.Callback):
+    def on_step_end(self, run):
+        print(run.step, flush=True)
+        time.sleep(0.02)
+
+level = mlopt.Level("x", mlopt.variables(torch.zeros(2)), loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+mlopt.solve(mlopt.Problem(level), int(sys.argv[2]), seed=0, checkpoint=mlopt.Checkpoints(sys.argv[1], every=1000),
+            resume=True, callbacks=[Slow()], progress=False)
+print("not reached" if sys.argv[3:] else "done")
+"""
+
+
+def start(folder: Path, steps: int, *more: str, ignored: bool = False) -> subprocess.Popen[str]:
+    handling = signal.SIG_IGN if ignored else signal.SIG_DFL
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), str(steps), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handling),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "code"), [("SIGTERM", 0), ("SIGINT", 130)])
+def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(kind: str, code: int, tmp_path: Path) -> None:
+    process = start(tmp_path, 10_000, "more")
+    assert process.stdout
+    while process.stdout.readline() != "3\n":
+        assert process.poll() is None
+    process.send_signal(getattr(signal, kind))
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    step, _, _ = mlopt.Checkpoints(tmp_path).newest()
+    assert out.split() == [str(k) for k in range(4, step + 1)]
+    assert error == (
+        f"mlopt: {kind}: step {step} of 10000 is finished and saved in {tmp_path}; resume=True (--resume on the command line) "
+        "goes on from there\n"
+    )
+    for folder in (tmp_path, tmp_path / "whole"):
+        process = start(folder, step + 3)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    cut, whole = (archive.read(folder / f"step-{step + 3:08d}") for folder in (tmp_path, tmp_path / "whole"))
+    assert_same_state(cut, whole)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    process = start(tmp_path, 30, ignored=True)
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.endswith("30\ndone\n")
+
+
+def step_problem() -> mlopt.Problem:
+    def loss(own: Any, batch: Any) -> torch.Tensor:
+        return own().square().sum()
+
+    return mlopt.Problem(mlopt.Level("x", mlopt.variables(torch.ones(2)), loss, optimizer=partial(SGD, lr=0.1)))
+
+
+class Signal(mlopt.Callback):
+    def __init__(self, step: int, times: int = 1) -> None:
+        self._step, self._times = step, times
+
+    def on_step_end(self, run: Any) -> None:
+        if run.step == self._step:
+            for _ in range(self._times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_callbacks_end_and_handlers_come_back(tmp_path: Path) -> None:
+    ended = []
+
+    class End(mlopt.Callback):
+        def on_save(self, run: Any, folder: Path) -> None:
+            ended.append(folder.name)
+
+        def on_train_end(self, run: Any) -> None:
+            ended.append(run.step)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(mlopt.Interrupted) as raised:
+        mlopt.solve(step_problem(), 9, checkpoint=tmp_path, callbacks=[Signal(2), End()], progress=False)
+    assert raised.value.code == 130
+    assert ended == ["step-00000002", 2]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_second_signal_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        mlopt.solve(step_problem(), 9, checkpoint=tmp_path, callbacks=[Signal(2, times=2)], progress=False)
+
+
+def test_without_checkpoints_signals_are_left_alone() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        mlopt.solve(step_problem(), 9, callbacks=[Signal(2)], progress=False)
+
+
+def test_in_another_thread_a_run_is_possible(tmp_path: Path) -> None:
+    found: list[Any] = []
+
+    def go() -> None:
+        found.append(mlopt.solve(step_problem(), 3, checkpoint=tmp_path, progress=False).status)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    thread.join()
+    assert found == ["completed"]
+
+
+def test_during_warm_up_too(tmp_path: Path) -> None:
+    """The warm-up steps that were taken are not taken again."""
+    taken: list[int] = []
+
+    def outer(own: Any, batch: Any, *, x: Any) -> torch.Tensor:
+        return (x() - own()).square().sum()
+
+    def inner(own: Any, batch: Any, *, y: Any) -> torch.Tensor:
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own().square().sum() + y().sum()
+
+    def build() -> mlopt.Problem:
+        sgd = partial(SGD, lr=0.1)
+        return mlopt.Problem(
+            mlopt.Level("y", mlopt.variables(torch.ones(2)), outer, optimizer=sgd),
+            mlopt.Level(
+                "x", mlopt.variables(torch.ones(2)), inner, optimizer=sgd, warmup=5, estimator=mlopt.FiniteDifference()
+            ),
+        )
+
+    with pytest.raises(mlopt.Interrupted):
+        mlopt.solve(build(), 1, checkpoint=tmp_path, progress=False)
+    assert len(taken) == 3
+    resumed = build()
+    mlopt.solve(resumed, 0, checkpoint=tmp_path, resume=True, progress=False)
+    expected = torch.ones(2)
+    for _ in range(3):
+        expected -= 0.1 * (2 * expected)
+    assert torch.equal(resumed["x"].module.value, expected)
+    taken.extend([1] * 10)
+    mlopt.solve(build(), 1, checkpoint=tmp_path / "whole", progress=False)
+    mlopt.solve(build(), 1, checkpoint=tmp_path, resume=True, progress=False)
+    cut, whole = (archive.read(folder / "step-00000001") for folder in (tmp_path, tmp_path / "whole"))
+    assert_same_state(cut["engine"]["levels"], whole["engine"]["levels"])
+
+
+def test_nothing_is_held_after_the_context() -> None:
+    with Interruption() as interruption:
+        assert interruption.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.received is signal.SIGTERM
