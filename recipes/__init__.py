@@ -19,17 +19,7 @@ _HOMES = {"TapWeight": ".tapweight.recipe"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a recipe when it is asked for: each has dependencies of its own."""
+    """Import a recipe when it is asked for."""
     if name not in _HOMES:
         raise AttributeError(f"mlopt.recipes has no recipe {name!r}; it has {', '.join(_HOMES)}")
-    try:
-        module = importlib.import_module(_HOMES[name], __name__)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing.startswith("mlopt"):
-            raise
-        raise ModuleNotFoundError(
-            f"mlopt.recipes.{name} needs {missing}, which is not installed: pip install 'mlopt-torch[all]'",
-            name=missing,
-        ) from error
-    return getattr(module, name)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

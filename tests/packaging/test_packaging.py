@@ -75,13 +75,6 @@ def test_an_unknown_recipe_is_named() -> None:
     assert "cannot import name 'Tap'" in done.stderr
 
 
-def test_a_recipe_without_its_dependencies_names_the_extra() -> None:
-    code = "import sys; sys.modules['safetensors'] = None; from mlopt.recipes import TapWeight"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "mlopt.recipes.TapWeight needs safetensors" in done.stderr
-    assert "pip install 'mlopt-torch[all]'" in done.stderr
-
-
 def test_importing_mlopt_needs_no_heavy_package() -> None:
     heavy = ("torch_geometric", "rdkit", "transformers", "torchopt", "sklearn", "matplotlib", "torchmetrics", "tyro")
     heavy += ("tensorboard", "wandb", "trackio", "mlflow")

@@ -239,13 +239,13 @@ def test_rows_are_in_the_file_after_each_log_and_after_an_error(kind, tmp_path):
     def loss(own, batch):
         return own().log().sum()
 
-    # The first step leaves x = 0, and the second one's loss is not finite: there is one row, and it was not logged.
+    # The first step leaves x = 0, and the second one's loss is not finite: there are two rows, and neither was logged.
     level = mlopt.Level("x", mlopt.variables(torch.ones(1)), loss, optimizer=partial(SGD, lr=1.0))
     logger = kind(tmp_path / "file")
     logger.on_log = lambda run, rows: None
     with pytest.raises(mlopt.NonFiniteError):
         mlopt.solve(mlopt.Problem(level), 5, callbacks=[logger], progress=False)
-    assert logger.file.read_text().count("\n") == head + 1
+    assert logger.file.read_text().count("\n") == head + 2
 
 
 @pytest.mark.parametrize("kind", [mlopt.CSVLogger, mlopt.JSONLLogger])

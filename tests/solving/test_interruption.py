@@ -162,17 +162,17 @@ def test_during_warm_up_too(tmp_path: Path) -> None:
         )
 
     with pytest.raises(mlopt.Interrupted):
-        mlopt.solve(build(), 1, checkpoint=tmp_path, progress=False)
+        mlopt.solve(build(), 1, checkpoint=tmp_path, seed=0, progress=False)
     assert len(taken) == 3
     resumed = build()
-    mlopt.solve(resumed, 0, checkpoint=tmp_path, resume=True, progress=False)
+    mlopt.solve(resumed, 0, checkpoint=tmp_path, seed=0, resume=True, progress=False)
     expected = torch.ones(2)
     for _ in range(3):
         expected -= 0.1 * (2 * expected)
     assert torch.equal(resumed["x"].module.value, expected)
     taken.extend([1] * 10)
-    mlopt.solve(build(), 1, checkpoint=tmp_path / "whole", progress=False)
-    mlopt.solve(build(), 1, checkpoint=tmp_path, resume=True, progress=False)
+    mlopt.solve(build(), 1, checkpoint=tmp_path / "whole", seed=0, progress=False)
+    mlopt.solve(build(), 1, checkpoint=tmp_path, seed=0, resume=True, progress=False)
     cut, whole = (archive.read(folder / "step-00000001") for folder in (tmp_path, tmp_path / "whole"))
     assert_same_state(cut["engine"]["levels"], whole["engine"]["levels"])
 
