@@ -112,8 +112,9 @@ def hypergradient(
 
 def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorState]:
     """Return where the generators stand for each level of a call: ("seed", n) for a call of `hypergradient` at seed n."""
+    devices = problem.devices
     return {
-        level.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, level.name), problem.devices)
+        level.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, level.name), devices)
         for level in problem
     }
 

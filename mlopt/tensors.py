@@ -30,6 +30,8 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return the inner product <a, b>, a scalar tensor."""
     if not a:
         return torch.zeros(())
+    if len(a) == len(b) == 1:
+        return torch.dot(a[0].reshape(-1), b[0].reshape(-1))
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
 
 

@@ -231,9 +231,12 @@ def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout
-    assert process.stdout.readline() == "Corpus: 40 molecules of train.csv.\n"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "Corpus: 40 molecules of train.csv.\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     # While objectives are prepared there is nothing to save yet; while a phase steps, the step is finished and saved.
     unsaved = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -62,6 +62,7 @@ class Point:
         streams: cotangents held by streamed pullbacks; None where nothing is streamed.
         curvature_batches: the batch for the Hessian, of each level whose estimator has one of its own.
         optimizers: the levels' optimisers, with their state, where a run is under way.
+        devices: those that the levels' variables are on, where that is known already.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Point:
         streams: dict[str, StreamedCotangent] | None = None,
         curvature_batches: Mapping[str, Any] | None = None,
         optimizers: Mapping[str, Optimizer] | None = None,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.problem = problem
         self.batches = batches
@@ -81,6 +83,7 @@ class Point:
         self.streams = streams
         self.curvature_batches = curvature_batches or {}
         self.optimizers = optimizers or {}
+        self.devices = problem.devices if devices is None else devices
         #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
         self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
         #: What the lookahead of a level's estimator left for its pullback.
@@ -107,5 +110,5 @@ class Point:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Put the random generators back on leaving. (Buffers are put back after each evaluation.)"""
-        with preserved(self.problem.devices):
+        with preserved(self.devices):
             yield

@@ -68,12 +68,17 @@ class Stream:
     @contextlib.contextmanager
     def taken_back(self) -> Iterator[None]:
         """Let the batches that are drawn inside come once more afterwards, in their order."""
-        self._taken = []
+        taken: list[Any] = []
+        self._taken = taken
         try:
             yield
         finally:
-            self._again.extend(self._taken)
             self._taken = None
+        self._again.extend(taken)
+
+    def forget(self) -> None:
+        """Let batches that were taken back not come again."""
+        self._again.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as tensors, numbers and lists of them."""

@@ -14,21 +14,24 @@ from ..problem import Level, Problem
 __all__ = ["compare", "described"]
 
 #: Arguments of a level that may differ between a checkpoint and the problem that goes on from it.
-_SETTINGS = ("estimator", "steps", "accumulate", "clip", "precision")
+_SETTINGS = ("estimator", "scheduler", "steps", "accumulate", "clip", "precision")
 
 
-def described(problem: Problem, optimizers: Mapping[str, Optimizer], *, lookahead: bool) -> dict[str, Any]:
+def described(
+    problem: Problem, optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any], *, lookahead: bool
+) -> dict[str, Any]:
     """Return what tells one problem from another: levels, variables, optimisers, settings."""
-    levels = {level.name: _level(level, optimizers[level.name]) for level in problem}
+    levels = {level.name: _level(level, optimizers[level.name], schedulers[level.name]) for level in problem}
     return {"levels": levels, "lookahead": lookahead}
 
 
-def _level(level: Level, optimizer: Optimizer) -> dict[str, Any]:
+def _level(level: Level, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
     return {
         "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in level.module.named_parameters()},
         "optimizer": type(optimizer).__name__,
         **{key: getattr(level, key) for key in _SETTINGS},
         "estimator": None if level.estimator is None else str(level.estimator),
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
     }
 
 

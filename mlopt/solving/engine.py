@@ -192,6 +192,12 @@ class Engine:
         snapshot.held = [(held, dict(held)) for held in (self.gradients.warm, self.gradients.cotangents)]
         return snapshot
 
+    def roll_back(self, snapshot: Snapshot) -> None:
+        """Put back what a snapshot holds; batches that were to come again do not."""
+        snapshot.restore()
+        for stream in self.streams.values():
+            stream.forget()
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, but for the generators."""
         gradients, problem = self.gradients, self.problem
@@ -222,10 +228,12 @@ class Engine:
             held = state["levels"][level.name]
             load_module_state(level.module, held["module"])
             for kind, part in self._stateful(level.name).items():
-                load_part(part, held[kind])
+                if kind in held:
+                    load_part(part, held[kind])
             self.streams[level.name].load_state_dict(held["stream"])
         for name, stream in gradients.curvature_streams.items():
-            stream.load_state_dict(state["curvature"][name])
+            if name in state["curvature"]:
+                stream.load_state_dict(state["curvature"][name])
         for name, vectors in state["warm"].items():
             gradients.warm[name] = to_device(vectors, problem[name].device)
         for name, held in state["cotangents"].items():

@@ -60,6 +60,7 @@ class Gradients:
         self, problem: Problem, optimizers: Mapping[str, Any], precisions: Mapping[str, Precision], seed: int
     ) -> None:
         self.problem, self._optimizers, self._precisions = problem, optimizers, precisions
+        self._devices = problem.devices
         self.curvature_streams = {
             level.name: Stream(f"{level.name}/curvature data", level.estimator.curvature_data, seed, level.device)
             for level in problem
@@ -159,7 +160,14 @@ class Gradients:
         interior = self.problem.graph[level.name].interior
         curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
         point = Point(
-            self.problem, self.batches, self.generators, self.warm, self.cotangents, curvature, self._optimizers
+            self.problem,
+            self.batches,
+            self.generators,
+            self.warm,
+            self.cotangents,
+            curvature,
+            self._optimizers,
+            self._devices,
         )
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses = []
@@ -199,7 +207,7 @@ class Gradients:
         """Note the batch and, where a pullback replays what this evaluation draws, where the generators stand."""
         self.batches[level.name] = batch
         if replayed and self.problem.needs_estimator(level.name):
-            self.generators[level.name] = GeneratorState.capture(self.problem.devices)
+            self.generators[level.name] = GeneratorState.capture(self._devices)
 
     def _outcome(self, level: Level) -> Outcome:
         others = {name: self.problem[name].module for name in level.loss_references}

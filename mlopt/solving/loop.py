@@ -53,6 +53,7 @@ class Loop:
     _watch: Watch = attrs.field(factory=Watch, init=False)
     _logged: int = attrs.field(default=0, init=False)
     _saved: int | None = attrs.field(default=None, init=False)
+    _late: bool = attrs.field(default=False, init=False)
     _began: float = attrs.field(factory=time.monotonic, init=False)
 
     def go(self, resume: bool, seed: int | None) -> str:
@@ -74,6 +75,9 @@ class Loop:
                 with self._watching():
                     self._steps(interruption)
                 self._save(last=True)
+            if self._late and self.run.status is None:
+                # Not a part of what is saved: a run that is gone on with has time anew.
+                self.run.status = f"max_time of {self.seconds:g} s reached"
         except NonFiniteError as error:
             told = self._told(error)
             self._end(told)
@@ -111,9 +115,8 @@ class Loop:
         def goes_on() -> bool:
             if interruption is not None and interruption.received is not None:
                 return False
-            if self.seconds is not None and time.monotonic() - self._began >= self.seconds and run.step < run.steps:
-                run.status = f"max_time of {self.seconds:g} s reached"
-            return run.status is None
+            self._late = self.seconds is not None and time.monotonic() - self._began >= self.seconds
+            return run.status is None and not self._late
 
         while run.step == 0 and run.steps > 0 and goes_on() and run.engine.warm_up():
             pass
@@ -130,7 +133,7 @@ class Loop:
         except NonFiniteError as error:
             if before is None:
                 raise
-            before.restore()
+            run.engine.roll_back(before)
             run.rollbacks += 1
             if run.rollbacks > self.limit:
                 raise NonFiniteError(f"{error}; {self.limit} outer steps were taken back already") from error
@@ -212,7 +215,10 @@ class Loop:
         )
         sentence = f"outer step {step}: {error}" + (f" (estimators: {estimators})" if estimators else "")
         if self.checkpoints is not None:
-            sentence += f"; the state as it is now is in {self.checkpoints.save_fault(step, run.state_dict())}"
+            try:
+                sentence += f"; the state as it is now is in {self.checkpoints.save_fault(step, run.state_dict())}"
+            except CheckpointError as unsaved:
+                sentence += f"; the state as it is now could not be saved: {unsaved}"
         return NonFiniteError(sentence, step=step)
 
     def _leave(self, interruption: Interruption) -> None:

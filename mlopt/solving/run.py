@@ -56,7 +56,7 @@ class Run:
         self.status: str | None = None
         self.rollbacks = 0
         self._callbacks = callbacks
-        self._description = described(problem, self.engine.optimizers, lookahead=lookahead)
+        self._description = described(problem, self.engine.optimizers, self.engine.schedulers, lookahead=lookahead)
 
     def stop(self, reason: str) -> None:
         """End the run after the present step; the reason becomes the status."""
