@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, overload
 import attrs
 import torch
 
+from mlopt.validation import shown
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
@@ -185,7 +187,9 @@ def read_table(
     if labels is None:
         labels = [name for index, name in enumerate(header) if index != smiles]
     if isinstance(labels, str) or not labels:
-        raise DataError(f"{path}: labels={labels!r} names no label column; the columns are {', '.join(header)}")
+        raise DataError(
+            f"{path}: labels={labels!r} names no label column; the columns are {', '.join(map(shown, header))}"
+        )
     columns = [_column(path, header, label) for label in labels]
     if smiles in columns or len(set(columns)) < len(columns):
         raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
@@ -245,9 +249,12 @@ def _suffix(path: Path, known: Sequence[str]) -> str:
 
 def _text(path: Path) -> str:
     """Return the text of a file that may be gzipped, or say in which line it is no text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the path of a file of molecules")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL in the path
+        raise FileNotFoundError(f"{path}: no such file; give the path of a file of molecules") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the path of a file of molecules") from error
     if path.name.lower().endswith(".gz"):
         try:
             content = gzip.decompress(content)
@@ -256,14 +263,19 @@ def _text(path: Path) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        row, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        row, byte = _row(error.object[: error.start]), error.object[error.start]
         raise DataError(f"{path}, row {row}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 text") from error
     if "\0" in text:
-        row = text[: text.index("\0")].count("\n") + 1
+        row = _row(content[: content.index(b"\0")])
         raise DataError(f"{path}, row {row}: a NUL byte, so this is no text file; save the file as UTF-8 text")
     if not text.strip():
         raise DataError(f"{path}: the file is empty; give a file with at least one molecule")
     return text
+
+
+def _row(before: bytes) -> int:
+    """Return the 1-based line that follows some bytes of a file, for any convention of line ends."""
+    return len((before + b".").splitlines())
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -277,7 +289,7 @@ def _table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     _, header = next(records)
     header = [name.strip() for name in header]
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{path}: the header names {duplicates[0]!r} more than once; rename the columns")
+        raise DataError(f"{path}: the header names {shown(duplicates[0])} more than once; rename the columns")
     return header, records
 
 
@@ -315,7 +327,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the names there are, and the closest."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; there are {', '.join(map(repr, known))}{f' - did you mean {close[0]!r}?' if close else ''}"
+    return f"; there are {', '.join(map(shown, known))}{f' - did you mean {shown(close[0])}?' if close else ''}"
 
 
 def _molecules(
@@ -335,7 +347,7 @@ def _molecules(
         if isinstance(graph, str):
             if strict:
                 raise DataError(
-                    f"{path}, row {row}: {smiles!r} is no molecule: {graph}; mend it, or read with strict=False"
+                    f"{path}, row {row}: {shown(smiles)} is no molecule: {graph}; mend it, or read with strict=False"
                 )
             skipped.append(Skipped(row, smiles.strip(), graph))
             continue
@@ -347,7 +359,7 @@ def _molecules(
         if len(graphs) == limit:
             break
     if not graphs:
-        found = f"; row {skipped[0].row}, {skipped[0].smiles!r}: {skipped[0].reason}" if skipped else ""
+        found = f"; row {skipped[0].row}, {shown(skipped[0].smiles)}: {skipped[0].reason}" if skipped else ""
         raise DataError(f"{path}: no molecule in {len(skipped)} rows{found}; give at least one valid SMILES")
     return Molecules(tuple(graphs), tuple(kept), names, tuple(skipped), str(path))
 
@@ -382,9 +394,11 @@ def _label(path: Path, row: int, column: str, cell: str) -> float:
         value = float(text)
     except ValueError:
         raise DataError(
-            f"{path}, row {row}, column {column!r}: {cell!r} is not a number; correct it, "
+            f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not a number; correct it, "
             "leave the cell empty for a missing label, or choose the label columns by `labels`"
         ) from None
     if abs(value) > torch.finfo(torch.float32).max:  # an infinity, or a number that becomes one
-        raise DataError(f"{path}, row {row}, column {column!r}: {cell!r} is not finite in float32; rescale or empty it")
+        raise DataError(
+            f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not finite in float32; rescale or empty it"
+        )
     return value
