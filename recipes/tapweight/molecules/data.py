@@ -187,9 +187,7 @@ def read_table(
     if labels is None:
         labels = [name for index, name in enumerate(header) if index != smiles]
     if isinstance(labels, str) or not labels:
-        raise DataError(
-            f"{path}: labels={labels!r} names no label column; the columns are {', '.join(map(shown, header))}"
-        )
+        raise DataError(f"{path}: labels={labels!r} names no label column; there are {', '.join(map(shown, header))}")
     columns = [_column(path, header, label) for label in labels]
     if smiles in columns or len(set(columns)) < len(columns):
         raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
@@ -398,7 +396,5 @@ def _label(path: Path, row: int, column: str, cell: str) -> float:
             "leave the cell empty for a missing label, or choose the label columns by `labels`"
         ) from None
     if abs(value) > torch.finfo(torch.float32).max:  # an infinity, or a number that becomes one
-        raise DataError(
-            f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not finite in float32; rescale or empty it"
-        )
+        raise DataError(f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not finite in float32; rescale")
     return value
