@@ -102,11 +102,13 @@ class DrawnConfiguration:
 
 @st.composite
 def configurations(draw: Draw) -> DrawnConfiguration:
-    """Draw a configuration in which nearly all is right."""
+    """Draw a configuration in which all is right, or all but one entry."""
     entries: dict[tuple[str, str], Any] = {}
     wrong = []
-    for part, key in draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=6, unique=True)):
-        flaw = draw(st.sampled_from(["none"] * 7 + ["value", "key"]))
+    places = draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=6, unique=True))
+    flawed = draw(st.sampled_from([*places, *[None] * len(places)]))
+    for part, key in places:
+        flaw = draw(st.sampled_from(["value", "value", "key"])) if (part, key) == flawed else "none"
         right, refused = VALUES[key]
         value = draw(refused if flaw == "value" else right)
         if flaw == "value" and not (value is None and key in OPTIONAL):
@@ -230,6 +232,7 @@ class DrawnTable:
     name: str
     content: bytes
     strict: bool
+    labels: tuple[str, ...]
     rows: dict[int, tuple[str, list[float]]]
     skipped: tuple[int, ...]
     refused: bool = False
@@ -244,14 +247,15 @@ def line_of(text: str, end: int) -> int:
 @st.composite
 def tables(draw: Draw, labelled: bool) -> DrawnTable:
     """Draw a table with at most a few flaws, and read it from what was drawn."""
-    rare = st.integers(0, 24).map(lambda drawn: drawn == 0)
+    rare = st.integers(0, 24).map(lambda drawn: drawn == 13)  # hypothesis draws the ends more often
     names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
     header = draw(st.permutations([draw(st.sampled_from(["smiles", "SMILES", " Smiles"])), *names]))
     at = next(index for index, name in enumerate(header) if name.strip().lower() == "smiles")
+    labels = tuple(name.strip() for index, name in enumerate(header) if index != at)
     fault = "no column" if draw(rare) else "twice" if draw(rare) else ""
     if fault:
         header[at] = "smile" if fault == "no column" else header[at - 1]
-    delimiter = draw(st.sampled_from([","] * 12 + [";", "\t"]))
+    delimiter = draw(st.sampled_from([","] * 30 + [";", "\t"]))
     end, quoted = draw(st.sampled_from(["\n", "\r\n", "\r"])), draw(st.booleans())
     strict, text = draw(rare), ""
     rows: dict[int, tuple[str, list[float]]] = {}
@@ -283,7 +287,11 @@ def tables(draw: Draw, labelled: bool) -> DrawnTable:
         refusal = 0
     if draw(st.booleans()):
         text = text.removesuffix(end)
-    return _encoded(draw, text, DrawnTable("", b"", strict, rows, tuple(skipped), refusal is not None, refusal or None))
+    return _encoded(
+        draw,
+        text,
+        DrawnTable("", b"", strict, labels, rows, tuple(skipped), refusal is not None, refusal or None),
+    )
 
 
 def _cell(cell: str, delimiter: str, quoted: bool) -> str:
@@ -292,7 +300,7 @@ def _cell(cell: str, delimiter: str, quoted: bool) -> str:
 
 def _encoded(draw: Draw, text: str, table: DrawnTable) -> DrawnTable:
     """Write a table's text as bytes, now and then such as cannot be read."""
-    encoding = draw(st.sampled_from(["utf-8"] * 8 + ["utf-8-sig"] * 4 + ["latin-1", "utf-16", "nul"]))
+    encoding = draw(st.sampled_from(["utf-8"] * 9 + ["utf-8-sig"] * 9 + ["latin-1", "utf-16", "nul"]))
     if encoding == "nul":
         place = draw(st.integers(0, len(text)))
         text, encoding = f"{text[:place]}\0{text[place:]}", "utf-8"

@@ -72,10 +72,9 @@ def sentence(error: BaseException, *places: object) -> str:
     for place in places:
         assert str(place) in text
         text = text.replace(str(place), "PLACE")
-    assert text.strip() == text
-    assert len(text.split()) > 2
+    assert text == text.strip()
     assert text.isprintable()
-    assert len(text) < 1_500
+    assert 2 < len(text.split()) < len(text) < 1_500
     return text
 
 
@@ -172,6 +171,7 @@ def drawn_table(folder: Path, table: DrawnTable, reader: Callable[..., Molecules
     assert tuple(skipped.row for skipped in found.skipped) == table.skipped
     assert found.smiles == tuple(smiles for smiles, _ in table.rows.values())
     if reader is read_table:
+        assert found.label_names == table.labels
         labels = torch.tensor([labels for _, labels in table.rows.values()])
         torch.testing.assert_close(torch.cat([graph.y for graph in found]), labels, rtol=0, atol=0, equal_nan=True)
     sentence(ValueError(found.summary()))
@@ -269,14 +269,14 @@ KINDS = {
         st.tuples(st.just("a.json"), mutated((JSON,))) | st.tuples(st.just("a.toml"), mutated((TOML,))),
         changed_configuration, 2_000, 300,
     ),
-    "command lines": Kind(arguments(FILES), command_line, 700, 100),
-    "tables": Kind(tables(labelled=True), lambda folder, table: drawn_table(folder, table, read_table), 1_000, 150),
+    "command lines": Kind(arguments(FILES), command_line, 700, 70),
+    "tables": Kind(tables(labelled=True), lambda folder, table: drawn_table(folder, table, read_table), 1_000, 250),
     "corpora": Kind(tables(labelled=False), lambda folder, table: drawn_table(folder, table, read_corpus), 600, 100),
     "changed molecules": Kind(
         st.tuples(CHANGED, READERS, st.sampled_from([False] * 5 + [True])).map(lambda drawn: (*drawn[0], *drawn[1:])),
         changed_molecules, 1_000, 150,
     ),
-    "tasks": Kind(tasks(), task_of, 700, 100),
+    "tasks": Kind(tasks(), task_of, 700, 80),
 }  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def drive(kind: Kind, count: int, folder: Path) -> None:
 
     one()
     print(dict(outcomes))
-    assert set(outcomes) == {"accepted", "refused"}  # else half of the property was not tried
+    assert len(outcomes) == 2  # else half of the property was not tried
 
 
 @pytest.mark.parametrize("kind", KINDS)
