@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench peers docs clean
+.PHONY: setup demo test test-slow lint bench peers docs clean
 
 setup: .venv/.done
 
@@ -19,6 +19,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-__all__ = ["at_least", "one_of", "positive", "positive_or_none"]
+__all__ = ["at_least", "one_of", "positive", "positive_or_none", "shown"]
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+_LARGEST_WHOLE = 2**63 - 1  # torch's
+_LONGEST_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it, cut off where it is long: a file can hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, or lists in lists too deep
+        return f"<{type(value).__name__} too large to be shown>"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def at_least(bound: float) -> Validator:
@@ -19,9 +31,11 @@ def at_least(bound: float) -> Validator:
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         whole = isinstance(bound, int) and attribute.type in (int, "int")
         good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value < bound:
+        most = _LARGEST_WHOLE if whole else sys.float_info.max
+        if not good or not bound <= value <= most:
             kind = "a whole number" if whole else "a finite number"
-            raise ValueError(f"{type(instance).__name__}: {attribute.name}={value!r}; it must be {kind} >= {bound}")
+            limits = f">= {bound}{' and < 2**63' if whole and good and value > most else ''}"
+            raise ValueError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be {kind} {limits}")
 
     return check
 
@@ -29,19 +43,19 @@ def at_least(bound: float) -> Validator:
 def positive(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Accept finite numbers above zero."""
     if not _is_positive(value):
-        raise ValueError(f"{type(instance).__name__}: {attribute.name}={value!r}; it must be a finite number > 0")
+        raise ValueError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0")
 
 
 def positive_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Accept None and finite numbers above zero."""
     if value is not None and not _is_positive(value):
         raise ValueError(
-            f"{type(instance).__name__}: {attribute.name}={value!r}; it must be a finite number > 0, or None"
+            f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0, or None"
         )
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def one_of(*values: object) -> Validator:
@@ -50,7 +64,7 @@ def one_of(*values: object) -> Validator:
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value not in values:
             raise ValueError(
-                f"{type(instance).__name__}: {attribute.name}={value!r}; it must be one of {', '.join(map(repr, values))}"
+                f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be one of {', '.join(map(repr, values))}"
             )
 
     return check

@@ -70,7 +70,6 @@ def run(configuration: Any, prepare: Any, *, overwrite: bool = False, resume: bo
     device, output, seeds = _device(configuration.device), configuration.output, configuration.seeds
     _claim(output, overwrite, resume)
     whole = configuration.resolved(output=output, seeds=seeds, device=device)
-    _note(whole, output / _CHECKPOINTS / "config.json")
     console = Console()
     recipes: Recipes = prepare(configuration, console)
     results = []
@@ -80,6 +79,8 @@ def run(configuration: Any, prepare: Any, *, overwrite: bool = False, resume: bo
         recipe = recipes(seed, device)
         say(console, recipes.introduce(recipe))
         _remark(console, recipe)
+        # Only now: what cannot even begin leaves nothing behind.
+        _note(whole, output / _CHECKPOINTS / "config.json")
         folder = output / f"seed-{seed}" if len(seeds) > 1 else output
         checkpoints = mlopt.Checkpoints(folder / _CHECKPOINTS, every=configuration.checkpoint_every)
         baselines = configuration.baselines

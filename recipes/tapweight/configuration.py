@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,8 @@ import cattrs
 import tyro
 from cattrs.cols import homogenous_tuple_structure_factory
 from cattrs.gen import make_dict_structure_fn
+
+from mlopt.validation import shown
 
 __all__ = ["ConfigurationError", "distinct", "missing", "parse", "read", "seeds", "write"]
 
@@ -31,14 +34,16 @@ class ConfigurationError(ValueError):
 def distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
     """Validate that there is at least one, and each once."""
     if not value or len(set(value)) < len(value):
-        raise ConfigurationError(f"{attribute.name}={list(value)}; give at least one, and each once")
+        raise ConfigurationError(f"{attribute.name}={shown(list(value))}; give at least one, and each once")
 
 
 def seeds(instance: object, attribute: attrs.Attribute[Any], value: tuple[int, ...]) -> None:
     """Validate seeds."""
     distinct(instance, attribute, value)
     if not 0 <= min(value) <= max(value) <= _LARGEST_SEED:
-        raise ConfigurationError(f"{attribute.name}={list(value)}; seeds are whole numbers from 0 to {_LARGEST_SEED}")
+        raise ConfigurationError(
+            f"{attribute.name}={shown(list(value))}; seeds are whole numbers from 0 to {_LARGEST_SEED}"
+        )
 
 
 def parse(arguments: Sequence[str], line: type[L], kind: type[C], *, prog: str) -> L:
@@ -70,15 +75,16 @@ def read(file: Path, kind: type[C]) -> C:
         kind: the class of configurations: an attrs class whose sections are attrs classes.
 
     Raises:
-        ConfigurationError: there is no such file, it is not in its format, it has a key that there is not, or a wrong value.
+        ConfigurationError: the file cannot be read, it is not in its format, it has a key that there is not, or a wrong value.
     """
     if file.suffix not in (".toml", ".json"):
         raise ConfigurationError(f"{file}: a configuration is a .toml or a .json file")
-    if not file.is_file():
-        raise ConfigurationError(f"{file}: no such file; give the path of a configuration")
     loads = tomllib.loads if file.suffix == ".toml" else json.loads
     try:
         content = loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigurationError(f"{file}: {reason}; give the path of a configuration") from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file}: not valid {file.suffix[1:].upper()} ({error})") from error
     try:
@@ -107,7 +113,7 @@ class _UnexpectedError(ValueError):
 
 def _expect(good: bool, value: Any, kind: str) -> Any:
     if not good:
-        raise _UnexpectedError(f"={value!r}; it must be {kind}")
+        raise _UnexpectedError(f"={shown(value)}; it must be {kind}")
     return value
 
 
@@ -119,9 +125,9 @@ def _converter() -> cattrs.Converter:
         (int, (int,), "a whole number"),
         (float, (float, int), "a number"),
         (str, (str,), "text"),
-        (Path, (str,), "a path, as text"),
     ):
         converter.register_structure_hook(kind, _scalar(kind, accepted, name))
+    converter.register_structure_hook(Path, lambda value, _: Path(_expect(_is_path(value), value, "a path, as text")))
     converter.register_unstructure_hook(Path, str)
 
     @converter.register_structure_hook_factory(lambda kind: get_origin(kind) is Literal)
@@ -144,6 +150,14 @@ def _converter() -> cattrs.Converter:
 
 def _scalar(kind: Any, accepted: tuple[type, ...], name: str) -> Any:
     return lambda value, _: kind(_expect(type(value) in accepted, value, name))
+
+
+def _is_path(value: Any) -> bool:
+    """Say whether a value is text that the file system can take: JSON can write half a character, and a NUL."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _complaints(error: Exception, kind: type) -> list[str]:
@@ -169,7 +183,9 @@ def _unknown(key: str, section: type, whole: type) -> str:
     places = {name: f"{part}.{name}" for part, kind in parts.items() for name in attrs.fields_dict(kind)}
     near = [known[name] for known in (own, places) for name in difflib.get_close_matches(key, known, n=1)]
     return (
-        f" has no key {key!r}; did you mean {near[0]!r}?" if near else f" has no key {key!r}; it has {', '.join(own)}"
+        f" has no key {shown(key)}; did you mean {near[0]!r}?"
+        if near
+        else f" has no key {shown(key)}; it has {', '.join(own)}"
     )
 
 

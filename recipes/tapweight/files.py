@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlopt.validation import shown
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -31,9 +33,12 @@ def suffix_of(path: Path, known: Sequence[str]) -> str:
 
 def text_of(path: Path) -> str:
     """Return the text of a file that may be gzipped, or say in which line it is no text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the path of a data file")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL in the path
+        raise FileNotFoundError(f"{path}: no such file; give the path of a data file") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the path of a data file") from error
     if path.name.lower().endswith(".gz"):
         try:
             content = gzip.decompress(content)
@@ -42,14 +47,19 @@ def text_of(path: Path) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        row, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        row, byte = _row(error.object[: error.start]), error.object[error.start]
         raise DataError(f"{path}, row {row}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 text") from error
     if "\0" in text:
-        row = text[: text.index("\0")].count("\n") + 1
+        row = _row(content[: content.index(b"\0")])
         raise DataError(f"{path}, row {row}: a NUL byte, so this is no text file; save the file as UTF-8 text")
     if not text.strip():
         raise DataError(f"{path}: the file is empty; give a file with at least one example")
     return text
+
+
+def _row(before: bytes) -> int:
+    """Return the 1-based line that follows some bytes of a file, for any convention of line ends."""
+    return len((before + b".").splitlines())
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -63,7 +73,7 @@ def table_of(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     _, header = next(records)
     header = [name.strip() for name in header]
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{path}: the header names {duplicates[0]!r} more than once; rename the columns")
+        raise DataError(f"{path}: the header names {shown(duplicates[0])} more than once; rename the columns")
     return header, records
 
 
@@ -101,4 +111,4 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the names there are, and the closest."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; there are {', '.join(map(repr, known))}{f' - did you mean {close[0]!r}?' if close else ''}"
+    return f"; there are {', '.join(map(shown, known))}{f' - did you mean {shown(close[0])}?' if close else ''}"

@@ -51,7 +51,7 @@ class Settings:
         valid_batch_size: validation examples in a batch for the weights; all of them where there are no more.
         pretraining_lr: learning rate of AdamW on the encoder and the objectives' heads.
         finetuning_lr: learning rate of AdamW on the finetuning level.
-        weight_decay: of AdamW, on both.
+        weight_decay: share of the variables that AdamW takes off them at each step, times the learning rate, on both.
         lr_schedule: what becomes of the learning rates of both over the run: they stay, or fall to zero on a line or a cosine.
         warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
         weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.

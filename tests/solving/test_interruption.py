@@ -41,12 +41,11 @@ print("not reached" if sys.argv[3:] else "done")
 
 
 def start(folder: Path, steps: int, *more: str, ignored: bool = False) -> subprocess.Popen[str]:
-    handling = signal.SIG_IGN if ignored else signal.SIG_DFL
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), str(steps), *more],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, handling),
-    )  # fmt: skip
+    # A shell that starts the tests in the background lets them ignore SIGINT, and their children with them.
+    handling = "SIG_IGN" if ignored else "default_int_handler"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.{handling})\n{SCRIPT}"
+    arguments = [sys.executable, "-c", code, str(folder), str(steps), *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(("kind", "code"), [("SIGTERM", 0), ("SIGINT", 130)])

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 import attrs
 import torch
 
+from mlopt.validation import shown
+
 from ..files import DataError, column_of, lines_of, suffix_of, suggestion, table_of
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ def read_table(
     if labels is None:
         labels = [name for index, name in enumerate(header) if index != smiles]
     if isinstance(labels, str) or not labels:
-        raise DataError(f"{path}: labels={labels!r} names no label column; the columns are {', '.join(header)}")
+        raise DataError(f"{path}: labels={labels!r} names no label column; there are {', '.join(map(shown, header))}")
     columns = [column_of(path, header, label) for label in labels]
     if smiles in columns or len(set(columns)) < len(columns):
         raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
@@ -244,7 +246,7 @@ def _molecules(
         if isinstance(graph, str):
             if strict:
                 raise DataError(
-                    f"{path}, row {row}: {smiles!r} is no molecule: {graph}; mend it, or read with strict=False"
+                    f"{path}, row {row}: {shown(smiles)} is no molecule: {graph}; mend it, or read with strict=False"
                 )
             skipped.append(Skipped(row, smiles.strip(), graph))
             continue
@@ -256,7 +258,7 @@ def _molecules(
         if len(graphs) == limit:
             break
     if not graphs:
-        found = f"; row {skipped[0].row}, {skipped[0].smiles!r}: {skipped[0].reason}" if skipped else ""
+        found = f"; row {skipped[0].row}, {shown(skipped[0].smiles)}: {skipped[0].reason}" if skipped else ""
         raise DataError(f"{path}: no molecule in {len(skipped)} rows{found}; give at least one valid SMILES")
     return Molecules(tuple(graphs), tuple(kept), names, tuple(skipped), str(path))
 
@@ -291,9 +293,9 @@ def _label(path: Path, row: int, column: str, cell: str) -> float:
         value = float(text)
     except ValueError:
         raise DataError(
-            f"{path}, row {row}, column {column!r}: {cell!r} is not a number; correct it, "
+            f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not a number; correct it, "
             "leave the cell empty for a missing label, or choose the label columns by `labels`"
         ) from None
     if abs(value) > torch.finfo(torch.float32).max:  # an infinity, or a number that becomes one
-        raise DataError(f"{path}, row {row}, column {column!r}: {cell!r} is not finite in float32; rescale or empty it")
+        raise DataError(f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not finite in float32; rescale")
     return value

@@ -7,6 +7,8 @@ import gzip
 import itertools
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from mlopt.recipes.tapweight.molecules.configuration import (
 from mlopt.recipes.tapweight.molecules.encoder import GINE
 from mlopt.recipes.tapweight.molecules.objectives import OBJECTIVES
 from mlopt.recipes.tapweight.recipe import Settings
+from mlopt.solving.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,7 +163,13 @@ def test_a_run_is_repeated_bit_for_bit_from_its_configuration_and_from_any_folde
 
 def test_several_seeds_are_runs_of_their_own_and_a_summary(several: Path, folder: Path) -> None:
     """That seed 1 alone gives the same shows that a run leaves nothing to the next, such as targets on the graphs."""
-    assert sorted(path.name for path in several.iterdir()) == ["config.json", "seed-0", "seed-1", "summary.json"]
+    assert sorted(path.name for path in several.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "seed-0",
+        "seed-1",
+        "summary.json",
+    ]
     assert read(several / "config.json").seeds == (0, 1)
     assert not same_run(several / "seed-0", several / "seed-1")
     succeed([*COMMAND, "--config", str(several / "seed-1" / "config.json"), "--output", str(folder / "alone")])
@@ -185,6 +194,7 @@ def test_a_result_is_replaced_only_when_asked_for(folder: Path, capsys: pytest.C
     assert (folder / "replaced" / "summary.json").read_bytes() == before
     succeed(options(folder, "replaced", "--overwrite"))
     names = [
+        "checkpoints",
         "config.json",
         "encoder",
         "environment.json",
@@ -268,7 +278,6 @@ def test_a_data_set_of_molecule_net(folder: Path) -> None:
         ("--corpus-limit 15", "fingerprint_clusters needs at least 20 molecules; the corpus has 15"),
         ("--config nothing.toml", "nothing.toml: no such file; give the path of a configuration"),
         ("--config train.csv", "train.csv: a configuration is a .toml or a .json file"),
-        ("--pretraining-lr 1e30", "the loss of level 'finetuning' is inf"),
     ],
 )
 def test_errors_of_a_user_are_one_sentence(
@@ -281,6 +290,56 @@ def test_errors_of_a_user_are_one_sentence(
     assert sentence in told
     assert told.count("\n") == 1
     assert not any((folder / "refused").glob("*"))
+
+
+def test_a_run_that_is_not_finite_says_where_and_leaves_its_state(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(options(folder, "infinite", "--pretraining-lr", "1e30")) == 2
+    told = capsys.readouterr().err
+    assert "the loss of level 'finetuning' is inf (estimators: finetuning: Identity()" in told
+    assert told.count("\n") == 1
+    (fault,) = (folder / "infinite" / "checkpoints" / "adaptation").glob("fault-*")
+    assert str(fault) in told
+
+
+def interrupted_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SIGTERM come during an outer step, counted over all phases."""
+    taken, real = itertools.count(1), Engine.step
+
+    def interrupting(engine: Engine) -> None:
+        if next(taken) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(engine)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as status:
+        patch.setattr(Engine, "step", interrupting)
+        cli.main(arguments)
+    assert status.value.code == 0
+
+
+@pytest.mark.parametrize("step", [2, 5, 9])
+def test_an_interrupted_run_is_gone_on_with(
+    step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = f"whole-{step}", f"cut-{step}"
+    more = ("--baselines", "direct", "equal", "--checkpoint-every", "3")
+    succeed(options(folder, whole, *more))
+    interrupted_at(step, options(folder, cut, *more), monkeypatch)
+    assert re.search(r"mlopt: SIGTERM: step \d+ of \d+ is finished and saved in", capsys.readouterr().err)
+    assert cli.main(options(folder, cut, *more)) == 2
+    assert "holds a run that was begun; go on with it by --resume" in capsys.readouterr().err
+    assert cli.main(options(folder, cut, *more, "--resume", "--every", "2")) == 2
+    assert "has settings.every=1, not 2; go on with the same configuration" in capsys.readouterr().err
+    assert cli.main(options(folder, cut, *more, "--resume", "--overwrite")) == 2
+    assert "--overwrite and --resume do not go together" in capsys.readouterr().err
+    succeed(options(folder, cut, *more, "--resume"))
+    assert same_run(folder / whole, folder / cut)
+    # A finished run is read again, and begun anew where that is asked for.
+    succeed(options(folder, cut, *more, "--resume"))
+    assert same_run(folder / whole, folder / cut)
+    succeed(options(folder, cut, *more, "--overwrite"))
+    assert same_run(folder / whole, folder / cut)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -154,7 +154,7 @@ def test_real_tables(data_folder: Path) -> None:
 TABLE_ERRORS: dict[str, tuple[str | bytes, str]] = {
     "missing column": ("smile,y\nC,1\n", r"no column 'smiles'; there are 'smile', 'y' - did you mean 'smile'\?"),
     "semicolons": ("smiles;y\nC;1\n", r"no column 'smiles'; there are 'smiles;y'"),
-    "no label column": ("smiles\nC\n", r"labels=\[\] names no label column; the columns are smiles"),
+    "no label column": ("smiles\nC\n", r"labels=\[\] names no label column; there are 'smiles'"),
     "text label": ("smiles,y\nC,1\nCC,high\n", r"row 3, column 'y': 'high' is not a number"),
     "grouped digits": ("smiles,y\nC,1_000\n", r"row 2, column 'y': '1_000' is not a number"),
     "infinite label": ("smiles,y\nC,-inf\n", r"row 2, column 'y': '-inf' is not finite"),
@@ -240,7 +240,7 @@ def test_any_label_is_read_or_refused(tmp_path: Path, cells: list[str]) -> None:
     if None in values:
         with pytest.raises(DataError, match="column 'y'") as error:
             read_table(path)
-        assert repr(cells[values.index(None)]) in str(error.value)
+        assert repr(cells[values.index(None)])[:200] in str(error.value)
     else:
         labels = torch.cat([graph.y for graph in read_table(path)])
         torch.testing.assert_close(labels, torch.tensor(values).view(-1, 1), equal_nan=True, rtol=0, atol=0)
