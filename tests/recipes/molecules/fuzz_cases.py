@@ -53,7 +53,8 @@ SEED = (st.integers(0, 2**32 - 1), st.sampled_from([-1, 2**32, 1.5, "1", True, N
 #: For each key, values that it takes and values that it must refuse.
 VALUES: dict[str, tuple[Strategy, Strategy]] = {
     **dict.fromkeys(("output", "corpus", "train", "valid", "test", "root"), PATH),
-    **dict.fromkeys(("gamma", "pretraining_lr", "finetuning_lr", "warmup", "weights_lr", "finetune_lr", "weight_decay", "dropout"), NUMBER),
+    **dict.fromkeys(("gamma", "pretraining_lr", "finetuning_lr", "warmup", "weights_lr", "finetune_lr"), NUMBER),
+    **dict.fromkeys(("weight_decay", "dropout"), NUMBER),
     **dict.fromkeys(("chirality", "strict", "freeze_encoder", "residual"), FLAG),
     **dict.fromkeys(("batch_size", "measurements", "corpus_limit"), _whole(2)),
     **dict.fromkeys(("steps", "every", "task_batch_size", "valid_batch_size", "epochs", "finetunings"), _whole(1)),

@@ -312,9 +312,10 @@ def interrupted_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPa
             os.kill(os.getpid(), signal.SIGTERM)
         real(engine)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as status:
+    with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", interrupting)
-        cli.main(arguments)
+        with pytest.raises(SystemExit) as status:
+            cli.main(arguments)
     assert status.value.code == 0
 
 
