@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -34,9 +35,9 @@ class Stream:
         self.name, self.data, self.seed, self.device = name, data, seed, device
         self.epoch = -1
         self.position = 0
-        #: Batches that were taken back, to come again; see `taken_back`.
+        #: Batches that are to come once more, and those that are noted for it; see `repeating` and `noted`.
         self._again: deque[Any] = deque()
-        self._taken: list[Any] | None = None
+        self._noted: list[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._generators: GeneratorState | None = None
         #: Where the generators that the data bring along stand in this stream, and stood at the start of the epoch.
@@ -61,19 +62,27 @@ class Stream:
         else:
             batch = self._advance()
         batch = to_device(batch, self.device)
-        if self._taken is not None:
-            self._taken.append(batch)
+        if self._noted is not None:
+            self._noted.append(batch)
         return batch
 
     @contextlib.contextmanager
-    def taken_back(self) -> Iterator[None]:
-        """Let the batches that are drawn inside come once more afterwards, in their order."""
-        self._taken = []
+    def noted(self) -> Iterator[list[Any]]:
+        """Give a list that the batches drawn inside are added to."""
+        self._noted = noted = []
+        try:
+            yield noted
+        finally:
+            self._noted = None
+
+    @contextlib.contextmanager
+    def repeating(self, batches: Iterable[Any]) -> Iterator[None]:
+        """Let these batches come inside, before the data go on; those that are left on leaving are let go."""
+        self._again.extend(batches)
         try:
             yield
         finally:
-            self._again.extend(self._taken)
-            self._taken = None
+            self._again.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as tensors, numbers and lists of them."""
@@ -188,7 +197,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
-        return batch.to(device)
+        # A copy, whose tensors are the same: batches of graphs and of tokenisers move in place, and the data are not ours to move.
+        return copy.copy(batch).to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -52,6 +52,7 @@ class Loop:
     _watch: Watch = attrs.field(factory=Watch, init=False)
     _logged: int = attrs.field(default=0, init=False)
     _saved: int | None = attrs.field(default=None, init=False)
+    _ended: str | None = attrs.field(default=None, init=False)
     _began: float = attrs.field(factory=time.monotonic, init=False)
 
     def go(self, resume: bool, seed: int | None) -> str:
@@ -73,13 +74,16 @@ class Loop:
                 with self._watching():
                     self._steps(interruption)
                 self._save(last=True)
+            # Only now: a run that is gone on with goes on where time was up or a signal came, not where a callback stopped it.
+            self.run.status = self.run.status or self._ended or "completed"
         except NonFiniteError as error:
             raise self._told(error) from error
         finally:
             self._call("on_train_end")
         if interruption is not None and interruption.received is not None:
             self._leave(interruption)
-        return self.run.status or "completed"
+        assert self.run.status is not None
+        return self.run.status
 
     def _resume(self, seed: int | None) -> GeneratorState | None:
         """Load the newest checkpoint, where there is one."""
@@ -105,10 +109,10 @@ class Loop:
 
         def goes_on() -> bool:
             if interruption is not None and interruption.received is not None:
-                return False
-            if self.seconds is not None and time.monotonic() - self._began >= self.seconds and run.step < run.steps:
-                run.status = f"max_time of {self.seconds:g} s reached"
-            return run.status is None
+                self._ended = f"{interruption.received.name} received"
+            elif self.seconds is not None and time.monotonic() - self._began >= self.seconds and run.step < run.steps:
+                self._ended = f"max_time of {self.seconds:g} s reached"
+            return run.status is None and self._ended is None
 
         while run.step == 0 and run.steps > 0 and goes_on() and run.engine.warm_up():
             pass
