@@ -155,12 +155,13 @@ class Loop:
     def _evaluate(self, evaluate: Evaluate) -> None:
         with preserved(self.run.problem.devices):
             metrics = evaluate(self.run.problem)
+        remedy = "it must return a mapping of named numbers, such as {'accuracy': 0.9}"
         if not isinstance(metrics, Mapping):
-            raise ProblemError(
-                f"evaluate returned a {type(metrics).__name__}; it must return a mapping of named numbers, such as "
-                "{'accuracy': 0.9}"
-            )
-        metrics = {name: float(value) for name, value in metrics.items()}
+            raise ProblemError(f"evaluate returned {metrics!r}; {remedy}")
+        try:
+            metrics = {name: float(value) for name, value in metrics.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ProblemError(f"evaluate returned {dict(metrics)!r} ({error}); {remedy}") from error
         self.run.history.amend({f"evaluation/{name}": value for name, value in metrics.items()})
         self._call("on_evaluate", metrics)
 
