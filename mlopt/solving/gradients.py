@@ -105,7 +105,9 @@ class Gradients:
             losses.append(loss)
             self._log(level, loss, outcome.logs, share, first=k == 0)
         if held is not None and signals:
-            held.signals = torch.stack(signals).sum(0)
+            total = torch.stack(signals).sum(0)
+            # Where the scaled losses overflowed, as they do now and then, the pullback recomputes them.
+            held.signals = total if precision.scaler is None or is_finite((total,)) else None
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def _descend(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:

@@ -110,7 +110,9 @@ def solve(
     for name, value in {"resume": resume, "lookahead": lookahead, "progress": progress}.items():
         _require(name, value, isinstance(value, bool), "True or False")
     _require("seed", seed, seed is None or _is_whole(seed), "a whole number, or None")
-    _require("on_nonfinite", on_nonfinite, on_nonfinite in ("raise", "skip", "rollback"), "'raise', 'skip' or 'rollback'")
+    _require(
+        "on_nonfinite", on_nonfinite, on_nonfinite in ("raise", "skip", "rollback"), "'raise', 'skip' or 'rollback'"
+    )
     _require("evaluate", evaluate, evaluate is None or callable(evaluate), "a function of the problem, or None")
     folders = (str, os.PathLike, Checkpoints, type(None))
     _require("checkpoint", checkpoint, isinstance(checkpoint, folders), "a folder, an mlopt.Checkpoints, or None")

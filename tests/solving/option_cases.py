@@ -17,7 +17,6 @@ F64 = torch.float64
 Batch = tuple[Tensor, Tensor]
 
 
-
 def data(count: int, size: int, *, seed: int = 0, dtype: torch.dtype = F64) -> list[Batch]:
     """Return batches of (size, 3) and (size, 1)."""
     draws = torch.Generator().manual_seed(seed)

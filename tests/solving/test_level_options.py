@@ -1,4 +1,4 @@
-"""What a level can be told, against the same loop written out in plain torch: accumulation, clipping, schedulers, warm-up, device."""
+"""What a level can be told, against loops in plain torch: accumulation, clipping, schedulers, warm-up, device."""
 
 from __future__ import annotations
 
