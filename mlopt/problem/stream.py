@@ -69,9 +69,9 @@ class Stream:
     @contextlib.contextmanager
     def noted(self) -> Iterator[list[Any]]:
         """Give a list that the batches drawn inside are added to."""
-        self._noted = noted = []
+        self._noted = []
         try:
-            yield noted
+            yield self._noted
         finally:
             self._noted = None
 

@@ -53,7 +53,7 @@ class Loop:
     _logged: int = attrs.field(default=0, init=False)
     _saved: int | None = attrs.field(default=None, init=False)
     _ended: str | None = attrs.field(default=None, init=False)
-    _began: float = attrs.field(factory=time.monotonic, init=False)
+    _began: float = attrs.field(default=0.0, init=False)
 
     def go(self, resume: bool, seed: int | None) -> str:
         """Run until done; return why it ended.
@@ -62,6 +62,7 @@ class Loop:
             resume: whether to go on from the newest checkpoint.
             seed: what the run to go on with must have had.
         """
+        self._began = time.monotonic()
         if self.checkpoints is not None:
             self.checkpoints.claim(resume)
         generators = self._resume(seed) if resume else None
@@ -87,8 +88,7 @@ class Loop:
 
     def _resume(self, seed: int | None) -> GeneratorState | None:
         """Load the newest checkpoint, where there is one."""
-        if self.checkpoints is None:
-            raise ProblemError("solve: resume=True without checkpoint; give the folder that the run was saved in")
+        assert self.checkpoints is not None
         found = self.checkpoints.newest()
         if found is None:
             return None

@@ -116,6 +116,9 @@ def solve(
     _require("evaluate", evaluate, evaluate is None or callable(evaluate), "a function of the problem, or None")
     folders = (str, os.PathLike, Checkpoints, type(None))
     _require("checkpoint", checkpoint, isinstance(checkpoint, folders), "a folder, an mlopt.Checkpoints, or None")
+    if resume and checkpoint is None:
+        raise ProblemError("solve: resume=True without checkpoint; give the folder that the run was saved in")
+    seconds = _seconds(max_time)
     watching = isinstance(callbacks, Sequence) and all(isinstance(callback, Callback) for callback in callbacks)
     _require("callbacks", callbacks, watching, "a sequence of mlopt.Callback objects")
     if seed is not None:
@@ -130,7 +133,7 @@ def solve(
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         log_every=log_every,
-        seconds=_seconds(max_time),
+        seconds=seconds,
         on_nonfinite=on_nonfinite,
         limit=nonfinite_limit,
     )
