@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class Stream:
                 # How samplers and streaming data sets that shuffle by themselves are told of the epoch.
                 if callable(tell := getattr(holder, "set_epoch", None)):
                     tell(self.epoch)
-        self._iterator = iter(self.data)
+        self._iterator = _iterate(self.data)
 
 
 def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
@@ -177,6 +177,22 @@ def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
             f"level {name!r}: the DataLoader of its {kind} has persistent_workers, which have one order for all who iterate; "
             f"{remedy} the loader without them"
         )
+
+
+def _iterate(data: Iterable[Any]) -> Iterator[Any]:
+    """Return an iterator of its own over the data.
+
+    A DataLoader whose workers persist has but one, which it winds back: whoever iterates ends the epochs of all others, and an
+    epoch depends on those before it. It is made to start another one, and left with its own.
+    """
+    if not getattr(data, "persistent_workers", False):
+        return iter(data)
+    loader: Any = data
+    kept, loader._iterator = loader._iterator, None
+    try:
+        return iter(loader)
+    finally:
+        loader._iterator = kept
 
 
 def _own_generators(data: Any) -> list[torch.Generator]:
@@ -197,10 +213,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
-        # A copy, whose tensors are the same: batches of graphs and of tokenisers move in place, and the data are not ours to move.
+        # A copy that holds the same tensors: graphs and tokenised texts move in place, and the data are not ours to move.
         return copy.copy(batch).to(device)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return moved
+        # What more its type holds stays.
+        kept = copy.copy(batch)
+        kept.update(moved)
+        return kept
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):

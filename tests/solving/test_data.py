@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "list of tensors": lambda: [torch.ones(2), torch.zeros(2)],
     "list of named tuples": lambda: [Pair(torch.ones(2), "a"), Pair(torch.zeros(2), "b")],
     "list of mappings": lambda: [{"x": torch.ones(2), "more": [torch.zeros(1), ("text", 3)]}],
+    "list of mappings of other types": lambda: [OrderedDict(x=torch.ones(2)), defaultdict(list, x=torch.zeros(2))],
     "list of what moves itself": lambda: [Moving(torch.ones(2)), Moving(torch.zeros(2))],
     "list of token batches": token_batches,
     "list of graphs": graphs,
@@ -116,6 +118,9 @@ KINDS: dict[str, Callable[[], Any]] = {
         Augmented(), batch_sampler=BatchSampler(RandomSampler(Augmented(), generator=own_generator()), 2, True)
     ),
     "loader with workers": lambda: DataLoader(Augmented(), 2, shuffle=True, num_workers=1),
+    "loader with workers that persist": lambda: DataLoader(
+        Augmented(), 2, shuffle=True, num_workers=1, persistent_workers=True
+    ),
     "loader with a told sampler": lambda: DataLoader(Augmented(), 2, sampler=Told(7)),
     "loader of graphs": graph_loader,
     "data set": lambda: hugging_face(streaming=False),
@@ -262,7 +267,7 @@ def test_an_order_is_its_levels_own(disturbance: str) -> None:
 @given(taken=st.integers(0, 11), seed=st.integers(0, 100), more=st.integers(1, 8))
 def test_a_stream_goes_on_where_its_state_says(kind: str, taken: int, seed: int, more: int) -> None:
     """Bit-equally, across ends of epochs, through the files of a checkpoint, and again from there."""
-    if kind == "loader with workers":  # which take their time
+    if "workers" in kind:  # which take their time
         taken, more = taken % 5, 3
 
     def saved(state: dict[str, Any]) -> Any:
@@ -288,6 +293,23 @@ def test_a_stream_goes_on_where_its_state_says(kind: str, taken: int, seed: int,
     assert found + take(last, more - split) == expected
     assert (last.epoch, last.position) == (stream.epoch, stream.position)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_levels_may_share_a_loader(persistent: bool) -> None:
+    """Each has an order and a place of its own, and so has whoever else iterates."""
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Augmented(), 2, shuffle=True, num_workers=int(persistent), persistent_workers=persistent)
+
+    alone = {name: take(Stream(name, loader(), 3, CPU), 6) for name in "ab"}
+    shared = loader()
+    streams, found = {name: Stream(name, shared, 3, CPU) for name in "ab"}, {"a": [], "b": []}  # type: Any, Any
+    for _ in range(2):
+        for name, stream in streams.items():
+            found[name] += take(stream, 3)
+        assert len(list(shared)) == 4
+    assert found == alone
 
 
 def test_data_that_are_too_short_to_go_on_with_are_named() -> None:
