@@ -117,6 +117,17 @@ def _check_clip(level: Level, attribute: attrs.Attribute[float | None], value: o
         raise ProblemError(f"level {level.name!r}: clip={value!r}; it must be a finite number > 0, or None")
 
 
+def _check_factory(example: str) -> Callable[[Level, attrs.Attribute[Any], object], None]:
+    def check(level: Level, attribute: attrs.Attribute[Any], value: object) -> None:
+        made = attribute.name == "optimizer" and isinstance(value, Optimizer)
+        if value is not None and not made and not callable(value):
+            raise ProblemError(
+                f"level {level.name!r}: {attribute.name}={value!r}, which cannot be called; give one such as {example}"
+            )
+
+    return check
+
+
 def _read_device(value: Any) -> torch.device:
     try:
         return torch.device(value)
@@ -195,8 +206,14 @@ class Level:
     )
     loss: Callable[..., Any]
     data: Iterable[Any] | None = attrs.field(default=None, validator=_check_data, kw_only=True)
-    optimizer: OptimizerFactory | Optimizer | None = attrs.field(default=None, kw_only=True)
-    scheduler: Callable[[Optimizer], Any] | None = attrs.field(default=None, kw_only=True)
+    optimizer: OptimizerFactory | Optimizer | None = attrs.field(
+        default=None, validator=_check_factory("partial(torch.optim.SGD, lr=0.1)"), kw_only=True
+    )
+    scheduler: Callable[[Optimizer], Any] | None = attrs.field(
+        default=None,
+        validator=_check_factory("partial(torch.optim.lr_scheduler.StepLR, step_size=100)"),
+        kw_only=True,
+    )
     steps: int = attrs.field(default=1, validator=_check_count(1), kw_only=True)
     warmup: int = attrs.field(default=0, validator=_check_count(0), kw_only=True)
     accumulate: int = attrs.field(default=1, validator=_check_count(1), kw_only=True)
@@ -228,8 +245,14 @@ class Level:
         return references(self.regularizer, f"the regularizer of level {self.name!r}", positional=1)
 
     def __attrs_post_init__(self) -> None:
-        if self._device is not None:
+        if self._device is None:
+            return
+        try:
             self.module.to(self._device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ProblemError(
+                f"level {self.name!r}: device={str(self._device)!r}, where its module cannot be moved ({error})"
+            ) from error
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ class Stream:
         self.name, self.data, self.seed, self.device = name, data, seed, device
         self.epoch = -1
         self.position = 0
-        #: Batches that were taken back, to come again; see `taken_back`.
+        #: Batches that are to come once more, and those that are noted for it; see `repeating` and `noted`.
         self._again: deque[Any] = deque()
-        self._taken: list[Any] | None = None
+        self._noted: list[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._generators: GeneratorState | None = None
         #: Where the generators that the data bring along stand in this stream, and stood at the start of the epoch.
@@ -61,24 +62,27 @@ class Stream:
         else:
             batch = self._advance()
         batch = to_device(batch, self.device)
-        if self._taken is not None:
-            self._taken.append(batch)
+        if self._noted is not None:
+            self._noted.append(batch)
         return batch
 
     @contextlib.contextmanager
-    def taken_back(self) -> Iterator[None]:
-        """Let the batches that are drawn inside come once more afterwards, in their order."""
-        taken: list[Any] = []
-        self._taken = taken
+    def noted(self) -> Iterator[list[Any]]:
+        """Give a list that the batches drawn inside are added to."""
+        self._noted = []
+        try:
+            yield self._noted
+        finally:
+            self._noted = None
+
+    @contextlib.contextmanager
+    def repeating(self, batches: Iterable[Any]) -> Iterator[None]:
+        """Let these batches come inside, before the data go on; those that are left on leaving are let go."""
+        self._again.extend(batches)
         try:
             yield
         finally:
-            self._taken = None
-        self._again.extend(taken)
-
-    def forget(self) -> None:
-        """Let batches that were taken back not come again."""
-        self._again.clear()
+            self._again.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as tensors, numbers and lists of them."""
@@ -158,7 +162,7 @@ class Stream:
                 # How samplers and streaming data sets that shuffle by themselves are told of the epoch.
                 if callable(tell := getattr(holder, "set_epoch", None)):
                     tell(self.epoch)
-        self._iterator = iter(self.data)
+        self._iterator = _iterate(self.data)
 
 
 def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
@@ -173,6 +177,22 @@ def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
             f"level {name!r}: the DataLoader of its {kind} has persistent_workers, which have one order for all who iterate; "
             f"{remedy} the loader without them"
         )
+
+
+def _iterate(data: Iterable[Any]) -> Iterator[Any]:
+    """Return an iterator of its own over the data.
+
+    A DataLoader whose workers persist has but one, which it winds back: whoever iterates ends the epochs of all others, and an
+    epoch depends on those before it. It is made to start another one, and left with its own.
+    """
+    if not getattr(data, "persistent_workers", False):
+        return iter(data)
+    loader: Any = data
+    kept, loader._iterator = loader._iterator, None
+    try:
+        return iter(loader)
+    finally:
+        loader._iterator = kept
 
 
 def _own_generators(data: Any) -> list[torch.Generator]:
@@ -193,9 +213,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
-        return batch.to(device)
+        # A copy that holds the same tensors: graphs and tokenised texts move in place, and the data are not ours to move.
+        return copy.copy(batch).to(device)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return moved
+        # What more its type holds stays.
+        kept = copy.copy(batch)
+        kept.update(moved)
+        return kept
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):

@@ -104,23 +104,26 @@ class Engine:
     def _look_ahead(self, level: Level) -> None:
         """Step the level on the hypergradient at where its inner levels go, and let them go there anew afterwards."""
         inside = self.problem.graph[level.name].interior
-        loss: Tensor | None = None
-        with contextlib.ExitStack() as drawn:
-            for name in inside:
-                drawn.enter_context(self.streams[name].taken_back())
-            before = Snapshot((self.problem[name].module for name in inside), map(self._stateful, inside))
+        streams = [*(self.streams[name] for name in inside), *self.gradients.curvature_streams.values()]
+        before = Snapshot((self.problem[name].module for name in inside), map(self._stateful, inside))
+        with contextlib.ExitStack() as noting:
+            noted = [noting.enter_context(stream.noted()) for stream in streams]
             self._solve_inside(level)
-            try:
-                loss = self._differentiate(level, last=True)
-            except NonFiniteError as error:
-                self._leave_out(level, error)
-            before.restore()
+        loss: Tensor | None = None
+        try:
+            loss = self._differentiate(level, last=True)
+        except NonFiniteError as error:
+            self._leave_out(level, error)
+        before.restore()
         if loss is not None:
             try:
                 self._descend(level, loss)
             except NonFiniteError as error:
                 self._leave_out(level, error)
-        self._solve_inside(level)
+        with contextlib.ExitStack() as again:
+            for stream, batches in zip(streams, noted, strict=True):
+                again.enter_context(stream.repeating(batches))
+            self._solve_inside(level)
 
     def _stateful(self, name: str) -> dict[str, Any]:
         """Return what a level has that carries state: optimiser, scheduler, loss scaler."""
@@ -191,12 +194,6 @@ class Engine:
         snapshot = Snapshot((level.module for level in self.problem), map(self._stateful, names))
         snapshot.held = [(held, dict(held)) for held in (self.gradients.warm, self.gradients.cotangents)]
         return snapshot
-
-    def roll_back(self, snapshot: Snapshot) -> None:
-        """Put back what a snapshot holds; batches that were to come again do not."""
-        snapshot.restore()
-        for stream in self.streams.values():
-            stream.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, but for the generators."""

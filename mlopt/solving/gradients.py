@@ -99,14 +99,16 @@ class Gradients:
             with precision.autocast:
                 outcome = self._outcome(level)
             if isinstance(outcome.loss, Mixture):
-                loss, aligned = self._descend_mixture(level, variables, outcome.loss, held, share)
+                loss, aligned = self._descend_mixture(level, variables, outcome.loss, held, share, first=k == 0)
                 signals.append(aligned)
             else:
                 loss = self._descend(level, variables, outcome.loss, share)
             losses.append(loss)
             self._log(level, loss, outcome.logs, share, first=k == 0)
         if held is not None and signals:
-            held.signals = torch.stack(signals).sum(0)
+            total = torch.stack(signals).sum(0)
+            # Where the scaled losses overflowed, as they do now and then, the pullback recomputes them.
+            held.signals = total if precision.scaler is None or is_finite((total,)) else None
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def _descend(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
@@ -123,7 +125,14 @@ class Gradients:
         return loss.detach().clone() if loss.is_leaf or loss._is_view() else loss.detach()
 
     def _descend_mixture(
-        self, level: Level, variables: Tensors, mixture: Mixture, held: StreamedCotangent | None, share: float
+        self,
+        level: Level,
+        variables: Tensors,
+        mixture: Mixture,
+        held: StreamedCotangent | None,
+        share: float,
+        *,
+        first: bool,
     ) -> tuple[Tensor, Tensor]:
         """Do so for losses taken one by one, each through its own network pass; return the <grad L_k, p>, too, of a held p."""
         precision = self._precisions[level.name]
@@ -136,7 +145,7 @@ class Gradients:
             with precision.autocast:
                 loss = mixture.loss(k)
             loss, gradient = loss.detach(), mixture.gradient(k, variables, apart, precision.scaled(loss))
-            self.logs[f"{level.name}/{mixture.names[k]}"] = loss
+            self._add_to_row(f"{level.name}/{mixture.names[k]}", loss, share, first=first)
             require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
             weight = weights[k].to(loss.device)
             total = total + weight * loss
@@ -225,11 +234,13 @@ class Gradients:
         # Copies: variables that are logged go on to change.
         copies = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in logs.items()}
         for name, value in {"loss": loss, **copies}.items():
-            key = f"{level.name}/{name}"
-            if share != 1.0:
-                value = share * value if first else self.logs[key] + share * value
-            self.logs[key] = value
+            self._add_to_row(f"{level.name}/{name}", value, share, first=first)
         require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
+
+    def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:
+        if share != 1.0:
+            value = share * value if first else self.logs[key] + share * value
+        self.logs[key] = value
 
 
 def _not_finite(what: str) -> Callable[[float], str]:

@@ -53,8 +53,8 @@ class Loop:
     _watch: Watch = attrs.field(factory=Watch, init=False)
     _logged: int = attrs.field(default=0, init=False)
     _saved: int | None = attrs.field(default=None, init=False)
-    _late: bool = attrs.field(default=False, init=False)
-    _began: float = attrs.field(factory=time.monotonic, init=False)
+    _ended: str | None = attrs.field(default=None, init=False)
+    _began: float = attrs.field(default=0.0, init=False)
 
     def go(self, resume: bool, seed: int | None) -> str:
         """Run until done; return why it ended.
@@ -63,6 +63,7 @@ class Loop:
             resume: whether to go on from the newest checkpoint.
             seed: what the run to go on with must have had.
         """
+        self._began = time.monotonic()
         if self.checkpoints is not None:
             self.checkpoints.claim(resume)
         generators = self._resume(seed) if resume else None
@@ -75,9 +76,8 @@ class Loop:
                 with self._watching():
                     self._steps(interruption)
                 self._save(last=True)
-            if self._late and self.run.status is None:
-                # Not a part of what is saved: a run that is gone on with has time anew.
-                self.run.status = f"max_time of {self.seconds:g} s reached"
+            # Only now: a run that is gone on with goes on where time was up or a signal came, not where a callback stopped it.
+            self.run.status = self.run.status or self._ended or "completed"
         except NonFiniteError as error:
             told = self._told(error)
             self._end(told)
@@ -88,12 +88,12 @@ class Loop:
         self._end(None)
         if interruption is not None and interruption.received is not None:
             self._leave(interruption)
-        return self.run.status or "completed"
+        assert self.run.status is not None
+        return self.run.status
 
     def _resume(self, seed: int | None) -> GeneratorState | None:
         """Load the newest checkpoint, where there is one."""
-        if self.checkpoints is None:
-            raise ProblemError("solve: resume=True without checkpoint; give the folder that the run was saved in")
+        assert self.checkpoints is not None
         found = self.checkpoints.newest()
         if found is None:
             return None
@@ -114,9 +114,10 @@ class Loop:
 
         def goes_on() -> bool:
             if interruption is not None and interruption.received is not None:
-                return False
-            self._late = self.seconds is not None and time.monotonic() - self._began >= self.seconds
-            return run.status is None and not self._late
+                self._ended = f"{interruption.received.name} received"
+            elif self.seconds is not None and time.monotonic() - self._began >= self.seconds and run.step < run.steps:
+                self._ended = f"max_time of {self.seconds:g} s reached"
+            return run.status is None and self._ended is None
 
         while run.step == 0 and run.steps > 0 and goes_on() and run.engine.warm_up():
             pass
@@ -133,7 +134,7 @@ class Loop:
         except NonFiniteError as error:
             if before is None:
                 raise
-            run.engine.roll_back(before)
+            before.restore()
             run.rollbacks += 1
             if run.rollbacks > self.limit:
                 raise NonFiniteError(f"{error}; {self.limit} outer steps were taken back already") from error
@@ -159,12 +160,13 @@ class Loop:
     def _evaluate(self, evaluate: Evaluate) -> None:
         with preserved(self.run.problem.devices):
             metrics = evaluate(self.run.problem)
+        remedy = "it must return a mapping of named numbers, such as {'accuracy': 0.9}"
         if not isinstance(metrics, Mapping):
-            raise ProblemError(
-                f"evaluate returned a {type(metrics).__name__}; it must return a mapping of named numbers, such as "
-                "{'accuracy': 0.9}"
-            )
-        metrics = {name: float(v.detach() if isinstance(v, Tensor) else v) for name, v in metrics.items()}
+            raise ProblemError(f"evaluate returned {metrics!r}; {remedy}")
+        try:
+            metrics = {name: float(v.detach() if isinstance(v, Tensor) else v) for name, v in metrics.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ProblemError(f"evaluate returned {dict(metrics)!r} ({error}); {remedy}") from error
         self.run.history.amend({f"evaluation/{name}": value for name, value in metrics.items()})
         self._call("on_evaluate", metrics)
 

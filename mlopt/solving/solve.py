@@ -103,12 +103,24 @@ def solve(
         >>> solution = mlopt.solve(problem, steps=1_000, seed=0, checkpoint="runs/first", resume=True)
         >>> solution.history.column("classifier/loss")[-1]
     """
+    _require("problem", problem, isinstance(problem, Problem), "an mlopt.Problem")
     least = {"steps": 0, "evaluate_every": 1, "log_every": 1, "nonfinite_limit": 1}
     for name, value in zip(least, (steps, evaluate_every, log_every, nonfinite_limit), strict=True):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least[name]:
-            raise ProblemError(f"solve: {name}={value!r}; it must be a whole number >= {least[name]}")
-    if on_nonfinite not in ("raise", "skip", "rollback"):
-        raise ProblemError(f"solve: on_nonfinite={on_nonfinite!r}; it must be 'raise', 'skip' or 'rollback'")
+        _require(name, value, _is_whole(value) and value >= least[name], f"a whole number >= {least[name]}")
+    for name, value in {"resume": resume, "lookahead": lookahead, "progress": progress}.items():
+        _require(name, value, isinstance(value, bool), "True or False")
+    _require("seed", seed, seed is None or _is_whole(seed), "a whole number, or None")
+    _require(
+        "on_nonfinite", on_nonfinite, on_nonfinite in ("raise", "skip", "rollback"), "'raise', 'skip' or 'rollback'"
+    )
+    _require("evaluate", evaluate, evaluate is None or callable(evaluate), "a function of the problem, or None")
+    folders = (str, os.PathLike, Checkpoints, type(None))
+    _require("checkpoint", checkpoint, isinstance(checkpoint, folders), "a folder, an mlopt.Checkpoints, or None")
+    if resume and checkpoint is None:
+        raise ProblemError("solve: resume=True without checkpoint; give the folder that the run was saved in")
+    seconds = _seconds(max_time)
+    watching = isinstance(callbacks, Sequence) and all(isinstance(callback, Callback) for callback in callbacks)
+    _require("callbacks", callbacks, watching, "a sequence of mlopt.Callback objects")
     if seed is not None:
         seed_everything(seed)
     chosen = int(torch.randint(2**62, ())) if seed is None else seed
@@ -121,7 +133,7 @@ def solve(
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         log_every=log_every,
-        seconds=_seconds(max_time),
+        seconds=seconds,
         on_nonfinite=on_nonfinite,
         limit=nonfinite_limit,
     )
@@ -131,8 +143,17 @@ def solve(
     return Solution(history=run.history, status=status, reports=run.engine.gradients.reports)
 
 
+def _require(name: str, value: object, good: bool, what: str) -> None:
+    if not good:
+        raise ProblemError(f"solve: {name}={value!r}; it must be {what}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _seconds(limit: float | timedelta | None) -> float | None:
     seconds = limit.total_seconds() if isinstance(limit, timedelta) else limit
-    if seconds is not None and (not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0):
-        raise ProblemError(f"solve: max_time={limit!r}; it must be a number of seconds > 0, a timedelta, or None")
+    good = seconds is None or (isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0)
+    _require("max_time", limit, good, "a number of seconds > 0, such a timedelta, or None")
     return seconds

@@ -22,7 +22,16 @@ class Snapshot:
     """
 
     def __init__(self, modules: Iterable[nn.Module], stateful: Iterable[Mapping[str, Any]]) -> None:
-        self._live = [t for module in modules for t in (*_trainable(module), *module.buffers())]
+        parts = list(modules)
+        #: Where buffers are held, since a module may bind new ones under their names.
+        self._places = [
+            (holder, name, buffer)
+            for module in parts
+            for holder in module.modules()
+            for name, buffer in holder._buffers.items()
+            if buffer is not None
+        ]
+        self._live = [p for module in parts for p in _trainable(module)] + [buffer for _, _, buffer in self._places]
         self._kept = [t.detach().clone() for t in self._live]
         self._states = [(part, copy.deepcopy(part.state_dict())) for parts in stateful for part in parts.values()]
         #: Dictionaries, and what was in them.
@@ -32,6 +41,8 @@ class Snapshot:
         """Put everything back; once."""
         for live, kept in zip(self._live, self._kept, strict=True):
             live.data.copy_(kept)
+        for holder, name, buffer in self._places:
+            holder._buffers[name] = buffer
         for part, state in self._states:
             load_part(part, state)
         for held, content in self.held:
