@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..errors import NonFiniteError, ProblemError
+from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
 from ..problem import Level, Problem, Stream, StreamedCotangent, to_device
 from ..tensors import Tensors, norm
@@ -219,14 +219,25 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go where `state_dict` said."""
+        """Go where `state_dict` said.
+
+        Raises:
+            CheckpointError: a module or what steps it does not take its state.
+            ProblemError: a level's data are fewer than those that the state is of.
+        """
         gradients, problem = self.gradients, self.problem
         for level in problem:
             held = state["levels"][level.name]
-            load_module_state(level.module, held["module"])
-            for kind, part in self._stateful(level.name).items():
-                if kind in held:
-                    load_part(part, held[kind])
+            try:
+                load_module_state(level.module, held["module"])
+                for kind, part in self._stateful(level.name).items():
+                    if kind in held:
+                        load_part(part, held[kind])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"level {level.name!r} does not take its state ({' '.join(str(error).split())}); give the problem that it "
+                    "was begun with, or another folder"
+                ) from error
             self.streams[level.name].load_state_dict(held["stream"])
         for name, stream in gradients.curvature_streams.items():
             if name in state["curvature"]:
