@@ -85,16 +85,8 @@ class Stream:
             self._again.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as tensors, numbers and lists of them."""
-        generators = None if self._generators is None else self._generators.state_dict()
-        own = {"own": self._own, "own_at_start": self._own_at_start}
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "generators": generators,
-            **own,
-        }
+        """Return where the stream stands: `generators` are the data's own, at the start of the epoch."""
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "generators": self._own_at_start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go where `state_dict` said: the epoch is drawn anew, and its batches up to there are read and let go.
@@ -105,7 +97,7 @@ class Stream:
         self.seed = state["seed"]
         if state["epoch"] < 0:
             return
-        self.epoch, self._own = state["epoch"] - 1, list(state["own_at_start"])
+        self.epoch, self._own = state["epoch"] - 1, list(state["generators"])
         with self._isolated() if self._draws else contextlib.nullcontext():
             self._start_epoch()
             assert self._iterator is not None
@@ -115,9 +107,6 @@ class Stream:
                         f"level {self.name!r}: its data end after {self.position - 1} batches, and the run to go on with had "
                         f"taken {state['position']} of an epoch; give the data that it was begun with"
                     )
-        generators = state["generators"]
-        self._generators = None if generators is None else GeneratorState.from_state_dict(generators)
-        self._own = list(state["own"])
 
     @contextlib.contextmanager
     def _isolated(self) -> Iterator[None]:
