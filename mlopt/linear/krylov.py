@@ -12,6 +12,8 @@ from .solver import MatVec
 
 __all__ = ["Stopping", "begin", "dots"]
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def begin(matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> tuple[Tensors, Tensors, int]:
     """Return a solution to start from and its residual, both fit to be written over, and the products spent."""
@@ -21,16 +23,21 @@ def begin(matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> tuple[Tensor
 
 
 def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
-    """Return inner products as numbers, all in one transfer, since each transfer stalls a GPU.
+    """Return inner products as numbers, from a GPU all in one transfer, since each stalls it.
 
     The half precisions are summed in single precision, where squares neither overflow nor vanish.
     """
-    found: list[float] = torch.stack([dot(_widened(a), _widened(b)) for a, b in pairs]).tolist()
+    products = [dot(_widened(a), _widened(b)) for a, b in pairs]
+    if products[0].device.type == "cpu":
+        return [product.item() for product in products]
+    found: list[float] = torch.stack(products).tolist()
     return found
 
 
 def _widened(vector: Tensors) -> Tensors:
-    return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in vector)
+    if not any(x.dtype in _HALF for x in vector):
+        return vector
+    return tuple(x.float() if x.dtype in _HALF else x for x in vector)
 
 
 @attrs.frozen
