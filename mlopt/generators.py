@@ -21,7 +21,7 @@ __all__ = ["GeneratorState", "derive_seed", "preserved", "seed_everything"]
 class _Numpy:
     """The state of numpy's generator, read anew only where it has moved: numpy takes a hundred times longer for that than torch.
 
-    Every draw moves the 624 words and the position that are looked at here, but one: the second of two normal numbers that are made
+    Every draw moves the words and the position that are looked at here, but one: the second of two normal numbers that are made
     together. So a state that holds such a number is always read and put back in full.
     """
 

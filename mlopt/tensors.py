@@ -87,5 +87,5 @@ def flatten(a: Sequence[Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     """Return the vector (n,) cut into the shapes of `like`."""
-    pieces = torch.split(flat, [x.numel() for x in like])
-    return tuple(piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True))
+    pieces = flat.split_with_sizes([x.numel() for x in like])
+    return tuple([piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True)])

@@ -6,6 +6,7 @@ import math
 
 import attrs
 import torch
+from torch import Tensor
 
 from ..tensors import Tensors, dot, subtract, zeros_like
 from .solver import MatVec
@@ -27,16 +28,21 @@ def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
 
     The half precisions are summed in single precision, where squares neither overflow nor vanish.
     """
-    products = [dot(_widened(a), _widened(b)) for a, b in pairs]
+    products = [_dot(a, b) for a, b in pairs]
     if products[0].device.type == "cpu":
         return [product.item() for product in products]
     found: list[float] = torch.stack(products).tolist()
     return found
 
 
+def _dot(a: Tensors, b: Tensors) -> Tensor:
+    # Vectors are mostly one long tensor, and small problems take many of these.
+    if len(a) == 1 and a[0].dim() == 1 and a[0].dtype not in _HALF:
+        return torch.dot(a[0], b[0])
+    return dot(_widened(a), _widened(b))
+
+
 def _widened(vector: Tensors) -> Tensors:
-    if not any(x.dtype in _HALF for x in vector):
-        return vector
     return tuple(x.float() if x.dtype in _HALF else x for x in vector)
 
 

@@ -63,6 +63,7 @@ class Point:
         curvature_batches: the batch for the Hessian, of each level whose estimator has one of its own.
         optimizers: the levels' optimisers, with their state, where a run is under way.
         devices: those that the levels' variables are on, where that is known already.
+        variables: of each level, where they are known already.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Point:
         curvature_batches: Mapping[str, Any] | None = None,
         optimizers: Mapping[str, Optimizer] | None = None,
         devices: Sequence[torch.device] | None = None,
+        variables: Mapping[str, Tensors] | None = None,
     ) -> None:
         self.problem = problem
         self.batches = batches
@@ -85,7 +87,7 @@ class Point:
         self.optimizers = optimizers or {}
         self.devices = problem.devices if devices is None else devices
         #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
-        self.values: dict[Block, Tensors] = {level.name: level.parameters for level in problem}
+        self.values: dict[Block, Tensors] = dict(variables or {level.name: level.parameters for level in problem})
         #: What the lookahead of a level's estimator left for its pullback.
         self.ahead: dict[str, Any] = {}
         #: Seconds that lookaheads took.

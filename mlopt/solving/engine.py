@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
 from ..problem import Level, Problem, Stream, StreamedCotangent, to_device
-from ..tensors import Tensors, norm
+from ..tensors import norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
@@ -48,9 +48,8 @@ class Engine:
         self.skipped: dict[str, int] = {}
         #: Warm-up steps that each level has taken.
         self.warmed: dict[str, int] = {}
-        #: Parameters and, among them, the variables of each level; callbacks may freeze some as the run goes on.
+        #: Parameters of each level, some of which callbacks may freeze as the run goes on.
         self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
-        self._variables: dict[str, Tensors] = {}
 
     @property
     def logs(self) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class Engine:
 
     def _begin(self) -> None:
         self.gradients.logs = {}
-        self._variables = {
+        self.gradients.variables = {
             name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
         }
 
@@ -136,12 +135,12 @@ class Engine:
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the level's variables, on as many batches as it accumulates."""
-        variables = self._variables[level.name]
+        variables = self.gradients.variables[level.name]
         for variable in variables:
             variable.grad = None
         stream = self.streams[level.name]
         batches = [stream.next() for _ in range(level.accumulate)]
-        return self.gradients.differentiate(level, variables, batches, last=last)
+        return self.gradients.differentiate(level, batches, last=last)
 
     def _descend(self, level: Level, loss: Tensor) -> None:
         """Step on the gradient in `.grad`, clipped; step the scheduler."""
@@ -161,7 +160,7 @@ class Engine:
 
     def _examine(self, level: Level, *, overflow_expected: bool) -> None:
         """Refuse a gradient that is missing or not finite, and clip it."""
-        variables = self._variables[level.name]
+        variables = self.gradients.variables[level.name]
         gradient = [variable.grad for variable in variables if variable.grad is not None]
         if not gradient:
             raise ProblemError(

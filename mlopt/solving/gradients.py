@@ -46,6 +46,7 @@ class Gradients:
         seed: of the order of curvature data.
 
     Attributes:
+        variables: of each level, in the present outer step.
         batches: the latest batch of each level.
         generators: where the generators stood before the latest evaluation of each level that cotangents are pulled back through.
         warm: the last solution of each level's linear system, of estimators with warm starts.
@@ -66,6 +67,7 @@ class Gradients:
             for level in problem
             if level.estimator is not None and level.estimator.curvature_data is not None
         }
+        self.variables: dict[str, Tensors] = {}
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
         self.warm: dict[str, Tensors] = {}
@@ -74,15 +76,15 @@ class Gradients:
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
 
-    def differentiate(self, level: Level, variables: Tensors, batches: Sequence[Any], *, last: bool) -> Tensor:
+    def differentiate(self, level: Level, batches: Sequence[Any], *, last: bool) -> Tensor:
         """Set `.grad` of a level's variables to its total gradient, the mean over batches; return the loss, detached.
 
         Args:
             level: the level.
-            variables: its variables.
             batches: one or more.
             last: whether this is the last step of the present solve of the level.
         """
+        variables = self.variables[level.name]
         others = [self.problem[name].module for name in level.references]
         # Only a level's own training steps keep what its module does to its buffers.
         with cloned_buffers(others) if others else _NOTHING:
@@ -177,6 +179,7 @@ class Gradients:
             curvature,
             self._optimizers,
             self._devices,
+            self.variables,
         )
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses = []
