@@ -202,6 +202,7 @@ class TapWeight:
             steps=steps,
             seed=self.seed,
             estimator=str(self.estimator),
+            data={"task": repr(self.task), "corpus": _described(self.corpus)},
         )
 
     def _baselines(self, names: Sequence[str], steps: int, progress: bool) -> dict[str, nn.Module]:
@@ -308,3 +309,8 @@ class TapWeight:
 def _mean(scores: Sequence[Score]) -> dict[str, float]:
     """Return the mean valid and test scores of several finetunings."""
     return {split: statistics.fmean(getattr(score, split) for score in scores) for split in ("valid", "test")}
+
+
+def _described(corpus: Sequence[Any]) -> str:
+    """Return what a corpus says of itself, else its size."""
+    return str(corpus.summary()) if hasattr(corpus, "summary") else f"{len(corpus)} examples"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batches import Collate
-    from .data import from_dataset, glue, read_corpus, read_table
+    from .data import from_dataset, read_corpus, read_table
     from .encoder import TextEncoder
+    from .glue_tasks import glue
     from .objectives import OBJECTIVES, make_objective
     from .task import TextTask
 
@@ -26,8 +27,9 @@ __all__ = [
 
 _HOMES = {
     "batches": ("Collate",),
-    "data": ("from_dataset", "glue", "read_corpus", "read_table"),
+    "data": ("from_dataset", "read_corpus", "read_table"),
     "encoder": ("TextEncoder",),
+    "glue_tasks": ("glue",),
     "objectives": ("OBJECTIVES", "make_objective"),
     "task": ("TextTask",),
 }

@@ -46,6 +46,7 @@ class TextEncoder(nn.Module):
 
     Attributes:
         width: the number of features of a token, and of a text.
+        card: what heads the card of the adapted encoder.
 
     Raises:
         ModelError: the model has no encoder of this kind, or it and the tokenizer do not fit.
@@ -77,6 +78,7 @@ class TextEncoder(nn.Module):
         self._own_head = (head,)
         self.tokenizer = tokenizer
         self.width = int(config.hidden_size)
+        self.card: dict[str, str] = {"library_name": "transformers"}
         self.max_length = _max_length(self.model, tokenizer, max_length)
         self._inputs = _inputs(self.model)
         _check_vocabulary(self.embeddings, tokenizer)
@@ -112,6 +114,8 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
         encoder = cls(model, tokenizer, pooling=pooling, max_length=max_length)
+        if not Path(name).exists():
+            encoder.card["base_model"] = name
         if masked is not None:
             encoder._own_head = (OwnHead(masked, encoder.model),)
         return encoder

@@ -58,7 +58,15 @@ CONFIGS: dict[str, Any] = {
         }
     ),
     "modernbert": lambda **more: ModernBertConfig(
-        **{**_SIZE, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3, "mlp_dropout": 0.1, **more}
+        **{
+            **_SIZE,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "mlp_dropout": 0.1,
+            **more,
+        }
     ),
 }
 
@@ -70,7 +78,13 @@ def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **tokens: str | None) -> P
     words.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=words, **{k: v for k, v in {**names, **tokens}.items() if v})
 
 
@@ -91,7 +105,9 @@ def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
     made = []
     for k in range(count):
         kind = (GOOD, BAD)[k % 2]
-        words = [x for _ in range(draw.randint(1, 3)) for x in ("the", draw.choice(THINGS), "is", draw.choice(kind), "and")]
+        words = [
+            x for _ in range(draw.randint(1, 3)) for x in ("the", draw.choice(THINGS), "is", draw.choice(kind), "and")
+        ]
         made.append((" ".join(words[:-1]), ("kind", "unkind")[k % 2]))
     return made
 
@@ -117,4 +133,6 @@ def task(own: TextEncoder, count: int = 24, **options: Any) -> TextTask:
 
 def tapweight(own: TextEncoder, objectives: Sequence[str] = tuple(OBJECTIVES), **arguments: Any) -> TapWeight:
     made = [make_objective(name, own.tokenizer) for name in objectives]
-    return TapWeight(own, made, arguments.pop("task", None) or task(own), corpus(), **{"settings": SETTINGS, **arguments})
+    return TapWeight(
+        own, made, arguments.pop("task", None) or task(own), corpus(), **{"settings": SETTINGS, **arguments}
+    )
