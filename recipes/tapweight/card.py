@@ -24,8 +24,8 @@ def card(result: TapWeightResult, ways: Mapping[str, str]) -> str:
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += ["# Encoder adapted by TapWeight", ""]
     lines += [
-        f"Pretrained further in {result.steps} steps with several objectives, whose weights were learned from the validation loss of "
-        "a task (Zhang, Somayajula & Xie, TMLR 2025, arXiv 2410.10006). This is the encoder before it was finetuned on the task.",
+        f"Pretrained further in {result.steps} steps with several objectives, whose weights were learned from the validation "
+        "loss of a task (Zhang, Somayajula & Xie, TMLR 2025, arXiv 2410.10006). This is the encoder before finetuning on it.",
         "",
     ]
     lines += ["## Data", "", *(f"- {name}: {what}" for name, what in result.data.items()), ""]

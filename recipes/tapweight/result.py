@@ -94,8 +94,8 @@ class TapWeightResult:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the run to a folder: weights, history, scores, picture, encoder, configuration and environment.
 
-        The encoder writes itself where it has a method `save(folder)`; else its tensors go to `encoder/model.safetensors`. A card,
-        `encoder/README.md`, tells what it was made from.
+        The encoder writes itself where it has a method `save(folder)`; else its tensors go to `encoder/model.safetensors`. A
+        card, `encoder/README.md`, tells what it was made from.
 
         Args:
             folder: made where it does not exist.

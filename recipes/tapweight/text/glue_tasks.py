@@ -74,11 +74,9 @@ def glue(
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         sentence = " ".join(str(error).split())
         raise DataError(f"GLUE's {name} cannot be fetched ({sentence}); give the files by --train instead") from error
-    texts = {
-        split: from_dataset(loaded[split], text=task.text, name=f"GLUE {name} {split}")
-        for split in ("train", task.labelled)
-    }
-    train = texts["train"]
+    train, test = (
+        from_dataset(loaded[split], text=task.text, name=f"GLUE {name} {split}") for split in ("train", task.labelled)
+    )
     parts = random_split(len(train), (1 - _HELD_OUT, _HELD_OUT / 2, _HELD_OUT / 2), seed)
     held = sorted((*parts["valid"], *parts["test"]))
     splits: dict[Split, Texts] = {
