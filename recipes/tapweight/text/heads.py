@@ -53,13 +53,15 @@ class OwnHead(nn.Module):
         shell: Any = copy.copy(model)
         shell._modules = dict(model._modules)
         setattr(shell, model.base_model_prefix, _Given(encoder))
-        if model.config.tie_word_embeddings:
-            shell.get_output_embeddings().weight = encoder.get_input_embeddings().weight
+        output, embeddings = shell.get_output_embeddings(), encoder.get_input_embeddings()
+        # Not so in a head that looks the embeddings up: what it names its output layer is another one.
+        if model.config.tie_word_embeddings and output.weight.shape == embeddings.weight.shape:
+            output.weight = embeddings.weight
         self.model = shell
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (M, V) of features (M, width), at least in float32."""
-        dtype = self.model.get_output_embeddings().weight.dtype
+        dtype = next(self.parameters()).dtype
         logits: Tensor = self.model(inputs_embeds=features[None].to(dtype)).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -71,7 +71,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **tokens: str | None) -> PreTrainedTokenizerFast:
+def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **options: Any) -> PreTrainedTokenizerFast:
     """Return a tokenizer of whole words, with BERT's special tokens."""
     words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -85,7 +85,7 @@ def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **tokens: str | None) -> P
         "sep_token": "[SEP]",
         "mask_token": "[MASK]",
     }
-    return PreTrainedTokenizerFast(tokenizer_object=words, **{k: v for k, v in {**names, **tokens}.items() if v})
+    return PreTrainedTokenizerFast(tokenizer_object=words, **{k: v for k, v in {**names, **options}.items() if v})
 
 
 def model(kind: str = "bert", *, masked: bool = False, seed: int = 0, **more: Any) -> Any:
