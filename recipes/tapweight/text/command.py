@@ -105,7 +105,7 @@ class _Recipes:
         seed_everything(seed)
         encoder = TextEncoder.load(given.model, pooling=given.pooling, max_length=given.max_length, **options)
         if given.gradient_checkpointing:
-            encoder.model.gradient_checkpointing_enable()
+            encoder.recompute_activations()
         return encoder
 
 

@@ -166,6 +166,12 @@ class TextEncoder(nn.Module):
         """Whether two passes over one text differ in training."""
         return any("Dropout" in type(part).__name__ and getattr(part, "p", 0.0) > 0 for part in self.modules())
 
+    def recompute_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
+        # Its name from 5.24 on, and the older one.
+        enable: Any = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)()  # type: ignore[operator]
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
         with _quiet():

@@ -124,6 +124,9 @@ class TextTask(Task):
     ) -> None:
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
+        for texts in splits.values():
+            if not all("label" in example for example in texts):
+                raise DataError(f"{texts.source}: there are no labels; a task needs them")
         if kind not in (None, *METRICS):
             raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
         self.kind: Kind = kind or _infer_kind(splits["train"])
@@ -229,8 +232,6 @@ def _labelled(texts: Texts, read: Callable[[Any], int | float]) -> Texts:
     """Return the texts with their labels as numbers."""
     examples = []
     for row, example in zip(texts.rows, texts.examples, strict=True):
-        if "label" not in example:
-            raise DataError(f"{texts.source}: there are no labels; a task needs them")
         try:
             examples.append({**example, "label": read(example["label"])})
         except DataError as error:
@@ -241,7 +242,7 @@ def _labelled(texts: Texts, read: Callable[[Any], int | float]) -> Texts:
 def _infer_kind(texts: Texts) -> Kind:
     """Return "regression" where the labels are numbers and not all whole, else "classification"."""
     try:
-        numbers = [_number(example.get("label")) for example in texts.examples]
+        numbers = [_number(example["label"]) for example in texts.examples]
     except DataError:
         return "classification"
     return "classification" if all(number.is_integer() for number in numbers) else "regression"
@@ -249,7 +250,7 @@ def _infer_kind(texts: Texts) -> Kind:
 
 def _classes(texts: Texts) -> tuple[str, ...]:
     """Return the names of the classes: in order of size where they are numbers, else of the alphabet."""
-    names = sorted({_name(example.get("label")) for example in texts.examples})
+    names = sorted({_name(example["label"]) for example in texts.examples})
     if len(names) < 2:
         raise DataError(
             f"{texts.source}: all labels are {names[0]!r}: nothing can be learnt; give at least two classes"
