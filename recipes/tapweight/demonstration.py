@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -60,8 +59,6 @@ def show(
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the results (default: {output})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     options = parser.parse_args(arguments)
-    # The batches are small: a second thread costs more than it brings.
-    torch.set_num_threads(1)
     console = Console()
     console.print(introduction, highlight=False)
     results = {}

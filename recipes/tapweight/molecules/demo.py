@@ -69,4 +69,6 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo") -> Non
         arguments: the options.
         prog: how the command was called.
     """
+    # The batches are small: a second thread costs more than it brings.
+    torch.set_num_threads(1)
     show(arguments, demonstration, KNOWN, steps=STEPS, introduction=_INTRODUCTION, output="runs/demo", prog=prog)

@@ -21,13 +21,12 @@ Example = dict[str, Any]
 #: (padding counts as special), for some encoders "token_type_ids"; and (B, ...) tensors of what else the examples hold.
 Batch = dict[str, Any]
 
-_TEXTS = ("text", "text_b")
 _CHUNK = 1_000
 
 
 @attrs.frozen
 class Collate:
-    """Joins texts, or pairs of texts, into a batch; what else the examples hold becomes tensors under the same keys.
+    """Joins texts, or pairs of texts, into a batch; numbers and tensors in the examples become tensors under the same keys.
 
     Args:
         tokenizer: turns text into tokens.
@@ -43,8 +42,9 @@ class Collate:
             examples, self.max_length, padding=True, return_special_tokens_mask=True, return_tensors="pt"
         )
         batch: Batch = dict(tokens)
-        for key in examples[0].keys() - set(_TEXTS):
-            batch[key] = _join([example[key] for example in examples])
+        for key, value in examples[0].items():
+            if not isinstance(value, str):
+                batch[key] = _join([example[key] for example in examples])
         return batch
 
     def cut(self, examples: Sequence[Example]) -> int:
