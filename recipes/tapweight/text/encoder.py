@@ -168,6 +168,7 @@ class TextEncoder(nn.Module):
 
     def recompute_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
+        self.model.config.use_cache = False  # an encoder keeps none, and transformers would warn of it
         # Its name from 5.24 on, and the older one.
         enable: Any = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)()  # type: ignore[operator]

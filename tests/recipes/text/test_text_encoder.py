@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 from text_cases import CONFIGS, VOCABULARY, corpus, encoder, model, tokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertForSequenceClassification
@@ -244,6 +245,23 @@ def test_a_model_without_a_given_number_of_layers_is_cut_when_it_is_loaded(tmp_p
     assert len(cut.model.encoder.layer) == 1
     for name, value in cut.model.encoder.layer[0].state_dict().items():
         assert torch.equal(value, own.model.encoder.layer[0].state_dict()[name])
+
+
+def test_a_tokenizer_that_is_a_model_of_sentencepiece_is_read(tmp_path: Path) -> None:
+    """As DeBERTa-v3's is."""
+    (tmp_path / "corpus.txt").write_text("\n".join(text["text"] for text in corpus(50)))
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=40, hard_vocab_limit=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
+        minloglevel=2,
+    )  # fmt: skip
+    model("deberta-v2", vocab_size=64).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm"}')
+    own = TextEncoder.load(tmp_path).eval()
+    batch = batch_of(own, "the thing1 is good")
+    assert own.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True).strip() == "the thing1 is good"
+    assert own.tokenizer.mask_token_id is not None
+    assert own.pool(batch).isfinite().all()
 
 
 def test_code_that_a_checkpoint_brings_is_not_run(tmp_path: Path) -> None:
