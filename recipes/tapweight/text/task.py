@@ -101,14 +101,15 @@ class TextTask(Task):
         kind: "classification", or "regression"; by default regression where the training labels are numbers and not all whole.
         metric: "accuracy" (the default), "macro_f1", "micro_f1" or "matthews" for classification; "pearson" (the default) or
             "spearman" for regression.
+        classes: the names of the classes, in the order of the logits; by default those of the training labels.
         dropout: probability of dropping a feature before the head's linear layer.
 
     Attributes:
-        classes: the names of the classes, in the order of the logits: those of the training labels. Empty for regression.
+        classes: the names of the classes. Empty for regression.
         remarks: sentences that a user should read, such as rows left out or texts cut off.
 
     Raises:
-        DataError: where a label of validation or test is none of the training labels, is no number, or all are the same.
+        DataError: where a label is none of the classes, is no number, or all are the same.
     """
 
     splits: Mapping[Split, Sequence[Example]]
@@ -120,6 +121,7 @@ class TextTask(Task):
         *,
         kind: Kind | None = None,
         metric: str | None = None,
+        classes: Sequence[str] | None = None,
         dropout: float = 0.1,
     ) -> None:
         if set(splits) != {"train", "valid", "test"}:
@@ -135,7 +137,7 @@ class TextTask(Task):
             names = " or ".join(map(repr, METRICS[self.kind]))
             raise DataError(f"metric={metric!r} does not fit {self.kind}; give {names}")
         self.greater_is_better = True
-        self.classes = _classes(splits["train"]) if self.kind == "classification" else ()
+        self.classes = (tuple(classes or ()) or _classes(splits["train"])) if self.kind == "classification" else ()
         read = self._class if self.classes else _number
         super().__init__({split: _labelled(texts, read) for split, texts in splits.items()})
         self.collate_texts, self.dropout = collate, dropout
@@ -215,7 +217,7 @@ class TextTask(Task):
     def _class(self, label: Any) -> int:
         name = _name(label)
         if name not in self.classes:
-            raise DataError(f"the label {name!r} is none of the training labels, {', '.join(self.classes)}")
+            raise DataError(f"the label {name!r} is none of the classes, {', '.join(self.classes)}")
         return self.classes.index(name)
 
 

@@ -194,7 +194,7 @@ def test_half_precision_eager_attention_recomputation_and_fewer_layers(folder: P
         ("--corpus bad.txt.gz", "bad.txt.gz: not a whole gzip file"),
         ("--label class", "train.jsonl, row 1: no column 'class'; there are 'text', 'label'"),
         ("--text body", "train.jsonl, row 1: no column 'body'"),
-        ("--valid other.jsonl", "other.jsonl, row 1: the label 'rude' is none of the training labels, kind, unkind"),
+        ("--valid other.jsonl", "other.jsonl, row 1: the label 'rude' is none of the classes, kind, unkind"),
         ("--train empty.jsonl --strict", "empty.jsonl, row 1: the text is empty; mend it"),
         ("--metric pearson", "metric='pearson' does not fit classification"),
         ("--kind regression", "train.jsonl, row 1: the label 'kind' is not a number"),
