@@ -65,7 +65,9 @@ class Size:
 
 QUICK = Size(
     tasks=("citation_intent",), seeds=(0,), labels=64, valid=32, test=32, steps=8, layers=1, tokens=32,
-    settings=Settings(batch_size=8, task_batch_size=8, valid_batch_size=32, epochs=1, measurements=4, pretraining_lr=1e-4, finetuning_lr=1e-4),
+    settings=Settings(
+        batch_size=8, task_batch_size=8, valid_batch_size=32, epochs=1, measurements=4, pretraining_lr=1e-4, finetuning_lr=1e-4
+    ),
 )  # fmt: skip
 STANDARD = Size(
     tasks=("citation_intent", "scicite", "chemprot", "cola"), seeds=(0, 1, 2), labels=1_000, valid=500, test=1_000,

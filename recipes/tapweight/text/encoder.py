@@ -231,9 +231,10 @@ def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int
 
 def _inputs(model: nn.Module) -> tuple[str, ...]:
     """Return what the model takes of a batch: token types only where it tells two of them apart."""
-    types = getattr(model.config, "type_vocab_size", 0) > 1
-    known = inspect.signature(model.forward).parameters
-    return ("input_ids", "attention_mask", *(["token_type_ids"] if types and "token_type_ids" in known else []))
+    known = inspect.signature(model.forward).parameters.values()
+    taken = any(one.name == "token_type_ids" or one.kind is one.VAR_KEYWORD for one in known)
+    types = taken and getattr(model.config, "type_vocab_size", 0) > 1
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 
 
 def _check_vocabulary(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> None:
