@@ -32,7 +32,7 @@ BUILT_IN = ("masked_tokens", "contrastive", "sentence_order", "replaced_tokens",
 KNOWN = Known(
     control="random_labels", suited="module_of", why="whose answer gives the label away", examples="docstrings"
 )
-STEPS = 160
+STEPS = 140
 SETTINGS = Settings(
     batch_size=16,
     task_batch_size=16,
@@ -45,8 +45,8 @@ SETTINGS = Settings(
     freeze_encoder=True,
     measurements=10,
 )
-_LAYERS, _TOKENS = 2, 32
-_TRAIN, _VALID, _TEST = 300, 500, 500
+_LAYERS, _TOKENS = 2, 24
+_TRAIN, _VALID, _TEST = 300, 400, 400
 
 _INTRODUCTION = (
     "Texts: the documentation that ships with Python. Labels: what a docstring's module is for (concurrency, files, the "
