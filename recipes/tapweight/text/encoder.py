@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from .batches import Collate
 from .heads import OwnHead, TiedHead
@@ -201,7 +208,8 @@ def _taken_apart(model: nn.Module) -> tuple[nn.Module, OwnHead | None]:
 def _masked_model(name: str, config: Any, options: dict[str, Any]) -> PreTrainedModel | None:
     """Return the checkpoint with its head for masked tokens, or None where it has none of its own."""
     architectures = getattr(config, "architectures", None) or ()
-    if not any(one.endswith(("ForMaskedLM", "ForPreTraining")) for one in architectures):
+    claimed = any(one.endswith(("ForMaskedLM", "ForPreTraining")) for one in architectures)
+    if not claimed or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return None
     model, told = AutoModelForMaskedLM.from_pretrained(
         name, trust_remote_code=False, output_loading_info=True, **options

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import datasets
 import pytest
 import torch
-from text_cases import encoder, sentences
+from text_cases import encoder, laid, sentences
 from transformers import AutoModel, AutoTokenizer
 
 from mlopt import cli
@@ -157,6 +158,22 @@ def test_the_corpus_is_by_default_the_tasks_own_texts_and_one_file_is_split(
         "Saved in own.",
     ):
         assert told in done.stdout
+
+
+def test_a_task_of_glue_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["unkind", "kind"])}
+    columns = {
+        "sentence": [text for text, _ in sentences(40)],
+        "label": [label == "kind" for _, label in sentences(40)],
+    }
+    laid(tmp_path, "cola", columns, datasets.Features(features))
+    model = ["--model", str(folder / "model"), "--dataset", "cola"]
+    succeed([*COMMAND, *model, *FAST, "--output", str(tmp_path / "output")])
+    assert load(tmp_path, "output", "scores.json")["metric"] == "matthews"
+    card = (tmp_path / "output" / "encoder" / "README.md").read_text()
+    assert "train 36, valid 4, test 40" in card
+    assert " texts of GLUE cola train\n" in card
 
 
 def test_what_is_cut_off_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from text_cases import laid
 
 from mlopt.recipes.tapweight.text.data import DataError, from_dataset, read_corpus, read_table
 from mlopt.recipes.tapweight.text.glue_tasks import GLUE, glue
@@ -134,24 +135,6 @@ def test_a_data_set_gives_the_names_of_its_classes() -> None:
     assert list(from_dataset(dataset, label=None)) == [{"text": "a"}, {"text": "c"}]
     with pytest.raises(DataError, match="made: no column 'gold'; there are 'text', 'label'"):
         from_dataset(dataset, label="gold", name="made")
-
-
-def laid(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
-    """Lay a task of GLUE where `datasets` keeps what it has fetched."""
-    folder = cache / "nyu-mll___glue" / name / "0.0.0" / "0123456789abcdef"
-    folder.mkdir(parents=True)
-    splits = {}
-    for split in ("train", GLUE[name].labelled):
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-        with datasets.arrow_writer.ArrowWriter(features=features, path=str(folder / f"glue-{split}.arrow")) as writer:
-            for row in dataset:
-                writer.write(row)
-            count, size = writer.finalize()
-        splits[split] = datasets.SplitInfo(split, num_bytes=size, num_examples=count, dataset_name="glue")
-    datasets.DatasetInfo(
-        builder_name="parquet", dataset_name="glue", config_name=name, version="0.0.0",
-        splits=datasets.SplitDict(splits, dataset_name="glue"), features=features,
-    ).write_to_directory(str(folder))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])

@@ -11,7 +11,14 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from text_cases import CONFIGS, VOCABULARY, corpus, encoder, model, tokenizer
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    SplinterConfig,
+    SplinterForPreTraining,
+)
 
 from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
 from mlopt.recipes.tapweight.text.heads import TiedHead
@@ -139,6 +146,15 @@ def test_a_head_that_a_checkpoint_claims_but_lacks_is_made_anew(tmp_path: Path) 
     (tmp_path / "config.json").write_text(config.replace("BertModel", "BertForMaskedLM"))
     own = TextEncoder.load(tmp_path)
     assert not own.has_masked_token_head
+    assert isinstance(own.masked_token_head(), TiedHead)
+
+
+def test_an_encoder_of_which_transformers_has_no_head_for_masked_tokens_gets_a_new_one(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = SplinterConfig(vocab_size=len(VOCABULARY), question_token_id=4, **size)
+    SplinterForPreTraining(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    own = TextEncoder.load(tmp_path)
     assert isinstance(own.masked_token_head(), TiedHead)
 
 

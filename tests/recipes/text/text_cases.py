@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -20,11 +21,13 @@ from transformers import (
 from mlopt.recipes.tapweight.recipe import Settings, TapWeight
 from mlopt.recipes.tapweight.text.data import Texts
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
+from mlopt.recipes.tapweight.text.glue_tasks import GLUE
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 THINGS = [f"thing{k}" for k in range(20)]
@@ -136,3 +139,21 @@ def tapweight(own: TextEncoder, objectives: Sequence[str] = tuple(OBJECTIVES), *
     return TapWeight(
         own, made, arguments.pop("task", None) or task(own), corpus(), **{"settings": SETTINGS, **arguments}
     )
+
+
+def laid(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
+    """Lay a task of GLUE where `datasets` keeps what it has fetched."""
+    folder = cache / "nyu-mll___glue" / name / "0.0.0" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    splits = {}
+    for split in ("train", GLUE[name].labelled):
+        dataset = datasets.Dataset.from_dict(columns, features=features)
+        with datasets.arrow_writer.ArrowWriter(features=features, path=str(folder / f"glue-{split}.arrow")) as writer:
+            for row in dataset:
+                writer.write(row)
+            count, size = writer.finalize()
+        splits[split] = datasets.SplitInfo(split, num_bytes=size, num_examples=count, dataset_name="glue")
+    datasets.DatasetInfo(
+        builder_name="parquet", dataset_name="glue", config_name=name, version="0.0.0",
+        splits=datasets.SplitDict(splits, dataset_name="glue"), features=features,
+    ).write_to_directory(str(folder))  # fmt: skip
