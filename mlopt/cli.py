@@ -50,8 +50,14 @@ _RECIPES = {
             "molecules": Command(
                 "predict properties of molecules, from SMILES", "mlopt.recipes.tapweight.molecules.command", "molecules"
             ),
+            "text": Command(
+                "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.command", "text"
+            ),
             "demo": Command(
                 "watch it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"
+            ),
+            "demo-text": Command(
+                "watch it on the documentation that ships with Python", "mlopt.recipes.tapweight.text.demo", "text"
             ),
         },
     ),

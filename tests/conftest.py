@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Read when huggingface_hub and datasets are imported: no test fetches anything.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
 # Continuous integration draws the same problems each time: a change is judged by what it changes. Elsewhere they are new ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -43,7 +43,7 @@ def with_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., obj
 def test_the_package_and_its_command_line_import_no_recipe() -> None:
     code = """
 import sys, mlopt, mlopt.cli
-heavy = ("mlopt.recipes", "tyro", "cattrs", "torch_geometric", "rdkit", "sklearn", "matplotlib")
+heavy = ("mlopt.recipes", "tyro", "cattrs", "torch_geometric", "rdkit", "sklearn", "matplotlib", "transformers")
 print([name for name in sys.modules if name.startswith(heavy)])
 """
     assert python(code).stdout == "[]\n"
@@ -200,14 +200,17 @@ def test_what_is_needed_is_asked_for(missing: str, capsys: pytest.CaptureFixture
     assert f"--{missing}" in capsys.readouterr().err
 
 
-def test_the_help_explains_every_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("modality", ["molecules", "text"])
+def test_the_help_explains_every_option(
+    modality: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as status:
-        cli.main(["tapweight", "molecules", "--help"])
+        cli.main(["tapweight", modality, "--help"])
     assert status.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    configuration = importlib.import_module("mlopt.recipes.tapweight.molecules.configuration")
+    configuration = importlib.import_module(f"mlopt.recipes.tapweight.{modality}.configuration")
     parts = [getattr(configuration, name) for name in ("Data", "Settings", "Encoder")]
     fields = [*attrs.fields(configuration.CommandLine), *(f for part in parts for f in attrs.fields(part))]
     entries = re.split(r"\n\W{0,3}(?=--)", re.sub(r"\(default.*?\)", "", text, flags=re.DOTALL))

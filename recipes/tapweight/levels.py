@@ -88,6 +88,7 @@ def three_levels(
     schedulers: Mapping[str, Callable[..., Any] | None],
     every: int,
     estimator: mlopt.Estimator,
+    precision: str | None = None,
 ) -> mlopt.Problem:
     """Return TapWeight's problem.
 
@@ -104,6 +105,7 @@ def three_levels(
         schedulers: of pretraining and finetuning, by level name; None for a learning rate that stays.
         every: pretraining steps for each step on the weights.
         estimator: how finetuning is pulled back; with the identity, no network pass is needed.
+        precision: of the levels' steps, see `mlopt.Level`.
     """
 
     def pretraining_loss(own: Pretraining, batch: Any, *, reweighting: nn.Module) -> mlopt.Mixture:
@@ -131,6 +133,7 @@ def three_levels(
             reweighting_loss,
             data=valid,
             optimizer=optimizers["reweighting"],
+            precision=precision,
         ),
         mlopt.Level(
             "finetuning",
@@ -139,6 +142,7 @@ def three_levels(
             data=train,
             optimizer=optimizers["finetuning"],
             scheduler=schedulers["finetuning"],
+            precision=precision,
             regularizer=coupling,
             estimator=estimator,
         ),
@@ -149,6 +153,7 @@ def three_levels(
             data=corpus,
             optimizer=optimizers["pretraining"],
             scheduler=schedulers["pretraining"],
+            precision=precision,
             steps=every,
             estimator=mlopt.Identity(streamed=True),
         ),

@@ -53,6 +53,7 @@ class Settings:
         finetuning_lr: learning rate of AdamW on the finetuning level.
         weight_decay: share of the variables that AdamW takes off them at each step, times the learning rate, on both.
         lr_schedule: what becomes of the learning rates of both over the run: they stay, or fall to zero on a line or a cosine.
+        precision: "bf16" or "fp16" evaluates the losses under autocast, "none" as they are.
         warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
         weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.
         scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
@@ -73,6 +74,7 @@ class Settings:
     finetuning_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0.0))
     lr_schedule: str = attrs.field(default="constant", validator=one_of("constant", "linear", "cosine"))
+    precision: str = attrs.field(default="none", validator=one_of("none", "bf16", "fp16"))
     warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
     weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
     scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
@@ -96,6 +98,11 @@ class Settings:
                 f"measurements={self.measurements} are needed to judge them: take more steps"
             )
         return outer, delay
+
+    @property
+    def autocast(self) -> str | None:
+        """The precision of the levels' steps, as `mlopt.Level` has it."""
+        return None if self.precision == "none" else self.precision
 
     def scheduler(self, steps: int) -> Callable[..., Any] | None:
         """Return what makes the scheduler of an optimiser that takes so many steps."""
@@ -222,6 +229,7 @@ class TapWeight:
             steps=steps,
             seed=self.seed,
             estimator=str(self.estimator),
+            data={"task": repr(self.task), "corpus": _described(self.corpus)},
         )
 
     def _baselines(self, names: Sequence[str], steps: int, solve: Saved) -> dict[str, nn.Module]:
@@ -271,6 +279,7 @@ class TapWeight:
                 "finetuning": settings.scheduler(outer),
             },
             every=settings.every,
+            precision=settings.autocast,
             estimator=self.estimator,
         )
         train = Stream("train", task.loader("train", settings.task_batch_size, shuffle=True), self.seed, self._device)
@@ -298,6 +307,7 @@ class TapWeight:
             scales=scales,
             optimizer=self._adam(self.settings.pretraining_lr),
             scheduler=self.settings.scheduler(steps),
+            precision=self.settings.autocast,
         )
 
     def _adam(self, lr: float) -> Callable[..., AdamW]:
@@ -326,6 +336,7 @@ class TapWeight:
                 learning_rate=settings.finetune_lr,
                 batch_size=settings.task_batch_size,
                 freeze_encoder=settings.freeze_encoder,
+                precision=settings.autocast,
                 seed=derive_seed(self.seed, "finetune", k),
                 solve=partial(solve, f"finetuning-{way}-{k}"),
             )
@@ -336,3 +347,8 @@ class TapWeight:
 def _mean(scores: Sequence[Score]) -> dict[str, float]:
     """Return the mean valid and test scores of several finetunings."""
     return {split: statistics.fmean(getattr(score, split) for score in scores) for split in ("valid", "test")}
+
+
+def _described(corpus: Sequence[Any]) -> str:
+    """Return what a corpus says of itself, else its size."""
+    return str(corpus.summary()) if hasattr(corpus, "summary") else f"{len(corpus)} examples"

@@ -14,6 +14,7 @@ from safetensors.torch import save_model
 
 from mlopt.solving import write_csv
 
+from .card import card
 from .signals import Signal, verdict
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class TapWeightResult:
         steps: pretraining steps.
         seed: of everything random.
         estimator: how the finetuning level was pulled back, as it prints.
+        data: in words, what the "task" and the "corpus" were.
     """
 
     weights: dict[str, float]
@@ -67,6 +69,7 @@ class TapWeightResult:
     steps: int
     seed: int
     estimator: str
+    data: dict[str, str] = attrs.field(factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -92,7 +95,8 @@ class TapWeightResult:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the run to a folder: weights, history, scores, picture, encoder, configuration and environment.
 
-        The encoder writes itself where it has a method `save(folder)`; else its tensors go to `encoder/model.safetensors`.
+        The encoder writes itself where it has a method `save(folder)`; else its tensors go to `encoder/model.safetensors`. A
+        card, `encoder/README.md`, tells what it was made from.
 
         Args:
             folder: made where it does not exist.
@@ -112,6 +116,7 @@ class TapWeightResult:
         else:
             (folder / "encoder").mkdir(exist_ok=True)
             save_model(self.encoder, str(folder / "encoder" / "model.safetensors"))
+        (folder / "encoder" / "README.md").write_text(card(self, WAYS), encoding="utf-8")
 
     def plot(self, file: str | os.PathLike[str]) -> None:
         """Draw the weights over the steps, and the signals with their errors.

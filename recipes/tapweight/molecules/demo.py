@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import random
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from ..demonstration import Known, show
 from ..recipe import Settings, TapWeight
-from ..result import WAYS, TapWeightResult
 from .data import Molecules, graph_of
 from .encoder import GINE
 from .objectives import make_objective
 from .sample import recombined, solubility
 from .task import MoleculeTask
 
-__all__ = ["OBJECTIVES", "SETTINGS", "STEPS", "demonstration", "main"]
+__all__ = ["KNOWN", "OBJECTIVES", "SETTINGS", "STEPS", "demonstration", "main"]
 
 OBJECTIVES = (
     "masked_atoms",
@@ -31,7 +26,7 @@ OBJECTIVES = (
     "random_labels",
 )
 #: The control: labels by a hash of the SMILES, from which nothing can be learned.
-CONTROL = "random_labels"
+KNOWN = Known(control="random_labels", suited="descriptors", why="of which the label is made", examples="molecules")
 STEPS = 240
 SETTINGS = Settings(valid_batch_size=500, weights_lr=3e-2, epochs=15, finetune_lr=3e-3, freeze_encoder=True)
 _CORPUS, _TRAIN, _VALID, _TEST = 2_000, 500, 1_000, 500
@@ -74,63 +69,6 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo") -> Non
         arguments: the options.
         prog: how the command was called.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=_INTRODUCTION)
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder for the results (default: runs/demo)"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    options = parser.parse_args(arguments)
     # The batches are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    console = Console()
-    console.print(_INTRODUCTION, highlight=False)
-    results = {}
-    for seed in options.seeds:
-        result = demonstration(seed).fit(STEPS)
-        result.save(options.output if len(options.seeds) == 1 else options.output / f"seed-{seed}")
-        for table in result.tables():
-            console.print(table)
-        console.print(result.verdict, highlight=False)
-        results[seed] = result
-    console.print(_told(list(results.values())), highlight=False)
-    if len(results) > 1:
-        for table in _summary(list(results.values())):
-            console.print(table)
-    console.print(f"Saved in {options.output}.", highlight=False)
-
-
-def _told(results: Sequence[TapWeightResult]) -> str:
-    """Say what became of the control and of the objective that suits the task, and how the ways compare."""
-    share, count = 1 / len(OBJECTIVES), len(results)
-    below = sum(result.weights[CONTROL] < share for result in results)
-    top = sum(max(result.weights, key=result.weights.__getitem__) == "descriptors" for result in results)
-    better = {
-        way: sum(result.scores["tapweight"]["test"] < result.scores[way]["test"] for result in results)
-        for way in ("direct", "equal")
-    }
-    clear = sum(any(signal.significant for signal in result.signals.values()) for result in results)
-    return (
-        f"The control, {CONTROL}, ended below its equal share of {share:.3f} in {below} of {count} runs; descriptors, of which "
-        f"the label is made, came out on top in {top} of {count}. On the test molecules TapWeight was better than equal weights "
-        f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. Within a single run some "
-        f"weight was told from noise in {clear} of {count}."
-    )
-
-
-def _summary(results: Sequence[TapWeightResult]) -> tuple[Table, Table]:
-    """Return the weights and the scores over the seeds: means, standard deviations, how often below the equal share."""
-    share, count = 1 / len(OBJECTIVES), len(results)
-    weights = Table(
-        "objective", "weight", "below the equal share", title=f"Mean (standard deviation) over {count} seeds"
-    )
-    for name in OBJECTIVES:
-        values = [result.weights[name] for result in results]
-        weights.add_row(name, _spread(values), f"{sum(value < share for value in values)} of {count}")
-    scores = Table("way", f"test {results[0].metric}")
-    for way in results[0].scores:
-        scores.add_row(WAYS[way], _spread([result.scores[way]["test"] for result in results]))
-    return weights, scores
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})"
+    show(arguments, demonstration, KNOWN, steps=STEPS, introduction=_INTRODUCTION, output="runs/demo", prog=prog)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import torch
-
+from ..splits import EIGHT_ONE_ONE, NAMES, check_fractions, ends_of, random_split
 from .data import DataError, import_extra
 
 if TYPE_CHECKING:
@@ -16,12 +13,11 @@ if TYPE_CHECKING:
 
     from ..task import Split
 
-_NAMES: tuple[Split, ...] = ("train", "valid", "test")
-_EIGHT_ONE_ONE = (0.8, 0.1, 0.1)
+__all__ = ["random_split", "scaffold_split"]
 
 
 def scaffold_split(
-    smiles: Sequence[str], fractions: Sequence[float] = _EIGHT_ONE_ONE, *, chirality: bool = True
+    smiles: Sequence[str], fractions: Sequence[float] = EIGHT_ONE_ONE, *, chirality: bool = True
 ) -> dict[Split, list[int]]:
     """Split molecules so that no Bemis-Murcko scaffold is in two splits.
 
@@ -40,12 +36,12 @@ def scaffold_split(
     Raises:
         DataError: where the fractions are wrong, a SMILES cannot be parsed, or a split would be empty.
     """
-    _check(fractions)
+    check_fractions(fractions)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, one in enumerate(smiles):
         groups[_scaffold(index, one, chirality=chirality)].append(index)
-    train_end, valid_end, _ = _ends(len(smiles), fractions)
-    splits: dict[Split, list[int]] = {name: [] for name in _NAMES}
+    train_end, valid_end, _ = ends_of(len(smiles), fractions)
+    splits: dict[Split, list[int]] = {name: [] for name in NAMES}
     for group in sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True):
         if len(splits["train"]) + len(group) <= train_end:
             splits["train"] += group
@@ -60,46 +56,6 @@ def scaffold_split(
                 "divided; take a random split, other fractions or more molecules"
             )
     return splits
-
-
-def random_split(n: int, fractions: Sequence[float] = _EIGHT_ONE_ONE, seed: int = 0) -> dict[Split, list[int]]:
-    """Split `n` examples at random.
-
-    Args:
-        n: number of examples.
-        fractions: of train, valid and test; positive, with sum 1.
-        seed: of the permutation; torch's global generator is not touched.
-
-    Returns:
-        0-based indices of train, valid and test, each in ascending order.
-
-    Raises:
-        DataError: where the fractions are wrong or a split would be empty.
-    """
-    _check(fractions)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    ends = _ends(n, fractions)
-    splits = {name: sorted(order[start:end]) for name, start, end in zip(_NAMES, [0, *ends], ends, strict=False)}
-    for name, indices in splits.items():
-        if not indices:
-            raise DataError(
-                f"{n} molecules are too few for the {name} split at fractions={tuple(fractions)}; give more"
-            )
-    return splits
-
-
-def _check(fractions: Sequence[float]) -> None:
-    """Check that three positive fractions sum to 1."""
-    valid = len(fractions) == 3 and all(fraction > 0 for fraction in fractions)
-    if not valid or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        raise DataError(
-            f"fractions={tuple(fractions)!r}: give three positive numbers (train, valid, test) whose sum is 1"
-        )
-
-
-def _ends(n: int, fractions: Sequence[float]) -> list[int]:
-    """Return the largest sizes of train, train and valid, and all; the slack is for sums such as 0.7 + 0.1."""
-    return [*(math.floor(part * n + 1e-6) for part in list(accumulate(fractions))[:2]), n]
 
 
 def _scaffold(index: int, smiles: str, *, chirality: bool) -> str:

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.tapweight [molecules | text]`: TapWeight against direct finetuning and equal weights, and its cost."""

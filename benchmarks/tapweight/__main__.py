@@ -1,0 +1,11 @@
+"""Hands the arguments to the benchmark of the modality that they begin with, of molecules where they name none."""
+
+import importlib
+import sys
+
+MODALITIES = ("molecules", "text")
+
+arguments = sys.argv[1:]
+named = arguments[:1] if arguments[:1] and arguments[0] in MODALITIES else []
+modality = named[0] if named else "molecules"
+importlib.import_module(f".{modality}", __package__).main(arguments[len(named) :])

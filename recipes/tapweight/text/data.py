@@ -1,0 +1,292 @@
+"""Reading text: files of documents, labelled tables and data sets; every row left out is accounted for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import attrs
+
+from ..files import DataError, column_of, lines_of, suffix_of, suggestion, table_of
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from .batches import Example
+
+__all__ = ["DataError", "Skipped", "Texts", "from_dataset", "read_corpus", "read_table"]
+
+_TABLES = (".csv", ".jsonl")
+_LISTS = (".txt",)
+_NAMED_IN_SUMMARY = 3
+#: The columns of text that are looked for where none are named.
+_USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentence2"))
+
+
+@attrs.frozen
+class Skipped:
+    """A row that was left out.
+
+    Args:
+        row: 1-based line of the file, a header counted; of a data set, 0-based.
+        reason: why it is no example.
+    """
+
+    row: int
+    reason: str
+
+
+@attrs.frozen(eq=False, repr=False)
+class Texts(Sequence[Any]):
+    """The texts of one file or data set, in its order.
+
+    Each example has "text", for a pair of texts also "text_b", and where there are labels "label", as it stands there.
+
+    Args:
+        examples: the examples.
+        rows: where each is: 1-based line of the file, a header counted; of a data set, 0-based.
+        skipped: the rows left out.
+        source: the file or the data set.
+    """
+
+    examples: tuple[Example, ...]
+    rows: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Texts: ...
+    def __getitem__(self, index: int | slice) -> Example | Texts:
+        return self.subset(range(len(self))[index]) if isinstance(index, slice) else self.examples[index]
+
+    @property
+    def name(self) -> str:
+        """The file's name, or the data set."""
+        return Path(self.source).name
+
+    def subset(self, indices: Iterable[int]) -> Texts:
+        """Return the examples at the 0-based `indices`, in that order; `skipped` stays with the whole."""
+        chosen = tuple(indices)
+        return attrs.evolve(
+            self, examples=tuple(self.examples[i] for i in chosen), rows=tuple(self.rows[i] for i in chosen), skipped=()
+        )
+
+    def copy(self) -> Texts:
+        """Return the same texts in examples of their own, to which objectives may attach targets."""
+        return attrs.evolve(self, examples=tuple(dict(example) for example in self.examples))
+
+    def unlabelled(self) -> Texts:
+        """Return every text once, each of a pair on its own, without labels: a corpus for the task that it is the data of."""
+        found = {text: row for example, row in zip(self.examples, self.rows, strict=True) for text in _texts(example)}
+        return Texts(tuple({"text": text} for text in found), tuple(found.values()), (), self.source)
+
+    def summary(self) -> str:
+        """Say in one sentence how many texts there are, and which rows were left out and why."""
+        sentence = f"{len(self)} texts of {self.name}"
+        if self.skipped:
+            named = [f"row {skipped.row} ({skipped.reason})" for skipped in self.skipped[:_NAMED_IN_SUMMARY]]
+            more = len(self.skipped) - len(named)
+            sentence += f"; {len(self.skipped)} skipped: {', '.join(named)}{f' and {more} more' if more else ''}"
+        return sentence
+
+    def __repr__(self) -> str:
+        return f"Texts({self.summary()})"
+
+
+def read_corpus(
+    path: str | os.PathLike[str], *, column: str = "text", strict: bool = False, limit: int | None = None
+) -> Texts:
+    """Read an unlabelled corpus.
+
+    Args:
+        path: `.txt` with a document a line, blank lines apart; or `.csv` or `.jsonl` with a column of text (others are
+            ignored). Each may be gzipped and end in `.gz`.
+        column: the column of the texts.
+        strict: refuse an empty text in a table, instead of leaving it out.
+        limit: stop after so many texts; at least 2.
+
+    Returns:
+        At least two texts.
+
+    Raises:
+        DataError: naming the file, the row, what was found there and the remedy.
+        FileNotFoundError: where there is no such file.
+    """
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit={limit!r}: a corpus needs at least 2 texts; raise the limit or leave it out")
+    path = Path(path)
+    records: Iterable[tuple[int, Example]]
+    if suffix_of(path, _TABLES + _LISTS) in _LISTS:
+        records = ((row, {"text": line.strip()}) for row, line in enumerate(lines_of(path), start=1) if line.strip())
+    else:
+        records = _records(path, {"text": column})
+    texts = _gathered(records, str(path), strict=strict, limit=limit)
+    if len(texts) < 2:
+        raise DataError(f"{path}: a corpus of one text is too small to pretrain on; give at least 2")
+    return texts
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    text: Sequence[str] | None = None,
+    label: str = "label",
+    strict: bool = False,
+) -> Texts:
+    """Read labelled texts, or pairs of texts.
+
+    Args:
+        path: `.csv` with a header row, or `.jsonl` with an object a line; each may be gzipped and end in `.gz`.
+        text: the column of the text, or the two columns of a pair; by default "text", "text_a" and "text_b", "sentence", or
+            "sentence1" and "sentence2", the first that there are.
+        label: the column of the label.
+        strict: refuse an empty text, instead of leaving its row out and saying so.
+
+    Returns:
+        At least one example.
+
+    Raises:
+        DataError: naming the file, the row, what was found there and the remedy.
+        FileNotFoundError: where there is no such file.
+    """
+    path = Path(path)
+    suffix_of(path, _TABLES)
+    columns = {**_text_columns(str(path), text, _columns(path)), "label": label}
+    return _gathered(_records(path, columns), str(path), strict=strict)
+
+
+def from_dataset(
+    dataset: Any,
+    *,
+    text: Sequence[str] | None = None,
+    label: str | None = "label",
+    name: str = "the data set",
+    strict: bool = False,
+) -> Texts:
+    """Read a `datasets.Dataset`.
+
+    Args:
+        dataset: one split. A column of classes gives their names.
+        text: as in `read_table`.
+        label: the column of the label; None for an unlabelled corpus.
+        name: what messages call it.
+        strict: as in `read_table`.
+
+    Returns:
+        At least one example.
+
+    Raises:
+        DataError: naming the row, what was found there and the remedy.
+    """
+    header = list(dataset.column_names)
+    columns = _text_columns(name, text, header)
+    if label is not None:
+        columns["label"] = label
+    for column in columns.values():
+        if column not in header:
+            raise DataError(f"{name}: no column {column!r}{suggestion(column, header)}")
+    names = getattr(dataset.features.get(label), "names", None)
+
+    def records() -> Iterator[tuple[int, Example]]:
+        for row, record in enumerate(dataset):
+            example = {key: record[column] for key, column in columns.items()}
+            if names is not None and example["label"] is not None and example["label"] >= 0:
+                example["label"] = names[example["label"]]
+            yield row, example
+
+    return _gathered(records(), name, strict=strict)
+
+
+def _text_columns(source: str, asked: Sequence[str] | None, header: Sequence[str]) -> dict[str, str]:
+    """Return the columns of the texts, by their keys in an example."""
+    if asked is None:
+        known = {name.casefold() for name in header}
+        asked = next((usual for usual in _USUAL if known >= set(usual)), None)
+        if asked is None:
+            raise DataError(f"{source}: no column 'text'{suggestion('text', header)}; name the text's, or a pair's two")
+    if isinstance(asked, str) or not 1 <= len(asked) <= 2 or len(set(asked)) < len(asked):
+        raise DataError(f"{source}: text={asked!r}; give the column of the text, or the two columns of a pair")
+    return dict(zip(("text", "text_b"), asked, strict=False))
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names of a table's columns; of a JSONL file, the keys of its first object."""
+    return table_of(path)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
+
+
+def _records(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
+    """Yield the examples of a table with the line that each starts at."""
+    if suffix_of(path, _TABLES) == ".csv":
+        header, rows = table_of(path)
+        indices = {key: column_of(path, header, name) for key, name in columns.items()}
+        return ((row, {key: cells[index] for key, index in indices.items()}) for row, cells in rows)
+    return ((row, _picked(path, row, content, columns)) for row, content in _objects(path))
+
+
+def _picked(path: Path, row: int, content: dict[str, Any], columns: dict[str, str]) -> Example:
+    example = {}
+    for key, name in columns.items():
+        if name not in content:
+            raise DataError(f"{path}, row {row}: no column {name!r}{suggestion(name, content)}")
+        example[key] = content[name]
+    return example
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSONL file with their lines; skip blank lines."""
+    for row, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, row {row}: not valid JSON ({error}); each line is an object") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path}, row {row}: {line.strip()[:40]!r} is no JSON object; each line is one")
+        yield row, content
+
+
+def _gathered(records: Iterable[tuple[int, Example]], source: str, *, strict: bool, limit: int | None = None) -> Texts:
+    """Check the examples, and leave out those of which a text is empty."""
+    examples: list[Example] = []
+    rows: list[int] = []
+    skipped: list[Skipped] = []
+    for row, example in records:
+        for key in ("text", "text_b"):
+            if key in example and not isinstance(example[key], str | None):
+                raise DataError(f"{source}, row {row}: {example[key]!r} is no text; give strings")
+        if not all((text or "").strip() for text in _texts(example)):
+            if strict:
+                raise DataError(f"{source}, row {row}: the text is empty; mend it, or read with strict=False")
+            skipped.append(Skipped(row, "the text is empty"))
+            continue
+        if "label" in example and _is_missing(example["label"]):
+            raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
+        examples.append(example)
+        rows.append(row)
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise DataError(f"{source}: no text in {len(skipped)} rows; give at least one that is not empty")
+    return Texts(tuple(examples), tuple(rows), tuple(skipped), source)
+
+
+def _texts(example: Example) -> list[Any]:
+    return [example[key] for key in ("text", "text_b") if key in example]
+
+
+def _is_missing(label: Any) -> bool:
+    return (
+        label is None
+        or (isinstance(label, str) and not label.strip())
+        or (isinstance(label, float) and math.isnan(label))
+    )

@@ -1,0 +1,274 @@
+"""An encoder of text: any encoder of transformers with its tokenizer, and the head that it brings for masked tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from .batches import Collate
+from .heads import OwnHead, TiedHead
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+    from .batches import Batch
+
+__all__ = ["ModelError", "TextEncoder"]
+
+Pooling = Literal["mean", "cls"]
+
+
+class ModelError(ValueError):
+    """A model or a tokenizer that cannot be used; the message says what was found, and the remedy."""
+
+
+class TextEncoder(nn.Module):
+    """An encoder of transformers, whose outputs are at least float32 whatever the dtype of its weights.
+
+    Args:
+        model: what `AutoModel` gives, or a model with a head, whose encoder is taken. A head for masked tokens is kept for
+            the objective that needs one. The model is used itself, not a copy: frozen parameters stay frozen, and gradient
+            checkpointing stays on.
+        tokenizer: the tokenizer of the model.
+        pooling: the representation of a text: "mean" over its tokens (special ones counted, padding not), or "cls", its first.
+        max_length: the most tokens of a text, special ones counted; by default as many as the model and its tokenizer take.
+
+    Attributes:
+        width: the number of features of a token, and of a text.
+        card: what heads the card of the adapted encoder.
+
+    Raises:
+        ModelError: the model has no encoder of this kind, or it and the tokenizer do not fit.
+
+    Example:
+        >>> encoder = TextEncoder.load("roberta-base", max_length=128)
+        >>> batch = encoder.collate([{"text": "one"}, {"text": "two words"}])
+        >>> encoder.pool(batch).shape
+        torch.Size([2, 768])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pooling: Pooling = "mean",
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in ("mean", "cls"):
+            raise ModelError(f"pooling={pooling!r}; give 'mean' or 'cls'")
+        config: Any = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(f"{type(model).__name__} has a decoder; give an encoder, such as BERT, RoBERTa or DeBERTa")
+        self.pooling = pooling
+        self.model, head = _taken_apart(model)
+        # In a tuple, so that it is no part of the encoder: the coupling and the finetuned copy have no use for it.
+        self._own_head = (head,)
+        self.tokenizer = tokenizer
+        self.width = int(config.hidden_size)
+        self.card: dict[str, str] = {"library_name": "transformers"}
+        self.max_length = _max_length(self.model, tokenizer, max_length)
+        self._inputs = _inputs(self.model)
+        _check_vocabulary(self.embeddings, tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        pooling: Pooling = "mean",
+        max_length: int | None = None,
+        **options: Any,
+    ) -> TextEncoder:
+        """Load a model and its tokenizer; code that a checkpoint brings is never run.
+
+        Args:
+            name: a folder, or a name on the Hugging Face hub.
+            pooling, max_length: as in the constructor.
+            options: for `from_pretrained`, such as `dtype` or `attn_implementation`.
+
+        Raises:
+            ModelError: there is no such model, or it cannot be loaded, or as in the constructor.
+        """
+        name = str(name)
+        if Path(name).exists() and not Path(name).is_dir():
+            raise ModelError(f"model={name!r} is a file; give the folder that holds it, or a name on the hub")
+        try:
+            with _quiet():
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                model = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
+                masked = _masked_model(name, config, options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
+        encoder = cls(model, tokenizer, pooling=pooling, max_length=max_length)
+        if not Path(name).exists():
+            encoder.card["base_model"] = name
+        if masked is not None:
+            encoder._own_head = (OwnHead(masked, encoder.model),)
+        return encoder
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The embeddings of the vocabulary."""
+        embeddings: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings
+
+    @property
+    def collate(self) -> Collate:
+        """What joins texts into batches for this encoder."""
+        return Collate(self.tokenizer, self.max_length)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the features of all tokens, (B, S, width)."""
+        inputs = {name: batch[name] for name in self._inputs if name in batch}
+        hidden: Tensor = self.model(**inputs).last_hidden_state
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    def pool(self, batch: Batch) -> Tensor:
+        """Return the representations of all texts, (B, width)."""
+        hidden = self(batch)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        mask = batch["attention_mask"].to(hidden)[..., None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def masked_token_head(self) -> nn.Module:
+        """Return a head from features (M, width) to logits (M, V) of the vocabulary, its output layer that of the embeddings.
+
+        It is a copy of the one that the checkpoint brings, where it brings one, and else a new one.
+        """
+        own = self._own_head[0]
+        if own is None:
+            return TiedHead(self.width, self.embeddings)
+        # What it shares with the encoder stays shared; the rest is copied.
+        return copy.deepcopy(own, {id(parameter): parameter for parameter in self.parameters()})
+
+    @property
+    def has_masked_token_head(self) -> bool:
+        """Whether the checkpoint brings a head for masked tokens."""
+        return self._own_head[0] is not None
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether two passes over one text differ in training."""
+        return any("Dropout" in type(part).__name__ and getattr(part, "p", 0.0) > 0 for part in self.modules())
+
+    def recompute_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
+        self.model.config.use_cache = False  # an encoder keeps none, and transformers would warn of it
+        # Its name from 5.24 on, and the older one.
+        enable: Any = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)()  # type: ignore[operator]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
+        with _quiet():
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
+        # The tokenizer is shared: it has no state that a run changes.
+        memo[id(self.tokenizer)] = self.tokenizer
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+
+def _taken_apart(model: nn.Module) -> tuple[nn.Module, OwnHead | None]:
+    """Return the encoder of a model, and its head for masked tokens, where it has one."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return model, None
+    base = model.base_model
+    masked = "ForMaskedLM" in type(model).__name__ and model.get_output_embeddings() is not None
+    return base, OwnHead(model, base) if masked else None
+
+
+def _masked_model(name: str, config: Any, options: dict[str, Any]) -> PreTrainedModel | None:
+    """Return the checkpoint with its head for masked tokens, or None where it has none of its own."""
+    architectures = getattr(config, "architectures", None) or ()
+    claimed = any(one.endswith(("ForMaskedLM", "ForPreTraining")) for one in architectures)
+    if not claimed or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return None
+    model, told = AutoModelForMaskedLM.from_pretrained(
+        name, trust_remote_code=False, output_loading_info=True, **options
+    )
+    return None if told["missing_keys"] else model
+
+
+def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
+    """Return the most tokens of a text: as many as there are positions, unless fewer are asked for."""
+    limits = [tokenizer.model_max_length]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa's kind counts positions from after the padding's.
+        offsets = [
+            part.padding_idx + 1
+            for name, part in model.named_modules()
+            if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None
+        ]
+        limits.append(positions - max(offsets, default=0))
+    most = min(limits)
+    if asked is None:
+        return most
+    if not 3 <= asked <= most:
+        raise ModelError(f"max_length={asked}; the model takes from 3 to {most} tokens")
+    return asked
+
+
+def _inputs(model: nn.Module) -> tuple[str, ...]:
+    """Return what the model takes of a batch: token types only where it tells two of them apart."""
+    known = inspect.signature(model.forward).parameters.values()
+    taken = any(one.name == "token_type_ids" or one.kind is one.VAR_KEYWORD for one in known)
+    types = taken and getattr(model.config, "type_vocab_size", 0) > 1
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
+
+
+def _check_vocabulary(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > embeddings.num_embeddings:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {embeddings.num_embeddings}; give the tokenizer "
+            "of this model, or call model.resize_token_embeddings(len(tokenizer))"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelError("the tokenizer has no padding token, which batches need; set tokenizer.pad_token")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting on weights and drawing progress bars: what matters is told elsewhere."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__

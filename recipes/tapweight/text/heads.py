@@ -1,0 +1,77 @@
+"""Heads from the features of tokens to the vocabulary: the checkpoint's own, or a new one tied to the embeddings."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["OwnHead", "TiedHead"]
+
+
+class TiedHead(nn.Module):
+    """logits = E LayerNorm(GELU(W h + c)) + b, with E the embeddings of the vocabulary, shared with the encoder.
+
+    Args:
+        width: the number of features of a token.
+        embeddings: (V, D).
+    """
+
+    def __init__(self, width: int, embeddings: nn.Embedding) -> None:
+        super().__init__()
+        size = embeddings.embedding_dim
+        self.transform = nn.Sequential(nn.Linear(width, size), nn.GELU(), nn.LayerNorm(size))
+        self.weight = embeddings.weight
+        self.bias = nn.Parameter(torch.zeros(embeddings.num_embeddings))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits (M, V) of features (M, width)."""
+        features = self.transform(features)
+        return linear(features, self.weight.to(features.dtype), self.bias)
+
+
+class OwnHead(nn.Module):
+    """The head for masked tokens of a model of transformers: the whole model, with the encoder's output given to it.
+
+    Classes name the parts of their heads each in its own way, but each passes its encoder's output on to them.
+
+    Args:
+        model: a model with a head for masked tokens.
+        encoder: the encoder whose embeddings the head shares; the model's own, or another one of its kind, to which the head
+            is then tied.
+    """
+
+    def __init__(self, model: PreTrainedModel, encoder: Any) -> None:
+        super().__init__()
+        shell: Any = copy.copy(model)
+        shell._modules = dict(model._modules)
+        setattr(shell, model.base_model_prefix, _Given(encoder))
+        output, embeddings = shell.get_output_embeddings(), encoder.get_input_embeddings()
+        # Not so in a head that looks the embeddings up: what it names its output layer is another one.
+        if model.config.tie_word_embeddings and output.weight.shape == embeddings.weight.shape:
+            output.weight = embeddings.weight
+        self.model = shell
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits (M, V) of features (M, width), at least in float32."""
+        dtype = next(self.parameters()).dtype
+        logits: Tensor = self.model(inputs_embeds=features[None].to(dtype)).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _Given(nn.Module):
+    """Stands in for an encoder, its output given in place of embeddings; holds the embeddings, which some heads look up."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleDict({"word_embeddings": encoder.get_input_embeddings()})
+
+    def forward(self, input_ids: None = None, inputs_embeds: Tensor | None = None, **_: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=inputs_embeds)

@@ -1,0 +1,69 @@
+"""Masked tokens: predict hidden tokens of a text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorForLanguageModeling
+
+from ...objective import Objective
+from .rates import check_rate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ..batches import Batch
+
+
+class MaskedTokens(Objective):
+    """Cross entropy of hidden tokens, given the rest of the text: masked language modelling.
+
+    Of the tokens chosen 80% become the mask token, 10% a random one, 10% stay. The head is the checkpoint's own where it has
+    one; a new one, tied to the embeddings, needs a while to be of use: `remarks` says so.
+
+    Args:
+        tokenizer: of the encoder.
+        rate: the share of the tokens to choose.
+
+    Raises:
+        ValueError: the tokenizer has no mask token.
+
+    Source: Devlin et al., "BERT", NAACL 2019, section 3.1; the masking is that of transformers'
+    `DataCollatorForLanguageModeling`.
+    """
+
+    name = "masked_tokens"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rate: float = 0.15) -> None:
+        if tokenizer.mask_token is None:
+            raise ValueError(
+                f"{self.name} hides tokens behind a mask token, and this tokenizer has none; leave the objective out, or "
+                "take an encoder that was trained with one"
+            )
+        self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=check_rate("rate", rate))
+        self.remarks: list[str] = []
+
+    def head(self, encoder: nn.Module) -> nn.Module:
+        """Return the encoder's head from tokens to the vocabulary."""
+        if not encoder.has_masked_token_head:
+            self.remarks = [
+                "the checkpoint has no head for masked tokens; a new one, tied to the embeddings, is trained"
+            ]
+        head: nn.Module = encoder.masked_token_head()
+        return head
+
+    def view(self, batch: Batch) -> Batch:
+        """Hide tokens: `masked` (B, S) says which, `hidden_tokens` (K,) what they were."""
+        given = batch["input_ids"]
+        # On the CPU, where the collator draws; it writes into what it is given.
+        ids, labels = self._collator.torch_mask_tokens(given.cpu().clone(), batch["special_tokens_mask"].cpu())
+        ids, labels = ids.to(given.device), labels.to(given.device)
+        masked = labels != -100
+        return {**batch, "input_ids": ids, "masked": masked, "hidden_tokens": labels[masked]}
+
+    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+        """Return the mean over the hidden tokens; 0 where none is."""
+        logits = head(encoder(view)[view["masked"]])
+        return cross_entropy(logits, view["hidden_tokens"], reduction="sum") / max(len(logits), 1)

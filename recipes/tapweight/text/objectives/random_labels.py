@@ -1,0 +1,50 @@
+"""Random labels: a control that carries no language."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ...objective import Objective
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ..batches import Batch, Example
+
+
+class RandomLabels(Objective):
+    """Cross entropy of labels that are a hash of the text: a control, which can only be learned by heart.
+
+    A method that weighs objectives should give this one less than its equal share.
+
+    Args:
+        classes: the number of labels.
+    """
+
+    name = "random_labels"
+
+    def __init__(self, classes: int = 8) -> None:
+        if classes < 2:
+            raise ValueError(f"classes must be at least 2; got {classes!r}")
+        self.classes = classes
+        self.key = f"random_labels_{classes}"
+
+    def prepare(self, corpus: Sequence[Example], seed: int) -> None:
+        """Attach a label from the BLAKE2 hash of its text to each example. The labels do not depend on the seed."""
+        for example in corpus:
+            digest = hashlib.blake2b(example["text"].encode(), digest_size=8).digest()
+            example[self.key] = int.from_bytes(digest, "big") % self.classes
+
+    def head(self, encoder: nn.Module) -> nn.Module:
+        """Build a linear map to labels."""
+        return nn.Linear(encoder.width, self.classes)
+
+    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+        """Return the mean over the texts."""
+        return cross_entropy(head(encoder.pool(view)), view[self.key])

@@ -1,0 +1,292 @@
+"""Classifying texts and pairs of texts, and predicting a number for them: a downstream task on text."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import Metric
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+)
+from torchmetrics.utilities import dim_zero_cat
+
+from ..task import Split, Task
+from .data import DataError, Texts, read_table
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .batches import Batch, Collate, Example
+
+__all__ = ["METRICS", "SplitScore", "TextTask"]
+
+Kind = Literal["classification", "regression"]
+
+
+def _correlation(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Return a correlation of predictions with labels that is 0 where one of the two is constant."""
+
+    def correlation(outputs: Tensor, labels: Tensor, _: int) -> Tensor:
+        if (outputs == outputs[0]).all() or (labels == labels[0]).all():
+            return outputs.new_zeros(())
+        return function(outputs, labels)
+
+    return correlation
+
+
+#: By name, of outputs (N, C) or (N,), labels (N,) and the number of classes. The first of a kind is its default.
+METRICS: dict[Kind, dict[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
+    "classification": {
+        "accuracy": lambda outputs, labels, count: multiclass_accuracy(outputs, labels, count, average="micro"),
+        "macro_f1": lambda outputs, labels, count: multiclass_f1_score(outputs, labels, count, average="macro"),
+        "micro_f1": lambda outputs, labels, count: multiclass_f1_score(outputs, labels, count, average="micro"),
+        "matthews": multiclass_matthews_corrcoef,
+    },
+    "regression": {"pearson": _correlation(pearson_corrcoef), "spearman": _correlation(spearman_corrcoef)},
+}
+
+
+class SplitScore(Metric):
+    """A metric of a whole split, from the outputs of all its batches.
+
+    Args:
+        function: of outputs, labels and the number of classes.
+        classes: that number; 0 for regression.
+    """
+
+    full_state_update = False
+    outputs: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, function: Callable[[Tensor, Tensor, int], Tensor], classes: int) -> None:
+        super().__init__()
+        self._function, self._classes = function, classes
+        self.add_state("outputs", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        """Add a batch: outputs (B, C) or (B,), and labels (B,).
+
+        Raises:
+            ValueError: where the shapes do not fit or an output is not finite.
+        """
+        _check_shapes(outputs, labels, self._classes)
+        if not outputs.isfinite().all():
+            raise ValueError("outputs are not finite, so they have no score; lower the learning rate")
+        self.outputs.append(outputs.detach().double())
+        self.labels.append(labels if self._classes else labels.double())
+
+    def compute(self) -> Tensor:
+        """Return the metric."""
+        return self._function(dim_zero_cat(self.outputs), dim_zero_cat(self.labels), self._classes)
+
+
+class TextTask(Task):
+    """Predict a class of a text, or of a pair of texts, or a number.
+
+    Numbers are standardised by the mean and the (population) standard deviation of the training split.
+
+    Args:
+        splits: labelled texts of "train", "valid" and "test".
+        collate: of the encoder: joins texts into batches.
+        kind: "classification", or "regression"; by default regression where the training labels are numbers and not all whole.
+        metric: "accuracy" (the default), "macro_f1", "micro_f1" or "matthews" for classification; "pearson" (the default) or
+            "spearman" for regression.
+        classes: the names of the classes, in the order of the logits; by default those of the training labels.
+        dropout: probability of dropping a feature before the head's linear layer.
+
+    Attributes:
+        classes: the names of the classes. Empty for regression.
+        remarks: sentences that a user should read, such as rows left out or texts cut off.
+
+    Raises:
+        DataError: where a label is none of the classes, is no number, or all are the same.
+    """
+
+    splits: Mapping[Split, Sequence[Example]]
+
+    def __init__(
+        self,
+        splits: Mapping[Split, Texts],
+        collate: Collate,
+        *,
+        kind: Kind | None = None,
+        metric: str | None = None,
+        classes: Sequence[str] | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        if set(splits) != {"train", "valid", "test"}:
+            raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
+        for texts in splits.values():
+            if not all("label" in example for example in texts):
+                raise DataError(f"{texts.source}: there are no labels; a task needs them")
+        if kind not in (None, *METRICS):
+            raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
+        self.kind: Kind = kind or _infer_kind(splits["train"])
+        self.metric_name = metric or next(iter(METRICS[self.kind]))
+        if self.metric_name not in METRICS[self.kind]:
+            names = " or ".join(map(repr, METRICS[self.kind]))
+            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {names}")
+        self.greater_is_better = True
+        self.classes = (tuple(classes or ()) or _classes(splits["train"])) if self.kind == "classification" else ()
+        read = self._class if self.classes else _number
+        super().__init__({split: _labelled(texts, read) for split, texts in splits.items()})
+        self.collate_texts, self.dropout = collate, dropout
+        self.mean, self.std = _standardisation(splits["train"], [e["label"] for e in self.splits["train"]], self.kind)
+        self.remarks = [texts.summary() for texts in splits.values() if texts.skipped]
+        for split, examples in self.splits.items():
+            self.remarks += collate.remark(examples, splits[split].name)
+
+    @classmethod
+    def from_files(
+        cls,
+        train: str | os.PathLike[str],
+        valid: str | os.PathLike[str],
+        test: str | os.PathLike[str],
+        collate: Collate,
+        *,
+        text: Sequence[str] | None = None,
+        label: str = "label",
+        strict: bool = False,
+        **options: Any,
+    ) -> TextTask:
+        """Read a task from three files.
+
+        Args:
+            train, valid, test: `.csv` or `.jsonl`, gzipped or not.
+            collate, options: as in the constructor.
+            text, label, strict: as in `read_table`.
+
+        Raises:
+            DataError: as in `read_table` and the constructor.
+        """
+        files = {"train": train, "valid": valid, "test": test}
+        texts = {split: read_table(file, text=text, label=label, strict=strict) for split, file in files.items()}
+        return cls(texts, collate, **options)  # type: ignore[arg-type]
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Join texts into a batch."""
+        return self.collate_texts(examples)
+
+    def head(self, encoder: nn.Module) -> nn.Module:
+        """Build a linear layer from a text's representation (B, width) to logits (B, C), or one number (B, 1)."""
+        width: Any = encoder.width
+        return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(width, len(self.classes) or 1))
+
+    def outputs(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+        """Return logits (B, C), or standardised predictions (B,)."""
+        pool: Any = encoder.pool
+        outputs: Tensor = head(pool(batch))
+        return outputs if self.classes else outputs.squeeze(1)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the labels (B,): the numbers of classes, or numbers in their unit."""
+        labels: Tensor = batch["label"]
+        return labels
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of each example (B,): the cross entropy, or the squared error of standardised labels.
+
+        Raises:
+            ValueError: where the outputs are not (B, C) or (B,): a (B, 1) against (B,) would broadcast to (B, B).
+        """
+        labels = self.targets(batch)
+        _check_shapes(outputs, labels, len(self.classes))
+        if self.classes:
+            return cross_entropy(outputs, labels, reduction="none")
+        return (outputs - (labels.to(outputs) - self.mean) / self.std).square()
+
+    def metric(self) -> SplitScore:
+        """Return a fresh metric."""
+        return SplitScore(METRICS[self.kind][self.metric_name], len(self.classes))
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
+        what = f"{len(self.classes)} classes" if self.classes else "a number"
+        return f"TextTask({self.kind}: {what}; {self.metric_name}; {sizes})"
+
+    def _class(self, label: Any) -> int:
+        name = _name(label)
+        if name not in self.classes:
+            raise DataError(f"the label {name!r} is none of the classes, {', '.join(self.classes)}")
+        return self.classes.index(name)
+
+
+def _check_shapes(outputs: Tensor, labels: Tensor, classes: int) -> None:
+    expected = (len(labels), classes) if classes else (len(labels),)
+    if labels.dim() != 1 or outputs.shape != expected:
+        raise ValueError(
+            f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; they must be "
+            f"{'(B, C)' if classes else '(B,)'} and (B,)"
+        )
+
+
+def _labelled(texts: Texts, read: Callable[[Any], int | float]) -> Texts:
+    """Return the texts with their labels as numbers."""
+    examples = []
+    for row, example in zip(texts.rows, texts.examples, strict=True):
+        try:
+            examples.append({**example, "label": read(example["label"])})
+        except DataError as error:
+            raise DataError(f"{texts.source}, row {row}: {error}; correct it, or leave the row out") from None
+    return attrs.evolve(texts, examples=tuple(examples))
+
+
+def _infer_kind(texts: Texts) -> Kind:
+    """Return "regression" where the labels are numbers and not all whole, else "classification"."""
+    try:
+        numbers = [_number(example["label"]) for example in texts.examples]
+    except DataError:
+        return "classification"
+    return "classification" if all(number.is_integer() for number in numbers) else "regression"
+
+
+def _classes(texts: Texts) -> tuple[str, ...]:
+    """Return the names of the classes: in order of size where they are numbers, else of the alphabet."""
+    names = sorted({_name(example["label"]) for example in texts.examples})
+    if len(names) < 2:
+        raise DataError(
+            f"{texts.source}: all labels are {names[0]!r}: nothing can be learnt; give at least two classes"
+        )
+    if all(name.removeprefix("-").isdigit() for name in names):
+        names.sort(key=int)
+    return tuple(names)
+
+
+def _name(label: Any) -> str:
+    """Return the name of a class; 1, 1.0 and "1" are one."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip()
+
+
+def _number(label: Any) -> float:
+    try:
+        if isinstance(label, bool) or "_" in str(label):  # float() takes digits grouped by underscores
+            raise ValueError
+        value = float(label)
+    except (TypeError, ValueError):
+        raise DataError(f"the label {label!r} is not a number") from None
+    if not math.isfinite(value):
+        raise DataError(f"the label {label!r} is not finite")
+    return value
+
+
+def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple[float, float]:
+    """Return the mean and the standard deviation of training labels; 0 and 1 for classes."""
+    if kind == "classification":
+        return 0.0, 1.0
+    values = torch.tensor(labels, dtype=torch.float64)
+    std = float(values.std(correction=0))
+    if std == 0:
+        raise DataError(f"{texts.source}: all labels are {labels[0]:g}: nothing can be learnt")
+    return float(values.mean()), std

@@ -1,0 +1,59 @@
+"""The same levels serve every modality: what is common to them knows none of them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlopt.recipes import tapweight
+
+FOLDER = Path(tapweight.__file__).parent
+COMMON = sorted(path.name for path in FOLDER.glob("*.py"))
+#: What a level, its weights and its coupling would have to name to know what they work on.
+WORDS = r"molecul|smiles|graph|atom|token|sentence|embedding|transformers|torch_geometric|rdkit"
+
+
+def imported(file: Path) -> set[str]:
+    """Return the modules that a file imports, relative ones with their dots."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            stem = "." * node.level + (node.module or "")
+            names |= {stem} | {f"{stem.rstrip('.')}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_what_is_common_imports_no_modality(name: str) -> None:
+    modality = re.compile(
+        r"(^|\.)(molecules|text)(\.|$)|torch_geometric|rdkit|sklearn|transformers|tokenizers|datasets"
+    )
+    assert not [one for one in imported(FOLDER / name) if modality.search(one)]
+
+
+@pytest.mark.parametrize("name", ["levels.py", "weights.py", "proximal.py"])
+def test_the_levels_name_nothing_of_either(name: str) -> None:
+    assert not re.findall(WORDS, (FOLDER / name).read_text(), re.IGNORECASE)
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"levels.py", "weights.py", "proximal.py", "command.py", "configuration.py", "recipe.py"} <= set(COMMON)
+    assert imported(FOLDER / "text" / "encoder.py") >= {"transformers"}
+
+
+# Not transformers for molecules: where it is installed, torchmetrics imports it.
+@pytest.mark.parametrize(
+    ("modality", "others"), [("text", ("torch_geometric", "rdkit", "sklearn")), ("molecules", ("datasets",))]
+)
+def test_one_modality_does_without_the_packages_of_the_other(modality: str, others: tuple[str, ...]) -> None:
+    missing = "; ".join(f"sys.modules[{name!r}] = None" for name in others)
+    code = f"import sys; {missing}; import mlopt.recipes.tapweight.{modality}.command as c; print(c.main.__name__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "main\n", done.stderr

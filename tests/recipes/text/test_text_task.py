@@ -1,0 +1,197 @@
+"""Tasks on text: kinds, labels, losses and metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_cases import encoder, sentences, splits, task, texts
+from torch.nn.functional import cross_entropy
+
+from mlopt.recipes.tapweight.text.data import DataError, Texts
+from mlopt.recipes.tapweight.text.task import METRICS, SplitScore, TextTask
+
+
+def labelled(*labels: Any, source: str = "made", pairs: bool = False) -> Texts:
+    more = {"text_b": "bad"} if pairs else {}
+    return texts([{"text": "good", **more, "label": label} for label in labels], source)
+
+
+def of(train: Texts, valid: Texts | None = None, test: Texts | None = None, **options: Any) -> TextTask:
+    return TextTask({"train": train, "valid": valid or train, "test": test or train}, encoder().collate, **options)
+
+
+def test_classes_are_those_of_the_training_labels_in_order() -> None:
+    assert of(labelled("b", "a", "c", "a")).classes == ("a", "b", "c")
+    assert of(labelled(10, 9, -1)).classes == ("-1", "9", "10")
+    assert of(labelled("1", "0", " 1 "), labelled(0, 1.0)).classes == ("0", "1")
+    made = of(labelled("b", "a"), labelled("a", "b", "b"))
+    assert [example["label"] for example in made.splits["valid"]] == [0, 1, 1]
+    assert made.targets(made.collate(list(made.splits["valid"]))).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (("a", "b"), "classification"),
+        ((0, 1, 2), "classification"),
+        (("0", "1"), "classification"),
+        ((True, False), "classification"),
+        ((0.5, 1, 2), "regression"),
+        (("0.5", "1"), "regression"),
+    ],
+)
+def test_the_kind_is_seen_from_the_labels(labels: tuple[Any, ...], kind: str) -> None:
+    assert of(labelled(*labels)).kind == kind
+
+
+def test_classes_can_be_named_where_a_split_lacks_some() -> None:
+    made = of(labelled("b", "a"), labelled("c"), classes=("c", "b", "a"))
+    assert made.classes == ("c", "b", "a")
+    assert [example["label"] for example in made.splits["valid"]] == [0]
+    with pytest.raises(DataError, match="'b' is none of the classes, a, c"):
+        of(labelled("b", "a"), classes=("a", "c"))
+
+
+def test_labels_are_left_as_they_are_in_the_texts_given() -> None:
+    given_texts = labelled("b", "a")
+    of(given_texts)
+    assert [example["label"] for example in given_texts] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        (
+            lambda: of(labelled("a", "b"), labelled("a", "c", source="dev.jsonl")),
+            "dev.jsonl, row 1: the label 'c' is none of the classes, a, b; correct it, or leave the row out",
+        ),
+        (lambda: of(labelled("a", "b"), None, labelled(1, source="t.csv")), "t.csv, row 0: the label '1' is none of"),
+        (lambda: of(labelled(0.5, 1), labelled("x", source="d")), "d, row 0: the label 'x' is not a number"),
+        (lambda: of(labelled(0.5, 1), labelled(math.inf, source="d")), "d, row 0: the label inf is not finite"),
+        (lambda: of(labelled("a", "a")), "made: all labels are 'a': nothing can be learnt"),
+        (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2: nothing can be learnt"),
+        (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0: the label 'a' is not a number"),
+        (lambda: of(labelled("a", "b"), kind="ranking"), "kind='ranking': give 'classification' or 'regression'"),
+        (
+            lambda: of(labelled("a", "b"), metric="pearson"),
+            "metric='pearson' does not fit classification; give 'accuracy' or 'macro_f1' or 'micro_f1' or 'matthews'",
+        ),
+        (lambda: of(texts([{"text": "good"}] * 2)), "made: there are no labels; a task needs them"),
+        (lambda: TextTask({"train": labelled(0, 1)}, encoder().collate), "splits=['train']: give 'train', 'valid' and"),
+    ],
+)
+def test_labels_that_do_not_fit_are_said_in_a_sentence(act, sentence: str) -> None:
+    with pytest.raises(DataError) as error:
+        act()
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_number_for_each_text_and_none_for_each_pair_of_texts(pairs: bool) -> None:
+    """STS-B's shapes: (B, 1) against (B,) would broadcast to (B, B) and train towards the mean of the batch."""
+    own = encoder().eval()
+    made = of(labelled(0.5, 1.0, 2.0, 4.5, pairs=pairs))
+    batch = made.collate(list(made.splits["train"]))
+    head = made.head(own)
+    outputs = made.outputs(own, head, batch)
+    assert outputs.shape == (4,)
+    losses = made.losses(outputs, batch)
+    mean, std = statistics.fmean([0.5, 1, 2, 4.5]), statistics.pstdev([0.5, 1, 2, 4.5])
+    expected = [(float(o) - (y - mean) / std) ** 2 for o, y in zip(outputs.detach(), [0.5, 1, 2, 4.5], strict=True)]
+    torch.testing.assert_close(losses.detach(), torch.tensor(expected))
+    with pytest.raises(ValueError, match=r"outputs have the shape \(4, 1\) and labels \(4,\)"):
+        made.losses(outputs[:, None], batch)
+    with pytest.raises(ValueError, match=r"outputs have the shape \(4, 1\)"):
+        made.metric().update(outputs[:, None], made.targets(batch))
+
+
+def test_the_loss_of_classes_is_the_cross_entropy() -> None:
+    own = encoder().eval()
+    made = task(own)
+    batch = made.collate(list(made.splits["train"])[:5])
+    outputs = made.outputs(own, made.head(own).eval(), batch)
+    assert outputs.shape == (5, 2)
+    torch.testing.assert_close(made.losses(outputs, batch).mean(), cross_entropy(outputs, batch["label"]))
+    with pytest.raises(ValueError, match=r"they must be \(B, C\) and \(B,\)"):
+        made.losses(outputs[:, :1], batch)
+
+
+def by_hand(name: str, predicted: list[int], labels: list[int]) -> float:
+    pairs = list(zip(predicted, labels, strict=True))
+    right = sum(p == y for p, y in pairs) / len(pairs)
+    if name in ("accuracy", "micro_f1"):
+        return right
+    classes = sorted({*predicted, *labels})
+    hits = [sum(p == y == c for p, y in pairs) for c in classes]
+    said = [predicted.count(c) for c in classes]
+    true = [labels.count(c) for c in classes]
+    if name == "macro_f1":
+        return statistics.fmean(2 * h / (s + t) for h, s, t in zip(hits, said, true, strict=True))
+    n = len(pairs)
+    covariance = sum(hits) * n - sum(s * t for s, t in zip(said, true, strict=True))
+    spread = math.sqrt((n**2 - sum(s * s for s in said)) * (n**2 - sum(t * t for t in true)))
+    return covariance / spread if spread else 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(pairs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=30), cut=st.integers(1, 29))
+@pytest.mark.parametrize("name", list(METRICS["classification"]))
+def test_metrics_of_classes_are_those_of_the_whole_split(name: str, pairs: list[tuple[int, int]], cut: int) -> None:
+    predicted, labels = map(list, zip(*pairs, strict=True))
+    metric = SplitScore(METRICS["classification"][name], 3)
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), 3) * 2.0
+    for part in (slice(None, cut), slice(cut, None)):
+        if len(labels[part]):
+            metric.update(logits[part], torch.tensor(labels[part]))
+    assert float(metric.compute()) == pytest.approx(by_hand(name, predicted, labels), abs=1e-6)
+
+
+def test_correlations() -> None:
+    outputs, labels = torch.tensor([0.1, 0.4, 0.2, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for name, expected in (("pearson", statistics.correlation(outputs.tolist(), labels.tolist())), ("spearman", 0.8)):
+        metric = SplitScore(METRICS["regression"][name], 0)
+        for part in (slice(None, 1), slice(1, None)):
+            metric.update(outputs[part], labels[part])
+        assert float(metric.compute()) == pytest.approx(expected, abs=1e-6)
+        constant = SplitScore(METRICS["regression"][name], 0)
+        constant.update(torch.ones(4), labels)
+        assert float(constant.compute()) == 0.0
+
+
+def test_outputs_that_are_not_finite_have_no_score() -> None:
+    with pytest.raises(ValueError, match="not finite, so they have no score"):
+        task(encoder()).metric().update(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]))
+
+
+def test_a_task_is_read_from_three_files(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("dev", 4), ("test", 2)):
+        lines = [json.dumps({"text": text, "label": label}) for text, label in sentences(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join([*lines, '{"text": " ", "label": "kind"}']))
+    files = [tmp_path / f"{split}.jsonl" for split in ("train", "dev", "test")]
+    made = TextTask.from_files(*files, encoder().collate, metric="matthews")
+    assert repr(made) == "TextTask(classification: 2 classes; matthews; train 6, valid 4, test 2)"
+    assert made.remarks[0] == "6 texts of train.jsonl; 1 skipped: row 7 (the text is empty)"
+
+
+def test_texts_that_are_cut_off_are_remarked() -> None:
+    long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
+    assert of(long, labelled("a")).remarks == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"] * 2
+
+
+def test_a_split_is_scored_as_a_whole_and_modes_are_put_back() -> None:
+    own = encoder()
+    made = TextTask(splits(20), own.collate)
+    head = made.head(own)
+    scores = {made.score(own, head, "test", batch_size=size) for size in (3, 20)}
+    assert len(scores) == 1
+    assert own.training
+    assert own.model.training
