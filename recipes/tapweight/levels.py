@@ -85,9 +85,9 @@ def three_levels(
     train: Iterable[Any],
     valid: Iterable[Any],
     optimizers: Mapping[str, Callable[..., torch.optim.Optimizer]],
-    schedulers: Mapping[str, Callable[..., Any] | None],
     every: int,
     estimator: mlopt.Estimator,
+    schedulers: Mapping[str, Callable[..., Any] | None] | None = None,
     precision: str | None = None,
 ) -> mlopt.Problem:
     """Return TapWeight's problem.
@@ -102,9 +102,9 @@ def three_levels(
         train: batches of labelled examples for finetuning.
         valid: batches of labelled examples for reweighting.
         optimizers: by level name.
-        schedulers: of pretraining and finetuning, by level name; None for a learning rate that stays.
         every: pretraining steps for each step on the weights.
         estimator: how finetuning is pulled back; with the identity, no network pass is needed.
+        schedulers: by level name, of levels whose learning rate does not stay.
         precision: of the levels' steps, see `mlopt.Level`.
     """
 
@@ -122,6 +122,7 @@ def three_levels(
             loss = task_loss(finetuning, batch, task)
         return {"loss": loss, **dict(zip(names, own().detach(), strict=True))}
 
+    schedulers = schedulers or {}
     proximal = Proximal(model.encoder, gamma)
     names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
@@ -141,7 +142,7 @@ def three_levels(
             finetuning_loss,
             data=train,
             optimizer=optimizers["finetuning"],
-            scheduler=schedulers["finetuning"],
+            scheduler=schedulers.get("finetuning"),
             precision=precision,
             regularizer=coupling,
             estimator=estimator,
@@ -152,7 +153,7 @@ def three_levels(
             pretraining_loss,
             data=corpus,
             optimizer=optimizers["pretraining"],
-            scheduler=schedulers["pretraining"],
+            scheduler=schedulers.get("pretraining"),
             precision=precision,
             steps=every,
             estimator=mlopt.Identity(streamed=True),

@@ -112,6 +112,7 @@ def fixed_weights(
     scales: Mapping[str, float],
     optimizer: Any,
     scheduler: Any,
+    precision: str | None,
 ) -> mlopt.Problem:
     """Return plain continued pretraining as a problem of one level: min sum_k w_k L_k over the model, trained in place."""
 
@@ -120,7 +121,8 @@ def fixed_weights(
         total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    return mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, optimizer=optimizer, scheduler=scheduler))
+    options = {"optimizer": optimizer, "scheduler": scheduler, "precision": precision}
+    return mlopt.Problem(mlopt.Level("pretraining", model, loss, data=corpus, **options))
 
 
 class _BestEpoch(mlopt.Callback):
@@ -158,6 +160,7 @@ def finetune(
     learning_rate: float,
     batch_size: int,
     freeze_encoder: bool,
+    precision: str | None = None,
     seed: int,
     solve: Callable[..., Any],
 ) -> Score:
@@ -170,6 +173,7 @@ def finetune(
         learning_rate: of Adam.
         batch_size: examples in a batch.
         freeze_encoder: whether only the head is trained.
+        precision: of the steps, see `mlopt.Level`.
         seed: of the head and the order of batches.
         solve: what solves the problem: `mlopt.solve`, or a phase of `Saved`.
     """
@@ -187,6 +191,7 @@ def finetune(
         partial(_finetuning_loss, task),
         data=train,
         optimizer=partial(torch.optim.Adam, lr=learning_rate),
+        precision=precision,
     )
     best = _BestEpoch(model, task, interval)
     solve(mlopt.Problem(level), epochs * interval, callbacks=[best], seed=seed)

@@ -39,7 +39,6 @@ def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple
             "finetuning": partial(SGD, lr=0.01),
             "reweighting": partial(SGD, lr=0.1),
         },
-        schedulers={"pretraining": None, "finetuning": None},
         every=1,
         estimator=estimator or mlopt.Identity(),
     )

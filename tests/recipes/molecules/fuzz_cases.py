@@ -67,6 +67,7 @@ VALUES: dict[str, tuple[Strategy, Strategy]] = {
     "pooling": _choice("mean", "sum"),
     "device": _choice("auto", "cpu", "cuda"),
     "lr_schedule": _choice("constant", "linear", "cosine"),
+    "precision": _choice("none", "bf16", "fp16"),
     "scale": _choice("gradient", "none"),
     "seeds": _list(*SEED, least=1),
     "objectives": _list(*_choice(*OBJECTIVES), least=1),

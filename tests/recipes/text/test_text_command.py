@@ -134,7 +134,8 @@ def test_several_seeds_are_runs_of_their_own_and_a_summary(folder: Path) -> None
     several = folder / "several"
     given = options(folder, "several", "--seeds", "0", "1", "--objectives", "masked_tokens", "random_labels")
     succeed(given)
-    assert sorted(path.name for path in several.iterdir()) == ["config.json", "seed-0", "seed-1", "summary.json"]
+    names = ["checkpoints", "config.json", "seed-0", "seed-1", "summary.json"]
+    assert sorted(path.name for path in several.iterdir()) == names
     assert not same_run(several / "seed-0", several / "seed-1")
     succeed([*COMMAND, "--config", str(several / "seed-1" / "config.json"), "--output", str(folder / "alone")])
     assert same_run(several / "seed-1", folder / "alone")
@@ -222,7 +223,6 @@ def test_half_precision_eager_attention_recomputation_and_fewer_layers(folder: P
         ("--objectives contrastive", "there is something to weigh from two on"),
         ("--steps 3 --every 3", "moves the weights 1 times; at least measurements=2"),
         ("--output train.jsonl", "output='train.jsonl' is a file; give a folder"),
-        ("--pretraining-lr 1e30", "is "),
     ],
 )
 def test_errors_of_a_user_are_one_sentence(
@@ -239,6 +239,20 @@ def test_errors_of_a_user_are_one_sentence(
     assert sentence in told
     assert told.count("\n") == 1
     assert not any((folder / "refused").glob("*"))
+
+
+def test_a_run_that_is_not_finite_says_where_and_a_finished_one_is_read_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(options(folder, "infinite", "--pretraining-lr", "1e30")) == 2
+    told = capsys.readouterr().err
+    assert "mlopt: outer step" in told
+    assert "fault-" in told
+    assert told.count("\n") == 1
+    succeed(options(folder, "twice"))
+    before = (folder / "twice" / "weights.json").read_bytes()
+    succeed(options(folder, "twice", "--resume"))
+    assert (folder / "twice" / "weights.json").read_bytes() == before
 
 
 def spoil(folder: Path) -> None:

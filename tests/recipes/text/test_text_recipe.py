@@ -340,6 +340,23 @@ def test_weights_of_half_precision_go_through_the_recipe(kind: str) -> None:
     assert sum(result.weights.values()) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steps_under_autocast_are_nearly_those_of_full_precision(precision: str) -> None:
+    """The first losses differ by the rounding of half precision, and by no more."""
+    full, half = (
+        tapweight(encoder(), NAMES, settings=attrs.evolve(SETTINGS, precision=kind))
+        .fit(4, progress=False, baselines=())
+        .history
+        for kind in ("none", precision)
+    )
+    names = [name for name in full.names if name.endswith("/loss")]
+    assert len(names) == 3
+    for name in names:
+        assert half[0][name] == pytest.approx(full[0][name], rel=0.05)
+    assert any(half[0][name] != full[0][name] for name in names)
+    assert ("pretraining/loss_scale" in half.names) == (precision == "fp16")
+
+
 def test_autocast_inside_the_losses_gives_nearly_the_same_weights_gradient() -> None:
     plain, batches, _ = chain()
     cast, _, _ = chain()
