@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out.endswith("30\ndone\n")
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_in_the_foreground() -> Iterator[None]:
+    """Let SIGINT interrupt this process, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def step_problem() -> mlopt.Problem:
