@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mlopt.generators import seed_everything
@@ -17,12 +16,13 @@ from ..objective import Objective
 from ..recipe import Settings, TapWeight
 from .data import Texts
 from .encoder import TextEncoder
+from .heads import LinearHead
 from .objectives import make_objective
 from .sample import Docstring, docstrings, help_pages
 from .task import TextTask
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .batches import Batch, Example
 
@@ -37,11 +37,11 @@ SETTINGS = Settings(
     batch_size=16,
     task_batch_size=16,
     valid_batch_size=48,
-    pretraining_lr=2e-4,
-    finetuning_lr=2e-4,
+    pretraining_lr=1e-4,
+    finetuning_lr=1e-4,
     weights_lr=3e-2,
     epochs=8,
-    finetune_lr=3e-3,
+    finetune_lr=2e-4,
     freeze_encoder=True,
     measurements=10,
 )
@@ -68,7 +68,7 @@ class ModuleOf(Objective):
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to modules."""
-        return nn.Linear(encoder.width, len(self.modules))
+        return LinearHead(encoder.width, len(self.modules))
 
     def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the texts."""

@@ -20,6 +20,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ..task import Split, Task
 from .data import DataError, Texts, read_table
+from .heads import LinearHead
 
 if TYPE_CHECKING:
     import os
@@ -180,7 +181,7 @@ class TextTask(Task):
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear layer from a text's representation (B, width) to logits (B, C), or one number (B, 1)."""
         width: Any = encoder.width
-        return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(width, len(self.classes) or 1))
+        return nn.Sequential(nn.Dropout(self.dropout), LinearHead(width, len(self.classes) or 1))
 
     def outputs(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, C), or standardised predictions (B,)."""

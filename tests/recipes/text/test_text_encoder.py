@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
-from mlopt.recipes.tapweight.text.heads import TiedHead
+from mlopt.recipes.tapweight.text.heads import LinearHead, TiedHead
 
 KINDS = list(CONFIGS)
 
@@ -298,3 +298,19 @@ def test_the_corpus_is_left_as_it_is() -> None:
     encoder().collate([texts[0], texts[1]])
     assert list(texts) == before
     assert isinstance(encoder().embeddings, nn.Embedding)
+
+
+def test_a_linear_heads_outputs_move_by_its_factor_at_adams_rate() -> None:
+    """Its start is that of a linear layer; one step of Adam moves the outputs f times as far as that layer's."""
+    features = torch.randn(8, 5)
+    moved = {}
+    for factor in (1.0, 20.0):
+        torch.manual_seed(0)
+        head = LinearHead(5, 3, factor)
+        start = head(features).detach()
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-4)
+        head(features).square().mean().backward()
+        optimizer.step()
+        moved[factor] = (start, head(features).detach() - start)
+    torch.testing.assert_close(moved[1.0][0], moved[20.0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(20 * moved[1.0][1], moved[20.0][1], rtol=1e-2, atol=1e-5)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ...objective import Objective
+from ..heads import LinearHead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..batches import Batch, Example
 
@@ -43,7 +43,7 @@ class RandomLabels(Objective):
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to labels."""
-        return nn.Linear(encoder.width, self.classes)
+        return LinearHead(encoder.width, self.classes)
 
     def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the texts."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ...objective import Objective
+from ..heads import LinearHead
 from .rates import check_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from ..batches import Batch, Example
@@ -58,7 +58,7 @@ class ReplacedTokens(Objective):
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to one logit a token."""
-        return nn.Linear(encoder.width, 1)
+        return LinearHead(encoder.width, 1)
 
     def view(self, batch: Batch) -> Batch:
         """Replace tokens: `replaced` (B, S) is 1 where a token was, else 0, and -1 where a token does not count."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ...objective import Objective
+from ..heads import LinearHead
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..batches import Batch
 
@@ -30,7 +30,7 @@ class SentenceOrder(Objective):
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to the two orders."""
-        return nn.Linear(encoder.width, 2)
+        return LinearHead(encoder.width, 2)
 
     def view(self, batch: Batch) -> Batch:
         """Swap halves: `swapped` (B,) says in which texts, -100 for those too short."""
