@@ -127,9 +127,9 @@ def chain(
     )
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in problem["finetuning"].module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, parameter in problem["finetuning"].module.named_parameters():
+            if parameter.requires_grad:  # the head multiplies what it holds by 20
+                parameter.add_((0.0025 if name.startswith("head") else 0.05) * torch.randn_like(parameter))
         problem["reweighting"].module.logits.add_(torch.tensor([0.4, -0.3, 0.1, 0.2]))
     return problem, batches, objectives
 
@@ -173,10 +173,10 @@ def test_second_order_goes_through_fused_attention(kind: str) -> None:
     found = {}
     for attention in ("sdpa", "eager"):
         for name, estimator in (
-            ("cg", mlopt.ConjugateGradient(iterations=200, rtol=1e-10, damping=20.0)),
+            ("cg", mlopt.ConjugateGradient(iterations=200, rtol=1e-10, damping=400.0)),
             (
                 "differences",
-                mlopt.ConjugateGradient(iterations=200, rtol=1e-8, damping=20.0, products="finite_difference"),
+                mlopt.ConjugateGradient(iterations=200, rtol=1e-8, damping=400.0, products="finite_difference"),
             ),
         ):
             problem, batches, _ = chain(estimator, kind, gamma=20.0, **still)
@@ -190,7 +190,7 @@ def test_second_order_goes_through_fused_attention(kind: str) -> None:
     first_order = mlopt.hypergradient(identity, batches, seed=3).gradient["logits"]
     assert (first_order - reference).norm() > 1e-3 * reference.norm()
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, reference, rtol=1e-4 if key[1] == "differences" else 1e-6, atol=1e-9)
+        torch.testing.assert_close(gradient, reference, rtol=2e-2 if key[1] == "differences" else 1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("training", [True, False])
