@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .tensors import norm
 
-__all__ = ["Watch", "deferred", "require_finite"]
+__all__ = ["Watch", "at_once", "deferred", "require_finite"]
 
 #: Says, from the value that was met (the norm, for a vector), what is not finite.
 Sentence = Callable[[float], str]
@@ -43,9 +43,9 @@ class Watch:
         """
         noted, self._noted = self._noted, []
         values: dict[int, float] = {}
-        for device in {value.device for _, value, _ in noted}:
-            here = [k for k, (_, value, _) in enumerate(noted) if value.device == device]
-            values |= zip(here, torch.stack([noted[k][1].float() for k in here]).tolist(), strict=True)
+        for kind in {(value.device, value.dtype) for _, value, _ in noted}:
+            here = [k for k, (_, value, _) in enumerate(noted) if (value.device, value.dtype) == kind]
+            values |= zip(here, torch.stack([noted[k][1] for k in here]).tolist(), strict=True)
         for k, (step, _, sentence) in enumerate(noted):
             if not math.isfinite(values[k]):
                 raise NonFiniteError(sentence(values[k]), step=step)
@@ -58,6 +58,16 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 def deferred(watch: Watch) -> Iterator[None]:
     """Let `require_finite` note what it is asked on the device, so that the host need not wait for it."""
     token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Let `require_finite` look at once, also inside `deferred`: what users call is to raise where they call it."""
+    token = _watch.set(None)
     try:
         yield
     finally:

@@ -27,9 +27,11 @@ OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
 
 
 @contextlib.contextmanager
-def cloned_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the modules work on clones of their buffers, and give them their own back on leaving."""
+def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = None) -> Iterator[None]:
+    """Let the modules work on clones of their buffers, and give them their own back on leaving; parts of `apart` keep theirs."""
     owners = {id(m): m for module in modules for m in module.modules() if m._buffers}
+    for own in apart.modules() if apart is not None and owners else ():
+        owners.pop(id(own), None)
     kept = [(m, dict(m._buffers)) for m in owners.values()]
     for module, buffers in kept:
         module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})

@@ -14,7 +14,7 @@ from ..problem import Level, Problem
 __all__ = ["compare", "described"]
 
 #: Arguments of a level that may differ between a checkpoint and the problem that goes on from it.
-_SETTINGS = ("estimator", "scheduler", "steps", "accumulate", "clip", "precision")
+_SETTINGS = ("estimator", "scheduler", "steps", "warmup", "accumulate", "clip", "precision", "batches")
 
 
 def described(
@@ -27,12 +27,27 @@ def described(
 
 def _level(level: Level, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
     return {
-        "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in level.module.named_parameters()},
+        "parameters": {
+            name: [list(p.shape), str(p.dtype), p.requires_grad] for name, p in level.module.named_parameters()
+        },
         "optimizer": type(optimizer).__name__,
-        **{key: getattr(level, key) for key in _SETTINGS},
+        "hyperparameters": [
+            {key: value for key, value in group.items() if isinstance(value, (int, float, str))}
+            for group in optimizer.param_groups
+        ],
+        **{key: getattr(level, key) for key in ("steps", "warmup", "accumulate", "clip", "precision")},
         "estimator": None if level.estimator is None else str(level.estimator),
         "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "batches": _count(level.data),
     }
+
+
+def _count(data: Any) -> int | None:
+    """Return how many batches there are, where the data know: a loader has a length, and may not be able to tell it."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def compare(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
@@ -58,6 +73,13 @@ def compare(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
                 f"level {name!r} is stepped by {there['optimizer']} in the checkpoint, by {level['optimizer']} here; give the "
                 "optimizer that it was begun with, or another folder"
             )
+        if level["hyperparameters"] != there["hyperparameters"]:
+            warnings.warn(
+                f"level {name!r}: its optimizer was begun with {there['hyperparameters']}, which stays; it is made with "
+                f"{level['hyperparameters']} here",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         changed += [(f"{key} of level {name!r}", there[key], level[key]) for key in _SETTINGS]
     for what, before, now in changed:
         if before != now:
@@ -77,4 +99,4 @@ def _compare_parameters(name: str, own: Mapping[str, Any], other: Mapping[str, A
 
 
 def _shape(entry: Sequence[Any] | None) -> str:
-    return "missing" if entry is None else f"{tuple(entry[0])} of {entry[1]}"
+    return "missing" if entry is None else f"{tuple(entry[0])} of {entry[1]}{'' if entry[2] else ', frozen'}"

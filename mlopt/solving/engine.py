@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -50,6 +50,8 @@ class Engine:
         self.warmed: dict[str, int] = {}
         #: Parameters of each level, some of which callbacks may freeze as the run goes on.
         self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
+        #: Levels whose latest step was left out: what would be pulled back through them is left out, too.
+        self._left_out: set[str] = set()
 
     @property
     def logs(self) -> dict[str, Any]:
@@ -77,9 +79,15 @@ class Engine:
 
     def _begin(self) -> None:
         self.gradients.logs = {}
-        self.gradients.variables = {
+        gradients, before = self.gradients, self.gradients.variables
+        gradients.variables = {
             name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
         }
+        for name, variables in before.items():
+            if len(variables) != len(gradients.variables[name]):
+                # A callback froze some, or let some go: what is held has the shapes of before.
+                gradients.warm.pop(name, None)
+                gradients.cotangents.pop(name, None)
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -89,10 +97,15 @@ class Engine:
             last: whether this is the last step of the present solve of the level.
         """
         self._solve_inside(level)
+        if self._left_out.intersection(self.problem.graph[level.name].interior):
+            self._left_out.add(level.name)
+            return
+        buffers = self._buffers(level)
         try:
             self._descend(level, self._differentiate(level, last))
+            self._left_out.discard(level.name)
         except NonFiniteError as error:
-            self._leave_out(level, error)
+            self._leave_out(level, error, buffers)
 
     def _solve_inside(self, level: Level) -> None:
         for name in self.problem.graph[level.name].guests:
@@ -109,16 +122,18 @@ class Engine:
             noted = [noting.enter_context(stream.noted()) for stream in streams]
             self._solve_inside(level)
         loss: Tensor | None = None
-        try:
-            loss = self._differentiate(level, last=True)
-        except NonFiniteError as error:
-            self._leave_out(level, error)
+        if not self._left_out.intersection(inside):
+            buffers = self._buffers(level)
+            try:
+                loss = self._differentiate(level, last=True)
+            except NonFiniteError as error:
+                self._leave_out(level, error, buffers)
         before.restore()
         if loss is not None:
             try:
                 self._descend(level, loss)
             except NonFiniteError as error:
-                self._leave_out(level, error)
+                self._leave_out(level, error, buffers)
         with contextlib.ExitStack() as again:
             for stream, batches in zip(streams, noted, strict=True):
                 again.enter_context(stream.repeating(batches))
@@ -135,9 +150,9 @@ class Engine:
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the level's variables, on as many batches as it accumulates."""
-        variables = self.gradients.variables[level.name]
-        for variable in variables:
-            variable.grad = None
+        for parameter in self._parameters[level.name]:
+            # Also of what a callback has frozen: an optimiser steps whatever has a gradient.
+            parameter.grad = None
         stream = self.streams[level.name]
         batches = [stream.next() for _ in range(level.accumulate)]
         return self.gradients.differentiate(level, batches, last=last)
@@ -150,8 +165,11 @@ class Engine:
         stepped = precision.step(optimizer)
         if precision.loss_scale is not None:
             self.logs[f"{level.name}/loss_scale"] = precision.loss_scale
+        if not stepped:
+            self._forget_gradient(level)
+            return
         scheduler = self.schedulers[level.name]
-        if scheduler is None or not stepped:
+        if scheduler is None:
             return
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(float(loss))
@@ -175,8 +193,17 @@ class Engine:
         if not overflow_expected:
             require_finite((), lambda _: f"the gradient of level {level.name!r} is not finite", size=size)
 
-    def _leave_out(self, level: Level, error: NonFiniteError) -> None:
-        """Count a step that is not finite, where it may be left out.
+    def _forget_gradient(self, level: Level) -> None:
+        """Leave no gradient of a step that was not taken for those who look at the latest one."""
+        for parameter in self._parameters[level.name]:
+            parameter.grad = None
+
+    def _buffers(self, level: Level) -> list[tuple[Tensor, Tensor]]:
+        """Return the level's buffers and copies of them, where a step may be left out."""
+        return [(buffer, buffer.clone()) for buffer in level.module.buffers()] if self._skips else []
+
+    def _leave_out(self, level: Level, error: NonFiniteError, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Count a step that is not finite, where it may be left out, and undo what it did to the level's buffers.
 
         Raises:
             NonFiniteError: it may not, or there were too many.
@@ -186,6 +213,10 @@ class Engine:
         self.skipped[level.name] = self.skipped.get(level.name, 0) + 1
         if sum(self.skipped.values()) > self._skips:
             raise NonFiniteError(f"{error}; {self._skips} such steps were left out already") from error
+        self._left_out.add(level.name)
+        self._forget_gradient(level)
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of all that steps change, data and generators left out."""

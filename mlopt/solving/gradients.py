@@ -73,6 +73,8 @@ class Gradients:
         self.warm: dict[str, Tensors] = {}
         self.cotangents: dict[str, StreamedCotangent] = {}
         self.logs: dict[str, Any] = {}
+        #: What the batches of the present step have logged so far, and how many of them.
+        self._summed: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
 
@@ -87,10 +89,16 @@ class Gradients:
         variables = self.variables[level.name]
         others = [self.problem[name].module for name in level.references]
         # Only a level's own training steps keep what its module does to its buffers.
-        with cloned_buffers(others) if others else _NOTHING:
-            if self.problem.graph[level.name].parts:
-                return self._total_gradient(level, variables, batches, last)
-            return self._own_gradient(level, variables, batches, last)
+        with cloned_buffers(others, apart=level.module) if others else _NOTHING:
+            self._summed = {}
+            nested = bool(self.problem.graph[level.name].parts)
+            loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
+        for key, count in self._summed.items():
+            if count != len(batches):
+                raise ProblemError(
+                    f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all, or leave it out"
+                )
+        return loss
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         held = self.cotangents.get(level.name) if last else None
@@ -242,7 +250,12 @@ class Gradients:
 
     def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:
         if share != 1.0:
+            if first != (key not in self._summed):
+                raise ProblemError(
+                    f"{key!r} is logged for some of the batches of a step and not for others; log it for all, or leave it out"
+                )
             value = share * value if first else self.logs[key] + share * value
+            self._summed[key] = self._summed.get(key, 0) + 1
         self.logs[key] = value
 
 

@@ -13,7 +13,7 @@ import attrs
 from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointWarning, Interrupted, NonFiniteError, ProblemError
-from ..finiteness import Watch, deferred
+from ..finiteness import Watch, at_once, deferred
 from ..generators import GeneratorState, preserved
 from ..problem import Problem
 from .callbacks import Callback
@@ -51,8 +51,7 @@ class Loop:
     on_nonfinite: str
     limit: int
     _watch: Watch = attrs.field(factory=Watch, init=False)
-    _logged: int = attrs.field(default=0, init=False)
-    _saved: int | None = attrs.field(default=None, init=False)
+    _saved: tuple[int, int] | None = attrs.field(default=None, init=False)
     _ended: str | None = attrs.field(default=None, init=False)
     _began: float = attrs.field(default=0.0, init=False)
 
@@ -67,11 +66,10 @@ class Loop:
         if self.checkpoints is not None:
             self.checkpoints.claim(resume)
         generators = self._resume(seed) if resume else None
-        self._call("on_train_begin")
-        self._logged = len(self.run.history)
-        if generators is not None:
-            generators.restore()
         try:
+            self._call("on_train_begin")
+            if generators is not None:
+                generators.restore()
             with Interruption() if self.checkpoints is not None else contextlib.nullcontext() as interruption:
                 with self._watching():
                     self._steps(interruption)
@@ -97,10 +95,11 @@ class Loop:
         found = self.checkpoints.newest()
         if found is None:
             return None
-        step, folder, state = found
-        self._saved = step
+        _, folder, state = found
         try:
-            return self.run.load_state_dict(state, seed=seed)
+            generators = self.run.load_state_dict(state, seed=seed)
+            self._saved = self._place
+            return generators
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
@@ -119,8 +118,9 @@ class Loop:
                 self._ended = f"max_time of {self.seconds:g} s reached"
             return run.status is None and self._ended is None
 
-        while run.step == 0 and run.steps > 0 and goes_on() and run.engine.warm_up():
-            pass
+        while run.step == 0 and run.steps > 0 and goes_on() and self._guarded(run.engine.warm_up):
+            if self.checkpoints is not None and self.checkpoints.due(self._place[1]):
+                self._save()
         while run.step < run.steps and goes_on():
             self._step()
 
@@ -128,16 +128,7 @@ class Loop:
         run = self.run
         self._call("on_step_begin")
         self._watch.step = run.step + 1
-        before = run.engine.snapshot() if self.on_nonfinite == "rollback" else None
-        try:
-            run.engine.step()
-        except NonFiniteError as error:
-            if before is None:
-                raise
-            before.restore()
-            run.rollbacks += 1
-            if run.rollbacks > self.limit:
-                raise NonFiniteError(f"{error}; {self.limit} outer steps were taken back already") from error
+        self._guarded(run.engine.step)
         run.step += 1
         self._record(run.step)
         self._call("on_step_end")
@@ -147,6 +138,26 @@ class Loop:
             self._log()
         if self.checkpoints is not None and self.checkpoints.due(run.step):
             self._save()
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """How far the run is: outer steps, warm-up steps."""
+        return self.run.step, sum(self.run.engine.warmed.values())
+
+    def _guarded(self, steps: Callable[[], bool | None]) -> bool:
+        """Take steps, or take them back where something is not finite and that is asked for; say whether any were taken."""
+        run = self.run
+        before = run.engine.snapshot() if self.on_nonfinite == "rollback" else None
+        try:
+            return steps() is not False
+        except NonFiniteError as error:
+            if before is None:
+                raise
+            before.restore()
+            run.rollbacks += 1
+            if run.rollbacks > self.limit:
+                raise NonFiniteError(f"{error}; {self.limit} outer steps were taken back already") from error
+            return True
 
     def _record(self, step: int) -> None:
         """Add the row of an outer step to the history."""
@@ -158,7 +169,7 @@ class Loop:
         self.run.history.append({"step": step, **self.run.engine.logs, **counts})
 
     def _evaluate(self, evaluate: Evaluate) -> None:
-        with preserved(self.run.problem.devices):
+        with preserved(self.run.problem.devices), at_once():
             metrics = evaluate(self.run.problem)
         remedy = "it must return a mapping of named numbers, such as {'accuracy': 0.9}"
         if not isinstance(metrics, Mapping):
@@ -172,33 +183,43 @@ class Loop:
 
     def _log(self) -> None:
         """Hand the rows since the last time to the callbacks, then look at what was noted as perhaps not finite."""
-        rows = [self.run.history[k] for k in range(self._logged, len(self.run.history))]
-        self._logged += len(rows)
-        if rows:
-            self._call("on_log", rows)
+        self._hand_over()
         self._watch.read()
 
+    def _hand_over(self) -> None:
+        run = self.run
+        rows = [run.history[k] for k in range(run.logged, len(run.history))]
+        run.logged += len(rows)
+        if rows:
+            self._call("on_log", rows)
+
     def _save(self, *, last: bool = False) -> None:
-        """Log, then write a checkpoint, where the run keeps any and this step's is not written yet.
+        """Write a checkpoint, where the run keeps any and this one is not written yet.
+
+        Rows wait for their turn, unless the run is done: what callbacks make of them must not depend on when a run is saved.
 
         Raises:
-            CheckpointError: it is the last one, and cannot be written. Before, that is a warning, and the run goes on.
+            CheckpointError: it is the last one, or what it should hold cannot be written at all. Else that is a warning, and the
+                run goes on.
         """
-        self._log()
         run = self.run
-        if self.checkpoints is None or self._saved == run.step:
+        if last and self._ended is None:
+            self._log()
+        else:
+            self._watch.read()
+        if self.checkpoints is None or self._saved == self._place:
             return
         score = run.history[-1].get(self.checkpoints.best or "") if run.step else None
         try:
             folder = self.checkpoints.save(run.step, run.state_dict(), score)
         except CheckpointError as error:
-            if last:
+            if last or not isinstance(error.__cause__, OSError):
                 raise
             warnings.warn(
                 f"{error}; the run goes on, and tries again at its next save", CheckpointWarning, stacklevel=2
             )
             return
-        self._saved = run.step
+        self._saved = self._place
         self._call("on_save", folder)
 
     def _told(self, error: NonFiniteError) -> NonFiniteError:
@@ -206,16 +227,17 @@ class Loop:
         run = self.run
         step = error.step
         if step is None:
-            # It was noticed at once, within a step that has no row yet.
-            step = run.step + 1
-            self._record(step)
-        rows = [run.history[k] for k in range(self._logged, len(run.history))]
-        if rows:
-            self._call("on_log", rows)
+            # It was noticed at once: within a step that has no row yet, unless a callback met it.
+            step = self._watch.step
+            if not len(run.history) or run.history[-1]["step"] != step:
+                self._record(step)
+        self._hand_over()
         estimators = ", ".join(
             f"{level.name}: {level.estimator}" for level in run.problem if level.estimator is not None
         )
-        sentence = f"outer step {step}: {error}" + (f" (estimators: {estimators})" if estimators else "")
+        sentence = f"{f'outer step {step}' if step else 'warm-up'}: {error}" + (
+            f" (estimators: {estimators})" if estimators else ""
+        )
         if self.checkpoints is not None:
             try:
                 sentence += f"; the state as it is now is in {self.checkpoints.save_fault(step, run.state_dict())}"
@@ -249,5 +271,8 @@ class Loop:
                 error.add_note(f"and at its end: {also!r}")
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        for watcher in self.watchers:
-            getattr(watcher, hook)(self.run, *arguments)
+        # How often these are called depends on how often the run is logged and saved: what they draw must not be training's.
+        apart = hook in ("on_evaluate", "on_log", "on_save") and self.watchers
+        with preserved(self.run.problem.devices) if apart else contextlib.nullcontext(), at_once():
+            for watcher in self.watchers:
+                getattr(watcher, hook)(self.run, *arguments)

@@ -37,6 +37,7 @@ class Run:
         history: a row for each step taken.
         engine: optimisers, schedulers and data streams of the levels.
         status: why the run ended; None while it goes on.
+        logged: how many rows of the history have been handed to `on_log`.
         rollbacks: outer steps that were taken back because something in them was not finite.
     """
 
@@ -54,7 +55,7 @@ class Run:
         self.history = History()
         self.engine = Engine(problem, seed, lookahead=lookahead, skips=skips)
         self.status: str | None = None
-        self.rollbacks = 0
+        self.rollbacks = self.logged = 0
         self._callbacks = callbacks
         self._description = described(problem, self.engine.optimizers, self.engine.schedulers, lookahead=lookahead)
 
@@ -64,7 +65,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later part of the run depends on, as tensors, numbers, text, lists and mappings of these."""
-        carried = [(type(callback).__name__, callback.state_dict()) for callback in self._callbacks]
+        callbacks = [{"kind": type(c).__name__, "state": c.state_dict()} for c in self._callbacks]
         return {
             "problem": self._description,
             "seed": self.seed,
@@ -73,7 +74,8 @@ class Run:
             "rollbacks": self.rollbacks,
             "history": list(self.history),
             "engine": self.engine.state_dict(),
-            "callbacks": [{"kind": kind, "state": state} for kind, state in carried if state],
+            "logged": self.logged,
+            "callbacks": callbacks,
             "generators": GeneratorState.capture(self.problem.devices).state_dict(),
         }
 
@@ -95,20 +97,22 @@ class Run:
                 f"the checkpoint is of step {state['step']}, and steps={self.steps} are asked for; ask for at least as many"
             )
         self.seed, self.step, self.status = state["seed"], state["step"], state["status"]
-        self.rollbacks = state["rollbacks"]
+        self.rollbacks, self.logged = state["rollbacks"], state["logged"]
         for row in state["history"]:
             self.history.append(row)
         self.engine.load_state_dict(state["engine"])
         waiting = {id(callback): callback for callback in self._callbacks}
         for carried in state["callbacks"]:
             heir = next((c for c in waiting.values() if type(c).__name__ == carried["kind"]), None)
-            if heir is None:
+            if heir is None and carried["state"]:
                 warnings.warn(
                     f"the checkpoint holds the state of a callback {carried['kind']}, which is not among those given now",
                     CheckpointWarning,
                     stacklevel=4,
                 )
-            else:
+            elif heir is not None:
+                # Those of one kind in their order.
                 del waiting[id(heir)]
-                heir.load_state_dict(carried["state"])
+                if carried["state"]:
+                    heir.load_state_dict(carried["state"])
         return GeneratorState.from_state_dict(state["generators"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,12 @@ class Snapshot:
         self._live = [p for module in parts for p in _trainable(module)] + [buffer for _, _, buffer in self._places]
         self._kept = [t.detach().clone() for t in self._live]
         self._states = [(part, copy.deepcopy(part.state_dict())) for parts in stateful for part in parts.values()]
+        self._extra = [
+            (holder, copy.deepcopy(holder.get_extra_state()))
+            for module in parts
+            for holder in module.modules()
+            if type(holder).get_extra_state is not nn.Module.get_extra_state
+        ]
         #: Dictionaries, and what was in them.
         self.held: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
 
@@ -43,6 +50,8 @@ class Snapshot:
             live.data.copy_(kept)
         for holder, name, buffer in self._places:
             holder._buffers[name] = buffer
+        for holder, state in self._extra:
+            holder.set_extra_state(state)
         for part, state in self._states:
             load_part(part, state)
         for held, content in self.held:
@@ -70,14 +79,27 @@ def _trainable(module: nn.Module) -> list[torch.Tensor]:
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state, the buffers that its own `state_dict` leaves out included."""
+    """Return a module's state: also buffers that its `state_dict` leaves out, what is frozen, and which parts are in training."""
     state = module.state_dict()
-    return {"state": dict(state), "buffers": {name: b for name, b in module.named_buffers() if name not in state}}
+    return {
+        "state": dict(state),
+        # Versions of the parts, which some look at on loading.
+        "metadata": dict(getattr(state, "_metadata", {})),
+        "buffers": {name: b for name, b in module.named_buffers() if name not in state},
+        "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
+        "training": {name: part.training for name, part in module.named_modules()},
+    }
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Put back what `module_state` returned."""
-    module.load_state_dict(state["state"])
+    tensors = OrderedDict(state["state"])
+    tensors._metadata = state["metadata"]  # type: ignore[attr-defined]
+    module.load_state_dict(tensors)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(state["requires_grad"][name])
+    for name, part in module.named_modules():
+        part.training = state["training"][name]
     buffers = dict(module.named_buffers())
     for name, value in state["buffers"].items():
         buffers[name].copy_(value)

@@ -154,8 +154,11 @@ def _note(configuration: Any, file: Path) -> None:
                 f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; go on with the "
                 "same configuration, or give another --output"
             )
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(configuration, file)
+    beside = file.with_suffix(".partial")
+    write(configuration, beside)
+    beside.replace(file)
 
 
 def _flat(nested: dict[str, Any]) -> dict[str, Any]:

@@ -83,9 +83,10 @@ class SignalProbe(mlopt.Callback):
         if elapsed <= 0:
             return
         gradient = run.problem["reweighting"].module.logits.grad
-        weights = torch.stack([run.engine.logs[f"reweighting/weight/{name}"] for name in self.names])
-        self._steps.append(relative_signals(gradient, weights))
-        if elapsed % self._interval == 0:
+        if gradient is not None:  # of a step that was taken
+            weights = torch.stack([run.engine.logs[f"reweighting/weight/{name}"] for name in self.names])
+            self._steps.append(relative_signals(gradient, weights))
+        if elapsed % self._interval == 0 and self._steps:
             self.means.append(torch.stack(self._steps).mean(0).cpu())
             self._steps = []
             self.halves.append(self._measure(run.problem))

@@ -140,7 +140,8 @@ def test_a_skipped_step_moves_nothing_of_its_level_and_the_others_go_on() -> Non
             outer.step()
         expected.append((x.item(), w.item()))
     torch.testing.assert_close(torch.tensor(states), torch.tensor(expected), rtol=1e-12, atol=0)
-    assert solution.history.column("skipped") == [0, 2, 2, 2]  # the pullback is on the batch that failed, too
+    # The outer step would be pulled back through the one that was left out: it is left out with it, and not counted.
+    assert solution.history.column("skipped") == [0, 1, 1, 1]
     assert [math.isnan(loss) for loss in solution.history.column("x/loss")] == [False, True, False, False]
 
 
@@ -294,3 +295,86 @@ def test_a_watch_reads_once_and_starts_anew() -> None:
     watch.read()
     with pytest.raises(mlopt.NonFiniteError, match="it is nan"):
         require_finite((torch.tensor([NAN]),), lambda value: f"it is {value}")
+
+
+def test_a_skipped_step_leaves_the_levels_buffers_and_no_gradient() -> None:
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+    seen = []
+
+    def loss(own, batch):
+        return own(batch).square().mean()
+
+    class Watch(mlopt.Callback):
+        def on_step_end(self, run: Any) -> None:
+            seen.append(norm[1].weight.grad is None)
+
+    batches = [torch.randn(4, 2), torch.full((4, 2), NAN), torch.randn(4, 2)]
+    problem = Problem(Level("x", norm, loss, data=batches, optimizer=partial(SGD, lr=0.1)))
+    solution = solve(problem, 3, on_nonfinite="skip", callbacks=[Watch()])
+    assert norm[0].running_mean.isfinite().all()
+    assert norm[0].num_batches_tracked.item() == 2
+    assert solution.history.column("skipped") == [0, 1, 1]
+    assert seen == [False, True, False]
+
+
+def test_warm_up_is_rolled_back_too_and_named() -> None:
+    values = [NAN, 1.0, 2.0, 0.5]
+    rolled, plain = build(values, warmup=2), build(values[1:], warmup=1)
+    solve(rolled, 1, on_nonfinite="rollback")
+    solve(plain, 1)
+    assert rolled["x"].module.value.isfinite().all()
+    with pytest.raises(mlopt.NonFiniteError, match="warm-up: the loss of level 'x' is nan") as raised:
+        solve(build(values, warmup=2), 1)
+    assert raised.value.step == 0
+
+
+def test_half_precision_that_overflows_is_no_fault_of_an_estimator_that_looks_at_the_step() -> None:
+    """The first scaled gradients overflow; the optimiser's last gradient is then that of no step."""
+
+    def inner(own, batch, *, weights):
+        return (1e4 * (own() - weights())).square().sum()
+
+    def outer(own, batch, *, x):
+        return (x() - 2).square().sum() + own().square().sum()
+
+    problem = Problem(
+        Level("weights", variables(torch.zeros(2)), outer, optimizer=partial(SGD, lr=0.1)),
+        Level(
+            "x",
+            variables(torch.ones(2)),
+            inner,
+            optimizer=partial(Adam, lr=0.1),
+            precision="fp16",
+            estimator=mlopt.SAMA(),
+        ),
+    )
+    scales = solve(problem, 4).history.column("x/loss_scale")
+    assert min(scales) >= 1
+
+
+def test_callbacks_and_evaluations_look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loop, "_watching", lambda loop: deferred(loop._watch))
+    caught = []
+
+    def probe(problem: Problem) -> dict[str, float]:
+        try:
+            mlopt.hypergradient(problem, {"x": torch.tensor(NAN, dtype=F64)})
+        except mlopt.NonFiniteError:
+            caught.append(1)
+        return {}
+
+    class Probe(mlopt.Callback):
+        def on_step_end(self, run: Any) -> None:
+            probe(run.problem)
+
+    solve(build([1.0], estimator=mlopt.Identity()), 3, callbacks=[Probe()], evaluate=probe)
+    assert len(caught) == 6
+
+
+def test_a_watch_keeps_the_range_of_double_precision() -> None:
+    watch = Watch()
+    with deferred(watch):
+        require_finite(
+            (torch.tensor([1e200], dtype=F64), torch.tensor([1.0], dtype=F64)), lambda value: f"it is {value}"
+        )
+    watch.read()

@@ -324,7 +324,10 @@ def test_data_that_end_too_early_are_named(tmp_path: Path) -> None:
         )
 
     run(tmp_path, 3, with_batches(5))
-    with pytest.raises(mlopt.ProblemError, match=r"level 'x': its data end after 2 batches, .* had taken 3"):
+    with (
+        pytest.warns(mlopt.CheckpointWarning, match="batches of level 'x' was 5"),
+        pytest.raises(mlopt.ProblemError, match=r"level 'x': its data end after 2 batches, .* had taken 3"),
+    ):
         run(tmp_path, 4, with_batches(2), resume=True)
 
 

@@ -84,9 +84,21 @@ class EarlyStopping(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "best_step": self._best_step, "waited": self._waited, "judged": self._judged}
+        return {
+            "metric": self.metric,
+            "best": self._best,
+            "best_step": self._best_step,
+            "waited": self._waited,
+            "judged": self._judged,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["metric"] != self.metric:
+            warnings.warn(
+                f"EarlyStopping: metric={self.metric!r} begins to be watched: the checkpoint's watched {state['metric']!r}",
+                stacklevel=2,
+            )
+            return
         self._best, self._best_step = state["best"], state["best_step"]
         self._waited, self._judged = state["waited"], state["judged"]
 

@@ -351,7 +351,8 @@ def test_steps_under_autocast_are_nearly_those_of_full_precision(precision: str)
     )
     names = [name for name in full.names if name.endswith("/loss")]
     assert len(names) == 3
-    for name in names:
+    # In half precision the first gradient overflows at the loss scale that it begins with, and moves nothing.
+    for name in names if precision == "bf16" else ["pretraining/loss"]:
         assert half[0][name] == pytest.approx(full[0][name], rel=0.05)
     assert any(half[0][name] != full[0][name] for name in names)
     assert ("pretraining/loss_scale" in half.names) == (precision == "fp16")
