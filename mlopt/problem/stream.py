@@ -22,7 +22,8 @@ class Stream:
     """Batches of one level, without end.
 
     Epoch e of the level is drawn with generators seeded from (seed, level, e), which the stream keeps to itself: the order
-    does not depend on what training or an estimator draws, nor does training depend on the order.
+    does not depend on what training or an estimator draws, nor does training depend on the order. Generators that the data hold
+    themselves are found under the name `generator`, of a loader, its samplers and its data set.
 
     Args:
         name: the level's name, for errors and the seed.

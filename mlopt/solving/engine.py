@@ -221,9 +221,8 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Return a copy of all that steps change, data and generators left out."""
         names = [level.name for level in self.problem]
-        snapshot = Snapshot((level.module for level in self.problem), map(self._stateful, names))
-        snapshot.held = [(held, dict(held)) for held in (self.gradients.warm, self.gradients.cotangents)]
-        return snapshot
+        modules = (level.module for level in self.problem)
+        return Snapshot(modules, map(self._stateful, names), (self.gradients.warm, self.gradients.cotangents))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, but for the generators."""

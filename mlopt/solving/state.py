@@ -20,9 +20,15 @@ class Snapshot:
     Args:
         modules: whose trainable parameters and buffers are copied.
         stateful: for each, what it has with `state_dict` and `load_state_dict`, by kind.
+        held: dictionaries whose content is to come back.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], stateful: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        stateful: Iterable[Mapping[str, Any]],
+        held: Iterable[dict[str, Any]] = (),
+    ) -> None:
         parts = list(modules)
         #: Where buffers are held, since a module may bind new ones under their names.
         self._places = [
@@ -41,22 +47,21 @@ class Snapshot:
             for holder in module.modules()
             if type(holder).get_extra_state is not nn.Module.get_extra_state
         ]
-        #: Dictionaries, and what was in them.
-        self.held: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._held = [(content, dict(content)) for content in held]
 
     def restore(self) -> None:
         """Put everything back; once."""
-        for live, kept in zip(self._live, self._kept, strict=True):
-            live.data.copy_(kept)
+        for tensor, kept in zip(self._live, self._kept, strict=True):
+            tensor.data.copy_(kept)
         for holder, name, buffer in self._places:
             holder._buffers[name] = buffer
         for holder, state in self._extra:
             holder.set_extra_state(state)
         for part, state in self._states:
             load_part(part, state)
-        for held, content in self.held:
-            held.clear()
-            held.update(content)
+        for live, before in self._held:
+            live.clear()
+            live.update(before)
 
 
 def load_part(part: Any, state: Mapping[str, Any]) -> None:
