@@ -23,6 +23,8 @@ from .result import WAYS, TapWeightResult
 __all__ = ["Recipes", "run", "say"]
 
 _CHECKPOINTS = "checkpoints"
+#: A file that says, also to a run that is gone on with, that the first result replaces what the folder holds.
+_OVERWRITES = "overwrites"
 #: What a run may be gone on with otherwise: it does not change the result.
 _FREE = ("output", "device", "checkpoint_every")
 _FILES = (
@@ -81,12 +83,15 @@ def run(configuration: Any, prepare: Any, *, overwrite: bool = False, resume: bo
         _remark(console, recipe)
         # Only now: what cannot even begin leaves nothing behind.
         _note(whole, output / _CHECKPOINTS / "config.json")
+        if overwrite and not results:
+            (output / _CHECKPOINTS / _OVERWRITES).touch()
         folder = output / f"seed-{seed}" if len(seeds) > 1 else output
         checkpoints = mlopt.Checkpoints(folder / _CHECKPOINTS, every=configuration.checkpoint_every)
         baselines = configuration.baselines
         result = recipe.fit(configuration.steps, baselines=baselines, checkpoint=checkpoints, resume=resume)
-        if overwrite and not results:
+        if (output / _CHECKPOINTS / _OVERWRITES).is_file():
             _clear(output)
+            (output / _CHECKPOINTS / _OVERWRITES).unlink()
         result.save(folder)
         write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
         for table in result.tables():

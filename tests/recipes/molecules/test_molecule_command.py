@@ -336,11 +336,16 @@ def test_an_interrupted_run_is_gone_on_with(
     assert "--overwrite and --resume do not go together" in capsys.readouterr().err
     succeed(options(folder, cut, *more, "--resume"))
     assert same_run(folder / whole, folder / cut)
-    # A finished run is read again, and begun anew where that is asked for.
+    # A finished run is read again, and begun anew where that is asked for; then what it replaces goes with the new result, also
+    # where the run was interrupted in between.
     succeed(options(folder, cut, *more, "--resume"))
     assert same_run(folder / whole, folder / cut)
-    succeed(options(folder, cut, *more, "--overwrite"))
+    (folder / cut / "summary.json").write_text("of an older run")
+    interrupted_at(step, options(folder, cut, *more, "--overwrite"), monkeypatch)
+    assert (folder / cut / "summary.json").is_file()
+    succeed(options(folder, cut, *more, "--resume"))
     assert same_run(folder / whole, folder / cut)
+    assert not (folder / cut / "summary.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
