@@ -97,10 +97,10 @@ class Engine:
             last: whether this is the last step of the present solve of the level.
         """
         self._solve_inside(level)
-        if self._left_out.intersection(self.problem.graph[level.name].interior):
+        if self._left_out and self._left_out.intersection(self.problem.graph[level.name].interior):
             self._left_out.add(level.name)
             return
-        buffers = self._buffers(level)
+        buffers = self._buffers(level) if self._skips else ()
         try:
             self._descend(level, self._differentiate(level, last))
             self._left_out.discard(level.name)
@@ -199,8 +199,8 @@ class Engine:
             parameter.grad = None
 
     def _buffers(self, level: Level) -> list[tuple[Tensor, Tensor]]:
-        """Return the level's buffers and copies of them, where a step may be left out."""
-        return [(buffer, buffer.clone()) for buffer in level.module.buffers()] if self._skips else []
+        """Return the level's buffers, each with a copy."""
+        return [(buffer, buffer.clone()) for buffer in level.module.buffers()]
 
     def _leave_out(self, level: Level, error: NonFiniteError, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Count a step that is not finite, where it may be left out, and undo what it did to the level's buffers.

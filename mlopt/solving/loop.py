@@ -271,8 +271,10 @@ class Loop:
                 error.add_note(f"and at its end: {also!r}")
 
     def _call(self, hook: str, *arguments: Any) -> None:
+        if not self.watchers:
+            return
         # How often these are called depends on how often the run is logged and saved: what they draw must not be training's.
-        apart = hook in ("on_evaluate", "on_log", "on_save") and self.watchers
+        apart = hook in ("on_evaluate", "on_log", "on_save")
         with preserved(self.run.problem.devices) if apart else contextlib.nullcontext(), at_once():
             for watcher in self.watchers:
                 getattr(watcher, hook)(self.run, *arguments)
