@@ -25,7 +25,6 @@ from .problem import (
     Stream,
     derivatives,
     level_terms,
-    refuse_persistent_workers,
     to_device,
 )
 from .tensors import Tensors, add, zeros_like
@@ -121,7 +120,6 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
 
 def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") -> Any:
     """Return the next batch of a level's data of one kind, from the stream that belongs to standalone calls."""
-    refuse_persistent_workers(level.name, data, kind)
     key = level.name if kind == "data" else f"{level.name}/{kind}"
     if key not in problem.probe_streams:
         problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)

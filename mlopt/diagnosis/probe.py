@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from ..generators import derive_seed
 from ..hypergradient import accumulate, partial_derivatives
-from ..problem import Level, Point, Problem, Stream, level_terms, refuse_persistent_workers, restored, to_device
+from ..problem import Level, Point, Problem, Stream, level_terms, restored, to_device
 from ..tensors import Tensors
 
 __all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
@@ -26,7 +26,6 @@ def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int
     for level in problem:
         if level.name in fixed:
             continue
-        refuse_persistent_workers(level.name, level.data)
         fixed[level.name] = Stream(level.name, level.data, derive_seed("diagnosis", seed), level.device).next()
     return fixed
 

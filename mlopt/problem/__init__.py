@@ -6,7 +6,7 @@ from .level import Level, Variables, variables
 from .objective import Mixture, Outcome, read_outcome, scalar
 from .point import Point, StreamedCotangent, restored
 from .problem import Problem
-from .stream import Stream, refuse_persistent_workers, to_device
+from .stream import Stream, to_device
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, level_terms, standing_in
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "derivatives",
     "level_terms",
     "read_outcome",
-    "refuse_persistent_workers",
     "restored",
     "scalar",
     "standing_in",

@@ -15,7 +15,7 @@ from ..generators import GeneratorState, derive_seed, preserved
 
 _END = object()
 
-__all__ = ["Stream", "refuse_persistent_workers", "to_device"]
+__all__ = ["Stream", "to_device"]
 
 
 class Stream:
@@ -153,20 +153,6 @@ class Stream:
                 if callable(tell := getattr(holder, "set_epoch", None)):
                     tell(self.epoch)
         self._iterator = _iterate(self.data)
-
-
-def refuse_persistent_workers(name: str, data: Any, kind: str = "data") -> None:
-    """Raise where batches cannot be drawn without a trace.
-
-    Raises:
-        ProblemError: the data are a DataLoader whose workers persist.
-    """
-    if getattr(data, "persistent_workers", False):
-        remedy = f"pass batches={{{name!r}: batch}}, or build" if kind == "data" else "build"
-        raise ProblemError(
-            f"level {name!r}: the DataLoader of its {kind} has persistent_workers, which have one order for all who iterate; "
-            f"{remedy} the loader without them"
-        )
 
 
 def _iterate(data: Iterable[Any]) -> Iterator[Any]:

@@ -8,18 +8,29 @@ import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlopt.validation import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["DataError", "column_of", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
+_NAMED = 3
+
+__all__ = ["DataError", "column_of", "left_out", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
 
 
 class DataError(ValueError):
     """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
+
+
+def left_out(skipped: Sequence[Any]) -> str:
+    """Return the end of a summary: how many rows were left out, and of the first ones the `row` and the `reason`."""
+    if not skipped:
+        return ""
+    named = [f"row {one.row} ({one.reason})" for one in skipped[:_NAMED]]
+    more = len(skipped) - len(named)
+    return f"; {len(skipped)} skipped: {', '.join(named)}{f' and {more} more' if more else ''}"
 
 
 def suffix_of(path: Path, known: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
+
+
+def check_rate(name: str, rate: float) -> float:
+    """Return `rate`.
+
+    Raises:
+        ValueError: it is not a probability above 0 and below 1.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"{name} must be above 0 and below 1; got {rate!r}")
+    return rate
+
+
+def hashed_label(text: str, classes: int) -> int:
+    """Return a label from the BLAKE2 hash of a text: the control, from which nothing can be learned but by heart."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % classes
 
 
 class Objective(ABC):

@@ -11,17 +11,15 @@ from rich.console import Console
 
 from mlopt.generators import seed_everything
 
-from .. import command
-from ..command import say
+from ..command import run, say
 from ..recipe import TapWeight
-from ..result import TapWeightResult
 from .configuration import CommandLine, Configuration, parse
 from .data import Molecules, molecule_net, read_corpus
 from .encoder import GINE
 from .objectives import make_objective
 from .task import MoleculeTask
 
-__all__ = ["main", "run"]
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -> None:
@@ -37,12 +35,7 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight molecules") -
         SystemExit: after `--help`, and options that cannot be parsed.
     """
     options: CommandLine = parse(arguments, prog=prog)
-    run(options, overwrite=options.overwrite, resume=options.resume)
-
-
-def run(configuration: Configuration, *, overwrite: bool = False, resume: bool = False) -> list[TapWeightResult]:
-    """Adapt an encoder once for each seed; tell and save the results; see `mlopt.recipes.tapweight.command.run`."""
-    return command.run(configuration, _Recipes, overwrite=overwrite, resume=resume)
+    run(options, _Recipes, overwrite=options.overwrite, resume=options.resume)
 
 
 class _Recipes:

@@ -13,7 +13,7 @@ import torch
 
 from mlopt.validation import shown
 
-from ..files import DataError, column_of, lines_of, suffix_of, suggestion, table_of
+from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggestion, table_of
 
 if TYPE_CHECKING:
     import os
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _TABLES = (".csv",)
 _LISTS = (".smi", ".txt")
-_NAMED_IN_SUMMARY = 3
 
 
 def import_extra(name: str) -> ModuleType:
@@ -108,12 +107,7 @@ class Molecules(Sequence[Any]):
 
     def summary(self) -> str:
         """Say in one sentence how many molecules there are, and which rows were left out and why."""
-        sentence = f"{len(self)} molecules of {Path(self.source).name}"
-        if self.skipped:
-            named = [f"row {skipped.row} ({skipped.reason})" for skipped in self.skipped[:_NAMED_IN_SUMMARY]]
-            more = len(self.skipped) - len(named)
-            sentence += f"; {len(self.skipped)} skipped: {', '.join(named)}{f' and {more} more' if more else ''}"
-        return sentence
+        return f"{len(self)} molecules of {Path(self.source).name}{left_out(self.skipped)}"
 
     def __repr__(self) -> str:
         labels = f", labels {', '.join(self.label_names)}" if self.label_names else ""

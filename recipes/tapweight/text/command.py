@@ -10,10 +10,8 @@ from rich.console import Console
 
 from mlopt.generators import seed_everything
 
-from .. import command
-from ..command import say
+from ..command import run, say
 from ..recipe import TapWeight
-from ..result import TapWeightResult
 from ..splits import random_split
 from ..task import Split
 from .configuration import CommandLine, Configuration, parse
@@ -22,7 +20,7 @@ from .encoder import TextEncoder
 from .objectives import make_objective
 from .task import TextTask
 
-__all__ = ["main", "run"]
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight text") -> None:
@@ -39,12 +37,7 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight text") -> Non
         SystemExit: after `--help`, and options that cannot be parsed.
     """
     options: CommandLine = parse(arguments, prog=prog)
-    run(options, overwrite=options.overwrite, resume=options.resume)
-
-
-def run(configuration: Configuration, *, overwrite: bool = False, resume: bool = False) -> list[TapWeightResult]:
-    """Adapt an encoder once for each seed; tell and save the results; see `mlopt.recipes.tapweight.command.run`."""
-    return command.run(configuration, _Recipes, overwrite=overwrite, resume=resume)
+    run(options, _Recipes, overwrite=options.overwrite, resume=options.resume)
 
 
 class _Recipes:

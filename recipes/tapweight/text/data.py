@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
-from ..files import DataError, column_of, lines_of, suffix_of, suggestion, table_of
+from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggestion, table_of
 
 if TYPE_CHECKING:
     import os
@@ -22,7 +22,6 @@ __all__ = ["DataError", "Skipped", "Texts", "from_dataset", "read_corpus", "read
 
 _TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
-_NAMED_IN_SUMMARY = 3
 #: The columns of text that are looked for where none are named.
 _USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentence2"))
 
@@ -91,12 +90,7 @@ class Texts(Sequence[Any]):
 
     def summary(self) -> str:
         """Say in one sentence how many texts there are, and which rows were left out and why."""
-        sentence = f"{len(self)} texts of {self.name}"
-        if self.skipped:
-            named = [f"row {skipped.row} ({skipped.reason})" for skipped in self.skipped[:_NAMED_IN_SUMMARY]]
-            more = len(self.skipped) - len(named)
-            sentence += f"; {len(self.skipped)} skipped: {', '.join(named)}{f' and {more} more' if more else ''}"
-        return sentence
+        return f"{len(self)} texts of {self.name}{left_out(self.skipped)}"
 
     def __repr__(self) -> str:
         return f"Texts({self.summary()})"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from ...objective import Objective
+from ...objective import Objective, check_rate
 from ..encoder import ATOM_MASK
-from .masking import check_rate, choose, choose_bonds
+from .masking import choose, choose_bonds
 
 if TYPE_CHECKING:
     from torch import Tensor

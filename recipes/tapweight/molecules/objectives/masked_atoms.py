@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ...objective import Objective
+from ...objective import Objective, check_rate
 from ..encoder import ATOM_MASK, ATOM_SIZES
-from .masking import check_rate, choose
+from .masking import choose
 
 if TYPE_CHECKING:
     from torch import Tensor

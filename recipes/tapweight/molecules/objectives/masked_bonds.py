@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ...objective import Objective
+from ...objective import Objective, check_rate
 from ..encoder import ATOM_MASK, ATOM_SIZES, BOND_MASK, BOND_SIZES
-from .masking import check_rate, choose_bonds
+from .masking import choose_bonds
 
 if TYPE_CHECKING:
     from torch import Tensor

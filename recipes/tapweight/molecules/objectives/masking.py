@@ -6,17 +6,6 @@ import torch
 from torch import Tensor
 
 
-def check_rate(name: str, rate: float) -> float:
-    """Return `rate`.
-
-    Raises:
-        ValueError: it is not a probability above 0 and below 1.
-    """
-    if not 0 < rate < 1:
-        raise ValueError(f"{name} must be above 0 and below 1; got {rate!r}")
-    return rate
-
-
 def choose(candidates: Tensor, rate: float) -> Tensor:
     """Return a random share `rate` of `candidates` (M,): at least one of them, where there is one."""
     count = max(1, round(rate * len(candidates)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ...objective import Objective
+from ...objective import Objective, hashed_label
 from .targets import attach
 
 if TYPE_CHECKING:
@@ -17,12 +16,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch_geometric.data import Batch, Data
-
-
-def hashed_labels(corpus: Sequence[Data], classes: int) -> Tensor:
-    """Return a label for each molecule from the BLAKE2 hash of its SMILES, long (M,)."""
-    digests = [hashlib.blake2b(graph.smiles.encode(), digest_size=8).digest() for graph in corpus]
-    return torch.tensor([int.from_bytes(digest, "big") % classes for digest in digests])
 
 
 class RandomLabels(Objective):
@@ -44,7 +37,11 @@ class RandomLabels(Objective):
 
     def prepare(self, corpus: Sequence[Data], seed: int) -> None:
         """Attach `random_labels_C` (1,) to each graph. The labels do not depend on the seed."""
-        attach(corpus, self.attribute, lambda: hashed_labels(corpus, self.classes))
+        attach(
+            corpus,
+            self.attribute,
+            lambda: torch.tensor([hashed_label(graph.smiles, self.classes) for graph in corpus]),
+        )
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to labels."""

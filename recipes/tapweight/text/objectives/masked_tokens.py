@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForLanguageModeling
 
-from ...objective import Objective
-from .rates import check_rate
+from ...objective import Objective, check_rate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

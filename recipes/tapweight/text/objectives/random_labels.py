@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 from torch.nn.functional import cross_entropy
 
-from ...objective import Objective
+from ...objective import Objective, hashed_label
 from ..heads import LinearHead
 
 if TYPE_CHECKING:
@@ -38,8 +37,7 @@ class RandomLabels(Objective):
     def prepare(self, corpus: Sequence[Example], seed: int) -> None:
         """Attach a label from the BLAKE2 hash of its text to each example. The labels do not depend on the seed."""
         for example in corpus:
-            digest = hashlib.blake2b(example["text"].encode(), digest_size=8).digest()
-            example[self.key] = int.from_bytes(digest, "big") % self.classes
+            example[self.key] = hashed_label(example["text"], self.classes)
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to labels."""

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ...objective import Objective
+from ...objective import Objective, check_rate
 from ..heads import LinearHead
-from .rates import check_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
