@@ -75,7 +75,7 @@ def hypergradient(
         The gradient by parameter name, the loss, and a report for each level pulled back.
 
     Raises:
-        ProblemError: `batches` names a level that does not exist; a level's data cannot be drawn from without a trace.
+        ProblemError: `batches` names a level that does not exist.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
 
     Warns:

@@ -20,7 +20,7 @@ def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int
     """Return a batch for each level: the one given, else the first of its data in the order that the seed gives.
 
     Raises:
-        ProblemError: `batches` names a level that does not exist; a level's data cannot be drawn from without a trace.
+        ProblemError: `batches` names a level that does not exist.
     """
     fixed = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
     for level in problem:

@@ -10,20 +10,22 @@ import tomllib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
 import tyro
 from cattrs.cols import homogenous_tuple_structure_factory
 from cattrs.gen import make_dict_structure_fn
+from tyro.conf import arg
 
-from mlopt.validation import shown
+from mlopt.validation import at_least, shown
 
-__all__ = ["ConfigurationError", "distinct", "missing", "parse", "read", "seeds", "write"]
+__all__ = ["ConfigurationError", "Options", "Run", "distinct", "missing", "parse", "read", "seeds", "write"]
 
 C = TypeVar("C")
 L = TypeVar("L")
+_FILE, _FOLDER = "FILE", "FOLDER"
 _LARGEST_SEED = 2**32 - 1  # numpy's
 
 
@@ -44,6 +46,49 @@ def seeds(instance: object, attribute: attrs.Attribute[Any], value: tuple[int, .
         raise ConfigurationError(
             f"{attribute.name}={shown(list(value))}; seeds are whole numbers from 0 to {_LARGEST_SEED}"
         )
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """What every run has, whatever the modality.
+
+    Args:
+        output: where the result is written: weights, scores, history, picture, encoder and configuration.
+        steps: pretraining steps, each on one batch of the corpus.
+        seeds: of everything random, also of a random split. With several, each is a run of its own, in a folder seed-N inside the
+            output folder, and means and standard deviations over the runs are told as well.
+        baselines: what to compare with: finetuning without pretraining, and pretraining with equal weights.
+        device: where to compute; auto is a GPU where there is one.
+        checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
+    """
+
+    output: Annotated[Path | None, arg(metavar=_FOLDER, help_behavior_hint="(required)")] = None
+    steps: int = attrs.field(default=2_000, validator=at_least(1))
+    seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]", aliases=["--seed"])] = attrs.field(
+        default=(0,), validator=seeds
+    )
+    baselines: Annotated[tuple[Literal["direct", "equal"], ...], arg(metavar="[{direct,equal} ...]")] = (
+        "direct",
+        "equal",
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: int = attrs.field(default=100, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True, slots=False)  # beside a configuration among the bases, of which one alone may have slots
+class Options:
+    """What a command line has that is no part of a run.
+
+    Args:
+        config: a TOML or JSON file with any of these options, such as the config.json of an earlier result; the command line
+            overrides it. Paths in it are relative to the current folder.
+        overwrite: replace the result that --output holds.
+        resume: go on with the run that --output holds, from its newest checkpoints, if there is one.
+    """
+
+    config: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: none)")] = None
+    overwrite: bool = False
+    resume: bool = False
 
 
 def parse(arguments: Sequence[str], line: type[L], kind: type[C], *, prog: str) -> L:

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from mlopt.validation import at_least
 
 from .. import configuration as reader
-from ..configuration import ConfigurationError, distinct, missing, seeds, write
+from ..configuration import ConfigurationError, Options, Run, distinct, missing, write
 from ..recipe import Settings
 from .objectives import OBJECTIVES
 
@@ -94,37 +94,19 @@ class Encoder:
 
 
 @attrs.frozen(kw_only=True)
-class Configuration:
+class Configuration(Run):
     """A whole run: what `config.json` in a result's folder holds.
 
     Args:
-        output: where the result is written: weights, scores, history, picture, encoder and configuration.
-        steps: pretraining steps, each on one batch of the corpus.
-        seeds: of everything random, also of a random split. With several, each is a run of its own, in a folder seed-N inside the
-            output folder, and means and standard deviations over the runs are told as well.
         objectives: what to pretrain on; their weights are learned. At least two.
-        baselines: what to compare with: finetuning without pretraining, and pretraining with equal weights.
-        device: where to compute; auto is a GPU where there is one.
-        checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
         data: The molecules: an unlabelled corpus to pretrain on, and labelled ones, the task.
         settings: Training: how the weights are learned, and how the result is finetuned and scored.
         encoder: The graph network that is pretrained (GINE).
     """
 
-    output: Annotated[Path | None, arg(metavar=_FOLDER, help_behavior_hint="(required)")] = None
-    steps: int = attrs.field(default=2_000, validator=at_least(1))
-    seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]", aliases=["--seed"])] = attrs.field(
-        default=(0,), validator=seeds
-    )
     objectives: Annotated[tuple[Literal[*OBJECTIVES], ...], arg(metavar="NAME [NAME ...]", help=_OBJECTIVES_HELP)] = (
         attrs.field(default=tuple(name for name in OBJECTIVES if name != "random_labels"), validator=distinct)
     )
-    baselines: Annotated[tuple[Literal["direct", "equal"], ...], arg(metavar="[{direct,equal} ...]")] = (
-        "direct",
-        "equal",
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpoint_every: int = attrs.field(default=100, validator=at_least(1))
     data: Data = attrs.field(factory=Data)
     settings: Settings = attrs.field(factory=Settings)
     encoder: Encoder = attrs.field(factory=Encoder)
@@ -162,19 +144,8 @@ class Configuration:
 
 
 @attrs.frozen(kw_only=True)
-class CommandLine(Configuration):
-    """Pretrain a graph network for a molecular task, learning how much each objective should weigh.
-
-    Args:
-        config: a TOML or JSON file with any of these options, such as the config.json of an earlier result; the command line
-            overrides it. Paths in it are relative to the current folder.
-        overwrite: replace the result that --output holds.
-        resume: go on with the run that --output holds, from its newest checkpoints, if there is one.
-    """
-
-    config: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: none)")] = None
-    overwrite: bool = False
-    resume: bool = False
+class CommandLine(Options, Configuration):
+    """Pretrain a graph network for a molecular task, learning how much each objective should weigh."""
 
 
 def parse(arguments: Sequence[str], *, prog: str) -> CommandLine:
