@@ -15,6 +15,7 @@ __all__ = [
     "Tensors",
     "add",
     "axpy",
+    "axpy_",
     "dot",
     "flatten",
     "is_finite",
@@ -53,6 +54,12 @@ def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Ten
     if isinstance(alpha, Tensor):
         return tuple(torch._foreach_add(list(y), torch._foreach_mul(list(x), alpha)))
     return tuple(torch._foreach_add(list(y), list(x), alpha=alpha))
+
+
+def axpy_(alpha: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
+    """Add alpha x, with a scalar tensor alpha, to y in place: no fresh memory, which on a CPU costs more than the arithmetic."""
+    if x:
+        torch._foreach_addcmul_(list(y), list(x), [alpha] * len(x))
 
 
 def add(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:

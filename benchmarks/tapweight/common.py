@@ -65,7 +65,11 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float], objectives: 
             clear = sum(row["signals"][name]["significant"] for row in own)
             cells.append(f"{_spread([row['weights'][name] for row in own])}; {clear} of {len(own)}")
         weights.add_row(name, *cells)
-    time = Table("lambda moves every", "time over plain pretraining", title="Cost of an iteration")
+    time = Table(
+        "lambda moves every",
+        "time over plain pretraining",
+        title="Cost of an iteration, the measurements of signals apart",
+    )
     for every, ratio in costs.items():
         time.add_row(f"{every} steps" if every > 1 else "step", f"{ratio:.2f}")
     return [scores, weights, time]

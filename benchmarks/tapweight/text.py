@@ -66,14 +66,14 @@ class Size:
 QUICK = Size(
     tasks=("citation_intent",), seeds=(0,), labels=64, valid=32, test=32, steps=8, layers=1, tokens=32,
     settings=Settings(
-        batch_size=8, task_batch_size=8, valid_batch_size=32, epochs=1, measurements=4, pretraining_lr=1e-4, finetuning_lr=1e-4
+        batch_size=8, task_batch_size=8, valid_batch_size=16, epochs=1, measurements=4, pretraining_lr=1e-4, finetuning_lr=1e-4
     ),
 )  # fmt: skip
 STANDARD = Size(
-    tasks=("citation_intent", "scicite", "chemprot", "cola"), seeds=(0, 1, 2), labels=1_000, valid=500, test=1_000,
-    steps=200, layers=2, tokens=48,
+    tasks=("citation_intent", "scicite", "chemprot", "cola"), seeds=(0, 1, 2), labels=512, valid=320, test=1_000,
+    steps=100, layers=2, tokens=40,
     settings=Settings(
-        weights_lr=0.03, epochs=4, measurements=10, pretraining_lr=1e-4, finetuning_lr=1e-4, finetune_lr=1e-4
+        weights_lr=0.03, epochs=4, measurements=6, pretraining_lr=1e-4, finetuning_lr=1e-4, finetune_lr=1e-4
     ),
 )  # fmt: skip
 FULL = attrs.evolve(
@@ -88,8 +88,12 @@ def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWe
     read = [read_table(folder / name / f"{split}.jsonl") for split in task.splits]
     # Of the whole file: a part of it may lack a rare one.
     classes = sorted({str(example["label"]) for example in read[0]})
-    parts = [_some(texts, count) for texts, count in zip(read, (size.labels, size.valid, size.test), strict=True)]
-    splits = dict(zip(("train", "valid", "test"), parts, strict=True))
+    # Each seed has labels of its own; the test is the same for all.
+    splits = {
+        "train": _drawn(read[0], size.labels, seed),
+        "valid": _drawn(read[1], size.valid, seed),
+        "test": _drawn(read[2], size.test, 0),
+    }
     seed_everything(seed)
     encoder = TextEncoder.load(get_model_path(), max_length=size.tokens, num_hidden_layers=size.layers).to(device)
     corpus = read_corpus(folder / "unlabelled" / f"{task.corpus}.txt.gz") if task.corpus else read[0].unlabelled()
@@ -103,9 +107,10 @@ def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWe
     )
 
 
-def _some(texts: Texts, count: int) -> Texts:
-    """Return so many of the texts at most, spread evenly over them."""
-    return texts[:: -(-len(texts) // count)]
+def _drawn(texts: Texts, count: int, seed: int) -> Texts:
+    """Return so many of the texts at most, drawn at random."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return texts.subset(sorted(order[:count].tolist()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,14 +138,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if options.device == "cpu" and options.quick:
         torch.set_num_threads(1)
+    first = recipe(options.data, chosen.tasks[0], chosen.seeds[0], chosen, options.device)
+    costs = {every: cost(first, every, 3 if options.quick else 15, options.device) for every in (1, 4)}
     rows: list[dict[str, Any]] = []
-    for task in chosen.tasks:
-        for seed in chosen.seeds:
-            made = recipe(options.data, task, seed, chosen, options.device)
-            result = made.fit(chosen.steps)
+    for seed in chosen.seeds:
+        for task in chosen.tasks:
+            result = recipe(options.data, task, seed, chosen, options.device).fit(chosen.steps, progress=False)
             console.print(f"{task}, seed {seed}: {result.verdict}", markup=False)
             rows.append(row_of(task, seed, result))
-    costs = {every: cost(made, every, 3 if options.quick else 15, options.device) for every in (1, 4)}
+            # After each run: what was computed is not lost when a later one fails.
+            write(options.json, options.device, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})
     for table in tables(rows, costs, list(OBJECTIVES)):
         console.print(table)
-    write(options.json, options.device, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})

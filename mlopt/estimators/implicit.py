@@ -273,8 +273,10 @@ class Stationarity(Linearization):
         streams = self._point.streams
         assert streams is not None
         held = streams.get(self._name)
-        zero = zeros_like(self._point.values[self._name])
-        streams[self._name] = StreamedCotangent(cotangent.get(self._name, zero))
+        present = cotangent.get(self._name)
+        streams[self._name] = StreamedCotangent(
+            zeros_like(self._point.values[self._name]) if present is None else present
+        )
         if held is None or held.signals is None:
             return None
         self.report.age = 1

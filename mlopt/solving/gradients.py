@@ -27,7 +27,7 @@ from ..problem import (
     read_outcome,
     scalar,
 )
-from ..tensors import Tensors, add, axpy, dot, is_finite, scale
+from ..tensors import Tensors, add, axpy_, dot, is_finite, scale
 from .precision import Precision
 
 __all__ = ["Gradients"]
@@ -162,7 +162,10 @@ class Gradients:
             if held is not None:
                 (aligned,) = precision.unscaled([dot(gradient, held.cotangent)])
                 signals.append(share * aligned)
-            mixed = scale(weight, gradient) if k == 0 else axpy(weight, gradient, mixed)
+            if k == 0:
+                mixed = scale(weight, gradient)
+            else:
+                axpy_(weight, gradient, mixed)
         if share != 1.0:
             mixed = scale(share, mixed)
         for variable, derivative in zip(variables, mixed, strict=True):

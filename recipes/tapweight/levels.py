@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mlopt
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .task import Task
 
-__all__ = ["Finetuning", "Pretraining", "objective_losses", "task_loss", "three_levels"]
+__all__ = ["Finetuning", "Parts", "Pretraining", "objective_losses", "task_loss", "three_levels"]
 
 
 class Pretraining(nn.Module):
@@ -57,6 +58,10 @@ class Finetuning(nn.Module):
         self.head = task.head(encoder)
 
 
+class Parts(tuple[Any, ...]):
+    """Batches of validation examples that count as one, whose gradient takes the memory of one of them."""
+
+
 def objective_losses(
     model: Pretraining, batch: Any, objectives: Sequence[Objective], scales: Mapping[str, float]
 ) -> dict[str, Callable[[], Tensor]]:
@@ -72,6 +77,18 @@ def objective_losses(
 def task_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
     """Return the mean loss of the task on a batch."""
     return task.losses(task.outputs(model.encoder, model.head, batch), batch).mean()
+
+
+def _validation_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
+    """Return the mean loss of the task on validation examples, without dropout."""
+
+    def losses(part: Any) -> Tensor:
+        with evaluation(model):
+            return task.losses(task.outputs(model.encoder, model.head, part), part)
+
+    if not isinstance(batch, Parts):
+        return losses(batch).mean()
+    return torch.cat([checkpoint(losses, part, use_reentrant=False) for part in batch]).mean()
 
 
 def three_levels(
@@ -118,8 +135,7 @@ def three_levels(
         return proximal(own.encoder, pretraining.encoder)
 
     def reweighting_loss(own: SimplexWeights, batch: Any, *, finetuning: Finetuning) -> dict[str, Any]:
-        with evaluation(finetuning):
-            loss = task_loss(finetuning, batch, task)
+        loss = _validation_loss(finetuning, batch, task)
         return {"loss": loss, **dict(zip(names, own().detach(), strict=True))}
 
     schedulers = schedulers or {}

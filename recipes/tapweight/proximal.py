@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import mse_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,5 +39,5 @@ class Proximal:
     def __call__(self, encoder: nn.Module, anchor: nn.Module) -> Tensor:
         """Return the coupling of omega, held by `encoder`, and theta, held by `anchor`; a scalar."""
         own, other = dict(encoder.named_parameters()), dict(anchor.named_parameters())
-        differences = torch._foreach_sub([own[name] for name in self._names], [other[name] for name in self._names])
-        return self.gamma * torch.stack([difference.square().sum() for difference in differences]).sum()
+        squares = [mse_loss(own[name], other[name], reduction="sum") for name in self._names]
+        return self.gamma * torch.stack(squares).sum()

@@ -260,6 +260,8 @@ class TapWeight:
         settings, task = self.settings, self.task
         start, scales = self.prepare()
         outer, delay = settings.schedule(steps)
+        # The task's head is drawn here: from the recipe's seed, whatever was drawn before.
+        seed_everything(derive_seed(self.seed, "finetuning"))
         problem = three_levels(
             copy.deepcopy(start),
             self.objectives,
@@ -292,6 +294,7 @@ class TapWeight:
             start=delay,
             interval=max(1, (outer - delay) // settings.measurements),
             limit=1_000,
+            batch_size=settings.valid_batch_size,
             seed=derive_seed(self.seed, "halves"),
         )
         return problem, probe
@@ -311,7 +314,7 @@ class TapWeight:
         )
 
     def _adam(self, lr: float) -> Callable[..., AdamW]:
-        return partial(AdamW, lr=lr, weight_decay=self.settings.weight_decay)
+        return partial(AdamW, lr=lr, weight_decay=self.settings.weight_decay, fused=True)
 
     def batches(self) -> DataLoader[Any]:
         """Return batches of the corpus."""

@@ -11,6 +11,7 @@ import torch
 
 import mlopt
 
+from .levels import Parts
 from .weights import relative_signals
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class SignalProbe(mlopt.Callback):
         start: outer steps before the first interval.
         interval: outer steps between measurements.
         limit: the most examples in a half.
+        batch_size: validation examples that are taken at once, which bounds the memory.
         seed: of the halves.
     """
 
@@ -68,10 +70,11 @@ class SignalProbe(mlopt.Callback):
         start: int,
         interval: int,
         limit: int,
+        batch_size: int,
         seed: int,
     ) -> None:
         self.names, self._valid, self._collate, self._streams = names, valid, collate, streams
-        self._start, self._interval, self._limit = start, interval, limit
+        self._start, self._interval, self._limit, self._batch_size = start, interval, limit, batch_size
         self._generator = torch.Generator().manual_seed(seed)
         #: For each interval, the mean signal of its steps, (K,), and the signals of two halves at its end.
         self.means: list[Tensor] = []
@@ -99,8 +102,9 @@ class SignalProbe(mlopt.Callback):
         weights = problem["reweighting"].module().detach()
         signals = []
         for half in (order[:size], order[size : 2 * size]):
-            batch = self._collate([self._valid[i] for i in half])
-            result = mlopt.hypergradient(problem, {**batches, "reweighting": batch}, seed=seed)
+            pieces = (half[k : k + self._batch_size] for k in range(0, size, self._batch_size))
+            parts = Parts(self._collate([self._valid[i] for i in piece]) for piece in pieces)
+            result = mlopt.hypergradient(problem, {**batches, "reweighting": parts}, seed=seed)
             signals.append(relative_signals(result.gradient["logits"], weights).cpu())
         return signals[0], signals[1]
 

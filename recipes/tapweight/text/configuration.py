@@ -113,7 +113,7 @@ class Settings(RecipeSettings):
 
     batch_size: int = attrs.field(default=16, validator=at_least(2))
     task_batch_size: int = attrs.field(default=16, validator=at_least(1))
-    valid_batch_size: int = attrs.field(default=64, validator=at_least(1))
+    valid_batch_size: int = attrs.field(default=32, validator=at_least(1))
     pretraining_lr: float = attrs.field(default=5e-5, validator=at_least(0.0))
     finetuning_lr: float = attrs.field(default=5e-5, validator=at_least(0.0))
     epochs: int = attrs.field(default=5, validator=at_least(1))

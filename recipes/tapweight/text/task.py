@@ -44,13 +44,22 @@ def _correlation(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tens
     return correlation
 
 
+def _matthews(outputs: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the correlation of two classes or more, 0 where all predictions or all labels are one class."""
+    predicted = outputs.argmax(1)
+    # For two classes torchmetrics puts a small number in place of the 0 / 0, and the constant guess beats a real one.
+    if (predicted == predicted[0]).all() or (labels == labels[0]).all():
+        return outputs.new_zeros(())
+    return multiclass_matthews_corrcoef(outputs, labels, count)
+
+
 #: By name, of outputs (N, C) or (N,), labels (N,) and the number of classes. The first of a kind is its default.
 METRICS: dict[Kind, dict[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
     "classification": {
         "accuracy": lambda outputs, labels, count: multiclass_accuracy(outputs, labels, count, average="micro"),
         "macro_f1": lambda outputs, labels, count: multiclass_f1_score(outputs, labels, count, average="macro"),
         "micro_f1": lambda outputs, labels, count: multiclass_f1_score(outputs, labels, count, average="micro"),
-        "matthews": multiclass_matthews_corrcoef,
+        "matthews": _matthews,
     },
     "regression": {"pearson": _correlation(pearson_corrcoef), "spearman": _correlation(spearman_corrcoef)},
 }
