@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 import mlopt
-from mlopt.recipes.tapweight.levels import Pretraining, three_levels
+from mlopt.recipes.tapweight.levels import Parts, Pretraining, three_levels
 from mlopt.recipes.tapweight.proximal import Proximal
 from mlopt.recipes.tapweight.signals import judge, verdict
 
@@ -83,6 +83,28 @@ def test_the_hypergradient_is_the_closed_form(products, gamma):
     )
     expected = closed_form(problem, batches, gamma, masks)
     torch.testing.assert_close(result.gradient["logits"].double(), expected, rtol=1e-6, atol=1e-8 * gamma)
+
+
+def test_parts_of_a_batch_count_as_the_whole_and_go_through_the_encoder_one_by_one():
+    problem, batches = chain(100.0)
+    module = problem["finetuning"].module
+    rows = []
+
+    def note(encoder, inputs, _):
+        if not encoder.training:  # of the validation examples
+            rows.append(len(inputs[0]))
+
+    module.encoder.register_forward_hook(note)
+    whole = mlopt.hypergradient(problem, batches, seed=3)
+    assert set(rows) == {6}
+    rows.clear()
+    # Of sizes that differ: a mean of means would be another number.
+    parts = Parts(batches["reweighting"].split([2, 4]))
+    cut = mlopt.hypergradient(problem, {**batches, "reweighting": parts}, seed=3)
+    assert set(rows) == {2, 4}
+    torch.testing.assert_close(cut.loss, whole.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cut.gradient["logits"], whole.gradient["logits"], rtol=1e-6, atol=0)
+    assert all(part.training for part in module.modules())
 
 
 def test_the_streamed_gradient_is_the_closed_form_with_the_cotangent_of_the_step_before():

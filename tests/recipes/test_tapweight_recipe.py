@@ -130,6 +130,14 @@ def test_the_same_seed_gives_the_same_run_and_another_another():
     assert tapweight(seed=1).fit(6, progress=False).weights != first.weights
 
 
+def test_a_run_depends_on_its_seed_and_on_nothing_drawn_before():
+    first = tapweight().fit(6, progress=False)
+    again = tapweight()
+    again.prepare()
+    torch.rand(3)
+    assert [again.fit(6, progress=False).weights for _ in range(2)] == [first.weights] * 2
+
+
 def test_equal_weights_see_the_batches_that_tapweight_sees():
     """At a learning rate of zero for the weights, TapWeight is equal weights, to rounding."""
     settings = attrs.evolve(SETTINGS, weights_lr=0.0)

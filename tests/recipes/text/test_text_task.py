@@ -143,16 +143,26 @@ def by_hand(name: str, predicted: list[int], labels: list[int]) -> float:
 
 
 @settings(max_examples=30, deadline=None)
-@given(pairs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=30), cut=st.integers(1, 29))
+@given(data=st.data(), classes=st.sampled_from([2, 3]), cut=st.integers(1, 29))
 @pytest.mark.parametrize("name", list(METRICS["classification"]))
-def test_metrics_of_classes_are_those_of_the_whole_split(name: str, pairs: list[tuple[int, int]], cut: int) -> None:
+def test_metrics_of_classes_are_those_of_the_whole_split(name: str, data: Any, classes: int, cut: int) -> None:
+    some = st.integers(0, classes - 1)
+    pairs = data.draw(st.lists(st.tuples(some, some), min_size=2, max_size=30))
     predicted, labels = map(list, zip(*pairs, strict=True))
-    metric = SplitScore(METRICS["classification"][name], 3)
-    logits = torch.nn.functional.one_hot(torch.tensor(predicted), 3) * 2.0
+    metric = SplitScore(METRICS["classification"][name], classes)
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), classes) * 2.0
     for part in (slice(None, cut), slice(cut, None)):
         if len(labels[part]):
             metric.update(logits[part], torch.tensor(labels[part]))
     assert float(metric.compute()) == pytest.approx(by_hand(name, predicted, labels), abs=1e-6)
+
+
+def test_a_constant_guess_has_no_correlation_with_two_classes() -> None:
+    labels = torch.tensor([1] * 7 + [0] * 3)
+    for guess in (0, 1):
+        metric = SplitScore(METRICS["classification"]["matthews"], 2)
+        metric.update(torch.nn.functional.one_hot(torch.full((10,), guess), 2) * 1.0, labels)
+        assert float(metric.compute()) == 0.0
 
 
 def test_correlations() -> None:
