@@ -22,16 +22,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-#: What torch says where a second derivative, or a transform of torch.func, meets something that has none.
-_COMPLAINTS = (
-    "derivative for",
-    "forward AD",
-    "double backward",
-    "twice differentiable",
-    "saved tensor hooks",
-    "setup_context",
-    "once_differentiable",
-)
+#: What torch says where a second derivative meets something that has none.
+_COMPLAINTS = ("derivative for", "forward AD", "double backward", "twice differentiable", "once_differentiable")
+#: And where a transform of torch.func meets what it does not take: activations that are computed again, custom functions.
+_UNTRANSFORMED = ("saved tensor hooks", "setup_context", "being transformed")
 
 
 def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
@@ -43,9 +37,15 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             text = str(error)
+            first = text.partition("\n")[0]
+            if any(phrase in text for phrase in _UNTRANSFORMED):
+                raise SecondDerivativeError(
+                    f"torch.func cannot transform the loss ({first}), which gradient checkpointing and some custom functions "
+                    "cause; use products='autograd', or 'finite_difference'"
+                ) from error
             if any(phrase in text for phrase in _COMPLAINTS):
                 raise SecondDerivativeError(
-                    f"a kernel in the loss has no second derivative ({text.splitlines()[0]}); use "
+                    f"a kernel in the loss has no second derivative ({first}); use "
                     "products='finite_difference', or a kernel that has one (for attention, attn_implementation='eager')"
                 ) from error
             raise
