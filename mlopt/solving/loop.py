@@ -51,7 +51,7 @@ class Loop:
     on_nonfinite: str
     limit: int
     _watch: Watch = attrs.field(factory=Watch, init=False)
-    _saved: tuple[int, int] | None = attrs.field(default=None, init=False)
+    _saved: tuple[int, int, str | None] | None = attrs.field(default=None, init=False)
     _ended: str | None = attrs.field(default=None, init=False)
     _began: float = attrs.field(default=0.0, init=False)
 
@@ -140,9 +140,9 @@ class Loop:
             self._save()
 
     @property
-    def _place(self) -> tuple[int, int]:
-        """How far the run is: outer steps, warm-up steps."""
-        return self.run.step, sum(self.run.engine.warmed.values())
+    def _place(self) -> tuple[int, int, str | None]:
+        """How far the run is: outer steps, warm-up steps, and why it ended, if it did."""
+        return self.run.step, sum(self.run.engine.warmed.values()), self.run.status
 
     def _guarded(self, steps: Callable[[], bool | None]) -> bool:
         """Take steps, or take them back where something is not finite and that is asked for; say whether any were taken."""
@@ -209,9 +209,8 @@ class Loop:
             self._watch.read()
         if self.checkpoints is None or self._saved == self._place:
             return
-        score = run.history[-1].get(self.checkpoints.best or "") if run.step else None
         try:
-            folder = self.checkpoints.save(run.step, run.state_dict(), score)
+            folder = self.checkpoints.save(run.step, run.state_dict(), self._score(self.checkpoints.best))
         except CheckpointError as error:
             if last or not isinstance(error.__cause__, OSError):
                 raise
@@ -221,6 +220,23 @@ class Loop:
             return
         self._saved = self._place
         self._call("on_save", folder)
+
+    def _score(self, best: str | None) -> float | None:
+        """Return the value at the latest step of the column that says which checkpoint is best, if it has one there."""
+        run = self.run
+        if best is None or not run.step:
+            return None
+        row = run.history[-1]
+        if best not in row and best not in run.history.names:
+            to_come = best.startswith("evaluation/") and self.evaluate is not None and run.step < self.evaluate_every
+            if not to_come:
+                warnings.warn(
+                    f"Checkpoints: best={best!r} has not been logged, so no checkpoint is kept as the best; there are "
+                    f"{', '.join(run.history.names)}",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+        return row.get(best)
 
     def _told(self, error: NonFiniteError) -> NonFiniteError:
         """Log the step that failed, save what there is beside the checkpoints, and say where and under what it failed."""

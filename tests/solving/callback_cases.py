@@ -26,10 +26,10 @@ def play(
     """Play rows to a callback; return the run.
 
     A row's columns "evaluation/..." are an evaluation after that step. The order within a step is: step, evaluation, log,
-    checkpoint. With `save_at` the run is killed after `killed_at` steps, and resumed from the checkpoint by a callback that
-    knows nothing but the saved state.
+    checkpoint. With `killed_at` the run is killed after so many steps, and resumed from the checkpoint of `save_at` by a
+    callback that knows nothing but the saved state.
     """
-    saved = play_until_killed(rows, make, log_every, save_at, killed_at) if save_at else None
+    saved = play_until_killed(rows, make, log_every, save_at, killed_at) if killed_at else None
     return play_on(rows, make, saved, log_every, status)
 
 

@@ -288,6 +288,17 @@ def test_a_finished_run_is_read_and_a_stopped_one_stays_stopped(tmp_path: Path) 
     assert (finished.status, len(finished.history)) == ("completed", 5)
 
 
+def test_a_run_that_is_stopped_when_it_was_saved_stays_stopped(tmp_path: Path) -> None:
+    class Stop(mlopt.Callback):
+        def on_save(self, run: Any, folder: Path) -> None:
+            if run.step == 2:
+                run.stop("saved enough")
+
+    assert run(tmp_path, 5, callbacks=[Stop()]).status == "saved enough"
+    again = run(tmp_path, 5, resume=True)
+    assert (again.status, len(again.history)) == ("saved enough", 2)
+
+
 def test_more_steps_can_be_asked_for(tmp_path: Path) -> None:
     whole, longer = quadratic(), quadratic()
     mlopt.solve(whole, 6, seed=0, progress=False)
@@ -375,3 +386,13 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     checkpoints = mlopt.Checkpoints(tmp_path, every=1, keep=1, best="evaluation/accuracy", greater_is_better=True)
     run(tmp_path, 4, checkpoint=checkpoints, evaluate=lambda problem: {"accuracy": next(scores)})
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_column_that_is_not_logged_is_told_and_one_that_is_to_come_is_not(tmp_path: Path) -> None:
+    later = {"evaluate": lambda problem: {"accuracy": 1.0}, "evaluate_every": 3}
+    for column in ("evaluation/acuracy", "weights/los"):
+        checkpoints = mlopt.Checkpoints(tmp_path / column, every=1, best=column)
+        with pytest.warns(mlopt.CheckpointWarning, match=f"best='{column}' has not been logged.*there are step, "):
+            run(tmp_path, 4, checkpoint=checkpoints, **later)
+    checkpoints = mlopt.Checkpoints(tmp_path / "right", every=1, best="evaluation/accuracy")
+    run(tmp_path, 4, checkpoint=checkpoints, **later)

@@ -91,6 +91,13 @@ def test_a_resumed_run_goes_on_in_the_trackers_run_with_the_first_row_that_was_n
     assert recorder.runs == {"run 1": EXPECTED[:before] + EXPECTED[at_checkpoint:]}
 
 
+def test_a_run_resumed_from_its_warm_up_goes_on_in_the_trackers_run(recorded):
+    recorder, make, arguments, resumed = recorded
+    play(ROWS, make, save_at=0, killed_at=2)
+    assert recorder.begun == [arguments, resumed]
+    assert list(recorder.runs) == ["run 1"]
+
+
 def test_rows_that_an_error_leaves_unlogged_are_sent_at_the_end(recorded):
     recorder, make, _, _ = recorded
     logger = make()

@@ -26,9 +26,6 @@ class _Tracker(Callback):
         self._sent = 0
 
     def on_train_begin(self, run: Run) -> None:
-        if run.step == 0:
-            # The same object may have watched another run.
-            self._id, self._sent = "", 0
         self._tracked = self._begin()
 
     def on_log(self, run: Run, rows: Sequence[Mapping[str, float]]) -> None:
@@ -39,7 +36,8 @@ class _Tracker(Callback):
             # An error may have ended the run between two logs.
             self._send(run)
             self._end(run)
-            self._tracked = None
+            # The same object may watch another run.
+            self._tracked, self._id, self._sent = None, "", 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"id": self._id, "sent": self._sent}

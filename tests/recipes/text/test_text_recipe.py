@@ -271,7 +271,7 @@ def test_second_order_with_gradient_checkpointing_is_right(products: str) -> Non
 def test_forward_products_do_not_go_silently_wrong_with_gradient_checkpointing() -> None:
     """What is recomputed would be of the live parameters, not of those that stand in for them."""
     problem, batches, _ = chain(mlopt.ConjugateGradient(iterations=3, products="forward"), recompute=True)
-    with pytest.raises(mlopt.SecondDerivativeError, match="gradient checkpointing.*use products='autograd'"):
+    with pytest.raises(mlopt.SecondDerivativeError, match=r"gradient checkpointing.*use products='autograd'"):
         mlopt.hypergradient(problem, batches)
 
 
