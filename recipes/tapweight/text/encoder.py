@@ -112,14 +112,17 @@ class TextEncoder(nn.Module):
         name = str(name)
         if Path(name).exists() and not Path(name).is_dir():
             raise ModelError(f"model={name!r} is a file; give the folder that holds it, or a name on the hub")
+        # Of what does not fit transformers only reports, or raises without naming it: it is asked to give it back instead.
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with _quiet():
                 config = AutoConfig.from_pretrained(name, trust_remote_code=False)
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                model = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
+                model, told = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 masked = _masked_model(name, config, options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
+        _check_weights(name, told)
         encoder = cls(model, tokenizer, pooling=pooling, max_length=max_length)
         if not Path(name).exists():
             encoder.card["base_model"] = name
@@ -211,10 +214,22 @@ def _masked_model(name: str, config: Any, options: dict[str, Any]) -> PreTrained
     claimed = any(one.endswith(("ForMaskedLM", "ForPreTraining")) for one in architectures)
     if not claimed or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return None
-    model, told = AutoModelForMaskedLM.from_pretrained(
-        name, trust_remote_code=False, output_loading_info=True, **options
-    )
-    return None if told["missing_keys"] else model
+    model, told = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=False, **options)
+    return None if told["missing_keys"] or told["mismatched_keys"] else model
+
+
+def _check_weights(name: str, told: dict[str, Any]) -> None:
+    """Refuse a checkpoint without all weights of the encoder; a pooler, which many lack, is not used."""
+    for key, found, expected in sorted(told["mismatched_keys"]):
+        raise ModelError(
+            f"model={name!r} has the shape {tuple(found)} for {key!r}, where its configuration says {tuple(expected)}; give a "
+            "checkpoint and options that fit each other"
+        )
+    if missing := sorted(key for key in told["missing_keys"] if "pooler" not in key):
+        raise ModelError(
+            f"model={name!r} lacks {len(missing)} weights of the encoder, the first {missing[0]!r}; give a whole checkpoint, and "
+            "options that fit it"
+        )
 
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:

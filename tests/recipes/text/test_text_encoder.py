@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from sentencepiece import SentencePieceTrainer
 from text_cases import CONFIGS, VOCABULARY, corpus, encoder, model, tokenizer
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertForSequenceClassification,
+    DistilBertConfig,
+    ElectraConfig,
+    MPNetConfig,
     SplinterConfig,
     SplinterForPreTraining,
 )
@@ -24,6 +29,13 @@ from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
 from mlopt.recipes.tapweight.text.heads import LinearHead, TiedHead
 
 KINDS = list(CONFIGS)
+SIZE: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 def batch_of(own: TextEncoder, *texts: str) -> dict[str, torch.Tensor]:
@@ -149,9 +161,41 @@ def test_a_head_that_a_checkpoint_claims_but_lacks_is_made_anew(tmp_path: Path) 
     assert isinstance(own.masked_token_head(), TiedHead)
 
 
+def test_a_checkpoint_that_lacks_weights_of_the_encoder_is_refused(tmp_path: Path) -> None:
+    own = model()
+    state = {key: value for key, value in own.state_dict().items() if not key.startswith("encoder.layer.1.output")}
+    own.save_pretrained(tmp_path, state_dict=state)
+    tokenizer().save_pretrained(tmp_path)
+    sentence = (
+        "lacks 4 weights of the encoder, the first 'encoder.layer.1.output.LayerNorm.bias'; give a whole checkpoint"
+    )
+    with pytest.raises(ModelError, match=sentence):
+        TextEncoder.load(tmp_path)
+    assert TextEncoder.load(tmp_path, num_hidden_layers=1).model.config.num_hidden_layers == 1
+    with pytest.raises(
+        ModelError, match=r"has the shape \(35, 16\) for 'embeddings.word_embeddings.weight', where its .* \(40, 16\)"
+    ):
+        TextEncoder.load(tmp_path, num_hidden_layers=1, vocab_size=40)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AlbertConfig(embedding_size=8, **SIZE),
+        DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=len(VOCABULARY)),
+        ElectraConfig(embedding_size=8, **SIZE),
+        MPNetConfig(**SIZE),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_checkpoint_without_a_pooler_is_loaded(config: Any, tmp_path: Path) -> None:
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert TextEncoder.load(tmp_path).has_masked_token_head
+
+
 def test_an_encoder_of_which_transformers_has_no_head_for_masked_tokens_gets_a_new_one(tmp_path: Path) -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = SplinterConfig(vocab_size=len(VOCABULARY), question_token_id=4, **size)
+    config = SplinterConfig(question_token_id=4, **SIZE)
     SplinterForPreTraining(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     own = TextEncoder.load(tmp_path)
