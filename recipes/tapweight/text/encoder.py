@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .batches import Collate
 from .heads import OwnHead, TiedHead
@@ -76,6 +77,11 @@ class TextEncoder(nn.Module):
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ModelError(f"pooling={pooling!r}; give 'mean' or 'cls'")
+        if pooling == "cls" and tokenizer.padding_side == "left":
+            raise ModelError(
+                "pooling='cls' takes the first token, which is padding where the tokenizer pads on the left; give "
+                "pooling='mean', or set tokenizer.padding_side = 'right'"
+            )
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} has a decoder; give an encoder, such as BERT, RoBERTa or DeBERTa")
@@ -187,7 +193,7 @@ class TextEncoder(nn.Module):
         """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
         with _quiet():
             self.model.save_pretrained(folder)  # type: ignore[operator]
-            self.tokenizer.save_pretrained(folder)
+            _untouched(self.tokenizer).save_pretrained(folder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
         # The tokenizer is shared: it has no state that a run changes.
@@ -233,10 +239,13 @@ def _check_weights(name: str, told: dict[str, Any]) -> None:
 
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
-    """Return the most tokens of a text: as many as there are positions, unless fewer are asked for."""
+    """Return the most tokens of a text: as many as there are positions, unless fewer are asked for.
+
+    XLNet's -1 positions, and the length of a tokenizer that was given none, are no limits.
+    """
     limits = [tokenizer.model_max_length]
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions:
+    if positions is not None and positions > 0:
         # RoBERTa's kind counts positions from after the padding's.
         offsets = [
             part.padding_idx + 1
@@ -245,11 +254,25 @@ def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int
         ]
         limits.append(positions - max(offsets, default=0))
     most = min(limits)
+    limited = most < VERY_LARGE_INTEGER
+    if asked is None and not limited:
+        raise ModelError("max_length=None, but neither the model nor its tokenizer has a limit; give one, such as 512")
     if asked is None:
         return most
     if not 3 <= asked <= most:
-        raise ModelError(f"max_length={asked}; the model takes from 3 to {most} tokens")
+        raise ModelError(
+            f"max_length={asked}; the model takes {f'from 3 to {most}' if limited else '3 or more'} tokens"
+        )
     return asked
+
+
+def _untouched(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer without the lengths that its last call has left in it."""
+    twin = copy.deepcopy(tokenizer)
+    if twin.is_fast:
+        twin.backend_tokenizer.no_truncation()
+        twin.backend_tokenizer.no_padding()
+    return twin
 
 
 def _inputs(model: nn.Module) -> tuple[str, ...]:

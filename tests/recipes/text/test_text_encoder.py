@@ -23,6 +23,7 @@ from transformers import (
     MPNetConfig,
     SplinterConfig,
     SplinterForPreTraining,
+    XLNetConfig,
 )
 
 from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
@@ -218,6 +219,40 @@ def test_the_length_is_what_the_model_takes(kind: str, most: int) -> None:
     assert batch["input_ids"].shape == (1, most)
     assert own(batch).shape == (1, most, own.width)
     assert batch["input_ids"][0, -1] == own.tokenizer.sep_token_id
+
+
+def test_a_model_without_a_limit_is_given_one() -> None:
+    """XLNet's relative positions have none: its configuration says -1."""
+    own = AutoModel.from_config(XLNetConfig(vocab_size=len(VOCABULARY), d_model=16, n_layer=1, n_head=2, d_inner=16))
+    assert TextEncoder(own, tokenizer(model_max_length=24)).max_length == 24
+    assert TextEncoder(own, tokenizer(), max_length=1_000).max_length == 1_000
+    with pytest.raises(
+        ModelError, match="max_length=None, but neither the model nor its tokenizer has a limit; give one"
+    ):
+        TextEncoder(own, tokenizer())
+    with pytest.raises(ModelError, match="max_length=2; the model takes 3 or more tokens"):
+        TextEncoder(own, tokenizer(), max_length=2)
+
+
+def test_the_first_token_of_a_text_is_not_its_padding() -> None:
+    left = tokenizer(padding_side="left")
+    with pytest.raises(ModelError, match=r"'cls' takes the first token, which is padding where .* give pooling='mean'"):
+        TextEncoder(model(), left, pooling="cls")
+    own = TextEncoder(model(), left).eval()
+    batch = batch_of(own, "good", "the thing1 is bad")
+    assert batch["input_ids"][0, 0] == left.pad_token_id
+    torch.testing.assert_close(own.pool(batch)[0], own(batch)[0, 3:].mean(0))
+
+
+def test_a_tokenizer_is_saved_without_the_lengths_of_its_last_batch(tmp_path: Path) -> None:
+    own = encoder()
+    batch_of(own, "good", "the thing1 is bad")
+    before = own.tokenizer.backend_tokenizer.to_str()
+    assert json.loads(before)["truncation"]["max_length"] == 16
+    own.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is saved["padding"] is None
+    assert own.tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_texts_that_are_cut_off_are_counted_and_told() -> None:
