@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _NAMED = 3
+_LONGEST_CELL = 2**31 - 1
 
 __all__ = ["DataError", "column_of", "left_out", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
 
@@ -94,12 +95,16 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
     width = None
     while True:
         row = reader.line_num + 1
+        # Some documents are longer than csv lets a cell be; its limit is one for the whole process.
+        limit = csv.field_size_limit(_LONGEST_CELL)
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise DataError(f"{path}, row {row}: not valid CSV ({error}); check the quotes from there on") from error
+        finally:
+            csv.field_size_limit(limit)
         if not cells:
             continue
         width = width or len(cells)
@@ -108,13 +113,13 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield row, cells
 
 
-def column_of(path: Path, header: Sequence[str], name: str) -> int:
+def column_of(source: Path | str, header: Sequence[str], name: str) -> int:
     """Return the index of a column, found by its exact name, else by its name in any case."""
     if name in header:
         return header.index(name)
     alike = [index for index, other in enumerate(header) if other.casefold() == name.casefold()]
     if len(alike) != 1:
-        raise DataError(f"{path}: no column {name!r}{suggestion(name, header)}")
+        raise DataError(f"{source}: no column {name!r}{suggestion(name, header)}")
     return alike[0]
 
 
