@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _NAMED = 3
-_LONGEST_CELL = 2**31 - 1
 
 __all__ = ["DataError", "column_of", "left_out", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
 
@@ -79,9 +78,14 @@ def lines_of(path: Path) -> Iterator[str]:
     return io.StringIO(text_of(path), newline=None)
 
 
-def table_of(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a CSV file, and its further records with the line that each starts at."""
-    records = _records(path)
+def table_of(path: Path, longest: int = 2**17) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the header of a CSV file, and its further records with the line that each starts at.
+
+    Args:
+        path: the file.
+        longest: the most characters of a cell: more are those of an open quote.
+    """
+    records = _records(path, longest)
     _, header = next(records)
     header = [name.strip() for name in header]
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
@@ -89,14 +93,14 @@ def table_of(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     return header, records
 
 
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, longest: int) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a CSV file, all of one length, each with the line that it starts at; skip blank lines."""
     reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     width = None
     while True:
         row = reader.line_num + 1
-        # Some documents are longer than csv lets a cell be; its limit is one for the whole process.
-        limit = csv.field_size_limit(_LONGEST_CELL)
+        # The limit is one for the whole process.
+        limit = csv.field_size_limit(longest)
         try:
             cells = next(reader)
         except StopIteration:

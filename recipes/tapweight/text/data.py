@@ -23,6 +23,7 @@ __all__ = ["DataError", "Skipped", "Texts", "from_dataset", "read_corpus", "read
 
 _TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
+_LONGEST = 2**31 - 1  # characters of a document
 #: What JSON can say of a character in two parts, one of which a text that was cut off lacks; no tokenizer takes it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 #: The columns of text that are looked for where none are named.
@@ -216,13 +217,13 @@ def _text_columns(source: str, asked: Sequence[str] | None, header: Sequence[str
 
 def _columns(path: Path) -> list[str]:
     """Return the names of a table's columns; of a JSONL file, the keys of its first object."""
-    return table_of(path)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
+    return table_of(path, _LONGEST)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
 
 
 def _records(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
     """Yield the examples of a table with the line that each starts at."""
     if suffix_of(path, _TABLES) == ".csv":
-        header, rows = table_of(path)
+        header, rows = table_of(path, _LONGEST)
         indices = {key: column_of(path, header, name) for key, name in columns.items()}
         return ((row, {key: cells[index] for key, index in indices.items()}) for row, cells in rows)
     return ((row, _picked(path, row, content, columns)) for row, content in _objects(path))
