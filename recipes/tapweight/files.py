@@ -78,9 +78,14 @@ def lines_of(path: Path) -> Iterator[str]:
     return io.StringIO(text_of(path), newline=None)
 
 
-def table_of(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a CSV file, and its further records with the line that each starts at."""
-    records = _records(path)
+def table_of(path: Path, longest: int = 2**17) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the header of a CSV file, and its further records with the line that each starts at.
+
+    Args:
+        path: the file.
+        longest: the most characters of a cell: more are those of an open quote.
+    """
+    records = _records(path, longest)
     _, header = next(records)
     header = [name.strip() for name in header]
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
@@ -88,18 +93,22 @@ def table_of(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     return header, records
 
 
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, longest: int) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a CSV file, all of one length, each with the line that it starts at; skip blank lines."""
     reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     width = None
     while True:
         row = reader.line_num + 1
+        # The limit is one for the whole process.
+        limit = csv.field_size_limit(longest)
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise DataError(f"{path}, row {row}: not valid CSV ({error}); check the quotes from there on") from error
+        finally:
+            csv.field_size_limit(limit)
         if not cells:
             continue
         width = width or len(cells)
@@ -108,13 +117,13 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield row, cells
 
 
-def column_of(path: Path, header: Sequence[str], name: str) -> int:
+def column_of(source: Path | str, header: Sequence[str], name: str) -> int:
     """Return the index of a column, found by its exact name, else by its name in any case."""
     if name in header:
         return header.index(name)
     alike = [index for index, other in enumerate(header) if other.casefold() == name.casefold()]
     if len(alike) != 1:
-        raise DataError(f"{path}: no column {name!r}{suggestion(name, header)}")
+        raise DataError(f"{source}: no column {name!r}{suggestion(name, header)}")
     return alike[0]
 
 

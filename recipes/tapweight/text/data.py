@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -22,6 +23,9 @@ __all__ = ["DataError", "Skipped", "Texts", "from_dataset", "read_corpus", "read
 
 _TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
+_LONGEST = 2**31 - 1  # characters of a document
+#: What JSON can say of a character in two parts, one of which a text that was cut off lacks; no tokenizer takes it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 #: The columns of text that are looked for where none are named.
 _USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentence2"))
 
@@ -105,7 +109,7 @@ def read_corpus(
         path: `.txt` with a document a line, blank lines apart; or `.csv` or `.jsonl` with a column of text (others are
             ignored). Each may be gzipped and end in `.gz`.
         column: the column of the texts.
-        strict: refuse an empty text in a table, instead of leaving it out.
+        strict: refuse a text in a table that is empty or no Unicode, instead of leaving it out.
         limit: stop after so many texts; at least 2.
 
     Returns:
@@ -136,14 +140,14 @@ def read_table(
     label: str = "label",
     strict: bool = False,
 ) -> Texts:
-    """Read labelled texts, or pairs of texts.
+    """Read labelled texts, or pairs of texts, from columns whose names may be in any case.
 
     Args:
         path: `.csv` with a header row, or `.jsonl` with an object a line; each may be gzipped and end in `.gz`.
         text: the column of the text, or the two columns of a pair; by default "text", "text_a" and "text_b", "sentence", or
             "sentence1" and "sentence2", the first that there are.
         label: the column of the label.
-        strict: refuse an empty text, instead of leaving its row out and saying so.
+        strict: refuse a text that is empty or no Unicode, instead of leaving its row out and saying so.
 
     Returns:
         At least one example.
@@ -185,16 +189,15 @@ def from_dataset(
     columns = _text_columns(name, text, header)
     if label is not None:
         columns["label"] = label
-    for column in columns.values():
-        if column not in header:
-            raise DataError(f"{name}: no column {column!r}{suggestion(column, header)}")
-    names = getattr(dataset.features.get(label), "names", None)
+    columns = {key: header[column_of(name, header, column)] for key, column in columns.items()}
+    names = getattr(dataset.features.get(columns.get("label")), "names", None)
 
     def records() -> Iterator[tuple[int, Example]]:
         for row, record in enumerate(dataset):
             example = {key: record[column] for key, column in columns.items()}
-            if names is not None and example["label"] is not None and example["label"] >= 0:
-                example["label"] = names[example["label"]]
+            if names is not None and example["label"] is not None:
+                # -1 stands for no label, as in test splits whose labels are not public.
+                example["label"] = names[example["label"]] if example["label"] >= 0 else None
             yield row, example
 
     return _gathered(records(), name, strict=strict)
@@ -214,25 +217,21 @@ def _text_columns(source: str, asked: Sequence[str] | None, header: Sequence[str
 
 def _columns(path: Path) -> list[str]:
     """Return the names of a table's columns; of a JSONL file, the keys of its first object."""
-    return table_of(path)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
+    return table_of(path, _LONGEST)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
 
 
 def _records(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
     """Yield the examples of a table with the line that each starts at."""
     if suffix_of(path, _TABLES) == ".csv":
-        header, rows = table_of(path)
+        header, rows = table_of(path, _LONGEST)
         indices = {key: column_of(path, header, name) for key, name in columns.items()}
         return ((row, {key: cells[index] for key, index in indices.items()}) for row, cells in rows)
     return ((row, _picked(path, row, content, columns)) for row, content in _objects(path))
 
 
 def _picked(path: Path, row: int, content: dict[str, Any], columns: dict[str, str]) -> Example:
-    example = {}
-    for key, name in columns.items():
-        if name not in content:
-            raise DataError(f"{path}, row {row}: no column {name!r}{suggestion(name, content)}")
-        example[key] = content[name]
-    return example
+    header, cells = list(content), list(content.values())
+    return {key: cells[column_of(f"{path}, row {row}", header, name)] for key, name in columns.items()}
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -250,7 +249,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _gathered(records: Iterable[tuple[int, Example]], source: str, *, strict: bool, limit: int | None = None) -> Texts:
-    """Check the examples, and leave out those of which a text is empty."""
+    """Check the examples, and leave out those of which a text is empty or no Unicode."""
     examples: list[Example] = []
     rows: list[int] = []
     skipped: list[Skipped] = []
@@ -258,10 +257,10 @@ def _gathered(records: Iterable[tuple[int, Example]], source: str, *, strict: bo
         for key in ("text", "text_b"):
             if key in example and not isinstance(example[key], str | None):
                 raise DataError(f"{source}, row {row}: {example[key]!r} is no text; give strings")
-        if not all((text or "").strip() for text in _texts(example)):
+        if fault := _fault(_texts(example)):
             if strict:
-                raise DataError(f"{source}, row {row}: the text is empty; mend it, or read with strict=False")
-            skipped.append(Skipped(row, "the text is empty"))
+                raise DataError(f"{source}, row {row}: {fault}; mend it, or read with strict=False")
+            skipped.append(Skipped(row, fault))
             continue
         if "label" in example and _is_missing(example["label"]):
             raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
@@ -276,6 +275,14 @@ def _gathered(records: Iterable[tuple[int, Example]], source: str, *, strict: bo
 
 def _texts(example: Example) -> list[Any]:
     return [example[key] for key in ("text", "text_b") if key in example]
+
+
+def _fault(texts: Sequence[str | None]) -> str | None:
+    """Return why texts are no example, or None where they are one."""
+    if not all((text or "").strip() for text in texts):
+        return "the text is empty"
+    half = _SURROGATE.search("\n".join(filter(None, texts)))
+    return f"the text has {half[0]!r}, half of a character" if half else None
 
 
 def _is_missing(label: Any) -> bool:

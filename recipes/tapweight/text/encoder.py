@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .batches import Collate
 from .heads import OwnHead, TiedHead
@@ -76,6 +77,11 @@ class TextEncoder(nn.Module):
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ModelError(f"pooling={pooling!r}; give 'mean' or 'cls'")
+        if pooling == "cls" and tokenizer.padding_side == "left":
+            raise ModelError(
+                "pooling='cls' takes the first token, which is padding where the tokenizer pads on the left; give "
+                "pooling='mean', or set tokenizer.padding_side = 'right'"
+            )
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} has a decoder; give an encoder, such as BERT, RoBERTa or DeBERTa")
@@ -112,14 +118,17 @@ class TextEncoder(nn.Module):
         name = str(name)
         if Path(name).exists() and not Path(name).is_dir():
             raise ModelError(f"model={name!r} is a file; give the folder that holds it, or a name on the hub")
+        # Of what does not fit transformers only reports, or raises without naming it: it is asked to give it back instead.
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with _quiet():
                 config = AutoConfig.from_pretrained(name, trust_remote_code=False)
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                model = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
+                model, told = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 masked = _masked_model(name, config, options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
+        _check_weights(name, told)
         encoder = cls(model, tokenizer, pooling=pooling, max_length=max_length)
         if not Path(name).exists():
             encoder.card["base_model"] = name
@@ -184,7 +193,7 @@ class TextEncoder(nn.Module):
         """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
         with _quiet():
             self.model.save_pretrained(folder)  # type: ignore[operator]
-            self.tokenizer.save_pretrained(folder)
+            _untouched(self.tokenizer).save_pretrained(folder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
         # The tokenizer is shared: it has no state that a run changes.
@@ -211,17 +220,32 @@ def _masked_model(name: str, config: Any, options: dict[str, Any]) -> PreTrained
     claimed = any(one.endswith(("ForMaskedLM", "ForPreTraining")) for one in architectures)
     if not claimed or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return None
-    model, told = AutoModelForMaskedLM.from_pretrained(
-        name, trust_remote_code=False, output_loading_info=True, **options
-    )
-    return None if told["missing_keys"] else model
+    model, told = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=False, **options)
+    return None if told["missing_keys"] or told["mismatched_keys"] else model
+
+
+def _check_weights(name: str, told: dict[str, Any]) -> None:
+    """Refuse a checkpoint without all weights of the encoder; a pooler, which many lack, is not used."""
+    for key, found, expected in sorted(told["mismatched_keys"]):
+        raise ModelError(
+            f"model={name!r} has the shape {tuple(found)} for {key!r}, where its configuration says {tuple(expected)}; give a "
+            "checkpoint and options that fit each other"
+        )
+    if missing := sorted(key for key in told["missing_keys"] if "pooler" not in key):
+        raise ModelError(
+            f"model={name!r} lacks {len(missing)} weights of the encoder, the first {missing[0]!r}; give a whole checkpoint, and "
+            "options that fit it"
+        )
 
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
-    """Return the most tokens of a text: as many as there are positions, unless fewer are asked for."""
+    """Return the most tokens of a text: as many as there are positions, unless fewer are asked for.
+
+    XLNet's -1 positions, and the length of a tokenizer that was given none, are no limits.
+    """
     limits = [tokenizer.model_max_length]
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions:
+    if positions is not None and positions > 0:
         # RoBERTa's kind counts positions from after the padding's.
         offsets = [
             part.padding_idx + 1
@@ -230,11 +254,25 @@ def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int
         ]
         limits.append(positions - max(offsets, default=0))
     most = min(limits)
+    limited = most < VERY_LARGE_INTEGER
+    if asked is None and not limited:
+        raise ModelError("max_length=None, but neither the model nor its tokenizer has a limit; give one, such as 512")
     if asked is None:
         return most
     if not 3 <= asked <= most:
-        raise ModelError(f"max_length={asked}; the model takes from 3 to {most} tokens")
+        raise ModelError(
+            f"max_length={asked}; the model takes {f'from 3 to {most}' if limited else '3 or more'} tokens"
+        )
     return asked
+
+
+def _untouched(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer without the lengths that its last call has left in it."""
+    twin = copy.deepcopy(tokenizer)
+    if twin.is_fast:
+        twin.backend_tokenizer.no_truncation()
+        twin.backend_tokenizer.no_padding()
+    return twin
 
 
 def _inputs(model: nn.Module) -> tuple[str, ...]:

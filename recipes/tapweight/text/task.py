@@ -18,6 +18,8 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
+from mlopt.validation import shown
+
 from ..task import Split, Task
 from .data import DataError, Texts, read_table
 from .heads import LinearHead
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "SplitScore", "TextTask"]
 
 Kind = Literal["classification", "regression"]
+#: What is written for a missing number, in any case; among names each is a name.
+_MISSING = ("na", "n/a", "nan", "null")
 
 
 def _correlation(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
@@ -116,10 +120,11 @@ class TextTask(Task):
 
     Attributes:
         classes: the names of the classes. Empty for regression.
-        remarks: sentences that a user should read, such as rows left out or texts cut off.
+        remarks: sentences that a user should read: rows left out, texts of two splits, texts cut off.
 
     Raises:
-        DataError: where a label is none of the classes, is no number, or all are the same.
+        DataError: where a label is none of the classes, is no number, is missing, or all are the same; or where some texts are
+            pairs and some are not.
     """
 
     splits: Mapping[Split, Sequence[Example]]
@@ -139,8 +144,15 @@ class TextTask(Task):
         for texts in splits.values():
             if not all("label" in example for example in texts):
                 raise DataError(f"{texts.source}: there are no labels; a task needs them")
+        pairs = any("text_b" in example for example in splits["train"])
+        for split, texts in splits.items():
+            if any(("text_b" in example) is not pairs for example in texts):
+                here, there = ("single texts", "pairs") if pairs else ("pairs", "single texts")
+                raise DataError(f"{texts.source}: '{split}' has {here}, 'train' has {there}; give all the same columns")
         if kind not in (None, *METRICS):
             raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
+        if not classes:
+            _check_numbers(splits["train"])
         self.kind: Kind = kind or _infer_kind(splits["train"])
         self.metric_name = metric or next(iter(METRICS[self.kind]))
         if self.metric_name not in METRICS[self.kind]:
@@ -152,7 +164,7 @@ class TextTask(Task):
         super().__init__({split: _labelled(texts, read) for split, texts in splits.items()})
         self.collate_texts, self.dropout = collate, dropout
         self.mean, self.std = _standardisation(splits["train"], [e["label"] for e in self.splits["train"]], self.kind)
-        self.remarks = [texts.summary() for texts in splits.values() if texts.skipped]
+        self.remarks = [texts.summary() for texts in splits.values() if texts.skipped] + _shared(splits)
         for split, examples in self.splits.items():
             self.remarks += collate.remark(examples, splits[split].name)
 
@@ -251,6 +263,24 @@ def _labelled(texts: Texts, read: Callable[[Any], int | float]) -> Texts:
     return attrs.evolve(texts, examples=tuple(examples))
 
 
+def _shared(splits: Mapping[Split, Texts]) -> list[str]:
+    """Return a sentence for each other split that tells how many of its texts the training split has too, where it has some."""
+    train = {(example["text"], example.get("text_b")) for example in splits["train"]}
+    remarks = []
+    for split in ("valid", "test"):
+        count = sum((example["text"], example.get("text_b")) in train for example in splits[split])
+        if count:
+            remarks.append(f"{count} of {len(splits[split])} {split} texts are among the training texts too")
+    return remarks
+
+
+def _check_numbers(texts: Texts) -> None:
+    """Refuse a label that is missing or not finite among numbers: it would make a class, and a class of every number."""
+    values = [_value(example["label"]) for example in texts]
+    if None not in values and any(map(math.isfinite, values)):
+        _labelled(texts, _number)
+
+
 def _infer_kind(texts: Texts) -> Kind:
     """Return "regression" where the labels are numbers and not all whole, else "classification"."""
     try:
@@ -279,15 +309,29 @@ def _name(label: Any) -> str:
     return str(label).strip()
 
 
-def _number(label: Any) -> float:
+def _value(label: Any) -> float | None:
+    """Return the number that a label stands for: NaN where that is missing, None where it is a name."""
+    if isinstance(label, str) and label.strip().casefold() in _MISSING:
+        return math.nan
+    # float() takes digits grouped by underscores.
+    if isinstance(label, bool) or (isinstance(label, str) and "_" in label):
+        return None
     try:
-        if isinstance(label, bool) or "_" in str(label):  # float() takes digits grouped by underscores
-            raise ValueError
-        value = float(label)
+        return float(label)
+    except OverflowError:
+        return math.inf
     except (TypeError, ValueError):
-        raise DataError(f"the label {label!r} is not a number") from None
-    if not math.isfinite(value):
-        raise DataError(f"the label {label!r} is not finite")
+        return None
+
+
+def _number(label: Any) -> float:
+    value = _value(label)
+    if value is None:
+        raise DataError(f"the label {shown(label)} is not a number")
+    if math.isnan(value):
+        raise DataError(f"the label is missing: {shown(label)} stands in its place")
+    if math.isinf(value):
+        raise DataError(f"the label {shown(label)} is not finite")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -31,6 +32,7 @@ def objects(*records: Any) -> str:
         ("a.txt", "one\n\n  two words \nthree\n"),
         ("a.txt.gz", "one\r\n\r\ntwo words\r\nthree"),
         ("a.csv", 'id,Text\n1,one\n2,"two words"\n3,three\n'),
+        ("a.jsonl", objects({"TEXT": "one"}, {"Text": "two words"}, {"text": "three", "Text": "four"})),
         ("a.jsonl.gz", objects({"text": "one", "label": 3}, {"text": "two words"}, {"text": "three"})),
     ],
 )
@@ -51,6 +53,8 @@ def test_rows_are_the_lines_of_the_file(tmp_path: Path) -> None:
     ("columns", "expected"),
     [
         ({"text": "a", "label": 1}, {"text": "a", "label": 1}),
+        ({"Text": "a", "Label": 1}, {"text": "a", "label": 1}),
+        ({"Text": "b", "text": "a", "LABEL": 1}, {"text": "a", "label": 1}),
         ({"text_a": "a", "text_b": "b", "label": "x"}, {"text": "a", "text_b": "b", "label": "x"}),
         ({"id": 3, "sentence": "a", "label": 0.5}, {"text": "a", "label": 0.5}),
         ({"sentence1": "a", "sentence2": "b", "label": True}, {"text": "a", "text_b": "b", "label": True}),
@@ -76,6 +80,30 @@ def test_empty_texts_are_left_out_and_told_or_refused(tmp_path: Path) -> None:
         read_table(file, strict=True)
     pairs = write(tmp_path, "b.jsonl", objects(*({"text_a": "a", "text_b": b, "label": 1} for b in ("b", "", None))))
     assert len(read_table(pairs)) == 1
+
+
+def test_half_a_character_is_left_out_and_told_or_refused(tmp_path: Path) -> None:
+    """JSON says a character beyond the first 65,536 in two parts; a text that was cut off has one of them."""
+    lines = [
+        '{"text": "a", "label": 1}',
+        '{"text": "b \\ud83d", "label": 1}',
+        '{"text": "c \\ud83d\\ude00", "label": 0}',
+    ]
+    file = write(tmp_path, "a.jsonl", "\n".join(lines))
+    fault = r"the text has '\ud83d', half of a character"
+    for texts in (read_table(file), read_corpus(file)):
+        assert [example["text"] for example in texts] == ["a", "c \U0001f600"]
+        assert texts.summary() == f"2 texts of a.jsonl; 1 skipped: row 2 ({fault})"
+    with pytest.raises(DataError) as error:
+        read_table(file, strict=True)
+    assert str(error.value) == f"{file}, row 2: {fault}; mend it, or read with strict=False"
+
+
+def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
+    limit, long = csv.field_size_limit(), "word " * 40_000
+    assert len(long) > limit
+    assert read_corpus(write(tmp_path, "a.csv", f"text\na\n{long}\nb\n"))[1] == {"text": long}
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize(
@@ -135,6 +163,20 @@ def test_a_data_set_gives_the_names_of_its_classes() -> None:
     assert list(from_dataset(dataset, label=None)) == [{"text": "a"}, {"text": "c"}]
     with pytest.raises(DataError, match="made: no column 'gold'; there are 'text', 'label'"):
         from_dataset(dataset, label="gold", name="made")
+
+
+def test_the_columns_of_a_data_set_are_found_in_any_case() -> None:
+    features = datasets.Features({"Text": datasets.Value("string"), "Label": datasets.ClassLabel(names=["no", "yes"])})
+    dataset = datasets.Dataset.from_dict({"Text": ["a", "b"], "Label": [1, 0]}, features=features)
+    assert list(from_dataset(dataset)) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
+
+
+def test_a_class_below_zero_of_a_data_set_is_none() -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    with pytest.raises(DataError, match="made, row 1: the label is missing; give one, or leave the row out"):
+        from_dataset(dataset, name="made")
+    assert len(from_dataset(dataset, label=None)) == 2
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,30 @@ from sentencepiece import SentencePieceTrainer
 from text_cases import CONFIGS, VOCABULARY, corpus, encoder, model, tokenizer
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertForSequenceClassification,
+    DistilBertConfig,
+    ElectraConfig,
+    MPNetConfig,
     SplinterConfig,
     SplinterForPreTraining,
+    XLNetConfig,
 )
 
 from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
 from mlopt.recipes.tapweight.text.heads import LinearHead, TiedHead
 
 KINDS = list(CONFIGS)
+SIZE: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 def batch_of(own: TextEncoder, *texts: str) -> dict[str, torch.Tensor]:
@@ -149,9 +162,41 @@ def test_a_head_that_a_checkpoint_claims_but_lacks_is_made_anew(tmp_path: Path) 
     assert isinstance(own.masked_token_head(), TiedHead)
 
 
+def test_a_checkpoint_that_lacks_weights_of_the_encoder_is_refused(tmp_path: Path) -> None:
+    own = model()
+    state = {key: value for key, value in own.state_dict().items() if not key.startswith("encoder.layer.1.output")}
+    own.save_pretrained(tmp_path, state_dict=state)
+    tokenizer().save_pretrained(tmp_path)
+    sentence = (
+        "lacks 4 weights of the encoder, the first 'encoder.layer.1.output.LayerNorm.bias'; give a whole checkpoint"
+    )
+    with pytest.raises(ModelError, match=sentence):
+        TextEncoder.load(tmp_path)
+    assert TextEncoder.load(tmp_path, num_hidden_layers=1).model.config.num_hidden_layers == 1
+    with pytest.raises(
+        ModelError, match=r"has the shape \(35, 16\) for 'embeddings.word_embeddings.weight', where its .* \(40, 16\)"
+    ):
+        TextEncoder.load(tmp_path, num_hidden_layers=1, vocab_size=40)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AlbertConfig(embedding_size=8, **SIZE),
+        DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=len(VOCABULARY)),
+        ElectraConfig(embedding_size=8, **SIZE),
+        MPNetConfig(**SIZE),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_checkpoint_without_a_pooler_is_loaded(config: Any, tmp_path: Path) -> None:
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert TextEncoder.load(tmp_path).has_masked_token_head
+
+
 def test_an_encoder_of_which_transformers_has_no_head_for_masked_tokens_gets_a_new_one(tmp_path: Path) -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = SplinterConfig(vocab_size=len(VOCABULARY), question_token_id=4, **size)
+    config = SplinterConfig(question_token_id=4, **SIZE)
     SplinterForPreTraining(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     own = TextEncoder.load(tmp_path)
@@ -174,6 +219,40 @@ def test_the_length_is_what_the_model_takes(kind: str, most: int) -> None:
     assert batch["input_ids"].shape == (1, most)
     assert own(batch).shape == (1, most, own.width)
     assert batch["input_ids"][0, -1] == own.tokenizer.sep_token_id
+
+
+def test_a_model_without_a_limit_is_given_one() -> None:
+    """XLNet's relative positions have none: its configuration says -1."""
+    own = AutoModel.from_config(XLNetConfig(vocab_size=len(VOCABULARY), d_model=16, n_layer=1, n_head=2, d_inner=16))
+    assert TextEncoder(own, tokenizer(model_max_length=24)).max_length == 24
+    assert TextEncoder(own, tokenizer(), max_length=1_000).max_length == 1_000
+    with pytest.raises(
+        ModelError, match="max_length=None, but neither the model nor its tokenizer has a limit; give one"
+    ):
+        TextEncoder(own, tokenizer())
+    with pytest.raises(ModelError, match="max_length=2; the model takes 3 or more tokens"):
+        TextEncoder(own, tokenizer(), max_length=2)
+
+
+def test_the_first_token_of_a_text_is_not_its_padding() -> None:
+    left = tokenizer(padding_side="left")
+    with pytest.raises(ModelError, match=r"'cls' takes the first token, which is padding where .* give pooling='mean'"):
+        TextEncoder(model(), left, pooling="cls")
+    own = TextEncoder(model(), left).eval()
+    batch = batch_of(own, "good", "the thing1 is bad")
+    assert batch["input_ids"][0, 0] == left.pad_token_id
+    torch.testing.assert_close(own.pool(batch)[0], own(batch)[0, 3:].mean(0))
+
+
+def test_a_tokenizer_is_saved_without_the_lengths_of_its_last_batch(tmp_path: Path) -> None:
+    own = encoder()
+    batch_of(own, "good", "the thing1 is bad")
+    before = own.tokenizer.backend_tokenizer.to_str()
+    assert json.loads(before)["truncation"]["max_length"] == 16
+    own.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is saved["padding"] is None
+    assert own.tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_texts_that_are_cut_off_are_counted_and_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from text_cases import CONFIGS, VOCABULARY, corpus, encoder, sentences, tokenize
 from torch.nn.functional import cosine_similarity
 
 from mlopt.generators import GeneratorState
+from mlopt.recipes.tapweight.text.data import from_dataset
 from mlopt.recipes.tapweight.text.objectives import (
     OBJECTIVES,
     Contrastive,
@@ -223,6 +225,18 @@ def test_random_labels_are_of_the_text_alone() -> None:
     labels = [example["random_labels_4"] for example in first]
     assert labels == [example["random_labels_4"] for example in second]
     assert set(labels) == {0, 1, 2, 3}
+
+
+def test_random_labels_need_a_corpus_that_keeps_them() -> None:
+    dataset = datasets.Dataset.from_list(list(corpus(4)))
+    objective = RandomLabels()
+    with pytest.raises(
+        ValueError, match=r"this corpus, a Dataset, makes its examples anew .* from_dataset\(dataset, label=None\)"
+    ):
+        objective.prepare(dataset, 0)
+    kept = from_dataset(dataset, label=None)
+    objective.prepare(kept, 0)
+    assert all(objective.key in example for example in kept)
 
 
 @pytest.mark.parametrize(

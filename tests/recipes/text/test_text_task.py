@@ -41,6 +41,9 @@ def test_classes_are_those_of_the_training_labels_in_order() -> None:
     ("labels", "kind"),
     [
         (("a", "b"), "classification"),
+        (("NA", "EU", "nan"), "classification"),
+        (("NA", "EU", "1"), "classification"),
+        (("inf", "nan"), "classification"),
         ((0, 1, 2), "classification"),
         (("0", "1"), "classification"),
         ((True, False), "classification"),
@@ -76,6 +79,25 @@ def test_labels_are_left_as_they_are_in_the_texts_given() -> None:
         (lambda: of(labelled("a", "b"), None, labelled(1, source="t.csv")), "t.csv, row 0: the label '1' is none of"),
         (lambda: of(labelled(0.5, 1), labelled("x", source="d")), "d, row 0: the label 'x' is not a number"),
         (lambda: of(labelled(0.5, 1), labelled(math.inf, source="d")), "d, row 0: the label inf is not finite"),
+        (lambda: of(labelled(0.5, 1, 10**400)), f"made, row 2: the label 1{'0' * 199}... is not finite; correct it"),
+        (lambda: of(labelled(0.5, 1, 10**5000)), "made, row 2: the label <int too large to be shown> is not finite"),
+        (lambda: of(labelled(0.5, 1, "inf")), "made, row 2: the label 'inf' is not finite; correct it, or leave the"),
+        (
+            lambda: of(labelled(0.5, "nan", 1)),
+            "made, row 1: the label is missing: 'nan' stands in its place; correct it",
+        ),
+        (lambda: of(labelled("0.5", "1", " NaN")), "made, row 2: the label is missing: ' NaN' stands in its place"),
+        (lambda: of(labelled(0, 1, "NA")), "made, row 2: the label is missing: 'NA' stands in its place"),
+        (lambda: of(labelled("0", "n/a"), kind="classification"), "made, row 1: the label is missing: 'n/a' stands"),
+        (lambda: of(labelled(0.5, 1), labelled("null", source="d")), "d, row 0: the label is missing: 'null' stands"),
+        (
+            lambda: of(labelled(0, 1, pairs=True), None, labelled(0, 1, source="t.csv")),
+            "t.csv: 'test' has single texts, 'train' has pairs; give all the same columns",
+        ),
+        (
+            lambda: of(labelled(0, 1), labelled(0, 1, source="v.csv", pairs=True)),
+            "v.csv: 'valid' has pairs, 'train' has single texts; give all the same columns",
+        ),
         (lambda: of(labelled("a", "a")), "made: all labels are 'a': nothing can be learnt"),
         (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2: nothing can be learnt"),
         (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0: the label 'a' is not a number"),
@@ -194,7 +216,18 @@ def test_a_task_is_read_from_three_files(tmp_path: Path) -> None:
 
 def test_texts_that_are_cut_off_are_remarked() -> None:
     long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
-    assert of(long, labelled("a")).remarks == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"] * 2
+    made = of(long, labelled("a"), labelled("b"))
+    assert made.remarks == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
+
+
+def test_texts_that_are_in_the_training_split_too_are_remarked() -> None:
+    def split(*pairs: tuple[str, str]) -> Texts:
+        return texts([{"text": a, "text_b": b, "label": k % 2} for k, (a, b) in enumerate(pairs)])
+
+    train = split(("good", "bad"), ("fine", "bad"))
+    made = of(train, split(("bad", "good"), ("good", "fine")), split(("good", "bad"), ("bad", "bad"), ("good", "bad")))
+    assert made.remarks == ["2 of 3 test texts are among the training texts too"]
+    assert of(train).remarks == [f"2 of 2 {name} texts are among the training texts too" for name in ("valid", "test")]
 
 
 def test_a_split_is_scored_as_a_whole_and_modes_are_put_back() -> None:

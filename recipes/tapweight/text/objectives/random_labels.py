@@ -35,9 +35,18 @@ class RandomLabels(Objective):
         self.key = f"random_labels_{classes}"
 
     def prepare(self, corpus: Sequence[Example], seed: int) -> None:
-        """Attach a label from the BLAKE2 hash of its text to each example. The labels do not depend on the seed."""
+        """Attach a label from the BLAKE2 hash of its text to each example. The labels do not depend on the seed.
+
+        Raises:
+            ValueError: the corpus does not keep what is attached to its examples.
+        """
         for example in corpus:
             example[self.key] = hashed_label(example["text"], self.classes)
+        if self.key not in corpus[0]:
+            raise ValueError(
+                f"{self.name} attaches a label to each example, but this corpus, a {type(corpus).__name__}, makes its examples "
+                "anew each time; give a list of them, of a datasets.Dataset by from_dataset(dataset, label=None)"
+            )
 
     def head(self, encoder: nn.Module) -> nn.Module:
         """Build a linear map to labels."""
