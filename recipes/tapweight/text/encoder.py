@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -122,10 +121,9 @@ class TextEncoder(nn.Module):
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with _quiet():
-                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 model, told = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
-                masked = _masked_model(name, config, options)
+                masked = _masked_model(name, model.config, options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
         _check_weights(name, told)

@@ -332,6 +332,26 @@ def test_adapters_alone_are_trained(estimator: mlopt.Estimator | None) -> None:
     assert all(".up." in name or ".down." in name for name in moved)
 
 
+# PEFT asks transformers by an older name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_peft_are_trained_saved_and_loaded(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft, which no extra installs")
+    for part in (model(), tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"]))
+    own = TextEncoder(adapted, tokenizer(), max_length=16)
+    start = copy.deepcopy(own.state_dict())
+    result = tapweight(own, NAMES, settings=attrs.evolve(SETTINGS, pretraining_lr=1e-2)).fit(4, progress=False)
+    end = result.encoder.state_dict()
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {name for name in start if ".lora_" in name}
+    result.save(tmp_path / "result")
+    found = TextEncoder.load(tmp_path / "result" / "encoder", max_length=16).eval()
+    batch = found.collate(list(corpus(3)))
+    torch.testing.assert_close(found.pool(batch), result.encoder.eval().pool(batch))
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_weights_of_half_precision_go_through_the_recipe(kind: str) -> None:
     own = TextEncoder(model(kind, masked=True).bfloat16(), tokenizer(), max_length=16)
