@@ -76,7 +76,11 @@ def objective_losses(
 
 def task_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
     """Return the mean loss of the task on a batch."""
-    return task.losses(task.outputs(model.encoder, model.head, batch), batch).mean()
+    return _losses(model, batch, task).mean()
+
+
+def _losses(model: Finetuning, batch: Any, task: Task) -> Tensor:
+    return task.losses(task.outputs(model.encoder, model.head, batch), batch)
 
 
 def _validation_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
@@ -84,7 +88,7 @@ def _validation_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
 
     def losses(part: Any) -> Tensor:
         with evaluation(model):
-            return task.losses(task.outputs(model.encoder, model.head, part), part)
+            return _losses(model, part, task)
 
     if not isinstance(batch, Parts):
         return losses(batch).mean()

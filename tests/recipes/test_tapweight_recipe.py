@@ -138,6 +138,22 @@ def test_a_run_depends_on_its_seed_and_on_nothing_drawn_before():
     assert [again.fit(6, progress=False).weights for _ in range(2)] == [first.weights] * 2
 
 
+def test_a_measurement_takes_no_more_examples_at_once_than_a_step():
+    rows = []
+
+    class Noting(Saved):
+        def forward(self, batch):
+            if not self.training and torch.is_grad_enabled():  # the validation examples, not those that are scored
+                rows.append(len(batch))
+            return super().forward(batch)
+
+    made = tapweight(settings=attrs.evolve(SETTINGS, valid_batch_size=5))
+    made.encoder = Noting()
+    made.fit(6, baselines=(), progress=False)
+    # Steps on batches of 5; measurements on halves of 12, in parts of 5, 5 and 2.
+    assert set(rows) == {5, 2}
+
+
 def test_equal_weights_see_the_batches_that_tapweight_sees():
     """At a learning rate of zero for the weights, TapWeight is equal weights, to rounding."""
     settings = attrs.evolve(SETTINGS, weights_lr=0.0)
