@@ -1,4 +1,4 @@
-"""The command line: `mlopt doctor ...`, `mlopt RECIPE MODALITY ...`; each command is imported when it is asked for."""
+"""The command line: `mlopt diagnose ...`, `mlopt RECIPE MODALITY ...`; each command is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Recipe:
     commands: dict[str, Command]
 
 
-_DOCTOR = Command("examine a problem of yours before a long run", "mlopt.diagnosis.command")
+_DIAGNOSE = Command("examine a problem of yours before a long run", "mlopt.diagnosis.command")
 
 _RECIPES = {
     "tapweight": Recipe(
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(chosen=parser)
     recipes = parser.add_subparsers(title="commands and recipes", metavar="COMMAND")
-    _add(recipes, "doctor", _DOCTOR)
+    _add(recipes, "diagnose", _DIAGNOSE)
     for name, recipe in _RECIPES.items():
         child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
         child.set_defaults(chosen=child)

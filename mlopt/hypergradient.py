@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .errors import ProblemError, TrustWarning
 from .finiteness import require_finite
-from .generators import GeneratorState, derive_seed
 from .problem import (
     Block,
     Estimator,
@@ -27,9 +26,17 @@ from .problem import (
     level_terms,
     to_device,
 )
+from .rng import GeneratorState, derive_seed
 from .tensors import Tensors, add, zeros_like
 
-__all__ = ["Hypergradient", "accumulate", "hypergradient", "lookahead", "partial_derivatives", "seeded_generators"]
+__all__ = [
+    "Hypergradient",
+    "at_solutions",
+    "hypergradient",
+    "partial_derivatives",
+    "seeded_generators",
+    "total_derivative",
+]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -97,11 +104,11 @@ def hypergradient(
     chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
     generators = seeded_generators(problem, *chosen)
     point = Point(problem, batches, generators, curvature_batches=curvature)
-    with point.untouched(), lookahead(point, target):
+    with point.generators_preserved(), at_solutions(point, target):
         terms = level_terms(point, target)
         loss = sum((term.value() for term in terms[1:]), terms[0].value())
         cotangents = partial_derivatives(problem, target, loss)
-        gradient = accumulate(point, target, cotangents)
+        gradient = total_derivative(point, target, cotangents)
     for name, report in point.reports.items():
         if report.doubtful:
             warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=2)
@@ -129,7 +136,7 @@ def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") 
 
 
 @contextlib.contextmanager
-def lookahead(point: Point, level: Level) -> Iterator[None]:
+def at_solutions(point: Point, level: Level) -> Iterator[None]:
     """Put the variables of the levels inside where their estimators take the solutions to be; put them back on leaving.
 
     Each level is moved after those that its objective refers to.
@@ -140,7 +147,7 @@ def lookahead(point: Point, level: Level) -> Iterator[None]:
             estimator = problem[part].estimator
             if estimator is not None and problem.graph[part].arguments:
                 begin = time.perf_counter()
-                moved.enter_context(estimator.lookahead(point, part))
+                moved.enter_context(estimator.at_solution(point, part))
                 point.seconds[part] = time.perf_counter() - begin
         yield
 
@@ -162,7 +169,7 @@ def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Bl
     return derivatives(loss, names, {name: problem[name].parameters for name in names})
 
 
-def accumulate(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) -> Tensors:
+def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) -> Tensors:
     """Return the total derivative of a level's objective with respect to its variables.
 
     Each part of the level's interior is pulled back once, after all those that refer to it.

@@ -1,7 +1,7 @@
 """What lets a user trust an estimator on a problem: checks against an oracle, and an examination before a long run."""
 
 from .check import Check, DisagreementError, Row, check_hypergradient
-from .doctor import Diagnosis, LevelDiagnosis, diagnose
+from .diagnosis import Diagnosis, LevelDiagnosis, diagnose
 from .finding import Finding
 
 __all__ = [

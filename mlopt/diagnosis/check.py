@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..errors import EstimatorError, SecondDerivativeError
 from ..estimators import Dense, Implicit
-from ..generators import preserved
 from ..hypergradient import Hypergradient, hypergradient
 from ..problem import Problem, Report
+from ..rng import preserved
 from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
-from .probe import fixed_batches, put_back, rendered
+from .evaluation import fixed_batches, put_back, rendered
 from .resolve import Resolver, replace_estimators
 
 __all__ = ["Check", "DisagreementError", "Row", "check_hypergradient"]

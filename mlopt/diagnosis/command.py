@@ -1,4 +1,4 @@
-"""The command `mlopt doctor module:attribute`: examine a problem of the user's own before a long run."""
+"""The command `mlopt diagnose module:attribute`: examine a problem of the user's own before a long run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.console import Console
 
 from ..errors import ProblemError
 from ..problem import Problem
-from .doctor import diagnose
+from .diagnosis import diagnose
 
 __all__ = ["load_problem", "main"]
 
 
-def main(arguments: Sequence[str], *, prog: str = "mlopt doctor") -> int:
+def main(arguments: Sequence[str], *, prog: str = "mlopt diagnose") -> int:
     """Run the command.
 
     Args:
@@ -58,20 +58,20 @@ def load_problem(place: str) -> Problem:
     """
     module_name, separator, attribute = place.partition(":")
     if not (module_name and separator and attribute):
-        raise ProblemError(f"doctor: {place!r}; give MODULE:ATTRIBUTE, such as experiment:problem for experiment.py")
+        raise ProblemError(f"diagnose: {place!r}; give MODULE:ATTRIBUTE, such as experiment:problem for experiment.py")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     if importlib.util.find_spec(module_name.partition(".")[0]) is None:
-        raise ProblemError(f"doctor: there is no module {module_name!r} in {folder} or among the installed packages")
+        raise ProblemError(f"diagnose: there is no module {module_name!r} in {folder} or among the installed packages")
     found = importlib.import_module(module_name)
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise ProblemError(f"doctor: module {module_name!r} has no attribute {attribute!r}")
+            raise ProblemError(f"diagnose: module {module_name!r} has no attribute {attribute!r}")
         found = getattr(found, name)
     problem = found() if callable(found) else found
     if not isinstance(problem, Problem):
         raise ProblemError(
-            f"doctor: {place!r} is a {type(problem).__name__}; it must be a mlopt.Problem, or a function that returns one"
+            f"diagnose: {place!r} is a {type(problem).__name__}; it must be a mlopt.Problem, or a function that returns one"
         )
     return problem

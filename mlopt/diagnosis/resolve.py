@@ -14,8 +14,8 @@ from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..hypergradient import seeded_generators
 from ..problem import Level, Point, Problem, level_terms
 from ..tensors import flatten, norm, unflatten
+from .evaluation import evaluate
 from .minimize import minimize
-from .probe import evaluate
 
 __all__ = ["Resolver", "replace_estimators"]
 

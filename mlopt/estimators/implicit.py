@@ -26,8 +26,8 @@ from ..problem import (
 )
 from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
 from ..validation import one_of
-from .adaptation import adaptation
 from .products import PRODUCTS, Compiled, Product
+from .step_derivative import step_derivative
 
 __all__ = ["Implicit", "Stationarity"]
 
@@ -231,7 +231,7 @@ class Stationarity(Linearization):
         else:
             # The latest step leaves its gradient behind; a variable that it did not move has none.
             gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in level.parameters)
-        return adaptation(level, live, gradient)
+        return step_derivative(level, live, gradient)
 
     def _complete(self, q: Tensors | None, load: Vectors) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
         """Eliminate the levels inside: given the own component q, return the whole of Q, and what its own row leaves over."""

@@ -15,8 +15,8 @@ from ..errors import EstimatorError, NonFiniteError
 from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored, standing_in
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, one_of
+from .optimizer_step import OptimizerStep, Step, check_transformation
 from .products import PRODUCTS, Product
-from .update import Step, Update, check_transformation
 
 __all__ = ["Unrolled"]
 
@@ -78,10 +78,10 @@ class Unrolled(Estimator):
         check_transformation(self.optimizer)
 
     @contextlib.contextmanager
-    def lookahead(self, point: Point, level: str) -> Iterator[None]:
+    def at_solution(self, point: Point, level: str) -> Iterator[None]:
         self._refuse_levels_inside(point, level)
         with restored(point.problem[level].parameters) as present:
-            with point.untouched():
+            with point.generators_preserved():
                 point.ahead[level] = _Trajectory(self, point, level, present)
             yield
 
@@ -171,7 +171,7 @@ class _Trajectory:
         update: Phi.
     """
 
-    update: Update
+    update: OptimizerStep
 
     def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
         self._rule, self._point, self._level = rule, point, point.problem[name]
@@ -186,7 +186,7 @@ class _Trajectory:
         used = [i for i, g in enumerate(first) if g is not None]
         self._first = tuple(g for g in first if g is not None)
         self._used = used
-        self.update = Update(rule.optimizer, point, name, used, fresh=rule.start is not None)
+        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=rule.start is not None)
         memory = self.update.initial
         self._kept: list[tuple[Tensors, Tensors]] = []
         self._segment: list[_Held] = []

@@ -1,9 +1,9 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
-from .contract import Block, Estimator, Linearization, Report, Vectors
+from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
 from .level import Level, Variables, variables
-from .objective import Mixture, Outcome, read_outcome, scalar
+from .losses import LossValue, Mixture, read_loss, scalar
 from .point import Point, StreamedCotangent, restored
 from .problem import Problem
 from .stream import Stream, to_device
@@ -16,9 +16,9 @@ __all__ = [
     "Level",
     "LevelTerm",
     "Linearization",
+    "LossValue",
     "Mixture",
     "Node",
-    "Outcome",
     "Point",
     "Problem",
     "Report",
@@ -31,7 +31,7 @@ __all__ = [
     "cut",
     "derivatives",
     "level_terms",
-    "read_outcome",
+    "read_loss",
     "restored",
     "scalar",
     "standing_in",

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..errors import ProblemError
 from ..tensors import Tensors
-from .contract import Estimator
+from .estimator import Estimator
 
 __all__ = ["Level", "Variables", "references", "variables"]
 

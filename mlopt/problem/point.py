@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..generators import GeneratorState, preserved
+from ..rng import GeneratorState, preserved
 from ..tensors import Tensors
-from .contract import Block, Report
+from .estimator import Block, Report
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -52,7 +52,7 @@ def restored(variables: Tensors) -> Iterator[Tensors]:
 class Point:
     """Where everything that one hypergradient needs is evaluated: same variables, batches and random numbers throughout.
 
-    Enter `untouched()` around evaluations: on leaving, the generators are as they were.
+    Enter `generators_preserved()` around evaluations: on leaving, the generators are as they were.
 
     Args:
         problem: the problem; its modules hold the variables.
@@ -88,9 +88,9 @@ class Point:
         self.devices = problem.devices if devices is None else devices
         #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
         self.values: dict[Block, Tensors] = dict(variables or {level.name: level.parameters for level in problem})
-        #: What the lookahead of a level's estimator left for its pullback.
+        #: What `at_solution` of a level's estimator left for its pullback.
         self.ahead: dict[str, Any] = {}
-        #: Seconds that lookaheads took.
+        #: Seconds that `at_solution` took.
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
 
@@ -110,7 +110,7 @@ class Point:
             self.warm.pop(name, None)
 
     @contextlib.contextmanager
-    def untouched(self) -> Iterator[None]:
+    def generators_preserved(self) -> Iterator[None]:
         """Put the random generators back on leaving. (Buffers are put back after each evaluation.)"""
         with preserved(self.devices):
             yield

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ProblemError
-from ..generators import GeneratorState, derive_seed, preserved
+from ..rng import GeneratorState, derive_seed, preserved
 
 _END = object()
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..tensors import Tensors, dot, zeros_like
-from .contract import Block, Vectors
-from .objective import Mixture, Outcome, read_outcome, scalar
+from .estimator import Block, Vectors
+from .losses import LossValue, Mixture, read_loss, scalar
 
 if TYPE_CHECKING:
     from .level import Level
@@ -264,7 +264,7 @@ class LevelTerm(Term):
         }
         return _PureFunction(self._modules, function).at(named)
 
-    def _outcome(self, modules: Mapping[str, nn.Module]) -> Outcome:
+    def _outcome(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Evaluate the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
         outcome = self._read(modules, self._batches[self.name])
@@ -272,9 +272,9 @@ class LevelTerm(Term):
         mixtures[self.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
         return outcome
 
-    def _read(self, modules: Mapping[str, nn.Module], batch: Any) -> Outcome:
+    def _read(self, modules: Mapping[str, nn.Module], batch: Any) -> LossValue:
         others = {name: modules[name] for name in self._level.loss_references}
-        return read_outcome(self._level.loss(modules[self.name], batch, **others), self._level)
+        return read_loss(self._level.loss(modules[self.name], batch, **others), self._level)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":

@@ -107,13 +107,13 @@ class Checkpoints:
                     "or give another folder"
                 )
             for entry in sorted(self.folder.iterdir()):
-                if re.fullmatch(rf"{_PARTIAL}((step|fault)-[0-9]+|probe)", entry.name):
+                if re.fullmatch(rf"{_PARTIAL}((step|fault)-[0-9]+|trial)", entry.name):
                     _remove(entry)
                 elif re.fullmatch(rf"{_REPLACED}(step|fault)-[0-9]+", entry.name):
                     _settle(entry.with_name(entry.name.removeprefix(_REPLACED)))
-            probe = self.folder / f"{_PARTIAL}probe"
-            archive.write_file(probe, b"can this be written?")
-            probe.unlink()
+            trial = self.folder / f"{_PARTIAL}trial"
+            archive.write_file(trial, b"can this be written?")
+            trial.unlink()
             archive.sync_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {_told(error)}") from error

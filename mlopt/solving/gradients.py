@@ -11,22 +11,22 @@ from torch import Tensor
 
 from ..errors import ProblemError
 from ..finiteness import require_finite
-from ..generators import GeneratorState
-from ..hypergradient import accumulate, lookahead, partial_derivatives
+from ..hypergradient import at_solutions, partial_derivatives, total_derivative
 from ..problem import (
     Block,
     Level,
+    LossValue,
     Mixture,
-    Outcome,
     Point,
     Problem,
     Report,
     Stream,
     StreamedCotangent,
     cloned_buffers,
-    read_outcome,
+    read_loss,
     scalar,
 )
+from ..rng import GeneratorState
 from ..tensors import Tensors, add, axpy_, dot, is_finite, scale
 from .precision import Precision
 
@@ -195,7 +195,7 @@ class Gradients:
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses = []
         cotangents: dict[Block, Tensors] = {}
-        with lookahead(point, level):
+        with at_solutions(point, level):
             for k, batch in enumerate(batches):
                 self._stand(level, batch, replayed=last and k == len(batches) - 1)
                 with precision.autocast:
@@ -213,8 +213,8 @@ class Gradients:
                 # The scaled loss overflowed on its way back: the scaler sees that in the gradient, and does not step.
                 gradient = tuple(torch.full_like(variable, torch.nan) for variable in variables)
             else:
-                with point.untouched():
-                    gradient = precision.scaled_vectors(accumulate(point, level, cotangents))
+                with point.generators_preserved():
+                    gradient = precision.scaled_vectors(total_derivative(point, level, cotangents))
         for variable, derivative in zip(variables, gradient, strict=True):
             variable.grad = derivative.detach()
         self._keep_reports(point)
@@ -232,9 +232,9 @@ class Gradients:
         if replayed and self.problem.needs_estimator(level.name):
             self.generators[level.name] = GeneratorState.capture(self._devices)
 
-    def _outcome(self, level: Level) -> Outcome:
+    def _outcome(self, level: Level) -> LossValue:
         others = {name: self.problem[name].module for name in level.loss_references}
-        outcome = read_outcome(level.loss(level.module, self.batches[level.name], **others), level)
+        outcome = read_loss(level.loss(level.module, self.batches[level.name], **others), level)
         self.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
         return outcome
 

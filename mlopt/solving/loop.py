@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointWarning, Interrupted, NonFiniteError, ProblemError
 from ..finiteness import Watch, at_once, deferred
-from ..generators import GeneratorState, preserved
 from ..problem import Problem
+from ..rng import GeneratorState, preserved
 from .callbacks import Callback
 from .checkpoints import Checkpoints
 from .interruption import Interruption

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CheckpointWarning
-from ..generators import GeneratorState
 from ..problem import Problem
+from ..rng import GeneratorState
 from .description import compare, described
 from .engine import Engine
 from .history import History

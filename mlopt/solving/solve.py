@@ -11,8 +11,8 @@ import attrs
 import torch
 
 from ..errors import ProblemError, TrustWarning
-from ..generators import seed_everything
 from ..problem import Problem, Report
+from ..rng import seed_everything
 from .callbacks import Callback, ProgressDisplay
 from .checkpoints import Checkpoints
 from .history import History

@@ -3,7 +3,7 @@
 from .closed_form import ClosedForm, logistic_regression, quadratic
 from .contract import EstimatorContract
 from .shapes import SHAPES, Shape, ladder
-from .untouched import same, snapshot, stateful_problem, train_a_little
+from .side_effects import same, snapshot, stateful_problem, train_a_little
 
 __all__ = [
     "SHAPES",

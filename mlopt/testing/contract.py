@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..errors import MloptError, NonFiniteError
 from ..estimators import Identity
-from ..generators import preserved
 from ..hypergradient import hypergradient
 from ..problem import Estimator
+from ..rng import preserved
 from ..tensors import axpy, flatten, scale, zeros_like
 from .closed_form import ClosedForm, logistic_regression, quadratic
 from .measuring import (
@@ -33,8 +33,8 @@ from .measuring import (
     true_residual,
 )
 from .shapes import ladder
+from .side_effects import same, snapshot, stateful_problem, train_a_little
 from .traps import Decorated, Plain, broken, masked, noisy, regression
-from .untouched import same, snapshot, stateful_problem, train_a_little
 
 __all__ = ["EstimatorContract"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generators import GeneratorState
 from ..problem import Block, Estimator, Linearization, Point, Problem, Report, Vectors
+from ..rng import GeneratorState
 from ..tensors import Tensors, dot, flatten, zeros_like
-from .untouched import same
+from .side_effects import same
 
 __all__ = [
     "Counting",
@@ -79,7 +79,7 @@ class TwoLevels:
         outer, inner = problem.levels
         batches = {level.name: None if level.data is None else next(iter(level.data)) for level in problem}
         point = Point(problem, batches, {level.name: GeneratorState.seeded(0) for level in problem})
-        with point.untouched():
+        with point.generators_preserved():
             value = outer.loss(outer.module, batches[outer.name], **{inner.name: inner.module})
             both = torch.autograd.grad(
                 value, [*inner.parameters, *outer.parameters], materialize_grads=True, allow_unused=True

@@ -14,13 +14,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from torch.utils.data import DataLoader
 
 import mlopt
-from mlopt.generators import derive_seed, seed_everything
 from mlopt.problem import Stream
+from mlopt.rng import derive_seed, seed_everything
 from mlopt.validation import at_least, one_of, positive
 
 from .levels import Pretraining, three_levels
 from .result import TapWeightResult
-from .signals import SignalProbe
+from .signals import SignalMeter
 from .training import Saved, Score, finetune, fixed_weights, gradient_norms
 from .weights import DelayedAdam
 
@@ -210,16 +210,16 @@ class TapWeight:
         if unknown:
             raise ValueError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
         outer, _ = self.settings.schedule(steps)
-        problem, probe = self.problem(steps)
+        problem, meter = self.problem(steps)
         solve = Saved(checkpoint, resume=resume, progress=progress)
-        solution = solve("adaptation", problem, outer, callbacks=[probe, *callbacks], seed=self.seed)
+        solution = solve("adaptation", problem, outer, callbacks=[meter, *callbacks], seed=self.seed)
         adapted = problem["pretraining"].module.encoder
         encoders = self._baselines(baselines, outer * self.settings.every, solve) | {"tapweight": adapted}
         scores = {way: self._finetune(encoder, way, solve) for way, encoder in encoders.items()}
         weights = problem["reweighting"].module().tolist()
         return TapWeightResult(
             weights=dict(zip(self.names, weights, strict=True)),
-            signals=probe.signals(),
+            signals=meter.signals(),
             history=solution.history,
             encoder=adapted,
             scores={name: _mean(values) for name, values in scores.items()},
@@ -255,8 +255,8 @@ class TapWeight:
             self._prepared = model, scales
         return self._prepared
 
-    def problem(self, steps: int) -> tuple[mlopt.Problem, SignalProbe]:
-        """Return the three levels, and the probe that measures the objectives' signals, for a run of so many steps."""
+    def problem(self, steps: int) -> tuple[mlopt.Problem, SignalMeter]:
+        """Return the three levels, and the meter that measures the objectives' signals, for a run of so many steps."""
         settings, task = self.settings, self.task
         start, scales = self.prepare()
         outer, delay = settings.schedule(steps)
@@ -286,7 +286,7 @@ class TapWeight:
         )
         train = Stream("train", task.loader("train", settings.task_batch_size, shuffle=True), self.seed, self._device)
         corpus = self._stream("measure")
-        probe = SignalProbe(
+        meter = SignalMeter(
             self.names,
             task.splits["valid"],
             task.collate,
@@ -297,7 +297,7 @@ class TapWeight:
             batch_size=settings.valid_batch_size,
             seed=derive_seed(self.seed, "halves"),
         )
-        return problem, probe
+        return problem, meter
 
     def equal_weights(self, steps: int) -> mlopt.Problem:
         """Return so many steps of pretraining at equal weights, from the same start and on the same batches, as a problem."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mlopt.problem import Stream
 
-__all__ = ["Signal", "SignalProbe", "judge", "verdict"]
+__all__ = ["Signal", "SignalMeter", "judge", "verdict"]
 
 
 @attrs.frozen
@@ -41,7 +41,7 @@ class Signal:
     significant: bool
 
 
-class SignalProbe(mlopt.Callback):
+class SignalMeter(mlopt.Callback):
     """Collects every objective's signal at each step, and now and then measures it on two halves of the validation examples.
 
     A step's signal comes from the gradient that the weights move by. A half's signal is the hypergradient with that half as
@@ -52,7 +52,7 @@ class SignalProbe(mlopt.Callback):
         names: of the objectives, in the order of their weights.
         valid: the validation examples.
         collate: joins examples into a batch.
-        streams: pretraining and finetuning batches of the probe's own, by level name.
+        streams: pretraining and finetuning batches of the meter's own, by level name.
         start: outer steps before the first interval.
         interval: outer steps between measurements.
         limit: the most examples in a half.

@@ -11,7 +11,7 @@ import attrs
 import torch
 
 import mlopt
-from mlopt.generators import preserved, seed_everything
+from mlopt.rng import preserved, seed_everything
 
 from .levels import Finetuning, Pretraining, objective_losses, task_loss
 
@@ -76,15 +76,15 @@ def gradient_norms(
     Raises:
         ValueError: an objective gives the encoder no gradient, or one that is not finite.
     """
-    probe = copy.deepcopy(model)
-    parameters = [p for p in probe.encoder.parameters() if p.requires_grad]
+    perturbed = copy.deepcopy(model)
+    parameters = [p for p in perturbed.encoder.parameters() if p.requires_grad]
     norms = {}
     with preserved():
         seed_everything(seed)
         for objective in objectives:
             name, squares = objective.name, []
             for batch in batches:
-                loss = objective_losses(probe, batch, [objective], {name: 1.0})[name]()
+                loss = objective_losses(perturbed, batch, [objective], {name: 1.0})[name]()
                 if not loss.requires_grad:
                     raise ValueError(
                         f"objective {name!r}: its loss has no gradient (was it detached?); mend it or leave it out"

@@ -28,5 +28,11 @@ def test_the_examples_run(name: str) -> None:
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     found = {name: sum(bool(test.examples) for test in finder.find(importlib.import_module(name))) for name in MODULES}
-    for name in ("diagnosis.check", "diagnosis.doctor", "diagnosis.minimize", "diagnosis.spectrum", "testing.contract"):
+    for name in (
+        "diagnosis.check",
+        "diagnosis.diagnosis",
+        "diagnosis.minimize",
+        "diagnosis.spectrum",
+        "testing.contract",
+    ):
         assert found[f"mlopt.{name}"] > 0, name

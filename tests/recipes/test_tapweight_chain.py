@@ -49,9 +49,7 @@ def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple
     return problem, batches
 
 
-def closed_form(
-    problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float, masks: mlopt.generators.GeneratorState
-):
+def closed_form(problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float, masks: mlopt.rng.GeneratorState):
     """Return dL/da = -2 gamma (diag(lambda) - lambda lambda^T) s with s_k = <grad_theta L_k, v>, from plain torch."""
     own, theta = problem["reweighting"].module, problem["pretraining"].module
     omega = problem["finetuning"].module
@@ -78,9 +76,7 @@ def test_the_hypergradient_is_the_closed_form(products, gamma):
     problem, batches = chain(gamma, mlopt.Identity(products=products))
     result = mlopt.hypergradient(problem, batches, seed=3)
     devices = problem.devices
-    masks = mlopt.generators.GeneratorState.seeded(
-        mlopt.generators.derive_seed("hypergradient", "seed", 3, "pretraining"), devices
-    )
+    masks = mlopt.rng.GeneratorState.seeded(mlopt.rng.derive_seed("hypergradient", "seed", 3, "pretraining"), devices)
     expected = closed_form(problem, batches, gamma, masks)
     torch.testing.assert_close(result.gradient["logits"].double(), expected, rtol=1e-6, atol=1e-8 * gamma)
 

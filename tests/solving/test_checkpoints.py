@@ -330,7 +330,7 @@ def test_claiming_clears_away_what_was_cut_off(tmp_path):
     saved(tmp_path, 1)
     for name in ("partial-step-00000002", "partial-fault-00000001"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
-    (tmp_path / "partial-probe").write_text("")
+    (tmp_path / "partial-trial").write_text("")
     Checkpoints(tmp_path).claim(resume=True)
     assert names(tmp_path) == ["step-00000001"]
 

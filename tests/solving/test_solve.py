@@ -155,7 +155,7 @@ def test_the_outer_step_follows_the_hypergradient_of_the_latest_batches():
     mlopt.solve(problem, 3, seed=5)
 
     net, own = network(), torch.zeros(2, 3, dtype=F64, requires_grad=True)
-    mlopt.generators.seed_everything(5)
+    mlopt.rng.seed_everything(5)
     position = 0
     for _ in range(3):
         for _ in range(2):

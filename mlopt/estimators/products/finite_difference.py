@@ -45,12 +45,12 @@ class FiniteDifference(Product):
         kept = [variable.clone() for variable in live]
         try:
             with torch.autocast(moved[0].device.type, enabled=False):
-                above, below = self._probe(live, kept, step, along, wanted)
+                above, below = self._both_sides(live, kept, step, along, wanted)
         finally:
             torch._foreach_copy_(live, kept)
         return {block: scale(0.5 / step, subtract(above[block], below[block])) for block in wanted}
 
-    def _probe(
+    def _both_sides(
         self, live: list[Tensor], kept: list[Tensor], step: Tensor, along: list[Tensor], wanted: Sequence[Block]
     ) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
         """Return the first derivatives on both sides."""

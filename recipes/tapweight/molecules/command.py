@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from rich.console import Console
 
-from mlopt.generators import seed_everything
+from mlopt.rng import seed_everything
 
 from ..command import run, say
 from ..recipe import TapWeight

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import cross_entropy
 
-from mlopt.generators import seed_everything
+from mlopt.rng import seed_everything
 
 from ..demonstration import Known, show
 from ..objective import Objective

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from text_cases import CONFIGS, VOCABULARY, corpus, encoder, sentences, tokenizer
 from torch.nn.functional import cosine_similarity
 
-from mlopt.generators import GeneratorState
 from mlopt.recipes.tapweight.text.data import from_dataset
 from mlopt.recipes.tapweight.text.objectives import (
     OBJECTIVES,
@@ -24,6 +23,7 @@ from mlopt.recipes.tapweight.text.objectives import (
     SentenceOrder,
     make_objective,
 )
+from mlopt.rng import GeneratorState
 
 NAMES = list(OBJECTIVES)
 SPECIAL = 5  # the first tokens of the vocabulary

@@ -17,11 +17,11 @@ from torch.optim import SGD
 from transformers import AutoModel, AutoTokenizer
 
 import mlopt
-from mlopt.generators import GeneratorState, derive_seed
 from mlopt.recipes.tapweight.levels import Pretraining, three_levels
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
+from mlopt.rng import GeneratorState, derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

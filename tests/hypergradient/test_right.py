@@ -169,4 +169,6 @@ def test_the_loss_is_reported_without_a_graph() -> None:
     result = mlopt.hypergradient(case.problem)
     batch, beta = case.problem["weights"].data[0], case.problem["regression"].module.value
     assert not result.loss.requires_grad
-    assert result.loss == torch.log1p(torch.exp(-(batch @ beta))).mean().item()
+    # Another formula: kernels differ between processors, and so does its rounding.
+    expected = torch.log1p(torch.exp(-(batch @ beta))).mean().item()
+    assert result.loss.item() == pytest.approx(expected, rel=1e-12)

@@ -319,7 +319,7 @@ class ForgetsTheMask(Faulty):
     """Linearises at draws of its own."""
 
     def linearize(self, point: Point, level: str) -> Linearization:
-        moved = mlopt.generators.GeneratorState.seeded(99)
+        moved = mlopt.rng.GeneratorState.seeded(99)
         other = Point(point.problem, point.batches, {**point.generators, level: moved}, point.warm)
         return mlopt.Dense().linearize(other, level)
 

@@ -18,10 +18,10 @@ from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
 from ..problem import Level, Point, Problem, level_terms, restored
 from ..tensors import Tensors, axpy, flatten, unflatten
-from .probe import evaluate
+from .evaluation import evaluate
 from .spectrum import Spectrum, lanczos
 
-__all__ = ["KINDS", "Measures", "Tap", "Trial", "examine", "point_at"]
+__all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure", "point_at"]
 
 #: The kinds of products that are to agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
@@ -70,7 +70,7 @@ class Trial:
 
 
 @attrs.define(kw_only=True, eq=False)
-class Measures:
+class Measurements:
     """What was measured of one level.
 
     Attributes:
@@ -105,7 +105,9 @@ def point_at(problem: Problem, batches: Mapping[str, Any], seed: int) -> Point:
     return Point(problem, batches, seeded_generators(problem, "seed", seed))
 
 
-def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int, cotangent: Tensors | None) -> Measures:
+def measure(
+    problem: Problem, batches: Mapping[str, Any], name: str, seed: int, cotangent: Tensors | None
+) -> Measurements:
     """Measure one level that cotangents are pulled back through. The generators move; whoever calls puts them back.
 
     Args:
@@ -117,7 +119,7 @@ def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int, 
             a random vector, and few along a gradient: what is pulled back is what they are to be right on.
     """
     level, point = problem[name], point_at(problem, batches, seed)
-    measures = Measures()
+    measures = Measurements()
     _, gradient = evaluate(point, level)
     start = flatten(gradient).double()
     measures.gradient_norm = float(start.norm())
@@ -137,7 +139,7 @@ def examine(problem: Problem, batches: Mapping[str, Any], name: str, seed: int, 
     return measures
 
 
-def _measure_spectrum(measures: Measures, level: Level, gradient: Tensor, vectors: tuple[Tensors, Tensors]) -> None:
+def _measure_spectrum(measures: Measurements, level: Level, gradient: Tensor, vectors: tuple[Tensors, Tensors]) -> None:
     assert measures.reference is not None
     trial = measures.trials[measures.reference]
     known = trial.matvec
@@ -182,7 +184,7 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
     return trial
 
 
-def _suspect(measures: Measures, point: Point, level: Level, vector: Tensors) -> None:
+def _suspect(measures: Measurements, point: Point, level: Level, vector: Tensors) -> None:
     """Note against products that they are far from differences of the gradient which, at two steps, agree with one another.
 
     A custom backward marked once_differentiable, or a detach, may drop a second derivative without a word.

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import mlopt
 from mlopt.estimators import Implicit
-from mlopt.estimators.adaptation import adaptation
+from mlopt.estimators.step_derivative import step_derivative
 from mlopt.testing import quadratic
 
 OPTIMIZERS = {
@@ -63,13 +63,13 @@ def test_the_diagonal_is_the_derivative_of_the_step(name: str, steps: int, seed:
         live.step()
     # Adam's coupled decay is of the variables that the step began at.
     level.module.value.data.copy_(before)
-    found = adaptation(level, None if steps == 1 else live, [gradients[-1]])[0]
+    found = step_derivative(level, None if steps == 1 else live, [gradients[-1]])[0]
     assert distance(found, (below - above) / (2 * size)) < 1e-5
 
 
 def test_components_that_never_had_a_gradient() -> None:
     level = level_of(partial(Adam, lr=0.1))
-    found = adaptation(level, None, [torch.tensor([0.0, 1.0, 0.0, 2.0])])[0]
+    found = step_derivative(level, None, [torch.tensor([0.0, 1.0, 0.0, 2.0])])[0]
     assert torch.isfinite(found).all()
     assert found[0] == pytest.approx(0.1 / 1e-8)  # the step is lr g / eps there
 
@@ -92,7 +92,7 @@ class Watch(mlopt.Callback):
         engine = run.engine
         self.gradient = run.problem["u"].module.value.grad.clone()
         inner = run.problem["x"]
-        self.expected = adaptation(inner, engine.optimizers["x"], [inner.module.value.grad])[0]
+        self.expected = step_derivative(inner, engine.optimizers["x"], [inner.module.value.grad])[0]
 
 
 def test_inside_solve_it_reads_the_live_optimiser() -> None:
@@ -130,9 +130,9 @@ def test_optimisers_whose_step_is_not_known_are_refused() -> None:
         (partial(SGD, lr=0.1, momentum=0.9, dampening=0.4), "dampening"),
     ]:
         with pytest.raises(mlopt.EstimatorError, match=f"level 'x': .*{sentence}"):
-            adaptation(level_of(optimizer), None, [torch.ones(4)])
+            step_derivative(level_of(optimizer), None, [torch.ones(4)])
     with pytest.raises(mlopt.EstimatorError, match="optimizer=None"):
-        adaptation(level_of(None), None, [torch.ones(4)])
+        step_derivative(level_of(None), None, [torch.ones(4)])
 
 
 def test_outside_solve_an_optimiser_that_has_stepped_counts_as_fresh() -> None:
@@ -140,11 +140,11 @@ def test_outside_solve_an_optimiser_that_has_stepped_counts_as_fresh() -> None:
     optimizer = Adam(level.parameters, lr=0.1, eps=0.1)
     held = mlopt.Level("x", level.module, lambda module, batch: module().square().sum(), optimizer=optimizer)
     gradient = torch.randn(4)
-    fresh = adaptation(held, None, [gradient])[0]
+    fresh = step_derivative(held, None, [gradient])[0]
     level.module.value.grad = torch.randn(4)
     optimizer.step()
-    assert torch.equal(adaptation(held, None, [gradient])[0], fresh)
-    assert not torch.allclose(adaptation(held, optimizer, [gradient])[0], fresh)
+    assert torch.equal(step_derivative(held, None, [gradient])[0], fresh)
+    assert not torch.allclose(step_derivative(held, optimizer, [gradient])[0], fresh)
 
 
 def test_it_needs_the_identity() -> None:

@@ -11,7 +11,7 @@ from ..linear import LinearSolver
 from .finding import Finding
 from .spectrum import Spectrum
 
-__all__ = ["SOLVERS", "iterations_for", "judge_solver", "terms_for"]
+__all__ = ["SOLVERS", "iterations_for", "rate_solver", "terms_for"]
 
 #: The relative error of a linear solve that counts are stated for.
 _ACCURACY = 0.01
@@ -27,7 +27,7 @@ def terms_for(condition: float, accuracy: float = _ACCURACY) -> int:
     return 1 if condition <= 1.0 else max(1, math.ceil(math.log(accuracy) / math.log1p(-1 / condition)) - 1)
 
 
-def judge_solver(solver: LinearSolver, spectrum: Spectrum) -> Finding | None:
+def rate_solver(solver: LinearSolver, spectrum: Spectrum) -> Finding | None:
     """Return whether a solver with its settings is safe for a spectrum; None for a solver that is not known here."""
     rule = _RULES.get(type(solver).__name__)
     return None if rule is None else rule(solver, spectrum.damped(float(solver.damping)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 import mlopt
-from mlopt.hypergradient import lookahead
+from mlopt.hypergradient import at_solutions
 from mlopt.testing import SHAPES, quadratic
 
 torchopt = pytest.importorskip("torchopt")
@@ -120,7 +120,7 @@ def test_virtual_steps_are_those_of_torch(name: str, seed: int, steps: int) -> N
         real_steps(problem, optimizer, warmed)
         point = point_of(problem)
         point.optimizers = {"net": optimizer}
-        with lookahead(point, problem.outermost):
+        with at_solutions(point, problem.outermost):
             virtual = [p.detach().clone() for p in problem["net"].parameters]
         real_steps(problem, optimizer, steps)
         for found, expected in zip(virtual, problem["net"].parameters, strict=True):
@@ -375,7 +375,7 @@ def test_zero_in_zero_out_without_an_evaluation() -> None:
     rule = problem["y"].estimator.linearize(point_of(problem), "y")
     assert not rule.pullback({"y": (torch.zeros(2),)})["x"][0].any()
     assert rule.report.iterations == 0
-    # And by itself, without a lookahead, it is the same derivative.
+    # And by itself, without virtual steps, it is the same derivative.
     found = rule.pullback({"y": (torch.tensor([1.0, 2.0]),)})["x"][0]
     assert distance(found, gradient_of(problem)) < 1e-12
     assert torch.equal(problem["y"].module.value.detach(), torch.tensor([0.3, -0.2]))
@@ -404,7 +404,7 @@ def test_training_inside_solve_does_not_depend_on_the_estimator(name: str) -> No
 def test_the_outer_loss_draws_what_it_would_without_the_steps() -> None:
     problem = build(0, mlopt.Unrolled(3), OPTIMIZERS["sgd"], net=Restless())
     before = torch.get_rng_state()
-    with lookahead(point_of(problem), problem.outermost):
+    with at_solutions(point_of(problem), problem.outermost):
         assert torch.equal(torch.get_rng_state(), before)
 
 

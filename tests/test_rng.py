@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlopt.generators import GeneratorState, preserved
+from mlopt.rng import GeneratorState, preserved
 
 DRAWS = {
     "normal": lambda: np.random.normal(),  # made two by two: the second is kept

@@ -1,4 +1,4 @@
-"""The doctor: each trap is put into a problem, and found; a healthy problem has none."""
+"""The diagnose: each trap is put into a problem, and found; a healthy problem has none."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import mlopt
 from mlopt import cli
 from mlopt.diagnosis import Finding, LevelDiagnosis
+from mlopt.diagnosis.solver_rules import iterations_for, rate_solver, terms_for
 from mlopt.diagnosis.spectrum import Spectrum, lanczos
-from mlopt.diagnosis.verdicts import iterations_for, judge_solver, terms_for
 from mlopt.testing import logistic_regression, quadratic, same, snapshot, stateful_problem, train_a_little
 
 CG = mlopt.ConjugateGradient(iterations=30)
@@ -361,7 +361,7 @@ def test_the_counts_are_those_that_the_bounds_give() -> None:
         rate = (kappa**0.5 - 1) / (kappa**0.5 + 1)
         assert 2 * rate**k <= 0.0101
         assert (1 - 1 / kappa) ** (terms_for(kappa) + 1) <= 0.01 < (1 - 1 / kappa) ** terms_for(kappa)
-    assert judge_solver(_unknown(), Spectrum(low=1.0, high=2.0, rounding=0.0, size=3)) is None
+    assert rate_solver(_unknown(), Spectrum(low=1.0, high=2.0, rounding=0.0, size=3)) is None
 
 
 def _unknown() -> Any:
@@ -408,6 +408,6 @@ def test_the_command(
     (tmp_path / "experiment_of_mine.py").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    assert cli.main(["doctor", place]) == status
+    assert cli.main(["diagnose", place]) == status
     captured = capsys.readouterr()
     assert phrase in " ".join(re.sub("[│┌┐└┘─├┤]", " ", captured.out + captured.err).split())

@@ -1,4 +1,4 @@
-"""What the tests of the core share: one thread and, unless a test says otherwise, float64."""
+"""A fixture for the core's tests: one thread and, unless a test says otherwise, float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread_in_double_precision() -> Iterator[None]:
+def one_thread_in_double_precision() -> Iterator[None]:
     """Set both for one file, and put them back: other folders' tests run in the same process."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mlopt
-from mlopt.testing.untouched import same, snapshot, train_a_little
+from mlopt.testing.side_effects import same, snapshot, train_a_little
 
 
 class Restless(nn.Module):
@@ -147,7 +147,7 @@ def test_differences_are_taken_at_displaced_parameters() -> None:
 def test_training_draws_the_same_with_and_without_a_hypergradient(products: str) -> None:
     """Batches, dropout masks and whatever a loss draws from Python and numpy."""
 
-    def run(probe: bool) -> list[float]:
+    def run(call: bool) -> list[float]:
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
@@ -155,14 +155,14 @@ def test_training_draws_the_same_with_and_without_a_hypergradient(products: str)
         stream = mlopt.problem.Stream("network", problem["network"].data, 0, torch.device("cpu"))
         values = []
         for _ in range(3):
-            if probe:
+            if call:
                 mlopt.hypergradient(problem)
             batch = stream.next()
             loss = training_loss(problem["network"].module, batch, weights=problem["weights"].module)
             values.append(loss.item())
         return values
 
-    assert run(probe=True) == run(probe=False)
+    assert run(call=True) == run(call=False)
 
 
 def test_a_loader_with_a_generator_of_its_own_is_left_alone() -> None:

@@ -14,7 +14,7 @@ from ..errors import EstimatorError
 from ..problem import Point
 from ..tensors import Tensors, zeros_like
 
-__all__ = ["Step", "Update", "check_transformation"]
+__all__ = ["OptimizerStep", "Step", "check_transformation"]
 
 
 def _torchopt() -> Any:
@@ -57,7 +57,7 @@ class _Part:
     state: Any
 
 
-class Update:
+class OptimizerStep:
     """Phi: the optimiser's step as a function of the variables, the gradient, and the state's leaves.
 
     Args:

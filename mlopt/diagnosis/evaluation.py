@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from ..generators import derive_seed
-from ..hypergradient import accumulate, partial_derivatives
+from ..hypergradient import partial_derivatives, total_derivative
 from ..problem import Level, Point, Problem, Stream, level_terms, restored, to_device
+from ..rng import derive_seed
 from ..tensors import Tensors
 
 __all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
@@ -41,7 +41,7 @@ def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
     """Return a level's objective at a point, and its total gradient, in the shapes of its variables."""
     terms = level_terms(point, level)
     value = sum((term.value() for term in terms[1:]), terms[0].value())
-    gradient = accumulate(point, level, partial_derivatives(point.problem, level, value))
+    gradient = total_derivative(point, level, partial_derivatives(point.problem, level, value))
     return float(value.detach()), gradient
 
 

@@ -15,7 +15,7 @@ from ..tensors import Tensors, zeros_like
 if TYPE_CHECKING:
     from .level import Level
 
-__all__ = ["Mixture", "Outcome", "read_outcome", "scalar"]
+__all__ = ["LossValue", "Mixture", "read_loss", "scalar"]
 
 Loss = Tensor | Callable[[], Tensor]
 
@@ -104,7 +104,7 @@ class Mixture:
 
 
 @attrs.define(eq=False)  # not frozen: torch.compile does not follow how attrs fills frozen classes
-class Outcome:
+class LossValue:
     """What one evaluation of a loss gave: the loss or the mixture, and scalars to log."""
 
     loss: Tensor | Mixture
@@ -130,7 +130,7 @@ def scalar(value: Any, label: str) -> Tensor:
     return value if value.dim() == 0 else value.reshape(())
 
 
-def read_outcome(value: Any, level: Level) -> Outcome:
+def read_loss(value: Any, level: Level) -> LossValue:
     """Read what the loss of a level returned.
 
     Raises:
@@ -149,5 +149,5 @@ def read_outcome(value: Any, level: Level) -> Outcome:
                 f"the loss of level {level.name!r} returned a Mixture weighed by {value.weights!r}, which it does not refer "
                 f"to; make {value.weights!r} one of its keyword-only parameters"
             )
-        return Outcome(value, logs)
-    return Outcome(scalar(value, f"the loss of level {level.name!r}"), logs)
+        return LossValue(value, logs)
+    return LossValue(scalar(value, f"the loss of level {level.name!r}"), logs)

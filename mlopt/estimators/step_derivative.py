@@ -13,10 +13,10 @@ from ..errors import EstimatorError
 from ..problem import Level
 from ..tensors import Tensors
 
-__all__ = ["adaptation"]
+__all__ = ["step_derivative"]
 
 
-def adaptation(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:
+def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:
     """Return -dx/dg, by component, of the level's optimiser step x <- x - step(g) that was taken last.
 
     For SGD it is the learning rate; for Adam, with m^ and v^ the moments corrected for their bias at step t,

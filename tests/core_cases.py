@@ -58,7 +58,7 @@ def gradient_of(problem: mlopt.Problem, **arguments: Any) -> Tensor:
 def point_of(problem: mlopt.Problem, warm: dict[str, Tensors] | None = None) -> Point:
     """Return a point at seed 0, with each level's first batch."""
     batches = {level.name: None if level.data is None else next(iter(level.data)) for level in problem}
-    generators = {level.name: mlopt.generators.GeneratorState.seeded(0) for level in problem}
+    generators = {level.name: mlopt.rng.GeneratorState.seeded(0) for level in problem}
     return Point(problem, batches, generators, warm=warm)
 
 

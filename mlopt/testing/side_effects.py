@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..generators import preserved
 from ..problem import Estimator, Level, Problem, Variables
+from ..rng import preserved
 
 __all__ = ["same", "snapshot", "stateful_problem", "train_a_little"]
 

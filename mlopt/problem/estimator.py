@@ -111,7 +111,7 @@ class Estimator(ABC):
     def linearize(self, point: Point, level: str) -> Linearization:
         """Return the derivative of the solution of `level` at `point`."""
 
-    def lookahead(self, point: Point, level: str) -> contextlib.AbstractContextManager[None]:
+    def at_solution(self, point: Point, level: str) -> contextlib.AbstractContextManager[None]:
         """Return a context within which the level's variables are where the rule takes its solution to be.
 
         They are the present ones unless a rule says otherwise. What is moved is put back, from copies, on leaving; the

@@ -13,15 +13,15 @@ from torch import nn
 
 from .. import linear
 from ..estimators import Implicit
-from ..generators import preserved
 from ..problem import Level, Problem
+from ..rng import preserved
 from ..tensors import Tensors
-from .examine import Measures, Tap, Trial, examine, normalises, point_at
+from .evaluation import evaluate, fixed_batches, put_back, rendered
 from .finding import Finding
-from .probe import evaluate, fixed_batches, put_back, rendered
+from .measurements import Measurements, Tap, Trial, measure, normalises, point_at
 from .resolve import replace_estimators
+from .solver_rules import SOLVERS, iterations_for, rate_solver
 from .spectrum import Spectrum
-from .verdicts import SOLVERS, iterations_for, judge_solver
 
 __all__ = ["Diagnosis", "LevelDiagnosis", "diagnose"]
 
@@ -122,7 +122,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
     with put_back(twin), preserved(twin.devices):
         reaching = _cotangents(twin, batches, seed)
         levels = {
-            name: _diagnose(twin, name, examine(twin, batches, name, seed, reaching.get(name)), name in reaching)
+            name: _diagnose(twin, name, measure(twin, batches, name, seed, reaching.get(name)), name in reaching)
             for name in names
         }
     return Diagnosis(levels=levels)
@@ -140,7 +140,7 @@ def _cotangents(problem: Problem, batches: Mapping[str, Any], seed: int) -> dict
     return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 
 
-def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool) -> LevelDiagnosis:
+def _diagnose(problem: Problem, name: str, measures: Measurements, influential: bool) -> LevelDiagnosis:
     level = problem[name]
     reference = measures.trials[measures.reference] if measures.reference else None
     differences = {
@@ -153,7 +153,7 @@ def _diagnose(problem: Problem, name: str, measures: Measures, influential: bool
         kind: _judge_products(kind, measures, differences.get(kind, (0.0, 0.0)), precision) for kind in measures.trials
     }
     judged = {
-        solver: judge_solver(rule, measures.spectrum)
+        solver: rate_solver(rule, measures.spectrum)
         for solver, rule in SOLVERS.items()
         if measures.spectrum is not None
     }
@@ -199,7 +199,7 @@ def _difference(trial: Trial, reference: Trial) -> tuple[float, float]:
 
 
 def _judge_products(
-    kind: str, measures: Measures, differences: tuple[float, float], precision: float, *, mixed_only: bool = False
+    kind: str, measures: Measurements, differences: tuple[float, float], precision: float, *, mixed_only: bool = False
 ) -> Finding:
     trial = measures.trials[kind]
     if trial.error:
@@ -223,7 +223,7 @@ def _judge_products(
     return Finding("ok", f"safe: {told}")
 
 
-def _of_estimator(level: Level, measures: Measures, differences: dict[str, tuple[float, float]]) -> list[Finding]:
+def _of_estimator(level: Level, measures: Measurements, differences: dict[str, tuple[float, float]]) -> list[Finding]:
     """Judge the estimator that the level has."""
     rule = level.estimator
     if not isinstance(rule, Implicit):
@@ -238,7 +238,7 @@ def _of_estimator(level: Level, measures: Measures, differences: dict[str, tuple
             mixed_only=isinstance(rule.solver, linear.Identity),
         )
     if measures.spectrum is not None:
-        verdicts[str(rule.solver)] = judge_solver(rule.solver, measures.spectrum)
+        verdicts[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
     bad = [
         attrs.evolve(verdict, sentence=f"its estimator, {what}: {verdict.sentence}")
         for what, verdict in verdicts.items()
@@ -247,7 +247,7 @@ def _of_estimator(level: Level, measures: Measures, differences: dict[str, tuple
     return bad or [Finding("ok", f"its estimator, {rule}, is safe here")]
 
 
-def _of_module(level: Level, measures: Measures) -> list[Finding]:
+def _of_module(level: Level, measures: Measurements) -> list[Finding]:
     findings = []
     if measures.kernels:
         findings.append(
@@ -282,7 +282,7 @@ def _of_module(level: Level, measures: Measures) -> list[Finding]:
     return findings
 
 
-def _of_draws(measures: Measures, precision: float) -> list[Finding]:
+def _of_draws(measures: Measurements, precision: float) -> list[Finding]:
     if measures.replay > 100 * precision:
         return [
             Finding("error", f"two evaluations at the same random numbers differ by {measures.replay:.1e}: the loss draws from "
@@ -311,7 +311,7 @@ def _of_precision(level: Level, differences: dict[str, tuple[float, float]]) -> 
     ]
 
 
-def _of_curvature(measures: Measures, precision: float) -> list[Finding]:
+def _of_curvature(measures: Measurements, precision: float) -> list[Finding]:
     spectrum = measures.spectrum
     if spectrum is None:
         return [Finding("error", "no kind of products could be had", "see what each of them says")]
@@ -338,7 +338,7 @@ def _of_curvature(measures: Measures, precision: float) -> list[Finding]:
     return findings
 
 
-def _of_point(measures: Measures) -> list[Finding]:
+def _of_point(measures: Measurements) -> list[Finding]:
     away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
     told = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
     if measures.newton > _DOUBTFUL:
