@@ -16,17 +16,18 @@ from ..problem import (
     Estimator,
     LevelTerm,
     Linearization,
+    Objective,
     Point,
     Report,
     StreamedCotangent,
     Term,
     Vectors,
+    add_into,
     derivatives,
-    level_terms,
 )
-from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
+from ..tensors import Tensors, dot, scale, zeros_like
 from ..validation import one_of
-from .products import PRODUCTS, Compiled, Product
+from .products import PRODUCTS, Compiled, Product, SecondDerivatives
 from .step_derivative import step_derivative
 
 __all__ = ["Implicit", "Stationarity"]
@@ -127,17 +128,15 @@ class Stationarity(Linearization):
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
             self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
             self.report.converged = False
-        own = level_terms(point, level)
+        own = Objective.of(level, point)
         if self._children:
             self._refuse_what_leaves_have()
             self._find_multipliers(own)
         lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
-        self.terms: tuple[Term, ...] = (*own, *lagrangian)
-        self._products = [estimator.product(term) for term in self.terms]
-        self._curvature = self._products
+        self.objective = Objective((*own.terms, *lagrangian))
+        self._products = self._curvature = SecondDerivatives(self.objective, estimator.product)
         if name in point.curvature_batches:
-            terms = level_terms(point, level, point.curvature_batches)
-            self._curvature = [estimator.product(term) for term in terms]
+            self._curvature = SecondDerivatives(Objective.of(level, point, point.curvature_batches), estimator.product)
 
     def _refuse_what_leaves_have(self) -> None:
         estimator = self._estimator
@@ -153,7 +152,7 @@ class Stationarity(Linearization):
                 )
 
     def _inside(self, part: str) -> Stationarity:
-        estimator = self._point.problem[part].estimator
+        estimator = self._point.estimator(part)
         if not isinstance(estimator, Implicit):
             raise EstimatorError(
                 f"level {part!r} is solved inside {self._name!r}, through which cotangents are pulled back; {estimator} "
@@ -161,33 +160,25 @@ class Stationarity(Linearization):
             )
         return estimator.linearize(self._point, part)
 
-    def _find_multipliers(self, terms: Sequence[Term]) -> None:
+    def _find_multipliers(self, objective: Objective) -> None:
         """Set M_c = -(solve of level c) of the cotangent on its states, users of a level before the level."""
-        load: dict[Block, Tensors] = {}
-        for term in terms:
-            wanted = [block for block in self.states if block in term.blocks]
-            _add_into(load, term.derivatives(wanted))
+        load = objective.derivatives(self.states)
         for child in self._children:
             adjoint = child.solve({block: load[block] for block in child.blocks if block in load})
             for block in child.blocks:
                 found = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self._point.values[block])
                 self._point.values[self._name, block] = tuple(m.detach().requires_grad_() for m in found)
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
-            _add_into(load, back, sign=-1.0)
+            add_into(load, back, sign=-1.0)
 
     def product(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
         return self._apply(self._products, direction, wanted)
 
-    def _apply(self, products: Sequence[Product], direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        total: dict[Block, Tensors] = {}
-        for product in products:
-            along = {block: vectors for block, vectors in direction.items() if block in product.term.blocks}
-            asked = [block for block in wanted if block in product.term.blocks]
-            if along and asked:
-                _add_into(total, product(along, asked))
-                if product.step is not None:
-                    self.report.step = product.step
+    def _apply(self, products: SecondDerivatives, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        total = products(direction, wanted)
+        if products.step is not None:
+            self.report.step = products.step
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
@@ -222,12 +213,9 @@ class Stationarity(Linearization):
 
     def _adaptation(self) -> Tensors:
         """Return how the level's optimiser scales a change of the latest gradient, by component."""
-        level, live = self._point.problem[self._name], self._point.optimizers.get(self._name)
+        level, live = self._point.problem[self._name], self._point.optimizer(self._name)
         if live is None:
-            found: dict[Block, Tensors] = {}
-            for term in self.terms:
-                _add_into(found, term.derivatives([self._name]))
-            gradient = found[self._name]
+            gradient = self.objective.derivatives([self._name])[self._name]
         else:
             # The latest step leaves its gradient behind; a variable that it did not move has none.
             gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in level.parameters)
@@ -240,54 +228,54 @@ class Stationarity(Linearization):
         for child in reversed(self._children):
             row = {block: load[own, block] for block in child.blocks if (own, block) in load}
             tangent = {a: solution[a] for a in child.arguments if a in solution}
-            _add_into(row, child.product(tangent, child.blocks), sign=-1.0)
+            add_into(row, child.product(tangent, child.blocks), sign=-1.0)
             solution |= child.solve(row)
         rest = {block: load[block] for block in self.states if block in load}
-        _add_into(rest, self.product(solution, self.states), sign=-1.0)
+        add_into(rest, self.product(solution, self.states), sign=-1.0)
         for child in self._children:
             adjoint = child.solve({block: rest.pop(block) for block in child.blocks if block in rest})
             solution |= {(own, block): vectors for block, vectors in adjoint.items()}
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
-            _add_into(rest, back, sign=-1.0)
+            add_into(rest, back, sign=-1.0)
         return solution, rest
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        weights = self._point.problem.mixtures.get(self._name)
-        if self._point.streams is not None and self._estimator.streamed and weights is not None and weights in wanted:
+        weights = self._point.workspace.mixtures.get(self._name)
+        if self._point.carryover is not None and self._estimator.streamed and weights is not None and weights in wanted:
             streamed = self._pull_streamed(cotangent, weights, wanted)
             if streamed is not None:
                 return streamed
-        warm = self._point.warm if self._estimator.warm_start else None
-        solution = self.solve(cotangent, None if warm is None else warm.get(self._name))
+        warm = self._estimator.warm_start
+        solution = self.solve(cotangent, self._point.warm_start(self._name) if warm else None)
         # Where nothing is solved nothing is looked at either: the host would wait for the device.
         looked = not isinstance(self._estimator.solver, Identity)
         if looked and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
-        if warm is not None:
+        if warm:
             self._point.keep_warm(self._name, solution[self._name], self.report.residual)
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
     def _pull_streamed(self, cotangent: Vectors, weights: str, wanted: Sequence[str]) -> dict[Block, Tensors] | None:
         """Swap the held cotangent for the present one; return what the training step formed with the held one, if it did."""
-        streams = self._point.streams
-        assert streams is not None
-        held = streams.get(self._name)
+        assert self._point.carryover is not None
+        cotangents = self._point.carryover.cotangents
+        held = cotangents.get(self._name)
         present = cotangent.get(self._name)
-        streams[self._name] = StreamedCotangent(
+        cotangents[self._name] = StreamedCotangent(
             zeros_like(self._point.values[self._name]) if present is None else present
         )
         if held is None or held.signals is None:
             return None
         self.report.age = 1
-        mixture = self.terms[0]
+        mixture = self.objective.terms[0]
         assert isinstance(mixture, LevelTerm)
         found: dict[Block, Tensors] = {weights: mixture.streamed(weights, held.signals)}
         # What the training step did not form: other arguments of the mixture, and the regularizer.
-        for product in self._products:
+        for product in self._products.products:
             asked = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
             if asked:
-                _add_into(found, product({self._name: held.cotangent}, asked))
+                add_into(found, product({self._name: held.cotangent}, asked))
         return {block: scale(-1.0, vectors) for block, vectors in found.items()}
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
@@ -324,11 +312,13 @@ class _MultiplierTerm(Term):
         self._child, self._kind = child, kind
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
-        self.blocks = frozenset(block for term in child.terms for block in term.blocks) | frozenset(self._owned)
+        self.blocks = frozenset(block for term in child.objective.terms for block in term.blocks) | frozenset(
+            self._owned
+        )
 
     def value(self) -> Tensor:
         total = torch.zeros(())
-        for term in self._child.terms:
+        for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)
             for key, block in self._owned.items():
@@ -340,7 +330,7 @@ class _MultiplierTerm(Term):
         values = {**self.values, **values}
 
         def lagrangian(states: dict[Block, Tensors]) -> Tensor:
-            terms = [term.function({**values, **states}) for term in self._child.terms]
+            terms = [term.function({**values, **states}) for term in self._child.objective.terms]
             return torch.stack(terms).sum()
 
         gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
@@ -350,21 +340,12 @@ class _MultiplierTerm(Term):
         """By the states and arguments of c a product with its second derivatives, by the multipliers its first ones."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
         found = {block: zeros_like(self.values[block]) for block in wanted}
-        for term in self._child.terms:
+        for term in self._child.objective.terms:
             along = {block: vectors for block, vectors in direction.items() if block in term.blocks}
             asked = [block for block in wanted if block in term.blocks]
             if along and asked:
-                _add_into(found, self._kind(term)(along, asked))
+                add_into(found, self._kind(term)(along, asked))
             owned = {key: self._owned[key] for key in wanted if self._owned.get(key) in term.blocks}
             gradient = term.derivatives(list(owned.values()))
-            _add_into(found, {key: gradient[block] for key, block in owned.items()})
+            add_into(found, {key: gradient[block] for key, block in owned.items()})
         return found
-
-
-def _add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0) -> None:
-    """Add vectors to a sum over blocks, in place."""
-    for block, vector in vectors.items():
-        if block not in total:
-            total[block] = vector if sign == 1.0 else scale(sign, vector)
-        else:
-            total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)

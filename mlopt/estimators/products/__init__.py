@@ -6,8 +6,19 @@ from .finite_difference import FiniteDifference, relative_step
 from .forward import Forward
 from .gauss_newton import GaussNewton
 from .product import Product
+from .second_derivatives import SecondDerivatives
 
-__all__ = ["PRODUCTS", "Autograd", "Compiled", "FiniteDifference", "Forward", "GaussNewton", "Product", "relative_step"]
+__all__ = [
+    "PRODUCTS",
+    "Autograd",
+    "Compiled",
+    "FiniteDifference",
+    "Forward",
+    "GaussNewton",
+    "Product",
+    "SecondDerivatives",
+    "relative_step",
+]
 
 #: The ways to evaluate products, by the name that estimators take.
 PRODUCTS: dict[str, type[Product]] = {

@@ -46,12 +46,12 @@ class Forward(Product):
 
 
 def verify(term: Term, value: Tensor) -> None:
-    """Raise where a level's loss, as a pure function, is not what it is on the live modules; looked at once for each problem.
+    """Raise where a level's loss, as a pure function, is not what it is on the live modules; compared once for each workspace.
 
     torch.func draws masks in another order where dropout meets a tensor that is not contiguous, and parameters that a loss has
     from elsewhere than its modules are constants there.
     """
-    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.verified:
+    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.workspace.verified:
         return
     live = term.value()
     refuse_once_differentiable([live])
@@ -64,4 +64,4 @@ def verify(term: Term, value: Tensor) -> None:
             "it draws other random numbers there (dropout of a transposed tensor), or has parameters from outside the module; "
             "use products='autograd'"
         )
-    term.verified.add((term.name, term.part))
+    term.workspace.verified.add((term.name, term.part))
