@@ -312,9 +312,7 @@ class _MultiplierTerm(Term):
         self._child, self._kind = child, kind
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
-        self.blocks = frozenset(block for term in child.objective.terms for block in term.blocks) | frozenset(
-            self._owned
-        )
+        self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
     def value(self) -> Tensor:
         total = torch.zeros(())
@@ -340,12 +338,8 @@ class _MultiplierTerm(Term):
         """By the states and arguments of c a product with its second derivatives, by the multipliers its first ones."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
         found = {block: zeros_like(self.values[block]) for block in wanted}
-        for term in self._child.objective.terms:
-            along = {block: vectors for block, vectors in direction.items() if block in term.blocks}
-            asked = [block for block in wanted if block in term.blocks]
-            if along and asked:
-                add_into(found, self._kind(term)(along, asked))
-            owned = {key: self._owned[key] for key in wanted if self._owned.get(key) in term.blocks}
-            gradient = term.derivatives(list(owned.values()))
-            add_into(found, {key: gradient[block] for key, block in owned.items()})
+        add_into(found, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
+        owned = {key: self._owned[key] for key in wanted if key in self._owned}
+        gradient = self._child.objective.derivatives(list(owned.values()))
+        add_into(found, {key: gradient[block] for key, block in owned.items()})
         return found
