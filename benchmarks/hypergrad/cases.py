@@ -154,8 +154,8 @@ class Recipe:
 def cleaning_loss(inner: Any, outer: Any, data: dict[str, Any], *, ridge: float) -> Tensor:
     """The inner loss of hyper-cleaning: samples weighted by the outer variables, and a proximal term.
 
-    The term, ridge ||x - anchor||^2 / 2, makes f_xx positive definite, as in iMAML (Rajeswaran et al. 2019, arXiv 1909.04630). The
-    anchor is a pretrained network, or zero for logistic regression.
+    The term, ridge ||x - anchor||^2 / 2, makes f_xx positive definite, as in iMAML (Rajeswaran et al. 2019, arXiv 1909.04630).
+    The anchor is a pretrained network, or zero for logistic regression.
     """
     losses = cross_entropy(inner(*data["training"]), data["labels"], reduction="none")
     penalty = sum((p - a).square().sum() for p, a in zip(inner.parameters(), data["anchor"], strict=True))
