@@ -8,6 +8,8 @@ from typing import Any
 
 import attrs
 
+from .errors import ArgumentError
+
 __all__ = ["at_least", "one_of", "positive", "positive_or_none", "shown"]
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -35,7 +37,9 @@ def at_least(bound: float) -> Validator:
         if not good or not bound <= value <= most:
             kind = "a whole number" if whole else "a finite number"
             limits = f">= {bound}{' and < 2**63' if whole and good and value > most else ''}"
-            raise ValueError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be {kind} {limits}")
+            raise ArgumentError(
+                f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be {kind} {limits}"
+            )
 
     return check
 
@@ -43,13 +47,15 @@ def at_least(bound: float) -> Validator:
 def positive(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Accept finite numbers above zero."""
     if not _is_positive(value):
-        raise ValueError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0")
+        raise ArgumentError(
+            f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0"
+        )
 
 
 def positive_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Accept None and finite numbers above zero."""
     if value is not None and not _is_positive(value):
-        raise ValueError(
+        raise ArgumentError(
             f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0, or None"
         )
 
@@ -63,7 +69,7 @@ def one_of(*values: object) -> Validator:
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value not in values:
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be one of {', '.join(map(repr, values))}"
             )
 

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import EstimatorError, SecondDerivativeError
+from ..errors import ArgumentError, EstimatorError, SecondDerivativeError
 from ..estimators import Dense, Implicit
 from ..hypergradient import Hypergradient, hypergradient
 from ..problem import Problem, Report
@@ -160,11 +160,11 @@ def check_hypergradient(
         True
     """
     if oracle not in ("dense", "resolve"):
-        raise ValueError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
+        raise ArgumentError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
     if not tolerance > 0:
-        raise ValueError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
+        raise ArgumentError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
     if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
+        raise ArgumentError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)
     # Calls are counted, and draw, by problem: the user's own is left as it is.

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ..errors import EstimatorError, NonFiniteError
+from ..errors import ArgumentError, EstimatorError, NonFiniteError
 from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored, standing_in
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, one_of
@@ -28,7 +28,7 @@ _EXACT = [name for name in PRODUCTS if name != "gauss_newton"]
 
 def _whole_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"Unrolled: {attribute.name}={value!r}; it must be a whole number >= 1, or None")
+        raise ArgumentError(f"Unrolled: {attribute.name}={value!r}; it must be a whole number >= 1, or None")
 
 
 @attrs.frozen

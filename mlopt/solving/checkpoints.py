@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 
-from ..errors import CheckpointError, CheckpointWarning
+from ..errors import ArgumentError, CheckpointError, CheckpointWarning
 from ..validation import at_least
 from . import archive
 
@@ -43,7 +43,7 @@ _REMEDIES = {
 
 def _column(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"Checkpoints: best={value!r}; it must be the name of a column of the log, or None")
+        raise ArgumentError(f"Checkpoints: best={value!r}; it must be the name of a column of the log, or None")
 
 
 @attrs.frozen
