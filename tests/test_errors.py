@@ -21,7 +21,7 @@ ALLOWED = {
     ): "its caller reports it like the RuntimeErrors of autograd",
     ("mlopt/imports.py", "AttributeError"): "the protocol of a module's __getattr__",
     (
-        "mlopt/solving/callbacks/files.py",
+        "mlopt/files.py",
         "OSError",
     ): "an OSError, with the name of the file",
     ("mlopt/solving/loop.py", "Interrupted"): "a SystemExit",

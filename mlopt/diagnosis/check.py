@@ -18,6 +18,7 @@ from ..hypergradient import Hypergradient, hypergradient
 from ..problem import Problem, Report
 from ..rng import preserved
 from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
+from ..validation import is_whole
 from .evaluation import fixed_batches, put_back, rendered
 from .resolve import Resolver, replace_estimators
 
@@ -163,7 +164,7 @@ def check_hypergradient(
         raise ArgumentError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
     if not tolerance > 0:
         raise ArgumentError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
-    if not isinstance(directions, int) or directions < 1:
+    if not is_whole(directions, 1):
         raise ArgumentError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,11 +13,14 @@ from torch_geometric.nn import BatchNorm, GINEConv, global_add_pool, global_mean
 from torch_geometric.utils.smiles import e_map, x_map
 
 from mlopt.errors import ArgumentError
+from mlopt.files import replacing
+from mlopt.validation import is_whole
 
 from ..files import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    import os
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from torch_geometric.data import Batch
@@ -114,7 +116,7 @@ class GINE(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("width", width), ("layers", layers)):
-            if not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise ArgumentError(f"{name} must be a whole number of at least 1; got {value!r}")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ArgumentError(f"dropout must be at least 0 and below 1; got {dropout!r}")
@@ -153,11 +155,12 @@ class GINE(nn.Module):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json`, which `GINE.load` reads, into `folder` (made if missing)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         config = json.dumps({"format": _FORMAT, "version": _VERSION, **self.config}, indent=2) + "\n"
-        _replace(folder / _TENSORS, lambda file: save_file(tensors, file))
-        _replace(folder / _CONFIG, lambda file: file.write_text(config, encoding="utf-8"))
+        with replacing(folder / _TENSORS) as staged:
+            save_file(tensors, staged)
+        with replacing(folder / _CONFIG) as staged:
+            staged.write_text(config, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> GINE:
@@ -193,18 +196,6 @@ def _choose(argument: str, key: str, choices: Mapping[str, Any]) -> Any:
     if key not in choices:
         raise ArgumentError(f"{argument} must be one of {', '.join(map(repr, choices))}; got {key!r}")
     return choices[key]
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
