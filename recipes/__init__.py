@@ -1,19 +1,3 @@
-"""Recipes: complete methods built on mlopt, importable as `mlopt.recipes`."""
+"""The sources of the recipes. They are imported as `mlopt.recipes`, whose `__path__` includes this folder."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if __name__ == "recipes":
-    raise ImportError(
-        "import it as `mlopt.recipes`: the folder `recipes` is packed inside mlopt, and is no package of its own"
-    )
-
-from mlopt.imports import import_lazily
-
-if TYPE_CHECKING:
-    from .tapweight.recipe import TapWeight as TapWeight
-
-__all__ = ["TapWeight"]
-
-__getattr__ = import_lazily(__name__, {"tapweight.recipe": ("TapWeight",)})
+raise ImportError("import it as `mlopt.recipes`: the folder `recipes` is a part of mlopt, not a package of its own")

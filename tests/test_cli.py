@@ -134,7 +134,9 @@ def test_errors_of_a_user_are_one_sentence(
 
 
 def test_errors_of_a_user_are_one_sentence_without_the_sources(tmp_path: Path) -> None:
-    shutil.copytree(Path(mlopt.__file__).parent, tmp_path / "mlopt", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("mlopt", "recipes"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(mlopt.__file__).parents[1] / folder, tmp_path / folder, ignore=ignored)
     compileall.compile_dir(tmp_path, legacy=True, quiet=2)
     for source in tmp_path.rglob("*.py"):
         source.unlink()
