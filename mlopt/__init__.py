@@ -3,10 +3,12 @@
 from . import linear
 from .diagnosis import Diagnosis, DisagreementError, check_hypergradient, diagnose
 from .errors import (
+    ArgumentError,
     CheckpointError,
     CheckpointWarning,
     EstimatorError,
     Interrupted,
+    MissingDependencyError,
     MloptError,
     NonFiniteError,
     ProblemError,
@@ -47,6 +49,7 @@ from .solving import (
 __all__ = [
     "MINRES",
     "SAMA",
+    "ArgumentError",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -67,6 +70,7 @@ __all__ = [
     "JSONLLogger",
     "Level",
     "MLflowLogger",
+    "MissingDependencyError",
     "Mixture",
     "MloptError",
     "Neumann",
