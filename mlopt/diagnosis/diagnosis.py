@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from .. import linear
-from ..estimators import Implicit
+from ..estimators import Implicit, LinearSolve
 from ..problem import Level, Problem
 from ..rng import preserved
 from ..tensors import Tensors
@@ -132,7 +132,7 @@ def _cotangents(problem: Problem, batches: Mapping[str, Any], seed: int) -> dict
     """Return a cotangent for each level that one other than zero reaches, from any level that it is solved inside."""
     taps = {level.name: Tap() for level in problem if problem.needs_estimator(level.name)}
     tapped = replace_estimators(
-        problem, {name: Implicit(solver=tap, products="finite_difference") for name, tap in taps.items()}
+        problem, {name: LinearSolve(solver=tap, products="finite_difference") for name, tap in taps.items()}
     )
     for level in tapped:
         if tapped.graph[level.name].parts:
@@ -235,9 +235,9 @@ def _of_estimator(level: Level, measures: Measurements, differences: dict[str, t
             measures,
             differences.get(rule.products, (0.0, 0.0)),
             torch.finfo(level.parameters[0].dtype).eps,
-            mixed_only=isinstance(rule.solver, linear.Identity),
+            mixed_only=isinstance(rule.solver, linear.AssumedInverse | None),
         )
-    if measures.spectrum is not None:
+    if measures.spectrum is not None and rule.solver is not None:
         verdicts[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
     bad = [
         attrs.evolve(verdict, sentence=f"its estimator, {what}: {verdict.sentence}")

@@ -2,7 +2,17 @@
 
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
-from .named import MINRES, SAMA, ConjugateGradient, Dense, FiniteDifference, Identity, Neumann, Nystrom
+from .named import (
+    MINRES,
+    ConjugateGradient,
+    Dense,
+    FiniteDifference,
+    Identity,
+    LinearSolve,
+    Neumann,
+    Nystrom,
+)
+from .sama import SAMA
 from .unrolled import Unrolled
 from .value_function import ValueFunction
 
@@ -15,6 +25,7 @@ __all__ = [
     "FiniteDifference",
     "Identity",
     "Implicit",
+    "LinearSolve",
     "Linearization",
     "Neumann",
     "Nystrom",

@@ -13,7 +13,7 @@ from ..linear.neumann import largest_eigenvalue
 from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, positive_or_none
-from .products import FiniteDifference, relative_step
+from .products import FiniteDifferenceProduct, relative_step
 
 __all__ = ["ValueFunction"]
 
@@ -122,7 +122,7 @@ class _Penalty(Linearization):
 
     def _safe_step_size(self, load: Tensors) -> float:
         """Return 1 / (1.2 lambda_max), for which gradient descent converges where f is convex."""
-        products = [FiniteDifference(term) for term in self._terms]
+        products = [FiniteDifferenceProduct(term) for term in self._terms]
 
         def matvec(q: Tensors) -> Tensors:
             total = zeros_like(q)

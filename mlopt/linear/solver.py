@@ -62,8 +62,8 @@ class LinearSolver(ABC):
         """Return the name, the first argument, and those others that are not as they are by default."""
         kind: Any = type(self)
         fields = attrs.fields(kind) if attrs.has(kind) else ()
-        told = [f for k, f in enumerate(fields) if f.init and (k == 0 or getattr(self, f.name) != f.default)]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
+        shown = [f for k, f in enumerate(fields) if f.repr and (k == 0 or getattr(self, f.name) != f.default)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.

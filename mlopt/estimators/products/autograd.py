@@ -10,10 +10,10 @@ from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
 from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
 
-__all__ = ["Autograd"]
+__all__ = ["AutogradProduct"]
 
 
-class Autograd(Product):
+class AutogradProduct(Product):
     """Reverse over reverse: the gradient's graph is traced once and kept, and each product is one walk through it."""
 
     def __init__(self, term: Term) -> None:

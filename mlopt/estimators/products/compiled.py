@@ -11,14 +11,14 @@ from torch import Tensor
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors
-from .forward import Forward
+from .forward import ForwardProduct
 from .product import name_kernels, plain_attention
 
-__all__ = ["Compiled"]
+__all__ = ["CompiledProduct"]
 
 
-class Compiled(Forward):
-    """`Forward`, with the product of a level's Hessian compiled by torch.compile; the first one takes seconds to minutes.
+class CompiledProduct(ForwardProduct):
+    """`ForwardProduct`, with the product of a level's Hessian compiled by torch.compile; the first one takes seconds to minutes.
 
     The compiled function is kept with the problem, and compiled anew when the shapes of a batch change. Dropout draws the
     masks that it draws elsewhere.

@@ -11,7 +11,7 @@ from ...problem import Block, Vectors
 from ...tensors import Tensors, axpy, norm, scale, subtract
 from .product import Product
 
-__all__ = ["FiniteDifference", "relative_step"]
+__all__ = ["FiniteDifferenceProduct", "relative_step"]
 
 #: Relative size of a finite-difference displacement, ||step * direction|| / ||variables||. Central differences err by
 #: the square of it and by rounding over it; measured on small networks, 1e-2 is off by 12% in float32 and 1e-3 by under 1%.
@@ -28,7 +28,7 @@ def _wide(size: Tensor) -> Tensor:
     return size.float() if size.dtype in (torch.bfloat16, torch.float16) else size
 
 
-class FiniteDifference(Product):
+class FiniteDifferenceProduct(Product):
     """Central differences of first derivatives: works with every kernel, activation checkpointing and sharded parameters.
 
     An autocast region that is open around the product is left for it: its rounding would be divided by the step.

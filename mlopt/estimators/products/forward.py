@@ -13,10 +13,10 @@ from ...problem import Block, LevelTerm, Term, Vectors
 from ...tensors import Tensors
 from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
 
-__all__ = ["Forward"]
+__all__ = ["ForwardProduct"]
 
 
-class Forward(Product):
+class ForwardProduct(Product):
     """Forward over reverse, torch.func.jvp over torch.func.grad: nothing is kept from one product to the next.
 
     (Reverse over forward would take fewer passes for a mixed product, and is wrong where torch's forward mode takes statistics

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_map_only
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors, add, zeros_like
-from .autograd import Autograd
+from .autograd import AutogradProduct
 from .product import name_kernels, plain_attention
 
-__all__ = ["GaussNewton"]
+__all__ = ["GaussNewtonProduct"]
 
 
-class GaussNewton(Autograd):
+class GaussNewtonProduct(AutogradProduct):
     """J^T (d2 loss / d outputs2) J for a level's Hessian; every other product, the mixed one among them, is exact.
 
     The outputs are what the level's module returns, J their derivative by its variables. The matrix leaves out the curvature

@@ -1,19 +1,72 @@
-"""What an optimiser makes of a gradient, to first order: the diagonal matrix d step / d gradient."""
+"""SAMA: the derivative of the optimiser's step, a diagonal matrix, stands in for the inverse Hessian."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
+import attrs
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .. import linear
 from ..errors import EstimatorError
-from ..problem import Level
-from ..tensors import Tensors
+from ..problem import Level, Point, level_terms
+from ..tensors import Tensors, add
+from ..validation import one_of
+from .implicit import Implicit
+from .products import PRODUCTS
 
-__all__ = ["step_derivative"]
+__all__ = ["SAMA", "step_derivative"]
+
+
+@final
+@attrs.frozen(kw_only=True)
+class SAMA(Implicit):
+    """Assume that the inverse Hessian is the derivative of the level's optimiser step: u_bar = -(d2f / du dx) D v.
+
+    D is the diagonal of d step / d gradient at the optimiser's latest step, with Adam's correction of its moments' bias. For
+    SGD it is the learning rate. Outside `solve` D is that of a fresh optimiser's first step, which is tiny for Adam: that step is
+    lr sign(g), for a g of any size.
+
+    Args:
+        products: "autograd", "forward" or "finite_difference".
+
+    Raises:
+        EstimatorError: in a pullback, if the level's optimiser is not SGD, Adam or AdamW, or a level lies inside the level.
+
+    Source: Choe et al. 2023 (arXiv 2310.05674), section 3.2.
+
+    Example:
+        >>> print(mlopt.SAMA(products="autograd"))
+        Identity() with autograd products, adapted
+    """
+
+    products: str = attrs.field(default="finite_difference", validator=one_of(*PRODUCTS))
+
+    @property
+    def solver(self) -> None:
+        return None
+
+    def solver_at(self, point: Point, level: str) -> linear.Diagonal:
+        own, live = point.problem[level], point.optimizers.get(level)
+        if live is None:
+            gradient = _gradient(point, own)
+        else:
+            # The latest step leaves its gradient behind; a variable that it did not move has none.
+            gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in own.parameters)
+        return linear.Diagonal(inverse=step_derivative(own, live, gradient))
+
+    def __str__(self) -> str:
+        return f"{linear.Identity()} with {self.products} products, adapted"
+
+
+def _gradient(point: Point, level: Level) -> Tensors:
+    gradient, *others = (term.derivatives([level.name])[level.name] for term in level_terms(point, level))
+    for other in others:
+        gradient = add(gradient, other)
+    return gradient
 
 
 def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:
