@@ -15,6 +15,7 @@ import torch
 import mlopt
 from mlopt import linear
 from mlopt.solving.description import compare, described
+from mlopt.testing import quadratic
 
 SOLVERS = {
     mlopt.Neumann: linear.Neumann,
@@ -22,6 +23,19 @@ SOLVERS = {
     mlopt.MINRES: linear.MINRES,
     mlopt.Nystrom: linear.Nystrom,
     mlopt.Dense: linear.Dense,
+}
+#: A value other than the default for every argument of a solver.
+OTHER_VALUES = {
+    "terms": 3,
+    "iterations": 3,
+    "rank": 3,
+    "limit": 3,
+    "seed": 3,
+    "step_size": 0.5,
+    "rtol": 0.5,
+    "damping": 0.5,
+    "preconditioner": linear.NystromPreconditioner(rank=3),
+    "negative_curvature": "raise",
 }
 #: Estimators with arguments other than the defaults, and how they print.
 PRINTED = [
@@ -84,13 +98,14 @@ def test_defaults_are_those_of_the_linear_solver(kind: type[Any]) -> None:
     assert kind().solver == SOLVERS[kind]()
 
 
-@each
-def test_fields_read_back_and_reach_the_solver(estimator: mlopt.Implicit) -> None:
-    if type(estimator) in SOLVERS:
-        for field in attrs.fields(type(estimator.solver)):
-            assert getattr(estimator.solver, field.name) == getattr(estimator, field.name)
-    for field in attrs.fields(type(estimator)):
-        assert repr(getattr(estimator, field.name)) in repr(estimator) or not field.repr
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_every_argument_of_the_solver_reaches_it(kind: type[Any]) -> None:
+    names = [field.name for field in attrs.fields(SOLVERS[kind])]
+    estimator = kind(**{name: OTHER_VALUES[name] for name in names})
+    for name in names:
+        assert getattr(estimator, name) == OTHER_VALUES[name]
+        assert getattr(estimator.solver, name) == OTHER_VALUES[name]
+        assert f"{name}={OTHER_VALUES[name]!r}" in repr(estimator)
 
 
 @each
@@ -147,7 +162,7 @@ def test_options_exist_only_where_they_have_a_meaning() -> None:
 
 def test_a_checkpoint_describes_the_estimator_by_its_printed_form() -> None:
     def description(estimator: mlopt.Estimator) -> dict[str, Any]:
-        case = mlopt.testing.quadratic("two", estimator).problem
+        case = quadratic("two", estimator).problem
         optimizers = {level.name: torch.optim.SGD(level.parameters, lr=0.1) for level in case}
         return described(case, optimizers, dict.fromkeys(optimizers), lookahead=False)
 
