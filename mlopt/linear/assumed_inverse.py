@@ -16,6 +16,13 @@ class AssumedInverse(LinearSolver):
     """A rule that assumes A^-1 = P for a fixed P: x = P b, without any product with A.
 
     It measures nothing, so the host does not wait for the device.
+
+    Example:
+        >>> solver = mlopt.linear.Identity()
+        >>> isinstance(solver, mlopt.linear.AssumedInverse)
+        True
+        >>> solver.solve(lambda v: v, (torch.ones(2),)).residual is None
+        True
     """
 
     damping = 0.0
