@@ -1,4 +1,4 @@
-"""Estimators: how cotangents are pulled back through a level's solution."""
+"""Estimators: rules that pull cotangents back through a level's solution."""
 
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit

@@ -85,14 +85,14 @@ class Implicit(Estimator):
 class Stationarity(Linearization):
     """A level's stationarity conditions at a point, and their derivative.
 
-    For a level without levels inside, they are grad_x f = 0. Where its objective depends on the solutions X of levels
-    inside, with stationarity conditions grad_X L_c = 0 of their own, its total derivative is that of the Lagrangian
+    For a level without levels inside, they are grad_x f = 0. If its objective depends on the solutions X of levels inside, each
+    with stationarity conditions grad_X L_c = 0, its total derivative is that of the Lagrangian
     L = f + sum_c <M_c, grad_X L_c> at the multipliers M_c that make L stationary in X. Its conditions are then grad L = 0 in
-    x, X and M together, a symmetric system; eliminating X and M from it, with the solves of the levels inside, leaves the
-    Hessian of the total objective in x, which this level's own solver deals with. So nesting of any depth is one recursion.
+    x, X and M together, a symmetric system. The solves of the levels inside eliminate X and M from it. This leaves the Hessian
+    of the total objective in x, a system for this level's own solver. So nesting of any depth is one recursion.
 
     Args:
-        point: where.
+        point: the point.
         name: the level.
         estimator: its linear solver and products.
     """
@@ -111,7 +111,7 @@ class Stationarity(Linearization):
             self.report.converged = False
         own = level_terms(point, level)
         if self._children:
-            self._refuse_what_leaves_have()
+            self._refuse_options_of_leaves()
             self._find_multipliers(own)
         lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
         self.terms: tuple[Term, ...] = (*own, *lagrangian)
@@ -121,16 +121,16 @@ class Stationarity(Linearization):
             terms = level_terms(point, level, point.curvature_batches)
             self._curvature = [estimator.product(term) for term in terms]
 
-    def _refuse_what_leaves_have(self) -> None:
+    def _refuse_options_of_leaves(self) -> None:
         estimator = self._estimator
-        for argument, given in {
+        for option, given in {
             "products='gauss_newton'": estimator.products == "gauss_newton",
             "curvature_data": estimator.curvature_data is not None,
             type(estimator).__name__: estimator.solver is None,
         }.items():
             if given:
                 raise EstimatorError(
-                    f"level {self.name!r}: {argument} is for levels without levels inside, and "
+                    f"level {self.name!r}: {option} is for levels without levels inside, and "
                     f"{', '.join(repr(child.name) for child in self._children)} lies inside it; leave it out"
                 )
 
@@ -144,7 +144,7 @@ class Stationarity(Linearization):
         return Stationarity(self.point, part, estimator)
 
     def _find_multipliers(self, terms: Sequence[Term]) -> None:
-        """Set M_c = -(solve of level c) of the cotangent on its states, users of a level before the level."""
+        """Set M_c = -(solve of level c) of the cotangent on its states; a level comes after the levels that use it."""
         load: dict[Block, Tensors] = {}
         for term in terms:
             wanted = [block for block in self.states if block in term.blocks]
@@ -152,8 +152,8 @@ class Stationarity(Linearization):
         for child in self._children:
             adjoint = child.solve({block: load[block] for block in child.blocks if block in load})
             for block in child.blocks:
-                found = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self.point.values[block])
-                self.point.values[self.name, block] = tuple(m.detach().requires_grad_() for m in found)
+                m = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self.point.values[block])
+                self.point.values[self.name, block] = tuple(x.detach().requires_grad_() for x in m)
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
             _add_into(load, back, sign=-1.0)
 
@@ -173,7 +173,7 @@ class Stationarity(Linearization):
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
-        """Return Q over the blocks with (d2L / dblocks2) Q = load; absent blocks are zero, in and out."""
+        """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
         if self._children:
@@ -196,16 +196,16 @@ class Stationarity(Linearization):
         return self._estimator.solver_at(self.point, self.name)
 
     def _hessian(self, q: Tensors) -> Tensors:
-        """Return H q, on the curvature batch where there is one."""
+        """Return H q, on the curvature batch if there is one."""
         return self._apply(self._curvature, {self.name: q}, [self.name])[self.name]
 
     def _total_hessian(self, q: Tensors) -> Tensors:
-        """Return the product with the Hessian of the total objective, the response of the levels inside included."""
+        """Return the product with the Hessian of the total objective, which includes the response of the levels inside."""
         _, residual = self._complete(q, {})
         return scale(-1.0, residual[self.name])
 
     def _complete(self, q: Tensors | None, load: Vectors) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
-        """Eliminate the levels inside: given the own component q, return the whole of Q, and what its own row leaves over."""
+        """Eliminate the levels inside: from the level's own component q, return all of Q and the residual of its own row."""
         own = self.name
         solution: dict[Block, Tensors] = {} if q is None else {own: q}
         for child in reversed(self._children):
@@ -235,7 +235,7 @@ class Stationarity(Linearization):
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
-        """Return how the solution moves when the arguments move along `tangent`; the transpose of `pullback`."""
+        """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
         moved = self.product(tangent, self.blocks)
         return self.solve({block: scale(-1.0, vectors) for block, vectors in moved.items()})
 
@@ -245,24 +245,24 @@ class Stationarity(Linearization):
             merged |= child.reports()
         return merged
 
-    def _record(self, found: LinearSolution) -> None:
+    def _record(self, solution: LinearSolution) -> None:
         report = self.report
         report.solves += 1
-        report.iterations += found.iterations
-        report.products += found.products
-        if found.residual is not None:
-            report.residual = max(found.residual, report.residual or 0.0)
-        if found.converged is not None:
-            report.converged = found.converged and report.converged is not False
-        if found.curvature is not None:
-            low, high = report.curvature or found.curvature
-            report.curvature = (min(low, found.curvature[0]), max(high, found.curvature[1]))
-        if found.remark and found.remark not in report.remarks:
-            report.remarks = (*report.remarks, found.remark)
+        report.iterations += solution.iterations
+        report.products += solution.products
+        if solution.residual is not None:
+            report.residual = max(solution.residual, report.residual or 0.0)
+        if solution.converged is not None:
+            report.converged = solution.converged and report.converged is not False
+        if solution.curvature is not None:
+            low, high = report.curvature or solution.curvature
+            report.curvature = (min(low, solution.curvature[0]), max(high, solution.curvature[1]))
+        if solution.remark and solution.remark not in report.remarks:
+            report.remarks = (*report.remarks, solution.remark)
 
 
 class _MultiplierTerm(Term):
-    """<M, grad L_c>, over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
+    """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
 
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
         self._child, self._kind = child, kind
@@ -291,7 +291,7 @@ class _MultiplierTerm(Term):
         return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """By the states and arguments of c a product with its second derivatives, by the multipliers its first ones."""
+        """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
         found = {block: zeros_like(self.values[block]) for block in wanted}
         for term in self._child.terms:

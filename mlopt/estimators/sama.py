@@ -70,19 +70,19 @@ def _gradient(point: Point, level: Level) -> Tensors:
 
 
 def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:
-    """Return -dx/dg, by component, of the level's optimiser step x <- x - step(g) that was taken last.
+    """Return -dx/dg, by component, for the latest step x <- x - step(g) of the level's optimiser.
 
-    For SGD it is the learning rate; for Adam, with m^ and v^ the moments corrected for their bias at step t,
+    For SGD it is the learning rate. For Adam, with m^ and v^ the moments at step t after the correction of their bias, it is
 
         lr ((1 - b1) / (1 - b1^t) / (sqrt(v^) + eps) - m^ (1 - b2) g / ((1 - b2^t) sqrt(v^) (sqrt(v^) + eps)^2)).
 
     Args:
         level: the level.
-        live: its optimiser after that step; None for the first step of a fresh one.
+        live: its optimiser after that step; None for the first step of a new optimiser.
         gradient: g of that step, for each of the level's variables.
 
     Raises:
-        EstimatorError: the optimiser is none whose derivative is known here.
+        EstimatorError: the derivative of this kind of optimiser is not known here.
     """
     optimizer = live if live is not None else _fresh(level)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -96,8 +96,8 @@ def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Ten
 def _fresh(level: Level) -> Optimizer:
     if level.optimizer is None:
         raise EstimatorError(
-            f"level {level.name!r}: its estimator takes the optimiser's step for the inverse Hessian, and optimizer=None; give "
-            "the level one, such as partial(torch.optim.Adam, lr=1e-3)"
+            f"level {level.name!r}: SAMA uses the derivative of the optimiser's step, and optimizer=None; give the level an "
+            "optimiser, such as partial(torch.optim.Adam, lr=1e-3)"
         )
     return level.optimizer if isinstance(level.optimizer, Optimizer) else level.optimizer(iter(level.parameters))  # type: ignore[arg-type]
 
@@ -109,13 +109,13 @@ def _diagonal(
     kind = type(optimizer)
     if kind not in (SGD, Adam, AdamW) or any(group.get(key) for key in ("amsgrad", "dampening", "maximize")):
         raise EstimatorError(
-            f"level {level.name!r}: how a step of {kind.__name__} depends on the gradient is known for SGD, Adam and AdamW, "
-            "without amsgrad, dampening or maximize; use one of them so, or Identity()"
+            f"level {level.name!r}: SAMA cannot differentiate a step of {kind.__name__} with these settings, only of SGD, Adam "
+            "and AdamW without amsgrad, dampening or maximize; use one of those, or Identity()"
         )
     if kind is SGD:
         return torch.full_like(g, group["lr"] * (1.0 + group["momentum"] if group["nesterov"] else 1.0))
     if kind is Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
-        # That of where the step began, to first order in the learning rate.
+        # The decay at the start of the step, to first order in the learning rate.
         g = g + group["weight_decay"] * variable
     first, second = group["betas"]
     step = float(state["step"]) if state else 1.0
@@ -124,7 +124,7 @@ def _diagonal(
     mean, square = mean / (1 - first**step), square / (1 - second**step)
     root = square.sqrt()
     scale = root + group["eps"]
-    # Where no gradient has come yet, root is zero and so is the mean: that part of the derivative is taken as zero.
+    # If a component never had a gradient, root and mean are zero; this part of the derivative is then taken to be zero.
     bend = mean * g * (1 - second) / (1 - second**step) / root.clamp_min(torch.finfo(root.dtype).tiny) / scale.square()
     diagonal: Tensor = group["lr"] * ((1 - first) / (1 - first**step) / scale - bend)
     return diagonal

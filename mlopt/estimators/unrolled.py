@@ -1,4 +1,4 @@
-"""Unrolled differentiation: the solution is where some optimiser steps lead, and its pullback is the adjoint of those steps."""
+"""Unrolled differentiation: the solution is the end of some optimiser steps, and its pullback is the adjoint of the steps."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .products import PRODUCTS, Product
 
 __all__ = ["Unrolled"]
 
-#: An adjoint that has grown by this factor over the steps says more about rounding than about the solution.
+#: An adjoint that grew by this factor over the steps reflects rounding rather than the solution.
 _DIVERGED = 1e4
-#: Gauss-Newton's are no products of the Hessian, which the adjoint of a step is made of.
+#: The adjoint of a step needs products with the Hessian itself, so Gauss-Newton products are excluded.
 _EXACT = [name for name in PRODUCTS if name != "gauss_newton"]
 
 
@@ -33,12 +33,12 @@ def _whole_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any
 
 @attrs.frozen
 class Unrolled(Estimator):
-    """Take the solution to be where T steps of the level's optimiser lead, and differentiate through the steps.
+    """Take the solution to be the end of T steps of the level's optimiser, and differentiate through the steps.
 
     With x_0 the present variables, g_t = grad_x f(x_t, u) and (x_{t+1}, s_{t+1}) = Phi(x_t, g_t, s_t) the optimiser's step,
-    the solution map is u -> x_T(u). The steps are virtual: while an outer objective is evaluated the level's variables are
-    at x_T, and afterwards they are back, bit for bit. So the hypergradient is the exact derivative of F(u, x_T(u)), with
-    everything evaluated on the level's one batch and random state. The adjoint runs through the steps backwards,
+    the solution map is u -> x_T(u). The steps are virtual: the level's variables are at x_T during the evaluation of an outer
+    objective, and are restored bit for bit afterwards. So the hypergradient is the exact derivative of F(u, x_T(u)), with all
+    evaluations on one batch of the level and one random state. The adjoint runs through the steps backwards,
 
         (a_x, a_g, lambda_s) <- Phi'(x_t, g_t, s_t)^T (lambda_x, lambda_s)
         lambda_x <- a_x + (d2f / dx2) a_g,    u_bar <- u_bar + (d2f / du dx) a_g
@@ -47,16 +47,16 @@ class Unrolled(Estimator):
 
     Args:
         steps: T.
-        checkpoint_every: x_t and s_t are kept for every so many steps, and the steps between are taken again on the way back,
-            when the graphs of g_t of so many steps are held. With 1 nothing is taken again, and all graphs are held; None takes
-            the square root of T.
+        checkpoint_every: the interval, in steps, at which x_t and s_t are kept. The backward pass retakes the steps in between
+            and holds the graphs of g_t of one interval. With 1, no step is retaken and all graphs are held. If None, the square
+            root of T.
         products: "autograd", "forward" or "finite_difference".
-        optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts afresh each time; when None,
-            the level's own optimiser, which must be torch.optim's SGD, Adam or AdamW. Its hyperparameters are those of now,
-            and, inside `solve` or where the level holds an optimiser, so are its momenta.
-            (Where a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`.)
-        start: a level whose variables the steps start from, in place of the present ones; its shapes are the same, and the
-            level's loss names it. It receives the adjoint at x_0, and the optimiser starts afresh: this is MAML.
+        optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts without state each time; if None, the
+            level's own optimiser, which must be torch.optim's SGD, Adam or AdamW, with its present hyperparameters. Inside
+            `solve`, or if the level holds an optimiser instance, the steps also start from its present momenta.
+            (If a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`.)
+        start: a level at whose variables the steps start, instead of the present ones; it has the same shapes, and the level's
+            loss names it. It receives the adjoint at x_0, and the optimiser starts without state: this is MAML.
 
     Raises:
         EstimatorError: TorchOpt is not installed.
@@ -65,7 +65,21 @@ class Unrolled(Estimator):
     1703.03400) for `start`.
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, optimizer=partial(SGD, lr=0.1), estimator=mlopt.Unrolled(20))
+        >>> from functools import partial
+        >>> def loss(module, batch, *, outer):
+        ...     return (module() - outer()).square().sum() / 2
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("outer", mlopt.variables(torch.ones(1)), lambda module, batch, *, inner: inner().sum()),
+        ...     mlopt.Level(
+        ...         "inner",
+        ...         mlopt.variables(torch.zeros(1)),
+        ...         loss,
+        ...         optimizer=partial(torch.optim.SGD, lr=0.5),
+        ...         estimator=mlopt.Unrolled(2),
+        ...     ),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]  # of x_2 = (1 - 0.5^2) u
+        tensor([0.7500])
     """
 
     steps: int = attrs.field(default=10, validator=at_least(1))

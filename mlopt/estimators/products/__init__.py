@@ -18,7 +18,7 @@ __all__ = [
     "relative_step",
 ]
 
-#: The ways to evaluate products, by the name that estimators take.
+#: The classes of products, by the name that estimators accept.
 PRODUCTS: dict[str, type[Product]] = {
     "autograd": AutogradProduct,
     "forward": ForwardProduct,

@@ -56,7 +56,7 @@ class AutogradProduct(Product):
             return
         with plain_attention():
             value = self.term.value()
-            found = derivatives(value, blocks, self.term.values, traced=True)
-        # What only the value's graph holds goes with it.
-        refuse_once_differentiable([value, *(g for vectors in found.values() for g in vectors)])
-        self._gradients |= found
+            gradients = derivatives(value, blocks, self.term.values, traced=True)
+        # Both graphs are searched: a node can be in that of the value alone.
+        refuse_once_differentiable([value, *(g for vectors in gradients.values() for g in vectors)])
+        self._gradients |= gradients

@@ -18,10 +18,10 @@ __all__ = ["CompiledProduct"]
 
 
 class CompiledProduct(ForwardProduct):
-    """`ForwardProduct`, with the product of a level's Hessian compiled by torch.compile; the first one takes seconds to minutes.
+    """`ForwardProduct` with a compiled product of a level's Hessian; the first call takes seconds to minutes.
 
     The compiled function is kept with the problem, and compiled anew when the shapes of a batch change. Dropout draws the
-    masks that it draws elsewhere.
+    same masks as in eager code.
     """
 
     @name_kernels
@@ -29,7 +29,7 @@ class CompiledProduct(ForwardProduct):
         term = self.term
         if not isinstance(term, LevelTerm) or set(direction) != {term.name} or set(wanted) != {term.name}:
             return super().__call__(direction, wanted)
-        # It takes as long to import as the rest of torch.
+        # Imported here since the import takes as long as the rest of torch.
         from torch._dynamo.exc import TorchDynamoException
 
         key = (term.name, term.part)
@@ -40,7 +40,7 @@ class CompiledProduct(ForwardProduct):
                 product: Tensors = term.compiled[key](*term.own_arguments(), tuple(direction[term.name]))
             except TorchDynamoException as error:
                 raise EstimatorError(
-                    f"level {term.name!r}: torch.compile does not take its {term.part} "
+                    f"level {term.name!r}: torch.compile cannot compile its {term.part} "
                     f"({str(error).strip().splitlines()[0]}); use compile=False"
                 ) from error
         return {term.name: product}
@@ -53,9 +53,9 @@ def _compile(term: LevelTerm) -> Callable[..., Tensors]:
         def loss(moved: Tensors) -> Tensor:
             return function(moved, rest, batch)
 
-        found: Tensors = torch.func.jvp(torch.func.grad(loss), (own,), (along,))[1]
-        return found
+        image: Tensors = torch.func.jvp(torch.func.grad(loss), (own,), (along,))[1]
+        return image
 
-    # The generators that eager code draws from: all products of a pullback, and the training step, see the same masks.
+    # Random numbers come from eager generators: all products of a pullback, and the training step, see the same masks.
     compiled: Callable[..., Tensors] = torch.compile(product, fullgraph=True, options={"fallback_random": True})
     return compiled

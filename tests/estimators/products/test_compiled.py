@@ -66,7 +66,7 @@ def test_a_loss_that_cannot_be_compiled_is_named() -> None:
         return module(batch[0]).square().mean() * weights().sum()
 
     with pytest.raises(
-        mlopt.EstimatorError, match=r"level 'network': torch.compile does not take its loss .* compile=False"
+        mlopt.EstimatorError, match=r"level 'network': torch.compile cannot compile its loss .* compile=False"
     ):
         mlopt.hypergradient(problem_of(nn.Sequential(nn.Linear(3, 2)), compile=True, loss=loss))
 
