@@ -8,7 +8,6 @@ import importlib.metadata
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -145,8 +144,9 @@ def _load(command: Command, prog: str) -> Any:
 
 def _on_purpose(error: Exception) -> bool:
     """Say whether a `raise` in mlopt made the error, and not a call that failed, such as torch's or `zip`'s."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return frame.f_globals["__name__"].startswith("mlopt.") and line.startswith("raise ")
 
 
 def _refuse(sentence: str, status: int) -> int:
