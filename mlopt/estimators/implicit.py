@@ -15,15 +15,16 @@ from ..problem import (
     Block,
     Estimator,
     Linearization,
+    Objective,
     Point,
     Report,
     Term,
     Vectors,
+    add_into,
     derivatives,
-    level_terms,
 )
-from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
-from .products import PRODUCTS, CompiledProduct, Product
+from ..tensors import Tensors, dot, scale, zeros_like
+from .products import PRODUCTS, CompiledProduct, Product, SecondDerivatives
 
 __all__ = ["Implicit", "Stationarity"]
 
@@ -109,17 +110,15 @@ class Stationarity(Linearization):
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
             self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
             self.report.converged = False
-        own = level_terms(point, level)
+        own = Objective.of(level, point)
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
         lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
-        self.terms: tuple[Term, ...] = (*own, *lagrangian)
-        self.products = [estimator.product(term) for term in self.terms]
-        self._curvature = self.products
+        self.objective = Objective((*own.terms, *lagrangian))
+        self.second_derivatives = self._curvature = SecondDerivatives(self.objective, estimator.product)
         if name in point.curvature_batches:
-            terms = level_terms(point, level, point.curvature_batches)
-            self._curvature = [estimator.product(term) for term in terms]
+            self._curvature = SecondDerivatives(Objective.of(level, point, point.curvature_batches), estimator.product)
 
     def _refuse_options_of_leaves(self) -> None:
         estimator = self._estimator
@@ -135,7 +134,7 @@ class Stationarity(Linearization):
                 )
 
     def _inside(self, part: str) -> Stationarity:
-        estimator = self.point.problem[part].estimator
+        estimator = self.point.estimator(part)
         if not isinstance(estimator, Implicit):
             raise EstimatorError(
                 f"level {part!r} is solved inside {self.name!r}, through which cotangents are pulled back; {estimator} "
@@ -143,33 +142,25 @@ class Stationarity(Linearization):
             )
         return Stationarity(self.point, part, estimator)
 
-    def _find_multipliers(self, terms: Sequence[Term]) -> None:
+    def _find_multipliers(self, objective: Objective) -> None:
         """Set M_c = -(solve of level c) of the cotangent on its states; a level comes after the levels that use it."""
-        load: dict[Block, Tensors] = {}
-        for term in terms:
-            wanted = [block for block in self.states if block in term.blocks]
-            _add_into(load, term.derivatives(wanted))
+        load = objective.derivatives(self.states)
         for child in self._children:
             adjoint = child.solve({block: load[block] for block in child.blocks if block in load})
             for block in child.blocks:
                 m = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self.point.values[block])
                 self.point.values[self.name, block] = tuple(x.detach().requires_grad_() for x in m)
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
-            _add_into(load, back, sign=-1.0)
+            add_into(load, back, sign=-1.0)
 
     def product(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
-        return self._apply(self.products, direction, wanted)
+        return self._apply(self.second_derivatives, direction, wanted)
 
-    def _apply(self, products: Sequence[Product], direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        total: dict[Block, Tensors] = {}
-        for product in products:
-            along = {block: vectors for block, vectors in direction.items() if block in product.term.blocks}
-            asked = [block for block in wanted if block in product.term.blocks]
-            if along and asked:
-                _add_into(total, product(along, asked))
-                if product.step is not None:
-                    self.report.step = product.step
+    def _apply(self, products: SecondDerivatives, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        total = products(direction, wanted)
+        if products.step is not None:
+            self.report.step = products.step
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
@@ -211,26 +202,26 @@ class Stationarity(Linearization):
         for child in reversed(self._children):
             row = {block: load[own, block] for block in child.blocks if (own, block) in load}
             tangent = {a: solution[a] for a in child.arguments if a in solution}
-            _add_into(row, child.product(tangent, child.blocks), sign=-1.0)
+            add_into(row, child.product(tangent, child.blocks), sign=-1.0)
             solution |= child.solve(row)
         rest = {block: load[block] for block in self.states if block in load}
-        _add_into(rest, self.product(solution, self.states), sign=-1.0)
+        add_into(rest, self.product(solution, self.states), sign=-1.0)
         for child in self._children:
             adjoint = child.solve({block: rest.pop(block) for block in child.blocks if block in rest})
             solution |= {(own, block): vectors for block, vectors in adjoint.items()}
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
-            _add_into(rest, back, sign=-1.0)
+            add_into(rest, back, sign=-1.0)
         return solution, rest
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        warm = self.point.warm if self._estimator.warm_start else None
-        solution = self.solve(cotangent, None if warm is None else warm.get(self.name))
+        warm = self._estimator.warm_start
+        solution = self.solve(cotangent, self.point.warm_start(self.name) if warm else None)
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
         if measured and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
-        if warm is not None:
+        if warm:
             self.point.keep_warm(self.name, solution[self.name], self.report.residual)
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
@@ -268,11 +259,11 @@ class _MultiplierTerm(Term):
         self._child, self._kind = child, kind
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
-        self.blocks = frozenset(block for term in child.terms for block in term.blocks) | frozenset(self._owned)
+        self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
     def value(self) -> Tensor:
         total = torch.zeros(())
-        for term in self._child.terms:
+        for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)
             for key, block in self._owned.items():
@@ -284,7 +275,7 @@ class _MultiplierTerm(Term):
         values = {**self.values, **values}
 
         def lagrangian(states: dict[Block, Tensors]) -> Tensor:
-            terms = [term.function({**values, **states}) for term in self._child.terms]
+            terms = [term.function({**values, **states}) for term in self._child.objective.terms]
             return torch.stack(terms).sum()
 
         gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
@@ -294,21 +285,8 @@ class _MultiplierTerm(Term):
         """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
         found = {block: zeros_like(self.values[block]) for block in wanted}
-        for term in self._child.terms:
-            along = {block: vectors for block, vectors in direction.items() if block in term.blocks}
-            asked = [block for block in wanted if block in term.blocks]
-            if along and asked:
-                _add_into(found, self._kind(term)(along, asked))
-            owned = {key: self._owned[key] for key in wanted if self._owned.get(key) in term.blocks}
-            gradient = term.derivatives(list(owned.values()))
-            _add_into(found, {key: gradient[block] for key, block in owned.items()})
+        add_into(found, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
+        owned = {key: self._owned[key] for key in wanted if key in self._owned}
+        gradient = self._child.objective.derivatives(list(owned.values()))
+        add_into(found, {key: gradient[block] for key, block in owned.items()})
         return found
-
-
-def _add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0) -> None:
-    """Add vectors to a sum over blocks, in place."""
-    for block, vector in vectors.items():
-        if block not in total:
-            total[block] = vector if sign == 1.0 else scale(sign, vector)
-        else:
-            total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)

@@ -46,7 +46,7 @@ class Identity(Implicit):
 
     def linearize(self, point: Point, level: str) -> Linearization:
         conditions = Stationarity(point, level, self)
-        return Streamed(conditions) if self.streamed and point.streams is not None else conditions
+        return Streamed(conditions) if self.streamed and point.carryover is not None else conditions
 
     def __str__(self) -> str:
         return Implicit.__str__(self) + ", streamed" * self.streamed

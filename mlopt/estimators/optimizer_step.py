@@ -116,7 +116,7 @@ def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh:
     if transformation is not None:
         own = [level.parameters[i].detach() for i in used]
         return [_Part(used, *(_settled(transformation, own),) * 2, transformation.init(own))]
-    optimizer: Any = point.optimizers.get(name, level.optimizer)
+    optimizer: Any = point.optimizer(name) or level.optimizer
     if optimizer is None:
         raise EstimatorError(
             f"level {name!r}: optimizer=None, and Unrolled needs one for its virtual steps; give the level an optimiser, "

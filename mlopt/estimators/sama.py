@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import linear
 from ..errors import EstimatorError
-from ..problem import Level, Point, level_terms
-from ..tensors import Tensors, add
+from ..problem import Level, Objective, Point
+from ..tensors import Tensors
 from ..validation import one_of
 from .implicit import Implicit
 from .products import PRODUCTS
@@ -50,9 +50,9 @@ class SAMA(Implicit):
         return None
 
     def solver_at(self, point: Point, level: str) -> linear.Diagonal:
-        own, live = point.problem[level], point.optimizers.get(level)
+        own, live = point.problem[level], point.optimizer(level)
         if live is None:
-            gradient = _gradient(point, own)
+            gradient = Objective.of(own, point).derivatives([level])[level]
         else:
             # The latest step leaves its gradient behind; a variable that it did not move has none.
             gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in own.parameters)
@@ -60,13 +60,6 @@ class SAMA(Implicit):
 
     def __str__(self) -> str:
         return f"{linear.Identity()} with {self.products} products, adapted"
-
-
-def _gradient(point: Point, level: Level) -> Tensors:
-    gradient, *others = (term.derivatives([level.name])[level.name] for term in level_terms(point, level))
-    for other in others:
-        gradient = add(gradient, other)
-    return gradient
 
 
 def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:

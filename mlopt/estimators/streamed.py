@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..problem import Block, LevelTerm, Linearization, Report, StreamedCotangent, Vectors
-from ..tensors import Tensors, add, scale, zeros_like
+from ..problem import Block, LevelTerm, Linearization, Report, StreamedCotangent, Vectors, add_into
+from ..tensors import Tensors, scale, zeros_like
 from .implicit import Stationarity
 
 __all__ = ["Streamed"]
@@ -31,7 +31,7 @@ class Streamed(Linearization):
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        weights = self._point.problem.mixtures.get(self._name)
+        weights = self._point.workspace.mixtures.get(self._name)
         if weights is not None and weights in wanted:
             held = self._exchange(cotangent.get(self._name))
             if held is not None and held.signals is not None:
@@ -44,10 +44,10 @@ class Streamed(Linearization):
 
     def _exchange(self, present: Tensors | None) -> StreamedCotangent | None:
         """Hold the present cotangent for the next training step, and return the one that was held for the latest."""
-        streams = self._point.streams
-        assert streams is not None
-        held = streams.get(self._name)
-        streams[self._name] = StreamedCotangent(
+        assert self._point.carryover is not None
+        cotangents = self._point.carryover.cotangents
+        held = cotangents.get(self._name)
+        cotangents[self._name] = StreamedCotangent(
             zeros_like(self._point.values[self._name]) if present is None else present
         )
         return held
@@ -55,13 +55,12 @@ class Streamed(Linearization):
     def _pull_held(
         self, cotangent: Tensors, weights: str, signals: Tensor, wanted: Sequence[str]
     ) -> dict[Block, Tensors]:
-        mixture = self._conditions.terms[0]
+        mixture = self._conditions.objective.terms[0]
         assert isinstance(mixture, LevelTerm)
         pulled: dict[Block, Tensors] = {weights: mixture.streamed(weights, signals)}
         # The training step forms neither the other arguments of the mixture nor the regularizer.
-        for product in self._conditions.products:
+        for product in self._conditions.second_derivatives.products:
             rest = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
             if rest:
-                for block, vectors in product({self._name: cotangent}, rest).items():
-                    pulled[block] = add(pulled[block], vectors) if block in pulled else vectors
+                add_into(pulled, product({self._name: cotangent}, rest))
         return {block: scale(-1.0, vectors) for block, vectors in pulled.items()}

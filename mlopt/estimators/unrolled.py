@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EstimatorError, NonFiniteError
-from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored, standing_in
+from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored, standing_in
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, one_of
 from .optimizer_step import OptimizerStep, Step, check_transformation
-from .products import PRODUCTS, Product
+from .products import PRODUCTS, SecondDerivatives
 
 __all__ = ["Unrolled"]
 
@@ -144,14 +144,10 @@ class _Unrolling(Linearization):
 
     def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
-        total: dict[Block, Tensors] = {}
         with standing_in(self._point, self._point.problem[self._name], held.leaves):
-            for product in held.products:
-                asked = [block for block in (self._name, *wanted) if block in product.term.blocks]
-                for block, vectors in product({self._name: along}, asked).items():
-                    total[block] = add(total[block], vectors) if block in total else vectors
-                if product.step is not None:
-                    self.report.step = product.step
+            total = held.products({self._name: along}, (self._name, *wanted))
+        if held.products.step is not None:
+            self.report.step = held.products.step
         return total
 
     def _record(self, growth: float) -> None:
@@ -169,7 +165,7 @@ class _Held:
 
     step: Step
     leaves: tuple[nn.Parameter, ...]
-    products: list[Product]
+    products: SecondDerivatives
 
 
 class _Trajectory:
@@ -189,7 +185,7 @@ class _Trajectory:
 
     def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
         self._rule, self._point, self._level = rule, point, point.problem[name]
-        self._terms = level_terms(point, self._level)
+        self._objective = Objective.of(self._level, point)
         self._live = self._level.parameters
         every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
         # The steps since the last checkpoint are held from the first.
@@ -234,13 +230,10 @@ class _Trajectory:
 
     def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
         """Trace the gradient at x_t, on leaves of its own: the traces of several steps are held at a time."""
-        name = self._level.name
         leaves = _leaves(variables)
-        products = [PRODUCTS[self._rule.products](term) for term in self._terms]
+        products = SecondDerivatives(self._objective, PRODUCTS[self._rule.products])
         with standing_in(self._point, self._level, leaves):
-            gradient, *others = (product.gradient(name) for product in products)
-        for other in others:
-            gradient = add(gradient, other)
+            gradient = products.gradient(self._level.name)
         if t == 0:
             self._check(gradient)
         return _Held(Step(t, variables, gradient, memory), leaves, products)
@@ -256,7 +249,7 @@ class _Trajectory:
             )
 
     def _gradient(self) -> tuple[Tensor | None, ...]:
-        value = sum((term.value() for term in self._terms[1:]), self._terms[0].value())
+        value = self._objective.value()
         if not value.requires_grad:
             return (None,) * len(self._live)
         return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)

@@ -10,10 +10,10 @@ import torch
 
 from ..errors import NonFiniteError
 from ..linear.neumann import largest_eigenvalue
-from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored
+from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, positive_or_none
-from .products import FiniteDifferenceProduct, relative_step
+from .products import FiniteDifferenceProduct, SecondDerivatives, relative_step
 
 __all__ = ["ValueFunction"]
 
@@ -75,7 +75,7 @@ class _Penalty(Linearization):
         self._rule, self._point, self._name = rule, point, name
         self.blocks, self.arguments = (name,), point.problem.graph[name].arguments
         self.report = Report(estimator=str(rule))
-        self._terms = level_terms(point, point.problem[name])
+        self._objective = Objective.of(point.problem[name], point)
         self._live = point.values[name]
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
@@ -84,8 +84,7 @@ class _Penalty(Linearization):
         size = float(norm(load))
         if size == 0.0:
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
-        warm = self._point.warm if self._rule.warm_start else None
-        start = warm.get(self._name) if warm is not None else None
+        start = self._point.warm_start(self._name) if self._rule.warm_start else None
         blocks = (self._name, *wanted)
         # Autocast's rounding would be divided by the perturbation.
         with restored(self._live) as present, torch.autocast(self._live[0].device.type, enabled=False):
@@ -96,11 +95,11 @@ class _Penalty(Linearization):
                 self._put(present if start is None else axpy(shift, start, present))
                 self._descend(scale(shift, load), step_size)
                 ends.append(tuple(variable.detach().clone() for variable in self._live))
-                slopes.append(self._derivatives(blocks))
+                slopes.append(self._objective.derivatives(blocks))
         above, below = slopes
         found = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
         residual = float(norm(add(found.pop(self._name), load))) / size
-        if warm is not None:
+        if self._rule.warm_start:
             self._point.keep_warm(self._name, scale(0.5 / nu, subtract(*ends)), residual)
         self._record(residual, nu)
         return found
@@ -108,7 +107,7 @@ class _Penalty(Linearization):
     def _descend(self, penalty: Tensors, step_size: float) -> None:
         live = [variable.data for variable in self._live]
         for _ in range(self._rule.steps):
-            slope = add(self._derivatives([self._name])[self._name], penalty)
+            slope = add(self._objective.derivatives([self._name])[self._name], penalty)
             torch._foreach_add_(live, list(slope), alpha=-step_size)
         if not is_finite(live):
             raise NonFiniteError(
@@ -116,24 +115,13 @@ class _Penalty(Linearization):
                 "variables that are not finite; give ValueFunction a smaller step_size"
             )
 
-    def _derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """Return the first derivatives of the objective at the live variables."""
-        total = {block: zeros_like(self._point.values[block]) for block in wanted}
-        for term in self._terms:
-            for block, vectors in term.derivatives([block for block in wanted if block in term.blocks]).items():
-                total[block] = add(total[block], vectors)
-        return total
-
     def _safe_step_size(self, load: Tensors) -> float:
         """Return 1 / (1.2 lambda_max), for which gradient descent converges where f is convex."""
-        products = [FiniteDifferenceProduct(term) for term in self._terms]
+        products = SecondDerivatives(self._objective, FiniteDifferenceProduct)
 
         def matvec(q: Tensors) -> Tensors:
-            total = zeros_like(q)
-            for product in products:
-                total = add(total, product({self._name: q}, [self._name])[self._name])
             self.report.products += 1
-            return total
+            return products({self._name: q}, [self._name])[self._name]
 
         largest = largest_eigenvalue(matvec, load)
         if not math.isfinite(largest):

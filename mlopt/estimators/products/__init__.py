@@ -6,6 +6,7 @@ from .finite_difference import FiniteDifferenceProduct, relative_step
 from .forward import ForwardProduct
 from .gauss_newton import GaussNewtonProduct
 from .product import Product
+from .second_derivatives import SecondDerivatives
 
 __all__ = [
     "PRODUCTS",
@@ -15,6 +16,7 @@ __all__ = [
     "ForwardProduct",
     "GaussNewtonProduct",
     "Product",
+    "SecondDerivatives",
     "relative_step",
 ]
 

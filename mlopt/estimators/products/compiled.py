@@ -20,7 +20,7 @@ __all__ = ["CompiledProduct"]
 class CompiledProduct(ForwardProduct):
     """`ForwardProduct` with a compiled product of a level's Hessian; the first call takes seconds to minutes.
 
-    The compiled function is kept with the problem, and compiled anew when the shapes of a batch change. Dropout draws the
+    The compiled function is kept in the workspace, and compiled again when the shapes of a batch change. Dropout draws the
     same masks as in eager code.
     """
 
@@ -33,11 +33,12 @@ class CompiledProduct(ForwardProduct):
         from torch._dynamo.exc import TorchDynamoException
 
         key = (term.name, term.part)
-        if key not in term.compiled:
-            term.compiled[key] = _compile(term)
+        compiled = term.workspace.compiled
+        if key not in compiled:
+            compiled[key] = _compile(term)
         with plain_attention():
             try:
-                product: Tensors = term.compiled[key](*term.own_arguments(), tuple(direction[term.name]))
+                product: Tensors = compiled[key](*term.own_arguments(), tuple(direction[term.name]))
             except TorchDynamoException as error:
                 raise EstimatorError(
                     f"level {term.name!r}: torch.compile cannot compile its {term.part} "

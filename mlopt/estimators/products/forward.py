@@ -45,12 +45,12 @@ class ForwardProduct(Product):
 
 
 def verify(term: Term, value: Tensor) -> None:
-    """Raise where a level's loss, as a pure function, is not what it is on the live modules; looked at once for each problem.
+    """Raise where a level's loss, as a pure function, is not what it is on the live modules; compared once for each workspace.
 
     torch.func draws masks in another order if dropout meets a tensor that is not contiguous, and it treats parameters from
     outside the modules as constants.
     """
-    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.verified:
+    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.workspace.verified:
         return
     live = term.value()
     refuse_once_differentiable([live])
@@ -63,4 +63,4 @@ def verify(term: Term, value: Tensor) -> None:
             "it draws other random numbers there (dropout of a transposed tensor), or uses parameters from outside the module; "
             "use products='autograd'"
         )
-    term.verified.add((term.name, term.part))
+    term.workspace.verified.add((term.name, term.part))

@@ -57,7 +57,7 @@ def test_compiled_products_are_those_of_eager_code() -> None:
         seen.append(expected)
     assert distance(seen[0], seen[1]) > 1e-2
     assert all(map(torch.equal, network.buffers(), buffers))
-    assert set(compiled.compiled) == {("network", "loss"), ("network", "regularizer")}
+    assert set(compiled.workspace.compiled) == {("network", "loss"), ("network", "regularizer")}
 
 
 def test_a_loss_that_cannot_be_compiled_is_named() -> None:
