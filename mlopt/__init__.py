@@ -3,10 +3,12 @@
 from . import linear
 from .diagnosis import Diagnosis, DisagreementError, check_hypergradient, diagnose
 from .errors import (
+    ArgumentError,
     CheckpointError,
     CheckpointWarning,
     EstimatorError,
     Interrupted,
+    MissingDependencyError,
     MloptError,
     NonFiniteError,
     ProblemError,
@@ -48,6 +50,7 @@ from .solving import (
 __all__ = [
     "MINRES",
     "SAMA",
+    "ArgumentError",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -69,6 +72,7 @@ __all__ = [
     "Level",
     "LinearSolve",
     "MLflowLogger",
+    "MissingDependencyError",
     "Mixture",
     "MloptError",
     "Neumann",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
     "CheckpointError",
     "CheckpointWarning",
     "EstimatorError",
     "Interrupted",
+    "MissingDependencyError",
     "MloptError",
     "NonFiniteError",
     "ProblemError",
@@ -17,6 +19,14 @@ __all__ = [
 
 class MloptError(Exception):
     """Base of every error that mlopt raises on purpose."""
+
+
+class ArgumentError(MloptError, ValueError):
+    """An argument has a type or a value that it may not have."""
+
+
+class MissingDependencyError(MloptError, ModuleNotFoundError):
+    """An optional dependency is not installed; the message says how to install it."""
 
 
 class ProblemError(MloptError, ValueError):

@@ -12,12 +12,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import EstimatorError, SecondDerivativeError
+from ..errors import ArgumentError, EstimatorError, SecondDerivativeError
 from ..estimators import Dense, Implicit
 from ..hypergradient import Hypergradient, standalone
 from ..problem import Problem, Report, Workspace
 from ..rng import preserved
 from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
+from ..validation import is_whole
 from .evaluation import fixed_batches, put_back, rendered
 from .resolve import Resolver
 
@@ -160,11 +161,11 @@ def check_hypergradient(
         True
     """
     if oracle not in ("dense", "resolve"):
-        raise ValueError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
+        raise ArgumentError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
     if not tolerance > 0:
-        raise ValueError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
-    if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
+        raise ArgumentError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
+    if not is_whole(directions, 1):
+        raise ArgumentError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)
     found = standalone(problem, batches, name, seed, Workspace())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..errors import EstimatorError
+from ..imports import import_optional
 from ..problem import Point
 from ..tensors import Tensors, zeros_like
 
@@ -18,13 +19,7 @@ __all__ = ["OptimizerStep", "Step", "check_transformation"]
 
 
 def _torchopt() -> Any:
-    try:
-        import torchopt
-    except ImportError as error:
-        raise EstimatorError(
-            f"Unrolled needs TorchOpt's differentiable optimisers ({error}): pip install 'mlopt-torch[unroll]'"
-        ) from error
-    return torchopt
+    return import_optional("torchopt", "Unrolled", "'mlopt-torch[unroll]'")
 
 
 def check_transformation(optimizer: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import EstimatorError, NonFiniteError
 from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored, standing_in
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
-from ..validation import at_least, one_of
+from ..validation import at_least, is_whole, must_be, one_of
 from .optimizer_step import OptimizerStep, Step, check_transformation
 from .products import PRODUCTS, SecondDerivatives
 
@@ -26,9 +26,7 @@ _DIVERGED = 1e4
 _EXACT = [name for name in PRODUCTS if name != "gauss_newton"]
 
 
-def _whole_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"Unrolled: {attribute.name}={value!r}; it must be a whole number >= 1, or None")
+_whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
 
 @attrs.frozen
@@ -83,7 +81,11 @@ class Unrolled(Estimator):
     """
 
     steps: int = attrs.field(default=10, validator=at_least(1))
-    checkpoint_every: int | None = attrs.field(default=None, validator=_whole_or_none, kw_only=True)
+    checkpoint_every: int | None = attrs.field(
+        default=None,
+        validator=_whole_or_none,
+        kw_only=True,
+    )
     products: str = attrs.field(default="autograd", validator=one_of(*_EXACT), kw_only=True)
     optimizer: Any = attrs.field(default=None, kw_only=True)
     start: str | None = attrs.field(default=None, kw_only=True)

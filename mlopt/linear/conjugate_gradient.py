@@ -7,7 +7,7 @@ import math
 import attrs
 import torch
 
-from ..errors import EstimatorError, NonFiniteError
+from ..errors import ArgumentError, EstimatorError, NonFiniteError
 from ..tensors import Tensors
 from ..validation import at_least, one_of
 from .krylov import Stopping, begin, dots
@@ -51,7 +51,7 @@ class ConjugateGradient(LinearSolver):
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.preconditioner, Preconditioner | None):
-            raise TypeError(
+            raise ArgumentError(
                 f"ConjugateGradient: preconditioner={self.preconditioner}; it must be a Preconditioner, or None"
             )
 

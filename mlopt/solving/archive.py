@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files import flush
 
-__all__ = ["STATE", "TENSORS", "read", "sync_folder", "write", "write_file"]
+__all__ = ["STATE", "TENSORS", "read", "write", "write_file"]
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -96,17 +96,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file and flush it to the disk."""
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush to the disk which files a folder holds, under which names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
 
 
 def _encode(value: Any, place: tuple[str, ...], seen: _Seen) -> Any:

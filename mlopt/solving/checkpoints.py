@@ -18,7 +18,8 @@ from typing import Any
 import attrs
 
 from ..errors import CheckpointError, CheckpointWarning
-from ..validation import at_least
+from ..files import flush_folder
+from ..validation import at_least, must_be
 from . import archive
 
 __all__ = ["Checkpoints"]
@@ -39,11 +40,6 @@ _REMEDIES = {
     errno.ENOTDIR: "a file is where a folder should be: give another folder",
     errno.EIO: "the device does not work: give a folder on another one",
 }
-
-
-def _column(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"Checkpoints: best={value!r}; it must be the name of a column of the log, or None")
 
 
 @attrs.frozen
@@ -85,7 +81,12 @@ class Checkpoints:
     folder: Path = attrs.field(converter=Path)
     every: int = attrs.field(default=100, validator=at_least(1))
     keep: int = attrs.field(default=2, validator=at_least(1))
-    best: str | None = attrs.field(default=None, validator=_column)
+    best: str | None = attrs.field(
+        default=None,
+        validator=must_be(
+            lambda value: value is None or isinstance(value, str), "the name of a column of the log, or None"
+        ),
+    )
     greater_is_better: bool = False
 
     def due(self, step: int) -> bool:
@@ -114,7 +115,7 @@ class Checkpoints:
             trial = self.folder / f"{_PARTIAL}trial"
             archive.write_file(trial, b"can this be written?")
             trial.unlink()
-            archive.sync_folder(self.folder)
+            flush_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {_told(error)}") from error
 
@@ -202,9 +203,9 @@ class Checkpoints:
             staging.mkdir(parents=True)
             archive.write(staging, state)
             archive.write_file(staging / _MANIFEST, self._manifest(staging, step, score))
-            archive.sync_folder(staging)
+            flush_folder(staging)
             _move(staging, target)
-            archive.sync_folder(self.folder)
+            flush_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"{target} cannot be saved: {_told(error)}; {self._what_is_whole()}") from error
         finally:

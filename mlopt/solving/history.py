@@ -7,9 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ProblemError
+from ..errors import MloptError, ProblemError
 
-__all__ = ["History"]
+__all__ = ["History", "UnknownColumnError"]
+
+
+class UnknownColumnError(MloptError, KeyError):
+    """The history has no such column."""
+
+    __str__ = MloptError.__str__
 
 
 class History:
@@ -50,11 +56,11 @@ class History:
         """Return one quantity over the rows that have it.
 
         Raises:
-            KeyError: no row has it; the message lists what there is.
+            UnknownColumnError: no row has it; the message lists what there is.
         """
         values = [row[name] for row in self if name in row]
         if not values:
-            raise KeyError(f"the history has no {name!r}; it has {', '.join(self.names) or 'no rows'}")
+            raise UnknownColumnError(f"the history has no {name!r}; it has {', '.join(self.names) or 'no rows'}")
         return values
 
     @property

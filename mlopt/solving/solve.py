@@ -13,6 +13,7 @@ import torch
 from ..errors import ProblemError, TrustWarning
 from ..problem import Problem, Report
 from ..rng import seed_everything
+from ..validation import is_whole
 from .callbacks import Callback, ProgressDisplay
 from .checkpoints import Checkpoints
 from .history import History
@@ -106,10 +107,10 @@ def solve(
     _require("problem", problem, isinstance(problem, Problem), "an mlopt.Problem")
     least = {"steps": 0, "evaluate_every": 1, "log_every": 1, "nonfinite_limit": 1}
     for name, value in zip(least, (steps, evaluate_every, log_every, nonfinite_limit), strict=True):
-        _require(name, value, _is_whole(value) and value >= least[name], f"a whole number >= {least[name]}")
+        _require(name, value, is_whole(value, least[name]), f"a whole number >= {least[name]}")
     for name, value in {"resume": resume, "lookahead": lookahead, "progress": progress}.items():
         _require(name, value, isinstance(value, bool), "True or False")
-    _require("seed", seed, seed is None or _is_whole(seed), "a whole number, or None")
+    _require("seed", seed, seed is None or is_whole(seed), "a whole number, or None")
     _require(
         "on_nonfinite", on_nonfinite, on_nonfinite in ("raise", "skip", "rollback"), "'raise', 'skip' or 'rollback'"
     )
@@ -146,10 +147,6 @@ def solve(
 def _require(name: str, value: object, good: bool, what: str) -> None:
     if not good:
         raise ProblemError(f"solve: {name}={value!r}; it must be {what}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _seconds(limit: float | timedelta | None) -> float | None:

@@ -303,7 +303,7 @@ def test_a_preconditioner_that_is_not_definite_is_said() -> None:
     found = linear.ConjugateGradient(preconditioner=Wrong()).solve(system.matvec, system.right)
     assert found.remark == "the preconditioner is not positive definite (met at iteration 1)"
     assert found.converged is False
-    with pytest.raises(TypeError, match="it must be a Preconditioner, or None"):
+    with pytest.raises(mlopt.ArgumentError, match="it must be a Preconditioner, or None"):
         linear.ConjugateGradient(preconditioner=linear.Nystrom())
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ...files import named_errors, replacing
 from ..history import History
 from .callback import Callback
 
@@ -35,7 +35,7 @@ def write_csv(history: History, file: str | os.PathLike[str]) -> None:
     Example:
         >>> write_csv(solution.history, "history.csv")
     """
-    with _replacing(Path(file)) as stream:
+    with replacing(Path(file)) as staged, open(staged, "w", encoding="utf-8", newline="") as stream:
         if history.names:
             csv.writer(stream, lineterminator="\n").writerow(history.names)
         _write_rows(stream, history, history.names)
@@ -99,7 +99,7 @@ class CSVLogger(_FileLogger):
         if not set(self._names).issuperset(key for row in rows for key in row):
             self._rewrite(history)
             return
-        with _naming(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
+        with named_errors(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
             _write_rows(stream, rows, self._names)
 
 
@@ -122,11 +122,11 @@ class JSONLLogger(_FileLogger):
     """
 
     def _rewrite(self, history: History) -> None:
-        with _replacing(self.file) as stream:
+        with replacing(self.file) as staged, open(staged, "w", encoding="utf-8", newline="") as stream:
             stream.writelines(map(_json_line, history))
 
     def _append(self, rows: list[dict[str, float]], history: History) -> None:
-        with _naming(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
+        with named_errors(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
             stream.writelines(map(_json_line, rows))
 
 
@@ -142,28 +142,3 @@ def _json_line(row: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Return Python's number: numpy's print themselves with the digits of their own precision."""
     return value.item() if hasattr(value, "item") else value
-
-
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name the file in errors such as that of a full disk, which come without one."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[IO[str]]:
-    """Give a file beside `file` to write to; on leaving, once it is on the disk, it takes the place of `file`."""
-    beside = file.with_name(f".{file.name}.new")
-    with _naming(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(beside, "w", encoding="utf-8", newline="") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...imports import import_optional
 from .callback import Callback
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TensorBoardLogger(_Tracker):
         folder: of the event files; made where it does not exist.
 
     Raises:
-        ImportError: tensorboard is not installed.
+        MissingDependencyError: tensorboard is not installed.
 
     Example:
         >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TensorBoardLogger("runs/first")])
@@ -79,7 +79,7 @@ class TensorBoardLogger(_Tracker):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
-        self._package = _imported("torch.utils.tensorboard", type(self), "'mlopt-torch[tracking]'")
+        self._package = import_optional("torch.utils.tensorboard", type(self).__name__, "'mlopt-torch[tracking]'")
         self._folder = str(folder)
 
     def _begin(self) -> Any:
@@ -107,7 +107,7 @@ class WandbLogger(_Tracker):
         arguments: of `wandb.init`, such as project and config.
 
     Raises:
-        ImportError: wandb is not installed.
+        MissingDependencyError: wandb is not installed.
 
     Example:
         >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.WandbLogger(project="hyper-cleaning")])
@@ -115,7 +115,7 @@ class WandbLogger(_Tracker):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self._package = _imported("wandb", type(self), "wandb")
+        self._package = import_optional("wandb", type(self).__name__, "wandb")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -143,7 +143,7 @@ class TrackioLogger(_Tracker):
         arguments: of `trackio.init`, such as project and config.
 
     Raises:
-        ImportError: trackio is not installed.
+        MissingDependencyError: trackio is not installed.
 
     Example:
         >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TrackioLogger(project="hyper-cleaning")])
@@ -151,7 +151,7 @@ class TrackioLogger(_Tracker):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self._package = _imported("trackio", type(self), "trackio")
+        self._package = import_optional("trackio", type(self).__name__, "trackio")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -177,7 +177,7 @@ class MLflowLogger(_Tracker):
         arguments: of `mlflow.start_run`, such as run_name and tags.
 
     Raises:
-        ImportError: mlflow is not installed.
+        MissingDependencyError: mlflow is not installed.
 
     Example:
         >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.MLflowLogger(run_name="hyper-cleaning")])
@@ -185,7 +185,7 @@ class MLflowLogger(_Tracker):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self._package = _imported("mlflow", type(self), "mlflow")
+        self._package = import_optional("mlflow", type(self).__name__, "mlflow")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -200,11 +200,3 @@ class MLflowLogger(_Tracker):
     def _end(self, run: Run) -> None:
         self._package.set_tag("status", run.status)
         self._package.end_run()
-
-
-def _imported(module: str, logger: type, requirement: str) -> Any:
-    """Return the module: by name, so that the core has no such dependency."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{logger.__name__} cannot import {module} ({error}): pip install {requirement}") from error
