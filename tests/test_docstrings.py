@@ -42,11 +42,13 @@ NOT_YET_RUNNING = {
 NOT_YET_SHOWN = {
     "mlopt.diagnosis.check.DisagreementError",
     "mlopt.diagnosis.diagnosis.Diagnosis",
+    "mlopt.errors.ArgumentError",
     "mlopt.errors.CheckpointError",
     "mlopt.errors.CheckpointWarning",
     "mlopt.errors.EstimatorError",
     "mlopt.errors.Interrupted",
     "mlopt.errors.MloptError",
+    "mlopt.errors.MissingDependencyError",
     "mlopt.errors.NonFiniteError",
     "mlopt.errors.ProblemError",
     "mlopt.errors.SecondDerivativeError",

@@ -35,9 +35,9 @@ class Implicit(Estimator):
     With x*(u) = argmin_x f(x, u), a cotangent v on x* becomes -(d2f / du dx) q on u, where (d2f / dx2) q = v.
 
     Attributes:
-        solver: how q is found; None if that depends on the point.
-        products: how products with second derivatives are evaluated: "autograd", "forward", "finite_difference" or, for a level
-            without levels inside, "gauss_newton".
+        solver: the linear solver for q; None if it depends on the point.
+        products: the kind of products with second derivatives: "autograd", "forward", "finite_difference" or, for a level without
+            levels inside, "gauss_newton".
         compile: True if torch.compile compiles the product with a level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
@@ -57,7 +57,7 @@ class Implicit(Estimator):
     @property
     @abstractmethod
     def solver(self) -> LinearSolver | None:
-        """How q is found; None if that depends on the point."""
+        """The linear solver for q; None if it depends on the point."""
 
     def solver_at(self, point: Point, level: str) -> LinearSolver:
         """Return the linear solver for the Hessian of a level at a point."""
@@ -284,9 +284,9 @@ class _MultiplierTerm(Term):
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
-        found = {block: zeros_like(self.values[block]) for block in wanted}
-        add_into(found, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
+        total = {block: zeros_like(self.values[block]) for block in wanted}
+        add_into(total, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
         owned = {key: self._owned[key] for key in wanted if key in self._owned}
         gradient = self._child.objective.derivatives(list(owned.values()))
-        add_into(found, {key: gradient[block] for key, block in owned.items()})
-        return found
+        add_into(total, {key: gradient[block] for key, block in owned.items()})
+        return total

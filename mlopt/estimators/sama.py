@@ -27,7 +27,7 @@ class SAMA(Implicit):
     """Assume that the inverse Hessian is the derivative of the level's optimiser step: u_bar = -(d2f / du dx) D v.
 
     D is the diagonal of d step / d gradient at the optimiser's latest step, with Adam's correction of its moments' bias. For
-    SGD it is the learning rate. Outside `solve` D is that of a fresh optimiser's first step, which is tiny for Adam: that step is
+    SGD it is the learning rate. Outside `solve` D is that of a new optimiser's first step, which is tiny for Adam: that step is
     lr sign(g), for a g of any size.
 
     Args:

@@ -121,11 +121,11 @@ class _Unrolling(Linearization):
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
         values = self._point.values
-        found: dict[Block, Tensors] = {argument: zeros_like(values[argument]) for argument in wanted}
+        pulled: dict[Block, Tensors] = {argument: zeros_like(values[argument]) for argument in wanted}
         adjoint = cotangent.get(self._name, ())
         size = float(norm(adjoint))
-        if not found or size == 0.0:
-            return found
+        if not pulled or size == 0.0:
+            return pulled
         with restored(values[self._name]) as present:
             trajectory = self._point.ahead.get(self._name)
             if trajectory is None:
@@ -135,14 +135,14 @@ class _Unrolling(Linearization):
                 adjoint, along, memory = trajectory.update.pull(held.step, adjoint, memory)
                 product = self._product(held, along, wanted)
                 adjoint = add(adjoint, product.pop(self._name))
-                found |= {argument: add(found[argument], vectors) for argument, vectors in product.items()}
-        if self._rule.start in found:
+                pulled |= {argument: add(pulled[argument], vectors) for argument, vectors in product.items()}
+        if self._rule.start in pulled:
             start = values[self._rule.start]
-            found[self._rule.start] = add(
-                found[self._rule.start], tuple(a.to(x) for a, x in zip(adjoint, start, strict=True))
+            pulled[self._rule.start] = add(
+                pulled[self._rule.start], tuple(a.to(x) for a, x in zip(adjoint, start, strict=True))
             )
         self._record(float(norm(adjoint)) / size)
-        return found
+        return pulled
 
     def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
@@ -163,7 +163,7 @@ class _Unrolling(Linearization):
 
 @attrs.frozen(eq=False)
 class _Held:
-    """A step that the adjoint has yet to pass, leaves that stand at x_t, and products there."""
+    """A step that the adjoint has not passed yet, with leaves at x_t and products there."""
 
     step: Step
     leaves: tuple[nn.Parameter, ...]
@@ -171,11 +171,11 @@ class _Held:
 
 
 class _Trajectory:
-    """x_0, x_1, ..., x_T: walked forwards on construction, which leaves the live variables at x_T, and then backwards.
+    """x_0, x_1, ..., x_T: the constructor takes the steps and leaves the live variables at x_T; `backwards` retraces them.
 
     Args:
         rule: the estimator.
-        point: where.
+        point: the point.
         name: the level.
         present: a copy of its variables.
 
@@ -213,7 +213,7 @@ class _Trajectory:
         _put(self._live, variables)
 
     def _walk(self, begin: int, segment: list[_Held] | None) -> tuple[Tensors, Tensors]:
-        """Take the steps from one checkpoint to the next, hold them where asked to, and return where they lead."""
+        """Take the steps from one checkpoint to the next, append them to `segment` if given, and return the end point."""
         variables, memory = self._kept[begin // self._every]
         for t in range(begin, min(begin + self._every, self._rule.steps)):
             if segment is None:
@@ -231,7 +231,7 @@ class _Trajectory:
         return variables, memory
 
     def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
-        """Trace the gradient at x_t, on leaves of its own: the traces of several steps are held at a time."""
+        """Trace the gradient at x_t on new leaves, since several steps are held at a time."""
         leaves = _leaves(variables)
         products = SecondDerivatives(self._objective, PRODUCTS[self._rule.products])
         with standing_in(self._point, self._level, leaves):
@@ -241,13 +241,13 @@ class _Trajectory:
         return _Held(Step(t, variables, gradient, memory), leaves, products)
 
     def _check(self, gradient: Tensors) -> None:
-        """Raise where leaves in place of the variables change the gradient: the loss then has the variables from elsewhere."""
+        """Raise if leaves in place of the variables change the gradient: then the loss takes them from outside the module."""
         noise = 1e3 * torch.finfo(gradient[0].dtype).eps * float(norm(self._first))
-        found = [gradient[i] for i in self._used]
-        if any(float((f - g).norm()) > 0.01 * float(f.norm()) + noise for f, g in zip(self._first, found, strict=True)):
+        pairs = zip(self._first, [gradient[i] for i in self._used], strict=True)
+        if any(float((f - g).norm()) > 0.01 * float(f.norm()) + noise for f, g in pairs):
             raise EstimatorError(
                 f"level {self._level.name!r}: Unrolled evaluates its loss with other parameters in its module, and the gradient "
-                "was not the same; the loss must take its parameters from the module that it is given, not from outside"
+                "changed; the loss must take its parameters from the module argument, not from outside"
             )
 
     def _gradient(self) -> tuple[Tensor | None, ...]:
@@ -257,9 +257,9 @@ class _Trajectory:
         return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
 
     def backwards(self) -> Iterator[_Held]:
-        """Yield the steps from the last to the first, and forget each: once only."""
+        """Yield the steps from the last to the first, and discard each; possible only once."""
         if not self._kept:
-            raise EstimatorError(f"level {self._level.name!r}: its virtual steps have been pulled back through already")
+            raise EstimatorError(f"level {self._level.name!r}: its virtual steps were already pulled back through")
         while self._kept:
             if not self._segment:
                 self._walk((len(self._kept) - 1) * self._every, self._segment)
@@ -271,15 +271,15 @@ class _Trajectory:
         name, own = self._level.name, [tuple(x.shape) for x in self._live]
         if start not in self._point.problem.graph[name].arguments:
             raise EstimatorError(
-                f"level {name!r}: Unrolled(start={start!r}), and its loss does not refer to {start!r}; make it one of the loss's "
+                f"level {name!r}: Unrolled(start={start!r}), but its loss does not refer to {start!r}; make it one of the loss's "
                 "keyword-only parameters"
             )
         variables = self._point.problem[start].parameters
         shapes = [tuple(x.shape) for x in variables]
         if shapes != own:
             raise EstimatorError(
-                f"level {name!r}: Unrolled(start={start!r}), whose parameters have shapes {shapes}, not {own}; give both levels "
-                "modules of one kind"
+                f"level {name!r}: Unrolled(start={start!r}), whose parameters have shapes {shapes}, not {own}; use "
+                "modules of the same kind for both levels"
             )
         return tuple(x.detach().to(own) for x, own in zip(variables, self._live, strict=True))
 

@@ -97,12 +97,12 @@ class _Penalty(Linearization):
                 ends.append(tuple(variable.detach().clone() for variable in self._live))
                 slopes.append(self._objective.derivatives(blocks))
         above, below = slopes
-        found = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
-        residual = float(norm(add(found.pop(self._name), load))) / size
+        pulled = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
+        residual = float(norm(add(pulled.pop(self._name), load))) / size
         if self._rule.warm_start:
             self._point.keep_warm(self._name, scale(0.5 / nu, subtract(*ends)), residual)
         self._record(residual, nu)
-        return found
+        return pulled
 
     def _descend(self, penalty: Tensors, step_size: float) -> None:
         live = [variable.data for variable in self._live]
@@ -112,11 +112,11 @@ class _Penalty(Linearization):
         if not is_finite(live):
             raise NonFiniteError(
                 f"level {self._name!r}: {self._rule.steps} steps of gradient descent with step_size={step_size:.3g} led to "
-                "variables that are not finite; give ValueFunction a smaller step_size"
+                "variables that are not finite; pass a smaller step_size to ValueFunction"
             )
 
     def _safe_step_size(self, load: Tensors) -> float:
-        """Return 1 / (1.2 lambda_max), for which gradient descent converges where f is convex."""
+        """Return 1 / (1.2 lambda_max), for which gradient descent converges if f is convex."""
         products = SecondDerivatives(self._objective, FiniteDifferenceProduct)
 
         def matvec(q: Tensors) -> Tensors:
@@ -132,7 +132,7 @@ class _Penalty(Linearization):
         return 1.0 / (_MARGIN * largest)
 
     def _safe_perturbation(self, present: Tensors, start: Tensors | None, step_size: float, size: float) -> float:
-        """Return nu that keeps ||y+- - y|| below a part of ||y||: where f is convex, descent goes no further than its reach."""
+        """Return the nu that bounds ||y+- - y|| by a fraction of ||y||, assuming convex f, which bounds the reach of descent."""
         reach = self._rule.steps * step_size * size + (0.0 if start is None else float(norm(start)))
         return relative_step(present) * max(1.0, float(norm(present))) / reach
 
@@ -145,5 +145,5 @@ class _Penalty(Linearization):
         if self._rule.rtol is not None:
             self.report.converged = residual <= self._rule.rtol
         if not residual < 1.0:
-            remark = f"the penalised solutions were not reached: residual {residual:.3g} of the cotangent after gradient descent"
+            remark = f"gradient descent did not reach the penalised solutions: residual {residual:.3g} of the cotangent"
             self.report.remarks = (*self.report.remarks, remark)

@@ -45,7 +45,7 @@ class ForwardProduct(Product):
 
 
 def verify(term: Term, value: Tensor) -> None:
-    """Raise where a level's loss, as a pure function, is not what it is on the live modules; compared once for each workspace.
+    """Raise if a level's loss as a pure function differs from its value on the live modules; compared once for each workspace.
 
     torch.func draws masks in another order if dropout meets a tensor that is not contiguous, and it treats parameters from
     outside the modules as constants.
