@@ -1,4 +1,4 @@
-"""What the benchmarks of both modalities share: the cost of an iteration, a row for each run, and the tables."""
+"""Shared by the benchmarks of both modalities: the cost of an iteration, a row for each run, and the tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAYS = ("direct", "equal", "tapweight")
 
 
 def cost(tapweight: TapWeight, every: int, rounds: int, device: str) -> float:
-    """Return the time of an outer step with `every` pretraining steps over that of `every` plain pretraining steps."""
+    """Return the time of an outer step with `every` pretraining steps, relative to `every` plain pretraining steps."""
     tapweight.settings = attrs.evolve(tapweight.settings, every=every)
     whole, plain = tapweight.problem(1_000)[0], tapweight.equal_weights(1_000)
     engines = Engine(whole, seed=0), Engine(plain, seed=0)
@@ -41,12 +41,12 @@ def run(
     """Measure the cost of an iteration, run each task with each seed, write the results and print their tables.
 
     Args:
-        recipe: makes TapWeight for a task and a seed.
-        size: `tasks`, `seeds` and `steps`, and whatever else the results are to hold of it.
-        rounds: over which the cost is measured.
-        cost_only: whether to stop there.
+        recipe: returns TapWeight for a task and a seed.
+        size: `tasks`, `seeds`, `steps`, and other attributes that the results record.
+        rounds: number of rounds of the cost measurement.
+        cost_only: if True, stop after the cost measurement.
         device: cpu or cuda.
-        json: the file that is written, anew after each run: what was computed is not lost when a later one fails.
+        json: the results file, rewritten after each run, so that a later failure loses no results.
     """
     console = Console()
     costs = {every: cost(recipe(size.tasks[0], size.seeds[0]), every, rounds, device) for every in (1, 4)}
@@ -63,7 +63,7 @@ def run(
 
 
 def row_of(task: str, seed: int, result: TapWeightResult) -> dict[str, Any]:
-    """Return what a run gave, to be written."""
+    """Return the results of a run as plain data."""
     return {
         "task": task,
         "metric": result.metric,
@@ -75,8 +75,10 @@ def row_of(task: str, seed: int, result: TapWeightResult) -> dict[str, Any]:
 
 
 def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Table]:
-    """Return scores, weights and cost as tables; the cost alone where there are no rows."""
-    time = Table("lambda moves every", "time over plain pretraining", title="Cost of an iteration, measurements apart")
+    """Return scores, weights and cost as tables; only the cost if there are no rows."""
+    time = Table(
+        "lambda moves every", "time / plain pretraining", title="Cost of an iteration, without the measurements"
+    )
     for every, ratio in costs.items():
         time.add_row(f"{every} steps" if every > 1 else "step", f"{ratio:.2f}")
     if not rows:
@@ -86,7 +88,7 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Tabl
         "task", "metric", *WAYS, title=f"Test scores, mean (standard deviation) over {len(rows) // len(tasks)} seeds"
     )
     weights = Table(
-        "objective", *tasks, title="Learned weights, mean (standard deviation); in how many runs significant"
+        "objective", *tasks, title="Learned weights, mean (standard deviation); runs in which it is significant"
     )
     for task in tasks:
         own = [row for row in rows if row["task"] == task]

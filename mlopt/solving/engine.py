@@ -79,15 +79,15 @@ class Engine:
 
     def _begin(self) -> None:
         self.gradients.logs = {}
-        gradients, before = self.gradients, self.gradients.variables
-        gradients.variables = {
+        carryover, before = self.gradients.carryover, self.gradients.carryover.variables
+        carryover.variables = {
             name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
         }
         for name, variables in before.items():
-            if len(variables) != len(gradients.variables[name]):
-                # A callback froze some, or let some go: what is held has the shapes of before.
-                gradients.warm.pop(name, None)
-                gradients.cotangents.pop(name, None)
+            if len(variables) != len(carryover.variables[name]):
+                # A callback froze or unfroze some: what is held has the shapes of before.
+                carryover.warm.pop(name, None)
+                carryover.cotangents.pop(name, None)
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -178,7 +178,7 @@ class Engine:
 
     def _examine(self, level: Level, *, overflow_expected: bool) -> None:
         """Refuse a gradient that is missing or not finite, and clip it."""
-        variables = self.gradients.variables[level.name]
+        variables = self.gradients.carryover.variables[level.name]
         gradient = [variable.grad for variable in variables if variable.grad is not None]
         if not gradient:
             raise ProblemError(
@@ -222,11 +222,12 @@ class Engine:
         """Return a copy of all that steps change, data and generators left out."""
         names = [level.name for level in self.problem]
         modules = (level.module for level in self.problem)
-        return Snapshot(modules, map(self._stateful, names), (self.gradients.warm, self.gradients.cotangents))
+        carryover = self.gradients.carryover
+        return Snapshot(modules, map(self._stateful, names), (carryover.warm, carryover.cotangents))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, but for the generators."""
-        gradients, problem = self.gradients, self.problem
+        gradients, carryover, problem = self.gradients, self.gradients.carryover, self.problem
         levels = {}
         for level in problem:
             parts = {kind: part.state_dict() for kind, part in self._stateful(level.name).items()}
@@ -235,16 +236,12 @@ class Engine:
         return {
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
-            "warm": dict(gradients.warm),
-            "cotangents": {name: attrs.asdict(held, recurse=False) for name, held in gradients.cotangents.items()},
+            "warm": dict(carryover.warm),
+            "cotangents": {name: attrs.asdict(held, recurse=False) for name, held in carryover.cotangents.items()},
             "doubts": dict(gradients.doubts),
             "skipped": dict(self.skipped),
             "warmed": dict(self.warmed),
-            "probes": {
-                "count": problem.probe_count,
-                "streams": problem.probe_states
-                | {key: stream.state_dict() for key, stream in problem.probe_streams.items()},
-            },
+            "standalone": problem.workspace.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,7 +251,7 @@ class Engine:
             CheckpointError: a module or what steps it does not take its state.
             ProblemError: a level's data are fewer than those that the state is of.
         """
-        gradients, problem = self.gradients, self.problem
+        gradients, carryover, problem = self.gradients, self.gradients.carryover, self.problem
         for level in problem:
             held = state["levels"][level.name]
             try:
@@ -272,11 +269,10 @@ class Engine:
             if name in state["curvature"]:
                 stream.load_state_dict(state["curvature"][name])
         for name, vectors in state["warm"].items():
-            gradients.warm[name] = to_device(vectors, problem[name].device)
+            carryover.warm[name] = to_device(vectors, problem[name].device)
         for name, held in state["cotangents"].items():
-            gradients.cotangents[name] = StreamedCotangent(**to_device(held, problem[name].device))
+            carryover.cotangents[name] = StreamedCotangent(**to_device(held, problem[name].device))
         gradients.doubts |= state["doubts"]
         self.skipped |= state["skipped"]
         self.warmed |= state["warmed"]
-        problem.probe_count, problem.probe_states = state["probes"]["count"], dict(state["probes"]["streams"])
-        problem.probe_streams.clear()
+        problem.workspace.load_state_dict(state["standalone"])

@@ -46,7 +46,8 @@ def build(seed: int, estimator: mlopt.Estimator, loss: Any = dropped) -> mlopt.P
 def test_all_products_see_the_same_masks(seed: int) -> None:
     found = {}
     for products in PRODUCTS:
-        estimator = mlopt.ConjugateGradient(iterations=5, damping=2.0, products=products)
+        # The damping exceeds the negative curvature: a division by a curvature close to zero would amplify rounding.
+        estimator = mlopt.ConjugateGradient(iterations=5, damping=8.0, products=products)
         found[products] = gradient_of(build(seed, estimator))
     assert distance(found["forward"], found["autograd"]) < 1e-10
     assert distance(found["finite_difference"], found["autograd"]) < 1e-6
