@@ -159,7 +159,7 @@ def test_a_step_that_is_rolled_back_leaves_variables_and_optimizers_and_the_next
 
 @pytest.mark.parametrize(
     ("policy", "sentence"),
-    [("skip", "3 such steps were left out already"), ("rollback", "3 outer steps were already rolled back")],
+    [("skip", "3 such steps were already skipped"), ("rollback", "3 outer steps were already rolled back")],
 )
 def test_both_are_bounded(policy: str, sentence: str) -> None:
     with pytest.raises(mlopt.NonFiniteError, match=sentence):
