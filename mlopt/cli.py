@@ -6,13 +6,13 @@ import argparse
 import importlib
 import importlib.metadata
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
 from .errors import MloptError
+from .imports import import_optional
 
 __all__ = ["main"]
 
@@ -83,10 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse("interrupted; of a run that had not ended, what its checkpoints hold is saved", 130)
     except (MloptError, OSError) as error:
         return _refuse(str(error), 2)
-    except (ValueError, ImportError) as error:
-        if not _on_purpose(error):
-            raise
-        return _refuse(str(error), 2)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -131,22 +127,9 @@ def _add(commands: Any, name: str, command: Command) -> None:
 
 
 def _load(command: Command, prog: str) -> Any:
-    try:
+    if not command.extra:
         return importlib.import_module(command.module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing == "mlopt" or not command.extra:
-            raise
-        raise ModuleNotFoundError(
-            f"`{prog}` needs {missing}, which is not installed: pip install 'mlopt-torch[{command.extra}]'"
-        ) from error
-
-
-def _on_purpose(error: Exception) -> bool:
-    """Say whether a `raise` in mlopt made the error, and not a call that failed, such as torch's or `zip`'s."""
-    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return frame.f_globals["__name__"].startswith("mlopt.") and line.startswith("raise ")
+    return import_optional(command.module, f"`{prog}`", f"'mlopt-torch[{command.extra}]'")
 
 
 def _refuse(sentence: str, status: int) -> int:

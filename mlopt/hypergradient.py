@@ -18,16 +18,17 @@ from .problem import (
     Block,
     Estimator,
     Level,
+    Objective,
     Point,
     Problem,
     Report,
-    Stream,
+    Workspace,
+    add_into,
     derivatives,
-    level_terms,
     to_device,
 )
 from .rng import GeneratorState, derive_seed
-from .tensors import Tensors, add, zeros_like
+from .tensors import Tensors, zeros_like
 
 __all__ = [
     "Hypergradient",
@@ -35,6 +36,7 @@ __all__ = [
     "hypergradient",
     "partial_derivatives",
     "seeded_generators",
+    "standalone",
     "total_derivative",
 ]
 
@@ -92,26 +94,44 @@ def hypergradient(
         >>> result = mlopt.hypergradient(problem)
         >>> result.gradient["logits"], result.reports["classifier"].residual
     """
+    return standalone(problem, batches, level, seed, problem.workspace)
+
+
+def standalone(
+    problem: Problem,
+    batches: Mapping[str, Any] | None,
+    level: str | None,
+    seed: int | None,
+    workspace: Workspace,
+    estimators: Mapping[str, Estimator] | None = None,
+) -> Hypergradient:
+    """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's."""
     target = problem.outermost if level is None else problem[level]
-    problem.probe_count += 1
+    workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
-    batches |= {other.name: _probe_batch(problem, other, other.data) for other in problem if other.name not in batches}
+    batches |= {other.name: workspace.next_batch(other, other.data) for other in problem if other.name not in batches}
+    rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
-        name: _probe_batch(problem, problem[name], rule.curvature_data, "curvature data")
+        name: workspace.next_batch(problem[name], rule.curvature_data, "curvature data")
         for name in problem.graph[target.name].interior
-        if (rule := problem[name].estimator) is not None and rule.curvature_data is not None
+        if (rule := rules[name]) is not None and rule.curvature_data is not None
     }
-    chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
-    generators = seeded_generators(problem, *chosen)
-    point = Point(problem, batches, generators, curvature_batches=curvature)
+    chosen = ("call", workspace.calls) if seed is None else ("seed", seed)
+    point = Point(
+        problem,
+        batches,
+        seeded_generators(problem, *chosen),
+        curvature_batches=curvature,
+        workspace=workspace,
+        estimators=estimators,
+    )
     with point.generators_preserved(), at_solutions(point, target):
-        terms = level_terms(point, target)
-        loss = sum((term.value() for term in terms[1:]), terms[0].value())
+        loss = Objective.of(target, point).value()
         cotangents = partial_derivatives(problem, target, loss)
         gradient = total_derivative(point, target, cotangents)
     for name, report in point.reports.items():
         if report.doubtful:
-            warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=2)
+            warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=3)
     named = dict(zip(target.parameter_names, gradient, strict=True))
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
 
@@ -125,16 +145,6 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
     }
 
 
-def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") -> Any:
-    """Return the next batch of a level's data of one kind, from the stream that belongs to standalone calls."""
-    key = level.name if kind == "data" else f"{level.name}/{kind}"
-    if key not in problem.probe_streams:
-        problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
-        if key in problem.probe_states:
-            problem.probe_streams[key].load_state_dict(problem.probe_states.pop(key))
-    return problem.probe_streams[key].next()
-
-
 @contextlib.contextmanager
 def at_solutions(point: Point, level: Level) -> Iterator[None]:
     """Put the variables of the levels inside where their estimators take the solutions to be; put them back on leaving.
@@ -144,7 +154,7 @@ def at_solutions(point: Point, level: Level) -> Iterator[None]:
     problem = point.problem
     with contextlib.ExitStack() as moved:
         for part in reversed(problem.graph[level.name].parts):
-            estimator = problem[part].estimator
+            estimator = point.estimator(part)
             if estimator is not None and problem.graph[part].arguments:
                 begin = time.perf_counter()
                 moved.enter_context(estimator.at_solution(point, part))
@@ -183,7 +193,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     node = problem.graph[level.name]
     within = {level.name, *node.interior}
     for part in node.parts:
-        estimator = problem[part].estimator
+        estimator = point.estimator(part)
         if not problem.graph[part].arguments:
             continue
         assert estimator is not None
@@ -193,7 +203,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
         wanted = [argument for argument in linearization.arguments if argument in within]
         for block, vector in linearization.pullback(cotangent, wanted).items():
             require_finite(vector, partial(_not_finite, part, block, estimator))
-            cotangents[block] = add(cotangents[block], vector) if block in cotangents else vector
+            add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
         point.reports |= linearization.reports()
     gradient = cotangents.get(level.name)

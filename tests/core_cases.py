@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mlopt
-from mlopt.problem import Block, Linearization, Point, Vectors
+from mlopt.problem import Block, Carryover, Linearization, Point, Vectors, Workspace
 from mlopt.tensors import Tensors
 
 PRODUCTS = ("autograd", "forward", "finite_difference")
@@ -59,7 +59,13 @@ def point_of(problem: mlopt.Problem, warm: dict[str, Tensors] | None = None) -> 
     """Return a point at seed 0, with each level's first batch."""
     batches = {level.name: None if level.data is None else next(iter(level.data)) for level in problem}
     generators = {level.name: mlopt.rng.GeneratorState.seeded(0) for level in problem}
-    return Point(problem, batches, generators, warm=warm)
+    return Point(problem, batches, generators, carryover=None if warm is None else Carryover(warm=warm))
+
+
+def contents(workspace: Workspace) -> dict[str, Any]:
+    """Return copies of everything that a workspace keeps, for `same`."""
+    keys = [sorted(workspace.mixtures.items()), sorted(workspace.compiled), sorted(workspace.verified)]
+    return {"standalone": workspace.state_dict(), "caches": keys}
 
 
 class Counting(mlopt.Estimator):

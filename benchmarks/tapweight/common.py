@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.result import TapWeightResult
+from mlopt.recipes.tapweight.spread import Spread
 from mlopt.solving.engine import Engine
 
 from ..report import interleaved, write
@@ -92,17 +92,14 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Tabl
     )
     for task in tasks:
         own = [row for row in rows if row["task"] == task]
-        scores.add_row(task, own[0]["metric"], *(_spread([row["scores"][way]["test"] for row in own]) for way in WAYS))
+        scores.add_row(
+            task, own[0]["metric"], *(str(Spread.of([row["scores"][way]["test"] for row in own])) for way in WAYS)
+        )
     for name in rows[0]["weights"]:
         cells = []
         for task in tasks:
             own = [row for row in rows if row["task"] == task]
             clear = sum(row["signals"][name]["significant"] for row in own)
-            cells.append(f"{_spread([row['weights'][name] for row in own])}; {clear} of {len(own)}")
+            cells.append(f"{Spread.of([row['weights'][name] for row in own])}; {clear} of {len(own)}")
         weights.add_row(name, *cells)
     return [scores, weights, time]
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"

@@ -12,14 +12,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import EstimatorError, SecondDerivativeError
+from ..errors import ArgumentError, EstimatorError, SecondDerivativeError
 from ..estimators import Dense, Implicit
-from ..hypergradient import Hypergradient, hypergradient
-from ..problem import Problem, Report
+from ..hypergradient import Hypergradient, standalone
+from ..problem import Problem, Report, Workspace
 from ..rng import preserved
 from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
+from ..validation import is_whole
 from .evaluation import fixed_batches, put_back, rendered
-from .resolve import Resolver, replace_estimators
+from .resolve import Resolver
 
 __all__ = ["Check", "DisagreementError", "Row", "check_hypergradient"]
 
@@ -160,15 +161,14 @@ def check_hypergradient(
         True
     """
     if oracle not in ("dense", "resolve"):
-        raise ValueError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
+        raise ArgumentError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
     if not tolerance > 0:
-        raise ValueError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
-    if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
+        raise ArgumentError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
+    if not is_whole(directions, 1):
+        raise ArgumentError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)
-    # Calls are counted, and draw, by problem: the user's own is left as it is.
-    found = hypergradient(Problem(*problem.levels), batches, name, seed=seed)
+    found = standalone(problem, batches, name, seed, Workspace())
     if oracle == "dense":
         check = _against_dense(problem, batches, found, tolerance, seed)
     else:
@@ -187,9 +187,9 @@ def _against_dense(
                 f"check_hypergradient: level {pulled.name!r} has {size:,} variables, and the dense oracle writes out the "
                 f"Hessian of at most {_DENSE_LIMIT:,}; use oracle='resolve'"
             )
-    exact = replace_estimators(problem, Dense(limit=_DENSE_LIMIT))
+    exact = {level.name: Dense(limit=_DENSE_LIMIT) for level in problem if problem.needs_estimator(level.name)}
     try:
-        truth = hypergradient(exact, batches, found.level, seed=seed)
+        truth = standalone(problem, batches, found.level, seed, Workspace(), exact)
     except SecondDerivativeError as error:
         raise EstimatorError(
             f"check_hypergradient: the dense oracle takes second derivatives ({error}); use oracle='resolve', which does not"
@@ -221,7 +221,7 @@ def _against_resolved(
         resolver.solve_inside(found.level)
         after = {name: flatten(problem[name].parameters).detach() for name in stationarity}
         moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
-        settled = hypergradient(Problem(*problem.levels), batches, found.level, seed=seed)
+        settled = standalone(problem, batches, found.level, seed, Workspace())
         resolver.unsolved = 0.0
         measured = [resolver.derivative(flatten(axis)) for axis in axes]
     given, there = (_along(axes, result) for result in (found, settled))

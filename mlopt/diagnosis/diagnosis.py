@@ -12,14 +12,14 @@ from rich.table import Table
 from torch import nn
 
 from .. import linear
-from ..estimators import Implicit
-from ..problem import Level, Problem
+from ..estimators import Implicit, LinearSolve
+from ..hypergradient import seeded_generators
+from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
 from ..tensors import Tensors
 from .evaluation import evaluate, fixed_batches, put_back, rendered
 from .finding import Finding
-from .measurements import Measurements, Tap, Trial, measure, normalises, point_at
-from .resolve import replace_estimators
+from .measurements import Measurements, Tap, Trial, measure, normalises
 from .solver_rules import SOLVERS, iterations_for, rate_solver
 from .spectrum import Spectrum
 
@@ -116,27 +116,25 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
         >>> diagnosis.safe, diagnosis.levels["regression"].products["forward"].severity
         (True, 'ok')
     """
-    twin = Problem(*problem.levels)
-    batches = fixed_batches(twin, batches, seed)
-    names = [level.name for level in reversed(twin.levels) if twin.needs_estimator(level.name)]
-    with put_back(twin), preserved(twin.devices):
-        reaching = _cotangents(twin, batches, seed)
-        levels = {
-            name: _diagnose(twin, name, measure(twin, batches, name, seed, reaching.get(name)), name in reaching)
-            for name in names
-        }
+    workspace, levels = Workspace(), {}
+    batches = fixed_batches(problem, batches, seed)
+    with put_back(problem), preserved(problem.devices):
+        reaching = _cotangents(problem, workspace, batches, seed)
+        for level in reversed(problem.levels):
+            if problem.needs_estimator(name := level.name):
+                measures = measure(problem, workspace, batches, name, seed, reaching.get(name))
+                levels[name] = _diagnose(problem, name, measures, name in reaching)
     return Diagnosis(levels=levels)
 
 
-def _cotangents(problem: Problem, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:
+def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:
     """Return a cotangent for each level that one other than zero reaches, from any level that it is solved inside."""
     taps = {level.name: Tap() for level in problem if problem.needs_estimator(level.name)}
-    tapped = replace_estimators(
-        problem, {name: Implicit(solver=tap, products="finite_difference") for name, tap in taps.items()}
-    )
-    for level in tapped:
-        if tapped.graph[level.name].parts:
-            evaluate(point_at(tapped, batches, seed), level)
+    tapped = {name: LinearSolve(solver=tap, products="finite_difference") for name, tap in taps.items()}
+    generators = seeded_generators(problem, "seed", seed)
+    for level in problem:
+        if problem.graph[level.name].parts:
+            evaluate(Point(problem, batches, generators, workspace=workspace, estimators=tapped), level)
     return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 
 
@@ -235,9 +233,9 @@ def _of_estimator(level: Level, measures: Measurements, differences: dict[str, t
             measures,
             differences.get(rule.products, (0.0, 0.0)),
             torch.finfo(level.parameters[0].dtype).eps,
-            mixed_only=isinstance(rule.solver, linear.Identity),
+            mixed_only=isinstance(rule.solver, linear.AssumedInverse | None),
         )
-    if measures.spectrum is not None:
+    if measures.spectrum is not None and rule.solver is not None:
         verdicts[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
     bad = [
         attrs.evolve(verdict, sentence=f"its estimator, {what}: {verdict.sentence}")

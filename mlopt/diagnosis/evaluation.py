@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from ..hypergradient import partial_derivatives, total_derivative
-from ..problem import Level, Point, Problem, Stream, level_terms, restored, to_device
+from ..problem import Level, Objective, Point, Problem, Stream, restored, to_device
 from ..rng import derive_seed
 from ..tensors import Tensors
 
@@ -39,8 +39,7 @@ def put_back(problem: Problem) -> Iterator[None]:
 
 def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
     """Return a level's objective at a point, and its total gradient, in the shapes of its variables."""
-    terms = level_terms(point, level)
-    value = sum((term.value() for term in terms[1:]), terms[0].value())
+    value = Objective.of(level, point).value()
     gradient = total_derivative(point, level, partial_derivatives(point.problem, level, value))
     return float(value.detach()), gradient
 

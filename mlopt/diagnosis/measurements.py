@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MloptError
-from ..estimators import Implicit
+from ..estimators import LinearSolve
 from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
-from ..problem import Level, Point, Problem, level_terms, restored
+from ..problem import Level, Objective, Point, Problem, Workspace, restored
 from ..tensors import Tensors, axpy, flatten, unflatten
 from .evaluation import evaluate
 from .spectrum import Spectrum, lanczos
 
-__all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure", "point_at"]
+__all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure"]
 
 #: The kinds of products that are to agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
@@ -100,32 +100,37 @@ class Measurements:
     kernels: tuple[str, ...] = ()
 
 
-def point_at(problem: Problem, batches: Mapping[str, Any], seed: int) -> Point:
-    """Return the present point, with the generators that a seed gives."""
-    return Point(problem, batches, seeded_generators(problem, "seed", seed))
-
-
 def measure(
-    problem: Problem, batches: Mapping[str, Any], name: str, seed: int, cotangent: Tensors | None
+    problem: Problem,
+    workspace: Workspace,
+    batches: Mapping[str, Any],
+    name: str,
+    seed: int,
+    cotangent: Tensors | None,
 ) -> Measurements:
-    """Measure one level that cotangents are pulled back through. The generators move; whoever calls puts them back.
+    """Measure one level that cotangents are pulled back through. The generators move; the caller puts them back.
 
     Args:
         problem: the problem; levels inside the one examined keep their own estimators.
+        workspace: of the examination.
         batches: of every level.
         name: the level.
         seed: of the draws, and of the random vectors.
         cotangent: what products are tried on, a random vector when None. Differences cross the kinks of a network along
             a random vector, and few along a gradient: what is pulled back is what they are to be right on.
     """
-    level, point = problem[name], point_at(problem, batches, seed)
+    level = problem[name]
+    point, other = (
+        Point(problem, batches, seeded_generators(problem, "seed", draws), workspace=workspace)
+        for draws in (seed, seed + 1)
+    )
     measures = Measurements()
     _, gradient = evaluate(point, level)
     start = flatten(gradient).double()
     measures.gradient_norm = float(start.norm())
     measures.gradient_seconds = _timed(lambda: evaluate(point, level))
     measures.replay = _distance(flatten(evaluate(point, level)[1]).double(), start)
-    measures.spread = _distance(flatten(evaluate(point_at(problem, batches, seed + 1), level)[1]).double(), start)
+    measures.spread = _distance(flatten(evaluate(other, level)[1]).double(), start)
     measures.unused, measures.kernels = _used(point, level)
     generator = torch.Generator().manual_seed(seed)
     p, q = (_random(level, generator) for _ in range(2))
@@ -170,7 +175,7 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
     """Take H p and the mixed product by one kind; what torch or the library says against it is kept, to be reported."""
     tap, trial = Tap(), Trial()
     try:
-        rule = Implicit(solver=tap, products=kind).linearize(point, level.name)
+        rule = LinearSolve(solver=tap, products=kind).linearize(point, level.name)
         mixed = rule.pullback({level.name: vector})
         trial.matvec = tap.matvecs[-1]
         trial.own = flatten(trial.matvec(vector)).double()
@@ -227,13 +232,9 @@ class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _used(point: Point, level: Level) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return which parameters the objective does not depend on, and the fused attention kernels that it runs."""
     with _Kernels() as kernels:
-        values = [term.value() for term in level_terms(point, level)]
-    reached: set[int] = set()
-    for value in values:
-        if value.requires_grad:
-            found = torch.autograd.grad(value, level.parameters, allow_unused=True, retain_graph=True)
-            reached |= {k for k, derivative in enumerate(found) if derivative is not None}
-    unused = tuple(name for k, name in enumerate(level.parameter_names) if k not in reached)
+        value = Objective.of(level, point).value()
+    gradient = torch.autograd.grad(value, level.parameters, allow_unused=True)
+    unused = tuple(name for name, g in zip(level.parameter_names, gradient, strict=True) if g is None)
     return unused, tuple(dict.fromkeys(kernels.names))
 
 

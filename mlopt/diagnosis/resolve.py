@@ -6,18 +6,17 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
 from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..hypergradient import seeded_generators
-from ..problem import Level, Point, Problem, level_terms
+from ..problem import Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
 from .evaluation import evaluate
 from .minimize import minimize
 
-__all__ = ["Resolver", "replace_estimators"]
+__all__ = ["Resolver"]
 
 #: Norm of a gradient, over one plus that of the variables, at which a level counts as solved.
 _SOLVED = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -26,17 +25,6 @@ _NESTED = 1e2
 #: A displacement of the outer variables, over one plus their norm. Its fourth power is the error of the extrapolated
 #: differences, and what the inner solves leave is divided by it.
 _STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
-
-
-def replace_estimators(problem: Problem, estimators: Mapping[str, Estimator] | Estimator) -> Problem:
-    """Return a problem on the same modules, in which levels that are pulled back have other estimators."""
-    levels = []
-    for level in problem:
-        if problem.needs_estimator(level.name):
-            rule = estimators if isinstance(estimators, Estimator) else estimators[level.name]
-            level = attrs.evolve(level, estimator=rule)
-        levels.append(level)
-    return Problem(*levels)
 
 
 class Resolver:
@@ -54,9 +42,9 @@ class Resolver:
 
     def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
         exact = {level.name: _exact(level.estimator) for level in problem if problem.needs_estimator(level.name)}
-        self._problem = replace_estimators(problem, exact)
-        self._target = self._problem[target]
-        self._point = Point(self._problem, batches, seeded_generators(problem, "seed", seed))
+        self._problem, self._target = problem, problem[target]
+        generators = seeded_generators(problem, "seed", seed)
+        self._point = Point(problem, batches, generators, workspace=Workspace(), estimators=exact)
         #: The norm of each level's gradient where its latest solve ended.
         self.reached: dict[str, float] = {}
         #: The largest share of a gradient that a solve at displaced variables began with and was left with.
@@ -89,10 +77,6 @@ class Resolver:
         if level.name in self._problem.graph[self._target.name].parts and found.gradient_norm > tolerance:
             self.unsolved = max(self.unsolved, found.gradient_norm / before)
 
-    def _value(self) -> float:
-        # Without the pullbacks that `evaluate` goes on to.
-        return sum(float(term.value().detach()) for term in level_terms(self._point, self._target))
-
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""
         graph, norms = self._problem.graph, {}
@@ -120,7 +104,7 @@ class Resolver:
             for sign in (1.0, -1.0):
                 _write(variables, origin + sign * size * direction)
                 self.solve_inside(self._target.name)
-                values.append(self._value())
+                values.append(Objective.of(self._target, self._point).number())
             differences.append((values[0] - values[1]) / (2 * size))
         _write(variables, origin)
         coarse, fine = ((4 * narrow - wide) / 3 for wide, narrow in itertools.pairwise(differences))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import keyword
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..errors import ProblemError
 from ..tensors import Tensors
+from ..validation import is_positive, is_whole
 from .estimator import Estimator
 
 __all__ = ["Level", "Variables", "references", "variables"]
@@ -102,7 +102,7 @@ def _check_type(kind: type, remedy: str) -> Callable[[Level, attrs.Attribute[Any
 
 def _check_count(least: int) -> Callable[[Level, attrs.Attribute[int], object], None]:
     def check(level: Level, attribute: attrs.Attribute[int], value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value, least):
             raise ProblemError(
                 f"level {level.name!r}: {attribute.name}={value!r}; it must be a whole number >= {least}"
             )
@@ -111,9 +111,7 @@ def _check_count(least: int) -> Callable[[Level, attrs.Attribute[int], object], 
 
 
 def _check_clip(level: Level, attribute: attrs.Attribute[float | None], value: object) -> None:
-    if value is None:
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if value is not None and not is_positive(value):
         raise ProblemError(f"level {level.name!r}: clip={value!r}; it must be a finite number > 0, or None")
 
 

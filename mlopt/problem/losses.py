@@ -1,4 +1,4 @@
-"""What a loss may return: a scalar, a mixture of losses, or a mapping that holds either and scalars to log."""
+"""The one place where losses and regularizers are evaluated, and the values that they may return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..tensors import Tensors, zeros_like
 if TYPE_CHECKING:
     from .level import Level
 
-__all__ = ["LossValue", "Mixture", "read_loss", "scalar"]
+__all__ = ["LossValue", "Mixture", "evaluate_loss", "evaluate_regularizer"]
 
 Loss = Tensor | Callable[[], Tensor]
 
@@ -58,7 +58,7 @@ class Mixture:
     def loss(self, k: int) -> Tensor:
         """Return L_k, evaluated now where it was given as a function."""
         loss = self._losses[k]
-        return scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
+        return _scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
 
     def gradient(
         self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor], loss: Tensor | None = None
@@ -105,7 +105,7 @@ class Mixture:
 
 @attrs.define(eq=False)  # not frozen: torch.compile does not follow how attrs fills frozen classes
 class LossValue:
-    """What one evaluation of a loss gave: the loss or the mixture, and scalars to log."""
+    """The value of a loss: a scalar or a mixture, and scalars to log."""
 
     loss: Tensor | Mixture
     logs: Mapping[str, Any]
@@ -121,7 +121,43 @@ class LossValue:
         return total
 
 
-def scalar(value: Any, label: str) -> Tensor:
+def evaluate_loss(
+    level: Level, modules: Mapping[str, nn.Module], batch: Any, mixtures: dict[str, str | None] | None = None
+) -> LossValue:
+    """Evaluate the loss of a level. Every evaluation in the library is made by this function.
+
+    Args:
+        level: the level.
+        modules: by name, the level's module and those of the levels that its loss refers to.
+        batch: the batch.
+        mixtures: by level, the level that weighs its loss if that is a mixture, else None; the entry of this level is set.
+
+    Raises:
+        ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`.
+    """
+    others = {name: modules[name] for name in level.loss_references}
+    value = _read(level.loss(modules[level.name], batch, **others), level)
+    if mixtures is not None:
+        mixtures[level.name] = value.loss.weights if isinstance(value.loss, Mixture) else None
+    return value
+
+
+def evaluate_regularizer(level: Level, modules: Mapping[str, nn.Module]) -> Tensor:
+    """Evaluate the regularizer of a level, a scalar. Every evaluation in the library is made by this function.
+
+    Args:
+        level: a level that has one.
+        modules: by name, the level's module and those of the levels that its regularizer refers to.
+
+    Raises:
+        ProblemError: the regularizer did not return a scalar tensor.
+    """
+    assert level.regularizer is not None
+    others = {name: modules[name] for name in level.regularizer_references}
+    return _scalar(level.regularizer(modules[level.name], **others), f"the regularizer of level {level.name!r}")
+
+
+def _scalar(value: Any, label: str) -> Tensor:
     """Return the value as a tensor of shape (), or raise a ProblemError."""
     if not isinstance(value, Tensor):
         raise ProblemError(f"{label} is a {type(value).__name__}; it must be a scalar tensor")
@@ -130,12 +166,8 @@ def scalar(value: Any, label: str) -> Tensor:
     return value if value.dim() == 0 else value.reshape(())
 
 
-def read_loss(value: Any, level: Level) -> LossValue:
-    """Read what the loss of a level returned.
-
-    Raises:
-        ProblemError: it is neither a scalar tensor, a Mixture, nor a mapping with `loss`.
-    """
+def _read(value: Any, level: Level) -> LossValue:
+    """Return the value that the loss of a level returned, checked."""
     logs: Mapping[str, Any] = {}
     if isinstance(value, Mapping):
         if "loss" not in value:
@@ -150,4 +182,4 @@ def read_loss(value: Any, level: Level) -> LossValue:
                 f"to; make {value.weights!r} one of its keyword-only parameters"
             )
         return LossValue(value, logs)
-    return LossValue(scalar(value, f"the loss of level {level.name!r}"), logs)
+    return LossValue(_scalar(value, f"the loss of level {level.name!r}"), logs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.tree import Tree
 from ..errors import ProblemError
 from .graph import Graph
 from .level import Level
-from .stream import Stream
+from .workspace import Workspace
 
 __all__ = ["Problem"]
 
@@ -69,17 +68,8 @@ class Problem:
                     f"{', '.join(map(repr, self.graph[level.name].arguments))}, so cotangents must be pulled back through it; "
                     "give one, such as mlopt.ConjugateGradient(iterations=10)"
                 )
-        #: What standalone calls of `hypergradient` draw from, so that training's streams are left alone.
-        self.probe_streams: dict[str, Stream] = {}
-        self.probe_count = 0
-        #: Where those streams are to begin, when a run is resumed.
-        self.probe_states: dict[str, Any] = {}
-        #: For each level whose loss has been evaluated, the level that weighs it where it is a mixture, else None.
-        self.mixtures: dict[str, str | None] = {}
-        #: Functions of the levels' terms that products have had compiled.
-        self.compiled: dict[Any, Any] = {}
-        #: Terms whose pure functions agreed with the live modules when they were first used.
-        self.verified: set[Any] = set()
+        #: Caches and standalone calls of everything that evaluates this problem without a workspace of its own.
+        self.workspace = Workspace()
 
     @property
     def outermost(self) -> Level:

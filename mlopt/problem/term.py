@@ -14,13 +14,14 @@ from torch.func import functional_call
 
 from ..tensors import Tensors, dot, zeros_like
 from .estimator import Block, Vectors
-from .losses import LossValue, Mixture, read_loss, scalar
+from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 
 if TYPE_CHECKING:
     from .level import Level
     from .point import Point
+    from .workspace import Workspace
 
-__all__ = ["LevelTerm", "OwnFunction", "Term", "cloned_buffers", "derivatives", "level_terms", "standing_in"]
+__all__ = ["LevelTerm", "OwnFunction", "Term", "cloned_buffers", "cut", "derivatives", "standing_in"]
 
 #: A term as a function of its level's variables, of other parameters and buffers by name, and of a batch.
 OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
@@ -164,14 +165,9 @@ class LevelTerm(Term):
         return self._pure(values, self._total)
 
     @property
-    def compiled(self) -> dict[Any, Any]:
-        """What has been compiled for the problem, kept for the next term."""
-        return self._point.problem.compiled
-
-    @property
-    def verified(self) -> set[Any]:
-        """Terms of the problem whose pure functions have been found to be what the live modules compute."""
-        return self._point.problem.verified
+    def workspace(self) -> Workspace:
+        """The workspace of the point."""
+        return self._point.workspace
 
     def own_function(self) -> OwnFunction:
         """Return the term as a function of the level's variables, of everything else, and of the batch.
@@ -222,15 +218,15 @@ class LevelTerm(Term):
         return derivatives(inner, [name], self.values)[name]
 
     def _mixture(self, modules: Mapping[str, nn.Module]) -> Mixture:
-        mixture = self._outcome(modules).loss
+        mixture = self._loss(modules).loss
         assert isinstance(mixture, Mixture)
         return mixture
 
     def _is_mixture(self, weights: str) -> bool:
-        known = self._point.problem.mixtures
+        known = self._point.workspace.mixtures
         if self.name not in known:
             with cloned_buffers(self._modules.values()):
-                self._outcome(self._modules)
+                self._loss(self._modules)
         return known[self.name] == weights
 
     def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
@@ -264,39 +260,22 @@ class LevelTerm(Term):
         }
         return _PureFunction(self._modules, function).at(named)
 
-    def _outcome(self, modules: Mapping[str, nn.Module]) -> LossValue:
+    def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Evaluate the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        outcome = self._read(modules, self._batches[self.name])
-        mixtures = self._point.problem.mixtures
-        mixtures[self.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
-        return outcome
-
-    def _read(self, modules: Mapping[str, nn.Module], batch: Any) -> LossValue:
-        others = {name: modules[name] for name in self._level.loss_references}
-        return read_loss(self._level.loss(modules[self.name], batch, **others), self._level)
+        return evaluate_loss(self._level, modules, self._batches[self.name], self._point.workspace.mixtures)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
-            return self._outcome(modules).total(modules)
+            return self._loss(modules).total(modules)
         self._point.generators[self.name].restore()
-        return self._regularize(modules)
-
-    def _regularize(self, modules: Mapping[str, nn.Module]) -> Tensor:
-        assert self._level.regularizer is not None
-        others = {name: modules[name] for name in self._references}
-        value = self._level.regularizer(modules[self.name], **others)
-        return scalar(value, f"the regularizer of level {self.name!r}")
+        return evaluate_regularizer(self._level, modules)
 
     def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
-        """Evaluate the term on given modules and a given batch, at whatever random numbers come."""
-        return self._read(modules, batch).total(modules) if self.part == "loss" else self._regularize(modules)
-
-
-def level_terms(point: Point, level: Level, batches: Mapping[str, Any] | None = None) -> tuple[LevelTerm, ...]:
-    """Return the terms of a level's objective: its loss, on the point's batch or another, and its regularizer, if any."""
-    loss = LevelTerm(point, level, "loss", batches)
-    return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer"))
+        """Evaluate the term on given modules and a given batch, with the generators as they are."""
+        if self.part == "regularizer":
+            return evaluate_regularizer(self._level, modules)
+        return evaluate_loss(self._level, modules, batch).total(modules)
 
 
 class _PureFunction(nn.Module):

@@ -18,7 +18,7 @@ from ..tensors import norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
-from .state import Snapshot, load_module_state, load_part, module_state
+from .state import Snapshot, load_module_state, load_state, module_state
 
 __all__ = ["Engine"]
 
@@ -31,14 +31,14 @@ class Engine:
         seed: of the order of every level's data.
         lookahead: whether the inner steps before an outer step are taken back once its hypergradient is formed, and taken
             again, on the same batches, after it.
-        skips: how many steps of levels whose loss or gradient is not finite may be left out; none when zero.
+        skip_limit: how many steps of levels whose loss or gradient is not finite may be left out; none when zero.
 
     Raises:
         ProblemError: a level has no optimiser, or one that does not train the level's variables.
     """
 
-    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skips: int = 0) -> None:
-        self.problem, self._lookahead, self._skips = problem, lookahead, skips
+    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0) -> None:
+        self.problem, self._lookahead, self._skip_limit = problem, lookahead, skip_limit
         self.optimizers = {level.name: make_optimizer(level) for level in problem}
         self.schedulers = {level.name: make_scheduler(level, self.optimizers[level.name]) for level in problem}
         self.precisions = {level.name: Precision(level) for level in problem}
@@ -79,15 +79,15 @@ class Engine:
 
     def _begin(self) -> None:
         self.gradients.logs = {}
-        gradients, before = self.gradients, self.gradients.variables
-        gradients.variables = {
+        carryover, before = self.gradients.carryover, self.gradients.carryover.variables
+        carryover.variables = {
             name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
         }
         for name, variables in before.items():
-            if len(variables) != len(gradients.variables[name]):
-                # A callback froze some, or let some go: what is held has the shapes of before.
-                gradients.warm.pop(name, None)
-                gradients.cotangents.pop(name, None)
+            if len(variables) != len(carryover.variables[name]):
+                # A callback froze or unfroze some: what is held has the shapes of before.
+                carryover.warm.pop(name, None)
+                carryover.cotangents.pop(name, None)
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -100,7 +100,7 @@ class Engine:
         if self._left_out and self._left_out.intersection(self.problem.graph[level.name].interior):
             self._left_out.add(level.name)
             return
-        buffers = self._buffers(level) if self._skips else ()
+        buffers = self._buffers(level) if self._skip_limit else ()
         try:
             self._descend(level, self._differentiate(level, last))
             self._left_out.discard(level.name)
@@ -119,7 +119,7 @@ class Engine:
         streams = [*(self.streams[name] for name in inside), *self.gradients.curvature_streams.values()]
         before = Snapshot((self.problem[name].module for name in inside), map(self._stateful, inside))
         with contextlib.ExitStack() as noting:
-            noted = [noting.enter_context(stream.noted()) for stream in streams]
+            noted = [noting.enter_context(stream.recording()) for stream in streams]
             self._solve_inside(level)
         loss: Tensor | None = None
         if not self._left_out.intersection(inside):
@@ -136,7 +136,7 @@ class Engine:
                 self._leave_out(level, error, buffers)
         with contextlib.ExitStack() as again:
             for stream, batches in zip(streams, noted, strict=True):
-                again.enter_context(stream.repeating(batches))
+                again.enter_context(stream.replaying(batches))
             self._solve_inside(level)
 
     def _stateful(self, name: str) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class Engine:
 
     def _examine(self, level: Level, *, overflow_expected: bool) -> None:
         """Refuse a gradient that is missing or not finite, and clip it."""
-        variables = self.gradients.variables[level.name]
+        variables = self.gradients.carryover.variables[level.name]
         gradient = [variable.grad for variable in variables if variable.grad is not None]
         if not gradient:
             raise ProblemError(
@@ -208,11 +208,11 @@ class Engine:
         Raises:
             NonFiniteError: it may not, or there were too many.
         """
-        if not self._skips:
+        if not self._skip_limit:
             raise error
         self.skipped[level.name] = self.skipped.get(level.name, 0) + 1
-        if sum(self.skipped.values()) > self._skips:
-            raise NonFiniteError(f"{error}; {self._skips} such steps were left out already") from error
+        if sum(self.skipped.values()) > self._skip_limit:
+            raise NonFiniteError(f"{error}; {self._skip_limit} such steps were left out already") from error
         self._left_out.add(level.name)
         self._forget_gradient(level)
         for buffer, kept in buffers:
@@ -222,11 +222,12 @@ class Engine:
         """Return a copy of all that steps change, data and generators left out."""
         names = [level.name for level in self.problem]
         modules = (level.module for level in self.problem)
-        return Snapshot(modules, map(self._stateful, names), (self.gradients.warm, self.gradients.cotangents))
+        carryover = self.gradients.carryover
+        return Snapshot(modules, map(self._stateful, names), (carryover.warm, carryover.cotangents))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, but for the generators."""
-        gradients, problem = self.gradients, self.problem
+        gradients, carryover, problem = self.gradients, self.gradients.carryover, self.problem
         levels = {}
         for level in problem:
             parts = {kind: part.state_dict() for kind, part in self._stateful(level.name).items()}
@@ -235,16 +236,12 @@ class Engine:
         return {
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
-            "warm": dict(gradients.warm),
-            "cotangents": {name: attrs.asdict(held, recurse=False) for name, held in gradients.cotangents.items()},
+            "warm": dict(carryover.warm),
+            "cotangents": {name: attrs.asdict(held, recurse=False) for name, held in carryover.cotangents.items()},
             "doubts": dict(gradients.doubts),
             "skipped": dict(self.skipped),
             "warmed": dict(self.warmed),
-            "probes": {
-                "count": problem.probe_count,
-                "streams": problem.probe_states
-                | {key: stream.state_dict() for key, stream in problem.probe_streams.items()},
-            },
+            "standalone": problem.workspace.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,14 +251,14 @@ class Engine:
             CheckpointError: a module or what steps it does not take its state.
             ProblemError: a level's data are fewer than those that the state is of.
         """
-        gradients, problem = self.gradients, self.problem
+        gradients, carryover, problem = self.gradients, self.gradients.carryover, self.problem
         for level in problem:
             held = state["levels"][level.name]
             try:
                 load_module_state(level.module, held["module"])
                 for kind, part in self._stateful(level.name).items():
                     if kind in held:
-                        load_part(part, held[kind])
+                        load_state(part, held[kind])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"level {level.name!r} does not take its state ({' '.join(str(error).split())}); give the problem that it "
@@ -272,11 +269,10 @@ class Engine:
             if name in state["curvature"]:
                 stream.load_state_dict(state["curvature"][name])
         for name, vectors in state["warm"].items():
-            gradients.warm[name] = to_device(vectors, problem[name].device)
+            carryover.warm[name] = to_device(vectors, problem[name].device)
         for name, held in state["cotangents"].items():
-            gradients.cotangents[name] = StreamedCotangent(**to_device(held, problem[name].device))
+            carryover.cotangents[name] = StreamedCotangent(**to_device(held, problem[name].device))
         gradients.doubts |= state["doubts"]
         self.skipped |= state["skipped"]
         self.warmed |= state["warmed"]
-        problem.probe_count, problem.probe_states = state["probes"]["count"], dict(state["probes"]["streams"])
-        problem.probe_streams.clear()
+        problem.workspace.load_state_dict(state["standalone"])

@@ -14,6 +14,7 @@ from ..finiteness import require_finite
 from ..hypergradient import at_solutions, partial_derivatives, total_derivative
 from ..problem import (
     Block,
+    Carryover,
     Level,
     LossValue,
     Mixture,
@@ -22,12 +23,14 @@ from ..problem import (
     Report,
     Stream,
     StreamedCotangent,
+    add_into,
     cloned_buffers,
-    read_loss,
-    scalar,
+    evaluate_loss,
+    evaluate_regularizer,
+    sum_values,
 )
 from ..rng import GeneratorState
-from ..tensors import Tensors, add, axpy_, dot, is_finite, scale
+from ..tensors import Tensors, axpy_, dot, is_finite, scale
 from .precision import Precision
 
 __all__ = ["Gradients"]
@@ -46,11 +49,9 @@ class Gradients:
         seed: of the order of curvature data.
 
     Attributes:
-        variables: of each level, in the present outer step.
+        carryover: what points of this run share.
         batches: the latest batch of each level.
         generators: where the generators stood before the latest evaluation of each level that cotangents are pulled back through.
-        warm: the last solution of each level's linear system, of estimators with warm starts.
-        cotangents: what streamed pullbacks hold.
         curvature_streams: of estimators with curvature data.
         logs: what the levels logged in the present outer step.
         reports: how each level was pulled back last.
@@ -60,18 +61,19 @@ class Gradients:
     def __init__(
         self, problem: Problem, optimizers: Mapping[str, Any], precisions: Mapping[str, Precision], seed: int
     ) -> None:
-        self.problem, self._optimizers, self._precisions = problem, optimizers, precisions
+        self.problem, self._precisions = problem, precisions
         self._devices = problem.devices
+        self._modules = {
+            level.name: {name: problem[name].module for name in (level.name, *level.references)} for level in problem
+        }
+        self.carryover = Carryover(optimizers=optimizers, devices=self._devices)
         self.curvature_streams = {
             level.name: Stream(f"{level.name}/curvature data", level.estimator.curvature_data, seed, level.device)
             for level in problem
             if level.estimator is not None and level.estimator.curvature_data is not None
         }
-        self.variables: dict[str, Tensors] = {}
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
-        self.warm: dict[str, Tensors] = {}
-        self.cotangents: dict[str, StreamedCotangent] = {}
         self.logs: dict[str, Any] = {}
         #: What the batches of the present step have logged so far, and how many of them.
         self._summed: dict[str, int] = {}
@@ -86,7 +88,7 @@ class Gradients:
             batches: one or more.
             last: whether this is the last step of the present solve of the level.
         """
-        variables = self.variables[level.name]
+        variables = self.carryover.variables[level.name]
         others = [self.problem[name].module for name in level.references]
         # Only a level's own training steps keep what its module does to its buffers.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
@@ -101,20 +103,20 @@ class Gradients:
         return loss
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
-        held = self.cotangents.get(level.name) if last else None
+        held = self.carryover.cotangents.get(level.name) if last else None
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses, signals = [], []
         for k, batch in enumerate(batches):
             self._stand(level, batch, replayed=last and k == len(batches) - 1)
             with precision.autocast:
-                outcome = self._outcome(level)
-            if isinstance(outcome.loss, Mixture):
-                loss, aligned = self._descend_mixture(level, variables, outcome.loss, held, share, first=k == 0)
+                value = self._evaluate(level)
+            if isinstance(value.loss, Mixture):
+                loss, aligned = self._descend_mixture(level, variables, value.loss, held, share, first=k == 0)
                 signals.append(aligned)
             else:
-                loss = self._descend(level, variables, outcome.loss, share)
+                loss = self._descend(level, variables, value.loss, share)
             losses.append(loss)
-            self._log(level, loss, outcome.logs, share, first=k == 0)
+            self._log(level, loss, value.logs, share, first=k == 0)
         if held is not None and signals:
             total = torch.stack(signals).sum(0)
             # Where the scaled losses overflowed, as they do now and then, the pullback recomputes them.
@@ -123,8 +125,7 @@ class Gradients:
 
     def _descend(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
         """Add the gradient of a share of the objective to `.grad`; return the objective, detached."""
-        if level.regularizer is not None:
-            loss = loss + self._regularizer(level)
+        loss = self._regularized(level, loss)
         if not loss.requires_grad:
             raise ProblemError(
                 f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
@@ -171,10 +172,10 @@ class Gradients:
         for variable, derivative in zip(variables, mixed, strict=True):
             variable.grad = derivative if variable.grad is None else variable.grad + derivative
         if level.regularizer is not None:
-            regularizer = self._regularizer(level)
+            regularizer = evaluate_regularizer(level, self._modules[level.name])
             if regularizer.requires_grad:
                 (share * precision.scaled(regularizer)).backward(inputs=variables)  # type: ignore[no-untyped-call]
-            total = total + regularizer.detach()
+            total = sum_values((total, regularizer.detach()))
         return total, torch.stack(signals) if signals else torch.zeros(0)
 
     def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
@@ -182,15 +183,7 @@ class Gradients:
         interior = self.problem.graph[level.name].interior
         curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
         point = Point(
-            self.problem,
-            self.batches,
-            self.generators,
-            self.warm,
-            self.cotangents,
-            curvature,
-            self._optimizers,
-            self._devices,
-            self.variables,
+            self.problem, self.batches, self.generators, curvature_batches=curvature, carryover=self.carryover
         )
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses = []
@@ -199,15 +192,15 @@ class Gradients:
             for k, batch in enumerate(batches):
                 self._stand(level, batch, replayed=last and k == len(batches) - 1)
                 with precision.autocast:
-                    outcome = self._outcome(level)
-                    loss = outcome.total({name: self.problem[name].module for name in (level.name, *level.references)})
-                if level.regularizer is not None:
-                    loss = loss + self._regularizer(level)
+                    value = self._evaluate(level)
+                    loss = value.total(self._modules[level.name])
+                loss = self._regularized(level, loss)
                 losses.append(loss.detach().clone())
-                self._log(level, losses[-1], outcome.logs, share, first=k == 0)
+                self._log(level, losses[-1], value.logs, share, first=k == 0)
                 scaled = precision.scaled(loss)
-                found = partial_derivatives(self.problem, level, scaled if share == 1.0 else share * scaled)
-                cotangents = found if k == 0 else {block: add(cotangents[block], found[block]) for block in found}
+                add_into(
+                    cotangents, partial_derivatives(self.problem, level, scaled if share == 1.0 else share * scaled)
+                )
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
                 # The scaled loss overflowed on its way back: the scaler sees that in the gradient, and does not step.
@@ -232,16 +225,16 @@ class Gradients:
         if replayed and self.problem.needs_estimator(level.name):
             self.generators[level.name] = GeneratorState.capture(self._devices)
 
-    def _outcome(self, level: Level) -> LossValue:
-        others = {name: self.problem[name].module for name in level.loss_references}
-        outcome = read_loss(level.loss(level.module, self.batches[level.name], **others), level)
-        self.problem.mixtures[level.name] = outcome.loss.weights if isinstance(outcome.loss, Mixture) else None
-        return outcome
+    def _evaluate(self, level: Level) -> LossValue:
+        """Evaluate the loss of a level on its latest batch, with the generators and buffers of training."""
+        mixtures = self.problem.workspace.mixtures
+        return evaluate_loss(level, self._modules[level.name], self.batches[level.name], mixtures)
 
-    def _regularizer(self, level: Level) -> Tensor:
-        assert level.regularizer is not None
-        others = {name: self.problem[name].module for name in level.regularizer_references}
-        return scalar(level.regularizer(level.module, **others), f"the regularizer of level {level.name!r}")
+    def _regularized(self, level: Level, loss: Tensor) -> Tensor:
+        """Return the objective of a level, with the given value of its loss."""
+        if level.regularizer is None:
+            return loss
+        return sum_values((loss, evaluate_regularizer(level, self._modules[level.name])))
 
     def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
         """Add a share of what one evaluation gave to the row of this outer step, then refuse a loss that is not finite."""

@@ -154,13 +154,12 @@ class EstimatorContract:
         """A zero cotangent gives exactly zero, and a warm start stays the very tensors that it was."""
         for rule, _ in self._rules(warm=True):
             (level,) = rule.blocks[:1]
-            warm = rule.point.warm
-            assert warm is not None
-            kept = warm[level]
+            kept = rule.point.warm_start(level)
+            assert kept is not None
             values = [x.clone() for x in kept]
             found = rule.pullback({block: zeros_like(rule.point.values[block]) for block in rule.blocks})
             assert all(not bool(x.any()) for vectors in found.values() for x in vectors), "zero in, and not zero out"
-            assert warm[level] is kept, "a zero cotangent changed the warm start"
+            assert rule.point.warm_start(level) is kept, "a zero cotangent changed the warm start"
             assert same(values, list(kept)), "a zero cotangent changed the warm start in place"
 
     def test_pullback_and_pushforward_are_transposes(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Block, Estimator, Linearization, Point, Problem, Report, Vectors
+from ..problem import Block, Carryover, Estimator, Linearization, Point, Problem, Report, Vectors
 from ..rng import GeneratorState
 from ..tensors import Tensors, dot, flatten, zeros_like
 from .side_effects import same
@@ -36,7 +36,8 @@ class Rule:
     def __init__(self, problem: Problem, level: str, *, warm: bool = False) -> None:
         generators = {name.name: GeneratorState.seeded(0) for name in problem}
         start = {level: tuple(torch.ones_like(p) for p in problem[level].parameters)}
-        self.point = Point(problem, {name.name: None for name in problem}, generators, warm=start if warm else None)
+        carryover = Carryover(warm=start) if warm else None
+        self.point = Point(problem, {name.name: None for name in problem}, generators, carryover=carryover)
         self.inner: Any = self._linearize(level)
         self._level = level
         self.blocks, self.arguments = self.inner.blocks, self.inner.arguments

@@ -19,6 +19,7 @@ from cattrs.cols import homogenous_tuple_structure_factory
 from cattrs.gen import make_dict_structure_fn
 from tyro.conf import arg
 
+from mlopt.errors import MloptError
 from mlopt.validation import at_least, shown
 
 __all__ = ["ConfigurationError", "Options", "Run", "distinct", "missing", "parse", "read", "seeds", "write"]
@@ -29,7 +30,7 @@ _FILE, _FOLDER = "FILE", "FOLDER"
 _LARGEST_SEED = 2**32 - 1  # numpy's
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(MloptError, ValueError):
     """A configuration that cannot be run; the message says which key, what was found and what it may be."""
 
 
@@ -152,7 +153,7 @@ def missing(path: str) -> ConfigurationError:
     )
 
 
-class _UnexpectedError(ValueError):
+class _UnexpectedError(MloptError, ValueError):
     """A value of another kind than it must be."""
 
 

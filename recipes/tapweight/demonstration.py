@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from .recipe import TapWeight
 from .result import WAYS, TapWeightResult
+from .spread import Spread
 
 __all__ = ["Known", "show", "summary", "told"]
 
@@ -104,12 +104,8 @@ def summary(results: Sequence[TapWeightResult]) -> tuple[Table, Table]:
     )
     for name in names:
         values = [result.weights[name] for result in results]
-        weights.add_row(name, _spread(values), f"{sum(value < 1 / len(names) for value in values)} of {count}")
+        weights.add_row(name, str(Spread.of(values)), f"{sum(value < 1 / len(names) for value in values)} of {count}")
     scores = Table("way", f"test {results[0].metric}")
     for way in results[0].scores:
-        scores.add_row(WAYS[way], _spread([result.scores[way]["test"] for result in results]))
+        scores.add_row(WAYS[way], str(Spread.of([result.scores[way]["test"] for result in results])))
     return weights, scores
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})"

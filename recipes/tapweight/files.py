@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlopt.errors import MloptError
 from mlopt.validation import shown
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _NAMED = 3
 __all__ = ["DataError", "column_of", "left_out", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
 
 
-class DataError(ValueError):
+class DataError(MloptError, ValueError):
     """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
 
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from torch.utils.data import DataLoader
 
 import mlopt
+from mlopt.errors import ArgumentError
 from mlopt.problem import Stream
 from mlopt.rng import derive_seed, seed_everything
 from mlopt.validation import at_least, one_of, positive
@@ -93,7 +94,7 @@ class Settings:
         outer = steps // self.every
         delay = int(self.warmup * outer)
         if outer - delay < self.measurements:
-            raise ValueError(
+            raise ArgumentError(
                 f"steps={steps} at every={self.every} and warmup={self.warmup} moves the weights {outer - delay} times; at least "
                 f"measurements={self.measurements} are needed to judge them: take more steps"
             )
@@ -156,16 +157,18 @@ class TapWeight:
     ) -> None:
         names = [objective.name for objective in objectives]
         if len(names) < 2:
-            raise ValueError(f"TapWeight: {len(names)} objectives; there is something to weigh from two on")
+            raise ArgumentError(f"TapWeight: {len(names)} objectives; there is something to weigh from two on")
         if len(set(names)) < len(names):
-            raise ValueError(
+            raise ArgumentError(
                 f"TapWeight: two objectives of one name among {', '.join(names)}; give each its own `name`"
             )
         if len(corpus) < 2:
-            raise ValueError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
+            raise ArgumentError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
         for split, examples in task.splits.items():
             if len(examples) < 2:
-                raise ValueError(f"TapWeight: the {split} split holds {len(examples)} examples; it needs at least two")
+                raise ArgumentError(
+                    f"TapWeight: the {split} split holds {len(examples)} examples; it needs at least two"
+                )
         self.encoder, self.objectives, self.task, self.corpus = encoder, tuple(objectives), task, corpus
         self.settings = settings or Settings()
         self.estimator = estimator or mlopt.Identity()
@@ -208,7 +211,7 @@ class TapWeight:
         """
         unknown = [name for name in baselines if name not in ("direct", "equal")]
         if unknown:
-            raise ValueError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
+            raise ArgumentError(f"fit: unknown baseline {unknown[0]!r}; there are 'direct' and 'equal'")
         outer, _ = self.settings.schedule(steps)
         problem, meter = self.problem(steps)
         solve = Saved(checkpoint, resume=resume, progress=progress)

@@ -11,6 +11,7 @@ import attrs
 import torch
 
 import mlopt
+from mlopt.errors import ArgumentError
 from mlopt.rng import preserved, seed_everything
 
 from .levels import Finetuning, Pretraining, objective_losses, task_loss
@@ -42,7 +43,7 @@ class Saved:
         self, checkpoint: mlopt.Checkpoints | str | os.PathLike[str] | None, *, resume: bool, progress: bool
     ) -> None:
         if resume and checkpoint is None:
-            raise ValueError("resume=True without checkpoint; give the folder that the run was saved in")
+            raise ArgumentError("resume=True without checkpoint; give the folder that the run was saved in")
         known = checkpoint is None or isinstance(checkpoint, mlopt.Checkpoints)
         self._checkpoints: Any = checkpoint if known else mlopt.Checkpoints(checkpoint)  # type: ignore[arg-type]
         self._options = {"resume": resume, "progress": progress}
@@ -86,19 +87,19 @@ def gradient_norms(
             for batch in batches:
                 loss = objective_losses(perturbed, batch, [objective], {name: 1.0})[name]()
                 if not loss.requires_grad:
-                    raise ValueError(
+                    raise ArgumentError(
                         f"objective {name!r}: its loss has no gradient (was it detached?); mend it or leave it out"
                     )
                 gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
                 squares.append(sum(float(g.square().sum()) for g in gradient))
             norm = math.sqrt(sum(squares) / len(squares))
             if norm == 0.0:
-                raise ValueError(
+                raise ArgumentError(
                     f"objective {name!r} gives the encoder no gradient, so its weight would mean nothing; does its loss use the "
                     "encoder? mend it or leave it out"
                 )
             if not math.isfinite(norm):
-                raise ValueError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")
+                raise ArgumentError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")
             norms[name] = norm
     return norms
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_cases import contents
 from functions import OnceDifferentiable
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,12 +174,11 @@ def test_levels_are_solved_again_for_the_masks_of_the_seed(seed: int) -> None:
 def test_nothing_moves(oracle: str, dtype: torch.dtype) -> None:
     problem = stateful_problem(mlopt.Identity(), dtype=dtype)
     optimizers = train_a_little(problem)
-    before, count = snapshot(problem, optimizers), problem.probe_count
+    before, workspace = snapshot(problem, optimizers), contents(problem.workspace)
     with pytest.raises(mlopt.EstimatorError):
         mlopt.check_hypergradient(problem, oracle=oracle, directions=1, tolerance=1e-3)
     assert same(before, snapshot(problem, optimizers))
-    assert problem.probe_count == count
-    assert problem.probe_streams == {}
+    assert same(contents(problem.workspace), workspace)
 
 
 @pytest.mark.parametrize("fatal", [5, 20, 40])

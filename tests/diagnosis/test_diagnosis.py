@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_cases import contents
 from functions import OnceDifferentiable
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -327,10 +328,10 @@ def test_an_estimator_that_is_not_implicit_is_left_to_the_check() -> None:
 def test_nothing_moves(dtype: torch.dtype) -> None:
     problem = stateful_problem(mlopt.ConjugateGradient(), dtype=dtype)
     optimizers = train_a_little(problem)
-    before, count = snapshot(problem, optimizers), problem.probe_count
+    before, workspace = snapshot(problem, optimizers), contents(problem.workspace)
     mlopt.diagnose(problem)
     assert same(before, snapshot(problem, optimizers))
-    assert (problem.probe_count, problem.probe_streams, problem.mixtures) == (count, {}, {})
+    assert same(contents(problem.workspace), workspace)
 
 
 @pytest.mark.parametrize("fatal", [1, 3, 11, 15, 24])

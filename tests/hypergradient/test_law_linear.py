@@ -122,12 +122,11 @@ def test_zero_in_zero_out_and_the_warm_start_untouched(shape: str, level: str, p
     out = rule.pullback({level: zeros_like(kept[level])})
     assert all(not v.any() for vectors in out.values() for v in vectors)
     assert rule.report.products == 0
-    assert point.warm is not None
-    assert point.warm.keys() == kept.keys()
-    assert point.warm[level] is kept[level]
+    assert point.carryover.warm.keys() == kept.keys()
+    assert point.warm_start(level) is kept[level]
     # And with something in, the warm start is what the solve found.
     rule.pullback(random_vectors([level], torch.Generator().manual_seed(1)))
-    assert point.warm[level] is not kept[level]
+    assert point.warm_start(level) is not kept[level]
 
 
 def test_a_warm_start_changes_where_the_solve_begins() -> None:
@@ -150,7 +149,7 @@ def test_a_solution_that_has_blown_up_is_no_start() -> None:
     rule = problem["y"].estimator.linearize(point, "y")
     rule.pullback(random_vectors(["y"], torch.Generator().manual_seed(1)))
     assert rule.report.residual > 1e3
-    assert point.warm == {}
+    assert point.warm_start("y") is None
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_the_identity_spends_the_mixed_product_and_nothing_else(products: str, e
         mlopt.Level("x", mlopt.variables(torch.ones(2)), _outer),
         mlopt.Level("y", mlopt.variables(torch.zeros(2)), loss, estimator=mlopt.Identity(products=products)),
     )
-    problem.mixtures["y"] = None  # known from training: else one evaluation more looks at what the loss returns
+    problem.workspace.mixtures["y"] = None  # as after training; else the loss is evaluated once more to read its kind
     mlopt.hypergradient(problem)
     # Forward products are held against the live module once.
     assert loss.count == evaluations + (products == "forward")

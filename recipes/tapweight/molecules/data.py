@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 import torch
 
+from mlopt.errors import ArgumentError
+from mlopt.imports import import_optional
 from mlopt.validation import shown
 
 from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggestion, table_of
@@ -18,7 +20,6 @@ from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggest
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
-    from types import ModuleType
 
     from torch_geometric.data import Data
 
@@ -26,24 +27,7 @@ _TABLES = (".csv",)
 _LISTS = (".smi", ".txt")
 
 
-def import_extra(name: str) -> ModuleType:
-    """Import a module of the extra `molecules`.
-
-    Args:
-        name: dotted name of the module.
-
-    Returns:
-        The module.
-
-    Raises:
-        ModuleNotFoundError: naming the extra, where the module is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        remedy = "pip install 'mlopt-torch[molecules]'"
-        raise ModuleNotFoundError(f"molecules need {package}, which is not installed: {remedy}", name=name) from error
+import_extra = partial(import_optional, user="TapWeight on molecules", requirement="'mlopt-torch[molecules]'")
 
 
 @attrs.frozen
@@ -131,7 +115,7 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
         FileNotFoundError: where there is no such file.
     """
     if limit is not None and limit < 2:
-        raise ValueError(f"limit={limit!r}: a corpus needs at least 2 molecules; raise the limit or leave it out")
+        raise ArgumentError(f"limit={limit!r}: a corpus needs at least 2 molecules; raise the limit or leave it out")
     path = Path(path)
     if suffix_of(path, _TABLES + _LISTS) in _TABLES:
         header, records = table_of(path)

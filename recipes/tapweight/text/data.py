@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
+from mlopt.errors import ArgumentError
+
 from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggestion, table_of
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def read_corpus(
         FileNotFoundError: where there is no such file.
     """
     if limit is not None and limit < 2:
-        raise ValueError(f"limit={limit!r}: a corpus needs at least 2 texts; raise the limit or leave it out")
+        raise ArgumentError(f"limit={limit!r}: a corpus needs at least 2 texts; raise the limit or leave it out")
     path = Path(path)
     records: Iterable[tuple[int, Example]]
     if suffix_of(path, _TABLES + _LISTS) in _LISTS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from mlopt.errors import ArgumentError
+
 from .contrastive import ContrastiveViews
 from .descriptors import Descriptors
 from .fingerprint_clusters import FingerprintClusters
@@ -51,5 +53,5 @@ def make_objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no objective {name!r}.{hint} There are: {', '.join(OBJECTIVES)}")
+        raise ArgumentError(f"there is no objective {name!r}.{hint} There are: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()

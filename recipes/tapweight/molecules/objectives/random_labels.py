@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from mlopt.errors import ArgumentError
+
 from ...objective import Objective, hashed_label
 from .targets import attach
 
@@ -31,7 +33,7 @@ class RandomLabels(Objective):
 
     def __init__(self, classes: int = 8) -> None:
         if classes < 2:
-            raise ValueError(f"classes must be at least 2; got {classes!r}")
+            raise ArgumentError(f"classes must be at least 2; got {classes!r}")
         self.classes = classes
         self.attribute = f"random_labels_{classes}"
 

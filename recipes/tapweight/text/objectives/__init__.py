@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from mlopt.errors import ArgumentError
+
 from .contrastive import Contrastive
 from .masked_tokens import MaskedTokens
 from .random_labels import RandomLabels
@@ -50,5 +52,5 @@ def make_objective(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no objective {name!r}.{hint} There are: {', '.join(OBJECTIVES)}")
+        raise ArgumentError(f"there is no objective {name!r}.{hint} There are: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name](tokenizer)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from mlopt.errors import ArgumentError
+
 from ...objective import Objective
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Contrastive(Objective):
 
     def __init__(self, temperature: float = 0.05) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0; got {temperature!r}")
+            raise ArgumentError(f"temperature must be above 0; got {temperature!r}")
         self.temperature = temperature
         self.remarks: list[str] = []
 
@@ -54,7 +56,9 @@ class Contrastive(Objective):
         """
         count = len(batch["input_ids"])
         if count < 2:
-            raise ValueError(f"{self.name} compares texts with each other, but the batch holds {count}: use at least 2")
+            raise ArgumentError(
+                f"{self.name} compares texts with each other, but the batch holds {count}: use at least 2"
+            )
         return {key: torch.cat([value, value]) for key, value in batch.items()}
 
     def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import cross_entropy
 
+from mlopt.errors import ArgumentError
+
 from ...objective import Objective, hashed_label
 from ..heads import LinearHead
 
@@ -30,7 +32,7 @@ class RandomLabels(Objective):
 
     def __init__(self, classes: int = 8) -> None:
         if classes < 2:
-            raise ValueError(f"classes must be at least 2; got {classes!r}")
+            raise ArgumentError(f"classes must be at least 2; got {classes!r}")
         self.classes = classes
         self.key = f"random_labels_{classes}"
 
@@ -43,7 +45,7 @@ class RandomLabels(Objective):
         for example in corpus:
             example[self.key] = hashed_label(example["text"], self.classes)
         if self.key not in corpus[0]:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name} attaches a label to each example, but this corpus, a {type(corpus).__name__}, makes its examples "
                 "anew each time; give a list of them, of a datasets.Dataset by from_dataset(dataset, label=None)"
             )
