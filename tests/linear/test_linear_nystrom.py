@@ -112,7 +112,7 @@ def test_negative_curvature_is_taken_for_zero_and_said(seed: int, negative: int,
     clipped = (vectors * values.clamp(min=0)) @ vectors.T + damping * torch.eye(SIZE)
     assert distance(flatten(found.value), torch.linalg.solve(clipped, flatten(system.right))) < 1e-8
     low = float(eigenvalues.min()) + damping
-    assert f"negative curvature {low:.3g} taken for zero" in found.remark
+    assert f"negative curvature {low:.3g} taken to be zero" in found.remark
     assert found.residual == pytest.approx(system.residual(found.value, damping), rel=1e-9)
     assert found.converged is False
 
