@@ -18,7 +18,7 @@ from mlopt.testing.side_effects import same, snapshot, train_a_little
 
 
 class Restless(nn.Module):
-    """A network in train mode with BatchNorm, dropout and two buffers; forward changes one in place and replaces the other."""
+    """A network in train mode with BatchNorm, dropout and two buffers, one changed in place and one replaced."""
 
     in_place: Tensor
     replaced: Tensor
