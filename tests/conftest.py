@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Read when huggingface_hub and datasets are imported: no test fetches anything.
+# huggingface_hub and datasets read these when they are imported: no test downloads anything.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-# Inductor would reuse kernels that it compiled for other instructions or another number of threads, and fail.
+# One cache per setting: Inductor would reuse kernels compiled for other instructions or thread counts, and fail.
 _SETTING = f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
 _CACHE = Path(tempfile.gettempdir()) / f"mlopt-inductor-{getpass.getuser()}-{_SETTING}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE))
 
-# Continuous integration draws the same problems each time: a change is judged by what it changes. Elsewhere they are new ones.
+# Continuous integration draws the same problems each time, so that failures come from the change. Elsewhere they are new.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let torch-geometric be imported: it scripts a class on import, as torch.compile does, and PyTorch deprecates that."""
+    """Ignore a deprecation: torch-geometric on import, and torch.compile, script a class."""
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script(_method)?. is deprecated:DeprecationWarning")
 
 
