@@ -105,7 +105,7 @@ def standalone(
     workspace: Workspace,
     estimators: Mapping[str, Estimator] | None = None,
 ) -> Hypergradient:
-    """Do what `hypergradient` does, in a given workspace, with other estimators than the problem's where they are given."""
+    """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's."""
     target = problem.outermost if level is None else problem[level]
     workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}

@@ -26,6 +26,7 @@ def import_optional(module: str, user: str, requirement: str) -> Any:
         MissingDependencyError: a package outside mlopt cannot be imported.
 
     Example:
+        >>> from mlopt.imports import import_optional
         >>> import_optional("math", "This example", "nothing").sqrt(4.0)
         2.0
     """

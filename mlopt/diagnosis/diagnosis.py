@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from .. import linear
-from ..estimators import Implicit
+from ..estimators import Implicit, LinearSolve
 from ..hypergradient import seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
@@ -130,7 +130,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
 def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:
     """Return a cotangent for each level that one other than zero reaches, from any level that it is solved inside."""
     taps = {level.name: Tap() for level in problem if problem.needs_estimator(level.name)}
-    tapped = {name: Implicit(solver=tap, products="finite_difference") for name, tap in taps.items()}
+    tapped = {name: LinearSolve(solver=tap, products="finite_difference") for name, tap in taps.items()}
     generators = seeded_generators(problem, "seed", seed)
     for level in problem:
         if problem.graph[level.name].parts:
@@ -233,9 +233,9 @@ def _of_estimator(level: Level, measures: Measurements, differences: dict[str, t
             measures,
             differences.get(rule.products, (0.0, 0.0)),
             torch.finfo(level.parameters[0].dtype).eps,
-            mixed_only=isinstance(rule.solver, linear.Identity),
+            mixed_only=isinstance(rule.solver, linear.AssumedInverse | None),
         )
-    if measures.spectrum is not None:
+    if measures.spectrum is not None and rule.solver is not None:
         verdicts[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
     bad = [
         attrs.evolve(verdict, sentence=f"its estimator, {what}: {verdict.sentence}")

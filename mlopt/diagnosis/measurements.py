@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MloptError
-from ..estimators import Implicit
+from ..estimators import LinearSolve
 from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
 from ..problem import Level, Objective, Point, Problem, Workspace, restored
@@ -175,7 +175,7 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
     """Take H p and the mixed product by one kind; what torch or the library says against it is kept, to be reported."""
     tap, trial = Tap(), Trial()
     try:
-        rule = Implicit(solver=tap, products=kind).linearize(point, level.name)
+        rule = LinearSolve(solver=tap, products=kind).linearize(point, level.name)
         mixed = rule.pullback({level.name: vector})
         trial.matvec = tap.matvecs[-1]
         trial.own = flatten(trial.matvec(vector)).double()

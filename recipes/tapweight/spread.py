@@ -15,6 +15,7 @@ class Spread:
     """The mean and the sample standard deviation of some numbers; the latter is None for a single one.
 
     Example:
+        >>> from mlopt.recipes.tapweight.spread import Spread
         >>> print(Spread.of([1.0, 2.0, 3.0]))
         2.000 (1.000)
     """

@@ -88,7 +88,7 @@ class Scripted(linear.LinearSolver):
 
 def test_one_bad_solve_is_not_forgotten_for_the_good_ones_after_it() -> None:
     solver = Scripted()
-    rules = {"y": mlopt.Dense(), "z": mlopt.Implicit(solver=solver)}
+    rules = {"y": mlopt.Dense(), "z": mlopt.LinearSolve(solver=solver)}
     report = mlopt.hypergradient(quadratic("nested", rules).problem).reports["z"]
     assert solver.solves > 3
     assert (report.solves, report.iterations, report.products) == (solver.solves, 2 * solver.solves, 3 * solver.solves)

@@ -378,8 +378,3 @@ def test_dense_refuses_more_unknowns_than_its_limit() -> None:
 def test_arguments_are_checked(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
-
-
-def test_streaming_needs_the_identity() -> None:
-    with pytest.raises(mlopt.EstimatorError, match="streamed=True with Dense"):
-        mlopt.Implicit(solver=linear.Dense(), streamed=True)

@@ -110,7 +110,7 @@ def test_negative_curvature_counts_as_zero_with_a_remark(seed: int, negative: in
     clipped = (vectors * values.clamp(min=0)) @ vectors.T + damping * torch.eye(SIZE)
     assert distance(flatten(solution.value), torch.linalg.solve(clipped, flatten(system.right))) < 1e-8
     low = float(values[0]) + damping
-    assert f"negative curvature {low:.3g} taken for zero" in solution.remark
+    assert f"negative curvature {low:.3g} taken to be zero" in solution.remark
     assert solution.residual == pytest.approx(system.residual(solution.value, damping), rel=1e-9)
     assert solution.converged is False
 

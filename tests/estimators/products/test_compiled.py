@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mlopt
-from mlopt.estimators import Implicit
+from mlopt.estimators import LinearSolve
 
 INPUTS, LABELS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 2
 BATCHES = [(INPUTS, LABELS), (2 * INPUTS, LABELS), (INPUTS[:4], LABELS[:4])]
@@ -31,7 +31,7 @@ def problem_of(network: nn.Module, compile: bool, loss: Any = None) -> mlopt.Pro
     def decay(module: nn.Module) -> Tensor:
         return torch.stack([p.square().sum() for p in module.parameters()]).sum()
 
-    rule = Implicit(solver=mlopt.linear.ConjugateGradient(iterations=4), products="forward", compile=compile)
+    rule = LinearSolve(solver=mlopt.linear.ConjugateGradient(iterations=4), products="forward", compile=compile)
     return mlopt.Problem(
         mlopt.Level("weights", mlopt.variables(torch.rand(7)), validation),
         mlopt.Level("network", network, loss or training, data=BATCHES, estimator=rule, regularizer=decay),
@@ -66,11 +66,11 @@ def test_a_loss_that_cannot_be_compiled_is_named() -> None:
         return module(batch[0]).square().mean() * weights().sum()
 
     with pytest.raises(
-        mlopt.EstimatorError, match=r"level 'network': torch.compile does not take its loss .* compile=False"
+        mlopt.EstimatorError, match=r"level 'network': torch.compile cannot compile its loss .* compile=False"
     ):
         mlopt.hypergradient(problem_of(nn.Sequential(nn.Linear(3, 2)), compile=True, loss=loss))
 
 
 def test_only_forward_products_are_compiled() -> None:
     with pytest.raises(mlopt.EstimatorError, match="compile=True with products='autograd'"):
-        Implicit(solver=mlopt.linear.Dense(), compile=True)
+        LinearSolve(solver=mlopt.linear.Dense(), compile=True)
