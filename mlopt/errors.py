@@ -1,4 +1,4 @@
-"""The errors that mlopt raises on purpose, each a sentence that says what was met and how to mend it, and its warnings."""
+"""Errors and warnings. Each message names the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = [
 
 
 class MloptError(Exception):
-    """Base of every error that mlopt raises on purpose."""
+    """Base class of every error that mlopt raises on purpose."""
 
 
 class ArgumentError(MloptError, ValueError):
-    """An argument has a type or a value that it may not have."""
+    """An argument has a wrong type or value."""
 
 
 class MissingDependencyError(MloptError, ModuleNotFoundError):
@@ -30,40 +30,40 @@ class MissingDependencyError(MloptError, ModuleNotFoundError):
 
 
 class ProblemError(MloptError, ValueError):
-    """A level, or the graph that the levels form, is not a well-posed problem."""
+    """A level, or the graph of the levels, is not well-posed."""
 
 
 class EstimatorError(MloptError, ValueError):
-    """An estimator cannot do what was asked of it on this problem."""
+    """An estimator cannot be used on this problem."""
 
 
 class SecondDerivativeError(EstimatorError):
-    """A kernel inside a loss has no second derivative."""
+    """A kernel in a loss has no second derivative."""
 
 
 class NonFiniteError(MloptError, ArithmeticError):
-    """A loss, a gradient or a linear solve holds NaN or infinity.
+    """A loss, a gradient or a linear solve contains NaN or infinity.
 
     Attributes:
-        step: the outer step of `solve` in which it came, where one is under way.
+        step: the outer step of `solve` in which it occurred; None if it is not known.
     """
 
-    def __init__(self, sentence: str, *, step: int | None = None) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, *, step: int | None = None) -> None:
+        super().__init__(message)
         self.step = step
 
 
 class Interrupted(SystemExit):
-    """A signal ended a run, which is saved: SIGTERM exits with 0, SIGINT with 130."""
+    """A signal ended a run, which was saved first. The exit status is 0 after SIGTERM and 130 after SIGINT."""
 
 
 class CheckpointError(MloptError, RuntimeError):
-    """A run's state cannot be written, or what was written cannot be read back whole."""
+    """The state of a run cannot be written or read."""
 
 
 class TrustWarning(UserWarning):
-    """A hypergradient should not be trusted: the report of a level says why."""
+    """A hypergradient should not be trusted; the message gives the reason."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint that is not whole was passed over, or one that is no longer needed could not be removed."""
+    """A checkpoint was skipped, or could not be written or removed, or differs from the run that resumes from it."""

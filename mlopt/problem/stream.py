@@ -36,9 +36,9 @@ class Stream:
         self.name, self.data, self.seed, self.device = name, data, seed, device
         self.epoch = -1
         self.position = 0
-        #: Batches that are to come once more, and those that are noted for it; see `repeating` and `noted`.
-        self._again: deque[Any] = deque()
-        self._noted: list[Any] | None = None
+        #: Batches to serve before the next ones of the data, and batches that are being recorded.
+        self._replayed: deque[Any] = deque()
+        self._recorded: list[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._generators: GeneratorState | None = None
         #: Where the generators that the data bring along stand in this stream, and stood at the start of the epoch.
@@ -55,35 +55,35 @@ class Stream:
         """
         if self.data is None:
             return None
-        if self._again:
-            return self._again.popleft()
+        if self._replayed:
+            return self._replayed.popleft()
         if self._draws:
             with self._isolated():
                 batch = self._advance()
         else:
             batch = self._advance()
         batch = to_device(batch, self.device)
-        if self._noted is not None:
-            self._noted.append(batch)
+        if self._recorded is not None:
+            self._recorded.append(batch)
         return batch
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[list[Any]]:
-        """Give a list that the batches drawn inside are added to."""
-        self._noted = []
+    def recording(self) -> Iterator[list[Any]]:
+        """Yield a list to which the batches served inside the context are added."""
+        self._recorded = []
         try:
-            yield self._noted
+            yield self._recorded
         finally:
-            self._noted = None
+            self._recorded = None
 
     @contextlib.contextmanager
-    def repeating(self, batches: Iterable[Any]) -> Iterator[None]:
-        """Let these batches come inside, before the data go on; those that are left on leaving are let go."""
-        self._again.extend(batches)
+    def replaying(self, batches: Iterable[Any]) -> Iterator[None]:
+        """Inside the context, serve these batches first; discard the rest on exit."""
+        self._replayed.extend(batches)
         try:
             yield
         finally:
-            self._again.clear()
+            self._replayed.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: `generators` are the data's own, at the start of the epoch."""

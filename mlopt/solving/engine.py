@@ -18,7 +18,7 @@ from ..tensors import norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
-from .state import Snapshot, load_module_state, load_part, module_state
+from .state import Snapshot, load_module_state, load_state, module_state
 
 __all__ = ["Engine"]
 
@@ -31,14 +31,14 @@ class Engine:
         seed: of the order of every level's data.
         lookahead: whether the inner steps before an outer step are taken back once its hypergradient is formed, and taken
             again, on the same batches, after it.
-        skips: how many steps of levels whose loss or gradient is not finite may be left out; none when zero.
+        skip_limit: how many steps of levels whose loss or gradient is not finite may be left out; none when zero.
 
     Raises:
         ProblemError: a level has no optimiser, or one that does not train the level's variables.
     """
 
-    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skips: int = 0) -> None:
-        self.problem, self._lookahead, self._skips = problem, lookahead, skips
+    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0) -> None:
+        self.problem, self._lookahead, self._skip_limit = problem, lookahead, skip_limit
         self.optimizers = {level.name: make_optimizer(level) for level in problem}
         self.schedulers = {level.name: make_scheduler(level, self.optimizers[level.name]) for level in problem}
         self.precisions = {level.name: Precision(level) for level in problem}
@@ -100,7 +100,7 @@ class Engine:
         if self._left_out and self._left_out.intersection(self.problem.graph[level.name].interior):
             self._left_out.add(level.name)
             return
-        buffers = self._buffers(level) if self._skips else ()
+        buffers = self._buffers(level) if self._skip_limit else ()
         try:
             self._descend(level, self._differentiate(level, last))
             self._left_out.discard(level.name)
@@ -119,7 +119,7 @@ class Engine:
         streams = [*(self.streams[name] for name in inside), *self.gradients.curvature_streams.values()]
         before = Snapshot((self.problem[name].module for name in inside), map(self._stateful, inside))
         with contextlib.ExitStack() as noting:
-            noted = [noting.enter_context(stream.noted()) for stream in streams]
+            noted = [noting.enter_context(stream.recording()) for stream in streams]
             self._solve_inside(level)
         loss: Tensor | None = None
         if not self._left_out.intersection(inside):
@@ -136,7 +136,7 @@ class Engine:
                 self._leave_out(level, error, buffers)
         with contextlib.ExitStack() as again:
             for stream, batches in zip(streams, noted, strict=True):
-                again.enter_context(stream.repeating(batches))
+                again.enter_context(stream.replaying(batches))
             self._solve_inside(level)
 
     def _stateful(self, name: str) -> dict[str, Any]:
@@ -208,11 +208,11 @@ class Engine:
         Raises:
             NonFiniteError: it may not, or there were too many.
         """
-        if not self._skips:
+        if not self._skip_limit:
             raise error
         self.skipped[level.name] = self.skipped.get(level.name, 0) + 1
-        if sum(self.skipped.values()) > self._skips:
-            raise NonFiniteError(f"{error}; {self._skips} such steps were left out already") from error
+        if sum(self.skipped.values()) > self._skip_limit:
+            raise NonFiniteError(f"{error}; {self._skip_limit} such steps were left out already") from error
         self._left_out.add(level.name)
         self._forget_gradient(level)
         for buffer, kept in buffers:
@@ -258,7 +258,7 @@ class Engine:
                 load_module_state(level.module, held["module"])
                 for kind, part in self._stateful(level.name).items():
                     if kind in held:
-                        load_part(part, held[kind])
+                        load_state(part, held[kind])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"level {level.name!r} does not take its state ({' '.join(str(error).split())}); give the problem that it "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from ..problem import Estimator, Level, Problem, Variables
 from ..tensors import unflatten
@@ -94,7 +96,7 @@ def quadratic(
         used = torch.cat([rows[name], *(rows[ref] for ref in shape[name][1]), torch.tensor([n * len(names)])])
         loss = _QuadraticLoss(forms[name][used][:, used].to(dtype), shape[name][1])
         rule = None if name == names[0] else estimator if isinstance(estimator, Estimator) else estimator[name]
-        levels.append(Level(name, modules[name], loss, estimator=rule))
+        levels.append(Level(name, modules[name], loss, optimizer=partial(SGD, lr=0.01), estimator=rule))
     named = dict(modules[target].named_parameters())
     gradient = dict(zip(named, unflatten(exact, tuple(named.values())), strict=True))
     return ClosedForm(Problem(*levels), gradient)
