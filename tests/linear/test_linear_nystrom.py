@@ -9,10 +9,9 @@ import torch
 from core_cases import distance, drawn, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from test_linear import SHAPES, SIZE, System
+from test_linear import SIZE, System
 from torch import Tensor
 
-import mlopt
 from mlopt import linear
 from mlopt.tensors import Tensors, axpy, flatten, scale, unflatten
 
@@ -158,27 +157,6 @@ def test_probes_come_from_the_solvers_own_generator(make: type[linear.LinearSolv
     again, other = system.solve(make(0)), system.solve(make(1))
     assert torch.equal(flatten(first.value), flatten(again.value))
     assert distance(flatten(other.value), flatten(first.value)) > 1e-6
-
-
-def test_a_zero_right_hand_side_needs_no_product() -> None:
-    system = System.definite(0, 3.0)
-    zero = tuple(torch.zeros(shape) for shape in SHAPES)
-    for solver in (linear.Nystrom(), linear.ConjugateGradient(preconditioner=linear.NystromPreconditioner())):
-        solution = solver.solve(system.matvec, zero, initial=system.start)
-        assert not flatten(solution.value).any()
-        assert (solution.converged, solution.residual, solution.products, system.products) == (True, 0.0, 0, 0)
-
-
-@pytest.mark.parametrize("late", [0, 2])
-def test_a_nonfinite_product_raises(late: int) -> None:
-    system = System.definite(0, 3.0)
-
-    def matvec(vector: Tensors) -> Tensors:
-        product = system.matvec(vector)
-        return tuple(x * math.nan for x in product) if system.products > late else product
-
-    with pytest.raises(mlopt.NonFiniteError, match="a product with the Hessian is not finite"):
-        linear.Nystrom(rank=5).solve(matvec, system.right)
 
 
 def test_a_matrix_of_zeros_reduces_to_the_damping() -> None:

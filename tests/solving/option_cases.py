@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +15,6 @@ from torch.utils.data import DataLoader
 
 import mlopt
 from mlopt import Level, Problem, Variables, variables
-
-__all__ = [
-    *(
-        "F64",
-        "Batch",
-        "Weights",
-        "by_identity",
-        "data",
-        "decay",
-        "end",
-        "make",
-        "nest",
-        "network",
-        "scalar",
-        "steps_of",
-    ),
-    *("training", "validation"),
-]
 
 F64 = torch.float64
 Batch = tuple[Tensor, Tensor]
@@ -56,8 +39,8 @@ def decay(dtype: torch.dtype = F64) -> Variables:
     return variables(torch.full((4, 3), -1.0, dtype=dtype))
 
 
-def scalar(value: float = 1.0) -> Variables:
-    return variables(torch.tensor([value], dtype=F64))
+def vector(*values: float) -> Variables:
+    return variables(torch.tensor(values, dtype=F64))
 
 
 class Weights(nn.Module):
@@ -112,10 +95,16 @@ def nest(rule: mlopt.Estimator, seen: list[float | None] | None = None) -> Probl
 
     slow = partial(SGD, lr=0.01)
     return Problem(
-        Level("x", scalar(), top, data=rows(), optimizer=slow),
-        Level("y", scalar(), middle, data=rows(), optimizer=slow, steps=2, estimator=mlopt.Dense()),
-        Level("z", scalar(), bottom, data=rows(), optimizer=slow, steps=2, estimator=rule),
+        Level("x", vector(1.0), top, data=rows(), optimizer=slow),
+        Level("y", vector(1.0), middle, data=rows(), optimizer=slow, steps=2, estimator=mlopt.Dense()),
+        Level("z", vector(1.0), bottom, data=rows(), optimizer=slow, steps=2, estimator=rule),
     )
+
+
+def solve(problem: Problem, steps: int, folder: Path | None = None, **options: Any) -> mlopt.Solution:
+    """Solve a problem with seed 0, and with a checkpoint in `folder` after each step."""
+    saving = {} if folder is None else {"checkpoint": mlopt.Checkpoints(folder, every=1)}
+    return mlopt.solve(problem, steps, **{"seed": 0, "progress": False, **saving, **options})
 
 
 def steps_of(problem: Problem, steps: int, **arguments: Any) -> list[tuple[str, Any]]:

@@ -308,7 +308,7 @@ def test_an_empty_history_is_an_empty_file(tmp_path):
 
 
 def drawn(rows, **arguments):
-    """Return what a progress display leaves on a terminal."""
+    """Return the output of a progress display on a terminal."""
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
     play(rows, lambda: mlopt.ProgressDisplay("demo", console), **arguments)
     return console.file.getvalue()

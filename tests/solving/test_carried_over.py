@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from callback_cases import callback
+from option_cases import solve
 from states import assert_same_state
 from torch import nn
 from torch.optim import SGD, Adam
@@ -38,11 +39,6 @@ def one_level(module: nn.Module | None = None, **options: Any) -> Problem:
         return (own(INPUTS) - 1).square().mean()
 
     return Problem(Level("x", module or Two(), loss, **{"optimizer": partial(Adam, lr=0.1), **options}))
-
-
-def solve(problem: Problem, steps: int, folder: Path | None = None, **options: Any) -> mlopt.Solution:
-    saving = {} if folder is None else {"checkpoint": mlopt.Checkpoints(folder, every=1)}
-    return mlopt.solve(problem, steps, **{"seed": 0, "progress": False, **saving, **options})
 
 
 def assert_split_run_equals_whole(tmp_path: Path, cut: int, steps: int, build: Any, **options: Any) -> None:
@@ -208,16 +204,14 @@ def test_a_rollback_restores_extra_state() -> None:
 def test_a_batch_norm_shared_by_two_levels_counts_the_steps_of_both() -> None:
     norm = nn.BatchNorm1d(3, affine=False)
 
-    def outer(own: Any, batch: Any, *, net: Any) -> torch.Tensor:
-        return (own[0](own[1](INPUTS)) - net[0](INPUTS)).square().mean()
+    def loss(own: Any, other: Any) -> torch.Tensor:
+        return (own[0](own[1](INPUTS)) - other[0](INPUTS)).square().mean()
 
-    def inner(own: Any, batch: Any, *, top: Any) -> torch.Tensor:
-        return (own[0](own[1](INPUTS)) - top[0](INPUTS)).square().mean()
-
+    outer, inner = (nn.ModuleList([nn.Linear(3, 1), norm]) for _ in range(2))
     sgd = partial(SGD, lr=0.01)
     problem = Problem(
-        Level("top", nn.ModuleList([nn.Linear(3, 1), norm]), outer, optimizer=sgd),
-        Level("net", nn.ModuleList([nn.Linear(3, 1), norm]), inner, optimizer=sgd, estimator=mlopt.Identity()),
+        Level("top", outer, lambda own, batch, *, net: loss(own, net), optimizer=sgd),
+        Level("net", inner, lambda own, batch, *, top: loss(own, top), optimizer=sgd, estimator=mlopt.Identity()),
     )
     solve(problem, 5)
     assert norm.num_batches_tracked.item() == 10

@@ -114,7 +114,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "list of named tuples": lambda: [Pair(torch.ones(2), "a"), Pair(torch.zeros(2), "b")],
     "list of mappings": lambda: [{"x": torch.ones(2), "more": [torch.zeros(1), ("text", 3)]}],
     "list of mappings of other types": lambda: [OrderedDict(x=torch.ones(2)), defaultdict(list, x=torch.zeros(2))],
-    "list of what moves itself": lambda: [Moving(torch.ones(2)), Moving(torch.zeros(2))],
+    "list of batches that move themselves": lambda: [Moving(torch.ones(2)), Moving(torch.zeros(2))],
     "list of token batches": token_batches,
     "list of graphs": graphs,
     "loader": lambda: shuffled(2),

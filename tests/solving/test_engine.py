@@ -6,25 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from option_cases import F64, vector
 from torch import nn
 from torch.optim import LBFGS, SGD
 
 import mlopt
 from mlopt import Level, Problem, variables
 
-F64 = torch.float64
 still = partial(SGD, lr=0.0)
-
-
-class Weights(nn.Module):
-    """Two weights that are the variables themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor([0.7, -0.4], dtype=F64))
-
-    def forward(self):
-        return self.value
 
 
 def mixture(own, batch, *, weights):
@@ -42,16 +31,10 @@ def gradient_of_second_step(problem):
 
 
 def problem(streamed, loss=mixture, regularizer=None, top=outer):
+    rule = mlopt.Identity(streamed=streamed)
     return Problem(
-        Level("weights", Weights(), top, optimizer=still),
-        Level(
-            "net",
-            variables(torch.tensor([0.5, -1.0, 2.0], dtype=F64)),
-            loss,
-            regularizer=regularizer,
-            optimizer=still,
-            estimator=mlopt.Identity(streamed=streamed),
-        ),
+        Level("weights", vector(0.7, -0.4), top, optimizer=still),
+        Level("net", vector(0.5, -1.0, 2.0), loss, regularizer=regularizer, optimizer=still, estimator=rule),
     )
 
 
@@ -78,18 +61,11 @@ def test_only_the_weights_are_streamed():
         return b().sum() + own().square().sum()
 
     def build(streamed):
+        rule = mlopt.Identity(streamed=streamed)
         return Problem(
-            Level("weights", Weights(), top, optimizer=still),
-            Level(
-                "b", variables(torch.tensor([0.3, 1.2], dtype=F64)), middle, optimizer=still, estimator=mlopt.Dense()
-            ),
-            Level(
-                "net",
-                variables(torch.tensor([1.0, 2.0], dtype=F64)),
-                inner,
-                optimizer=still,
-                estimator=mlopt.Identity(streamed=streamed),
-            ),
+            Level("weights", vector(0.7, -0.4), top, optimizer=still),
+            Level("b", vector(0.3, 1.2), middle, optimizer=still, estimator=mlopt.Dense()),
+            Level("net", vector(1.0, 2.0), inner, optimizer=still, estimator=rule),
         )
 
     def gradient_of_b(made):
@@ -103,7 +79,7 @@ def test_rows_of_the_history_are_copies():
     def loss(own, batch):
         return {"loss": own().square().sum(), "x": own()}
 
-    level = Level("x", variables(torch.ones(1, dtype=F64)), loss, optimizer=partial(SGD, lr=0.1))
+    level = Level("x", vector(1.0), loss, optimizer=partial(SGD, lr=0.1))
     solution = mlopt.solve(Problem(level), 3, progress=False)
     assert solution.history.column("x/x") == pytest.approx([1.0, 0.8, 0.64])
 

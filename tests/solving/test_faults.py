@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from callback_cases import callback
-from option_cases import F64, scalar
+from option_cases import F64, solve, vector
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,24 +35,15 @@ def build(values: list[float], *, outer_values: list[float] | None = None, **opt
     def batches(factors: list[float]) -> list[torch.Tensor]:
         return [torch.tensor(factor, dtype=F64) for factor in factors]
 
-    given = {"estimator": mlopt.ConjugateGradient(iterations=3, warm_start=True), **options}
+    sgd, adam, decay = (
+        partial(SGD, lr=0.1, momentum=0.9),
+        partial(Adam, lr=0.1),
+        partial(StepLR, step_size=1, gamma=0.9),
+    )
+    options = {"estimator": mlopt.ConjugateGradient(iterations=3, warm_start=True), "scheduler": decay, **options}
     return Problem(
-        Level(
-            "weights",
-            scalar(0.0),
-            outer,
-            data=batches(outer_values or [1.0]),
-            optimizer=partial(SGD, lr=0.1, momentum=0.9),
-        ),
-        Level(
-            "x",
-            scalar(),
-            inner,
-            data=batches(values),
-            optimizer=partial(Adam, lr=0.1),
-            scheduler=partial(StepLR, step_size=1, gamma=0.9),
-            **given,
-        ),
+        Level("weights", vector(0.0), outer, data=batches(outer_values or [1.0]), optimizer=sgd),
+        Level("x", vector(1.0), inner, data=batches(values), optimizer=adam, **options),
     )
 
 
@@ -68,10 +59,6 @@ class Recorder(mlopt.Callback):
 
     def on_train_end(self, run: Any) -> None:
         self.ended += 1
-
-
-def solve(problem: Problem, steps: int, **options: Any) -> mlopt.Solution:
-    return mlopt.solve(problem, steps, **{"seed": 0, "progress": False, **options})
 
 
 NAN, INF = math.nan, math.inf
@@ -90,7 +77,7 @@ def test_a_fault_is_raised_with_level_step_estimator_and_state(
 ) -> None:
     recorder = Recorder()
     with pytest.raises(mlopt.NonFiniteError, match=sentence) as raised:
-        solve(made(), 5, checkpoint=mlopt.Checkpoints(tmp_path, every=1), callbacks=[recorder])
+        solve(made(), 5, tmp_path, callbacks=[recorder])
     assert raised.value.step == step
     assert f"estimators: x: {made()['x'].estimator}" in str(raised.value)
     fault = tmp_path / f"fault-{step:08d}"
@@ -104,7 +91,7 @@ def test_a_fault_is_raised_with_level_step_estimator_and_state(
     # A resumed run starts from the state before the step and fails on the same data.
     whole = solve(made(), step - 1) if step > 1 else None
     with pytest.raises(mlopt.NonFiniteError):
-        solve(made(), 5, checkpoint=mlopt.Checkpoints(tmp_path, every=1), resume=True)
+        solve(made(), 5, tmp_path, resume=True)
     if whole is not None:
         assert repr(saved["history"][:-1]) == repr(list(whole.history))
 
@@ -167,15 +154,14 @@ def test_skips_and_rollbacks_are_limited(policy: str, sentence: str) -> None:
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_counts_of_skips_and_rollbacks_survive_a_resume(policy: str, tmp_path: Path) -> None:
     values = [1.0, NAN, 2.0, 3.0, NAN, 0.5]
-    checkpoint = mlopt.Checkpoints(tmp_path, every=1)
     whole, cut = build(values), build(values)
     expected = solve(whole, 6, on_nonfinite=policy)
-    solve(build(values), 3, on_nonfinite=policy, checkpoint=checkpoint)
-    solution = solve(cut, 6, on_nonfinite=policy, checkpoint=checkpoint, resume=True)
+    solve(build(values), 3, tmp_path, on_nonfinite=policy)
+    solution = solve(cut, 6, tmp_path, on_nonfinite=policy, resume=True)
     assert repr(list(solution.history)) == repr(list(expected.history))
     assert torch.equal(cut["x"].module.value, whole["x"].module.value)
     with pytest.raises(mlopt.NonFiniteError, match="already"):
-        solve(build(values), 12, on_nonfinite=policy, checkpoint=checkpoint, resume=True, nonfinite_limit=3)
+        solve(build(values), 12, tmp_path, on_nonfinite=policy, resume=True, nonfinite_limit=3)
 
 
 class Waits(TorchDispatchMode):
@@ -336,8 +322,7 @@ def test_an_overflow_in_half_precision_is_not_a_fault_of_sama() -> None:
         Level("weights", variables(torch.zeros(2)), outer, optimizer=partial(SGD, lr=0.1)),
         Level("x", variables(torch.ones(2)), inner, optimizer=adam, precision="fp16", estimator=mlopt.SAMA()),
     )
-    scales = solve(problem, 4).history.column("x/loss_scale")
-    assert min(scales) >= 1
+    assert min(solve(problem, 4).history.column("x/loss_scale")) >= 1
 
 
 def test_callbacks_and_evaluations_check_immediately(monkeypatch: pytest.MonkeyPatch) -> None:

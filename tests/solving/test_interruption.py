@@ -173,10 +173,8 @@ def test_warm_up_is_interrupted_and_resumed_too(tmp_path: Path) -> None:
     assert len(taken) == 4
     resumed = build()
     mlopt.solve(resumed, 0, checkpoint=tmp_path, seed=0, resume=True, progress=False)
-    expected = torch.ones(2)
-    for _ in range(4):
-        expected -= 0.1 * (2 * expected)
-    assert torch.equal(resumed["x"].module.value, expected)
+    # Four SGD steps on x^2 multiply x by 0.8 each; the tolerance is a few roundings of float32.
+    torch.testing.assert_close(resumed["x"].module.value.detach(), torch.full((2,), 0.8**4), rtol=1e-6, atol=0)
     taken.extend([1] * 10)
     mlopt.solve(build(), 1, checkpoint=tmp_path / "whole", seed=0, progress=False)
     mlopt.solve(build(), 1, checkpoint=tmp_path, seed=0, resume=True, progress=False)

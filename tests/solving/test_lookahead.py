@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from option_cases import F64, decay, nest, scalar, steps_of, training, validation
+from option_cases import F64, decay, nest, steps_of, training, validation, vector
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
@@ -153,8 +153,8 @@ def test_after_a_rollback_the_data_continue(second: bool) -> None:
         return y().square().sum() + own().square().sum()
 
     problem = Problem(
-        Level("x", scalar(), outer, optimizer=adam),
-        Level("y", scalar(), inner, data=batches, optimizer=adam, steps=2, estimator=Forgetful()),
+        Level("x", vector(1.0), outer, optimizer=adam),
+        Level("y", vector(1.0), inner, data=batches, optimizer=adam, steps=2, estimator=Forgetful()),
     )
     history = mlopt.solve(problem, 3, lookahead=True, on_nonfinite="rollback", progress=False).history
     assert history.column("rollbacks") == [0, 1, 1]

@@ -15,7 +15,7 @@ import torch
 from callback_cases import callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from option_cases import F64, scalar
+from option_cases import F64, vector
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ def noisy() -> Problem:
 
 def still(**arguments: Any) -> Problem:
     level = {"loss": lambda own, batch: own().square().sum(), "optimizer": partial(SGD, lr=0.1), **arguments}
-    return Problem(Level("x", scalar(), **level))
+    return Problem(Level("x", vector(1.0), **level))
 
 
 class Rows(mlopt.Callback):
@@ -185,8 +185,8 @@ def test_the_time_limit_applies_to_the_warm_up_too(tmp_path: Any, monkeypatch: p
     def problem() -> Problem:
         sgd = partial(SGD, lr=0.1)
         return Problem(
-            Level("x", scalar(), outer, optimizer=sgd),
-            Level("y", scalar(), inner, optimizer=sgd, warmup=5, estimator=mlopt.Identity()),
+            Level("x", vector(1.0), outer, optimizer=sgd),
+            Level("y", vector(1.0), inner, optimizer=sgd, warmup=5, estimator=mlopt.Identity()),
         )
 
     def run(limit: float) -> mlopt.Solution:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from callback_cases import callback
-from option_cases import Weights
+from option_cases import Weights, solve
 from saving_cases import flip
 from states import assert_same_state
 from torch import nn
@@ -86,6 +86,7 @@ def build(kind: str) -> Problem:
 
     generator = torch.Generator().manual_seed(11)
     loader = DataLoader(Augmented(11), batch_size=3, shuffle=True, generator=generator)
+    held_out = DataLoader(Augmented(6), batch_size=4)
     estimators = {
         "streamed": mlopt.Identity(streamed=True),
         "warm": mlopt.ConjugateGradient(iterations=2, warm_start=True, damping=1.0),
@@ -97,13 +98,7 @@ def build(kind: str) -> Problem:
     }
     decay = partial(AdamW, lr=0.02, weight_decay=0.1)
     return Problem(
-        Level(
-            "weights",
-            Weights((0.0, 0.0), torch.float32),
-            outer,
-            data=DataLoader(Augmented(6), batch_size=4),
-            optimizer=partial(Adam, lr=0.05),
-        ),
+        Level("weights", Weights((0.0, 0.0), torch.float32), outer, data=held_out, optimizer=partial(Adam, lr=0.05)),
         Level(
             "net",
             Net(),
@@ -197,9 +192,7 @@ def quadratic(size: int = 3, **arguments: Any) -> Problem:
 
 
 def run(folder: Path, steps: int, problem: Problem | None = None, **options: Any) -> mlopt.Solution:
-    """Solve a problem with checkpoints at each step."""
-    saving = {"checkpoint": mlopt.Checkpoints(folder, every=1), "seed": 0, "progress": False}
-    return mlopt.solve(problem or quadratic(), steps, **{**saving, **options})
+    return solve(problem or quadratic(), steps, folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +287,7 @@ def test_a_run_stopped_by_on_save_stays_stopped(tmp_path: Path) -> None:
 
 def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     whole, longer = quadratic(), quadratic()
-    mlopt.solve(whole, 6, seed=0, progress=False)
+    solve(whole, 6)
     run(tmp_path, 3)
     run(tmp_path, 6, longer, resume=True)
     assert torch.equal(whole["x"].module.value, longer["x"].module.value)
@@ -363,7 +356,7 @@ def test_a_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.
         run(tmp_path, 5, problem, callbacks=[Filling(monkeypatch, until=100)])
     # The modules hold the results nevertheless.
     expected = quadratic()
-    mlopt.solve(expected, 5, seed=0, progress=False)
+    solve(expected, 5)
     assert torch.equal(problem["x"].module.value, expected["x"].module.value)
 
 

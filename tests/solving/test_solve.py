@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from callback_cases import callback
-from option_cases import F64, Weights, nest, scalar, steps_of
+from option_cases import F64, Weights, nest, steps_of, vector
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
@@ -34,9 +34,9 @@ def tapweight_like(calls, steps=(1, 2)):
         return (own() - reweighting()).square().sum()
 
     return Problem(
-        Level("reweighting", scalar(), outer, optimizer=sgd),
-        Level("finetuning", scalar(), middle, optimizer=sgd, steps=steps[0], estimator=mlopt.Identity()),
-        Level("pretraining", scalar(), inner, optimizer=sgd, steps=steps[1], estimator=mlopt.Identity()),
+        Level("reweighting", vector(1.0), outer, optimizer=sgd),
+        Level("finetuning", vector(1.0), middle, optimizer=sgd, steps=steps[0], estimator=mlopt.Identity()),
+        Level("pretraining", vector(1.0), inner, optimizer=sgd, steps=steps[1], estimator=mlopt.Identity()),
     )
 
 
@@ -75,9 +75,9 @@ def test_a_step_follows_the_total_gradient():
 
     z0, y0, x0 = 0.4, 0.9, -0.3
     problem = Problem(
-        Level("x", scalar(x0), top, optimizer=partial(SGD, lr=0.0)),
-        Level("y", scalar(y0), middle, optimizer=sgd, estimator=mlopt.Dense()),
-        Level("z", scalar(z0), bottom, optimizer=sgd, estimator=mlopt.Dense()),
+        Level("x", vector(x0), top, optimizer=partial(SGD, lr=0.0)),
+        Level("y", vector(y0), middle, optimizer=sgd, estimator=mlopt.Dense()),
+        Level("z", vector(z0), bottom, optimizer=sgd, estimator=mlopt.Dense()),
     )
     mlopt.solve(problem, 1)
     z1 = z0 - 0.1 * (a * z0 - b * y0)
@@ -267,7 +267,7 @@ def test_a_callback_stops_the_run_and_the_scheduler_steps():
     def loss(own, batch):
         return {"loss": own().square().sum(), "size": own().norm()}
 
-    level = Level("x", scalar(4.0), loss, optimizer=sgd, scheduler=partial(StepLR, step_size=1))
+    level = Level("x", vector(4.0), loss, optimizer=sgd, scheduler=partial(StepLR, step_size=1))
     stop = callback(on_step_end=lambda run: run.stop("enough") if run.step == 3 else None)
     solution = mlopt.solve(Problem(level), 10, callbacks=[stop])
     assert solution.status == "enough"
