@@ -185,7 +185,7 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
 
     with_command(main)
     assert cli.main(["tapweight", "molecules"]) == 130
-    sentence = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"
+    sentence = "mlopt: interrupted; progress since the last checkpoint is lost\n"
     assert capsys.readouterr().err == sentence
 
 
@@ -260,6 +260,6 @@ def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130
     # While objectives are prepared there is nothing to save; during a phase, the run finishes and saves its step.
-    unsaved = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"
+    unsaved = "mlopt: interrupted; progress since the last checkpoint is lost\n"
     assert error == unsaved or re.fullmatch(r"mlopt: SIGINT: step \d+ of 1000000 is finished and saved in .*\n", error)
     assert [entry.name for entry in (tmp_path / "output").iterdir()] in ([], ["checkpoints"])

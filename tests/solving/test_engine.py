@@ -129,7 +129,7 @@ def plain(own, batch):
             "leaves out 2 of the level's 4 trainable tensors",
         ),
         (lambda net: {"optimizer": partial(LBFGS, lr=0.1)}, "LBFGS needs a closure"),
-        (lambda net: {"optimizer": still, "steps": 5}, "steps=5, but the outermost level is solved inside none"),
+        (lambda net: {"optimizer": still, "steps": 5}, "steps=5, but the outermost level is not solved inside another"),
     ],
 )
 def test_invalid_optimizers_and_steps_are_refused(make, sentence):

@@ -144,7 +144,7 @@ def test_a_rollback_restores_variables_and_optimizers_and_the_next_step_has_new_
 
 @pytest.mark.parametrize(
     ("policy", "sentence"),
-    [("skip", "3 such steps were left out already"), ("rollback", "3 outer steps were already rolled back")],
+    [("skip", "3 such steps were already skipped"), ("rollback", "3 outer steps were already rolled back")],
 )
 def test_skips_and_rollbacks_are_limited(policy: str, sentence: str) -> None:
     with pytest.raises(mlopt.NonFiniteError, match=sentence):
