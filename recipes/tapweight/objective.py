@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from .encoder import Encoder
+
 
 def check_rate(name: str, rate: float) -> float:
     """Return `rate`.
@@ -37,12 +39,16 @@ class Objective(ABC):
 
     #: The key of this objective in weights, history and results.
     name: str
+    #: Sentences that a user should read, once the objective is prepared and its head is built.
+    remarks: Sequence[str] = ()
+    #: How often `loss` evaluates the encoder, in batches.
+    passes: int = 1
 
     def prepare(self, corpus: Sequence[Any], seed: int) -> None:  # noqa: B027 (most objectives need no preparation)
         """Look at the whole corpus once, before training: attach targets to its examples, fit clusters, and so on."""
 
     @abstractmethod
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build this objective's own head, for an encoder of `encoder.width` features."""
 
     def view(self, batch: Any) -> Any:
@@ -50,5 +56,5 @@ class Objective(ABC):
         return batch
 
     @abstractmethod
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Any) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Any) -> Tensor:
         """Return the scalar loss of one view, a mean over the batch."""

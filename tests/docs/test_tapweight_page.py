@@ -42,7 +42,7 @@ def test_its_objective_hides_numbers_and_asks_whether_there_were_some(objective:
 def test_its_objective_goes_through_the_recipe(objective: Any) -> None:
     own = encoder()
     made = TapWeight(own, [objective, Contrastive()], task(own), corpus(), settings=SETTINGS)
-    assert made.fit(4, baselines=(), progress=False).weights.keys() == {"has_numeral", "contrastive"}
+    assert made.fit(4, methods=["tapweight"], progress=False).weights.keys() == {"has_numeral", "contrastive"}
 
 
 def test_what_it_names_is_there() -> None:

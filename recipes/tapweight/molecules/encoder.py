@@ -13,6 +13,8 @@ from torch import nn
 from torch_geometric.nn import BatchNorm, GINEConv, global_add_pool, global_mean_pool
 from torch_geometric.utils.smiles import e_map, x_map
 
+from ..encoder import Encoder
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -54,7 +56,7 @@ class FeatureEmbedding(nn.Module):
             raise ValueError(f"features must be (N, {len(self.sizes)}): {[*self.sizes]}; got {tuple(features.shape)}")
         if features.device.type == "cpu" and len(features):
             self._check(features)
-        total = self.tables[0](features[:, 0])
+        total: Tensor = self.tables[0](features[:, 0])
         for column, table in enumerate(self.tables[1:], start=1):
             total = total + table(features[:, column])
         return total
@@ -70,7 +72,7 @@ class FeatureEmbedding(nn.Module):
                 )
 
 
-class GINE(nn.Module):
+class GINE(Encoder):
     """Graph isomorphism network with edge features, over the atoms and bonds of `torch_geometric.utils.from_smiles`.
 
     Each layer computes
@@ -132,7 +134,7 @@ class GINE(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the embeddings of all atoms of a batch, (N, width)."""
-        nodes = self.atoms(batch.x)
+        nodes: Tensor = self.atoms(batch.x)
         last = len(self.convolutions) - 1
         for layer, (bonds, convolve, norm) in enumerate(zip(self.bonds, self.convolutions, self.norms, strict=True)):
             update = norm(convolve(nodes, batch.edge_index, bonds(batch.edge_attr)))
@@ -142,7 +144,8 @@ class GINE(nn.Module):
 
     def pool(self, batch: Batch) -> Tensor:
         """Return the representations of all molecules of a batch, (B, width)."""
-        return self._pooling(self(batch), batch.batch, size=batch.num_graphs)
+        pooled: Tensor = self._pooling(self(batch), batch.batch, size=batch.num_graphs)
+        return pooled
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json`, which `GINE.load` reads, into `folder` (made if missing)."""

@@ -12,7 +12,8 @@ import datasets
 import pytest
 from text_cases import laid
 
-from mlopt.recipes.tapweight.text.data import DataError, from_dataset, read_corpus, read_table
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.text.data import from_dataset, read_corpus, read_table
 from mlopt.recipes.tapweight.text.glue_tasks import GLUE, glue
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch, Data
 
+    from ...encoder import Encoder
+
 
 class RandomLabels(Objective):
     """Cross entropy of labels that are a hash of the SMILES: a control, which can only be learned by heart.
@@ -43,10 +45,10 @@ class RandomLabels(Objective):
             lambda: torch.tensor([hashed_label(graph.smiles, self.classes) for graph in corpus]),
         )
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to labels."""
         return nn.Linear(encoder.width, self.classes)
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the molecules."""
         return cross_entropy(head(encoder.pool(view)), view[self.attribute])

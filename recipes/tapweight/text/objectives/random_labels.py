@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ...encoder import Encoder
     from ..batches import Batch, Example
 
 
@@ -48,10 +49,10 @@ class RandomLabels(Objective):
                 "anew each time; give a list of them, of a datasets.Dataset by from_dataset(dataset, label=None)"
             )
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to labels."""
         return LinearHead(encoder.width, self.classes)
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the texts."""
         return cross_entropy(head(encoder.pool(view)), view[self.key])
