@@ -149,7 +149,7 @@ class Configuration(Generic[D, E]):
     checkpoint_every: int = attrs.field(default=100, validator=at_least(1))
     objectives: tuple[str, ...]
     data: D
-    settings: Settings = attrs.field(factory=Settings)
+    settings: Settings
     encoder: E
 
     #: The options that must be given, as paths of keys.

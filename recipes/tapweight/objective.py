@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,6 @@ def check_rate(name: str, rate: float) -> float:
     if not 0 < rate < 1:
         raise ValueError(f"{name} must be above 0 and below 1; got {rate!r}")
     return rate
-
-
-def hashed_label(text: str, classes: int) -> int:
-    """Return a label from the BLAKE2 hash of a text: the control, from which nothing can be learned but by heart."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % classes
 
 
 class Objective(ABC):

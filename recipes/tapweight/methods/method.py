@@ -48,7 +48,7 @@ class Method(ABC):
     Attributes:
         name: the key of the method in scores, folders of checkpoints and `--methods`.
         title: the name of the method in tables.
-        summary: a sentence for the card of the encoder that says how the method adapted it.
+        summary: for the card of the encoder: how the method adapted it.
 
     Example:
         >>> class TwiceTheSteps(Method):

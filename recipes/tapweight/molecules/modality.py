@@ -15,6 +15,7 @@ from mlopt.validation import at_least
 from ..command import command
 from ..modality import Configuration, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
+from ..settings import Settings
 from .data import molecule_net, read_corpus
 from .encoder import GINE
 from .objectives import OBJECTIVES, make_objective
@@ -92,6 +93,7 @@ class MoleculeConfiguration(Configuration[Data, EncoderSettings]):
 
     objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(tuple(OBJECTIVES))
     data: Data = attrs.field(factory=Data)
+    settings: Settings = attrs.field(factory=Settings)
     encoder: EncoderSettings = attrs.field(factory=EncoderSettings)
 
 

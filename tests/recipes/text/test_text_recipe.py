@@ -71,7 +71,7 @@ def test_the_card_tells_data_weights_scores_and_settings(tmp_path: Path) -> None
         f"| TapWeight | {result.scores['tapweight']['valid']:.3f} | {result.scores['tapweight']['test']:.3f} |",
         "- gamma: 100.0",
         "- seed: 0",
-        "pretrained further in 4 steps",
+        "Steps: 4.",
     ):
         assert told.lower() in card.lower()
 
