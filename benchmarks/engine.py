@@ -1,7 +1,7 @@
-"""What `mlopt.solve` costs beside the same loop written by hand: a level of ten variables, and hyper-cleaning.
+"""Cost of `mlopt.solve` relative to the same loop written by hand: a level of ten variables, and hyper-cleaning.
 
-Both loops take the same steps on the same batches, and end at the same variables. The one by hand keeps its losses as numbers,
-and does nothing else: no check that they are finite, no schedule, no callbacks.
+Both loops take the same steps on the same batches and end at the same variables. The loop by hand records its losses as numbers
+and does nothing else: no check for finite values, no schedule, no callbacks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DAMPING, ITERATIONS, INNER = 1e-1, 10, 10
 
 
 def ten_variables(steps: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return a run of a level of ten variables, by `solve` and by hand; each returns where it ends."""
+    """Return a run of a level of ten variables, by `solve` and by hand; each returns its final variables."""
     target = torch.linspace(0, 1, 10)
     sgd = partial(SGD, lr=0.01)
 
@@ -61,7 +61,7 @@ class SampleWeights(nn.Module):
 
 
 class HyperCleaning:
-    """Hyper-cleaning on 1,000 samples of 64 features, a network 64-64-10, ten inner steps, CG of ten iterations."""
+    """Hyper-cleaning with 1,000 samples of 64 features, a network 64-64-10, ten inner steps, ten CG iterations."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "a level of ten variables": (*ten_variables(500 if options.quick else 2_000), 1.3),
         "hyper-cleaning": (cleaning.ours, cleaning.by_hand, 1.05),
     }
-    table, rows = Table("loop", "solve / by hand", "asked"), []
+    table, rows = Table("loop", "solve / by hand", "target: at most"), []
     for name, (ours, by_hand, asked) in cases.items():
         torch.testing.assert_close(ours(), by_hand(), rtol=1e-2, atol=1e-3)
         times = interleaved([ours, by_hand], 5 if options.quick else 21, "cpu")

@@ -1,4 +1,4 @@
-"""What every benchmark writes: the rows, with the commit, the versions and the machine that they came from."""
+"""The results of a benchmark: its rows, with the commit, the versions and the machine that produced them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
 
-#: Read when the benchmark starts: the code that runs, whatever is committed meanwhile. A plus marks uncommitted changes.
+#: Read at the start of the benchmark, because a commit during the run would not change the running code. A plus marks
+#: uncommitted changes.
 _COMMIT = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
 
 
@@ -42,9 +43,9 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def interleaved(functions: Sequence[Callable[[], Any]], rounds: int, device: str, *, warm_up: int = 1) -> list[float]:
-    """Return the median seconds of each function, over rounds in which each runs once: of CPU time, or of a GPU's time.
+    """Return the median seconds of each function over rounds in which each runs once: CPU time, or time on a GPU.
 
-    Interleaving puts what the machine does otherwise on all of them alike; quote ratios of these figures, not the figures.
+    With interleaving, other load on the machine affects all functions alike. Report ratios of these figures, not the figures.
     """
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(warm_up + rounds):
@@ -57,7 +58,7 @@ def interleaved(functions: Sequence[Callable[[], Any]], rounds: int, device: str
 
 
 def clock(device: str) -> float:
-    """Return the process's CPU time, or the time at which a GPU has done what was asked of it."""
+    """Return the CPU time of the process, or the time after the GPU has finished its queue."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -65,6 +66,6 @@ def clock(device: str) -> float:
 
 
 def write(file: str | os.PathLike[str] | None, device: str, rows: Any) -> None:
-    """Write the rows and the environment as JSON, where a file is asked for."""
+    """Write the rows and the environment as JSON; do nothing if `file` is None."""
     if file is not None:
         Path(file).write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=2) + "\n")

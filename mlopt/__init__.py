@@ -3,10 +3,12 @@
 from . import linear
 from .diagnosis import Diagnosis, DisagreementError, check_hypergradient, diagnose
 from .errors import (
+    ArgumentError,
     CheckpointError,
     CheckpointWarning,
     EstimatorError,
     Interrupted,
+    MissingDependencyError,
     MloptError,
     NonFiniteError,
     ProblemError,
@@ -22,6 +24,7 @@ from .estimators import (
     FiniteDifference,
     Identity,
     Implicit,
+    LinearSolve,
     Neumann,
     Nystrom,
     Unrolled,
@@ -47,6 +50,7 @@ from .solving import (
 __all__ = [
     "MINRES",
     "SAMA",
+    "ArgumentError",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -66,7 +70,9 @@ __all__ = [
     "Interrupted",
     "JSONLLogger",
     "Level",
+    "LinearSolve",
     "MLflowLogger",
+    "MissingDependencyError",
     "Mixture",
     "MloptError",
     "Neumann",

@@ -1,4 +1,4 @@
-"""Whether what was computed is finite: looked at now, or noted on the device and looked at later."""
+"""Checks for NaN and infinity, either immediate or deferred: a deferred check does not make the host wait for a device."""
 
 from __future__ import annotations
 
@@ -14,80 +14,88 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .tensors import norm
 
-__all__ = ["Watch", "at_once", "deferred", "require_finite"]
+__all__ = ["DeferredChecks", "deferred", "immediate", "require_finite"]
 
-#: Says, from the value that was met (the norm, for a vector), what is not finite.
-Sentence = Callable[[float], str]
+#: Returns the message of an error, given the value that is not finite (the norm of a vector).
+Message = Callable[[float], str]
 
 
 @attrs.define(eq=False)
-class Watch:
-    """Norms that are still on their device, each with the outer step it is of and what to say where it is not finite.
+class DeferredChecks:
+    """Norms that are still on their device, each with its outer step and its message.
 
     Attributes:
-        step: the outer step that is noted with what comes.
+        step: the outer step of the norms that are added.
     """
 
     step: int = 0
-    _noted: list[tuple[int, Tensor, Sentence]] = attrs.field(factory=list, init=False)
+    _pending: list[tuple[int, Tensor, Message]] = attrs.field(factory=list, init=False)
 
-    def note(self, value: Tensor, sentence: Sentence) -> None:
-        """Keep a norm for the next `read`."""
-        self._noted.append((self.step, value.detach(), sentence))
+    def add(self, value: Tensor, message: Message) -> None:
+        """Keep a norm until the next call of `run`."""
+        self._pending.append((self.step, value.detach(), message))
 
-    def read(self) -> None:
-        """Look at all norms noted since the last call, one wait for each device; the first that is not finite raises.
+    def run(self) -> None:
+        """Check the norms added since the last call; wait once for each device.
 
         Raises:
-            NonFiniteError: with the outer step in which it was.
+            NonFiniteError: a norm is not finite. It carries the outer step of the first such norm.
         """
-        noted, self._noted = self._noted, []
+        pending, self._pending = self._pending, []
         values: dict[int, float] = {}
-        for kind in {(value.device, value.dtype) for _, value, _ in noted}:
-            here = [k for k, (_, value, _) in enumerate(noted) if (value.device, value.dtype) == kind]
-            values |= zip(here, torch.stack([noted[k][1] for k in here]).tolist(), strict=True)
-        for k, (step, _, sentence) in enumerate(noted):
+        for group in {(value.device, value.dtype) for _, value, _ in pending}:
+            indices = [k for k, (_, value, _) in enumerate(pending) if (value.device, value.dtype) == group]
+            values |= zip(indices, torch.stack([pending[k][1] for k in indices]).tolist(), strict=True)
+        for k, (step, _, message) in enumerate(pending):
             if not math.isfinite(values[k]):
-                raise NonFiniteError(sentence(values[k]), step=step)
+                raise NonFiniteError(message(values[k]), step=step)
 
 
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
-
-
-@contextlib.contextmanager
-def deferred(watch: Watch) -> Iterator[None]:
-    """Let `require_finite` note what it is asked on the device, so that the host need not wait for it."""
-    token = _watch.set(watch)
-    try:
-        yield
-    finally:
-        _watch.reset(token)
+_checks: ContextVar[DeferredChecks | None] = ContextVar("checks", default=None)
 
 
 @contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Let `require_finite` look at once, also inside `deferred`: what users call is to raise where they call it."""
-    token = _watch.set(None)
+def deferred(checks: DeferredChecks) -> Iterator[None]:
+    """Inside the context, `require_finite` adds to `checks` instead of raising."""
+    token = _checks.set(checks)
     try:
         yield
     finally:
-        _watch.reset(token)
+        _checks.reset(token)
 
 
-def require_finite(vector: Sequence[Tensor], sentence: Sentence, *, size: Tensor | None = None) -> None:
-    """Raise where a vector is not finite; inside `deferred`, note its norm for later.
+@contextlib.contextmanager
+def immediate() -> Iterator[None]:
+    """Inside the context, `require_finite` raises at once, also within `deferred`, for calls of functions that users wrote."""
+    token = _checks.set(None)
+    try:
+        yield
+    finally:
+        _checks.reset(token)
+
+
+def require_finite(vector: Sequence[Tensor], message: Message, *, size: Tensor | None = None) -> None:
+    """Raise if a vector is not finite; inside `deferred`, check it later.
 
     Args:
         vector: tensors of any shapes.
-        sentence: says what it is, given its norm.
-        size: its norm, where that is known.
+        message: returns the message of the error, given the norm.
+        size: the norm of the vector, if it is known; a scalar tensor.
 
     Raises:
-        NonFiniteError: it holds NaN or infinity.
+        NonFiniteError: the vector contains NaN or infinity.
+
+    Example:
+        >>> from mlopt.finiteness import require_finite
+        >>> require_finite((torch.ones(3),), lambda norm: f"the norm is {norm}")
+        >>> require_finite((torch.tensor([torch.nan]),), lambda norm: f"the norm is {norm}")
+        Traceback (most recent call last):
+        ...
+        mlopt.errors.NonFiniteError: the norm is nan
     """
     size = norm(vector) if size is None else size
-    watch = _watch.get()
-    if watch is not None:
-        watch.note(size, sentence)
+    checks = _checks.get()
+    if checks is not None:
+        checks.add(size, message)
     elif not math.isfinite(value := size.item()):
-        raise NonFiniteError(sentence(value))
+        raise NonFiniteError(message(value))

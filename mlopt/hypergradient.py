@@ -18,16 +18,17 @@ from .problem import (
     Block,
     Estimator,
     Level,
+    Objective,
     Point,
     Problem,
     Report,
-    Stream,
+    Workspace,
+    add_into,
     derivatives,
-    level_terms,
     to_device,
 )
 from .rng import GeneratorState, derive_seed
-from .tensors import Tensors, add, zeros_like
+from .tensors import Tensors, zeros_like
 
 __all__ = [
     "Hypergradient",
@@ -35,6 +36,7 @@ __all__ = [
     "hypergradient",
     "partial_derivatives",
     "seeded_generators",
+    "standalone",
     "total_derivative",
 ]
 
@@ -47,7 +49,13 @@ class Hypergradient:
         level: the level's name.
         gradient: the derivative by parameter name, in the shape of each parameter.
         loss: the objective, a scalar tensor without a graph.
-        reports: how each level was pulled back, by name.
+        reports: the report on each level that was pulled back, by name.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> result = mlopt.hypergradient(logistic_regression(mlopt.Dense()).problem)
+        >>> result.level, result.gradient["value"].shape, list(result.reports)
+        ('weights', torch.Size([12]), ['regression'])
     """
 
     level: str
@@ -65,18 +73,18 @@ def hypergradient(
 ) -> Hypergradient:
     """Return the hypergradient of a level at the present point, without stepping.
 
-    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. They are
-    taken to be where the modules stand, except that an `Unrolled` level first takes its virtual steps from there.
+    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. The
+    present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there.
     Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
     bit-identical afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
-        batches: the batch of each level by name; where one is missing, the next one of its data is drawn, from a stream that
-            belongs to calls of this function.
-        level: the level; the outermost when None.
-        seed: of the random numbers that the losses draw (dropout, masks); when None, every call has its own. Two calls with the
-            same seed and batches see the same ones.
+        batches: the batch of each level by name; a missing one is the next batch of the level's data, from a stream that only
+            calls of this function draw from.
+        level: the level; the outermost if None.
+        seed: seed of the random numbers that the losses draw (dropout, masks); if None, every call has its own. Two calls with
+            the same seed and batches see the same numbers.
 
     Returns:
         The gradient by parameter name, the loss, and a report for each level pulled back.
@@ -89,35 +97,56 @@ def hypergradient(
         TrustWarning: a report has a remark, and its solve did not converge.
 
     Example:
-        >>> result = mlopt.hypergradient(problem)
-        >>> result.gradient["logits"], result.reports["classifier"].residual
+        >>> from mlopt.testing import logistic_regression
+        >>> case = logistic_regression(mlopt.ConjugateGradient(iterations=10))
+        >>> result = mlopt.hypergradient(case.problem)
+        >>> case.error(result.gradient) < 1e-8, result.reports["regression"].converged
+        (True, True)
     """
+    return standalone(problem, batches, level, seed, problem.workspace)
+
+
+def standalone(
+    problem: Problem,
+    batches: Mapping[str, Any] | None,
+    level: str | None,
+    seed: int | None,
+    workspace: Workspace,
+    estimators: Mapping[str, Estimator] | None = None,
+) -> Hypergradient:
+    """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's."""
     target = problem.outermost if level is None else problem[level]
-    problem.probe_count += 1
+    workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
-    batches |= {other.name: _probe_batch(problem, other, other.data) for other in problem if other.name not in batches}
+    batches |= {other.name: workspace.next_batch(other, other.data) for other in problem if other.name not in batches}
+    rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
-        name: _probe_batch(problem, problem[name], rule.curvature_data, "curvature data")
+        name: workspace.next_batch(problem[name], rule.curvature_data, "curvature data")
         for name in problem.graph[target.name].interior
-        if (rule := problem[name].estimator) is not None and rule.curvature_data is not None
+        if (rule := rules[name]) is not None and rule.curvature_data is not None
     }
-    chosen = ("call", problem.probe_count) if seed is None else ("seed", seed)
-    generators = seeded_generators(problem, *chosen)
-    point = Point(problem, batches, generators, curvature_batches=curvature)
+    chosen = ("call", workspace.calls) if seed is None else ("seed", seed)
+    point = Point(
+        problem,
+        batches,
+        seeded_generators(problem, *chosen),
+        curvature_batches=curvature,
+        workspace=workspace,
+        estimators=estimators,
+    )
     with point.generators_preserved(), at_solutions(point, target):
-        terms = level_terms(point, target)
-        loss = sum((term.value() for term in terms[1:]), terms[0].value())
+        loss = Objective.of(target, point).value()
         cotangents = partial_derivatives(problem, target, loss)
         gradient = total_derivative(point, target, cotangents)
     for name, report in point.reports.items():
         if report.doubtful:
-            warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=2)
+            warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=3)
     named = dict(zip(target.parameter_names, gradient, strict=True))
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
 
 
 def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorState]:
-    """Return where the generators stand for each level of a call: ("seed", n) for a call of `hypergradient` at seed n."""
+    """Return the state of the generators for each level in a call: ("seed", n) for a call of `hypergradient` at seed n."""
     devices = problem.devices
     return {
         level.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, level.name), devices)
@@ -125,26 +154,16 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
     }
 
 
-def _probe_batch(problem: Problem, level: Level, data: Any, kind: str = "data") -> Any:
-    """Return the next batch of a level's data of one kind, from the stream that belongs to standalone calls."""
-    key = level.name if kind == "data" else f"{level.name}/{kind}"
-    if key not in problem.probe_streams:
-        problem.probe_streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
-        if key in problem.probe_states:
-            problem.probe_streams[key].load_state_dict(problem.probe_states.pop(key))
-    return problem.probe_streams[key].next()
-
-
 @contextlib.contextmanager
 def at_solutions(point: Point, level: Level) -> Iterator[None]:
-    """Put the variables of the levels inside where their estimators take the solutions to be; put them back on leaving.
+    """Move the variables of the levels inside to the solutions that their estimators assume; restore them on exit.
 
     Each level is moved after those that its objective refers to.
     """
     problem = point.problem
     with contextlib.ExitStack() as moved:
         for part in reversed(problem.graph[level.name].parts):
-            estimator = problem[part].estimator
+            estimator = point.estimator(part)
             if estimator is not None and problem.graph[part].arguments:
                 begin = time.perf_counter()
                 moved.enter_context(estimator.at_solution(point, part))
@@ -175,7 +194,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     Each part of the level's interior is pulled back once, after all those that refer to it.
 
     Args:
-        point: where to linearise.
+        point: the point of linearisation.
         level: the level.
         cotangents: partial derivatives of its objective, by block.
     """
@@ -183,7 +202,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     node = problem.graph[level.name]
     within = {level.name, *node.interior}
     for part in node.parts:
-        estimator = problem[part].estimator
+        estimator = point.estimator(part)
         if not problem.graph[part].arguments:
             continue
         assert estimator is not None
@@ -193,7 +212,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
         wanted = [argument for argument in linearization.arguments if argument in within]
         for block, vector in linearization.pullback(cotangent, wanted).items():
             require_finite(vector, partial(_not_finite, part, block, estimator))
-            cotangents[block] = add(cotangents[block], vector) if block in cotangents else vector
+            add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
         point.reports |= linearization.reports()
     gradient = cotangents.get(level.name)
@@ -205,6 +224,6 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:
     return (
-        f"the cotangent that level {part!r} gives {block!r} by {estimator} is not finite: look at how its loss depends on "
-        f"{block!r}"
+        f"the cotangent on {block!r} from the pullback of level {part!r} by {estimator} is not finite: check how its loss "
+        f"depends on {block!r}"
     )

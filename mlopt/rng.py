@@ -1,4 +1,4 @@
-"""The random generators that a loss may draw from, captured and put back."""
+"""The random generators that a loss may draw from: seed, capture and restore them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["GeneratorState", "derive_seed", "preserved", "seed_everything"]
 
 
 class _Numpy:
-    """The state of numpy's generator, read anew only where it has moved: numpy takes a hundred times longer for that than torch.
+    """The state of numpy's generator, read only if it has changed: numpy takes a hundred times longer for that than torch.
 
-    Every draw moves the words and the position that are looked at here, but one: the second of two normal numbers that are made
-    together. So a state that holds such a number is always read and put back in full.
+    The words compared here change with every draw, except with the second of two normal numbers that are generated together.
+    Therefore a state that holds such a number is always read and restored in full.
     """
 
     _SIZE = 4 * 625
@@ -32,23 +32,23 @@ class _Numpy:
 
     def capture(self) -> Any:
         """Return `numpy.random.get_state(legacy=False)`."""
-        state = self._present()
+        state = self._current()
         if state is None:
             state = np.random.get_state(legacy=False)
-            self._know(state)
+            self._remember(state)
         return state
 
     def restore(self, state: Any) -> None:
         """Do `numpy.random.set_state(state)`."""
-        if self._present() is not state:
+        if self._current() is not state:
             np.random.set_state(state)
-            self._know(state)
+            self._remember(state)
 
-    def _present(self) -> Any:
-        """Return the state that was captured or put back last, where it is still the present one."""
+    def _current(self) -> Any:
+        """Return the state that was captured or restored last, if it is still the current one."""
         return self._known[0] if self._known is not None and self._known[1] == self._words() else None
 
-    def _know(self, state: Any) -> None:
+    def _remember(self, state: Any) -> None:
         words = self._words()
         self._known = None if words is None or state["has_gauss"] else (state, words)
 
@@ -63,11 +63,11 @@ _NUMPY = _Numpy()
 
 
 class GeneratorState(ABC):
-    """Where the generators of torch (the CPU's and those of CUDA devices), Python and numpy stand."""
+    """The state of the generators of torch (CPU and CUDA), Python and numpy."""
 
     @staticmethod
     def capture(devices: Iterable[torch.device] = ()) -> GeneratorState:
-        """Return the present state; `devices` are those that the losses run on, CPU left out or not."""
+        """Return the current state; `devices` are those that the losses run on (the CPU is always included)."""
         return _Captured(
             cpu=torch.get_rng_state(),
             cuda={index: torch.cuda.get_rng_state(index) for index in _cuda_indices(devices)},
@@ -77,23 +77,23 @@ class GeneratorState(ABC):
 
     @staticmethod
     def seeded(seed: int, devices: Iterable[torch.device] = ()) -> GeneratorState:
-        """Return the state that seeding every generator with `seed` gives, and leave the generators as they are."""
+        """Return the state of generators seeded with `seed`, without changing any generator."""
         return _Seeded(seed, _cuda_indices(devices))
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> GeneratorState:
-        """Return what `state_dict` told of."""
+        """Return the state that `state_dict` returned as plain values."""
         if "seed" in state:
             return _Seeded(state["seed"], frozenset(state["cuda"]))
         return _Captured(**state)
 
     @abstractmethod
     def restore(self) -> None:
-        """Put every generator there."""
+        """Set every generator to this state."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return it as tensors, numbers and tuples of them."""
+        """Return the state as tensors, numbers and tuples of them."""
 
 
 @attrs.frozen(eq=False)
@@ -120,7 +120,7 @@ class _Seeded(GeneratorState):
     cuda: frozenset[int]
 
     def restore(self) -> None:
-        # torch.manual_seed would also note each call, with its stack, for kinds of devices that are not in use.
+        # torch.manual_seed would also record each call, with its stack, for types of devices that are not in use.
         torch.default_generator.manual_seed(self.seed)
         for index in self.cuda:
             torch.cuda.default_generators[index].manual_seed(self.seed)
@@ -144,7 +144,15 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def preserved(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Put the generators back, on leaving, where they stood on entering."""
+    """Restore the generators on exit.
+
+    Example:
+        >>> from mlopt.rng import preserved
+        >>> with preserved():
+        ...     number = torch.rand(())
+        >>> bool(number == torch.rand(()))
+        True
+    """
     state = GeneratorState.capture(devices)
     try:
         yield
@@ -153,6 +161,12 @@ def preserved(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
 
 def derive_seed(*parts: object) -> int:
-    """Return a seed below 2**63 that is a hash of its parts: the same on every machine and in every process."""
+    """Return a seed below 2**63, a hash of its parts that is the same on every machine and in every process.
+
+    Example:
+        >>> from mlopt.rng import derive_seed
+        >>> derive_seed(0, "classifier", 3)
+        5980443107925826180
+    """
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

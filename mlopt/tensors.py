@@ -1,4 +1,4 @@
-"""Arithmetic on tuples of tensors: the vectors of this library, one tensor for each parameter."""
+"""Arithmetic on vectors that are tuples of tensors, one tensor for each parameter."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def norm(a: Sequence[Tensor]) -> Tensor:
     if not a:
         return torch.zeros(())
     if len(a) == 1:
-        one: Tensor = torch.linalg.vector_norm(a[0])
-        return one
+        single: Tensor = torch.linalg.vector_norm(a[0])
+        return single
     total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
     return total
 
@@ -57,7 +57,7 @@ def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Ten
 
 
 def axpy_(alpha: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
-    """Add alpha x, with a scalar tensor alpha, to y in place: no fresh memory, which on a CPU costs more than the arithmetic."""
+    """Add alpha x to y in place; alpha is a scalar tensor. On a CPU, new memory would cost more than the arithmetic."""
     if x:
         torch._foreach_addcmul_(list(y), list(x), [alpha] * len(x))
 
@@ -78,21 +78,21 @@ def scale(alpha: float | Tensor, a: Sequence[Tensor]) -> Tensors:
 
 
 def zeros_like(a: Sequence[Tensor]) -> Tensors:
-    """Return a vector of zeros of the same shapes, detached."""
+    """Return zeros of the same shapes, detached."""
     return tuple(torch.zeros_like(x, requires_grad=False) for x in a)
 
 
 def is_finite(a: Sequence[Tensor]) -> bool:
-    """Return whether every component is finite."""
+    """Return whether all components are finite."""
     return math.isfinite(float(norm(a)))
 
 
 def flatten(a: Sequence[Tensor]) -> Tensor:
-    """Return the components of a in one vector (n,)."""
+    """Return the components of a as one tensor of shape (n,)."""
     return torch.cat([x.reshape(-1) for x in a]) if a else torch.zeros(0)
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
-    """Return the vector (n,) cut into the shapes of `like`."""
+    """Return a tensor of shape (n,) split into the shapes of `like`."""
     pieces = flat.split_with_sizes([x.numel() for x in like])
     return tuple([piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True)])

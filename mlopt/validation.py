@@ -1,14 +1,17 @@
-"""Checks on arguments, as attrs validators: each error names the argument, the value and what it may be."""
+"""Checks on arguments, as attrs validators: each error names the argument, its value and the values it may have."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-__all__ = ["at_least", "one_of", "positive", "positive_or_none", "shown"]
+from .errors import ArgumentError
+
+__all__ = ["at_least", "is_positive", "is_whole", "must_be", "one_of", "positive", "positive_or_none", "shown"]
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -17,54 +20,62 @@ _LONGEST_SHOWN = 200
 
 
 def shown(value: object) -> str:
-    """Return a value as an error shows it, cut off where it is long: a file can hold anything."""
+    """Return the `repr` of a value for a message, cut off after 200 characters: values from a file can be of any size."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python writes, or lists in lists too deep
+    except (ValueError, RecursionError):  # an integer with too many digits for Python, or too deeply nested lists
         return f"<{type(value).__name__} too large to be shown>"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def at_least(bound: float) -> Validator:
-    """Return a validator for finite numbers not below `bound`."""
-
-    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        whole = isinstance(bound, int) and attribute.type in (int, "int")
-        good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        most = _LARGEST_WHOLE if whole else sys.float_info.max
-        if not good or not bound <= value <= most:
-            kind = "a whole number" if whole else "a finite number"
-            limits = f">= {bound}{' and < 2**63' if whole and good and value > most else ''}"
-            raise ValueError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be {kind} {limits}")
-
-    return check
+def is_whole(value: object, least: float = -math.inf) -> bool:
+    """Return whether a value is an integer, not a bool, and at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def positive(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Accept finite numbers above zero."""
-    if not _is_positive(value):
-        raise ValueError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0")
-
-
-def positive_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Accept None and finite numbers above zero."""
-    if value is not None and not _is_positive(value):
-        raise ValueError(
-            f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be a finite number > 0, or None"
-        )
-
-
-def _is_positive(value: Any) -> bool:
+def is_positive(value: object) -> bool:
+    """Return whether a value is a finite number above zero, not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
-def one_of(*values: object) -> Validator:
-    """Return a validator for a fixed set of values."""
+def must_be(accepts: Callable[[Any], bool], description: str) -> Validator:
+    """Return a validator that accepts some values.
+
+    Args:
+        accepts: returns whether a value is accepted.
+        description: the accepted values, for the message.
+    """
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value not in values:
-            raise ValueError(
-                f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be one of {', '.join(map(repr, values))}"
-            )
+        if not accepts(value):
+            raise _refusal(instance, attribute, value, description)
 
     return check
+
+
+def _refusal(instance: object, attribute: attrs.Attribute[Any], value: Any, description: str) -> ArgumentError:
+    return ArgumentError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be {description}")
+
+
+def at_least(bound: float) -> Validator:
+    """Return a validator that accepts finite numbers >= `bound`; only whole numbers where bound and attribute are integers."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        whole = isinstance(bound, int) and attribute.type in (int, "int")
+        number = is_whole(value) if whole else isinstance(value, (int, float)) and not isinstance(value, bool)
+        most = _LARGEST_WHOLE if whole else sys.float_info.max
+        if not number or not bound <= value <= most:
+            limit = " and < 2**63" if whole and number and value > most else ""
+            kind = "a whole number" if whole else "a finite number"
+            raise _refusal(instance, attribute, value, f"{kind} >= {bound}{limit}")
+
+    return check
+
+
+positive = must_be(is_positive, "a finite number > 0")
+positive_or_none = must_be(lambda value: value is None or is_positive(value), "a finite number > 0, or None")
+
+
+def one_of(*values: object) -> Validator:
+    """Return a validator that accepts a fixed set of values."""
+    return must_be(lambda value: value in values, f"one of {', '.join(map(repr, values))}")

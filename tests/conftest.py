@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Read when huggingface_hub and datasets are imported: no test fetches anything.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# Inductor would reuse kernels that it compiled for other instructions or another number of threads, and fail.
+_SETTING = f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
+_CACHE = Path(tempfile.gettempdir()) / f"mlopt-inductor-{getpass.getuser()}-{_SETTING}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE))
 
 # Continuous integration draws the same problems each time: a change is judged by what it changes. Elsewhere they are new ones.
 settings.register_profile("ci", derandomize=True)

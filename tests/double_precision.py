@@ -1,4 +1,4 @@
-"""A fixture for the core's tests: one thread and, unless a test says otherwise, float64."""
+"""A fixture for the core's tests: one thread and float64 by default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread_in_double_precision() -> Iterator[None]:
-    """Set both for one file, and put them back: other folders' tests run in the same process."""
+    """Set both for one file, then restore them: tests of other folders run in the same process."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

@@ -1,4 +1,4 @@
-"""Holding two states of runs against each other."""
+"""Comparison of two states of runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def assert_same_state(a: Any, b: Any, place: str = "state") -> None:
-    """Hold two trees of state against each other, to the last bit."""
+    """Assert that two trees of state are bit-identical."""
     assert type(a) is type(b), place
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, place

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import importlib.metadata
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,6 @@ from mlopt.validation import at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -96,15 +98,15 @@ def test_a_command_receives_its_arguments_untouched(with_command: Any) -> None:
     assert received == [(arguments, "mlopt tapweight molecules")]
 
 
-@pytest.mark.parametrize(("package", "needs"), [("tyro", "needs"), ("rdkit", "need")])
-def test_a_missing_extra_is_named(package: str, needs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["tyro", "rdkit"])
+def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
     """tyro is imported with the command, RDKit only where a molecule is read."""
     (tmp_path / "train.csv").write_text("smiles,y\nC,1\n")
     code = f"import sys; sys.modules[{package!r}] = None; from mlopt.cli import main; sys.exit(main(sys.argv[1:]))"
     files = ["--corpus", str(tmp_path / "train.csv"), "--train", str(tmp_path / "train.csv")]
     done = python(code, "tapweight", "molecules", *files, "--output", str(tmp_path / "output"))
     assert done.returncode == 2
-    assert f"{needs} {package}, which is not installed: pip install 'mlopt-torch[molecules]'\n" in done.stderr
+    assert f"needs {package}, which is not installed: pip install 'mlopt-torch[molecules]'\n" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -130,6 +132,27 @@ def test_errors_of_a_user_are_one_sentence(
     assert told.err.startswith(sentence)
     assert "Traceback" not in told.err
     assert told.out == ""
+
+
+def test_errors_of_a_user_are_one_sentence_without_the_sources(tmp_path: Path) -> None:
+    for folder in ("mlopt", "recipes"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(mlopt.__file__).parents[1] / folder, tmp_path / folder, ignore=ignored)
+    compileall.compile_dir(tmp_path, legacy=True, quiet=2)
+    for source in tmp_path.rglob("*.py"):
+        source.unlink()
+    code = """
+import sys
+from types import SimpleNamespace
+from mlopt import cli
+from mlopt.recipes.tapweight.recipe import Settings
+assert cli.__file__.endswith("cli.pyc")
+cli._load = lambda command, prog: SimpleNamespace(main=lambda arguments, prog: Settings().schedule(3))
+sys.exit(cli.main(["diagnose"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stderr.startswith("mlopt: steps=3 at every=")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def raise_here() -> None:
@@ -167,7 +190,7 @@ def test_an_interruption_is_told(with_command: Any, capsys: pytest.CaptureFixtur
 
     with_command(main)
     assert cli.main(["tapweight", "molecules"]) == 130
-    sentence = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"
+    sentence = "mlopt: interrupted; progress since the last checkpoint is lost\n"
     assert capsys.readouterr().err == sentence
 
 
@@ -253,6 +276,6 @@ def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130
     # While objectives are prepared there is nothing to save yet; while a phase steps, the step is finished and saved.
-    unsaved = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"
+    unsaved = "mlopt: interrupted; progress since the last checkpoint is lost\n"
     assert error == unsaved or re.fullmatch(r"mlopt: SIGINT: step \d+ of 1000000 is finished and saved in .*\n", error)
     assert [entry.name for entry in (tmp_path / "output").iterdir()] in ([], ["checkpoints"])

@@ -1,6 +1,6 @@
-"""Hypergradients of ours and of the other libraries, side by side: `python -m benchmarks.hypergrad`.
+"""Hypergradients of mlopt and of the other libraries in one run: `python -m benchmarks.hypergrad`.
 
-`cases` and `networks` hold the problems, `exact` the reference, all in plain torch; `adapters` has one file for each library;
-`worker` runs in that library's own environment and answers `workers`, which the `sections` speak to; `bar` says what is met.
-Nothing outside `adapters/mlopt.py` imports mlopt: the same files run inside every environment.
+`cases` and `networks` hold the problems, `exact` the reference, all in plain torch. `adapters` has one file for each library.
+A `worker` runs in the environment of its library and answers requests from `workers`, which the `sections` call. `bar` holds the
+targets. Nothing outside `adapters/mlopt.py` imports mlopt: the same files run inside every environment.
 """

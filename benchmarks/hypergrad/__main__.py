@@ -1,7 +1,7 @@
-"""Hypergradients of ours and of the other libraries: error, time, operations and memory, in one run.
+"""Hypergradients of mlopt and of the other libraries: error, time, operations and memory, in one run.
 
-Every library runs in its own environment and process, with one thread; `make peers` makes the environments. hypertorch and
-Betty's head exist only as repositories: name a Python that can import them by --peer.
+Each library runs in its own environment and process, with one thread; `make peers` creates the environments. hypertorch and
+the head of Betty exist only as repositories: name a Python that can import them with --peer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECTIONS: dict[str, Callable[[Workplace], list[dict[str, Any]]]] = {
 def _peer(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
     if name not in LIBRARIES or not python:
-        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=PYTHON, NAME one of {', '.join(LIBRARIES)}")
+        raise argparse.ArgumentTypeError(f"{text!r}: pass NAME=PYTHON, NAME one of {', '.join(LIBRARIES)}")
     return name, python
 
 
@@ -49,12 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peer", metavar="NAME=PYTHON", type=_peer, action="append", default=[], help="a library's Python"
     )
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; may be given more than once")
+    parser.add_argument(
+        "--only", choices=SECTIONS, action="append", help="a section to run; repeat the option for several"
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sections, print their tables and the bar."""
+    """Run the sections, print their tables and the targets."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

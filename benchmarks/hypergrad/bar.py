@@ -1,4 +1,4 @@
-"""What is asked of ours beside the others, and whether the rows show it."""
+"""The targets of mlopt relative to the other libraries, and the figures that the rows show."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 __all__ = ["Check", "bar"]
 
 Row = dict[str, Any]
-#: A check: what is asked, the figure and whether it is met, or None where nothing was measured.
+#: A check: the target, the figure, and True if the target is met; None if nothing was measured.
 Check = tuple[str, str, bool | None]
 
 EXACT = ("Dense", "Converged")
-#: A peer is a standard for time only where its error is at most this much above ours at the same iterations.
+#: A library is equally accurate if its error is at most this multiple of the least error of mlopt at the same iterations.
 AS_RIGHT = 1.5
 
 
@@ -34,20 +34,20 @@ def _theirs(rows: Iterable[Row]) -> list[Row]:
 
 
 def bar(rows: list[Row]) -> list[Check]:
-    """Return a line for each of the things that are asked."""
+    """Return one check for each target."""
     checks: list[Callable[[list[Row]], list[Check]]] = [_right, _same_iterations, _loop, _identity, _unroll, _ladder]
     return [line for check in checks for line in check(rows)]
 
 
-def _judge(asked: str, figure: float | None, limit: float, *, least: bool = False) -> Check:
-    """Judge a figure; one that is not a number is not met."""
+def _judge(target: str, figure: float | None, limit: float, *, least: bool = False) -> Check:
+    """Compare a figure with its limit; NaN does not meet any."""
     if figure is None:
-        return asked, "not measured", None
-    return asked, f"{figure:.3g}", figure >= limit if least else figure <= limit
+        return target, "not measured", None
+    return target, f"{figure:.3g}", figure >= limit if least else figure <= limit
 
 
 def _worst(values: Iterable[float]) -> float | None:
-    """Return the largest value, a NaN where there is one."""
+    """Return the largest value; NaN if any value is NaN."""
     found = list(values)
     if any(math.isnan(value) for value in found):
         return math.nan
@@ -75,31 +75,31 @@ def _same_iterations(rows: list[Row]) -> list[Check]:
             group = [row for row in measured if row["case"] == case and _family(row) == family]
             ours = _ours(group)
             least = min((row["error"] for row in ours), default=math.inf)
-            # The same on both sides: products with another matrix, or a solver that is wrong, are no competitors.
+            # On both sides: products with another matrix, or a wrong solver, are not comparable.
             ours, peers = ([row for row in side if row["error"] <= AS_RIGHT * least] for side in (ours, _theirs(group)))
-            # The fastest of ours is held to both: no time of one against the memory of another.
+            # The fastest estimator of mlopt must meet both limits: time and memory come from the same estimator.
             fastest = sorted(ours, key=lambda row: row["time"])[:1]
-            for what in ("time", "memory"):
-                name = f"2 {family}, 10 iterations, {case}: our {what} / the best peer's <= 1"
-                lines.append(_judge(name, _ratio(fastest, peers, what), 1.0))
+            for cost in ("time", "memory"):
+                target = f"2 {family}, 10 iterations, {case}: {cost} relative to the best equally accurate library <= 1"
+                lines.append(_judge(target, _ratio(fastest, peers, cost), 1.0))
     return lines
 
 
-def _ratio(ours: list[Row], peers: list[Row], what: str) -> float | None:
-    mine, other = ([row[what] for row in group if what in row] for group in (ours, peers))
+def _ratio(ours: list[Row], peers: list[Row], cost: str) -> float | None:
+    mine, other = ([row[cost] for row in group if cost in row] for group in (ours, peers))
     return min(mine) / min(other) if mine and other else None
 
 
 def _loop(rows: list[Row]) -> list[Check]:
     found = [row for row in _ours(_of(rows, "loop", "best peer / this")) if row["error"] <= 1e-2]
-    asked = "3 loop, {}: the best peer's time per outer step / ours, both tracking to 1% >= 3"
+    target = "3 loop, {}: time per outer step, best other library / mlopt, both tracking to 1%, >= 3"
     lines = [
         _judge(
-            asked.format(name), max(row["best peer / this"] for row in found if row["case"] == name), 3.0, least=True
+            target.format(name), max(row["best peer / this"] for row in found if row["case"] == name), 3.0, least=True
         )
         for name in dict.fromkeys(row["case"] for row in found)
     ]
-    return lines or [_judge(asked.format("-"), None, 3.0, least=True)]
+    return lines or [_judge(target.format("-"), None, 3.0, least=True)]
 
 
 def _identity(rows: list[Row]) -> list[Check]:
@@ -108,7 +108,7 @@ def _identity(rows: list[Row]) -> list[Check]:
     candidates = [row for row in _ours(found) if row["estimator"] in ("FiniteDifference", "Identity forward")]
     if not candidates:
         return [("4 identity", "not measured", None)]
-    # One of ours must meet all four: the one that misses the fewest limits, then the fastest.
+    # One estimator of mlopt must meet all four: take the one that misses the fewest limits, then the fastest.
     lines = [_identity_of(row, betty) for row in candidates]
     return min(zip(lines, candidates, strict=True), key=lambda p: (sum(not c[2] for c in p[0]), p[1]["time"]))[0]
 
@@ -118,9 +118,9 @@ def _identity_of(row: Row, betty: Row | None) -> list[Check]:
     time = row["time"] / betty["time"] if betty else None
     deviation = row["deviation"] / betty["deviation"] if betty else None
     return [
-        _judge(f"{name}: time / Betty's FD <= 1", time, 1.0),
+        _judge(f"{name}: time relative to Betty's finite difference <= 1", time, 1.0),
         _judge(f"{name}: error of the mixed product in float32 <= 1e-5", row["error"], 1e-5),
-        _judge(f"{name}: deviation with dropout / Betty's <= 1/20", deviation, 1 / 20),
+        _judge(f"{name}: deviation with dropout relative to Betty's <= 1/20", deviation, 1 / 20),
         _judge(f"{name}: error in bfloat16 <= 5%", row.get("bfloat16"), 0.05),
     ]
 
@@ -135,12 +135,12 @@ def _unroll(rows: list[Row]) -> list[Check]:
             at = [row for row in found if row["iterations"] == max(steps)]
             peers = [row for row in at if row["library"] == peer]
             memory, time = _ratio(_ours(at), peers, "memory"), _ratio(_ours(at), peers, "time")
-        lines.append(_judge(f"5 unrolling: memory / {peer}'s <= 1/5", memory, 1 / 5))
-        lines.append(_judge(f"5 unrolling: time / {peer}'s <= 1.5", time, 1.5))
+        lines.append(_judge(f"5 unrolling: memory relative to {peer} <= 1/5", memory, 1 / 5))
+        lines.append(_judge(f"5 unrolling: time relative to {peer} <= 1.5", time, 1.5))
     return lines
 
 
 def _ladder(rows: list[Row]) -> list[Check]:
     found = [row for row in _ours(_of(rows, "ladder", "time / one rung")) if row["rungs"] == 8]
     worst = _worst(row["time / one rung"] for row in found)
-    return [_judge("6 ladder: time with 8 rungs / with one, the worst of ours <= 10", worst, 10.0)]
+    return [_judge("6 ladder: time with 8 rungs relative to one rung, slowest estimator of mlopt, <= 10", worst, 10.0)]

@@ -1,8 +1,8 @@
-"""The two-level problems: modules, data and losses in plain torch, and the point at which all libraries are asked.
+"""The two-level problems: modules, data and losses in plain torch, and the point at which all libraries are compared.
 
 An inner module x and an outer module u have the losses f(x, u) and F(x, u). The hypergradient at a point is
-F_u - f_ux (f_xx)^-1 F_x, whether or not x minimises f there. The parent process makes a case once, at its point, and writes its
-tensors to a file; every worker reads that file, so all of them see the same numbers.
+F_u - f_ux (f_xx)^-1 F_x, also if x does not minimise f there. The parent process creates a case once, at its point, and writes
+its tensors to a file; every worker reads that file, so all of them use the same numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Bound:
-    """A module that reads the tensors it is given in place of its parameters: what libraries of pure functions need."""
+    """A module evaluated with given tensors in place of its parameters, for libraries of pure functions."""
 
     def __init__(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
         self._module, self._tensors = module, tuple(tensors)
@@ -51,14 +51,14 @@ class Case:
     """A problem at a point.
 
     Attributes:
-        name: of the recipe.
+        name: name of the recipe.
         inner: the module x.
         outer: the module u.
-        data: what the losses read.
+        data: the data that the losses read.
         inner_loss: f, of (inner, outer, data).
         outer_loss: F, of (inner, outer, data).
         step_size: 1 / (1.05 lambda_max(f_xx)), for series and fixed-point maps.
-        exact: the hypergradient here, flat, in float64.
+        exact: the hypergradient at this point, flat, in float64.
         identity: the same with the identity in place of f_xx, flat, in float64.
     """
 
@@ -99,7 +99,7 @@ class Case:
         return list(self.outer.parameters())
 
     def to(self, dtype: torch.dtype, device: str = "cpu", *, outer: torch.dtype | None = None) -> Case:
-        """Return a copy with its numbers rounded to a dtype (the outer variables to another one where asked for)."""
+        """Return a copy with its numbers rounded to a dtype (optionally with another dtype for the outer variables)."""
 
         def move(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -120,18 +120,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a case is made.
+    """The construction of a case.
 
     Attributes:
         modules: returns the inner and the outer module.
         data: returns the data, in float64.
         inner_loss: f.
         outer_loss: F.
-        dtype: that the libraries compute in.
-        travel: iterations of L-BFGS on f that bring x to its point; None where `data` has the minimiser.
-        pretraining: iterations of L-BFGS before, without the proximal term, that find its anchor; None for an anchor at zero.
-        at_optimum: whether x minimises f at the point, to rounding.
-        reference: whether the exact hypergradient is computed.
+        dtype: dtype of the computation in the libraries.
+        travel: iterations of L-BFGS on f that bring x to its point; None if `data` contains the minimiser.
+        pretraining: iterations of L-BFGS without the proximal term that find its anchor; None for an anchor at zero.
+        at_optimum: True if x minimises f at the point, up to rounding.
+        reference: if True, compute the exact hypergradient.
     """
 
     modules: Callable[[], tuple[nn.Module, nn.Module]]
@@ -145,17 +145,17 @@ class Recipe:
     reference: bool = True
 
     def case(self, name: str, tensors: dict[str, Any]) -> Case:
-        """Return the case that these tensors, read from a file or just made, are of."""
+        """Return the case with these tensors, newly made or read from a file."""
         torch.manual_seed(0)
         inner, outer = self.modules()
         return Case(name, inner.double(), outer.double(), tensors, self.inner_loss, self.outer_loss)
 
 
 def cleaning_loss(inner: Any, outer: Any, data: dict[str, Any], *, ridge: float) -> Tensor:
-    """The inner loss of hyper-cleaning: samples weighed by the outer variables, and a proximal term.
+    """The inner loss of hyper-cleaning: samples weighted by the outer variables, and a proximal term.
 
-    The term, ridge ||x - anchor||^2 / 2 with the weights of a network trained before (zero for logistic regression), makes f_xx
-    positive definite, as in iMAML (Rajeswaran et al. 2019, arXiv 1909.04630).
+    The term, ridge ||x - anchor||^2 / 2, makes f_xx positive definite, as in iMAML (Rajeswaran et al. 2019, arXiv 1909.04630).
+    The anchor is a pretrained network, or zero for logistic regression.
     """
     losses = cross_entropy(inner(*data["training"]), data["labels"], reduction="none")
     penalty = sum((p - a).square().sum() for p, a in zip(inner.parameters(), data["anchor"], strict=True))
@@ -169,7 +169,7 @@ def validation_loss(inner: Any, outer: Any, data: dict[str, Any]) -> Tensor:
 
 def quadratic_inner(inner: Any, outer: Any, data: dict[str, Any]) -> Tensor:
     """f = x^T A x / 2 - x^T B u."""
-    x, u = inner()[:, None], outer()[:, None]  # columns: only products of matrices are counted as operations
+    x, u = inner()[:, None], outer()[:, None]  # columns, because only products of matrices count as operations
     return (0.5 * x.T @ (data["A"] @ x) - x.T @ (data["B"] @ u)).squeeze()
 
 
@@ -231,7 +231,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def make(name: str, file: str | os.PathLike[str] | None = None) -> Case:
-    """Return a case in float64 at its point, with its references; write it to a file where one is named."""
+    """Return a case in float64 at its point, with its references; if `file` is not None, write it there."""
     recipe = RECIPES[name]
     case = recipe.case(name, recipe.data())
     torch.manual_seed(1)
@@ -242,7 +242,7 @@ def make(name: str, file: str | os.PathLike[str] | None = None) -> Case:
         case.inner.load_state_dict({"value": torch.linalg.solve(case.data["A"], case.data["B"] @ case.u[0].detach())})
     else:
         _travel(case, recipe)
-    # The references are taken at the point as the libraries see it.
+    # The references are computed at the rounded point that the libraries use.
     case = case.to(recipe.dtype).to(torch.float64)
     torch.manual_seed(2)
     case.step_size = 1 / (1.05 * exact.largest_eigenvalue(case))
@@ -256,7 +256,7 @@ def make(name: str, file: str | os.PathLike[str] | None = None) -> Case:
 
 
 def _travel(case: Case, recipe: Recipe) -> None:
-    """Find the anchor of the proximal term, and bring x to its point."""
+    """Find the anchor of the proximal term, and move x to its point."""
     assert recipe.travel is not None
     case.data["anchor"] = tuple(torch.zeros_like(p) for p in case.x)
     if recipe.pretraining is not None:
@@ -269,7 +269,7 @@ def _travel(case: Case, recipe: Recipe) -> None:
 
 
 def load(file: str | os.PathLike[str]) -> Case:
-    """Return the case that `make` wrote, in float64."""
+    """Return the case written by `make`, in float64."""
     kept = torch.load(file, weights_only=True)
     case = RECIPES[kept["name"]].case(kept["name"], kept["data"])
     case.inner.load_state_dict(kept["inner"])

@@ -1,4 +1,4 @@
-"""The data of the problems, in float64, from fixed seeds; only `digits` needs more than torch, and only the parent calls it."""
+"""The data of the problems, in float64, from fixed seeds. Only `digits` needs more than torch; only the parent calls it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _noisy(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels of which three in ten are drawn anew: what there is to clean."""
+    """Return the labels with three in ten replaced by random ones."""
     wrong = torch.rand(len(labels), generator=generator) < 0.3
     return torch.where(wrong, torch.randint(classes, labels.shape, generator=generator), labels)
 
@@ -42,7 +42,7 @@ def quadratic(*, condition: float, size: int = 200, outer: int = 20) -> dict[str
 
 
 def digits(count: int = 1_000) -> dict[str, Any]:
-    """Return scikit-learn's digits: 64 features, 10 classes, `count` samples for training and the others for validation."""
+    """Return scikit-learn's digits: 64 features, 10 classes, `count` samples for training and the rest for validation."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

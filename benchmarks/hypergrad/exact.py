@@ -1,4 +1,4 @@
-"""The reference: hypergradients by a dense solve, or by conjugate gradients run to the end, in float64 and plain torch."""
+"""The reference: hypergradients by a dense solve, or by converged conjugate gradients, in float64 and plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["hypergradient", "largest_eigenvalue", "minimise", "unrolled"]
 
-#: Up to here the Hessian is written out.
+#: Most variables for which the Hessian is formed as a matrix.
 DENSE_LIMIT = 800
 
 
@@ -39,11 +39,11 @@ def hypergradient(
     Args:
         case: in float64.
         identity: take q = F_x.
-        start: where conjugate gradients start, such as the q of a point nearby.
-        rtol: of the residual, where the Hessian is too large to be written out.
+        start: the initial q of conjugate gradients, for example that of a point nearby.
+        rtol: relative residual, if the Hessian is too large for a matrix.
 
     Raises:
-        ArithmeticError: f_xx is not positive definite, or conjugate gradients do not end.
+        ArithmeticError: f_xx is not positive definite, or conjugate gradients do not converge.
     """
     value = case.F()
     cotangent = _flat(torch.autograd.grad(value, case.x, retain_graph=True))
@@ -80,7 +80,7 @@ def _conjugate_gradients(
         solution, residual = solution + alpha * direction, residual - alpha * image
         before, square = square, residual @ residual
         direction = residual + (square / before) * direction
-    raise ArithmeticError(f"conjugate gradients did not end in {limit} iterations")
+    raise ArithmeticError(f"conjugate gradients did not converge in {limit} iterations")
 
 
 def largest_eigenvalue(case: Case, iterations: int = 60) -> float:

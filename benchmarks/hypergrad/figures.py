@@ -13,7 +13,7 @@ MARKERS = "osD^vXP*<>"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw what the rows allow, and return the files."""
+    """Draw a figure for each case and section with rows; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = _of(rows, "accuracy", "error", "time")
     found = []
@@ -42,7 +42,7 @@ def _of(rows: Sequence[Row], section: str, *having: str) -> list[Row]:
 
 
 def _plot(file: Path, rows: Sequence[Row], x: str, y: str, x_label: str, title: str, *, x_log: bool = True) -> Path:
-    """Draw y against x, a line for each estimator: colours are libraries, markers families, ours are drawn full."""
+    """Draw y against x, one line for each estimator: solid with circles for mlopt, dotted with crosses for the others."""
     import matplotlib
 
     matplotlib.use("Agg")

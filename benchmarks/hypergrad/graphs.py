@@ -16,9 +16,9 @@ CONDITION = 3.0
 
 
 def shape(name: str) -> dict[str, tuple[str, ...]]:
-    """Return the levels that each level's loss refers to, outermost first, of "ladder N" or "chain N".
+    """Return, for "ladder N" or "chain N", the levels that the loss of each level refers to, outermost first.
 
-    In a ladder of N diamonds 2^N paths lead from the outermost level and back to it; a chain has one, through N levels.
+    A ladder of N diamonds has 2^N paths from the outermost level back to it; a chain has one path through N levels.
     """
     kind, count = name.split()
     n = int(count)
@@ -27,7 +27,7 @@ def shape(name: str) -> dict[str, tuple[str, ...]]:
         inner = {f"level_{i}": (f"level_{i - 1}" if i > 1 else "outer",) for i in range(1, n + 1)}
         return {"outer": (f"level_{n}",), **inner}
     if kind != "ladder":
-        raise ValueError(f"shape {name!r}: give 'ladder N' or 'chain N'")
+        raise ValueError(f"shape {name!r}: pass 'ladder N' or 'chain N'")
     found: dict[str, tuple[str, ...]] = {"outer": (f"node_{n}",)}
     for i in reversed(range(n)):
         found |= {
@@ -39,12 +39,12 @@ def shape(name: str) -> dict[str, tuple[str, ...]]:
 
 
 class Graph:
-    """Levels with losses s^T Q s / 2 + b^T s, s the variables of a level and of those it refers to, each at its solution.
+    """Levels at their solutions, with losses s^T Q s / 2 + b^T s; s are the variables of a level and of those it refers to.
 
-    The outermost loss reads the solutions only, so that all of the hypergradient flows through the levels inside.
+    The outermost loss reads only the solutions, so the whole hypergradient passes through the levels inside.
 
     Args:
-        references: by level, outermost first.
+        references: the references of each level by name, outermost first.
         size: variables of each level.
     """
 
@@ -64,7 +64,7 @@ class Graph:
             self.modules[name].load_state_dict({"value": value})
 
     def loss(self, name: str, variables: Callable[[str], Tensor]) -> Tensor:
-        """Return the loss of a level, where `variables` gives those of a level by name."""
+        """Return the loss of a level; `variables` returns the variables of a level by name."""
         form, slope = self._forms[name]
         s = torch.cat([variables(part) for part in self._parts(name)])
         return 0.5 * s @ form @ s + slope @ s
@@ -84,7 +84,7 @@ class Graph:
         return found
 
     def exact(self) -> Tensor:
-        """Return the hypergradient: the solutions are written out and differentiated."""
+        """Return the hypergradient: differentiate the closed form of the solutions."""
         outer: Any = self.modules["outer"]
         start = outer.value.detach().clone().requires_grad_()
         solutions = self._solutions(start)

@@ -1,4 +1,4 @@
-"""What one call costs: floating-point operations, peak memory. (Its time is `report.clock`'s.)"""
+"""Floating-point operations and peak memory of one call. (`report.clock` measures its time.)"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["MemoryTracker", "flops", "peak_memory"]
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Follows the storages that operators return, from their making to their end.
+    """Track the storages that operators return, from allocation to release.
 
-    What a kernel allocates and frees within itself is not seen, nor is what was there before.
+    Memory that a kernel allocates and frees internally is not counted; neither are storages that existed before.
 
     Attributes:
-        live: bytes now held.
-        peak: the most that were held at once.
+        live: bytes held now.
+        peak: the most bytes held at once.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A storage keeps one Python object for as long as it lives, so that its identity and its end are the object's.
+        # A storage keeps one Python object for its lifetime, so the id and the finalizer of that object identify the storage.
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         found = function(*args, **(kwargs or {}))
         storages = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(found) if isinstance(t, Tensor))}
@@ -50,7 +50,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> int:
-    """Return the most bytes that a call holds beyond what there was before it."""
+    """Return the most bytes that a call holds, without those held before the call."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -63,7 +63,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Adds up torch's own formulas. Its `FlopCounterMode` follows modules by hooks, which fail where a module returns a leaf."""
+    """Sum torch's own formulas. Its `FlopCounterMode` uses module hooks, which fail if a module returns a leaf."""
 
     total = 0
 
@@ -76,7 +76,7 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """Return the floating-point operations of a call's matrix products and convolutions; nothing else is counted."""
+    """Return the floating-point operations of the matrix products and convolutions in a call; other operators are not counted."""
     with _FlopCounter() as counter:
         call()
     return counter.total

@@ -33,7 +33,7 @@ class SampleWeights(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout at one half, always on, with masks drawn in float32: the same ones whatever the dtype of the activations."""
+    """Dropout at one half, always on; masks are drawn in float32, so that they are the same for every dtype of activations."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         kept = torch.rand(hidden.shape, dtype=torch.float32, device=hidden.device) < 0.5
@@ -41,7 +41,7 @@ class Dropout(nn.Module):
 
 
 def mlp(*widths: int, dropout: bool = False) -> nn.Sequential:
-    """Return linear layers of these widths with tanh between them, and dropout after each tanh where asked for."""
+    """Return linear layers of these widths with tanh between them, and optionally dropout after each tanh."""
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.Tanh()] + [Dropout()] * dropout
@@ -49,7 +49,7 @@ def mlp(*widths: int, dropout: bool = False) -> nn.Sequential:
 
 
 class Transformer(nn.Module):
-    """A classifier of sequences: two pre-norm blocks; attention is written out, so that it has second derivatives."""
+    """A classifier of sequences: two pre-norm blocks, attention written out, as fused kernels have no second derivative."""
 
     def __init__(self, vocabulary: int, width: int, classes: int) -> None:
         super().__init__()

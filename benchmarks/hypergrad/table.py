@@ -28,7 +28,7 @@ console = Console(width=150)
 
 
 def show_libraries(versions: Mapping[str, str], absent: Mapping[str, str]) -> None:
-    """Print which libraries take part, and what to do about those that are absent."""
+    """Print the libraries that take part, and for each absent library the reason and the remedy."""
     table = Table("library", "version")
     for name, version in versions.items():
         table.add_row(name, version)
@@ -38,7 +38,7 @@ def show_libraries(versions: Mapping[str, str], absent: Mapping[str, str]) -> No
 
 
 def show_rows(section: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a section's rows, a table for each case; a row that was not measured says why."""
+    """Print the rows of a section, one table for each case; a row without a measurement has a note with the reason."""
     hidden = {"section", "case", "dtype", "note"}
     for case in dict.fromkeys(row["case"] for row in rows):
         chosen = [row for row in rows if row["case"] == case]
@@ -60,8 +60,8 @@ def _cell(key: str, value: Any) -> str:
 
 
 def show_bar(checks: Sequence[Check]) -> None:
-    """Print what is asked, the figure, and whether it is met."""
-    table = Table("asked", "figure", "", title="the bar")
-    for asked, figure, met in checks:
-        table.add_row(asked, figure, {True: "met", False: "not met", None: "-"}[met])
+    """Print each target, its figure, and "met" or "not met"."""
+    table = Table("target", "figure", "", title="Targets")
+    for target, figure, met in checks:
+        table.add_row(target, figure, {True: "met", False: "not met", None: "-"}[met])
     console.print(table)

@@ -1,8 +1,8 @@
-"""A process in one library's environment that answers requests: `python -m benchmarks.hypergrad.worker LIBRARY`.
+"""A process in one library's environment that answers requests: `python -m benchmarks.hypergrad.worker LIBRARY DEVICE`.
 
 A request is a line of JSON, {"method": ..., arguments}, on standard input; the answer a line on standard output: {"result": ...},
-{"unsupported": sentence} for what the library does not offer, or {"failed": sentence, "trace": ...}. Whatever a library prints
-goes to standard error.
+{"unsupported": sentence} if the library does not offer the estimator, or {"failed": sentence, "trace": ...}. The output of the
+library itself goes to standard error.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SHORTEST = 0.02
 
 
 class Worker:
-    """What can be asked of a library.
+    """The requests that a library answers.
 
     Args:
         library: its name among the adapters.
         device: "cpu" or "cuda".
-        channel: where the parent listens, and what it says next.
+        channel: the stream of requests from the parent, and the stream of answers to it.
     """
 
     def __init__(self, library: str, device: str, channel: tuple[TextIO, TextIO]) -> None:
@@ -60,7 +60,7 @@ class Worker:
         }
 
     def load(self, file: str, dtype: str | None = None, outer_dtype: str | None = None) -> None:
-        """Read a case, and take its plain gradient as the unit of time."""
+        """Read a case; its plain gradient is the unit of time."""
         double = cases.load(file)
         kind = cases.RECIPES[double.name].dtype if dtype is None else getattr(torch, dtype)
         outer = None if outer_dtype is None else getattr(torch, outer_dtype)
@@ -71,7 +71,7 @@ class Worker:
         self._know("plain", self.case.plain_gradient)
 
     def build(self, key: str, estimator: str, iterations: int) -> None:
-        """Make a call of an estimator, to be known by a key."""
+        """Build a call of an estimator and store it under a key."""
         self._know(key, self.adapter.ESTIMATORS[estimator](self.case, iterations))
 
     def error(self, key: str, against: str = "exact") -> dict[str, float]:
@@ -85,7 +85,7 @@ class Worker:
         return _compare(self._call(key).double().cpu(), truth)["error"]
 
     def repeats_of(self, key: str, count: int) -> list[list[float]]:
-        """Return the hypergradients of so many calls, each from seeds of its own."""
+        """Return the hypergradients of `count` calls, each with its own seed."""
         found = []
         for seed in range(count):
             torch.manual_seed(1_000 + seed)
@@ -107,7 +107,7 @@ class Worker:
         return found
 
     def time(self, key: str) -> float:
-        """Return the seconds of one call: the mean of several, where one is very short. The first time, a call goes before."""
+        """Return the seconds of one call, the mean of several if it is very short; the first request warms up with one call."""
         if key not in self.repeats:
             begin = clock(self.device)
             self._call(key)
@@ -120,7 +120,7 @@ class Worker:
         return spent / self.repeats[key]
 
     def loop(self, setting: str, iterations: int, steps: int, every: int) -> dict[str, float]:
-        """Run the loop; at every so many steps compare with the exact hypergradient and wait for the parent's word."""
+        """Run the loop; every `every` steps compare with the exact hypergradient and wait for the parent to resume."""
         watch = _Watch(self, every)
         if hasattr(self.adapter, "loop"):
             self.adapter.loop(self.case, setting, steps, watch)
@@ -131,7 +131,7 @@ class Worker:
         return {"seconds": spent / (steps - 1), "error": statistics.median(watch.errors), "worst": max(watch.errors)}
 
     def graph(self, key: str, shape: str, size: int, estimator: str, iterations: int = 0) -> None:
-        """Make a call on a graph of quadratic levels, which are small: on the CPU whatever the device."""
+        """Build a call on a graph of quadratic levels; they are small, so it runs on the CPU for every device."""
         self.case_graph = graphs.Graph(graphs.shape(shape), size)
         self.start = []
         self._know(key, self.adapter.GRAPHS[estimator](self.case_graph, iterations))
@@ -141,7 +141,7 @@ class Worker:
         return _compare(self.calls[key]().double().cpu(), self.case_graph.exact())
 
     def closed_form(self, shape: str, estimator: str) -> float:
-        """Return the error of ours on one of `mlopt.testing`'s shapes."""
+        """Return the error of mlopt on a shape of `mlopt.testing`."""
         return self.adapter.closed_form(shape, estimator)
 
     def _know(self, key: str, call: Callable[[], Any]) -> None:
@@ -154,7 +154,7 @@ class Worker:
         return found
 
     def _restore(self) -> None:
-        """Put the variables back where they were: not every library does."""
+        """Restore the variables; some libraries change them."""
         if self.start:
             with torch.no_grad():
                 for variable, kept in zip([*self.case.x, *self.case.u], self.start, strict=True):
@@ -162,7 +162,7 @@ class Worker:
 
 
 class _Watch:
-    """Called before each outer step: keeps the time, and now and then looks at the hypergradient with the clock stopped."""
+    """Called before each outer step: keeps the time, and every `every` steps measures the error with the clock stopped."""
 
     def __init__(self, worker: Worker, every: int) -> None:
         self._worker, self._every, self._count = worker, every, 0
@@ -187,7 +187,7 @@ class _Watch:
         self._since = clock(self._worker.device)
 
     def stop(self) -> float:
-        """Return the seconds spent outside the looks."""
+        """Return the seconds without the measurements."""
         return self._spent + clock(self._worker.device) - self._since
 
 
@@ -197,9 +197,9 @@ def _compare(found: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the stream ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not look like an answer
+    os.dup2(2, 1)  # output of the library must not be read as an answer
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     library, device = sys.argv[1:]
@@ -211,7 +211,7 @@ def main() -> None:
             answer = {"result": getattr(worker, request.pop("method"))(**request)}
         except Unsupported as error:
             answer = {"unsupported": str(error)}
-        except Exception as error:  # the parent shows it: a peer's failure is a row of the table
+        except Exception as error:  # the parent reports it: a failure is a row of the table
             text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             answer = {"failed": text, "trace": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)

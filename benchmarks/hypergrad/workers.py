@@ -1,4 +1,4 @@
-"""The libraries as processes, each under its own environment's Python, and timings taken across them in turn."""
+"""The libraries as processes, each with the Python of its own environment, and interleaved timings across them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Library:
         device: "cpu" or "cuda".
 
     Raises:
-        Absent: there is no such Python, or it cannot import the library.
+        Absent: this Python does not exist, or it cannot import the library.
     """
 
     def __init__(self, name: str, python: str, device: str) -> None:
         self.name, self.python, self.device = name, python, device
-        # A library must not be found by accident beside the repository: -P leaves the current folder out.
+        # -P keeps the current folder off the path, so that a library is imported from its environment only.
         surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        #: What a loop last said.
+        #: The last answer of a running loop.
         self.latest: dict[str, Any] = {}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         try:
@@ -62,7 +62,7 @@ class Library:
         self.about: dict[str, Any] = hello["result"]
 
     def send(self, method: str, **arguments: Any) -> None:
-        """Ask without waiting."""
+        """Send a request without waiting."""
         self._write({"method": method, **arguments})
 
     def _write(self, message: Any) -> None:
@@ -71,7 +71,7 @@ class Library:
         self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Return the next answer; that of a process that has ended says so."""
+        """Return the next answer; if the process has ended, an answer that reports it."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -82,24 +82,24 @@ class Library:
         return found
 
     def go_on(self) -> dict[str, Any]:
-        """Let a paused loop continue; return its next pause, or its answer."""
+        """Resume a paused loop; return its next pause, or its answer."""
         self._write("go on")
         return self.receive()
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """Ask and wait."""
+        """Send a request and wait for the answer."""
         self.send(method, **arguments)
         return self.receive()
 
     def result(self, method: str, **arguments: Any) -> Any:
-        """Ask for what must not fail.
+        """Send a request and return its result.
 
         Raises:
-            RuntimeError: it did.
+            RuntimeError: the request failed.
         """
         answer = self.ask(method, **arguments)
         if "result" not in answer:
-            raise RuntimeError(f"{self.name}: {method} gave {answer.get('trace') or answer}")
+            raise RuntimeError(f"{self.name}: {method} returned {answer.get('trace') or answer}")
         return answer["result"]
 
     def another(self) -> Library:
@@ -114,10 +114,10 @@ class Library:
 
 
 class Workplace:
-    """What every section works with: the libraries that are there, those that are not, and the cases as files.
+    """The context of every section: the available libraries, the absent ones, and the cases as files.
 
     Args:
-        pythons: a Python for a library by name, where the usual one is not meant.
+        pythons: for each library by name, a Python other than the default one.
         device: "cpu" or "cuda".
         quick: fewer cases, rounds and steps.
         folder: where the cases are written.
@@ -138,17 +138,16 @@ class Workplace:
         return next((library for library in self.libraries if library.name == name), None)
 
     def case(self, name: str) -> str:
-        """Return the file of a case, made where it is not there yet."""
+        """Return the file of a case; create it on first use."""
         if name not in self._files:
             self._files[name] = self._folder / f"{len(self._files)}.pt"
             cases.make(name, self._files[name])
         return str(self._files[name])
 
     def ratios(self, wanted: Sequence[tuple[Library, str]], rounds: int) -> list[float]:
-        """Return the time of each call over that of a plain gradient: medians over rounds in which all libraries take turns.
+        """Return the time of each call relative to a plain gradient: medians over rounds in which all libraries take turns.
 
-        The plain gradient is timed in the same process just before the call, so that what the machine does otherwise falls
-        on both.
+        The plain gradient is timed in the same process just before the call, so that other load on the machine affects both.
         """
         found: list[list[float]] = [[] for _ in wanted]
         for _ in range(rounds):

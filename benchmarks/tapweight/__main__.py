@@ -1,4 +1,4 @@
-"""Hands the arguments to the benchmark of the modality that they begin with, of molecules where they name none."""
+"""Run the benchmark of the modality named by the first argument; molecules if it names none."""
 
 import importlib
 import sys

@@ -1,8 +1,7 @@
-"""What the benchmarks of both modalities share: the cost of an iteration, a row for each run, and the tables."""
+"""Shared by the benchmarks of both modalities: the cost of an iteration, a row for each run, and the tables."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from mlopt.recipes.tapweight.methods import DEFAULT, Equal, ThreeLevels
 from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.result import TapWeightResult
+from mlopt.recipes.tapweight.spread import Spread
 from mlopt.solving.engine import Engine
 
 from ..report import interleaved, write
@@ -21,7 +21,7 @@ __all__ = ["run"]
 
 
 def cost(tapweight: TapWeight, every: int, rounds: int, device: str) -> float:
-    """Return the time of an outer step with `every` pretraining steps over that of `every` plain pretraining steps."""
+    """Return the time of an outer step with `every` pretraining steps relative to `every` plain pretraining steps."""
     experiment = tapweight.experiment(1_000)
     experiment = attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, every=every))
     whole, plain = (method.problem(experiment, experiment.model()) for method in (ThreeLevels(), Equal()))
@@ -41,12 +41,12 @@ def run(
     """Measure the cost of an iteration, run each task with each seed, write the results and print their tables.
 
     Args:
-        recipe: makes TapWeight for a task and a seed.
-        size: `tasks`, `seeds` and `steps`, and whatever else the results are to hold of it.
-        rounds: over which the cost is measured.
-        cost_only: whether to stop there.
+        recipe: returns TapWeight for a task and a seed.
+        size: `tasks`, `seeds`, `steps`, and other attributes that the results record.
+        rounds: number of rounds of the cost measurement.
+        cost_only: if True, stop after the cost measurement.
         device: cpu or cuda.
-        json: the file that is written, anew after each run: what was computed is not lost when a later one fails.
+        json: the results file, rewritten after each run, so that a later failure loses no results.
     """
     console = Console()
     costs = {every: cost(recipe(size.tasks[0], size.seeds[0]), every, rounds, device) for every in (1, 4)}
@@ -63,7 +63,7 @@ def run(
 
 
 def row_of(task: str, seed: int, result: TapWeightResult) -> dict[str, Any]:
-    """Return what a run gave, to be written."""
+    """Return the results of a run as plain data."""
     return {
         "task": task,
         "metric": result.metric,
@@ -75,8 +75,10 @@ def row_of(task: str, seed: int, result: TapWeightResult) -> dict[str, Any]:
 
 
 def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Table]:
-    """Return scores, weights and cost as tables; the cost alone where there are no rows."""
-    time = Table("lambda moves every", "time over plain pretraining", title="Cost of an iteration, measurements apart")
+    """Return scores, weights and cost as tables; only the cost if there are no rows."""
+    time = Table(
+        "lambda moves every", "time / plain pretraining", title="Cost of an iteration, without the measurements"
+    )
     for every, ratio in costs.items():
         time.add_row(f"{every} steps" if every > 1 else "step", f"{ratio:.2f}")
     if not rows:
@@ -86,23 +88,18 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Tabl
         "task", "metric", *DEFAULT, title=f"Test scores, mean (standard deviation) over {len(rows) // len(tasks)} seeds"
     )
     weights = Table(
-        "objective", *tasks, title="Learned weights, mean (standard deviation); in how many runs significant"
+        "objective", *tasks, title="Learned weights, mean (standard deviation); runs in which it is significant"
     )
     for task in tasks:
         own = [row for row in rows if row["task"] == task]
         scores.add_row(
-            task, own[0]["metric"], *(_spread([row["scores"][name]["test"] for row in own]) for name in DEFAULT)
+            task, own[0]["metric"], *(str(Spread.of([row["scores"][name]["test"] for row in own])) for name in DEFAULT)
         )
     for name in rows[0]["weights"]:
         cells = []
         for task in tasks:
             own = [row for row in rows if row["task"] == task]
             clear = sum(row["signals"][name]["significant"] for row in own)
-            cells.append(f"{_spread([row['weights'][name] for row in own])}; {clear} of {len(own)}")
+            cells.append(f"{Spread.of([row['weights'][name] for row in own])}; {clear} of {len(own)}")
         weights.add_row(name, *cells)
     return [scores, weights, time]
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"

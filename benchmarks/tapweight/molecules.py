@@ -1,8 +1,8 @@
-"""`python -m benchmarks.tapweight molecules`: TapWeight against other ways on real molecules, and its cost.
+"""`python -m benchmarks.tapweight molecules`: TapWeight against other methods on real molecules, and its cost.
 
-For each task and seed: adapt on the corpus, finetune, choose the epoch on validation, score the scaffold split's test molecules
-once. Before that, time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many batches,
-interleaved, by medians.
+For each task and seed: adapt on the corpus, finetune, choose the epoch on validation, score the test molecules of the scaffold
+split once. First, the cost: time of an outer step of TapWeight relative to plain continued-pretraining steps on as many batches,
+medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OBJECTIVES = (
 
 @attrs.frozen(kw_only=True)
 class Size:
-    """How much is run."""
+    """The size of a run."""
 
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -72,7 +72,7 @@ FULL = Size(
 
 
 def recipe(corpus: Molecules, table: Path, seed: int, size: Size, device: str) -> TapWeight:
-    """Return TapWeight on one task; the targets that objectives attach to the corpus are computed for the first run only."""
+    """Return TapWeight on one task; only the first run computes the targets that objectives attach to the corpus."""
     seed_everything(seed)
     return TapWeight(
         GINE(width=size.width, layers=size.layers).to(device),
@@ -93,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     size.add_argument("--full", action="store_true", help="hours: five tasks, five seeds, the whole corpus")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "mol")
-    parser.add_argument("--cost", action="store_true", help="only the cost of an iteration, which other work disturbs")
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="measure only the cost of an iteration; other load on the machine disturbs it",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
     options = parser.parse_args(arguments)
@@ -103,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.data.is_dir():
         parser.exit(
             2,
-            f"no folder {options.data}: give --data a folder with zinc_50k.csv.gz and {', '.join(chosen.tasks)} as .csv\n",
+            f"no folder {options.data}: pass --data a folder with zinc_50k.csv.gz and {', '.join(chosen.tasks)} as .csv\n",
         )
     corpus = read_corpus(options.data / "zinc_50k.csv.gz", limit=chosen.corpus)
     print(f"Corpus: {corpus.summary()}.")

@@ -1,8 +1,8 @@
 """`python -m benchmarks.tapweight text`: TapWeight against direct finetuning and equal weights on real texts, and its cost.
 
-For each task and seed: adapt a small pretrained encoder on the domain's texts, finetune, choose the epoch on validation, score
-the test split once. Before that, time of an outer step of TapWeight over that of the plain continued-pretraining steps on as many
-batches, interleaved, by medians.
+For each task and seed: adapt a small pretrained encoder on texts of the domain, finetune, choose the epoch on validation, score
+the test split once. First, the cost: time of an outer step of TapWeight relative to plain continued-pretraining steps on as many
+batches, medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .common import run
 
 @attrs.frozen(kw_only=True)
 class Files:
-    """A task: its folder, the names of its splits, its metric, and the corpus; None for the task's own texts."""
+    """The files of a task: the names of its splits, its metric, and the corpus; None for the texts of the task itself."""
 
     splits: tuple[str, str, str] = ("train", "dev", "test")
     metric: str
@@ -40,14 +40,14 @@ TASKS = {
     "citation_intent": Files(metric="macro_f1", corpus="cs_abstracts"),
     "scicite": Files(metric="macro_f1", corpus="cs_abstracts"),
     "chemprot": Files(metric="micro_f1", corpus="biomed_abstracts"),
-    # The labels of GLUE's test split are not public: its two development splits serve.
+    # The labels of GLUE's test split are not public, so the two development splits are used.
     "cola": Files(metric="matthews", splits=("train", "dev_in_domain", "dev_out_of_domain")),
 }
 
 
 @attrs.frozen(kw_only=True)
 class Size:
-    """How much is run: `labels` and `valid` are the most labelled texts for training and for validation."""
+    """The size of a run; `labels` and `valid` are the largest numbers of labelled texts for training and for validation."""
 
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -83,9 +83,9 @@ def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWe
     """Return TapWeight on one task."""
     task = TASKS[name]
     read = [read_table(folder / name / f"{split}.jsonl") for split in task.splits]
-    # Of the whole file: a part of it may lack a rare one.
+    # Classes of the whole file: a part of it may lack a rare class.
     classes = sorted({str(example["label"]) for example in read[0]})
-    # Each seed has labels of its own; the test is the same for all.
+    # Each seed has labels of its own; the test split is the same for all.
     splits = {
         "train": _drawn(read[0], size.labels, seed),
         "valid": _drawn(read[1], size.valid, seed),
@@ -105,7 +105,7 @@ def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWe
 
 
 def _drawn(texts: Texts, count: int, seed: int) -> Texts:
-    """Return so many of the texts at most, drawn at random."""
+    """Return at most `count` of the texts, drawn at random."""
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     return texts.subset(sorted(order[:count].tolist()))
 
@@ -120,9 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size.add_argument(
         "--full", action="store_true", help="for a GPU: five seeds, all six layers, all texts, 5,000 steps"
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="which tasks (default: those of the size)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="tasks to run (default: those of the size)")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "nlp")
-    parser.add_argument("--cost", action="store_true", help="only the cost of an iteration, which other work disturbs")
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="measure only the cost of an iteration; other load on the machine disturbs it",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
     options = parser.parse_args(arguments)
@@ -131,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = attrs.evolve(chosen, tasks=tuple(options.tasks))
     if not options.data.is_dir():
         parser.exit(
-            2, f"no folder {options.data}: give --data a folder with {', '.join(chosen.tasks)} and unlabelled\n"
+            2, f"no folder {options.data}: pass --data a folder with {', '.join(chosen.tasks)} and unlabelled\n"
         )
     if options.device == "cpu":
         torch.set_num_threads(1)

@@ -1,8 +1,18 @@
-"""Estimators: how cotangents are pulled back through a level's solution."""
+"""Estimators: rules that pull cotangents back through a level's solution."""
 
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
-from .named import MINRES, SAMA, ConjugateGradient, Dense, FiniteDifference, Identity, Neumann, Nystrom
+from .named import (
+    MINRES,
+    ConjugateGradient,
+    Dense,
+    FiniteDifference,
+    Identity,
+    LinearSolve,
+    Neumann,
+    Nystrom,
+)
+from .sama import SAMA
 from .unrolled import Unrolled
 from .value_function import ValueFunction
 
@@ -15,6 +25,7 @@ __all__ = [
     "FiniteDifference",
     "Identity",
     "Implicit",
+    "LinearSolve",
     "Linearization",
     "Neumann",
     "Nystrom",

@@ -2,121 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 
-import attrs
 import torch
 from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import Identity, LinearSolution, LinearSolver
+from ..linear import AssumedInverse, LinearSolution, LinearSolver
 from ..problem import (
     Block,
     Estimator,
-    LevelTerm,
     Linearization,
+    Objective,
     Point,
     Report,
-    StreamedCotangent,
     Term,
     Vectors,
+    add_into,
     derivatives,
-    level_terms,
 )
-from ..tensors import Tensors, add, dot, scale, subtract, zeros_like
-from ..validation import one_of
-from .products import PRODUCTS, Compiled, Product
-from .step_derivative import step_derivative
+from ..tensors import Tensors, dot, scale, zeros_like
+from .products import PRODUCTS, CompiledProduct, Product, SecondDerivatives
 
 __all__ = ["Implicit", "Stationarity"]
 
 
-@attrs.frozen(kw_only=True)
 class Implicit(Estimator):
-    """The implicit-function theorem, with a linear solver and a kind of products.
+    """The implicit-function theorem, with a linear solver and a kind of products; the base of the estimators that use it.
 
-    With x*(u) = argmin_x f(x, u), a cotangent v on x* gives -(d2f / du dx) q on u, where (d2f / dx2) q = v.
+    With x*(u) = argmin_x f(x, u), a cotangent v on x* becomes -(d2f / du dx) q on u, where (d2f / dx2) q = v.
 
-    Args:
-        solver: how q is found.
-        products: how products with second derivatives are evaluated: "autograd", "forward", "finite_difference" or, for a level
-            without levels inside, "gauss_newton".
-        compile: whether the product with a level's own Hessian is compiled by torch.compile; for "forward" products.
-        warm_start: whether `solve` starts each linear solve from the q of the outer step before.
-        curvature_data: batches on which the Hessian is taken, of a size of their own; the batch of the level when None. The
-            mixed product stays with the level's batch. For a level without levels inside.
-        adapted: whether the inverse Hessian is taken to be what the level's optimiser makes of a gradient, in place of the
-            identity; needs the identity as solver. See `SAMA`.
-        streamed: whether a level whose loss is a `Mixture` may form the gradient of its weights from the gradients that its
-            own training step computes, with the cotangent of the outer step before. Needs the identity as solver.
+    Attributes:
+        solver: the linear solver for q; None if it depends on the point.
+        products: the kind of products with second derivatives: "autograd", "forward", "finite_difference" or, for a level without
+            levels inside, "gauss_newton".
+        compile: True if torch.compile compiles the product with a level's own Hessian.
+        warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
+        curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
+            taken on the level's batch. For a level without levels inside.
+
+    Example:
+        >>> isinstance(mlopt.ConjugateGradient(iterations=5), mlopt.Implicit)
+        True
+        >>> print(mlopt.ConjugateGradient(iterations=5, products="forward"))
+        ConjugateGradient(iterations=5) with forward products
     """
 
-    solver: LinearSolver
-    products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    products: str
     compile: bool = False
     warm_start: bool = False
-    curvature_data: Iterable[Any] | None = attrs.field(default=None, repr=False)
-    adapted: bool = False
-    streamed: bool = False
 
-    def __attrs_post_init__(self) -> None:
-        if self.streamed and not isinstance(self.solver, Identity):
-            raise EstimatorError(
-                f"streamed=True with {self.solver}: only the identity's pullback needs no solve; use Identity(streamed=True)"
-            )
-        if self.compile and self.products != "forward":
-            raise EstimatorError(
-                f"compile=True with products={self.products!r}: a gradient that was compiled has no derivative; use "
-                "products='forward'"
-            )
-        if self.adapted and (self.streamed or not isinstance(self.solver, Identity)):
-            raise EstimatorError(
-                "adapted=True takes the optimiser's step for the inverse Hessian: it needs linear.Identity() as solver, and "
-                "streamed=False"
-            )
-        if self.curvature_data is not None and isinstance(self.solver, Identity):
-            raise EstimatorError(
-                "curvature_data with the identity as solver: no product with the Hessian is taken; leave it out"
-            )
+    @property
+    @abstractmethod
+    def solver(self) -> LinearSolver | None:
+        """The linear solver for q; None if it depends on the point."""
+
+    def solver_at(self, point: Point, level: str) -> LinearSolver:
+        """Return the linear solver for the Hessian of a level at a point."""
+        assert self.solver is not None
+        return self.solver
 
     @property
     def product(self) -> type[Product]:
-        """How products are evaluated."""
-        return Compiled if self.compile else PRODUCTS[self.products]
+        """The class that evaluates products."""
+        return CompiledProduct if self.compile else PRODUCTS[self.products]
 
-    def linearize(self, point: Point, level: str) -> Stationarity:
+    def linearize(self, point: Point, level: str) -> Linearization:
         return Stationarity(point, level, self)
 
     def __str__(self) -> str:
-        kinds = {
+        options = {
             "compiled": self.compile,
             "warm start": self.warm_start,
             "curvature data": self.curvature_data is not None,
-            "adapted": self.adapted,
-            "streamed": self.streamed,
         }
-        marks = [mark for mark, given in kinds.items() if given]
-        return ", ".join([f"{self.solver} with {self.products} products", *marks])
+        return ", ".join(
+            [f"{self.solver} with {self.products} products", *(name for name, given in options.items() if given)]
+        )
 
 
 class Stationarity(Linearization):
     """A level's stationarity conditions at a point, and their derivative.
 
-    For a level without levels inside, they are grad_x f = 0. Where its objective depends on the solutions X of levels
-    inside, with stationarity conditions grad_X L_c = 0 of their own, its total derivative is that of the Lagrangian
+    For a level without levels inside, they are grad_x f = 0. If its objective depends on the solutions X of levels inside, each
+    with stationarity conditions grad_X L_c = 0, its total derivative is that of the Lagrangian
     L = f + sum_c <M_c, grad_X L_c> at the multipliers M_c that make L stationary in X. Its conditions are then grad L = 0 in
-    x, X and M together, a symmetric system; eliminating X and M from it, with the solves of the levels inside, leaves the
-    Hessian of the total objective in x, which this level's own solver deals with. So nesting of any depth is one recursion.
+    x, X and M together, a symmetric system. The solves of the levels inside eliminate X and M from it. This leaves the Hessian
+    of the total objective in x, a system for this level's own solver. So nesting of any depth is one recursion.
 
     Args:
-        point: where.
+        point: the point.
         name: the level.
         estimator: its linear solver and products.
     """
 
     def __init__(self, point: Point, name: str, estimator: Implicit) -> None:
-        self._point, self._name, self._estimator = point, name, estimator
+        self.point, self.name, self._estimator = point, name, estimator
         level, node = point.problem[name], point.problem.graph[name]
         self.arguments = node.arguments
         self.report = Report(estimator=str(estimator))
@@ -127,208 +110,160 @@ class Stationarity(Linearization):
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
             self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
             self.report.converged = False
-        own = level_terms(point, level)
+        own = Objective.of(level, point)
         if self._children:
-            self._refuse_what_leaves_have()
+            self._refuse_options_of_leaves()
             self._find_multipliers(own)
         lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
-        self.terms: tuple[Term, ...] = (*own, *lagrangian)
-        self._products = [estimator.product(term) for term in self.terms]
-        self._curvature = self._products
+        self.objective = Objective((*own.terms, *lagrangian))
+        self.second_derivatives = self._curvature = SecondDerivatives(self.objective, estimator.product)
         if name in point.curvature_batches:
-            terms = level_terms(point, level, point.curvature_batches)
-            self._curvature = [estimator.product(term) for term in terms]
+            self._curvature = SecondDerivatives(Objective.of(level, point, point.curvature_batches), estimator.product)
 
-    def _refuse_what_leaves_have(self) -> None:
+    def _refuse_options_of_leaves(self) -> None:
         estimator = self._estimator
-        for argument, given in {
+        for option, given in {
             "products='gauss_newton'": estimator.products == "gauss_newton",
             "curvature_data": estimator.curvature_data is not None,
-            "adapted=True": estimator.adapted,
+            type(estimator).__name__: estimator.solver is None,
         }.items():
             if given:
                 raise EstimatorError(
-                    f"level {self._name!r}: {argument} is for levels without levels inside, and "
-                    f"{', '.join(repr(child._name) for child in self._children)} lies inside it; leave it out"
+                    f"level {self.name!r}: {option} is for levels without levels inside, and "
+                    f"{', '.join(repr(child.name) for child in self._children)} lies inside it; leave it out"
                 )
 
     def _inside(self, part: str) -> Stationarity:
-        estimator = self._point.problem[part].estimator
+        estimator = self.point.estimator(part)
         if not isinstance(estimator, Implicit):
             raise EstimatorError(
-                f"level {part!r} is solved inside {self._name!r}, through which cotangents are pulled back; {estimator} "
+                f"level {part!r} is solved inside {self.name!r}, through which cotangents are pulled back; {estimator} "
                 "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient, MINRES, Nystrom or Dense"
             )
-        return estimator.linearize(self._point, part)
+        return Stationarity(self.point, part, estimator)
 
-    def _find_multipliers(self, terms: Sequence[Term]) -> None:
-        """Set M_c = -(solve of level c) of the cotangent on its states, users of a level before the level."""
-        load: dict[Block, Tensors] = {}
-        for term in terms:
-            wanted = [block for block in self.states if block in term.blocks]
-            _add_into(load, term.derivatives(wanted))
+    def _find_multipliers(self, objective: Objective) -> None:
+        """Set M_c = -(solve of level c) of the cotangent on its states; a level comes after the levels that use it."""
+        load = objective.derivatives(self.states)
         for child in self._children:
             adjoint = child.solve({block: load[block] for block in child.blocks if block in load})
             for block in child.blocks:
-                found = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self._point.values[block])
-                self._point.values[self._name, block] = tuple(m.detach().requires_grad_() for m in found)
+                m = scale(-1.0, adjoint[block]) if block in adjoint else zeros_like(self.point.values[block])
+                self.point.values[self.name, block] = tuple(x.detach().requires_grad_() for x in m)
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
-            _add_into(load, back, sign=-1.0)
+            add_into(load, back, sign=-1.0)
 
     def product(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
-        return self._apply(self._products, direction, wanted)
+        return self._apply(self.second_derivatives, direction, wanted)
 
-    def _apply(self, products: Sequence[Product], direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        total: dict[Block, Tensors] = {}
-        for product in products:
-            along = {block: vectors for block, vectors in direction.items() if block in product.term.blocks}
-            asked = [block for block in wanted if block in product.term.blocks]
-            if along and asked:
-                _add_into(total, product(along, asked))
-                if product.step is not None:
-                    self.report.step = product.step
+    def _apply(self, products: SecondDerivatives, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        total = products(direction, wanted)
+        if products.step is not None:
+            self.report.step = products.step
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
-        """Return Q over the blocks with (d2L / dblocks2) Q = load; absent blocks are zero, in and out."""
+        """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
         if self._children:
             _, load_left = self._complete(None, load)
-            rhs, matvec = load_left.get(self._name, zeros_like(self._point.values[self._name])), self._total_hessian
+            rhs, matvec = load_left.get(self.name, zeros_like(self.point.values[self.name])), self._total_hessian
         else:
-            rhs, matvec = tuple(load[self._name]), self._hessian
+            rhs, matvec = tuple(load[self.name]), self._hessian
         try:
-            found = self._estimator.solver.solve(matvec, rhs, initial=initial)
+            own = self._solver.solve(matvec, rhs, initial=initial)
         except NonFiniteError as error:
-            raise NonFiniteError(f"level {self._name!r}: {error}") from error
-        self._record(found)
-        if self._estimator.adapted:
-            return {self._name: tuple(torch._foreach_mul(list(found.value), list(self._adaptation())))}
+            raise NonFiniteError(f"level {self.name!r}: {error}") from error
+        self._record(own)
         if not self._children:
-            return {self._name: found.value}
-        solution, _ = self._complete(found.value, load)
+            return {self.name: own.value}
+        solution, _ = self._complete(own.value, load)
         return solution
 
+    @cached_property
+    def _solver(self) -> LinearSolver:
+        return self._estimator.solver_at(self.point, self.name)
+
     def _hessian(self, q: Tensors) -> Tensors:
-        """Return H q, on the curvature batch where there is one."""
-        return self._apply(self._curvature, {self._name: q}, [self._name])[self._name]
+        """Return H q, on the curvature batch if there is one."""
+        return self._apply(self._curvature, {self.name: q}, [self.name])[self.name]
 
     def _total_hessian(self, q: Tensors) -> Tensors:
-        """Return the product with the Hessian of the total objective, the response of the levels inside included."""
+        """Return the product with the Hessian of the total objective, which includes the response of the levels inside."""
         _, residual = self._complete(q, {})
-        return scale(-1.0, residual[self._name])
-
-    def _adaptation(self) -> Tensors:
-        """Return how the level's optimiser scales a change of the latest gradient, by component."""
-        level, live = self._point.problem[self._name], self._point.optimizers.get(self._name)
-        if live is None:
-            found: dict[Block, Tensors] = {}
-            for term in self.terms:
-                _add_into(found, term.derivatives([self._name]))
-            gradient = found[self._name]
-        else:
-            # The latest step leaves its gradient behind; a variable that it did not move has none.
-            gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in level.parameters)
-        return step_derivative(level, live, gradient)
+        return scale(-1.0, residual[self.name])
 
     def _complete(self, q: Tensors | None, load: Vectors) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
-        """Eliminate the levels inside: given the own component q, return the whole of Q, and what its own row leaves over."""
-        own = self._name
+        """Eliminate the levels inside: from the level's own component q, return all of Q and the residual of its own row."""
+        own = self.name
         solution: dict[Block, Tensors] = {} if q is None else {own: q}
         for child in reversed(self._children):
             row = {block: load[own, block] for block in child.blocks if (own, block) in load}
             tangent = {a: solution[a] for a in child.arguments if a in solution}
-            _add_into(row, child.product(tangent, child.blocks), sign=-1.0)
+            add_into(row, child.product(tangent, child.blocks), sign=-1.0)
             solution |= child.solve(row)
         rest = {block: load[block] for block in self.states if block in load}
-        _add_into(rest, self.product(solution, self.states), sign=-1.0)
+        add_into(rest, self.product(solution, self.states), sign=-1.0)
         for child in self._children:
             adjoint = child.solve({block: rest.pop(block) for block in child.blocks if block in rest})
             solution |= {(own, block): vectors for block, vectors in adjoint.items()}
             back = child.product(adjoint, [a for a in child.arguments if a in self.states])
-            _add_into(rest, back, sign=-1.0)
+            add_into(rest, back, sign=-1.0)
         return solution, rest
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        weights = self._point.problem.mixtures.get(self._name)
-        if self._point.streams is not None and self._estimator.streamed and weights is not None and weights in wanted:
-            streamed = self._pull_streamed(cotangent, weights, wanted)
-            if streamed is not None:
-                return streamed
-        warm = self._point.warm if self._estimator.warm_start else None
-        solution = self.solve(cotangent, None if warm is None else warm.get(self._name))
-        # Where nothing is solved nothing is looked at either: the host would wait for the device.
-        looked = not isinstance(self._estimator.solver, Identity)
-        if looked and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
-            return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
-        if warm is not None:
-            self._point.keep_warm(self._name, solution[self._name], self.report.residual)
+        warm = self._estimator.warm_start
+        solution = self.solve(cotangent, self.point.warm_start(self.name) if warm else None)
+        # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
+        measured = not isinstance(self._solver, AssumedInverse)
+        if measured and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
+            return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
+        if warm:
+            self.point.keep_warm(self.name, solution[self.name], self.report.residual)
         return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
 
-    def _pull_streamed(self, cotangent: Vectors, weights: str, wanted: Sequence[str]) -> dict[Block, Tensors] | None:
-        """Swap the held cotangent for the present one; return what the training step formed with the held one, if it did."""
-        streams = self._point.streams
-        assert streams is not None
-        held = streams.get(self._name)
-        present = cotangent.get(self._name)
-        streams[self._name] = StreamedCotangent(
-            zeros_like(self._point.values[self._name]) if present is None else present
-        )
-        if held is None or held.signals is None:
-            return None
-        self.report.age = 1
-        mixture = self.terms[0]
-        assert isinstance(mixture, LevelTerm)
-        found: dict[Block, Tensors] = {weights: mixture.streamed(weights, held.signals)}
-        # What the training step did not form: other arguments of the mixture, and the regularizer.
-        for product in self._products:
-            asked = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
-            if asked:
-                _add_into(found, product({self._name: held.cotangent}, asked))
-        return {block: scale(-1.0, vectors) for block, vectors in found.items()}
-
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
-        """Return how the solution moves when the arguments move along `tangent`; the transpose of `pullback`."""
+        """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
         moved = self.product(tangent, self.blocks)
         return self.solve({block: scale(-1.0, vectors) for block, vectors in moved.items()})
 
     def reports(self) -> dict[str, Report]:
-        merged = {self._name: self.report}
+        merged = {self.name: self.report}
         for child in self._children:
             merged |= child.reports()
         return merged
 
-    def _record(self, found: LinearSolution) -> None:
+    def _record(self, solution: LinearSolution) -> None:
         report = self.report
         report.solves += 1
-        report.iterations += found.iterations
-        report.products += found.products
-        if found.residual is not None:
-            report.residual = max(found.residual, report.residual or 0.0)
-        if found.converged is not None:
-            report.converged = found.converged and report.converged is not False
-        if found.curvature is not None:
-            low, high = report.curvature or found.curvature
-            report.curvature = (min(low, found.curvature[0]), max(high, found.curvature[1]))
-        if found.remark and found.remark not in report.remarks:
-            report.remarks = (*report.remarks, found.remark)
+        report.iterations += solution.iterations
+        report.products += solution.products
+        if solution.residual is not None:
+            report.residual = max(solution.residual, report.residual or 0.0)
+        if solution.converged is not None:
+            report.converged = solution.converged and report.converged is not False
+        if solution.curvature is not None:
+            low, high = report.curvature or solution.curvature
+            report.curvature = (min(low, solution.curvature[0]), max(high, solution.curvature[1]))
+        if solution.remark and solution.remark not in report.remarks:
+            report.remarks = (*report.remarks, solution.remark)
 
 
 class _MultiplierTerm(Term):
-    """<M, grad L_c>, over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
+    """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
 
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
         self._child, self._kind = child, kind
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
-        self.blocks = frozenset(block for term in child.terms for block in term.blocks) | frozenset(self._owned)
+        self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
     def value(self) -> Tensor:
         total = torch.zeros(())
-        for term in self._child.terms:
+        for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)
             for key, block in self._owned.items():
@@ -340,31 +275,18 @@ class _MultiplierTerm(Term):
         values = {**self.values, **values}
 
         def lagrangian(states: dict[Block, Tensors]) -> Tensor:
-            terms = [term.function({**values, **states}) for term in self._child.terms]
+            terms = [term.function({**values, **states}) for term in self._child.objective.terms]
             return torch.stack(terms).sum()
 
         gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
         return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """By the states and arguments of c a product with its second derivatives, by the multipliers its first ones."""
+        """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
-        found = {block: zeros_like(self.values[block]) for block in wanted}
-        for term in self._child.terms:
-            along = {block: vectors for block, vectors in direction.items() if block in term.blocks}
-            asked = [block for block in wanted if block in term.blocks]
-            if along and asked:
-                _add_into(found, self._kind(term)(along, asked))
-            owned = {key: self._owned[key] for key in wanted if self._owned.get(key) in term.blocks}
-            gradient = term.derivatives(list(owned.values()))
-            _add_into(found, {key: gradient[block] for key, block in owned.items()})
-        return found
-
-
-def _add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0) -> None:
-    """Add vectors to a sum over blocks, in place."""
-    for block, vector in vectors.items():
-        if block not in total:
-            total[block] = vector if sign == 1.0 else scale(sign, vector)
-        else:
-            total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)
+        total = {block: zeros_like(self.values[block]) for block in wanted}
+        add_into(total, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
+        owned = {key: self._owned[key] for key in wanted if key in self._owned}
+        gradient = self._child.objective.derivatives(list(owned.values()))
+        add_into(total, {key: gradient[block] for key, block in owned.items()})
+        return total

@@ -1,96 +1,173 @@
 """The named estimators: each a linear solver paired with a kind of products."""
 
-# These are functions that read as the classes they stand for.
-# ruff: noqa: N802
-
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypedDict, Unpack
+from typing import Any, final
+
+import attrs
 
 from .. import linear
-from .implicit import Implicit
+from ..errors import ArgumentError, EstimatorError
+from ..problem import Linearization, Point
+from ..validation import one_of, shown
+from .implicit import Implicit, Stationarity
+from .products import PRODUCTS
+from .streamed import Streamed
 
-__all__ = ["MINRES", "SAMA", "ConjugateGradient", "Dense", "FiniteDifference", "Identity", "Neumann", "Nystrom"]
-
-
-class Options(TypedDict, total=False):
-    """What every estimator that solves with the Hessian takes besides its solver's arguments; see `Implicit`."""
-
-    products: str
-    compile: bool
-    curvature_data: Iterable[Any] | None
+__all__ = ["MINRES", "ConjugateGradient", "Dense", "FiniteDifference", "Identity", "LinearSolve", "Neumann", "Nystrom"]
 
 
-def Identity(*, products: str = "autograd", streamed: bool = False) -> Implicit:
-    """Take the inverse Hessian to be the identity: u_bar = -(d2f / du dx) v.
+@final
+@attrs.frozen(kw_only=True)
+class Identity(Implicit):
+    """Assume that the inverse Hessian is the identity: u_bar = -(d2f / du dx) v.
 
     Args:
         products: "autograd", "forward" or "finite_difference".
-        streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the
-            gradients that its training step computes, with the cotangent of the outer step before. It costs no pass.
+        streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the gradients that
+            its training step computes, with the cotangent of the previous outer step. It costs no network pass.
 
     Source: Luketina et al. 2016 (arXiv 1511.06727); Liu et al. 2019 (arXiv 1806.09055).
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Identity(products="forward"))
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Identity()).problem
+        >>> print(mlopt.hypergradient(problem).reports["y"].products)
+        0
     """
-    return Implicit(solver=linear.Identity(), products=products, streamed=streamed)
+
+    products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    streamed: bool = False
+
+    @property
+    def solver(self) -> linear.Identity:
+        return linear.Identity()
+
+    def linearize(self, point: Point, level: str) -> Linearization:
+        conditions = Stationarity(point, level, self)
+        return Streamed(conditions) if self.streamed and point.carryover is not None else conditions
+
+    def __str__(self) -> str:
+        return Implicit.__str__(self) + ", streamed" * self.streamed
 
 
-def FiniteDifference() -> Implicit:
-    """Take the inverse Hessian to be the identity and the mixed product by central differences: two gradients of u.
+@final
+@attrs.frozen(kw_only=True)
+class FiniteDifference(Implicit):
+    """Assume that the inverse Hessian is the identity, with the mixed product by central differences: two gradients of u.
 
-    u_bar = -(f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. First derivatives
-    only: it works with fused attention and activation checkpointing.
+    u_bar = -(f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. It takes first derivatives
+    only, so it works with fused attention and activation checkpointing.
 
     Source: Liu et al. 2019 (arXiv 1806.09055), equation 8.
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.FiniteDifference())
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.FiniteDifference()).problem
+        >>> mlopt.hypergradient(problem).reports["y"].step > 0
+        True
     """
-    return Implicit(solver=linear.Identity(), products="finite_difference")
+
+    products = "finite_difference"
+
+    @property
+    def solver(self) -> linear.Identity:
+        return linear.Identity()
 
 
-def Neumann(
-    *,
-    terms: int = 10,
-    step_size: float | None = None,
-    rtol: float = 0.0,
-    damping: float = 0.0,
-    warm_start: bool = False,
-    **options: Unpack[Options],
-) -> Implicit:
-    """Take the inverse Hessian as a truncated Neumann series: q = alpha sum_{j=0}^{K} (I - alpha H)^j v.
+def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
+    if value and estimator.products != "forward":
+        raise EstimatorError(
+            f"compile=True with products={estimator.products!r}: a compiled gradient has no derivative; use products='forward'"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class _HessianProducts(Implicit):
+    """The options of every estimator that takes products with the Hessian."""
+
+    products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    compile: bool = attrs.field(default=False, validator=_require_forward)
+    curvature_data: Iterable[Any] | None = attrs.field(default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        _ = self.solver  # which checks the arguments that it takes
+
+
+@final
+@attrs.frozen(kw_only=True)
+class LinearSolve(_HessianProducts):
+    """Solve H q = v by any linear solver, such as one of your own.
+
+    Args:
+        solver: the linear solver.
+        warm_start: inside `solve`, start from the q of the previous outer step.
+        products: "autograd", "forward", "finite_difference" or, for a level without levels inside, "gauss_newton".
+        compile: let torch.compile compile the product with H; for "forward" products.
+        curvature_data: batches for H, of their own size; the level's batch if None.
+
+    Raises:
+        EstimatorError: `curvature_data` is given to a solver that takes no product with H.
+
+    Example:
+        >>> print(mlopt.LinearSolve(solver=mlopt.linear.MINRES(iterations=5), products="forward"))
+        MINRES(iterations=5) with forward products
+    """
+
+    solver: linear.LinearSolver
+    warm_start: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.solver, linear.LinearSolver):
+            raise ArgumentError(
+                f"LinearSolve: solver={shown(self.solver)}; it must be a linear solver, such as mlopt.linear.MINRES()"
+            )
+        if self.curvature_data is not None and isinstance(self.solver, linear.AssumedInverse):
+            raise EstimatorError(
+                f"curvature_data with {self.solver}, which takes no product with the Hessian; leave it out"
+            )
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Neumann(_HessianProducts):
+    """Approximate the inverse Hessian by a truncated Neumann series: q = alpha sum_{j=0}^{K} (I - alpha H)^j v.
 
     Args:
         terms: K, the number of products with H.
-        step_size: alpha, below 2 / lambda_max(H); when None, ten power iterations find a safe one, at ten products.
+        step_size: alpha, below 2 / lambda_max(H); if None, ten power iterations find a safe one, at ten products.
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
-        warm_start: start from the q of the outer step before, inside `solve`.
-        options: `products`, `compile` and `curvature_data`, as `Implicit` has them.
+        warm_start: inside `solve`, start from the q of the previous outer step.
+        products: as in `LinearSolve`.
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
 
     Source: Lorraine et al. 2020 (arXiv 1911.02590). One term with a warm start is the q update of SOBA (Dagreou et al.
     2022, arXiv 2201.13409).
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Neumann(terms=20, step_size=0.1))
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Neumann(terms=20)).problem
+        >>> mlopt.hypergradient(problem).reports["y"].residual < 0.01
+        True
     """
-    solver = linear.Neumann(terms=terms, step_size=step_size, rtol=rtol, damping=damping)
-    return Implicit(solver=solver, warm_start=warm_start, **options)
+
+    terms: int = 10
+    step_size: float | None = None
+    rtol: float = 0.0
+    damping: float = 0.0
+    warm_start: bool = False
+
+    @property
+    def solver(self) -> linear.Neumann:
+        return linear.Neumann(terms=self.terms, step_size=self.step_size, rtol=self.rtol, damping=self.damping)
 
 
-def ConjugateGradient(
-    *,
-    iterations: int = 10,
-    rtol: float = 1e-10,
-    damping: float = 0.0,
-    preconditioner: linear.Preconditioner | None = None,
-    negative_curvature: str = "stop",
-    warm_start: bool = False,
-    **options: Unpack[Options],
-) -> Implicit:
+@final
+@attrs.frozen(kw_only=True)
+class ConjugateGradient(_HessianProducts):
     """Solve H q = v by conjugate gradients, for a positive definite Hessian H.
 
     Args:
@@ -98,98 +175,127 @@ def ConjugateGradient(
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
         preconditioner: such as `mlopt.linear.NystromPreconditioner(rank=5)`.
-        negative_curvature: what to do where H is met not to be positive definite: "stop", "raise" or "continue".
-        warm_start: start from the q of the outer step before, inside `solve`.
-        options: `products`, `compile` and `curvature_data`, as `Implicit` has them.
+        negative_curvature: the reaction to a direction in which H is not positive definite: "stop", "raise" or "continue".
+        warm_start: inside `solve`, start from the q of the previous outer step.
+        products: as in `LinearSolve`.
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
 
     Source: Pedregosa 2016 (arXiv 1602.02355); Rajeswaran et al. 2019 (arXiv 1909.04630).
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.ConjugateGradient(iterations=10))
+        >>> from mlopt.testing import logistic_regression
+        >>> problem = logistic_regression(mlopt.ConjugateGradient(iterations=3)).problem
+        >>> mlopt.hypergradient(problem).reports["regression"].converged
+        True
     """
-    solver = linear.ConjugateGradient(
-        iterations=iterations,
-        rtol=rtol,
-        damping=damping,
-        preconditioner=preconditioner,
-        negative_curvature=negative_curvature,
-    )
-    return Implicit(solver=solver, warm_start=warm_start, **options)
+
+    iterations: int = 10
+    rtol: float = 1e-10
+    damping: float = 0.0
+    preconditioner: linear.Preconditioner | None = None
+    negative_curvature: str = "stop"
+    warm_start: bool = False
+
+    @property
+    def solver(self) -> linear.ConjugateGradient:
+        return linear.ConjugateGradient(
+            iterations=self.iterations,
+            rtol=self.rtol,
+            damping=self.damping,
+            preconditioner=self.preconditioner,
+            negative_curvature=self.negative_curvature,
+        )
 
 
-def MINRES(
-    *,
-    iterations: int = 10,
-    rtol: float = 1e-10,
-    damping: float = 0.0,
-    warm_start: bool = False,
-    **options: Unpack[Options],
-) -> Implicit:
+@final
+@attrs.frozen(kw_only=True)
+class MINRES(_HessianProducts):
     """Solve H q = v by minimal residuals, for a Hessian H that may be indefinite.
 
     Args:
         iterations: the most iterations, one product with H each.
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
-        warm_start: start from the q of the outer step before, inside `solve`.
-        options: `products`, `compile` and `curvature_data`, as `Implicit` has them.
+        warm_start: inside `solve`, start from the q of the previous outer step.
+        products: as in `LinearSolve`.
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
 
     Source: Paige & Saunders 1975, SIAM Journal on Numerical Analysis 12(4).
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.MINRES(iterations=20))
+        >>> from mlopt.testing import logistic_regression
+        >>> problem = logistic_regression(mlopt.MINRES(iterations=3)).problem
+        >>> mlopt.hypergradient(problem).reports["regression"].converged
+        True
     """
-    solver = linear.MINRES(iterations=iterations, rtol=rtol, damping=damping)
-    return Implicit(solver=solver, warm_start=warm_start, **options)
+
+    iterations: int = 10
+    rtol: float = 1e-10
+    damping: float = 0.0
+    warm_start: bool = False
+
+    @property
+    def solver(self) -> linear.MINRES:
+        return linear.MINRES(iterations=self.iterations, rtol=self.rtol, damping=self.damping)
 
 
-def Nystrom(
-    *, rank: int = 10, damping: float = 1e-2, rtol: float = 1e-3, seed: int = 0, **options: Unpack[Options]
-) -> Implicit:
+@final
+@attrs.frozen(kw_only=True)
+class Nystrom(_HessianProducts):
     """Solve (H + damping I) q = v with a low-rank approximation of H, from products with random probes.
 
     Args:
         rank: the number of probes, one product with H each.
         damping: added to the diagonal of H; above zero.
-        rtol: the solution counts as converged when ||v - (H + damping I) q|| <= rtol ||v||.
+        rtol: the solution counts as converged if ||v - (H + damping I) q|| <= rtol ||v||.
         seed: of the probes.
-        options: `products`, `compile` and `curvature_data`, as `Implicit` has them.
+        products: as in `LinearSolve`.
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
 
     Source: Hataya & Yamada 2023 (arXiv 2302.09726).
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Nystrom(rank=20, damping=0.1))
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Nystrom(rank=5, damping=0.1)).problem
+        >>> mlopt.hypergradient(problem).reports["y"].converged
+        True
     """
-    return Implicit(solver=linear.Nystrom(rank=rank, damping=damping, rtol=rtol, seed=seed), **options)
+
+    rank: int = 10
+    damping: float = 1e-2
+    rtol: float = 1e-3
+    seed: int = 0
+
+    @property
+    def solver(self) -> linear.Nystrom:
+        return linear.Nystrom(rank=self.rank, damping=self.damping, rtol=self.rtol, seed=self.seed)
 
 
-def Dense(*, damping: float = 0.0, limit: int = 5_000, **options: Unpack[Options]) -> Implicit:
-    """Write H out and factorise it: exact, for levels of few variables; the oracle that others are held against.
+@final
+@attrs.frozen(kw_only=True)
+class Dense(_HessianProducts):
+    """Write H out and factorise it: exact, for levels of few variables; the oracle for other estimators.
 
     Args:
         damping: added to the diagonal of H.
         limit: the most variables of the level.
-        options: `products`, `compile` and `curvature_data`, as `Implicit` has them.
+        products: as in `LinearSolve`.
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.Dense())
+        >>> from mlopt.testing import quadratic
+        >>> case = quadratic("two", mlopt.Dense())
+        >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
+        True
     """
-    return Implicit(solver=linear.Dense(damping=damping, limit=limit), **options)
 
+    damping: float = 0.0
+    limit: int = 5_000
 
-def SAMA(*, products: str = "finite_difference") -> Implicit:
-    """Take the inverse Hessian to be what the level's optimiser makes of a gradient: u_bar = -(d2f / du dx) D v.
-
-    D is the diagonal of d step / d gradient at the optimiser's latest step, Adam's correction of its moments' bias included. For
-    SGD it is the learning rate. Outside `solve` it is that of a fresh optimiser's first step, which for Adam is next to nothing:
-    that step is lr sign(g), whatever the size of g.
-
-    Args:
-        products: "autograd", "forward" or "finite_difference".
-
-    Source: Choe et al. 2023 (arXiv 2310.05674), section 3.2.
-
-    Example:
-        >>> mlopt.Level("classifier", network, loss, optimizer=partial(Adam, lr=1e-3), estimator=mlopt.SAMA())
-    """
-    return Implicit(solver=linear.Identity(), products=products, adapted=True)
+    @property
+    def solver(self) -> linear.Dense:
+        return linear.Dense(damping=self.damping, limit=self.limit)

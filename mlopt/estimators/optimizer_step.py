@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..errors import EstimatorError
+from ..imports import import_optional
 from ..problem import Point
 from ..tensors import Tensors, zeros_like
 
@@ -18,17 +19,11 @@ __all__ = ["OptimizerStep", "Step", "check_transformation"]
 
 
 def _torchopt() -> Any:
-    try:
-        import torchopt
-    except ImportError as error:
-        raise EstimatorError(
-            f"Unrolled needs TorchOpt's differentiable optimisers ({error}): pip install 'mlopt-torch[unroll]'"
-        ) from error
-    return torchopt
+    return import_optional("torchopt", "Unrolled", "'mlopt-torch[unroll]'")
 
 
 def check_transformation(optimizer: Any) -> None:
-    """Raise where TorchOpt is not installed, or `optimizer` is neither None nor a transformation of TorchOpt's."""
+    """Raise if TorchOpt is not installed, or if `optimizer` is neither None nor a TorchOpt transformation."""
     kind = _torchopt().base.GradientTransformation
     if optimizer is not None and not isinstance(optimizer, kind):
         raise EstimatorError(
@@ -39,7 +34,7 @@ def check_transformation(optimizer: Any) -> None:
 
 @attrs.frozen(eq=False)
 class Step:
-    """Where one step was taken: its number t, x_t, g_t, and the leaves of s_t."""
+    """The arguments of one step: its number t, x_t, g_t, and the leaves of s_t."""
 
     number: int
     variables: Tensors
@@ -49,7 +44,7 @@ class Step:
 
 @attrs.frozen(eq=False)
 class _Part:
-    """A transformation for some of the variables: what it is in the first step and in later ones, and its first state."""
+    """A transformation for some of the variables: its form in the first step, its form in later steps, its first state."""
 
     indices: list[int]
     first: Any
@@ -61,11 +56,11 @@ class OptimizerStep:
     """Phi: the optimiser's step as a function of the variables, the gradient, and the state's leaves.
 
     Args:
-        transformation: of TorchOpt's, which starts afresh; None for the optimiser that the level has.
-        point: where.
+        transformation: a TorchOpt transformation, which starts without state; None for the level's own optimiser.
+        point: the point.
         name: the level.
-        used: which of its variables are stepped.
-        fresh: whether the level's optimiser starts afresh, too.
+        used: indices of the variables that are stepped.
+        fresh: True if the level's own optimiser starts without state, too.
     """
 
     def __init__(self, transformation: Any, point: Point, name: str, used: list[int], *, fresh: bool) -> None:
@@ -88,7 +83,7 @@ class OptimizerStep:
         return tuple(moved), tuple(torchopt.pytree.tree_leaves(states))
 
     def pull(self, step: Step, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Return the cotangents on x_t, g_t and the leaves of s_t, of those on x_{t+1} and s_{t+1} (zero when empty)."""
+        """Pull cotangents on x_{t+1} and s_{t+1} (zero if empty) back to x_t, g_t and the leaves of s_t."""
         leaves = (*step.variables, *step.gradient, *step.memory)
         # A step counter is a leaf, too.
         inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in leaves)
@@ -97,7 +92,7 @@ class OptimizerStep:
             moved, after = self(Step(step.number, inputs[:n], inputs[n : 2 * n], inputs[2 * n :]))
         pairs = zip((*moved, *after), (*adjoint, *(memory or zeros_like(after))), strict=True)
         traced = [(output, vector) for output, vector in pairs if output.requires_grad]
-        found = iter(
+        gradients = iter(
             torch.autograd.grad(
                 [output for output, _ in traced],
                 [x for x in inputs if x.requires_grad],
@@ -106,21 +101,21 @@ class OptimizerStep:
                 materialize_grads=True,
             )
         )
-        pulled = tuple(next(found) if x.requires_grad else torch.zeros_like(x) for x in inputs)
+        pulled = tuple(next(gradients) if x.requires_grad else torch.zeros_like(x) for x in inputs)
         return pulled[:n], pulled[n : 2 * n], pulled[2 * n :]
 
 
 def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh: bool) -> list[_Part]:
-    """Return the transformation that was given or, where it is None, the level's optimiser translated."""
+    """Return the given transformation or, if it is None, the translation of the level's optimiser."""
     level = point.problem[name]
     if transformation is not None:
         own = [level.parameters[i].detach() for i in used]
         return [_Part(used, *(_settled(transformation, own),) * 2, transformation.init(own))]
-    optimizer: Any = point.optimizers.get(name, level.optimizer)
+    optimizer: Any = point.optimizer(name) or level.optimizer
     if optimizer is None:
         raise EstimatorError(
-            f"level {name!r}: optimizer=None, and Unrolled takes its virtual steps with it; give the level one, or give "
-            "Unrolled(optimizer=...) a TorchOpt transformation, such as torchopt.sgd(0.1)"
+            f"level {name!r}: optimizer=None, and Unrolled needs one for its virtual steps; give the level an optimiser, "
+            "or pass Unrolled(optimizer=...) a TorchOpt transformation, such as torchopt.sgd(0.1)"
         )
     if not isinstance(optimizer, Optimizer):
         optimizer = optimizer(list(level.parameters))
@@ -128,7 +123,7 @@ def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh:
     if translate is None or any(group.get("amsgrad") for group in optimizer.param_groups):
         raise EstimatorError(
             f"level {name!r}: Unrolled cannot take virtual steps of {type(optimizer).__name__}"
-            f"{' with amsgrad' if translate else ''}, only of torch.optim's SGD, Adam and AdamW (without amsgrad); give it a "
+            f"{' with amsgrad' if translate else ''}, only of torch.optim's SGD, Adam and AdamW (without amsgrad); pass a "
             "TorchOpt transformation, such as Unrolled(optimizer=torchopt.rmsprop(1e-3))"
         )
     position = {id(variable): i for i, variable in enumerate(level.parameters) if i in used}
@@ -137,7 +132,7 @@ def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh:
         members = [v for v in group["params"] if id(v) in position]
         states = [{} if fresh else optimizer.state.get(v, {}) for v in members]
         for live in (False, True):
-            # What has no state yet takes a first step; what has one goes on from it.
+            # A variable without state takes a first step; one with state resumes from it.
             chosen = [(v, s) for v, s in zip(members, states, strict=True) if any(map(_is_set, s.values())) == live]
             if chosen:
                 own, own_states = [v.detach() for v, _ in chosen], [s for _, s in chosen]
@@ -150,7 +145,7 @@ def _is_set(value: Any) -> bool:
 
 
 def _settled(transformation: Any, variables: list[Tensor]) -> Any:
-    """Return a transformation after a step on zeros: TorchOpt's momentum treats its first call ever unlike later ones."""
+    """Return a transformation after a step on zeros, since TorchOpt's momentum treats its very first call differently."""
     with torch.no_grad():
         zeros = [torch.zeros_like(v) for v in variables]
         transformation.update(zeros, transformation.init(variables), params=variables, inplace=False)
@@ -172,9 +167,9 @@ def _adam(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]]
     settings: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
     settings |= {"betas": tuple(map(float, group["betas"])), "maximize": bool(group["maximize"])}
     make = _torchopt().adamw if group.get("decoupled_weight_decay") else _torchopt().adam
-    # The root has no derivative at zero, where the second moment of an idle unit is. This one's has, and no step is changed.
+    # The root has no derivative at zero, the second moment of an idle unit. With this eps_root it has one; no step changes.
     adam = make(eps_root=max(torch.finfo(v.dtype).tiny for v in own), **settings)
-    # A floating count: TorchOpt raises the betas to it, which in whole numbers would be in the default dtype.
+    # The count is a float64 since TorchOpt raises the betas to it; a whole number would yield the default dtype.
     counts = [
         torch.as_tensor(s["step"] if live else 0, dtype=torch.float64, device=v.device)
         for v, s in zip(own, states, strict=True)
@@ -184,7 +179,7 @@ def _adam(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]]
 
 
 def _filled(state: tuple[Any, ...], **fields: list[Tensor]) -> tuple[Any, ...]:
-    """Return the state of a chain with the fields of the one transformation that has them."""
+    """Return the state of a chain, with these fields set in the one transformation that has them."""
     return tuple(s._replace(**fields) if fields.keys() <= set(s._fields) else s for s in state)
 
 

@@ -1,4 +1,4 @@
-"""Unrolled differentiation: the solution is where some optimiser steps lead, and its pullback is the adjoint of those steps."""
+"""Unrolled differentiation: the solution is the end of some optimiser steps, and its pullback is the adjoint of the steps."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EstimatorError, NonFiniteError
-from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored, standing_in
+from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored, standing_in
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
-from ..validation import at_least, one_of
+from ..validation import at_least, is_whole, must_be, one_of
 from .optimizer_step import OptimizerStep, Step, check_transformation
-from .products import PRODUCTS, Product
+from .products import PRODUCTS, SecondDerivatives
 
 __all__ = ["Unrolled"]
 
-#: An adjoint that has grown by this factor over the steps says more about rounding than about the solution.
+#: An adjoint that grew by this factor over the steps reflects rounding rather than the solution.
 _DIVERGED = 1e4
-#: Gauss-Newton's are no products of the Hessian, which the adjoint of a step is made of.
+#: The adjoint of a step needs products with the Hessian itself, so Gauss-Newton products are excluded.
 _EXACT = [name for name in PRODUCTS if name != "gauss_newton"]
 
 
-def _whole_or_none(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"Unrolled: {attribute.name}={value!r}; it must be a whole number >= 1, or None")
+_whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
 
 @attrs.frozen
 class Unrolled(Estimator):
-    """Take the solution to be where T steps of the level's optimiser lead, and differentiate through the steps.
+    """Take the solution to be the end of T steps of the level's optimiser, and differentiate through the steps.
 
     With x_0 the present variables, g_t = grad_x f(x_t, u) and (x_{t+1}, s_{t+1}) = Phi(x_t, g_t, s_t) the optimiser's step,
-    the solution map is u -> x_T(u). The steps are virtual: while an outer objective is evaluated the level's variables are
-    at x_T, and afterwards they are back, bit for bit. So the hypergradient is the exact derivative of F(u, x_T(u)), with
-    everything evaluated on the level's one batch and random state. The adjoint runs through the steps backwards,
+    the solution map is u -> x_T(u). The steps are virtual: the level's variables are at x_T during the evaluation of an outer
+    objective, and are restored bit for bit afterwards. So the hypergradient is the exact derivative of F(u, x_T(u)), with all
+    evaluations on one batch of the level and one random state. The adjoint runs through the steps backwards,
 
         (a_x, a_g, lambda_s) <- Phi'(x_t, g_t, s_t)^T (lambda_x, lambda_s)
         lambda_x <- a_x + (d2f / dx2) a_g,    u_bar <- u_bar + (d2f / du dx) a_g
@@ -47,16 +45,16 @@ class Unrolled(Estimator):
 
     Args:
         steps: T.
-        checkpoint_every: x_t and s_t are kept for every so many steps, and the steps between are taken again on the way back,
-            when the graphs of g_t of so many steps are held. With 1 nothing is taken again, and all graphs are held; None takes
-            the square root of T.
+        checkpoint_every: the interval, in steps, at which x_t and s_t are kept. The backward pass retakes the steps in between
+            and holds the graphs of g_t of one interval. With 1, no step is retaken and all graphs are held. If None, the square
+            root of T.
         products: "autograd", "forward" or "finite_difference".
-        optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts afresh each time; when None,
-            the level's own optimiser, which must be torch.optim's SGD, Adam or AdamW. Its hyperparameters are those of now,
-            and, inside `solve` or where the level holds an optimiser, so are its momenta.
-            (Where a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`.)
-        start: a level whose variables the steps start from, in place of the present ones; its shapes are the same, and the
-            level's loss names it. It receives the adjoint at x_0, and the optimiser starts afresh: this is MAML.
+        optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts without state each time; if None, the
+            level's own optimiser, which must be torch.optim's SGD, Adam or AdamW, with its present hyperparameters. Inside
+            `solve`, or if the level holds an optimiser instance, the steps also start from its present momenta.
+            (If a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`.)
+        start: a level at whose variables the steps start, instead of the present ones; it has the same shapes, and the level's
+            loss names it. It receives the adjoint at x_0, and the optimiser starts without state: this is MAML.
 
     Raises:
         EstimatorError: TorchOpt is not installed.
@@ -65,11 +63,29 @@ class Unrolled(Estimator):
     1703.03400) for `start`.
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, optimizer=partial(SGD, lr=0.1), estimator=mlopt.Unrolled(20))
+        >>> from functools import partial
+        >>> def loss(module, batch, *, outer):
+        ...     return (module() - outer()).square().sum() / 2
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("outer", mlopt.variables(torch.ones(1)), lambda module, batch, *, inner: inner().sum()),
+        ...     mlopt.Level(
+        ...         "inner",
+        ...         mlopt.variables(torch.zeros(1)),
+        ...         loss,
+        ...         optimizer=partial(torch.optim.SGD, lr=0.5),
+        ...         estimator=mlopt.Unrolled(2),
+        ...     ),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]  # of x_2 = (1 - 0.5^2) u
+        tensor([0.7500])
     """
 
     steps: int = attrs.field(default=10, validator=at_least(1))
-    checkpoint_every: int | None = attrs.field(default=None, validator=_whole_or_none, kw_only=True)
+    checkpoint_every: int | None = attrs.field(
+        default=None,
+        validator=_whole_or_none,
+        kw_only=True,
+    )
     products: str = attrs.field(default="autograd", validator=one_of(*_EXACT), kw_only=True)
     optimizer: Any = attrs.field(default=None, kw_only=True)
     start: str | None = attrs.field(default=None, kw_only=True)
@@ -105,11 +121,11 @@ class _Unrolling(Linearization):
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
         values = self._point.values
-        found: dict[Block, Tensors] = {argument: zeros_like(values[argument]) for argument in wanted}
+        pulled: dict[Block, Tensors] = {argument: zeros_like(values[argument]) for argument in wanted}
         adjoint = cotangent.get(self._name, ())
         size = float(norm(adjoint))
-        if not found or size == 0.0:
-            return found
+        if not pulled or size == 0.0:
+            return pulled
         with restored(values[self._name]) as present:
             trajectory = self._point.ahead.get(self._name)
             if trajectory is None:
@@ -119,25 +135,21 @@ class _Unrolling(Linearization):
                 adjoint, along, memory = trajectory.update.pull(held.step, adjoint, memory)
                 product = self._product(held, along, wanted)
                 adjoint = add(adjoint, product.pop(self._name))
-                found |= {argument: add(found[argument], vectors) for argument, vectors in product.items()}
-        if self._rule.start in found:
+                pulled |= {argument: add(pulled[argument], vectors) for argument, vectors in product.items()}
+        if self._rule.start in pulled:
             start = values[self._rule.start]
-            found[self._rule.start] = add(
-                found[self._rule.start], tuple(a.to(x) for a, x in zip(adjoint, start, strict=True))
+            pulled[self._rule.start] = add(
+                pulled[self._rule.start], tuple(a.to(x) for a, x in zip(adjoint, start, strict=True))
             )
         self._record(float(norm(adjoint)) / size)
-        return found
+        return pulled
 
     def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
-        total: dict[Block, Tensors] = {}
         with standing_in(self._point, self._point.problem[self._name], held.leaves):
-            for product in held.products:
-                asked = [block for block in (self._name, *wanted) if block in product.term.blocks]
-                for block, vectors in product({self._name: along}, asked).items():
-                    total[block] = add(total[block], vectors) if block in total else vectors
-                if product.step is not None:
-                    self.report.step = product.step
+            total = held.products({self._name: along}, (self._name, *wanted))
+        if held.products.step is not None:
+            self.report.step = held.products.step
         return total
 
     def _record(self, growth: float) -> None:
@@ -151,19 +163,19 @@ class _Unrolling(Linearization):
 
 @attrs.frozen(eq=False)
 class _Held:
-    """A step that the adjoint has yet to pass, leaves that stand at x_t, and products there."""
+    """A step that the adjoint has not passed yet, with leaves at x_t and products there."""
 
     step: Step
     leaves: tuple[nn.Parameter, ...]
-    products: list[Product]
+    products: SecondDerivatives
 
 
 class _Trajectory:
-    """x_0, x_1, ..., x_T: walked forwards on construction, which leaves the live variables at x_T, and then backwards.
+    """x_0, x_1, ..., x_T: the constructor takes the steps and leaves the live variables at x_T; `backwards` retraces them.
 
     Args:
         rule: the estimator.
-        point: where.
+        point: the point.
         name: the level.
         present: a copy of its variables.
 
@@ -175,7 +187,7 @@ class _Trajectory:
 
     def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
         self._rule, self._point, self._level = rule, point, point.problem[name]
-        self._terms = level_terms(point, self._level)
+        self._objective = Objective.of(self._level, point)
         self._live = self._level.parameters
         every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
         # The steps since the last checkpoint are held from the first.
@@ -201,7 +213,7 @@ class _Trajectory:
         _put(self._live, variables)
 
     def _walk(self, begin: int, segment: list[_Held] | None) -> tuple[Tensors, Tensors]:
-        """Take the steps from one checkpoint to the next, hold them where asked to, and return where they lead."""
+        """Take the steps from one checkpoint to the next, append them to `segment` if given, and return the end point."""
         variables, memory = self._kept[begin // self._every]
         for t in range(begin, min(begin + self._every, self._rule.steps)):
             if segment is None:
@@ -219,38 +231,35 @@ class _Trajectory:
         return variables, memory
 
     def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
-        """Trace the gradient at x_t, on leaves of its own: the traces of several steps are held at a time."""
-        name = self._level.name
+        """Trace the gradient at x_t on new leaves, since several steps are held at a time."""
         leaves = _leaves(variables)
-        products = [PRODUCTS[self._rule.products](term) for term in self._terms]
+        products = SecondDerivatives(self._objective, PRODUCTS[self._rule.products])
         with standing_in(self._point, self._level, leaves):
-            gradient, *others = (product.gradient(name) for product in products)
-        for other in others:
-            gradient = add(gradient, other)
+            gradient = products.gradient(self._level.name)
         if t == 0:
             self._check(gradient)
         return _Held(Step(t, variables, gradient, memory), leaves, products)
 
     def _check(self, gradient: Tensors) -> None:
-        """Raise where leaves in place of the variables change the gradient: the loss then has the variables from elsewhere."""
+        """Raise if leaves in place of the variables change the gradient: then the loss takes them from outside the module."""
         noise = 1e3 * torch.finfo(gradient[0].dtype).eps * float(norm(self._first))
-        found = [gradient[i] for i in self._used]
-        if any(float((f - g).norm()) > 0.01 * float(f.norm()) + noise for f, g in zip(self._first, found, strict=True)):
+        pairs = zip(self._first, [gradient[i] for i in self._used], strict=True)
+        if any(float((f - g).norm()) > 0.01 * float(f.norm()) + noise for f, g in pairs):
             raise EstimatorError(
                 f"level {self._level.name!r}: Unrolled evaluates its loss with other parameters in its module, and the gradient "
-                "was not the same; the loss must take its parameters from the module that it is given, not from outside"
+                "changed; the loss must take its parameters from the module argument, not from outside"
             )
 
     def _gradient(self) -> tuple[Tensor | None, ...]:
-        value = sum((term.value() for term in self._terms[1:]), self._terms[0].value())
+        value = self._objective.value()
         if not value.requires_grad:
             return (None,) * len(self._live)
         return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
 
     def backwards(self) -> Iterator[_Held]:
-        """Yield the steps from the last to the first, and forget each: once only."""
+        """Yield the steps from the last to the first, and discard each; possible only once."""
         if not self._kept:
-            raise EstimatorError(f"level {self._level.name!r}: its virtual steps have been pulled back through already")
+            raise EstimatorError(f"level {self._level.name!r}: its virtual steps were already pulled back through")
         while self._kept:
             if not self._segment:
                 self._walk((len(self._kept) - 1) * self._every, self._segment)
@@ -262,15 +271,15 @@ class _Trajectory:
         name, own = self._level.name, [tuple(x.shape) for x in self._live]
         if start not in self._point.problem.graph[name].arguments:
             raise EstimatorError(
-                f"level {name!r}: Unrolled(start={start!r}), and its loss does not refer to {start!r}; make it one of the loss's "
+                f"level {name!r}: Unrolled(start={start!r}), but its loss does not refer to {start!r}; make it one of the loss's "
                 "keyword-only parameters"
             )
         variables = self._point.problem[start].parameters
         shapes = [tuple(x.shape) for x in variables]
         if shapes != own:
             raise EstimatorError(
-                f"level {name!r}: Unrolled(start={start!r}), whose parameters have shapes {shapes}, not {own}; give both levels "
-                "modules of one kind"
+                f"level {name!r}: Unrolled(start={start!r}), whose parameters have shapes {shapes}, not {own}; use "
+                "modules of the same kind for both levels"
             )
         return tuple(x.detach().to(own) for x, own in zip(variables, self._live, strict=True))
 

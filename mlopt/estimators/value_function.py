@@ -10,43 +10,47 @@ import torch
 
 from ..errors import NonFiniteError
 from ..linear.neumann import largest_eigenvalue
-from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, level_terms, restored
+from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, positive_or_none
-from .products import FiniteDifference, relative_step
+from .products import FiniteDifferenceProduct, SecondDerivatives, relative_step
 
 __all__ = ["ValueFunction"]
 
-#: As for the Neumann series, which plain gradient descent is on a quadratic: power iterations find too small an eigenvalue.
+#: Power iterations find an eigenvalue below the largest. (On a quadratic, gradient descent is a Neumann series.)
 _MARGIN = 1.2
 
 
 @attrs.frozen
 class ValueFunction(Estimator):
-    """Pull a cotangent back by how the level's value changes when the cotangent is added to its objective.
+    """Pull a cotangent back by adding it to the level's objective and measuring the change of the level's value.
 
     With the penalised solutions y+ and y- and their difference quotient, for a cotangent v,
 
         y+- ~ argmin_y f(y, u) +- nu <v, y>
         u_bar = (f_u(y+, u) - f_u(y-, u)) / (2 nu)  ->  -(d2f / du dy) H^-1 v
 
-    with an error of O(nu^2) where the solutions are exact. They are found by plain gradient descent from the present
-    variables, in virtual steps: 2 `steps` + 2 first derivatives, and no second ones. On a quadratic f that is a Neumann
-    series of `steps` summands, at any nu.
+    with an error of O(nu^2) for exact solutions. Plain gradient descent from the present variables approximates them, in virtual
+    steps: 2 `steps` + 2 first derivatives, and no second ones. On a quadratic f this is a Neumann series of `steps` summands, at
+    any nu.
 
     Args:
-        steps: of gradient descent to each of y+ and y-.
-        step_size: of gradient descent, below 2 / lambda_max(H); when None, 1 / (1.2 lambda_max) with lambda_max from ten power
+        steps: the number of gradient descent steps to each of y+ and y-.
+        step_size: of gradient descent, below 2 / lambda_max(H); if None, 1 / (1.2 lambda_max) with lambda_max from ten power
             iterations on differences of gradients, at twenty first derivatives.
-        perturbation: nu; when None, as large as keeps y+- within a distance from the present variables that suits the dtype,
+        perturbation: nu; if None, the largest that keeps y+- within a distance from the present variables that suits the dtype,
             relative to their norm: 1e-5 in float64, 1e-3 in float32.
-        rtol: the report says converged where ||(f_y(y+) - f_y(y-)) / (2 nu) + v|| <= rtol ||v||; None leaves it open.
-        warm_start: start from the displacement (y+ - y-) / (2 nu) of the outer step before, inside `solve`.
+        rtol: the pullback counts as converged if ||(f_y(y+) - f_y(y-)) / (2 nu) + v|| <= rtol ||v||; if None, the report leaves
+            `converged` open.
+        warm_start: inside `solve`, start from the displacement (y+ - y-) / (2 nu) of the previous outer step.
 
     Source: Kwon et al. 2023 (arXiv 2301.10945); with central differences, arXiv 2509.02937.
 
     Example:
-        >>> mlopt.Level("classifier", network, loss, estimator=mlopt.ValueFunction(20, step_size=0.1))
+        >>> from mlopt.testing import quadratic
+        >>> case = quadratic("two", mlopt.ValueFunction(50))
+        >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-3
+        True
     """
 
     steps: int = attrs.field(default=10, validator=at_least(1))
@@ -71,7 +75,7 @@ class _Penalty(Linearization):
         self._rule, self._point, self._name = rule, point, name
         self.blocks, self.arguments = (name,), point.problem.graph[name].arguments
         self.report = Report(estimator=str(rule))
-        self._terms = level_terms(point, point.problem[name])
+        self._objective = Objective.of(point.problem[name], point)
         self._live = point.values[name]
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
@@ -80,8 +84,7 @@ class _Penalty(Linearization):
         size = float(norm(load))
         if size == 0.0:
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
-        warm = self._point.warm if self._rule.warm_start else None
-        start = warm.get(self._name) if warm is not None else None
+        start = self._point.warm_start(self._name) if self._rule.warm_start else None
         blocks = (self._name, *wanted)
         # Autocast's rounding would be divided by the perturbation.
         with restored(self._live) as present, torch.autocast(self._live[0].device.type, enabled=False):
@@ -92,44 +95,33 @@ class _Penalty(Linearization):
                 self._put(present if start is None else axpy(shift, start, present))
                 self._descend(scale(shift, load), step_size)
                 ends.append(tuple(variable.detach().clone() for variable in self._live))
-                slopes.append(self._derivatives(blocks))
+                slopes.append(self._objective.derivatives(blocks))
         above, below = slopes
-        found = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
-        residual = float(norm(add(found.pop(self._name), load))) / size
-        if warm is not None:
+        pulled = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
+        residual = float(norm(add(pulled.pop(self._name), load))) / size
+        if self._rule.warm_start:
             self._point.keep_warm(self._name, scale(0.5 / nu, subtract(*ends)), residual)
         self._record(residual, nu)
-        return found
+        return pulled
 
     def _descend(self, penalty: Tensors, step_size: float) -> None:
         live = [variable.data for variable in self._live]
         for _ in range(self._rule.steps):
-            slope = add(self._derivatives([self._name])[self._name], penalty)
+            slope = add(self._objective.derivatives([self._name])[self._name], penalty)
             torch._foreach_add_(live, list(slope), alpha=-step_size)
         if not is_finite(live):
             raise NonFiniteError(
                 f"level {self._name!r}: {self._rule.steps} steps of gradient descent with step_size={step_size:.3g} led to "
-                "variables that are not finite; give ValueFunction a smaller step_size"
+                "variables that are not finite; pass a smaller step_size to ValueFunction"
             )
 
-    def _derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """Return the first derivatives of the objective at the live variables."""
-        total = {block: zeros_like(self._point.values[block]) for block in wanted}
-        for term in self._terms:
-            for block, vectors in term.derivatives([block for block in wanted if block in term.blocks]).items():
-                total[block] = add(total[block], vectors)
-        return total
-
     def _safe_step_size(self, load: Tensors) -> float:
-        """Return 1 / (1.2 lambda_max), for which gradient descent converges where f is convex."""
-        products = [FiniteDifference(term) for term in self._terms]
+        """Return 1 / (1.2 lambda_max), for which gradient descent converges if f is convex."""
+        products = SecondDerivatives(self._objective, FiniteDifferenceProduct)
 
         def matvec(q: Tensors) -> Tensors:
-            total = zeros_like(q)
-            for product in products:
-                total = add(total, product({self._name: q}, [self._name])[self._name])
             self.report.products += 1
-            return total
+            return products({self._name: q}, [self._name])[self._name]
 
         largest = largest_eigenvalue(matvec, load)
         if not math.isfinite(largest):
@@ -140,7 +132,7 @@ class _Penalty(Linearization):
         return 1.0 / (_MARGIN * largest)
 
     def _safe_perturbation(self, present: Tensors, start: Tensors | None, step_size: float, size: float) -> float:
-        """Return nu that keeps ||y+- - y|| below a part of ||y||: where f is convex, descent goes no further than its reach."""
+        """Return the nu that bounds ||y+- - y|| by a fraction of ||y||, assuming convex f, which bounds the reach of descent."""
         reach = self._rule.steps * step_size * size + (0.0 if start is None else float(norm(start)))
         return relative_step(present) * max(1.0, float(norm(present))) / reach
 
@@ -153,5 +145,5 @@ class _Penalty(Linearization):
         if self._rule.rtol is not None:
             self.report.converged = residual <= self._rule.rtol
         if not residual < 1.0:
-            remark = f"the penalised solutions were not reached: residual {residual:.3g} of the cotangent after gradient descent"
+            remark = f"gradient descent did not reach the penalised solutions: residual {residual:.3g} of the cotangent"
             self.report.remarks = (*self.report.remarks, remark)

@@ -1,8 +1,8 @@
 """Solvers of (A + damping I) x = b that know vectors and products with A, and nothing else."""
 
+from .assumed_inverse import AssumedInverse, Diagonal, Identity
 from .conjugate_gradient import ConjugateGradient
 from .dense import Dense
-from .identity import Identity
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
@@ -11,8 +11,10 @@ from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = [
     "MINRES",
+    "AssumedInverse",
     "ConjugateGradient",
     "Dense",
+    "Diagonal",
     "Identity",
     "LinearSolution",
     "LinearSolver",

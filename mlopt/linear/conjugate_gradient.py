@@ -7,7 +7,7 @@ import math
 import attrs
 import torch
 
-from ..errors import EstimatorError, NonFiniteError
+from ..errors import ArgumentError, EstimatorError, NonFiniteError
 from ..tensors import Tensors
 from ..validation import at_least, one_of
 from .krylov import Stopping, begin, dots
@@ -21,22 +21,26 @@ __all__ = ["ConjugateGradient"]
 class ConjugateGradient(LinearSolver):
     """Conjugate gradients (Hestenes & Stiefel 1952) for a positive definite A, one product an iteration.
 
-    The residual is that of the recurrence: rounding, or differences in place of products, can leave the true one larger.
-    A direction of negative or no curvature shows that A is not positive definite. Four vectors are kept, one more with
-    a preconditioner, next to what that keeps.
+    The residual is that of the recurrence; rounding, or differences in place of products, can leave the true one larger.
+    A direction of negative or no curvature shows that A is not positive definite. The method keeps four vectors, and one more
+    with a preconditioner, besides those of the preconditioner.
 
     Args:
         iterations: the most iterations.
-        rtol: stop when ||b - A x|| <= rtol ||b||, or at rounding where that comes first.
+        rtol: stop when ||b - A x|| <= rtol ||b||, or at rounding if that comes first.
         damping: added to the diagonal of A.
-        preconditioner: changes the norm that the iterates are best in, so that fewer are needed; its products are counted.
-            The residual that is measured and reported stays b - A x.
-        negative_curvature: what to do where <p, A p> <= 0: "stop" there, keep the iterate and say so; "raise" an error;
-            or "continue" with the recurrences and say so (at <p, A p> = 0 they end).
+        preconditioner: changes the norm in which the iterates are best, so that fewer are needed; its products are counted.
+            The residual that is measured and reported remains b - A x.
+        negative_curvature: the reaction to <p, A p> <= 0: "stop", keep the iterate and add a remark; "raise" an error;
+            or "continue" with the recurrences and add a remark (they end at <p, A p> = 0).
+
+    Raises:
+        TypeError: the preconditioner is not a `Preconditioner`.
 
     Example:
-        >>> solver = ConjugateGradient(iterations=20, preconditioner=NystromPreconditioner(rank=5))
-        >>> solver.solve(lambda v: (3.0 * v[0],), (torch.ones(4),)).value
+        >>> solution = mlopt.linear.ConjugateGradient().solve(lambda v: (4.0 * v[0],), (torch.ones(2),))
+        >>> solution.value, solution.iterations
+        ((tensor([0.2500, 0.2500]),), 1)
     """
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
@@ -47,12 +51,12 @@ class ConjugateGradient(LinearSolver):
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.preconditioner, Preconditioner | None):
-            raise TypeError(
+            raise ArgumentError(
                 f"ConjugateGradient: preconditioner={self.preconditioner}; it must be a Preconditioner, or None"
             )
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        # Solution, residual and direction are written over in place; what came from outside, and products, never are.
+        # Solution, residual and direction are overwritten in place; arguments and products never are.
         solution, residual, spent = begin(matvec, rhs, initial)
         (square,) = dots((residual, residual))
         stopping = Stopping.of(self.rtol, rhs, size, math.sqrt(square))
@@ -97,10 +101,10 @@ class ConjugateGradient(LinearSolver):
         )
 
     def _negative(self, quotient: float, iteration: int) -> str:
-        met = f"negative curvature {quotient:.3g} at iteration {iteration}; raise the damping"
+        remark = f"negative curvature {quotient:.3g} at iteration {iteration}; raise the damping"
         if self.negative_curvature == "raise":
-            raise EstimatorError(f"ConjugateGradient: {met}, or use MINRES, which takes an indefinite Hessian")
-        return met
+            raise EstimatorError(f"ConjugateGradient: {remark}, or use MINRES, which takes an indefinite Hessian")
+        return remark
 
 
 def _unchanged(vector: Tensors) -> Tensors:

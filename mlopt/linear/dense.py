@@ -12,17 +12,26 @@ from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Dense"]
 
-#: The residual under which a factorisation counts as having solved the system; single precision leaves about 1e-6.
+#: The residual below which the factorisation counts as converged; single precision leaves about 1e-6.
 _EXACT = 1e-3
 
 
 @attrs.frozen(kw_only=True)
 class Dense(LinearSolver):
-    """A written out by n products with unit vectors, then an LU solve: exact, for small n.
+    """Write A out by n products with unit vectors, then solve by LU: exact, for small n.
+
+    If A is singular, the solution is that of least norm, by the pseudo-inverse.
 
     Args:
         damping: added to the diagonal of A.
         limit: the most unknowns; n x n numbers are kept.
+
+    Raises:
+        EstimatorError: in a solve, if there are more unknowns than `limit`.
+
+    Example:
+        >>> mlopt.linear.Dense(damping=1.0).solve(lambda v: (3.0 * v[0],), (torch.ones(2),)).value
+        (tensor([0.2500, 0.2500]),)
     """
 
     damping: float = attrs.field(default=0.0, validator=at_least(0))
@@ -39,7 +48,7 @@ class Dense(LinearSolver):
         matrix = torch.stack(columns, dim=1)
         if not torch.isfinite(matrix).all():
             raise NonFiniteError(f"{self}: a product with the Hessian is not finite")
-        # No factorisation exists in the half precisions.
+        # There are no factorisations in the half precisions.
         working = torch.promote_types(flat.dtype, torch.float32)
         matrix, flat = matrix.to(working), flat.to(working)
         eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
@@ -47,7 +56,7 @@ class Dense(LinearSolver):
         remark = "" if low > 0 else f"negative curvature {low:.3g}"
         solution, info = torch.linalg.solve_ex(matrix, flat)
         if info:
-            # Variables that the objective does not depend on make empty rows: the solution of least norm leaves them at zero.
+            # A variable that the objective does not use has an empty row; the solution of least norm leaves it at zero.
             solution = torch.linalg.pinv(matrix) @ flat
             remark = "the Hessian is singular; solved by its pseudo-inverse"
         residual = float(torch.linalg.vector_norm(flat - matrix @ solution)) / size

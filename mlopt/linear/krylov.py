@@ -1,4 +1,4 @@
-"""What the Krylov methods share: vectors that they own, inner products as numbers, and when to stop."""
+"""Parts of the Krylov methods: vectors that they own, inner products as numbers, and a stopping rule."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def begin(matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> tuple[Tensors, Tensors, int]:
-    """Return a solution to start from and its residual, both fit to be written over, and the products spent."""
+    """Return the first solution and its residual, both of which may be overwritten, and the number of products spent."""
     if initial is None:
         return zeros_like(rhs), tuple(x.clone() for x in rhs), 0
     return tuple(x.clone() for x in initial), subtract(rhs, matvec(initial)), 1
 
 
 def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
-    """Return inner products as numbers, from a GPU all in one transfer, since each stalls it.
+    """Return inner products as numbers, in one transfer from a GPU, since each transfer stalls it.
 
-    The half precisions are summed in single precision, where squares neither overflow nor vanish.
+    The half precisions are summed in single precision, in which squares neither overflow nor vanish.
     """
     products = [_dot(a, b) for a, b in pairs]
     if products[0].device.type == "cpu":
         return [product.item() for product in products]
-    found: list[float] = torch.stack(products).tolist()
-    return found
+    values: list[float] = torch.stack(products).tolist()
+    return values
 
 
 def _dot(a: Tensors, b: Tensors) -> Tensor:
-    # Vectors are mostly one long tensor, and small problems take many of these.
+    # Most vectors are one long tensor, and small problems take many inner products.
     if len(a) == 1 and a[0].dim() == 1 and a[0].dtype not in _HALF:
         return torch.dot(a[0], b[0])
     return dot(_widened(a), _widened(b))
@@ -48,13 +48,13 @@ def _widened(vector: Tensors) -> Tensors:
 
 @attrs.frozen
 class Stopping:
-    """When a residual is small enough: at rtol ||b||, or where rounding keeps b - A x from being known any better.
+    """The stopping rule: a residual of rtol ||b||, or one that rounding keeps from being known any better.
 
     Args:
-        rtol: the tolerance asked for.
+        rtol: the tolerance.
         rounding: the relative rounding of b's dtype, a few times over.
         size: ||b||.
-        start: the norm of the residual started from; a far start leaves rounding of its own size.
+        start: the norm of the first residual; a distant start leaves rounding in proportion to it.
     """
 
     rtol: float
@@ -67,15 +67,15 @@ class Stopping:
         return cls(rtol, 4 * max(torch.finfo(x.dtype).eps for x in rhs), size, start)
 
     def met(self, residual: float) -> bool:
-        """Return whether to stop at a residual of this norm."""
+        """Return True if the solver may stop at a residual of this norm."""
         return residual <= max(self.rtol * self.size, self.rounding * max(self.size, self.start))
 
     def converged(self, residual: float) -> bool:
-        """Return whether it counts as solved: to the tolerance, or to rounding relative to b where that is coarser."""
+        """Return True if the system counts as solved: to the tolerance, or to rounding relative to b if that is coarser."""
         return residual <= max(self.rtol, self.rounding) * self.size
 
     def remark(self, residual: float) -> str:
-        """Return a sentence where rounding was reached before the tolerance, else nothing."""
+        """Return a sentence if the residual reached rounding before the tolerance, else an empty one."""
         if self.met(residual) and residual > self.rtol * self.size and math.isfinite(residual):
             return f"the residual reached rounding ({residual / self.size:.1g}) before rtol={self.rtol:g}"
         return ""

@@ -18,23 +18,26 @@ __all__ = ["MINRES"]
 
 @attrs.frozen(kw_only=True)
 class MINRES(LinearSolver):
-    """Minimal residuals (Paige & Saunders 1975) for a symmetric A, indefinite or not, one product an iteration.
+    """Minimal residuals (Paige & Saunders 1975) for a symmetric A, definite or indefinite, one product an iteration.
 
     Iterate k minimises ||b - A x|| over x_0 + span{r_0, A r_0, ..., A^{k-1} r_0}: Lanczos' recurrence makes A tridiagonal
-    there, and plane rotations bring that to triangular form as it grows. Six vectors are kept.
+    there, and plane rotations bring that to triangular form as it grows. The method keeps six vectors.
 
-    The residual is that of the recurrence: rounding, or differences in place of products, can leave the true one larger.
-    The curvature is that along Lanczos' vectors and along the residuals. Negative curvature is no obstacle and gives no
-    remark; the residuals show it as soon as the span holds any (Liu & Roosta 2022, arXiv 2206.05732). Where A is singular
-    and b outside its range, the method stops at the least residual there is and says so.
+    The residual is that of the recurrence; rounding, or differences in place of products, can leave the true one larger.
+    The curvature is measured along Lanczos' vectors and along the residuals. Negative curvature is not an obstacle and adds
+    no remark; the residuals show it as soon as the span contains any (Liu & Roosta 2022, arXiv 2206.05732). If A is singular
+    and b outside its range, the method stops at the least residual and adds a remark.
 
     Args:
         iterations: the most iterations.
-        rtol: stop when ||b - A x|| <= rtol ||b||, or at rounding where that comes first.
+        rtol: stop when ||b - A x|| <= rtol ||b||, or at rounding if that comes first.
         damping: added to the diagonal of A.
 
     Example:
-        >>> MINRES(iterations=2).solve(lambda v: (torch.tensor([2.0, -1.0]) * v[0],), (torch.ones(2),)).value
+        >>> indefinite = torch.tensor([2.0, -1.0])
+        >>> solution = mlopt.linear.MINRES(iterations=2).solve(lambda v: (indefinite * v[0],), (torch.ones(2),))
+        >>> torch.allclose(solution.value[0], 1 / indefinite)
+        True
     """
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
@@ -42,8 +45,8 @@ class MINRES(LinearSolver):
     damping: float = attrs.field(default=0.0, validator=at_least(0))
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        # `vector` and `before` are Lanczos' last two, `direction` and `older` the last two that the solution moved along.
-        # All are written over in place; what came from outside, and products, never are.
+        # `vector` and `before` are Lanczos' last two vectors, `direction` and `older` the last two directions of the solution.
+        # All are overwritten in place; arguments and products never are.
         solution, vector, spent = begin(matvec, rhs, initial)
         start = math.sqrt(dots((vector, vector))[0])
         stopping = Stopping.of(self.rtol, rhs, size, start)
@@ -58,7 +61,7 @@ class MINRES(LinearSolver):
             torch._foreach_add_(before, product)
             (alpha,) = dots((vector, before))
             torch._foreach_add_(before, vector, alpha=-alpha)
-            # Column k of the tridiagonal matrix is (beta before, alpha, beta); the rotations before have made its upper part
+            # Column k of the tridiagonal matrix is (beta before, alpha, beta). Earlier rotations turned its upper part into
             # (top, above), and the last of them now acts on (above, alpha).
             middle, corner = cosine * above + sine * alpha, cosine * alpha - sine * above
             torch._foreach_mul_(older, -top)
@@ -71,8 +74,8 @@ class MINRES(LinearSolver):
             low, high = min(low, alpha, cosine * corner), max(high, alpha, cosine * corner)
             largest = max(largest, math.hypot(previous, alpha, beta))
             diagonal = math.hypot(corner, beta)
-            # The next direction w is `older` over the diagonal, with ||A w|| = 1 but for an error of eps ||A|| ||w||: when
-            # that error weighs, w lies in the null space, and a step would blow the solution up.
+            # The next direction w is `older` over the diagonal, with ||A w|| = 1 up to an error of eps ||A|| ||w||. If that
+            # error is large, w lies in the null space, and a step along it would blow the solution up.
             if length * largest >= diagonal * stopping.rounding ** (-2 / 3):
                 remark = f"singular to rounding: the residual stays at {abs(residual) / size:.3g}; raise the damping"
                 break

@@ -15,10 +15,10 @@ from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Neumann", "largest_eigenvalue"]
 
-#: The largest eigenvalue found by a few power iterations lies below the true one; the margin keeps the series safe.
+#: A few power iterations find an eigenvalue below the largest; the margin keeps the series safe.
 _POWER_ITERATIONS = 10
 _MARGIN = 1.2
-#: A residual that has grown by this factor over the right-hand side is not coming back.
+#: The series is abandoned once the residual exceeds the right-hand side by this factor.
 _DIVERGED = 1e4
 
 
@@ -26,15 +26,20 @@ _DIVERGED = 1e4
 class Neumann(LinearSolver):
     """x = alpha sum_{j=0}^{K} (I - alpha A)^j b, K products.
 
-    It is Richardson's iteration x <- x + alpha (b - A x), and converges for 0 < alpha < 2 / lambda_max where A is
-    positive definite (Lorraine et al. 2020, arXiv 1911.02590). The residual reported is that of the sum before its
-    last term, which costs no product more; where the series converges the true one is smaller.
+    This is Richardson's iteration x <- x + alpha (b - A x). It converges for 0 < alpha < 2 / lambda_max if A is positive
+    definite (Lorraine et al. 2020, arXiv 1911.02590). The reported residual is that of the sum without its last term, which
+    needs no further product; if the series converges, the true residual is smaller.
 
     Args:
         terms: K, the number of products.
-        step_size: alpha; when None, 1 / (1.2 lambda_max) with lambda_max from ten power iterations, ten products.
+        step_size: alpha; if None, 1 / (1.2 lambda_max) with lambda_max from ten power iterations, ten products.
         rtol: stop when ||b - A x|| <= rtol ||b||.
         damping: added to the diagonal of A.
+
+    Example:
+        >>> solver = mlopt.linear.Neumann(terms=20, step_size=0.5)
+        >>> solver.solve(lambda v: (torch.tensor([1.0, 2.0]) * v[0],), (torch.ones(2),)).value
+        (tensor([1.0000, 0.5000]),)
     """
 
     terms: int = attrs.field(default=10, validator=at_least(1))
@@ -58,9 +63,9 @@ class Neumann(LinearSolver):
         else:
             residual, spent = subtract(rhs, matvec(initial)), spent + 1
             solution = axpy(alpha, residual, initial)
-        # Step and solution are written over in place; what came from outside, and products, never are.
+        # Step and solution are overwritten in place; arguments and products never are.
         step = scale(alpha, residual)
-        # From a start that is given, the update above is the first of the iteration's.
+        # With a given start, the update above is the first iteration.
         budget = self.terms if initial is None else self.terms - 1
         low, high, relative = math.inf, -math.inf, float(norm(residual)) / size
         k, remark = 0, ""
@@ -92,7 +97,7 @@ class Neumann(LinearSolver):
 def largest_eigenvalue(matvec: MatVec, start: Tensors) -> float:
     """Return a lower bound on |lambda|_max, close to it after ten power iterations.
 
-    All ten are taken: a large eigenvalue that the right-hand side hardly touches shows late, after the bound has settled.
+    All ten are taken, since a large eigenvalue with a small share of the right-hand side shows only after the bound has settled.
     """
     vector, largest = scale(1.0 / norm(start), start), 0.0
     for _ in range(_POWER_ITERATIONS):

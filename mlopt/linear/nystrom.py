@@ -14,7 +14,7 @@ from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Nystrom", "NystromPreconditioner"]
 
-#: In units of the shift, which is rounding: how negative a Ritz value may be by rounding alone.
+#: How negative a Ritz value may be through rounding alone, in units of the shift, which is the size of rounding.
 _NOISE = 100.0
 
 
@@ -22,25 +22,28 @@ _NOISE = 100.0
 class Nystrom(LinearSolver):
     """x = (U Lambda U^T + damping I)^-1 b, with U Lambda U^T the Nystrom approximation of A from `rank` products.
 
-    With orthonormal random vectors Omega (n, rank), U Lambda U^T = (A Omega) (Omega^T A Omega)^+ (A Omega)^T; it is A itself
-    where the rank of A is no larger. On what U does not span, x = b / damping: good where the eigenvalues that are left out
-    lie below the damping. The probes come from a generator of the solver's own, so that x is linear in b. No iteration is
-    taken, and a start that is given is not used. One product more measures the residual.
+    With orthonormal random vectors Omega (n, rank), the probes, U Lambda U^T = (A Omega) (Omega^T A Omega)^+ (A Omega)^T. It
+    equals A if the rank of A is at most `rank`. Outside the span of U, x = b / damping, which is good if the omitted
+    eigenvalues lie below the damping. The solver draws the probes from its own generator, so that x is linear in b. It does not
+    iterate and ignores `initial`. One further product measures the residual.
 
-    Where A is indefinite, what has negative curvature among the probes is left out, that is, taken for zero, and the remark
-    says so. The curvature is that of the probes, their extreme Ritz values.
+    If A is indefinite, directions of negative curvature among the probes are omitted, that is, their curvature is taken to be
+    zero, and the remark says so. The reported curvature consists of the extreme Ritz values of the probes.
 
     Args:
-        rank: the number of probes, one product each; at most n are used. At the peak four vectors are kept for each.
-        damping: added to the diagonal of A, not to the approximation's alone; above zero.
-        rtol: the solution counts as converged when ||b - (A + damping I) x|| <= rtol ||b||.
+        rank: the number of probes, one product each; at most n are used. At its peak the solver keeps four vectors for each.
+        damping: added to the diagonal of A, not of the approximation alone; above zero.
+        rtol: the solution counts as converged if ||b - (A + damping I) x|| <= rtol ||b||.
         seed: of the probes.
 
     Source: Hataya & Yamada 2023 (arXiv 2302.09726); Frangella, Tropp & Udell 2021 (arXiv 2110.02820) for the shift that
-    keeps it stable.
+    stabilises it.
 
     Example:
-        >>> Nystrom(rank=1, damping=0.1).solve(lambda v: (v[0].sum().expand(3),), (torch.ones(3),)).value
+        >>> solver = mlopt.linear.Nystrom(rank=1, damping=1.0)
+        >>> solution = solver.solve(lambda v: (v[0].sum().expand(3),), (torch.ones(3),))
+        >>> torch.allclose(solution.value[0], torch.full((3,), 0.25)), solution.products
+        (True, 2)
     """
 
     rank: int = attrs.field(default=10, validator=at_least(1))
@@ -49,20 +52,23 @@ class Nystrom(LinearSolver):
     seed: int = attrs.field(default=0, validator=at_least(0))
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        found = _approximate(matvec, rhs, self.rank, self.damping, self.seed)
-        solution = found.combine(rhs, 1 / (found.eigenvalues + self.damping), 1 / self.damping)
+        low_rank = _approximate(matvec, rhs, self.rank, self.damping, self.seed)
+        solution = low_rank.combine(rhs, 1 / (low_rank.eigenvalues + self.damping), 1 / self.damping)
         residual = float(norm(subtract(rhs, matvec(solution)))) / size
-        remarks = [f"negative curvature {found.curvature[0]:.3g} taken for zero; raise the damping"] * found.clipped
+        remarks = [
+            f"negative curvature {low_rank.curvature[0]:.3g} taken to be zero; raise the damping"
+        ] * low_rank.clipped
         if not residual <= 1:
             remarks.append(
-                f"worse than no solve: eigenvalues that {found.products} products missed exceed the damping; raise it or the rank"
+                f"worse than no solve: eigenvalues that {low_rank.products} products missed exceed the damping; raise it or the "
+                "rank"
             )
         return LinearSolution(
             value=solution,
             residual=residual,
-            products=found.products + 1,
+            products=low_rank.products + 1,
             converged=residual <= self.rtol,
-            curvature=found.curvature,
+            curvature=low_rank.curvature,
             remark="; ".join(remarks),
         )
 
@@ -71,9 +77,9 @@ class Nystrom(LinearSolver):
 class NystromPreconditioner(Preconditioner):
     """P^-1 = U (lambda + mu) (Lambda + mu)^-1 U^T + (I - U U^T), lambda the smallest of Lambda and mu the damping.
 
-    With U Lambda U^T as in `Nystrom`: it brings the largest eigenvalues of A + mu I down to about lambda + mu and leaves the
-    others, which is what conjugate gradients need where a few large eigenvalues stand out. What has negative curvature
-    among the probes is left alone.
+    With U Lambda U^T as in `Nystrom`, it brings the largest eigenvalues of A + mu I down to about lambda + mu and keeps the
+    others. Conjugate gradients benefit if a few large eigenvalues stand out. Directions of negative curvature among the probes
+    are left alone.
 
     Args:
         rank: the number of probes, one product each for every solve; at most n are used.
@@ -82,17 +88,20 @@ class NystromPreconditioner(Preconditioner):
     Source: Frangella, Tropp & Udell 2021 (arXiv 2110.02820), equation 1.3.
 
     Example:
-        >>> ConjugateGradient(iterations=10, preconditioner=NystromPreconditioner(rank=5))
+        >>> preconditioner = mlopt.linear.NystromPreconditioner(rank=1)
+        >>> solver = mlopt.linear.ConjugateGradient(damping=1.0, preconditioner=preconditioner)
+        >>> solver.solve(lambda v: (v[0].sum().expand(3),), (torch.arange(3.0),)).converged
+        True
     """
 
     rank: int = attrs.field(default=10, validator=at_least(1))
     seed: int = attrs.field(default=0, validator=at_least(0))
 
     def prepare(self, matvec: MatVec, like: Tensors, damping: float) -> tuple[MatVec, int]:
-        found = _approximate(matvec, like, self.rank, damping, self.seed)
-        damped = found.eigenvalues + damping
+        low_rank = _approximate(matvec, like, self.rank, damping, self.seed)
+        damped = low_rank.eigenvalues + damping
         weights = damped.amin() / damped if len(damped) else damped
-        return lambda vector: found.combine(vector, weights, 1.0), found.products
+        return lambda vector: low_rank.combine(vector, weights, 1.0), low_rank.products
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -102,9 +111,9 @@ class _LowRank:
     Attributes:
         basis: U^T, orthonormal rows (k, n).
         eigenvalues: Lambda (k,), above zero.
-        products: products spent.
-        curvature: the extreme Ritz values among the probes, damping included.
-        clipped: whether negative ones were left out.
+        products: the number of products spent.
+        curvature: the extreme Ritz values of the probes, damping included.
+        clipped: True if negative ones were omitted.
     """
 
     basis: Tensor
@@ -125,7 +134,7 @@ class _LowRank:
 def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed: int) -> _LowRank:
     """Return the approximation of A from products with A + damping I."""
     device, n = like[0].device, sum(x.numel() for x in like)
-    # No factorisation exists in the half precisions.
+    # There are no factorisations in the half precisions.
     working = torch.promote_types(flatten(like).dtype, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
     drawn = torch.randn(n, min(rank, n), generator=generator, dtype=working, device=device)
@@ -134,9 +143,9 @@ def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed:
     for row, out in zip(rows, image, strict=True):
         probe = tuple(x.to(y.dtype) for x, y in zip(unflatten(row, like), like, strict=True))
         out.copy_(flatten(matvec(probe)))
-        # What was multiplied is the probe after rounding to the vectors' own dtype.
+        # The matrix was applied to the probe after its rounding to the vectors' dtype.
         row.copy_(flatten(probe))
-    # The damping belongs beside the approximation, not into it: on what the probes miss it has to be whole.
+    # The damping belongs beside the approximation, not in it: outside the span of the probes it acts in full.
     image.sub_(rows, alpha=damping)
     if not torch.isfinite(image).all():
         raise NonFiniteError("Nystrom: a product with the Hessian is not finite")
@@ -147,7 +156,7 @@ def _decompose(rows: Tensor, image: Tensor, damping: float) -> _LowRank:
     """Return the approximation from probes Omega^T (k, n) and their images (A Omega)^T (k, n)."""
     core = image @ rows.T
     ritz, vectors = torch.linalg.eigh((core + core.T) / 2)
-    # A shift by rounding keeps the division by small Ritz values stable; it is taken off again at the end.
+    # A shift by rounding keeps the division by small Ritz values stable; it is subtracted again at the end.
     shift = float(torch.finfo(core.dtype).eps * torch.linalg.matrix_norm(image))
     kept = ritz > 0
     factor = (vectors[:, kept] / (ritz[kept] + shift).sqrt()).T @ image.add_(rows, alpha=shift)

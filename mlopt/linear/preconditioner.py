@@ -1,4 +1,4 @@
-"""What a preconditioner is: an approximate inverse, symmetric and positive definite, cheap to apply."""
+"""The base of the preconditioners: approximate inverses, symmetric and positive definite, cheap to apply."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ __all__ = ["Preconditioner"]
 
 
 class Preconditioner(ABC):
-    """A rule that finds P^-1 ~ (A + damping I)^-1, up to a factor, for a symmetric A that is known by its products only."""
+    """A rule that finds P^-1 ~ (A + damping I)^-1, up to a factor, for a symmetric A that is known by its products only.
+
+    Example:
+        >>> class Scaling(mlopt.linear.Preconditioner):
+        ...     def prepare(self, matvec, like, damping):
+        ...         return lambda vector: (0.5 * vector[0],), 0
+        >>> solver = mlopt.linear.ConjugateGradient(preconditioner=Scaling())
+        >>> solver.solve(lambda v: (2.0 * v[0],), (torch.ones(2),)).iterations
+        1
+    """
 
     @abstractmethod
     def prepare(self, matvec: MatVec, like: Tensors, damping: float) -> tuple[MatVec, int]:
-        """Return v -> P^-1 v, and the products that finding it took.
+        """Return v -> P^-1 v, and the number of products spent on it.
 
-        What is returned leaves v as it is, and gives a symmetric positive definite P^-1.
+        The function returned leaves v unchanged, and its P^-1 is symmetric and positive definite.
 
         Args:
             matvec: takes v and returns (A + damping I) v.
             like: a vector, for its shapes, dtypes and devices.
-            damping: the damping that `matvec` has in it.
+            damping: the damping that `matvec` includes.
         """

@@ -1,4 +1,4 @@
-"""What a linear solver is: it finds x with (A + damping I) x ~ b, and knows vectors and a product with A, nothing else."""
+"""The base of the linear solvers: each finds x with (A + damping I) x ~ b from vectors and products with A alone."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ MatVec: TypeAlias = Callable[[Tensors], Tensors]
 
 @attrs.frozen(kw_only=True, eq=False)
 class LinearSolution:
-    """What a linear solve found.
+    """The result of a linear solve.
 
     Attributes:
         value: the solution x, in the shapes of the right-hand side.
-        residual: ||b - A x|| / ||b||, or None where no product was spent on it.
-        iterations: iterations taken.
-        products: products with A spent.
-        converged: whether the residual fell to the tolerance; None where it was not measured.
-        curvature: the smallest and largest Rayleigh quotient <p, A p> / <p, p> that was met, or None.
-        remark: a sentence where something is to be said (negative curvature, divergence), else "".
+        residual: ||b - A x|| / ||b||, or None if no product was spent on it.
+        iterations: the number of iterations.
+        products: the number of products with A.
+        converged: True if the residual fell to the tolerance; None if it was not measured.
+        curvature: the smallest and largest Rayleigh quotient <p, A p> / <p, p> that the solver met, or None.
+        remark: a sentence about a difficulty (negative curvature, divergence), else "".
+
+    Example:
+        >>> solution = mlopt.linear.Dense().solve(lambda v: (2.0 * v[0],), (torch.ones(3),))
+        >>> solution.value, solution.converged, solution.curvature
+        ((tensor([0.5000, 0.5000, 0.5000]),), True, (2.0, 2.0))
     """
 
     value: Tensors
@@ -40,7 +45,7 @@ class LinearSolution:
     remark: str = ""
 
 
-#: What is said of a right-hand side that is not finite.
+#: The message for a right-hand side that is not finite.
 NOT_FINITE = (
     "the right-hand side of a linear solve (the cotangent on a level's solution) is not finite: look at the loss that refers to "
     "this level"
@@ -50,20 +55,29 @@ NOT_FINITE = (
 class LinearSolver(ABC):
     """A rule that finds x with (A + damping I) x ~ b for a symmetric A that is known by its products only.
 
-    Implement `_solve`. Zero in gives zero out for every solver, at no product of its own; a solution that is not finite raises.
+    Implement `_solve`. Every solver returns zero for b = 0 without a product, and raises if its solution is not finite.
+
+    Example:
+        >>> class Scaled(mlopt.linear.LinearSolver):
+        ...     damping = 0.0
+        ...
+        ...     def _solve(self, matvec, rhs, size, initial):
+        ...         return mlopt.linear.LinearSolution(value=(0.5 * rhs[0],))
+        >>> Scaled().solve(lambda v: v, (torch.ones(2),)).value
+        (tensor([0.5000, 0.5000]),)
     """
 
     #: Added to the diagonal of A.
     damping: float
-    #: Whether `_solve` is given vectors in one tensor, where they are of one dtype and on one device.
+    #: If True, `_solve` receives each vector as one flat tensor, provided that its parts share a dtype and a device.
     _in_one: ClassVar[bool] = True
 
     def __str__(self) -> str:
-        """Return the name, the first argument, and those others that are not as they are by default."""
+        """Return the name, the first argument, and the other arguments that differ from their defaults."""
         kind: Any = type(self)
         fields = attrs.fields(kind) if attrs.has(kind) else ()
-        told = [f for k, f in enumerate(fields) if f.init and (k == 0 or getattr(self, f.name) != f.default)]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
+        shown = [f for k, f in enumerate(fields) if f.repr and (k == 0 or getattr(self, f.name) != f.default)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.
@@ -71,10 +85,10 @@ class LinearSolver(ABC):
         Args:
             matvec: takes v and returns A v, in the shapes of `rhs`.
             rhs: the right-hand side b.
-            initial: where to start from; zero when None.
+            initial: the start; zero if None.
 
         Raises:
-            NonFiniteError: the right-hand side, or the solution found, holds NaN or infinity.
+            NonFiniteError: the right-hand side or the solution holds NaN or infinity.
         """
         size = float(norm(rhs))
         if not math.isfinite(size):
@@ -89,7 +103,7 @@ class LinearSolver(ABC):
             return axpy(self.damping, vector, product) if self.damping else product
 
         if one:
-            # Arithmetic on one long vector takes one kernel, where a network has hundreds of parameters.
+            # Arithmetic on one long vector takes one kernel; a network has hundreds of parameters.
             start = None if initial is None else (flatten(initial),)
             solution = self._solve(damped, (flatten(rhs),), size, start)
             solution = attrs.evolve(solution, value=unflatten(solution.value[0], rhs))
@@ -104,7 +118,7 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        """Solve for a finite right-hand side of norm `size` > 0; `matvec` has the damping in it.
+        """Solve for a finite right-hand side of norm `size` > 0; `matvec` includes the damping.
 
-        A vector handed to `matvec` may be written over later, and one that it returned never is.
+        A solver may overwrite a vector that it passed to `matvec`, but never one that `matvec` returned.
         """

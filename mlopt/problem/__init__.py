@@ -3,14 +3,17 @@
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
 from .level import Level, Variables, variables
-from .losses import LossValue, Mixture, read_loss, scalar
-from .point import Point, StreamedCotangent, restored
+from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
+from .objective import Objective, add_into, sum_values
+from .point import Carryover, Point, StreamedCotangent, restored
 from .problem import Problem
 from .stream import Stream, to_device
-from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, level_terms, standing_in
+from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
+from .workspace import Workspace
 
 __all__ = [
     "Block",
+    "Carryover",
     "Estimator",
     "Graph",
     "Level",
@@ -19,6 +22,7 @@ __all__ = [
     "LossValue",
     "Mixture",
     "Node",
+    "Objective",
     "Point",
     "Problem",
     "Report",
@@ -27,14 +31,16 @@ __all__ = [
     "Term",
     "Variables",
     "Vectors",
+    "Workspace",
+    "add_into",
     "cloned_buffers",
     "cut",
     "derivatives",
-    "level_terms",
-    "read_loss",
+    "evaluate_loss",
+    "evaluate_regularizer",
     "restored",
-    "scalar",
     "standing_in",
+    "sum_values",
     "to_device",
     "variables",
 ]

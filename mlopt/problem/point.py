@@ -13,21 +13,22 @@ from torch.optim import Optimizer
 
 from ..rng import GeneratorState, preserved
 from ..tensors import Tensors
-from .estimator import Block, Report
+from .estimator import Block, Estimator, Report
 
 if TYPE_CHECKING:
     from .problem import Problem
+    from .workspace import Workspace
 
-__all__ = ["Point", "StreamedCotangent", "restored"]
+__all__ = ["Carryover", "Point", "StreamedCotangent", "restored"]
 
-#: A residual, over the cotangent, at which a solution is no start for the next solve: zero leaves 1, batches that differ leave a
-#: few, and where curvature is negative a solution that is kept would grow from step to step.
+#: Relative residual above which a solution is not reused as a warm start. Zero leaves 1, and a new batch leaves a few; under
+#: negative curvature a solution that is reused would grow from step to step.
 _LOST = 100.0
 
 
 @attrs.define(eq=False)
 class StreamedCotangent:
-    """What a streamed pullback holds from one outer step to the next.
+    """The state of a streamed pullback from one outer step to the next.
 
     Attributes:
         cotangent: p of the previous outer step, on the level's variables.
@@ -40,7 +41,7 @@ class StreamedCotangent:
 
 @contextlib.contextmanager
 def restored(variables: Tensors) -> Iterator[Tensors]:
-    """Give copies of the values of live variables, and put the values back from them on leaving."""
+    """Yield copies of the values of live variables; restore the values from them on exit."""
     live = [variable.data for variable in variables]
     kept = tuple(value.clone() for value in live)
     try:
@@ -49,21 +50,38 @@ def restored(variables: Tensors) -> Iterator[Tensors]:
         torch._foreach_copy_(live, kept)
 
 
-class Point:
-    """Where everything that one hypergradient needs is evaluated: same variables, batches and random numbers throughout.
+@attrs.define(eq=False)
+class Carryover:
+    """The state that a run carries over from one point to the next.
 
-    Enter `generators_preserved()` around evaluations: on leaving, the generators are as they were.
+    Attributes:
+        optimizers: the levels' optimisers, with their state.
+        devices: the devices of the levels' variables; read from the modules if None.
+        variables: the variables of each level in the present outer step; read from the modules if empty.
+        warm: the last solution of each level's linear system.
+        cotangents: the state of each streamed pullback.
+    """
+
+    optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
+    devices: Sequence[torch.device] | None = None
+    variables: Mapping[str, Tensors] = attrs.field(factory=dict)
+    warm: dict[str, Tensors] = attrs.field(factory=dict)
+    cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
+
+
+class Point:
+    """The variables, batches and random numbers of one hypergradient: all its evaluations use the same.
+
+    Enter `generators_preserved()` around evaluations: on exit, the generators are as they were.
 
     Args:
         problem: the problem; its modules hold the variables.
         batches: the batch of each level.
-        generators: where the random generators stand when a level is evaluated.
-        warm: last solution of each level's linear system, kept by whoever wants warm starts; None for cold ones.
-        streams: cotangents held by streamed pullbacks; None where nothing is streamed.
-        curvature_batches: the batch for the Hessian, of each level whose estimator has one of its own.
-        optimizers: the levels' optimisers, with their state, where a run is under way.
-        devices: those that the levels' variables are on, where that is known already.
-        variables: of each level, where they are known already.
+        generators: the state of the random generators for evaluations of each level.
+        curvature_batches: the batch for the Hessian, for each level whose estimator has curvature data.
+        workspace: caches; the problem's if None.
+        estimators: estimators by level that replace the problem's.
+        carryover: state of the present run; None for pullbacks that do not depend on earlier ones.
     """
 
     def __init__(
@@ -71,46 +89,58 @@ class Point:
         problem: Problem,
         batches: Mapping[str, Any],
         generators: Mapping[str, GeneratorState],
-        warm: dict[str, Tensors] | None = None,
-        streams: dict[str, StreamedCotangent] | None = None,
+        *,
         curvature_batches: Mapping[str, Any] | None = None,
-        optimizers: Mapping[str, Optimizer] | None = None,
-        devices: Sequence[torch.device] | None = None,
-        variables: Mapping[str, Tensors] | None = None,
+        workspace: Workspace | None = None,
+        estimators: Mapping[str, Estimator] | None = None,
+        carryover: Carryover | None = None,
     ) -> None:
         self.problem = problem
         self.batches = batches
         self.generators = generators
-        self.warm = warm
-        self.streams = streams
         self.curvature_batches = curvature_batches or {}
-        self.optimizers = optimizers or {}
-        self.devices = problem.devices if devices is None else devices
-        #: Variables by block. Levels' are the live parameters; multipliers of nested levels are put in as they are found.
+        self.workspace = problem.workspace if workspace is None else workspace
+        self._estimators = estimators or {}
+        self.carryover = carryover
+        variables = {} if carryover is None else carryover.variables
+        #: Variables by block: live parameters of levels; multipliers of nested levels are added as they are computed.
         self.values: dict[Block, Tensors] = dict(variables or {level.name: level.parameters for level in problem})
-        #: What `at_solution` of a level's estimator left for its pullback.
+        #: By level, the state that its estimator's `at_solution` leaves for the pullback.
         self.ahead: dict[str, Any] = {}
-        #: Seconds that `at_solution` took.
+        #: By level, the time that `at_solution` took.
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
 
+    def estimator(self, name: str) -> Estimator | None:
+        """Return the estimator that pulls cotangents back through a level at this point."""
+        return self._estimators.get(name, self.problem[name].estimator)
+
+    def optimizer(self, name: str) -> Optimizer | None:
+        """Return the optimiser of a level in the present run; None outside a run."""
+        return None if self.carryover is None else self.carryover.optimizers.get(name)
+
+    def warm_start(self, name: str) -> Tensors | None:
+        """Return the solution of a level's linear system that `keep_warm` kept, if any."""
+        return None if self.carryover is None else self.carryover.warm.get(name)
+
     def keep_warm(self, name: str, solution: Tensors, residual: float | None) -> None:
-        """Keep a solution of a level's linear system for the next outer step, where warm starts are kept and it is fit to be one.
+        """Keep a solution of a level's linear system for the next outer step of a run, unless its residual is too large.
 
         Args:
             name: the level.
-            solution: what was found.
-            residual: what it leaves of the cotangent; None where that was not measured.
+            solution: the solution.
+            residual: its residual relative to the cotangent; None if it was not measured.
         """
-        if self.warm is None:
+        if self.carryover is None:
             return
         if residual is None or residual < _LOST:
-            self.warm[name] = solution
+            self.carryover.warm[name] = solution
         else:
-            self.warm.pop(name, None)
+            self.carryover.warm.pop(name, None)
 
     @contextlib.contextmanager
     def generators_preserved(self) -> Iterator[None]:
-        """Put the random generators back on leaving. (Buffers are put back after each evaluation.)"""
-        with preserved(self.devices):
+        """Restore the random generators on exit. (Buffers are restored after each evaluation.)"""
+        devices = None if self.carryover is None else self.carryover.devices
+        with preserved(self.problem.devices if devices is None else devices):
             yield

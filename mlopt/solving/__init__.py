@@ -1,4 +1,4 @@
-"""Solving a problem: the schedule of steps, checkpoints, history, callbacks."""
+"""Solve a problem: the schedule of steps, checkpoints, history and callbacks."""
 
 from .callbacks import (
     Callback,

@@ -1,4 +1,4 @@
-"""What a run logged: a row for each outer step."""
+"""The logged values of a run: one row for each outer step."""
 
 from __future__ import annotations
 
@@ -7,59 +7,69 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ProblemError
+from ..errors import MloptError, ProblemError
 
-__all__ = ["History"]
+__all__ = ["History", "UnknownColumnError"]
+
+
+class UnknownColumnError(MloptError, KeyError):
+    """The history has no column of this name."""
+
+    __str__ = MloptError.__str__  # a KeyError would show the message in quotes
 
 
 class History:
-    """Rows of named numbers, one for each outer step. NaN and infinity are kept as they are.
+    """Rows of named numbers, one for each outer step; NaN and infinity are kept.
 
-    Tensors are kept as they come and read when a row is asked for, so that logging makes no device wait.
+    Tensors are stored as they are and read when a row is requested, so logging does not wait for a device.
 
     Example:
-        >>> solution.history[-1]["classifier/loss"]
-        >>> solution.history.column("weights/loss")
+        >>> from mlopt.testing import quadratic
+        >>> history = mlopt.solve(quadratic("two", mlopt.Identity()).problem, steps=3).history
+        >>> history
+        History(3 rows of step, y/loss, x/loss)
+        >>> history[-1]["step"], len(history.column("x/loss"))
+        (3, 3)
     """
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; tensors in it are detached.
+        """Add a row; its tensors are detached.
 
         Raises:
-            ProblemError: a tensor in it is no scalar.
+            ProblemError: a tensor is not a scalar.
         """
-        kept = dict(row)
-        for key, value in kept.items():
+        detached = dict(row)
+        for key, value in detached.items():
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise ProblemError(
                         f"{key!r} was logged with shape {tuple(value.shape)}; log scalars, such as its norm"
                     )
                 if value.requires_grad:
-                    kept[key] = value.detach()
-        self._rows.append(kept)
+                    detached[key] = value.detach()
+        self._rows.append(detached)
 
     def amend(self, values: Mapping[str, Any]) -> None:
-        """Add quantities to the last row."""
+        """Add values to the last row."""
         self._rows[-1] |= values
 
     def column(self, name: str) -> list[float]:
-        """Return one quantity over the rows that have it.
+        """Return the values of a column, from the rows that have it.
 
         Raises:
-            KeyError: no row has it; the message lists what there is.
+            UnknownColumnError: no row has it; the message lists the columns.
         """
         values = [row[name] for row in self if name in row]
         if not values:
-            raise KeyError(f"the history has no {name!r}; it has {', '.join(self.names) or 'no rows'}")
+            raise UnknownColumnError(f"the history has no {name!r}; it has {', '.join(self.names) or 'no rows'}")
         return values
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What has been logged, in the order of its first appearance."""
+        """The names of the columns, in the order in which they were first logged."""
         return tuple(dict.fromkeys(key for row in self._rows for key in row))
 
     def __len__(self) -> int:

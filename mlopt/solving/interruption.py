@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, noted until the present step is finished."""
+"""SIGTERM and SIGINT, held back until the current step is finished."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ __all__ = ["Interruption"]
 
 
 class Interruption:
-    """A context in which the first SIGTERM or SIGINT is only noted; the second does what it did before.
+    """A context that only records the first SIGTERM or SIGINT; a second signal has its usual effect.
 
-    Signals that are ignored, as in a background job of a shell, stay so. Outside the main thread, which alone may handle
-    signals, the context does nothing.
+    Ignored signals remain ignored, as in a background job of a shell. Outside the main thread, which alone can handle signals,
+    the context does nothing.
 
     Attributes:
-        received: the signal that came, or None.
+        received: the signal that arrived, or None.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGTERM, signal.SIGINT):
-                handler = signal.getsignal(kind)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                handler = signal.getsignal(number)
                 if handler is not None and handler is not signal.SIG_IGN:
-                    self._before[kind] = handler
-                    signal.signal(kind, self._note)
+                    self._handlers[number] = handler
+                    signal.signal(number, self._record)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._put_back()
+        self._restore_handlers()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._put_back()
+        self._restore_handlers()
 
-    def _put_back(self) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-        self._before = {}
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -1,4 +1,4 @@
-"""The loop of a run: steps, evaluations, logs, checkpoints, and what happens where something fails or a signal comes."""
+"""The loop of a run: steps, evaluations, logs and checkpoints, and the handling of failures and signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import attrs
 from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointWarning, Interrupted, NonFiniteError, ProblemError
-from ..finiteness import Watch, at_once, deferred
+from ..finiteness import DeferredChecks, deferred, immediate
 from ..problem import Problem
 from ..rng import GeneratorState, preserved
 from .callbacks import Callback
@@ -28,109 +28,112 @@ Evaluate: TypeAlias = Callable[[Problem], Mapping[str, Any]]
 
 @attrs.define(kw_only=True, eq=False)
 class Loop:
-    """What goes on around the steps of a run; see `mlopt.solve` for the arguments.
+    """Executes a run; see `mlopt.solve` for the arguments.
 
     Args:
         run: the run.
-        watchers: callbacks, in the order in which they are called.
-        checkpoints: where the run is saved; nowhere when None.
-        evaluate: what is evaluated, if anything, and after how many steps each time.
-        log_every: after how many steps rows are handed to the callbacks.
-        seconds: how long steps may be begun.
+        callbacks: called in this order.
+        checkpoints: saves the run; None to save nothing.
+        evaluate: returns metrics; None to evaluate nothing.
+        evaluate_every: outer steps between evaluations.
+        log_every: outer steps between calls of `on_log`.
+        max_seconds: time after which no step is started.
         on_nonfinite: "raise", "skip" or "rollback".
-        limit: how often something may be not finite, where it is not raised.
+        nonfinite_limit: number of skips or rollbacks before an error.
     """
 
     run: Run
-    watchers: Sequence[Callback]
+    callbacks: Sequence[Callback]
     checkpoints: Checkpoints | None
     evaluate: Evaluate | None
     evaluate_every: int
     log_every: int
-    seconds: float | None
+    max_seconds: float | None
     on_nonfinite: str
-    limit: int
-    _watch: Watch = attrs.field(factory=Watch, init=False)
+    nonfinite_limit: int
+    _checks: DeferredChecks = attrs.field(factory=DeferredChecks, init=False)
     _saved: tuple[int, int, str | None] | None = attrs.field(default=None, init=False)
-    _ended: str | None = attrs.field(default=None, init=False)
-    _began: float = attrs.field(default=0.0, init=False)
+    #: The reason to stop that a resumed run forgets: a signal, or the time limit.
+    _interrupted_by: str | None = attrs.field(default=None, init=False)
+    _start_time: float = attrs.field(default=0.0, init=False)
 
-    def go(self, resume: bool, seed: int | None) -> str:
-        """Run until done; return why it ended.
+    def execute(self, resume: bool, seed: int | None) -> str:
+        """Run until the end; return the status.
 
         Args:
-            resume: whether to go on from the newest checkpoint.
-            seed: what the run to go on with must have had.
+            resume: whether to resume from the newest checkpoint.
+            seed: the seed that a resumed run must have; any seed if None.
         """
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
         if self.checkpoints is not None:
-            self.checkpoints.claim(resume)
+            self.checkpoints.prepare(resume)
         generators = self._resume(seed) if resume else None
         try:
             self._call("on_train_begin")
             if generators is not None:
                 generators.restore()
             with Interruption() if self.checkpoints is not None else contextlib.nullcontext() as interruption:
-                with self._watching():
-                    self._steps(interruption)
+                with self._deferring_checks():
+                    self._take_steps(interruption)
                 self._save(last=True)
-            # Only now: a run that is gone on with goes on where time was up or a signal came, not where a callback stopped it.
-            self.run.status = self.run.status or self._ended or "completed"
+            # Set after the last save, so that a resumed run continues after a signal or a time limit.
+            self.run.status = self.run.status or self._interrupted_by or "completed"
         except NonFiniteError as error:
-            told = self._told(error)
-            self._end(told)
-            raise told from error
+            explained = self._explain(error)
+            self._end(explained)
+            raise explained from error
         except BaseException as error:
             self._end(error)
             raise
         self._end(None)
         if interruption is not None and interruption.received is not None:
-            self._leave(interruption)
+            self._exit(interruption.received.name)
         assert self.run.status is not None
         return self.run.status
 
     def _resume(self, seed: int | None) -> GeneratorState | None:
-        """Load the newest checkpoint, where there is one."""
+        """Load the newest checkpoint, if there is one."""
         assert self.checkpoints is not None
-        found = self.checkpoints.newest()
-        if found is None:
+        newest = self.checkpoints.newest()
+        if newest is None:
             return None
-        _, folder, state = found
+        _, folder, state = newest
         try:
             generators = self.run.load_state_dict(state, seed=seed)
-            self._saved = self._place
+            self._saved = self._position
             return generators
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
-    def _watching(self) -> contextlib.AbstractContextManager[None]:
-        """Let what is not finite be noted on the devices, where looking would make the host wait and nothing asks for it."""
-        away = any(device.type != "cpu" for device in self.run.problem.devices)
-        return deferred(self._watch) if away and self.on_nonfinite == "raise" else contextlib.nullcontext()
+    def _deferring_checks(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that defers checks if they would make the host wait for a device, and may be late."""
+        waits = any(device.type != "cpu" for device in self.run.problem.devices)
+        return deferred(self._checks) if waits and self.on_nonfinite == "raise" else contextlib.nullcontext()
 
-    def _steps(self, interruption: Interruption | None) -> None:
+    def _take_steps(self, interruption: Interruption | None) -> None:
         run = self.run
 
-        def goes_on() -> bool:
+        def in_progress() -> bool:
+            timeout = self.max_seconds is not None and time.monotonic() - self._start_time >= self.max_seconds
             if interruption is not None and interruption.received is not None:
-                self._ended = f"{interruption.received.name} received"
-            elif self.seconds is not None and time.monotonic() - self._began >= self.seconds and run.step < run.steps:
-                self._ended = f"max_time of {self.seconds:g} s reached"
-            return run.status is None and self._ended is None
+                self._interrupted_by = f"{interruption.received.name} received"
+            elif timeout and run.step < run.steps:
+                self._interrupted_by = f"max_time of {self.max_seconds:g} s reached"
+            return run.status is None and self._interrupted_by is None
 
-        while run.step == 0 and run.steps > 0 and goes_on() and self._guarded(run.engine.warm_up):
-            if self.checkpoints is not None and self.checkpoints.due(self._place[1]):
+        while run.step == 0 and run.steps > 0 and in_progress() and self._with_rollback(run.engine.warm_up):
+            if self.checkpoints is not None and self.checkpoints.due(self._position[1]):
                 self._save()
-        while run.step < run.steps and goes_on():
+        while run.step < run.steps and in_progress():
             self._step()
 
     def _step(self) -> None:
         run = self.run
         self._call("on_step_begin")
-        self._watch.step = run.step + 1
-        self._guarded(run.engine.step)
+        self._checks.step = run.step + 1
+        self._with_rollback(run.engine.step)
         run.step += 1
-        self._record(run.step)
+        self._append_row(run.step)
         self._call("on_step_end")
         if self.evaluate is not None and run.step % self.evaluate_every == 0:
             self._evaluate(self.evaluate)
@@ -140,12 +143,12 @@ class Loop:
             self._save()
 
     @property
-    def _place(self) -> tuple[int, int, str | None]:
-        """How far the run is: outer steps, warm-up steps, and why it ended, if it did."""
+    def _position(self) -> tuple[int, int, str | None]:
+        """Outer steps taken, warm-up steps taken, and the status."""
         return self.run.step, sum(self.run.engine.warmed.values()), self.run.status
 
-    def _guarded(self, steps: Callable[[], bool | None]) -> bool:
-        """Take steps, or take them back where something is not finite and that is asked for; say whether any were taken."""
+    def _with_rollback(self, steps: Callable[[], bool | None]) -> bool:
+        """Take steps, and roll them back if a value is not finite and the run allows it; return whether steps were taken."""
         run = self.run
         before = run.engine.snapshot() if self.on_nonfinite == "rollback" else None
         try:
@@ -155,11 +158,11 @@ class Loop:
                 raise
             before.restore()
             run.rollbacks += 1
-            if run.rollbacks > self.limit:
-                raise NonFiniteError(f"{error}; {self.limit} outer steps were taken back already") from error
+            if run.rollbacks > self.nonfinite_limit:
+                raise NonFiniteError(f"{error}; {self.nonfinite_limit} outer steps were already rolled back") from error
             return True
 
-    def _record(self, step: int) -> None:
+    def _append_row(self, step: int) -> None:
         """Add the row of an outer step to the history."""
         counts: dict[str, int] = {}
         if self.on_nonfinite == "skip":
@@ -169,7 +172,7 @@ class Loop:
         self.run.history.append({"step": step, **self.run.engine.logs, **counts})
 
     def _evaluate(self, evaluate: Evaluate) -> None:
-        with preserved(self.run.problem.devices), at_once():
+        with preserved(self.run.problem.devices), immediate():
             metrics = evaluate(self.run.problem)
         remedy = "it must return a mapping of named numbers, such as {'accuracy': 0.9}"
         if not isinstance(metrics, Mapping):
@@ -182,11 +185,11 @@ class Loop:
         self._call("on_evaluate", metrics)
 
     def _log(self) -> None:
-        """Hand the rows since the last time to the callbacks, then look at what was noted as perhaps not finite."""
-        self._hand_over()
-        self._watch.read()
+        """Pass new rows to the callbacks, then run the deferred checks."""
+        self._log_rows()
+        self._checks.run()
 
-    def _hand_over(self) -> None:
+    def _log_rows(self) -> None:
         run = self.run
         rows = [run.history[k] for k in range(run.logged, len(run.history))]
         run.logged += len(rows)
@@ -194,20 +197,20 @@ class Loop:
             self._call("on_log", rows)
 
     def _save(self, *, last: bool = False) -> None:
-        """Write a checkpoint, where the run keeps any and this one is not written yet.
+        """Write a checkpoint, unless nothing has changed since the last one.
 
-        Rows wait for their turn, unless the run is done: what callbacks make of them must not depend on when a run is saved.
+        New rows are passed to the callbacks only if the run is done: `on_log` must not depend on when a run is saved.
 
         Raises:
-            CheckpointError: it is the last one, or what it should hold cannot be written at all. Else that is a warning, and the
-                run goes on.
+            CheckpointError: the last checkpoint cannot be written, or the state contains a value that no checkpoint can hold.
+                Otherwise a failed save is a warning, and the run continues.
         """
         run = self.run
-        if last and self._ended is None:
+        if last and self._interrupted_by is None:
             self._log()
         else:
-            self._watch.read()
-        if self.checkpoints is None or self._saved == self._place:
+            self._checks.run()
+        if self.checkpoints is None or self._saved == self._position:
             return
         try:
             folder = self.checkpoints.save(run.step, run.state_dict(), self._score(self.checkpoints.best))
@@ -215,21 +218,21 @@ class Loop:
             if last or not isinstance(error.__cause__, OSError):
                 raise
             warnings.warn(
-                f"{error}; the run goes on, and tries again at its next save", CheckpointWarning, stacklevel=2
+                f"{error}; the run continues, and tries again at its next save", CheckpointWarning, stacklevel=2
             )
             return
-        self._saved = self._place
+        self._saved = self._position
         self._call("on_save", folder)
 
     def _score(self, best: str | None) -> float | None:
-        """Return the value at the latest step of the column that says which checkpoint is best, if it has one there."""
+        """Return the value of the column `Checkpoints.best` at the latest step, if it was logged."""
         run = self.run
         if best is None or not run.step:
             return None
         row = run.history[-1]
         if best not in row and best not in run.history.names:
-            to_come = best.startswith("evaluation/") and self.evaluate is not None and run.step < self.evaluate_every
-            if not to_come:
+            pending = best.startswith("evaluation/") and self.evaluate is not None and run.step < self.evaluate_every
+            if not pending:
                 warnings.warn(
                     f"Checkpoints: best={best!r} has not been logged, so no checkpoint is kept as the best; there are "
                     f"{', '.join(run.history.names)}",
@@ -238,59 +241,57 @@ class Loop:
                 )
         return row.get(best)
 
-    def _told(self, error: NonFiniteError) -> NonFiniteError:
-        """Log the step that failed, save what there is beside the checkpoints, and say where and under what it failed."""
+    def _explain(self, error: NonFiniteError) -> NonFiniteError:
+        """Log the failed step and save the current state; return an error that names the step, the estimators and the folder."""
         run = self.run
         step = error.step
         if step is None:
-            # It was noticed at once: within a step that has no row yet, unless a callback met it.
-            step = self._watch.step
+            # An immediate check failed. The step has no row yet, unless a callback raised the error.
+            step = self._checks.step
             if not len(run.history) or run.history[-1]["step"] != step:
-                self._record(step)
-        self._hand_over()
+                self._append_row(step)
+        self._log_rows()
         estimators = ", ".join(
             f"{level.name}: {level.estimator}" for level in run.problem if level.estimator is not None
         )
-        sentence = f"{f'outer step {step}' if step else 'warm-up'}: {error}" + (
+        message = f"{f'outer step {step}' if step else 'warm-up'}: {error}" + (
             f" (estimators: {estimators})" if estimators else ""
         )
         if self.checkpoints is not None:
             try:
-                sentence += f"; the state as it is now is in {self.checkpoints.save_fault(step, run.state_dict())}"
+                message += f"; the current state is saved in {self.checkpoints.save_fault(step, run.state_dict())}"
             except CheckpointError as unsaved:
-                sentence += f"; the state as it is now could not be saved: {unsaved}"
-        return NonFiniteError(sentence, step=step)
+                message += f"; the current state could not be saved: {unsaved}"
+        return NonFiniteError(message, step=step)
 
-    def _leave(self, interruption: Interruption) -> None:
-        assert interruption.received is not None
+    def _exit(self, signal: str) -> None:
         assert self.checkpoints is not None
-        name, run = interruption.received.name, self.run
         print(
-            f"mlopt: {name}: step {run.step} of {run.steps} is finished and saved in {self.checkpoints.folder}; resume=True "
-            "(--resume on the command line) goes on from there",
+            f"mlopt: {signal}: step {self.run.step} of {self.run.steps} is finished and saved in {self.checkpoints.folder}; pass "
+            "resume=True (--resume on the command line) to continue",
             file=sys.stderr,
         )
-        raise Interrupted(0 if name == "SIGTERM" else 130)
+        raise Interrupted(0 if signal == "SIGTERM" else 130)
 
     def _end(self, error: BaseException | None) -> None:
-        """Let every callback end, also where one cannot; what ends the run already is not to be hidden by that."""
+        """Call `on_train_end` of every callback, even if one fails; an error that ends the run takes precedence."""
         failures = []
-        for watcher in self.watchers:
+        for callback in self.callbacks:
             try:
-                watcher.on_train_end(self.run)
-            except Exception as failure:
-                failures.append(failure)
+                callback.on_train_end(self.run)
+            except Exception as raised:
+                failures.append(raised)
         if failures and error is None:
             raise failures[0]
         if error is not None:
-            for also in failures:
-                error.add_note(f"and at its end: {also!r}")
+            for failure in failures:
+                error.add_note(f"and in on_train_end: {failure!r}")
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        if not self.watchers:
+        if not self.callbacks:
             return
-        # How often these are called depends on how often the run is logged and saved: what they draw must not be training's.
-        apart = hook in ("on_evaluate", "on_log", "on_save")
-        with preserved(self.run.problem.devices) if apart else contextlib.nullcontext(), at_once():
-            for watcher in self.watchers:
-                getattr(watcher, hook)(self.run, *arguments)
+        # The number of these calls depends on how often the run is logged and saved; their draws must not change training.
+        isolated = hook in ("on_evaluate", "on_log", "on_save")
+        with preserved(self.run.problem.devices) if isolated else contextlib.nullcontext(), immediate():
+            for callback in self.callbacks:
+                getattr(callback, hook)(self.run, *arguments)

@@ -1,4 +1,4 @@
-"""A level's optimiser and its learning-rate scheduler: made, or checked where the level brings its own."""
+"""Create the optimiser and the learning-rate scheduler of a level, or check an optimiser that the level provides."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default
 
 
 def make_optimizer(level: Level) -> Optimizer:
-    """Return the level's optimiser, made of its variables, or the one that it brought.
+    """Return the optimiser of a level: an instance that the level provides, or the result of its factory.
 
     Raises:
-        ProblemError: there is none, or it does not train exactly the level's variables.
+        ProblemError: the level has no optimiser, or the optimiser does not train exactly the level's variables.
     """
     if level.optimizer is None:
         raise ProblemError(
-            f"level {level.name!r}: optimizer=None, and solve steps every level; give one, such as "
+            f"level {level.name!r}: optimizer=None, but solve trains every level; give an optimizer, such as "
             "partial(torch.optim.SGD, lr=0.1)"
         )
-    made: Any = level.optimizer
-    if not isinstance(made, Optimizer):
-        made = made(list(level.parameters))
-    if not isinstance(made, Optimizer):
+    optimizer: Any = level.optimizer
+    if not isinstance(optimizer, Optimizer):
+        optimizer = optimizer(list(level.parameters))
+    if not isinstance(optimizer, Optimizer):
         raise ProblemError(
-            f"level {level.name!r}: optimizer returned a {type(made).__name__}; it must take parameters and return a "
+            f"level {level.name!r}: optimizer returned a {type(optimizer).__name__}; it must take parameters and return a "
             "torch.optim.Optimizer"
         )
     own = {id(variable) for variable in level.parameters}
-    held = {id(variable) for group in made.param_groups for variable in group["params"] if variable.requires_grad}
+    held = {id(variable) for group in optimizer.param_groups for variable in group["params"] if variable.requires_grad}
     if not held <= own:
         raise ProblemError(
             f"level {level.name!r}: its optimizer also holds {len(held - own)} tensors that are not the level's variables; "
@@ -46,19 +46,19 @@ def make_optimizer(level: Level) -> Optimizer:
             f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
             "them, or freeze them with requires_grad_(False)"
         )
-    if inspect.signature(made.step).parameters.get("closure", _OPTIONAL).default is inspect.Parameter.empty:
+    if inspect.signature(optimizer.step).parameters.get("closure", _OPTIONAL).default is inspect.Parameter.empty:
         raise ProblemError(
-            f"level {level.name!r}: {type(made).__name__} evaluates the loss itself, several times a step, which levels do "
-            "not offer; use an optimizer that takes a gradient, such as torch.optim.SGD or Adam"
+            f"level {level.name!r}: {type(optimizer).__name__} needs a closure that evaluates the loss, which "
+            "solve does not provide; use an optimizer that steps with a gradient, such as torch.optim.SGD or Adam"
         )
-    return made
+    return optimizer
 
 
 def make_scheduler(level: Level, optimizer: Optimizer) -> Any:
-    """Return the level's scheduler, or None where it has none.
+    """Return the learning-rate scheduler of a level, or None.
 
     Raises:
-        ProblemError: what the level gives makes no scheduler.
+        ProblemError: the factory of the level does not return a scheduler.
     """
     if level.scheduler is None:
         return None

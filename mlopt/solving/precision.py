@@ -1,4 +1,4 @@
-"""The precision of a level's own steps: autocast, and the scale of the loss that half precision needs."""
+"""The precision of the steps of a level: autocast, and loss scaling for half precision."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """How a level's own loss is evaluated, and its gradient kept from vanishing in half precision.
+    """Evaluates the loss of a level under autocast; with "fp16", scales the loss so that its gradient does not underflow.
 
-    With "fp16" the loss is multiplied by a scale, the gradient divided by it. A gradient that overflowed is not stepped on,
-    and the scale halves; it doubles again after steps without one (Micikevicius et al. 2018, arXiv 1710.03740).
+    The loss is multiplied by the scale, and the gradient divided by it. If a gradient overflows, the step is skipped and the
+    scale is halved; after steps without overflow it is doubled (Micikevicius et al. 2018, arXiv 1710.03740).
 
     Args:
         level: the level.
 
     Attributes:
-        autocast: the context in which the level's loss is evaluated; it can be entered again and again.
-        scaler: of the loss; None where it is not scaled.
+        autocast: the context in which the loss of the level is evaluated; it can be entered repeatedly.
+        scaler: scales the loss; None without scaling.
     """
 
     def __init__(self, level: Level) -> None:
@@ -41,28 +41,28 @@ class Precision:
 
     @property
     def loss_scale(self) -> Tensor | None:
-        """The present scale of the loss, on the device; None where there is none."""
+        """The current scale of the loss, on the device; None without scaling."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self._device))
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """Return the loss times its scale."""
+        """Return the scaled loss."""
         return loss if self.scaler is None else self.scaler.scale(loss.float())
 
     def scaled_vectors(self, vectors: Sequence[Tensor]) -> Tensors:
-        """Return derivatives of the loss as those of the scaled loss."""
+        """Return derivatives of the scaled loss, given derivatives of the loss."""
         return tuple(vectors) if self.loss_scale is None else scale(self.loss_scale, vectors)
 
     def unscaled(self, vectors: Sequence[Tensor]) -> Tensors:
-        """Return derivatives of the scaled loss as those of the loss."""
+        """Return derivatives of the loss, given derivatives of the scaled loss."""
         return tuple(vectors) if self.loss_scale is None else scale(1.0 / self.loss_scale, vectors)
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Turn the gradient in `.grad` from that of the scaled loss into that of the loss, looking for overflow."""
+        """Divide the gradients in `.grad` by the scale, and record overflow."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Step on the gradient; say whether it was fit for it."""
+        """Take a step with the gradients in `.grad`; return False if it was skipped because of overflow."""
         if self.scaler is None:
             optimizer.step()
             return True

@@ -1,4 +1,4 @@
-"""A run in progress, and its state."""
+"""A run in progress and its state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, CheckpointWarning
 from ..problem import Problem
 from ..rng import GeneratorState
-from .description import compare, described
+from .compatibility import describe, require_compatible
 from .engine import Engine
 from .history import History
 
@@ -20,25 +20,25 @@ __all__ = ["Run"]
 
 
 class Run:
-    """A run in progress, as callbacks see it.
+    """A run in progress, the argument of callbacks.
 
     Args:
         problem: the problem.
-        steps: outer steps asked for.
-        seed: of the order of every level's data.
-        callbacks: whose state is the run's, too.
+        steps: outer steps in total.
+        seed: seed of the order of the data.
+        callbacks: their state is saved with the run.
         lookahead: see `mlopt.solve`.
-        skips: how many steps that are not finite may be left out.
+        skip_limit: number of non-finite steps that may be skipped.
 
     Attributes:
         problem: the problem.
-        steps: outer steps asked for.
+        steps: outer steps in total.
         step: outer steps taken.
         history: a row for each step taken.
         engine: optimisers, schedulers and data streams of the levels.
-        status: why the run ended; None while it goes on.
-        logged: how many rows of the history have been handed to `on_log`.
-        rollbacks: outer steps that were taken back because something in them was not finite.
+        status: the reason why the run ended; None while it is in progress.
+        logged: rows of the history that were passed to `on_log`.
+        rollbacks: outer steps that were rolled back because a value was not finite.
     """
 
     def __init__(
@@ -49,22 +49,22 @@ class Run:
         callbacks: Sequence[Callback] = (),
         *,
         lookahead: bool = False,
-        skips: int = 0,
+        skip_limit: int = 0,
     ) -> None:
         self.problem, self.steps, self.step, self.seed = problem, steps, 0, seed
         self.history = History()
-        self.engine = Engine(problem, seed, lookahead=lookahead, skips=skips)
+        self.engine = Engine(problem, seed, lookahead=lookahead, skip_limit=skip_limit)
         self.status: str | None = None
         self.rollbacks = self.logged = 0
         self._callbacks = callbacks
-        self._description = described(problem, self.engine.optimizers, self.engine.schedulers, lookahead=lookahead)
+        self._description = describe(problem, self.engine.optimizers, self.engine.schedulers, lookahead=lookahead)
 
     def stop(self, reason: str) -> None:
-        """End the run after the present step; the reason becomes the status."""
+        """End the run after the current step; the reason becomes the status."""
         self.status = reason
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a later part of the run depends on, as tensors, numbers, text, lists and mappings of these."""
+        """Return the state that later steps depend on: tensors, numbers, strings, and lists and mappings of these."""
         callbacks = [{"kind": type(c).__name__, "state": c.state_dict()} for c in self._callbacks]
         return {
             "problem": self._description,
@@ -80,39 +80,45 @@ class Run:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, seed: int | None) -> GeneratorState:
-        """Go where `state_dict` said; return where the generators are to be put, last of all.
+        """Load a state that `state_dict` returned.
 
         Args:
-            state: what it returned.
-            seed: that the run to go on with must have had; any when None.
+            state: the state.
+            seed: the seed that the run must have; any seed if None.
+
+        Returns:
+            The saved state of the random generators, to be restored last.
 
         Raises:
-            CheckpointError: it is the state of another problem, or of another seed.
+            CheckpointError: the state belongs to another problem or another seed.
         """
-        compare(self._description, state["problem"])
+        require_compatible(self._description, state["problem"])
         if seed is not None and seed != state["seed"]:
-            raise CheckpointError(f"the checkpoint is of a run with seed={state['seed']}, not {seed}; give that seed")
+            raise CheckpointError(f"the checkpoint has seed={state['seed']}, not {seed}; give that seed")
         if state["step"] > self.steps:
             raise CheckpointError(
-                f"the checkpoint is of step {state['step']}, and steps={self.steps} are asked for; ask for at least as many"
+                f"the checkpoint is of step {state['step']}, beyond steps={self.steps}; give at least as many steps"
             )
         self.seed, self.step, self.status = state["seed"], state["step"], state["status"]
         self.rollbacks, self.logged = state["rollbacks"], state["logged"]
         for row in state["history"]:
             self.history.append(row)
         self.engine.load_state_dict(state["engine"])
-        waiting = {id(callback): callback for callback in self._callbacks}
-        for carried in state["callbacks"]:
-            heir = next((c for c in waiting.values() if type(c).__name__ == carried["kind"]), None)
-            if heir is None and carried["state"]:
-                warnings.warn(
-                    f"the checkpoint holds the state of a callback {carried['kind']}, which is not among those given now",
-                    CheckpointWarning,
-                    stacklevel=4,
-                )
-            elif heir is not None:
-                # Those of one kind in their order.
-                del waiting[id(heir)]
-                if carried["state"]:
-                    heir.load_state_dict(carried["state"])
+        self._load_callbacks(state["callbacks"])
         return GeneratorState.from_state_dict(state["generators"])
+
+    def _load_callbacks(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of callbacks; match callbacks of one class in their order."""
+        remaining = list(self._callbacks)
+        for entry in saved:
+            callback = next((c for c in remaining if type(c).__name__ == entry["kind"]), None)
+            if callback is not None:
+                remaining = [c for c in remaining if c is not callback]
+                if entry["state"]:
+                    callback.load_state_dict(entry["state"])
+            elif entry["state"]:
+                warnings.warn(
+                    f"the checkpoint holds the state of a callback {entry['kind']}, but the run has no such callback",
+                    CheckpointWarning,
+                    stacklevel=6,
+                )

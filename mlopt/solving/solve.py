@@ -1,4 +1,4 @@
-"""Solve a problem: alternate inner solves and outer steps."""
+"""Solve a problem by alternating inner solves and outer steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from ..errors import ProblemError, TrustWarning
 from ..problem import Problem, Report
 from ..rng import seed_everything
+from ..validation import is_whole
 from .callbacks import Callback, ProgressDisplay
 from .checkpoints import Checkpoints
 from .history import History
@@ -24,12 +25,18 @@ __all__ = ["Solution", "solve"]
 
 @attrs.frozen(eq=False)
 class Solution:
-    """What a run ended with.
+    """The result of a run; the modules of the problem hold the solution itself.
 
     Attributes:
-        history: a row for each outer step: `step`, and `level/loss` and whatever the losses log for each level.
-        status: why it ended: "completed", what the callback that stopped it said, or that the time was up.
+        history: a row for each outer step: `step`, and for each level `level/loss` and the values that its loss logs.
+        status: "completed", or the reason why the run ended before: a callback, a signal or the time limit.
         reports: the last report of each level that was pulled back.
+
+    Example:
+        >>> from mlopt.testing import quadratic
+        >>> solution = mlopt.solve(quadratic("two", mlopt.Identity()).problem, steps=2)
+        >>> solution.status, list(solution.reports)
+        ('completed', ['y'])
     """
 
     history: History
@@ -56,60 +63,64 @@ def solve(
 ) -> Solution:
     """Solve a problem by alternating gradient steps.
 
-    First each level takes its `warmup` steps, those listed last first. Then one outer step is: each level solved inside the
-    outermost takes its `steps`, innermost listed first, before each of them the levels inside it; then one hypergradient of the
-    outermost level, and one step of its optimiser on it. The modules hold the solution; state carries over from one solve of a
-    level to the next.
+    First each level takes its `warmup` steps, the level listed last first. Then each outer step consists of three parts: the
+    levels inside the outermost take their `steps`, innermost listed first (and before each of these steps, the levels inside
+    them take theirs); one hypergradient of the outermost level is computed; and its optimiser takes one step. The modules hold
+    the solution. State carries over from one solve of a level to the next.
 
     Args:
         problem: the problem; every level needs an optimizer.
-        steps: outer steps, those before a resume included.
-        callbacks: called in order, see `mlopt.Callback`.
-        checkpoint: a folder that the run is saved in, or `mlopt.Checkpoints(folder, every=..., keep=...)`. With it, SIGTERM and
-            SIGINT end the run after the present step, saved; the process exits with 0 or 130.
-        resume: whether to go on from the newest valid checkpoint in that folder, if there is any. What follows is bit-equal to
-            the run that was not interrupted.
-        seed: seeds torch, Python and numpy, and the order of every level's data. When None, the generators are taken as
-            they stand, and the data's order is drawn from torch's.
-        lookahead: whether the inner steps before an outer step are taken back once its hypergradient is formed, and taken again
-            after it, on the same batches, with the outer variables moved. The first ones then only look ahead, as in DARTS.
-        evaluate: takes the problem and returns named numbers, logged as `evaluation/name`. Random numbers that it draws are not
-            training's; the mode of modules is its own business.
+        steps: outer steps in total, including those before a resume.
+        callbacks: called in this order, see `mlopt.Callback`.
+        checkpoint: the folder of the checkpoints, or `mlopt.Checkpoints(folder, every=..., keep=...)`. If it is given, SIGTERM
+            and SIGINT end the run after the current step, which is saved, and the process exits with status 0 or 130.
+        resume: whether to resume from the newest complete checkpoint in that folder, if there is one. The rest of the run is
+            bit-equal to an uninterrupted run.
+        seed: seed of the generators of torch, Python and numpy, and of the order of the data of every level. If it is None, the
+            generators are used in their current state, and the order of the data is drawn from that of torch.
+        lookahead: whether to undo the inner steps once the hypergradient is computed, and to take them again on the same
+            batches after the outer step, as DARTS does.
+        evaluate: takes the problem and returns named numbers, which are logged as `evaluation/name`. Its random draws do not
+            change training. It must restore the train or eval mode of modules itself.
         evaluate_every: outer steps between evaluations.
-        log_every: outer steps between calls of `on_log`. Only then, and at saves, does the host wait for a device.
-        max_time: seconds, or a timedelta, after which no step is begun.
-        on_nonfinite: what a loss, gradient or linear solve that is not finite does. "raise": an error that says where, the state
-            saved beside the checkpoints. "skip": that step of that level is left out. "rollback": variables and optimisers
-            go back to the start of the outer step; data and random numbers go on. Either way the row says so. On a GPU, "raise"
-            looks when rows are logged; the others look at every step, for which the host waits.
-        nonfinite_limit: how many are left out or taken back before they raise after all.
-        progress: whether to show a progress bar, where there is a terminal.
+        log_every: outer steps between calls of `on_log`. The host waits for a device only then, and when the run is saved.
+        max_time: seconds, or a timedelta, after which no step is started.
+        on_nonfinite: the response to a loss, a gradient or a linear solve that is not finite. "raise" raises an error that names
+            the step, and saves the current state beside the checkpoints. "skip" omits this step of this level. "rollback"
+            restores variables and optimisers to the start of the outer step; data and random numbers advance. The last two log
+            a count. On a GPU, "raise" checks when rows are logged; the others check every step, for which the host waits.
+        nonfinite_limit: number of skips or rollbacks after which the next one raises.
+        progress: whether to show a progress bar on a terminal.
 
     Returns:
-        The history, why the run ended, and the last reports.
+        The history, the status and the last reports.
 
     Raises:
-        ProblemError: an argument is not what it must be, or a level has no optimizer.
+        ProblemError: an argument is wrong, or a level has no optimizer.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
-        CheckpointError: the folder cannot be written, holds checkpoints that are not asked for, of another problem, or none that
-            is valid.
-        Interrupted: a signal ended the run, which is saved; it is a SystemExit.
+        CheckpointError: the folder cannot be written, holds checkpoints although `resume` is False, or holds checkpoints of
+            another problem or no complete one.
+        Interrupted: a signal ended the run, which was saved first; it is a SystemExit.
 
     Warns:
-        TrustWarning: reports of some steps had a remark, and their solves did not converge.
-        CheckpointWarning: a checkpoint was passed over, or could not be written, and why.
+        TrustWarning: the report of a level was doubtful in some steps.
+        CheckpointWarning: a checkpoint was skipped or could not be written; the message gives the reason.
 
     Example:
-        >>> solution = mlopt.solve(problem, steps=1_000, seed=0, checkpoint="runs/first", resume=True)
-        >>> solution.history.column("classifier/loss")[-1]
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.ConjugateGradient()).problem
+        >>> solution = mlopt.solve(problem, steps=5, seed=0, checkpoint=mlopt.Checkpoints("runs/first", every=5))
+        >>> solution = mlopt.solve(problem, steps=10, seed=0, checkpoint="runs/first", resume=True)
+        >>> solution.history.column("step")[-1]
+        10
     """
     _require("problem", problem, isinstance(problem, Problem), "an mlopt.Problem")
     least = {"steps": 0, "evaluate_every": 1, "log_every": 1, "nonfinite_limit": 1}
     for name, value in zip(least, (steps, evaluate_every, log_every, nonfinite_limit), strict=True):
-        _require(name, value, _is_whole(value) and value >= least[name], f"a whole number >= {least[name]}")
+        _require(name, value, is_whole(value, least[name]), f"a whole number >= {least[name]}")
     for name, value in {"resume": resume, "lookahead": lookahead, "progress": progress}.items():
         _require(name, value, isinstance(value, bool), "True or False")
-    _require("seed", seed, seed is None or _is_whole(seed), "a whole number, or None")
+    _require("seed", seed, seed is None or is_whole(seed), "a whole number, or None")
     _require(
         "on_nonfinite", on_nonfinite, on_nonfinite in ("raise", "skip", "rollback"), "'raise', 'skip' or 'rollback'"
     )
@@ -117,43 +128,41 @@ def solve(
     folders = (str, os.PathLike, Checkpoints, type(None))
     _require("checkpoint", checkpoint, isinstance(checkpoint, folders), "a folder, an mlopt.Checkpoints, or None")
     if resume and checkpoint is None:
-        raise ProblemError("solve: resume=True without checkpoint; give the folder that the run was saved in")
+        raise ProblemError("solve: resume=True without checkpoint; give the folder of the run")
     seconds = _seconds(max_time)
-    watching = isinstance(callbacks, Sequence) and all(isinstance(callback, Callback) for callback in callbacks)
-    _require("callbacks", callbacks, watching, "a sequence of mlopt.Callback objects")
+    valid = isinstance(callbacks, Sequence) and all(isinstance(callback, Callback) for callback in callbacks)
+    _require("callbacks", callbacks, valid, "a sequence of mlopt.Callback objects")
     if seed is not None:
         seed_everything(seed)
-    chosen = int(torch.randint(2**62, ())) if seed is None else seed
-    skips = nonfinite_limit if on_nonfinite == "skip" else 0
-    run = Run(problem, steps, chosen, callbacks, lookahead=lookahead, skips=skips)
+    data_seed = int(torch.randint(2**62, ())) if seed is None else seed
+    skip_limit = nonfinite_limit if on_nonfinite == "skip" else 0
+    run = Run(problem, steps, data_seed, callbacks, lookahead=lookahead, skip_limit=skip_limit)
     loop = Loop(
         run=run,
-        watchers=(*callbacks, ProgressDisplay()) if progress else tuple(callbacks),
+        callbacks=(*callbacks, ProgressDisplay()) if progress else tuple(callbacks),
         checkpoints=Checkpoints(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         log_every=log_every,
-        seconds=seconds,
+        max_seconds=seconds,
         on_nonfinite=on_nonfinite,
-        limit=nonfinite_limit,
+        nonfinite_limit=nonfinite_limit,
     )
-    status = loop.go(resume, seed)
+    status = loop.execute(resume, seed)
     for name, (count, remarks) in run.engine.gradients.doubts.items():
-        warnings.warn(f"level {name!r}, in {count} steps, at last: {remarks}", TrustWarning, stacklevel=2)
+        warnings.warn(
+            f"level {name!r}, doubtful in {count} steps, most recently: {remarks}", TrustWarning, stacklevel=2
+        )
     return Solution(history=run.history, status=status, reports=run.engine.gradients.reports)
 
 
-def _require(name: str, value: object, good: bool, what: str) -> None:
-    if not good:
-        raise ProblemError(f"solve: {name}={value!r}; it must be {what}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _require(name: str, value: object, valid: bool, description: str) -> None:
+    if not valid:
+        raise ProblemError(f"solve: {name}={value!r}; it must be {description}")
 
 
 def _seconds(limit: float | timedelta | None) -> float | None:
     seconds = limit.total_seconds() if isinstance(limit, timedelta) else limit
-    good = seconds is None or (isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0)
-    _require("max_time", limit, good, "a number of seconds > 0, such a timedelta, or None")
+    valid = seconds is None or (isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0)
+    _require("max_time", limit, valid, "a number of seconds > 0, a timedelta > 0, or None")
     return seconds

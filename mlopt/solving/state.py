@@ -1,4 +1,4 @@
-"""The state of modules and of what steps them: copied in memory, or as a tree for a checkpoint."""
+"""The state of modules, optimisers, schedulers and loss scalers: copied in memory, or returned as a tree for a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,72 +11,73 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["Snapshot", "load_module_state", "load_part", "module_state"]
+__all__ = ["Snapshot", "load_module_state", "load_state", "module_state"]
 
 
 class Snapshot:
-    """A copy in memory of trainable parameters and buffers, and of the state of what steps them.
+    """A copy in memory of trainable parameters, buffers, and other state.
 
     Args:
-        modules: whose trainable parameters and buffers are copied.
-        stateful: for each, what it has with `state_dict` and `load_state_dict`, by kind.
-        held: dictionaries whose content is to come back.
+        modules: copy their trainable parameters and buffers.
+        stateful: for each module, its optimiser and so on, which have `state_dict` and `load_state_dict`, by name.
+        dictionaries: copy their entries.
     """
 
     def __init__(
         self,
         modules: Iterable[nn.Module],
         stateful: Iterable[Mapping[str, Any]],
-        held: Iterable[dict[str, Any]] = (),
+        dictionaries: Iterable[dict[str, Any]] = (),
     ) -> None:
-        parts = list(modules)
-        #: Where buffers are held, since a module may bind new ones under their names.
-        self._places = [
-            (holder, name, buffer)
-            for module in parts
-            for holder in module.modules()
-            for name, buffer in holder._buffers.items()
+        copied = list(modules)
+        #: Buffers with the modules that own them, because a module may bind new tensors to their names.
+        self._buffers = [
+            (owner, name, buffer)
+            for module in copied
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        self._live = [p for module in parts for p in _trainable(module)] + [buffer for _, _, buffer in self._places]
-        self._kept = [t.detach().clone() for t in self._live]
+        self._live = [p for module in copied for p in _trainable(module)] + [buffer for _, _, buffer in self._buffers]
+        self._copies = [t.detach().clone() for t in self._live]
         self._states = [(part, copy.deepcopy(part.state_dict())) for parts in stateful for part in parts.values()]
-        self._extra = [
-            (holder, copy.deepcopy(holder.get_extra_state()))
-            for module in parts
-            for holder in module.modules()
-            if type(holder).get_extra_state is not nn.Module.get_extra_state
+        self._extra_states = [
+            (owner, copy.deepcopy(owner.get_extra_state()))
+            for module in copied
+            for owner in module.modules()
+            if type(owner).get_extra_state is not nn.Module.get_extra_state
         ]
-        self._held = [(content, dict(content)) for content in held]
+        self._dictionaries = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
 
     def restore(self) -> None:
-        """Put everything back; once."""
-        for tensor, kept in zip(self._live, self._kept, strict=True):
-            tensor.data.copy_(kept)
-        for holder, name, buffer in self._places:
-            holder._buffers[name] = buffer
-        for holder, state in self._extra:
-            holder.set_extra_state(state)
+        """Restore everything that was copied; call this at most once."""
+        for tensor, saved in zip(self._live, self._copies, strict=True):
+            tensor.data.copy_(saved)
+        for owner, name, buffer in self._buffers:
+            owner._buffers[name] = buffer
+        for owner, state in self._extra_states:
+            owner.set_extra_state(state)
         for part, state in self._states:
-            load_part(part, state)
-        for live, before in self._held:
+            load_state(part, state)
+        for live, entries in self._dictionaries:
             live.clear()
-            live.update(before)
+            live.update(entries)
 
 
-def load_part(part: Any, state: Mapping[str, Any]) -> None:
-    """Give an optimiser, a scheduler or a loss scaler its state; that of an optimiser to the last bit.
+def load_state(part: Any, state: Mapping[str, Any]) -> None:
+    """Load the state of an optimiser, a scheduler or a loss scaler, bit for bit.
 
-    An optimiser casts what it is given to the dtype of its parameters, also what it keeps in another one (NAdam's product).
+    `Optimizer.load_state_dict` casts state to the dtype of the parameters, although some optimisers keep state in another dtype
+    (`mu_product` of NAdam).
     """
     part.load_state_dict(state)
     if isinstance(part, Optimizer):
         parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-        for index, kept in state["state"].items():
-            own = part.state[parameters[index]]
-            for name, value in kept.items():
-                if isinstance(value, torch.Tensor) and own[name].dtype != value.dtype:
-                    own[name] = value.to(own[name].device)
+        for index, saved in state["state"].items():
+            loaded = part.state[parameters[index]]
+            for name, value in saved.items():
+                if isinstance(value, torch.Tensor) and loaded[name].dtype != value.dtype:
+                    loaded[name] = value.to(loaded[name].device)
 
 
 def _trainable(module: nn.Module) -> list[torch.Tensor]:
@@ -84,11 +85,11 @@ def _trainable(module: nn.Module) -> list[torch.Tensor]:
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state: also buffers that its `state_dict` leaves out, what is frozen, and which parts are in training."""
+    """Return the state of a module, with the buffers that `state_dict` omits, frozen parameters, and train or eval mode."""
     state = module.state_dict()
     return {
         "state": dict(state),
-        # Versions of the parts, which some look at on loading.
+        # Versions of the submodules, which some read in `load_state_dict`.
         "metadata": dict(getattr(state, "_metadata", {})),
         "buffers": {name: b for name, b in module.named_buffers() if name not in state},
         "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
@@ -97,7 +98,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put back what `module_state` returned."""
+    """Load a state that `module_state` returned."""
     tensors = OrderedDict(state["state"])
     tensors._metadata = state["metadata"]  # type: ignore[attr-defined]
     module.load_state_dict(tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import mlopt
+from mlopt.files import replacing
 
 from .configuration import ConfigurationError, parse, read, write
 from .modality import Configuration, Device, Modality
 from .recipe import TapWeight
 from .result import TapWeightResult
+from .spread import Spread
 
 __all__ = ["command"]
 
@@ -157,10 +158,8 @@ def _note(configuration: Configuration[Any, Any], file: Path) -> None:
                 "same configuration, or give another --output"
             )
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".partial")
-    write(configuration, beside)
-    beside.replace(file)
+    with replacing(file) as staged:
+        write(configuration, staged)
 
 
 def _flat(nested: dict[str, Any]) -> dict[str, Any]:
@@ -189,34 +188,26 @@ def _clear(output: Path) -> None:
 def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequence[int], output: Path) -> None:
     """Tell, and write to `summary.json`, means and standard deviations over the seeds."""
     first = results[0]
-    weights = {name: _spread([result.weights[name] for result in results]) for name in first.weights}
+    weights = {name: Spread.of([result.weights[name] for result in results]) for name in first.weights}
     scores = {
-        method: {split: _spread([result.scores[method][split] for result in results]) for split in score}
+        method: {split: Spread.of([result.scores[method][split] for result in results]) for split in score}
         for method, score in first.scores.items()
     }
     summary = {"seeds": list(seeds), "metric": first.metric, "weights": weights, "scores": scores}
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (output / "summary.json").write_text(json.dumps(summary, default=attrs.asdict, indent=2) + "\n", encoding="utf-8")
     _say(console, f"Means (and standard deviations) over {len(seeds)} seeds:")
     table = Table("objective", "weight", "helps", "harms", title=f"Weights of {first.main.title}")
-    for name, spread in sorted(weights.items(), key=lambda item: -item[1]["mean"]):
+    for name, spread in sorted(weights.items(), key=lambda item: -item[1].mean):
         signals = [result.signals[name] for result in results if name in result.signals]
         means = [signal.mean for signal in signals if signal.significant]
         helps = sum(mean > 0 for mean in means)
-        table.add_row(name, _show(spread), f"{helps} of {len(seeds)}", f"{len(means) - helps} of {len(seeds)}")
+        table.add_row(name, str(spread), f"{helps} of {len(seeds)}", f"{len(means) - helps} of {len(seeds)}")
     console.print(table)
     better = "higher" if first.greater_is_better else "lower"
     table = Table("method", "validation", "test", title=f"{first.metric} ({better} is better)")
     for method, score in scores.items():
-        table.add_row(first.outcomes[method].title, _show(score["valid"]), _show(score["test"]))
+        table.add_row(first.outcomes[method].title, str(score["valid"]), str(score["test"]))
     console.print(table)
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
-
-
-def _show(spread: dict[str, float]) -> str:
-    return f"{spread['mean']:.3f} ({spread['std']:.3f})"
 
 
 def _say(console: Console, sentence: str) -> None:

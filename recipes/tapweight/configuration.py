@@ -19,6 +19,7 @@ from cattrs.cols import homogenous_tuple_structure_factory
 from cattrs.gen import make_dict_structure_fn
 from tyro.conf import arg
 
+from mlopt.errors import MloptError
 from mlopt.validation import shown
 
 __all__ = ["CommandLine", "ConfigurationError", "parse", "read", "write"]
@@ -26,7 +27,7 @@ __all__ = ["CommandLine", "ConfigurationError", "parse", "read", "write"]
 C = TypeVar("C")
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(MloptError, ValueError):
     """A configuration that cannot be run; the message says which key, what was found and what it may be."""
 
 
@@ -107,7 +108,7 @@ def write(configuration: Any, file: Path) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-class _UnexpectedError(ValueError):
+class _UnexpectedError(MloptError, ValueError):
     """A value of another kind than it must be."""
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from mlopt.errors import ArgumentError
+
 from .objective import Objective
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class HashedLabels(Objective):
 
     def __init__(self, classes: int = 8) -> None:
         if classes < 2:
-            raise ValueError(f"classes must be at least 2; got {classes!r}")
+            raise ArgumentError(f"classes must be at least 2; got {classes!r}")
         self.classes = classes
         self.key = f"random_labels_{classes}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from .methods import METHODS
 from .recipe import TapWeight
 from .result import TapWeightResult
+from .spread import Spread
 
 __all__ = ["Known", "conclusion", "show", "summary"]
 
@@ -105,12 +105,8 @@ def summary(results: Sequence[TapWeightResult]) -> tuple[Table, Table]:
     )
     for name in names:
         values = [result.weights[name] for result in results]
-        weights.add_row(name, _spread(values), f"{sum(value < 1 / len(names) for value in values)} of {count}")
+        weights.add_row(name, str(Spread.of(values)), f"{sum(value < 1 / len(names) for value in values)} of {count}")
     scores = Table("method", f"test {results[0].metric}")
     for name in results[0].scores:
-        scores.add_row(METHODS[name].title, _spread([result.scores[name]["test"] for result in results]))
+        scores.add_row(METHODS[name].title, str(Spread.of([result.scores[name]["test"] for result in results])))
     return weights, scores
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})"

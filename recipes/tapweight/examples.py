@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar, overload
 
 import attrs
 
+from mlopt.errors import ArgumentError
+
 from .files import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ T = TypeVar("T")
 _NAMED = 3
 
 
-class UnusableError(ValueError):
+class UnusableError(DataError):
     """A row that is not an example.
 
     Args:
@@ -101,7 +103,7 @@ class Examples(Sequence[T], Generic[T]):
 def check_limit(limit: int | None, noun: str) -> None:
     """Refuse a limit under which a corpus is too small to pretrain on."""
     if limit is not None and limit < 2:
-        raise ValueError(f"limit={limit!r}: a corpus needs at least 2 {noun}; raise the limit or leave it out")
+        raise ArgumentError(f"limit={limit!r}: a corpus needs at least 2 {noun}; raise the limit or leave it out")
 
 
 def gather(

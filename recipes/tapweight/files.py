@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlopt.errors import MloptError
 from mlopt.validation import shown
 
 from .names import suggestion
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["DataError", "column_of", "lines_of", "suffix_of", "table_of", "text_of"]
 
 
-class DataError(ValueError):
+class DataError(MloptError, ValueError):
     """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
 
 

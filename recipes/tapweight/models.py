@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mlopt.errors import ArgumentError
 from mlopt.rng import preserved, seed_everything
 
 if TYPE_CHECKING:
@@ -85,18 +86,18 @@ def gradient_norms(
             for batch in batches:
                 loss = objective_losses(perturbed, batch, [objective], {name: 1.0})[name]()
                 if not loss.requires_grad:
-                    raise ValueError(
+                    raise ArgumentError(
                         f"objective {name!r}: its loss has no gradient (was it detached?); mend it or leave it out"
                     )
                 gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
                 squares.append(sum(float(g.square().sum()) for g in gradient))
             norm = math.sqrt(sum(squares) / len(squares))
             if norm == 0.0:
-                raise ValueError(
+                raise ArgumentError(
                     f"objective {name!r} gives the encoder no gradient, so its weight would mean nothing; does its loss use the "
                     "encoder? mend it or leave it out"
                 )
             if not math.isfinite(norm):
-                raise ValueError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")
+                raise ArgumentError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")
             norms[name] = norm
     return norms

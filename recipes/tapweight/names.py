@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, TypeVar
 
+from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def chosen(kind: str, name: str, known: Mapping[str, T]) -> T:
         ValueError: there is no such name; the message lists the names there are.
     """
     if name not in known:
-        raise ValueError(f"there is no {kind} {shown(name)}{suggestion(name, known)}")
+        raise ArgumentError(f"there is no {kind} {shown(name)}{suggestion(name, known)}")
     return known[name]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from mlopt.errors import ArgumentError, MloptError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,8 +22,23 @@ def check_rate(name: str, rate: float) -> float:
         ValueError: it is not a probability above 0 and below 1.
     """
     if not 0 < rate < 1:
-        raise ValueError(f"{name} must be above 0 and below 1; got {rate!r}")
+        raise ArgumentError(f"{name} must be above 0 and below 1; got {rate!r}")
     return rate
+
+
+class NotPreparedError(MloptError, RuntimeError):
+    """An objective is used before its `prepare` has run."""
+
+
+def prepared(value: Any, objective: object) -> Any:
+    """Return a value that `Objective.prepare` set.
+
+    Raises:
+        NotPreparedError: `prepare` has not run.
+    """
+    if value is None:
+        raise NotPreparedError(f"{type(objective).__name__}.prepare(corpus, seed) must run first")
+    return value
 
 
 class Objective(ABC):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 import mlopt
+from mlopt.errors import ArgumentError
 from mlopt.rng import derive_seed
 
 from .encoder import Encoder
@@ -47,8 +48,8 @@ class TapWeight:
         seed: of everything random.
 
     Raises:
-        TypeError: the encoder is not an `Encoder`.
-        ValueError: fewer than two objectives, or two of one name; a corpus, or a split of the task, of fewer than two examples.
+        ArgumentError: the encoder is not an `Encoder`; fewer than two objectives, or two of one name; a corpus, or a split of the
+            task, of fewer than two examples.
 
     Example:
         >>> from mlopt.recipes import TapWeight
@@ -71,22 +72,24 @@ class TapWeight:
         seed: int = 0,
     ) -> None:
         if not isinstance(encoder, Encoder):
-            raise TypeError(
+            raise ArgumentError(
                 f"TapWeight: encoder is a {type(encoder).__name__}; derive its class from "
                 "mlopt.recipes.tapweight.encoder.Encoder"
             )
         names = [objective.name for objective in objectives]
         if len(names) < 2:
-            raise ValueError(f"TapWeight: {len(names)} objectives; there is something to weigh from two on")
+            raise ArgumentError(f"TapWeight: {len(names)} objectives; there is something to weigh from two on")
         if len(set(names)) < len(names):
-            raise ValueError(
+            raise ArgumentError(
                 f"TapWeight: two objectives of one name among {', '.join(names)}; give each its own `name`"
             )
         if len(corpus) < 2:
-            raise ValueError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
+            raise ArgumentError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
         for split, examples in task.splits.items():
             if len(examples) < 2:
-                raise ValueError(f"TapWeight: the {split} split holds {len(examples)} examples; it needs at least two")
+                raise ArgumentError(
+                    f"TapWeight: the {split} split holds {len(examples)} examples; it needs at least two"
+                )
         self._experiment = Experiment(
             encoder=encoder,
             objectives=tuple(objectives),
@@ -200,7 +203,7 @@ def _methods(given: Sequence[str | Method]) -> tuple[Method, ...]:
     methods = tuple(make_method(one) if isinstance(one, str) else one for one in given)
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"fit: methods={names!r}; give at least one, and each once")
+        raise ArgumentError(f"fit: methods={names!r}; give at least one, and each once")
     return methods
 
 

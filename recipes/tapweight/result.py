@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from rich.table import Table
 
+from mlopt.errors import ArgumentError
 from mlopt.solving import write_csv
 
 from .significance import Signal, verdict
@@ -158,7 +159,7 @@ class TapWeightResult:
             ValueError: the main method did not learn weights.
         """
         if not self.signals:
-            raise ValueError(f"plot: {self.main.title} did not learn weights, so there is nothing to draw")
+            raise ArgumentError(f"plot: {self.main.title} did not learn weights, so there is nothing to draw")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -9,6 +9,7 @@ import attrs
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
+from mlopt.errors import ArgumentError
 from mlopt.validation import at_least, one_of, positive
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Settings:
         outer = steps // self.every
         delay = int(self.warmup * outer)
         if outer - delay < self.measurements:
-            raise ValueError(
+            raise ArgumentError(
                 f"steps={steps} at every={self.every} and warmup={self.warmup} moves the weights {outer - delay} times; at least "
                 f"measurements={self.measurements} are needed to judge them: take more steps"
             )

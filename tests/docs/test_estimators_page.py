@@ -1,4 +1,4 @@
-"""The page on estimators: its code runs as it stands, and the estimators that it writes keep the contract."""
+"""The page on estimators: its code runs unchanged, and its example estimators fulfil the contract."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "estimators.md"
 
 @pytest.fixture(scope="module")
 def page() -> tuple[dict[str, Any], str]:
-    """Run the page's blocks one after the other, as a reader would; return what they define and what they print."""
+    """Run the code blocks of the page in order; return their names and their output."""
     names: dict[str, Any] = {"__name__": "page"}
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -37,7 +37,7 @@ def test_its_code_runs_and_prints_tables(page: tuple[dict[str, Any], str]) -> No
 
 
 @pytest.mark.parametrize("name", ["TestSteepestDescent", "TestTwoJacobiSweeps"])
-def test_its_estimators_keep_the_contract(name: str, page: tuple[dict[str, Any], str]) -> None:
+def test_its_estimators_fulfil_the_contract(name: str, page: tuple[dict[str, Any], str]) -> None:
     contract = page[0][name]()
     laws = [law for law in dir(contract) if law.startswith("test_")]
     assert isinstance(contract, EstimatorContract)
@@ -47,9 +47,9 @@ def test_its_estimators_keep_the_contract(name: str, page: tuple[dict[str, Any],
             getattr(contract, law)()
 
 
-def test_its_tables_name_what_there_is(page: tuple[dict[str, Any], str]) -> None:
-    """Estimators by their public name, with the arguments that they are shown with."""
-    calls = re.findall(r"`([A-Z]\w+)\(([^`.]*)\)`", PAGE.read_text().split("## Trust one")[0])
+def test_its_tables_name_public_estimators(page: tuple[dict[str, Any], str]) -> None:
+    """Every call in the tables is a valid call of a public name of mlopt."""
+    calls = re.findall(r"`([A-Z]\w+)\(([^`.]*)\)`", PAGE.read_text().split("## Check one")[0])
     assert len(calls) > 6
     for name, arguments in calls:
         eval(f"mlopt.{name}({arguments})", {"mlopt": mlopt})

@@ -1,4 +1,4 @@
-"""The page on runs: its code runs as it stands, and what it says of its runs holds."""
+"""The page on runs: its code runs unchanged, and its statements about these runs hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import mlopt
 PAGE = Path(__file__).parents[2] / "docs" / "runs.md"
 
 
-def test_its_runs_are_logged_stopped_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_runs_are_logged_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mlopt
-from mlopt.estimators import Implicit
+from mlopt.estimators import LinearSolve
 from mlopt.testing import quadratic
 
 
@@ -28,7 +28,7 @@ def outer(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
 
 def problem_of(curvature: Any, rows: Tensor, estimator: Any = mlopt.linear.Dense) -> mlopt.Problem:
     torch.manual_seed(1)
-    rule = Implicit(solver=estimator(), curvature_data=curvature)
+    rule = LinearSolve(solver=estimator(), curvature_data=curvature)
     return mlopt.Problem(
         mlopt.Level("shift", mlopt.variables(torch.randn(3)), outer, optimizer=partial(SGD, lr=0.1)),
         mlopt.Level(
@@ -83,8 +83,8 @@ def test_solve_draws_one_batch_an_outer_step_and_leaves_training_its_order() -> 
 
 
 def test_where_it_makes_no_sense_it_is_refused() -> None:
-    with pytest.raises(mlopt.EstimatorError, match="curvature_data with the identity"):
+    with pytest.raises(mlopt.EstimatorError, match=r"curvature_data with Identity\(\), which takes no product"):
         problem_of([torch.ones(1, 3)], torch.ones(1, 3), mlopt.linear.Identity)
-    rule = Implicit(solver=mlopt.linear.Dense(), curvature_data=[None])
+    rule = LinearSolve(solver=mlopt.linear.Dense(), curvature_data=[None])
     with pytest.raises(mlopt.EstimatorError, match=r"level 'y': curvature_data .* 'z' lies inside it"):
         mlopt.hypergradient(quadratic("nested", {"y": rule, "z": mlopt.Dense()}).problem)

@@ -19,6 +19,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 import mlopt
 from mlopt.hypergradient import at_solutions
+from mlopt.problem import Carryover
 from mlopt.testing import SHAPES, quadratic
 
 torchopt = pytest.importorskip("torchopt")
@@ -119,7 +120,7 @@ def test_virtual_steps_are_those_of_torch(name: str, seed: int, steps: int) -> N
         optimizer = OPTIMIZERS[name](problem["net"].parameters)
         real_steps(problem, optimizer, warmed)
         point = point_of(problem)
-        point.optimizers = {"net": optimizer}
+        point.carryover = Carryover(optimizers={"net": optimizer})
         with at_solutions(point, problem.outermost):
             virtual = [p.detach().clone() for p in problem["net"].parameters]
         real_steps(problem, optimizer, steps)

@@ -122,7 +122,7 @@ def test_the_residual_is_that_of_descent() -> None:
 
 def test_divergence_is_said_and_then_raised() -> None:
     report = mlopt.hypergradient(two(mlopt.ValueFunction(3, step_size=3.0))).reports["y"]
-    assert "not reached" in report.remarks[0]
+    assert "did not reach" in report.remarks[0]
     with pytest.raises(mlopt.NonFiniteError, match="level 'y': 900 steps of gradient descent with step_size=3"):
         mlopt.hypergradient(two(mlopt.ValueFunction(900, step_size=3.0)))
 

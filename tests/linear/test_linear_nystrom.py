@@ -112,7 +112,7 @@ def test_negative_curvature_is_taken_for_zero_and_said(seed: int, negative: int,
     clipped = (vectors * values.clamp(min=0)) @ vectors.T + damping * torch.eye(SIZE)
     assert distance(flatten(found.value), torch.linalg.solve(clipped, flatten(system.right))) < 1e-8
     low = float(eigenvalues.min()) + damping
-    assert f"negative curvature {low:.3g} taken for zero" in found.remark
+    assert f"negative curvature {low:.3g} taken to be zero" in found.remark
     assert found.residual == pytest.approx(system.residual(found.value, damping), rel=1e-9)
     assert found.converged is False
 
@@ -189,14 +189,15 @@ def test_a_matrix_of_zeros_leaves_the_damping() -> None:
     assert torch.allclose(solver.solve(lambda v: (0 * v[0],), right).value[0], torch.full((3,), 2.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_other_precisions(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "epsilons"), [(torch.float32, 100), (torch.bfloat16, 2), (torch.float16, 2)])
+def test_other_precisions(dtype: torch.dtype, epsilons: int) -> None:
+    """Three factorisations in float32 lose tens of its epsilons; the half precisions round only the probes and the result."""
     system = System.definite(0, 3.0)
     matrix, right = system.matrix.to(dtype), tuple((1e-3 * x).to(dtype) for x in system.right)
     found = linear.Nystrom(rank=SIZE, damping=1.0).solve(operator(matrix), right)
     assert {x.dtype for x in found.value} == {dtype}
     expected = torch.linalg.solve(matrix.double() + torch.eye(SIZE), flatten(right).double())
-    assert distance(flatten(found.value).double(), expected) < 10 * torch.finfo(dtype).eps
+    assert distance(flatten(found.value).double(), expected) < epsilons * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])

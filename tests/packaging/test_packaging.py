@@ -1,20 +1,20 @@
-"""What is shipped: a wheel, and a wheel from a source distribution, hold the recipes; importing mlopt is light."""
+"""Wheels, source distributions, clones, archives and editable installs hold the recipes; importing mlopt is light."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "mlopt/recipes/tapweight/recipe.py"
-DATA = "mlopt/recipes/tapweight/molecules/drugs.smi"
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
@@ -23,41 +23,92 @@ def run(*command: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a distribution of a kind (`sdist`, `wheel`) from the sources in a folder."""
     # `--no-isolation`: hatchling comes from the dev group, not from an index.
-    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(folder), str(ROOT))
-    source = next(folder.glob("*.tar.gz"))
-    with tarfile.open(source) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
-    unpacked = next((folder / "unpacked").iterdir())
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--no-isolation",
-        "--wheel",
-        "--outdir",
-        str(folder / "from-sdist"),
-        str(unpacked),
-    )
-    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder / "from-tree"), str(ROOT))
+    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source))
+    return next(folder.iterdir())
+
+
+def copied(folder: Path) -> Path:
+    """Copy the sources from the checkout, as a clone or an archive holds them."""
+    for name in ("mlopt", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 
-@pytest.mark.parametrize("origin", ["from-sdist", "from-tree"])
-def test_a_wheel_holds_the_recipes_once(built: Path, origin: str, tmp_path: Path) -> None:
-    wheel = next((built / origin).glob("*.whl"))
+def unpacked(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path)
-    assert {RECIPE, DATA, "mlopt/py.typed"} <= set(names)
-    assert not [name for name in names if name.startswith("recipes/")]
-    code = "import mlopt.recipes as r, mlopt; print(r.TapWeight.__module__, mlopt.__file__)"
-    found = run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", cwd=tmp_path)
-    assert found.startswith("mlopt.recipes.tapweight.recipe")
-    assert str(tmp_path) in found
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folder to put on `sys.path` for each way to obtain mlopt."""
+    folder = tmp_path_factory.mktemp("places")
+    clone = copied(folder / "clone")
+    with tarfile.open(build("sdist", clone, folder / "sdist")) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    source = next((folder / "unpacked").iterdir())
+    wheels = {name: build("wheel", tree, folder / name) for name, tree in (("of-clone", clone), ("of-sdist", source))}
+    return {
+        "clone": clone,
+        "source distribution": source,
+        "wheel of a clone": unpacked(wheels["of-clone"], folder / "installed-clone"),
+        "wheel of a source distribution": unpacked(wheels["of-sdist"], folder / "installed-sdist"),
+    }
+
+
+@pytest.mark.parametrize(
+    "place", ["clone", "source distribution", "wheel of a clone", "wheel of a source distribution"]
+)
+def test_mlopt_holds_the_recipes(places: dict[str, Path], place: str, tmp_path: Path) -> None:
+    code = """
+    import importlib.resources, mlopt, mlopt.recipes
+    data = importlib.resources.files("mlopt.recipes.tapweight.molecules") / "drugs.smi"
+    print(mlopt.__file__, mlopt.recipes.TapWeight.__module__, data.is_file())
+    """
+    code = f"import sys; sys.path.insert(0, {str(places[place])!r})\n{textwrap.dedent(code)}"
+    init = places[place] / "mlopt" / "__init__.py"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).split() == [
+        str(init),
+        "mlopt.recipes.tapweight.recipe",
+        "True",
+    ]
+
+
+def test_wheels_hold_the_recipes_once_and_in_mlopt(places: dict[str, Path]) -> None:
+    of_clone, of_sdist = (
+        {str(path.relative_to(places[place])) for path in places[place].rglob("*") if path.suffix != ".pyc"}
+        for place in ("wheel of a clone", "wheel of a source distribution")
+    )
+    assert of_clone == of_sdist
+    assert "mlopt/py.typed" in of_clone
+    assert {name.partition("/")[0] for name in of_clone} == {
+        "mlopt",
+        *(n for n in of_clone if n.endswith(".dist-info")),
+    }
+
+
+def test_an_editable_install_holds_one_link_to_the_checkout(tmp_path: Path) -> None:
+    """A copy of the recipes beside it would become stale."""
+    code = f"from hatchling import build; build.build_editable({str(tmp_path)!r})"
+    run(sys.executable, "-c", code, cwd=ROOT)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        files = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert archive.read(*files).decode().strip() == str(ROOT)
+
+
+def test_the_repository_holds_no_link() -> None:
+    """Git without `core.symlinks`, and zip archives on Windows, make text files of links."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git repository")
+    modes = {line.split()[0] for line in run("git", "ls-files", "--stage", cwd=ROOT).splitlines()}
+    assert modes
+    assert "120000" not in modes
 
 
 def test_recipes_cannot_be_imported_beside_mlopt() -> None:
@@ -92,16 +143,17 @@ def test_importing_mlopt_takes_little_more_than_importing_torch() -> None:
     assert statistics.median(times["mlopt"]) < 1.5 * statistics.median(times["torch"])
 
 
-def test_the_readmes_example_is_the_one_that_is_tested() -> None:
+def test_the_example_of_the_readme_is_the_one_that_is_tested() -> None:
     example = (ROOT / "docs" / "examples" / "hyper_cleaning.py").read_text()
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert example in blocks
+    assert len(blocks[0].splitlines()) > 40
+    assert blocks[0] in example
 
 
 def test_hyper_cleaning_finds_the_corrupted_labels() -> None:
     """In a process of its own, as a reader would run it."""
     output = run(sys.executable, str(ROOT / "docs" / "examples" / "hyper_cleaning.py"))
-    area = float(re.search(r"'is clean', by weight: ([\d.]+)", output)[1])  # type: ignore[index]
+    area = float(re.search(r"'label is intact', by weight: ([\d.]+)", output)[1])  # type: ignore[index]
     plain, reweighted = map(float, re.search(r"([\d.]+) trained on all, ([\d.]+) reweighted", output).groups())  # type: ignore[union-attr]
     assert area > 0.9
     assert reweighted > plain + 0.05

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from states import assert_same_state
 
-from mlopt.solving import archive
+from mlopt.solving import serialization
 
 #: What has wall-clock times in it, or a picture's.
 _FREE = {"weights.png", "environment.json", "began"}
@@ -84,7 +84,7 @@ def assert_equal(folder: Path, other: Path) -> None:
     for phase in phases:
         last, expected = (max((run / "checkpoints" / phase).glob("step-*")) for run in (folder, other))
         assert last.name == expected.name
-        assert_same_state(archive.read(last), archive.read(expected), phase)
+        assert_same_state(serialization.read(last), serialization.read(expected), phase)
 
 
 def killed_once(moments: int, seed: int) -> Callable[..., None]:

@@ -159,6 +159,6 @@ def test_a_method_of_a_name_is_that_method() -> None:
 
 def test_a_module_that_is_not_an_encoder_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"encoder is a Linear; derive its class from mlopt\.recipes\.tapweight\.encoder"
+        ValueError, match=r"encoder is a Linear; derive its class from mlopt\.recipes\.tapweight\.encoder"
     ):
         recipe(lambda: nn.Linear(3, 4))

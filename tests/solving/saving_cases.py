@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mlopt.errors import CheckpointWarning
-from mlopt.solving import archive
+from mlopt.solving import serialization
 from mlopt.solving.checkpoints import Checkpoints
 
 
@@ -46,8 +46,8 @@ def bits(tensor):
 def through(state, folder=None):
     """Return what is read of what is written."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        archive.write(Path(place), state)
-        return archive.read(Path(place))
+        serialization.write(Path(place), state)
+        return serialization.read(Path(place))
 
 
 FILES = ("manifest.json", "state.json", "tensors.safetensors")
@@ -76,7 +76,7 @@ def saved(folder, *steps, scores=None, **options):
 
 
 def newest(checkpoints):
-    """Return the step of the newest whole checkpoint, its content checked, and the warnings that came."""
+    """Return the step of the newest complete checkpoint, its content checked, and the warnings that came."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step, folder, state = checkpoints.newest()

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam
 
 import mlopt
 from mlopt import Level, Problem, variables
-from mlopt.solving import archive
+from mlopt.solving import serialization
 
 
 class Two(nn.Module):
@@ -50,7 +50,7 @@ def split_is_whole(tmp_path: Path, cut: int, steps: int, build: Any, **options: 
     solve(build(), steps, tmp_path / "whole", callbacks=make(), **options)
     solve(build(), cut, tmp_path / "cut", callbacks=make(), **options)
     solve(build(), steps, tmp_path / "cut", resume=True, callbacks=make(), **options)
-    whole, cut_ = (archive.read(tmp_path / name / f"step-{steps:08d}") for name in ("whole", "cut"))
+    whole, cut_ = (serialization.read(tmp_path / name / f"step-{steps:08d}") for name in ("whole", "cut"))
     assert_same_state(cut_, whole)
 
 
@@ -93,7 +93,9 @@ def test_other_layers_frozen_are_another_problem(tmp_path: Path) -> None:
 def test_a_learning_rate_that_is_given_anew_is_told_and_does_not_count(tmp_path: Path) -> None:
     solve(one_level(), 2, tmp_path)
     problem = one_level(optimizer=partial(Adam, lr=5.0))
-    with pytest.warns(mlopt.CheckpointWarning, match="its optimizer was begun with .*'lr': 0.1.*which stays"):
+    with pytest.warns(
+        mlopt.CheckpointWarning, match="the optimizer keeps the hyperparameters of the checkpoint.*'lr': 0.1"
+    ):
         solve(problem, 3, tmp_path, resume=True)
     assert problem["x"].module.a.weight.abs().max() < 2
 
@@ -121,7 +123,9 @@ def test_callbacks_of_one_kind_get_their_own_state_back(tmp_path: Path) -> None:
 
 def test_early_stopping_takes_no_other_metrics_state(tmp_path: Path) -> None:
     solve(one_level(), 2, tmp_path, callbacks=[mlopt.EarlyStopping("x/loss", patience=9)], log_every=1)
-    with pytest.warns(UserWarning, match="'step' begins to be watched: the checkpoint's watched 'x/loss'"):
+    with pytest.warns(
+        UserWarning, match="'step' starts without a best value, because the checkpoint has that of 'x/loss'"
+    ):
         solve(one_level(), 3, tmp_path, resume=True, callbacks=[mlopt.EarlyStopping("step", patience=9)], log_every=1)
 
 

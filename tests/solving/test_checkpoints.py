@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from saving_cases import FILES, delete, flip, is_of, names, newest, saved, state_of
 
 from mlopt.errors import CheckpointError, CheckpointWarning
-from mlopt.solving import archive
+from mlopt.solving import serialization
 from mlopt.solving.checkpoints import Checkpoints
 
 
 def test_a_checkpoint_is_three_files_of_which_one_vouches_for_the_others(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new" / "run", best="a/loss")
-    checkpoints.claim(resume=False)
+    checkpoints.prepare(resume=False)
     assert checkpoints.newest() is None
     folder = checkpoints.save(42, state_of(42), 0.25)
     assert folder == tmp_path / "new" / "run" / "step-00000042"
@@ -122,7 +122,7 @@ def test_what_else_lies_in_the_folder_is_left_alone(tmp_path):
         (tmp_path / name / "manifest.json").write_text("{}")
     (tmp_path / "step-00000090").write_text("a file")
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.claim(resume=False)
+    checkpoints.prepare(resume=False)
     for step in (1, 2):
         checkpoints.save(step, state_of(step))
     assert newest(checkpoints) == (2, [])
@@ -137,7 +137,7 @@ def test_faults_are_kept_and_never_gone_on_from(tmp_path):
     for weight in (5, 6):
         folder = checkpoints.save_fault(7, state_of(weight))
     assert folder.name == "fault-00000007"
-    assert is_of(archive.read(folder), 6)
+    assert is_of(serialization.read(folder), 6)
     checkpoints.save(8, state_of(8))
     assert names(tmp_path) == ["fault-00000007", "step-00000008"]
     shutil.rmtree(tmp_path / "step-00000008")
@@ -155,7 +155,7 @@ def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkey
 
     monkeypatch.setattr(os, "rename", busy)
     with pytest.warns(
-        CheckpointWarning, match="step-00000001 is no longer needed and cannot be removed: Device or resource"
+        CheckpointWarning, match="step-00000001 is no longer needed but cannot be removed: Device or resource"
     ):
         checkpoints.save(2, state_of(2))
     assert newest(checkpoints) == (2, [])
@@ -256,24 +256,24 @@ def put(name, content):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda folder: delete(folder / "manifest.json"), "it has no manifest.json: the save was cut off"),
+        (lambda folder: delete(folder / "manifest.json"), "it has no manifest.json: the save was interrupted"),
         (lambda folder: delete(folder / "state.json"), "its state.json is missing"),
         (lambda folder: truncate(folder / "tensors.safetensors", 0.5, 0), "its tensors.safetensors has"),
         (
             lambda folder: flip(folder / "tensors.safetensors", 1, 1),
-            "its tensors.safetensors is damaged: it does not have",
+            "its tensors.safetensors is damaged: its SHA-256",
         ),
         (put("manifest.json", b"\xff{"), "its manifest.json is damaged"),
         (put("manifest.json", b"[" * 100_000), "its manifest.json is damaged"),
-        (put("manifest.json", b"[]"), "it is no manifest"),
-        (put("manifest.json", b'{"format": true}'), "it is no manifest"),
-        (put("manifest.json", b'{"format": 1}'), "it does not have its SHA-256"),
+        (put("manifest.json", b"[]"), "it is not a manifest"),
+        (put("manifest.json", b'{"format": true}'), "it is not a manifest"),
+        (put("manifest.json", b'{"format": 1}'), "its SHA-256 differs"),
         (
             lambda folder: retouch(folder / "manifest.json"),
-            "its manifest.json is damaged: it does not have its SHA-256",
+            "its manifest.json is damaged: its SHA-256 differs",
         ),
-        (rewritten(format=2), "it is of format 2, and this mlopt reads formats up to 1"),
-        (rewritten(step=7), "its manifest.json is of step 7: it was renamed"),
+        (rewritten(format=2), "it has format 2, and this version of mlopt reads formats up to 1"),
+        (rewritten(step=7), "its manifest.json is of step 7: the folder was renamed"),
         (lambda folder: (delete(folder / "state.json"), (folder / "state.json").mkdir()), "its state.json has"),
     ],
 )
@@ -308,7 +308,7 @@ def test_where_none_is_whole_each_is_told(tmp_path):
     delete(tmp_path / "step-00000001" / "manifest.json")
     delete(tmp_path / "step-00000002" / "state.json")
     with pytest.raises(
-        CheckpointError, match=r"(?s)none .* whole.*00002: its state.json is missing.*00001: it has no manifest"
+        CheckpointError, match=r"(?s)none .* complete.*00002: its state.json is missing.*00001: it has no manifest"
     ):
         checkpoints.newest()
 
@@ -319,10 +319,10 @@ def test_where_none_is_whole_each_is_told(tmp_path):
 def test_a_folder_that_holds_checkpoints_is_gone_on_from_or_refused(tmp_path):
     saved(tmp_path, 1, 2)
     with pytest.raises(
-        CheckpointError, match=r"holds checkpoints already, the newest step-00000002: go on .* resume=True"
+        CheckpointError, match=r"already holds checkpoints, the newest step-00000002: resume .* resume=True"
     ):
-        Checkpoints(tmp_path).claim(resume=False)
-    Checkpoints(tmp_path).claim(resume=True)
+        Checkpoints(tmp_path).prepare(resume=False)
+    Checkpoints(tmp_path).prepare(resume=True)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
@@ -331,7 +331,7 @@ def test_claiming_clears_away_what_was_cut_off(tmp_path):
     for name in ("partial-step-00000002", "partial-fault-00000001"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
     (tmp_path / "partial-trial").write_text("")
-    Checkpoints(tmp_path).claim(resume=True)
+    Checkpoints(tmp_path).prepare(resume=True)
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -348,7 +348,7 @@ def test_a_replacement_that_was_cut_off_is_settled_for_what_is_whole(tmp_path, w
         shutil.rmtree(target)
     right = (target if whole in ("both", "target") else replaced).stat().st_ino
     assert newest(checkpoints)[0] == 3
-    checkpoints.claim(resume=True)
+    checkpoints.prepare(resume=True)
     assert names(tmp_path) == ["step-00000003"]
     assert target.stat().st_ino == right
     assert newest(checkpoints) == (3, [])
@@ -364,7 +364,7 @@ def test_a_replacement_that_was_cut_off_is_settled_for_what_is_whole(tmp_path, w
 def test_a_file_where_the_folder_should_be_is_told(tmp_path, path, told):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=f"checkpoints cannot be written to .*: {told}"):
-        Checkpoints(tmp_path / path).claim(resume=False)
+        Checkpoints(tmp_path / path).prepare(resume=False)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path, monkeypatch):
@@ -373,9 +373,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp
 
     monkeypatch.setattr(builtins, "open", read_only)
     with pytest.raises(
-        CheckpointError, match=r"cannot be written to .*: Read-only file system .*; give a folder on a file"
+        CheckpointError, match=r"cannot be written to .*: Read-only file system .*; give a folder on a writable file"
     ):
-        Checkpoints(tmp_path).claim(resume=False)
+        Checkpoints(tmp_path).prepare(resume=False)
     assert names(tmp_path) == []
 
 
@@ -385,5 +385,5 @@ def test_a_folder_without_permission_is_told(tmp_path, path):
     if os.access(tmp_path, os.W_OK):
         pytest.skip("permissions do not bind this user")
     with pytest.raises(CheckpointError, match=r"Permission denied .*; give yourself the permission"):
-        Checkpoints(tmp_path / path).claim(resume=False)
+        Checkpoints(tmp_path / path).prepare(resume=False)
     tmp_path.chmod(0o700)

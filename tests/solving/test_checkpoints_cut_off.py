@@ -14,7 +14,7 @@ import pytest
 from saving_cases import delete, is_of, names, newest, saved, state_of
 
 from mlopt.errors import CheckpointError
-from mlopt.solving import archive
+from mlopt.solving import serialization
 from mlopt.solving.checkpoints import Checkpoints
 
 CALLS = [(os, "rename"), (os, "fsync"), (os, "mkdir"), (os, "open"), (os, "unlink"), (os, "rmdir"), (builtins, "open")]
@@ -65,7 +65,7 @@ def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, c
             continue
         failed += 1
         assert f"step-0000000{step} cannot be saved: {os.strerror(code)} (a place); " in error
-        assert "the newest whole checkpoint is step-0000000" in error
+        assert "the newest complete checkpoint is step-0000000" in error
         assert not list(folder.glob("partial-*"))
         found = checkpoints.newest()
         if found[2] == {"step": "new"}:
@@ -73,7 +73,7 @@ def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, c
             assert found[0] == step
             assert "is step-0000000" + str(step) in error
             assert (folder / "step-00000001").is_dir()
-            assert step == 3 or is_of(archive.read(folder / "replaced-step-00000002"), 2)
+            assert step == 3 or is_of(serialization.read(folder / "replaced-step-00000002"), 2)
         else:
             assert "is step-00000002" in error
             assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -110,7 +110,7 @@ def test_wherever_a_save_is_cut_off_a_whole_one_is_found(tmp_path, step, whole):
         # `newest` holds what it reads against the number of its step.
         found = newest(checkpoints)[0]
         assert found in (2, step)
-        checkpoints.claim(resume=True)
+        checkpoints.prepare(resume=True)
         assert newest(checkpoints) == (found, [])
         assert all(name.startswith("step-") for name in names(folder))
     else:
@@ -121,7 +121,7 @@ def test_wherever_a_save_is_cut_off_a_whole_one_is_found(tmp_path, step, whole):
 def test_where_the_first_save_fails_it_says_that_there_is_nothing_to_go_on_from(tmp_path, monkeypatch):
     failing(monkeypatch, 1, OSError(errno.EDQUOT, "Disk quota exceeded"))
     with pytest.raises(
-        CheckpointError, match=r"Disk quota exceeded; free some of your quota.*; there is no whole checkpoint"
+        CheckpointError, match=r"Disk quota exceeded; free some of your quota.*; there is no complete checkpoint"
     ):
         Checkpoints(tmp_path).save(1, state_of(1))
 
@@ -178,7 +178,7 @@ for k in range(20):
     for _ in range(2):
         step, place, state = checkpoints.newest()
         assert step >= first and is_of(state, step, 20_000)
-        checkpoints.claim(resume=True)
+        checkpoints.prepare(resume=True)
         assert all(name.startswith("step-") for name in names(folder))
     print(step, left)
 """
@@ -207,5 +207,5 @@ print(names(folder), newest(checkpoints))
 def test_a_file_that_does_not_fit_is_told(tmp_path):
     told, left = in_a_child(FULL, tmp_path).splitlines()
     assert "step-00000002 cannot be saved: File too large; raise the limit on the size of a file" in told
-    assert told.endswith("the newest whole checkpoint is step-00000001")
+    assert told.endswith("the newest complete checkpoint is step-00000001")
     assert left == "['step-00000001'] (1, [])"

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 import mlopt
 from mlopt import Level, Problem, variables
 from mlopt.problem import Stream
-from mlopt.solving import archive
+from mlopt.solving import serialization
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -272,8 +272,8 @@ def test_a_stream_goes_on_where_its_state_says(kind: str, taken: int, seed: int,
 
     def saved(state: dict[str, Any]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            archive.write(Path(folder), state)
-            return archive.read(Path(folder))
+            serialization.write(Path(folder), state)
+            return serialization.read(Path(folder))
 
     stream = Stream("x", KINDS[kind](), seed, CPU)
     take(stream, taken)

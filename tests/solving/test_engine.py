@@ -152,8 +152,8 @@ def plain(own, batch):
             lambda net: {"optimizer": SGD(net[0].parameters(), lr=0.1)},
             "leaves out 2 of the level's 4 trainable tensors",
         ),
-        (lambda net: {"optimizer": partial(LBFGS, lr=0.1)}, "LBFGS evaluates the loss itself"),
-        (lambda net: {"optimizer": still, "steps": 5}, "steps=5, but the outermost level is solved inside none"),
+        (lambda net: {"optimizer": partial(LBFGS, lr=0.1)}, "LBFGS needs a closure"),
+        (lambda net: {"optimizer": still, "steps": 5}, "steps=5, but the outermost level is not solved inside another"),
     ],
 )
 def test_optimizers_and_steps_that_cannot_be(make, sentence):

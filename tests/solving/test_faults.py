@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlopt
 from mlopt import Level, Problem, variables
-from mlopt.finiteness import Watch, deferred, require_finite
-from mlopt.solving import archive
+from mlopt.finiteness import DeferredChecks, deferred, require_finite
+from mlopt.solving import serialization
 from mlopt.solving.loop import Loop
 
 F64 = torch.float64
@@ -98,7 +98,7 @@ def test_raised_with_level_step_estimator_and_state(
     # The row of the step that failed is there, with what it has.
     assert [row["step"] for row in told.rows] == list(range(1, step + 1))
     assert told.ended == 1
-    saved = archive.read(fault)
+    saved = serialization.read(fault)
     assert saved["history"][-1]["step"] == step
     assert repr(saved["history"]) == repr(told.rows)
     # What is resumed from is the state before, and the data go on to fail: they are what failed.
@@ -159,7 +159,7 @@ def test_a_step_that_is_rolled_back_leaves_variables_and_optimizers_and_the_next
 
 @pytest.mark.parametrize(
     ("policy", "sentence"),
-    [("skip", "3 such steps were left out already"), ("rollback", "3 outer steps were taken back")],
+    [("skip", "3 such steps were already skipped"), ("rollback", "3 outer steps were already rolled back")],
 )
 def test_both_are_bounded(policy: str, sentence: str) -> None:
     with pytest.raises(mlopt.NonFiniteError, match=sentence):
@@ -247,7 +247,7 @@ def test_a_solver_that_stops_by_residual_waits(monkeypatch: pytest.MonkeyPatch) 
 def count_waits(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return how often each outer step waits, where what is not finite is noted."""
     counts, waits = [], Waits()
-    monkeypatch.setattr(Loop, "_watching", lambda loop: deferred(loop._watch))
+    monkeypatch.setattr(Loop, "_deferring_checks", lambda loop: deferred(loop._checks))
 
     class Count(mlopt.Callback):
         def on_step_begin(self, run: Any) -> None:
@@ -265,7 +265,7 @@ def count_waits(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_what_was_noted_raises_at_the_next_log_and_names_its_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Loop, "_watching", lambda loop: deferred(loop._watch))
+    monkeypatch.setattr(Loop, "_deferring_checks", lambda loop: deferred(loop._checks))
     told = Told()
     values = [1.0, 1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0]
     with pytest.raises(mlopt.NonFiniteError, match="outer step 4: the loss of level 'x' is nan") as raised:
@@ -282,17 +282,17 @@ def test_what_was_noted_raises_at_the_next_log_and_names_its_step(
 
 
 def test_a_watch_reads_once_and_starts_anew() -> None:
-    watch = Watch()
-    with deferred(watch):
+    checks = DeferredChecks()
+    with deferred(checks):
         require_finite((torch.ones(3), torch.ones(2)), lambda _: "fine")
-        watch.step = 2
+        checks.step = 2
         require_finite((torch.tensor([1.0, INF]),), lambda value: f"it is {value}")
-        watch.step = 3
+        checks.step = 3
         require_finite((torch.tensor([NAN]),), lambda value: f"it is {value}")
     with pytest.raises(mlopt.NonFiniteError, match="it is inf") as raised:
-        watch.read()
+        checks.run()
     assert raised.value.step == 2
-    watch.read()
+    checks.run()
     with pytest.raises(mlopt.NonFiniteError, match="it is nan"):
         require_finite((torch.tensor([NAN]),), lambda value: f"it is {value}")
 
@@ -353,7 +353,7 @@ def test_half_precision_that_overflows_is_no_fault_of_an_estimator_that_looks_at
 
 
 def test_callbacks_and_evaluations_look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loop, "_watching", lambda loop: deferred(loop._watch))
+    monkeypatch.setattr(Loop, "_deferring_checks", lambda loop: deferred(loop._checks))
     caught = []
 
     def probe(problem: Problem) -> dict[str, float]:
@@ -372,7 +372,7 @@ def test_callbacks_and_evaluations_look_at_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_watch_keeps_the_range_of_double_precision() -> None:
-    watch = Watch()
-    with deferred(watch):
+    checks = DeferredChecks()
+    with deferred(checks):
         require_finite((), lambda value: f"it is {value}", size=torch.tensor(1e200, dtype=F64))
-    watch.read()
+    checks.run()

@@ -18,7 +18,7 @@ from states import assert_same_state
 from torch.optim import SGD
 
 import mlopt
-from mlopt.solving import archive
+from mlopt.solving import serialization
 from mlopt.solving.interruption import Interruption
 
 SCRIPT = """
@@ -61,14 +61,14 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(kind: str
     step, _, _ = mlopt.Checkpoints(tmp_path).newest()
     assert out.split() == [str(k) for k in range(4, step + 1)]
     assert error == (
-        f"mlopt: {kind}: step {step} of 10000 is finished and saved in {tmp_path}; resume=True (--resume on the command line) "
-        "goes on from there\n"
+        f"mlopt: {kind}: step {step} of 10000 is finished and saved in {tmp_path}; pass resume=True (--resume on the command "
+        "line) to continue\n"
     )
     for folder in (tmp_path, tmp_path / "whole"):
         process = start(folder, step + 3)
         process.communicate(timeout=60)
         assert process.returncode == 0
-    cut, whole = (archive.read(folder / f"step-{step + 3:08d}") for folder in (tmp_path, tmp_path / "whole"))
+    cut, whole = (serialization.read(folder / f"step-{step + 3:08d}") for folder in (tmp_path, tmp_path / "whole"))
     assert_same_state(cut, whole)
 
 
@@ -184,7 +184,7 @@ def test_during_warm_up_too(tmp_path: Path) -> None:
     taken.extend([1] * 10)
     mlopt.solve(build(), 1, checkpoint=tmp_path / "whole", seed=0, progress=False)
     mlopt.solve(build(), 1, checkpoint=tmp_path, seed=0, resume=True, progress=False)
-    cut, whole = (archive.read(folder / "step-00000001") for folder in (tmp_path, tmp_path / "whole"))
+    cut, whole = (serialization.read(folder / "step-00000001") for folder in (tmp_path, tmp_path / "whole"))
     assert_same_state(cut["engine"]["levels"], whole["engine"]["levels"])
 
 

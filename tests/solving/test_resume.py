@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mlopt
 from mlopt import Level, Problem
-from mlopt.solving import archive
+from mlopt.solving import serialization
 
 STEPS = 7
 
@@ -154,7 +154,7 @@ def play(kind: str, folder: Path, steps: int, *, resume: bool, every: int = 1) -
         "history": list(solution.history),
         "log": (folder / "log.csv").read_text(),
         "drawn next": torch.rand(()),
-        "saved": archive.read(folder / f"step-{steps:08d}"),
+        "saved": serialization.read(folder / f"step-{steps:08d}"),
     }
 
 
@@ -208,13 +208,13 @@ def run(folder: Path, steps: int, problem: Problem | None = None, **options: Any
     [
         (
             lambda: quadratic(4),
-            r"level 'weights': parameter 'value' is \(3,\) of torch.float32 in the checkpoint, \(4,\) of",
+            r"level 'weights': parameter 'value' is \(3,\) of torch.float32 in the checkpoint and \(4,\) of",
         ),
         (
             lambda: quadratic(optimizer=partial(Adam, lr=0.1)),
-            "level 'x' is stepped by SGD in the checkpoint, by Adam here",
+            "the optimizer of level 'x' is SGD in the checkpoint and Adam in the problem",
         ),
-        (lambda: build("warm"), "of a problem with the levels weights, x, not weights, net"),
+        (lambda: build("warm"), "belongs to a problem with the levels weights, x, not weights, net"),
     ],
 )
 def test_a_checkpoint_of_another_problem_is_refused(other: Any, sentence: str, tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_a_checkpoint_of_another_problem_is_refused(other: Any, sentence: str, t
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"seed": 1}, "of a run with seed=0, not 1"),
-        ({"steps": 1}, "is of step 2, and steps=1 are asked for"),
+        ({"seed": 1}, "has seed=0, not 1"),
+        ({"steps": 1}, "is of step 2, beyond steps=1"),
     ],
 )
 def test_a_run_is_gone_on_with_as_it_was_begun(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_run_is_gone_on_with_as_it_was_begun(options: dict[str, Any], sentence
 def test_another_setting_is_told(tmp_path: Path) -> None:
     run(tmp_path, 2)
     with pytest.warns(
-        mlopt.CheckpointWarning, match="steps of level 'x' was 2 in the checkpoint, and is 5 from here on"
+        mlopt.CheckpointWarning, match="steps of level 'x' was 2 in the checkpoint, and is 5 from this step on"
     ):
         run(tmp_path, 3, quadratic(steps=5), resume=True)
 
@@ -253,7 +253,7 @@ def test_without_a_seed_the_first_one_is_kept(tmp_path: Path) -> None:
     run(tmp_path / "cut", 2, seed=None)
     torch.manual_seed(9)
     run(tmp_path / "cut", 4, seed=None, resume=True)
-    whole, cut = (archive.read(tmp_path / name / "step-00000004") for name in ("whole", "cut"))
+    whole, cut = (serialization.read(tmp_path / name / "step-00000004") for name in ("whole", "cut"))
     assert_same_state(cut, whole)
 
 
@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     damaged[-1] ^= 1
     tensors.write_bytes(damaged)
     resumed = quadratic()
-    with pytest.warns(mlopt.CheckpointWarning, match=r"passed over .*step-00000003: .*damaged"):
+    with pytest.warns(mlopt.CheckpointWarning, match=r"skipped .*step-00000003: .*damaged"):
         solution = run(tmp_path / "cut", 4, resumed, resume=True)
     assert torch.equal(resumed["weights"].module.value, whole["weights"].module.value)
     assert [row["step"] for row in solution.history] == [1, 2, 3, 4]
@@ -350,19 +350,19 @@ class Filling(mlopt.Callback):
 
     def on_step_end(self, run: Any) -> None:
         if run.step == 2:
-            real = archive.write
+            real = serialization.write
 
             def full(folder: Path, state: Any) -> None:
                 if run.step < self._until:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 real(folder, state)
 
-            self._patch.setattr(archive, "write", full)
+            self._patch.setattr(serialization, "write", full)
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(
-        mlopt.CheckpointWarning, match="No space left on device.*the newest whole checkpoint is step-00000001"
+        mlopt.CheckpointWarning, match="No space left on device.*the newest complete checkpoint is step-00000001"
     ) as told:
         solution = run(tmp_path, 5, callbacks=[Filling(monkeypatch, until=4)])
     assert len(told) == 2

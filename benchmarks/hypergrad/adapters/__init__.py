@@ -1,8 +1,8 @@
-"""One file for each library: what it calls its estimators, and how each is called on a case.
+"""One file for each library: its estimators by name, and the call of each on a case.
 
 An adapter has `ESTIMATORS`: for each name, a function of (case, iterations) that returns a function without arguments, which
-returns the hypergradient at the case's present point, flat. The first word of a name is its family, by which libraries are
-compared. `VERSION` is the distribution's name. A combination that a library refuses, or cannot express, raises `Unsupported`.
+returns the flat hypergradient at the current point of the case. The first word of a name is its family; libraries are compared
+by family. `VERSION` is the name of the distribution. A combination that a library refuses or cannot express raises `Unsupported`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.optim import SGD, Adam, Optimizer
 
 __all__ = ["LIBRARIES", "Unsupported", "adapter", "alternate", "family", "flat_or_zero", "watched"]
 
-#: The libraries, with what must be done where one is absent.
+#: The libraries, each with the remedy if it is absent.
 LIBRARIES = {
     "mlopt": "",
     "betty": "make peers",
-    "betty_head": "--peer betty_head=PYTHON, one that can import Betty's repository as `betty`",
+    "betty_head": "--peer betty_head=PYTHON, a Python that can import Betty's repository as `betty`",
     "torchopt": "make peers",
     "higher": "make peers",
     "boat": "make peers",
-    "hypertorch": "--peer hypertorch=PYTHON, one that can import hypertorch's repository as `hypergrad`",
+    "hypertorch": "--peer hypertorch=PYTHON, a Python that can import hypertorch's repository as `hypergrad`",
 }
 
-#: Families that take no number of iterations.
+#: Families without a number of iterations.
 ONE_SHOT = ("Identity", "FiniteDifference", "Dense", "Converged")
 
 
 class Unsupported(Exception):  # noqa: N818
-    """What a library cannot do, as a sentence."""
+    """A library does not offer this combination; the message says why."""
 
 
 def adapter(library: str) -> ModuleType:
@@ -48,13 +48,13 @@ def family(estimator: str) -> str:
 
 
 def flat_or_zero(gradients: Sequence[Tensor | None], variables: Sequence[Tensor]) -> Tensor:
-    """Return gradients as one vector, zeros where there is none."""
+    """Return gradients as one vector, with zeros in place of None."""
     pairs = zip(gradients, variables, strict=True)
     return torch.cat([(torch.zeros_like(v) if g is None else g).detach().reshape(-1) for g, v in pairs])
 
 
 def watched(kind: type[Optimizer], watch: Callable[[], None]) -> type[Optimizer]:
-    """Return an optimiser class that calls `watch` before each step, with the gradients in place and nothing moved yet."""
+    """Return an optimiser class that calls `watch` before each step, with the gradients in place and the variables unchanged."""
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def step(self, closure: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Betty (Choe et al. 2023, arXiv 2207.02849): its release, and its repository's head."""
+"""Betty (Choe et al. 2023, arXiv 2207.02849): its release, and the head of its repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSION = "betty-ml"
 
 
 class _Problem(ImplicitProblem):
-    """A problem whose loss is a function of the problems by name; its batch is nothing."""
+    """A problem whose loss is a function of the problems by name; it has no batch."""
 
     def __init__(self, name: str, module: nn.Module, loss: Callable[[Any], Tensor], config: Config) -> None:
         super().__init__(name, config, module=module, optimizer=SGD(module.parameters(), lr=1.0))
@@ -40,7 +40,7 @@ def _engine(problems: list[_Problem], edges: dict[str, Any], device: str) -> Eng
 
 
 def _gradient(outer: _Problem) -> Tensor:
-    """Do what the outermost problem does in a step, up to the optimiser."""
+    """Compute a step of the outermost problem, without the optimiser."""
     outer.zero_grad()
     loss, _ = outer.get_loss(None)
     outer.backward(loss, outer.trainable_parameters(), outer.paths, retain_graph=True, allow_unused=True)
@@ -82,7 +82,7 @@ def _graph(kind: str, graph: Graph, iterations: int) -> Callable[[], Tensor]:
         name: _Problem(name, module, loss, _config(kind, iterations, step_size=0.5))
         for name, module in graph.modules.items()
     }
-    # Where outermost variables enter, and from each level to those whose losses read its solution.
+    # Edges from the outermost level to the levels that it enters, and from each level to the levels that read its solution.
     outer = problems["outer"]
     entering = [problems[name] for name, others in graph.references.items() if "outer" in others]
     upward = {

@@ -1,7 +1,7 @@
 """BOAT (Liu et al. 2024).
 
-Its operators are called by themselves: `Problem.run_iter` would take a step of the inner level first, which moves the point,
-and write a log file, which costs time.
+Its operators are called directly: `Problem.run_iter` would first take a step of the inner level, which changes the point, and
+write a log file, which costs time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VERSION = "boat-torch"
 
 
 def _operator(name: str, case: Case, iterations: int) -> Callable[[], Tensor]:
-    # Its finite difference scales the inverse Hessian's identity by the inner learning rate.
+    # Its finite difference approximates the inverse Hessian by the inner learning rate times the identity.
     optimizer = torch.optim.SGD(case.x, lr=1.0 if name == "FD" else case.step_size)
 
     def lower(feed: Any, outer: Any, inner: Any, params: Any = None) -> Tensor:

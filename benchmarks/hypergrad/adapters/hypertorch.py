@@ -1,4 +1,4 @@
-"""hypertorch (Grazzi et al. 2020, arXiv 2006.16218), which imports as `hypergrad`."""
+"""hypertorch (Grazzi et al. 2020, arXiv 2006.16218), imported as `hypergrad`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _implicit(method: Callable[..., Any], case: Case, iterations: int) -> Callab
 
 
 def _warm(case: Case, iterations: int) -> Callable[[], Tensor]:
-    """Stochastic AID with the solution of the call before as its start: gradient steps on the linear system."""
+    """Stochastic AID, warm-started at the solution of the previous call: gradient steps on the linear system."""
     kept: list[list[Tensor] | None] = [None]
 
     def call() -> Tensor:

@@ -1,4 +1,4 @@
-"""Ours."""
+"""mlopt."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _converged(case: Case) -> dict[str, Any]:
     return {"iterations": 5_000, "rtol": 1e-12 if case.x[0].dtype == torch.float64 else 1e-6}
 
 
-#: A line for each estimator.
+#: One line for each solver.
 _TABLE: dict[str, Callable[..., Any]] = {
     "Identity": lambda case, k, **how: mlopt.Identity(**how),
     "Neumann": lambda case, k, **how: mlopt.Neumann(terms=k, step_size=case.step_size, **how),
@@ -73,10 +73,10 @@ def _estimators() -> dict[str, Callable[[Case, int], Callable[[], Tensor]]]:
     found: dict[str, Callable[[Case, int], Any]] = {}
     for name, make in _TABLE.items():
         found[name] = make
-        # Products are an axis of their own: it is walked along one solver.
+        # The kinds of products are an axis of their own, measured with one solver.
         if name == "ConjugateGradient":
             found |= {f"{name} {spelling}": partial(make, products=kind) for kind, spelling in SPELLING.items()}
-    # The identity's differences are what FiniteDifference is, and it has no product that Gauss-Newton concerns.
+    # FiniteDifference is the identity with differences; the identity takes no product with H, so Gauss-Newton does not apply.
     found["Identity forward"] = partial(_TABLE["Identity"], products="forward")
     found |= _PLAIN
     return {name: partial(_hypergradient, make) for name, make in found.items()}
@@ -86,7 +86,7 @@ ESTIMATORS = _estimators()
 
 
 class _GraphLoss:
-    """The loss of a level of a graph, which states the levels it refers to as a loss does: in its signature."""
+    """The loss of a level of a graph; its signature names the levels that it refers to, as that of a function would."""
 
     def __init__(self, graph: Graph, name: str) -> None:
         kinds = inspect.Parameter
@@ -118,7 +118,7 @@ GRAPHS = {
 
 
 def closed_form(shape: str, estimator: str) -> float:
-    """Return the error on a shape of `mlopt.testing`, nests included."""
+    """Return the error on a shape of `mlopt.testing`, including nests."""
     made = {"Dense": mlopt.Dense(), "ConjugateGradient": mlopt.ConjugateGradient(iterations=200, rtol=1e-12)}[estimator]
     case = testing.quadratic(shape, made, size=3)
     return case.error(mlopt.hypergradient(case.problem).gradient)
@@ -137,5 +137,5 @@ LOOPS: dict[str, Callable[[Case], Any]] = {
 
 
 def loop(case: Case, setting: str, steps: int, watch: Callable[[], None]) -> None:
-    """Run the `loop` section's loop by `mlopt.solve`."""
+    """Run the loop of the `loop` section with `mlopt.solve`."""
     mlopt.solve(problem(case, LOOPS[setting](case), watch), steps, progress=False)

@@ -19,7 +19,7 @@ VERSION = "torchopt"
 
 
 def _root(make: Callable[[Case, int], Any], case: Case, iterations: int) -> Callable[[], Tensor]:
-    """Implicit differentiation of a solution that is given: the solver returns the present point."""
+    """Implicit differentiation of a given solution: the solver returns the current point."""
 
     def stationarity(x: tuple[Tensor, ...], u: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.func.grad(lambda moved: case.f_of(moved, u))(x)

@@ -1,1 +1,1 @@
-"""The sections: each has `run`, which takes the workplace and returns rows."""
+"""The sections: each has a function `run` that takes the workplace and returns rows."""

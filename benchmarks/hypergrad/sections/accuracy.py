@@ -1,7 +1,7 @@
 """Error and cost of every estimator of every library, at the same points and numbers of iterations.
 
-Time, operations and memory are those of one hypergradient over those of one plain gradient of the inner loss, taken in the
-same process; times are medians of ratios, over rounds in which every call of every library runs in turn.
+Time, operations and memory of one hypergradient are relative to one plain gradient of the inner loss in the same process.
+Times are medians of ratios over rounds in which all calls of all libraries take turns.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
 def _iterations(estimator: str, at_optimum: bool, quick: bool) -> tuple[int, ...]:
     if family(estimator) in ONE_SHOT:
         return (0,)
-    # Unrolling moves away from a point that is no minimum: there it differentiates something else.
+    # Away from a minimum, unrolling leaves the point and differentiates another function.
     if family(estimator) == "Unrolled" and not at_optimum:
         return ()
-    # What has more than its family's name is a variant: other products, other equations.
+    # An estimator with more than its family in its name is a variant, with other products or equations.
     return (10,) if not at_optimum or (quick and estimator != family(estimator)) else (10, 100)
 
 

@@ -1,13 +1,13 @@
-"""The estimators that take the inverse Hessian for the identity: one mixed product f_ux F_x.
+"""The estimators that replace the inverse Hessian by the identity: one mixed product f_ux F_x.
 
-- time: of a hypergradient, over one plain gradient of the inner loss (float32).
-- product error: of the mixed product in float32, against the exact one in float64 at the same point. F does not depend on u
+- time: time of a hypergradient relative to one plain gradient of the inner loss (float32).
+- error: error of the mixed product in float32 against the exact product in float64 at the same point. F does not depend on u
   directly here, so the hypergradient is the product.
-- bfloat16 error: the same with the inner variables and the data in bfloat16 (u in float32), against float64 at that point.
-- deviation: with dropout always on, fresh masks in each call, for calls h_1 .. h_R: sqrt(mean ||h_r - m||^2) / ||m||, where m is
-  the mean of exact products, each with one set of masks. Masks differ from call to call on all sides, so even an exact product
-  deviates: by the row named "exact". What a library deviates beyond that comes from within its calls, from masks that
-  differ between the two sides of a difference.
+- bfloat16: the same error with the inner variables and the data in bfloat16 (u in float32), against float64 at that point.
+- deviation: dropout is always on, with new masks in each call. For calls h_1 .. h_R: sqrt(mean ||h_r - m||^2) / ||m||; m is the
+  mean of exact products, each with one set of masks. Masks differ from call to call for every library, so an exact product
+  deviates too: see the row "exact". A larger deviation comes from masks that differ within a call, between the two sides of a
+  difference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CASE, DROPOUT = "MLP 784-256-10", "MLP with dropout"
 
 
 def run(place: Workplace) -> list[dict[str, Any]]:
-    """Return a row for each estimator of the identity's family, and one for the exact product with dropout."""
+    """Return a row for each estimator of this family, and one for the exact product with dropout."""
     case = CASE if not place.quick else "MLP 64-256-10"
     rows = []
     for library in place.libraries:
@@ -67,7 +67,7 @@ def _time(place: Workplace, rows: list[tuple[Library, dict[str, Any]]]) -> None:
 
 
 def _masked(file: str, count: int) -> tuple[Tensor, float]:
-    """Return the mean of exact products with one set of masks each, and how much they deviate from it."""
+    """Return the mean of exact products with one set of masks each, and their deviation from it."""
     case = cases.load(file)
     found = []
     for seed in range(count):

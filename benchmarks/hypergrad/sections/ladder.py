@@ -1,4 +1,4 @@
-"""Ladders of 1 to 8 diamonds: 2^n paths lead through n of them. Time of a hypergradient over that with one rung."""
+"""Ladders of 1 to 8 diamonds; n diamonds have 2^n paths. Time of a hypergradient relative to one rung."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ..workers import Library, Workplace
 
 SIZE = 5
-#: A library's next rung is not begun where one call took more seconds than this.
+#: A library stops climbing after a call that took more seconds than this.
 BEARABLE = 2.0
 
 
@@ -15,7 +15,7 @@ def run(place: Workplace) -> list[dict[str, Any]]:
     """Return a row for each library, estimator and number of rungs."""
     rows = []
     for library in place.libraries:
-        # The repository's head has the release's finite difference.
+        # The head of the repository has the same finite difference as the release.
         for estimator in library.about["graphs"] if library.name != "betty_head" else ():
             if library.name == "mlopt" or estimator == "FiniteDifference":
                 rows += _climb(library, estimator, 0.5 if place.quick else BEARABLE)

@@ -1,14 +1,15 @@
-"""Hyper-cleaning as it is used: outer steps of one inner gradient step, one hypergradient and one Adam step each.
+"""Hyper-cleaning in practice: each outer step is one inner gradient step, one hypergradient and one Adam step.
 
 The inner step is full-batch gradient descent of step size 1 / (1.05 lambda_max), outer learning rate 1e-2; n = 1000, float32.
 Softmax regression is the problem of the literature (there with 784 features) and badly conditioned; the network, MLP 64-256-10,
-is well conditioned by its proximal term. Ours run at two tolerances, of which the looser that tracks counts. At every tenth outer
-step the hypergradient that the step takes is compared with the
-exact one at that point (conjugate gradients in float64, relative residual 1e-6), with the clock stopped; the tracking error is
-the median of these relative errors. Ours run by `mlopt.solve`; the others' hypergradients are called by a loop of ten lines,
-which spares them an engine. A peer's number of iterations is the smallest of 5, 10, 20, 40 and 80 (1 to 80 where it starts
-from the solution before) that meets the tracking error asked for in 30 steps of a run before, untimed (up to 20 with --quick).
-Timed runs take turns, ten steps each; the first step of each is not timed.
+is well conditioned because of its proximal term. At every tenth outer step the hypergradient of that step is compared with the
+exact one at the same point (conjugate gradients in float64, relative residual 1e-6), with the clock stopped; the tracking error
+is the median of these relative errors.
+
+mlopt runs `mlopt.solve` with warm-started conjugate gradients at two tolerances, and with one warm-started Neumann term; the
+fastest setting that tracks counts. The other libraries are called by a loop of ten lines, which spares them an engine. Their
+number of iterations is the smallest of 5, 10, 20, 40 and 80 (1 to 80 with a warm start) that reaches the target tracking error in
+30 untimed steps before (up to 20 with --quick). Timed runs take turns of ten steps; the first step of each run is not timed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
 
 
 def _fewest(library: Library, setting: str, file: str, most: int) -> int | None:
-    """Return the smallest number of iterations that tracks well enough, or None."""
+    """Return the smallest number of iterations that meets the tracking target, or None."""
     library.result("load", file=file)
     for iterations in (1, 2, 5, 10, 20, 40, 80) if "warm" in setting else _promising(library, setting):
         if iterations > most:
@@ -66,7 +67,7 @@ def _fewest(library: Library, setting: str, file: str, most: int) -> int | None:
 
 
 def _promising(library: Library, estimator: str) -> list[int]:
-    """Return the numbers of iterations that are not far off at the first point."""
+    """Return the numbers of iterations whose error at the first point is at most three times the target."""
     found = []
     for iterations in (5, 10, 20, 40, 80):
         library.result("build", key="call", estimator=estimator, iterations=iterations)
@@ -76,7 +77,7 @@ def _promising(library: Library, estimator: str) -> list[int]:
 
 
 def _in_turn(timed: list[tuple[Library, dict[str, Any]]], steps: int) -> None:
-    """Run all loops, each for ten steps at a time, and fill in the rows."""
+    """Run all loops in turns of ten steps, and fill in the rows."""
     waiting = list(timed)
     for process, row in timed:
         process.send("loop", setting=row["estimator"], iterations=row["iterations"], steps=steps, every=EVERY)
@@ -96,7 +97,7 @@ def _in_turn(timed: list[tuple[Library, dict[str, Any]]], steps: int) -> None:
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """Say how each compares with the best peer that tracks well enough."""
+    """Add to each row the time of the best other library that meets the tracking target, divided by its own."""
     peers = [r["seconds"] for r in rows if r["library"] != "mlopt" and r.get("error", 1.0) <= TRACKING]
     for row in rows:
         if peers and "seconds" in row:

@@ -17,7 +17,7 @@ def run(place: Workplace) -> list[dict[str, Any]]:
         for estimator in library.about["graphs"]:
             for shape in ("chain 2", "chain 3", "ladder 1"):
                 row = {"library": library.name, "estimator": estimator, "case": shape}
-                # Conjugate gradients end after as many iterations as there are variables.
+                # Conjugate gradients need at most one iteration for each variable.
                 k = SIZE if estimator == "ConjugateGradient" else 50
                 answer = library.ask("graph", key="call", shape=shape, size=SIZE, estimator=estimator, iterations=k)
                 if "result" in answer:

@@ -1,7 +1,7 @@
-"""Differentiating through steps of gradient descent: time and peak memory against the number of steps.
+"""Differentiation through steps of gradient descent: time and peak memory by number of steps.
 
-A network of 1.01M parameters (784-1024-200-10, 128 samples, float32), SGD; relative to one plain gradient of the inner loss. The
-error is that of 10 steps against the same unroll in float64.
+A network of 1.01M parameters (784-1024-200-10, 128 samples, float32) with SGD. Time and memory are relative to one plain gradient
+of the inner loss. The error compares 10 steps with the same unroll in float64.
 """
 
 from __future__ import annotations

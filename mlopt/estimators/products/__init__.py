@@ -1,18 +1,29 @@
 """Products of a term's second derivatives with vectors: one symmetric product, several ways to evaluate it."""
 
-from .autograd import Autograd
-from .compiled import Compiled
-from .finite_difference import FiniteDifference, relative_step
-from .forward import Forward
-from .gauss_newton import GaussNewton
+from .autograd import AutogradProduct
+from .compiled import CompiledProduct
+from .finite_difference import FiniteDifferenceProduct, relative_step
+from .forward import ForwardProduct
+from .gauss_newton import GaussNewtonProduct
 from .product import Product
+from .second_derivatives import SecondDerivatives
 
-__all__ = ["PRODUCTS", "Autograd", "Compiled", "FiniteDifference", "Forward", "GaussNewton", "Product", "relative_step"]
+__all__ = [
+    "PRODUCTS",
+    "AutogradProduct",
+    "CompiledProduct",
+    "FiniteDifferenceProduct",
+    "ForwardProduct",
+    "GaussNewtonProduct",
+    "Product",
+    "SecondDerivatives",
+    "relative_step",
+]
 
-#: The ways to evaluate products, by the name that estimators take.
+#: The classes of products, by the name that estimators accept.
 PRODUCTS: dict[str, type[Product]] = {
-    "autograd": Autograd,
-    "forward": Forward,
-    "finite_difference": FiniteDifference,
-    "gauss_newton": GaussNewton,
+    "autograd": AutogradProduct,
+    "forward": ForwardProduct,
+    "finite_difference": FiniteDifferenceProduct,
+    "gauss_newton": GaussNewtonProduct,
 }

@@ -10,10 +10,10 @@ from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
 from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
 
-__all__ = ["Autograd"]
+__all__ = ["AutogradProduct"]
 
 
-class Autograd(Product):
+class AutogradProduct(Product):
     """Reverse over reverse: the gradient's graph is traced once and kept, and each product is one walk through it."""
 
     def __init__(self, term: Term) -> None:
@@ -56,7 +56,7 @@ class Autograd(Product):
             return
         with plain_attention():
             value = self.term.value()
-            found = derivatives(value, blocks, self.term.values, traced=True)
-        # What only the value's graph holds goes with it.
-        refuse_once_differentiable([value, *(g for vectors in found.values() for g in vectors)])
-        self._gradients |= found
+            gradients = derivatives(value, blocks, self.term.values, traced=True)
+        # Both graphs are searched: a node can be in that of the value alone.
+        refuse_once_differentiable([value, *(g for vectors in gradients.values() for g in vectors)])
+        self._gradients |= gradients

@@ -11,17 +11,17 @@ from torch import Tensor
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors
-from .forward import Forward
+from .forward import ForwardProduct
 from .product import name_kernels, plain_attention
 
-__all__ = ["Compiled"]
+__all__ = ["CompiledProduct"]
 
 
-class Compiled(Forward):
-    """`Forward`, with the product of a level's Hessian compiled by torch.compile; the first one takes seconds to minutes.
+class CompiledProduct(ForwardProduct):
+    """`ForwardProduct` with a compiled product of a level's Hessian; the first call takes seconds to minutes.
 
-    The compiled function is kept with the problem, and compiled anew when the shapes of a batch change. Dropout draws the
-    masks that it draws elsewhere.
+    The compiled function is kept in the workspace, and compiled again when the shapes of a batch change. Dropout draws the
+    same masks as in eager code.
     """
 
     @name_kernels
@@ -29,18 +29,19 @@ class Compiled(Forward):
         term = self.term
         if not isinstance(term, LevelTerm) or set(direction) != {term.name} or set(wanted) != {term.name}:
             return super().__call__(direction, wanted)
-        # It takes as long to import as the rest of torch.
+        # Imported here since the import takes as long as the rest of torch.
         from torch._dynamo.exc import TorchDynamoException
 
         key = (term.name, term.part)
-        if key not in term.compiled:
-            term.compiled[key] = _compile(term)
+        compiled = term.workspace.compiled
+        if key not in compiled:
+            compiled[key] = _compile(term)
         with plain_attention():
             try:
-                product: Tensors = term.compiled[key](*term.own_arguments(), tuple(direction[term.name]))
+                product: Tensors = compiled[key](*term.own_arguments(), tuple(direction[term.name]))
             except TorchDynamoException as error:
                 raise EstimatorError(
-                    f"level {term.name!r}: torch.compile does not take its {term.part} "
+                    f"level {term.name!r}: torch.compile cannot compile its {term.part} "
                     f"({str(error).strip().splitlines()[0]}); use compile=False"
                 ) from error
         return {term.name: product}
@@ -53,9 +54,9 @@ def _compile(term: LevelTerm) -> Callable[..., Tensors]:
         def loss(moved: Tensors) -> Tensor:
             return function(moved, rest, batch)
 
-        found: Tensors = torch.func.jvp(torch.func.grad(loss), (own,), (along,))[1]
-        return found
+        image: Tensors = torch.func.jvp(torch.func.grad(loss), (own,), (along,))[1]
+        return image
 
-    # The generators that eager code draws from: all products of a pullback, and the training step, see the same masks.
+    # Random numbers come from eager generators: all products of a pullback, and the training step, see the same masks.
     compiled: Callable[..., Tensors] = torch.compile(product, fullgraph=True, options={"fallback_random": True})
     return compiled

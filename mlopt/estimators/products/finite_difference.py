@@ -11,7 +11,7 @@ from ...problem import Block, Vectors
 from ...tensors import Tensors, axpy, norm, scale, subtract
 from .product import Product
 
-__all__ = ["FiniteDifference", "relative_step"]
+__all__ = ["FiniteDifferenceProduct", "relative_step"]
 
 #: Relative size of a finite-difference displacement, ||step * direction|| / ||variables||. Central differences err by
 #: the square of it and by rounding over it; measured on small networks, 1e-2 is off by 12% in float32 and 1e-3 by under 1%.
@@ -19,26 +19,26 @@ _RELATIVE_STEP = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2
 
 
 def relative_step(variables: Sequence[Tensor]) -> float:
-    """Return how far to displace variables for a difference, relative to their norm: as the coarsest dtype among them asks."""
+    """Return the displacement for a difference, relative to the norm of the variables; the coarsest dtype decides."""
     return max(_RELATIVE_STEP.get(variable.dtype, 1e-3) for variable in variables)
 
 
 def _wide(size: Tensor) -> Tensor:
-    """Return a norm in a dtype that a step can be given in: a step rounded to half precision would be another on the way back."""
+    """Return a norm in a dtype fit for a step: in half precision, a step would be rounded differently on the way back."""
     return size.float() if size.dtype in (torch.bfloat16, torch.float16) else size
 
 
-class FiniteDifference(Product):
-    """Central differences of first derivatives: works with every kernel, activation checkpointing and sharded parameters.
+class FiniteDifferenceProduct(Product):
+    """Central differences of first derivatives, for every kernel, activation checkpointing and sharded parameters.
 
-    An autocast region that is open around the product is left for it: its rounding would be divided by the step.
+    Autocast is disabled inside: its rounding would be divided by the step.
     """
 
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         moved = [variable for block in direction for variable in self.term.values[block]]
         along = [vector for block in direction for vector in direction[block]]
         size, reach = (_wide(norm(vectors)) for vectors in (along, [v.detach() for v in moved]))
-        # It stays on the device. Along a direction of zero both sides are the same, whatever the step.
+        # The step stays on the device. Along a zero direction both sides are equal for any step.
         step = relative_step(moved) * reach.clamp_min(1.0) / torch.where(size > 0, size, 1.0)
         self.step = step
         live = [variable.data for variable in moved]

@@ -13,14 +13,14 @@ from ...problem import Block, LevelTerm, Term, Vectors
 from ...tensors import Tensors
 from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
 
-__all__ = ["Forward"]
+__all__ = ["ForwardProduct"]
 
 
-class Forward(Product):
-    """Forward over reverse, torch.func.jvp over torch.func.grad: nothing is kept from one product to the next.
+class ForwardProduct(Product):
+    """Forward over reverse, torch.func.jvp over torch.func.grad: no memory is kept between products.
 
-    (Reverse over forward would take fewer passes for a mixed product, and is wrong where torch's forward mode takes statistics
-    for constants: through batch, layer and instance norms.)
+    (Reverse over forward would take fewer passes for a mixed product, but is wrong through batch, layer and instance norms:
+    torch's forward mode takes their statistics to be constants.)
     """
 
     @name_kernels
@@ -34,34 +34,33 @@ class Forward(Product):
             def gradient(moved: dict[Block, Tensors]) -> tuple[dict[Block, Tensors], Tensor]:
                 point = {**start, **moved}
                 at = torch.func.grad_and_value(lambda inner: self.term.function({**point, **inner}))
-                found, value = at({block: point[block] for block in wanted})
-                return dict(found), value
+                gradients, value = at({block: point[block] for block in wanted})
+                return dict(gradients), value
 
             along = {block: tuple(vectors) for block, vectors in direction.items()}
             origin = {block: start[block] for block in along}
-            found, moved = torch.func.jvp(gradient, (origin,), (along,))[:2]
-            verify(self.term, found[1])
-            product = moved[0]
+            (_, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
+            verify(self.term, value)
         return {block: tuple(vectors) for block, vectors in product.items()}
 
 
 def verify(term: Term, value: Tensor) -> None:
-    """Raise where a level's loss, as a pure function, is not what it is on the live modules; looked at once for each problem.
+    """Raise if a level's loss as a pure function differs from its value on the live modules; compared once for each workspace.
 
-    torch.func draws masks in another order where dropout meets a tensor that is not contiguous, and parameters that a loss has
-    from elsewhere than its modules are constants there.
+    torch.func draws masks in another order if dropout meets a tensor that is not contiguous, and it treats parameters from
+    outside the modules as constants.
     """
-    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.verified:
+    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.workspace.verified:
         return
     live = term.value()
     refuse_once_differentiable([live])
     if not math.isfinite(live.item()):
-        return  # which is told elsewhere
+        return  # reported elsewhere
     tolerance = torch.finfo(live.dtype).eps ** 0.5
     if not torch.allclose(value.detach().to(live), live.detach(), rtol=tolerance, atol=tolerance * 1e-3):
         raise EstimatorError(
-            f"level {term.name!r}: under torch.func its {term.part} is {value.item():.6g}, and {live.item():.6g} on the module: "
-            "it draws other random numbers there (dropout of a transposed tensor), or has parameters from outside the module; "
+            f"level {term.name!r}: its {term.part} is {value.item():.6g} under torch.func and {live.item():.6g} on the module: "
+            "it draws other random numbers there (dropout of a transposed tensor), or uses parameters from outside the module; "
             "use products='autograd'"
         )
-    term.verified.add((term.name, term.part))
+    term.workspace.verified.add((term.name, term.part))

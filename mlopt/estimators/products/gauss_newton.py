@@ -14,18 +14,18 @@ from torch.utils._pytree import tree_map_only
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors, add, zeros_like
-from .autograd import Autograd
+from .autograd import AutogradProduct
 from .product import name_kernels, plain_attention
 
-__all__ = ["GaussNewton"]
+__all__ = ["GaussNewtonProduct"]
 
 
-class GaussNewton(Autograd):
-    """J^T (d2 loss / d outputs2) J for a level's Hessian; every other product, the mixed one among them, is exact.
+class GaussNewtonProduct(AutogradProduct):
+    """J^T (d2 loss / d outputs2) J in place of a level's Hessian; all other products, such as the mixed one, are exact.
 
-    The outputs are what the level's module returns, J their derivative by its variables. The matrix leaves out the curvature
-    of the network itself, and is positive semi-definite where the loss is convex in the outputs. What the loss does with the
-    variables directly, such as weight decay, is kept exactly.
+    The outputs are those of the level's module, J is their derivative by its variables. The matrix omits the curvature of the
+    network itself. It is positive semi-definite if the loss is convex in the outputs. Terms of the loss in the variables
+    themselves, such as weight decay, remain exact.
 
     Source: Schraudolph 2002, Neural Computation 14(7).
     """
@@ -46,7 +46,7 @@ class GaussNewton(Autograd):
 
 
 class _Linearized:
-    """A loss cut in two at the outputs of its level's module, both halves traced once."""
+    """A loss cut in two at the outputs of its level's module; both halves are traced once."""
 
     def __init__(self, term: LevelTerm) -> None:
         self._variables = term.values[term.name]
@@ -54,15 +54,14 @@ class _Linearized:
             value = term.value()
         if not outputs and term.part == "loss":
             raise EstimatorError(
-                f"level {term.name!r}: products='gauss_newton' look for the outputs of its {type(term.module).__name__}, and its "
+                f"level {term.name!r}: products='gauss_newton' needs the outputs of its {type(term.module).__name__}, but its "
                 "loss never calls it with gradients; call the module in the loss, or use products='autograd'"
             )
         self._outputs, self._leaves = outputs, leaves
         arguments = [*leaves, *self._variables]
-        found = _grad([value], arguments, create_graph=True) if value.requires_grad else ()
         self._arguments = arguments
-        self._gradients = found
-        # J w is linear in w: its derivative by w, once more in reverse, is the product of J with a vector.
+        self._gradients = _grad([value], arguments, create_graph=True) if value.requires_grad else ()
+        # J^T w is linear in w; its derivative by w, again in reverse mode, is the product of J with a vector.
         self._weights = [torch.zeros_like(output, requires_grad=True) for output in outputs]
         self._transposed = _grad(outputs, self._variables, self._weights, create_graph=True) if outputs else ()
 
@@ -96,7 +95,7 @@ def _grad(
 
 @contextmanager
 def _cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Hand the loss leaves in place of the module's outputs, and yield both."""
+    """Replace the module's outputs by leaves inside the context, and yield both."""
     outputs: list[Tensor] = []
     leaves: list[Tensor] = []
 
@@ -105,13 +104,13 @@ def _cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tens
             return output
         if _reaches(output, leaves):
             raise EstimatorError(
-                f"products='gauss_newton': the loss feeds what {type(module).__name__} returned back into it, so that its "
-                "outputs are no function of the variables alone; use products='autograd'"
+                f"products='gauss_newton': the loss feeds outputs of {type(module).__name__} back into it, so its outputs "
+                "are not a function of the variables alone; use products='autograd'"
             )
         leaf = output.detach().requires_grad_()
         outputs.append(output)
         leaves.append(leaf)
-        return leaf.clone()  # which the loss may change in place
+        return leaf.clone()  # the loss may change it in place
 
     handle = module.register_forward_hook(lambda _module, _inputs, output: tree_map_only(Tensor, cut, output))
     try:
@@ -121,7 +120,7 @@ def _cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tens
 
 
 def _reaches(output: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Say whether the graph of an output leads to one of the leaves."""
+    """Return True if the graph of an output leads to one of the leaves."""
     if not leaves:
         return False
     ends = {get_gradient_edge(leaf).node for leaf in leaves}

@@ -1,4 +1,4 @@
-"""What a product with second derivatives is, and what to do about kernels that have none."""
+"""The base of the products with second derivatives, and errors for kernels that have none."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-#: What torch says where a second derivative meets something that has none.
+#: Phrases of torch's errors for operations without a second derivative.
 _COMPLAINTS = ("derivative for", "forward AD", "double backward", "twice differentiable", "once_differentiable")
-#: And where a transform of torch.func meets what it does not take: activations that are computed again, custom functions.
+#: Phrases of torch.func's errors for code that it cannot transform: recomputed activations, custom functions.
 _UNTRANSFORMED = ("saved tensor hooks", "setup_context", "being transformed")
 
 
@@ -40,8 +40,8 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
             first = text.partition("\n")[0]
             if any(phrase in text for phrase in _UNTRANSFORMED):
                 raise SecondDerivativeError(
-                    f"torch.func cannot transform the loss ({first}), which gradient checkpointing and some custom functions "
-                    "cause; use products='autograd', or 'finite_difference'"
+                    f"torch.func cannot transform the loss ({first}); gradient checkpointing and some custom functions cause "
+                    "this; use products='autograd', or 'finite_difference'"
                 ) from error
             if any(phrase in text for phrase in _COMPLAINTS):
                 raise SecondDerivativeError(
@@ -54,20 +54,20 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def plain_attention() -> AbstractContextManager[None]:
-    """Enter the attention kernel that has a second derivative; fused ones have none."""
+    """Return a context that selects the attention kernel with a second derivative; fused kernels have none."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
-#: What `once_differentiable` makes of a backward.
+#: The code object of every backward that `once_differentiable` wraps.
 _ONCE = once_differentiable(lambda ctx: None).__code__
 _ERRORS = ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error")
 
 
 def refuse_once_differentiable(roots: Sequence[Tensor]) -> None:
-    """Raise where the graph of a value, or of its gradient, holds a function that is marked `once_differentiable`.
+    """Raise if the graph of a value, or of its gradient, contains a function that is marked `once_differentiable`.
 
-    The gradient's graph has a node of error for it, around which products walk where they can, as if that part of the second
-    derivative were zero; where what flows back into the function is a constant, it has no node at all.
+    The gradient's graph has an error node for such a function. Products that can avoid the node treat that part of the second
+    derivative as zero. If a constant flows back into the function, there is no node at all.
     """
     pending = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen = set(pending)
@@ -85,7 +85,7 @@ def refuse_once_differentiable(roots: Sequence[Tensor]) -> None:
 class Product(ABC):
     """Products with the second derivatives of one term L at one point.
 
-    With D the blocks of the direction and W those that are wanted, the product has the components
+    With D the blocks of the direction and W the wanted blocks, the product has the components
     d/dw <grad_D L, direction> for w in W. Every product in the library is of this kind: H q has D = W = {the level},
     the mixed product D = {the level}, W = {its arguments}, and a pushforward the other way round.
 
@@ -93,7 +93,7 @@ class Product(ABC):
         term: the term.
     """
 
-    #: The last finite-difference step, in units of the direction; None where none is taken.
+    #: The last finite-difference step, in units of the direction; None if none was taken.
     step: float | Tensor | None = None
 
     def __init__(self, term: Term) -> None:
@@ -104,5 +104,5 @@ class Product(ABC):
         """Return the product by wanted block. `direction` and `wanted` hold blocks of the term only."""
 
     def gradient(self, block: Block) -> Tensors:
-        """Return the term's first derivative by one of its blocks, without a graph; what a product needs of it is kept."""
+        """Return the term's first derivative by one of its blocks, without a graph; a product may keep and reuse the graph."""
         return self.term.derivatives([block])[block]

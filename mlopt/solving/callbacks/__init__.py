@@ -1,4 +1,4 @@
-"""What can look on while a problem is solved: the interface, the progress bar, early stopping, files, trackers."""
+"""Callbacks of `solve`: the interface, the progress bar, early stopping, log files and experiment trackers."""
 
 from .callback import Callback
 from .early_stopping import EarlyStopping

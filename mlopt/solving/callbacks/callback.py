@@ -1,4 +1,4 @@
-"""The interface of what looks on while a problem is solved."""
+"""The interface of callbacks."""
 
 from __future__ import annotations
 
@@ -13,42 +13,45 @@ __all__ = ["Callback"]
 
 
 class Callback:
-    """Something that is called while a problem is solved; override what is needed.
+    """Base class of callbacks, whose methods `solve` calls; override those that are needed.
 
-    Every method does nothing by default, and several callbacks are called in the order in which `solve` was given them.
+    Every method does nothing by default. Several callbacks are called in the order in which they are passed to `solve`.
 
     Example:
-        >>> class StopEarly(mlopt.Callback):
-        ...     def on_log(self, run, rows):
-        ...         if rows[-1]["weights/loss"] < 0.1:
-        ...             run.stop("the validation loss is below 0.1")
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[StopEarly()])
+        >>> class Stop(mlopt.Callback):
+        ...     def on_step_end(self, run):
+        ...         if run.history[-1]["x/loss"] < 0:
+        ...             run.stop("the loss is negative")
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Identity()).problem
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[Stop()]).status
+        'the loss is negative'
     """
 
     def on_train_begin(self, run: Run) -> None:
-        """Called before the first step; of a resumed run `run.step` > 0, and `run.history` holds all earlier rows."""
+        """Called before the first step. In a resumed run, `run.step` > 0 and `run.history` holds the earlier rows."""
 
     def on_step_begin(self, run: Run) -> None:
         """Called before each outer step."""
 
     def on_step_end(self, run: Run) -> None:
-        """Called after each outer step; its row is `run.history[-1]`, and reading that waits for the device."""
+        """Called after each outer step. Its row is `run.history[-1]`; to read it, the host waits for the device."""
 
     def on_evaluate(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Called after an evaluation; the history has the metrics under "evaluation/" and their name."""
+        """Called after an evaluation. The history holds each metric as `evaluation/name`."""
 
     def on_log(self, run: Run, rows: Sequence[Mapping[str, float]]) -> None:
-        """Called every `log_every` steps and at the end, with the rows of the history since the last call."""
+        """Called every `log_every` steps and at the end, with the new rows of the history."""
 
     def on_save(self, run: Run, folder: Path) -> None:
-        """Called after a checkpoint has been written to the folder."""
+        """Called after a checkpoint was written to the folder."""
 
     def on_train_end(self, run: Run) -> None:
-        """Called once at the end, also when an error or a signal ends the run; `run.status` says why it ended."""
+        """Called once at the end, also if an error or a signal ends the run; `run.status` is the reason."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs of this one: tensors, numbers, text, lists and mappings."""
+        """Return the state that a resumed run needs: tensors, numbers, strings, lists and mappings."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned when the checkpoint was written; called before `on_train_begin`."""
+        """Load the state that `state_dict` returned for the checkpoint; called before `on_train_begin`."""

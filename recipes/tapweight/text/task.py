@@ -18,6 +18,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
+from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
 from ..files import DataError
@@ -97,7 +98,7 @@ class SplitScore(Metric):
         """
         _check_shapes(outputs, labels, self._classes)
         if not outputs.isfinite().all():
-            raise ValueError("outputs are not finite, so they have no score; lower the learning rate")
+            raise ArgumentError("outputs are not finite, so they have no score; lower the learning rate")
         self.outputs.append(outputs.detach().double())
         self.labels.append(labels if self._classes else labels.double())
 
@@ -251,7 +252,7 @@ class TextTask(Task):
 def _check_shapes(outputs: Tensor, labels: Tensor, classes: int) -> None:
     expected = (len(labels), classes) if classes else (len(labels),)
     if labels.dim() != 1 or outputs.shape != expected:
-        raise ValueError(
+        raise ArgumentError(
             f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; they must be "
             f"{'(B, C)' if classes else '(B,)'} and (B,)"
         )

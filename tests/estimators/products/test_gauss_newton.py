@@ -161,7 +161,7 @@ def test_outputs_that_are_fed_back_are_refused() -> None:
         ),
         mlopt.Level("model", recurrent, loss, estimator=mlopt.Dense(products="gauss_newton")),
     )
-    with pytest.raises(mlopt.EstimatorError, match="feeds what Linear returned back into it"):
+    with pytest.raises(mlopt.EstimatorError, match="feeds outputs of Linear back into it"):
         mlopt.hypergradient(problem)
 
 

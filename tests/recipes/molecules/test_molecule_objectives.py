@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 from torch_geometric.data import Batch, Data, Dataset
 from torch_geometric.utils import from_smiles
 
+import mlopt
 from mlopt.recipes.tapweight.molecules.encoder import ATOM_MASK, BOND_MASK, GINE
 from mlopt.recipes.tapweight.molecules.objectives import (
     OBJECTIVES,
@@ -28,7 +29,7 @@ from mlopt.recipes.tapweight.molecules.objectives import (
 )
 from mlopt.recipes.tapweight.molecules.objectives.contrastive import nt_xent
 from mlopt.recipes.tapweight.molecules.objectives.fingerprint_clusters import morgan_fingerprints
-from mlopt.recipes.tapweight.objective import Objective
+from mlopt.recipes.tapweight.objective import NotPreparedError, Objective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -322,7 +323,9 @@ def test_targets_that_are_there_need_no_chemistry(
     assert objective.loss(encoder, head, objective.view(batch)).isfinite()
     if name != "random_labels":
         bare = [Data(smiles=smiles) for smiles in SMILES]
-        with pytest.raises(ImportError, match=r"rdkit is needed.*mlopt-torch\[molecules\]"):
+        with pytest.raises(
+            mlopt.MissingDependencyError, match=r"needs rdkit, which is not installed.*mlopt-torch\[molecules\]"
+        ):
             make_objective(name).prepare(bare, seed=0)
 
 
@@ -334,7 +337,7 @@ def test_what_cannot_be_prepared_says_why() -> None:
             objective.prepare([from_smiles("CCO") for _ in range(3)], seed=0)
     with pytest.raises(ValueError, match="the corpus is empty"):
         RandomLabels().prepare([], seed=0)
-    with pytest.raises(RuntimeError, match=r"Descriptors.prepare\(corpus, seed\) must run before"):
+    with pytest.raises(NotPreparedError, match=r"Descriptors.prepare\(corpus, seed\) must run first"):
         Descriptors().head(GINE(width=8, layers=1))
 
     class Fleeting(Dataset):
@@ -344,7 +347,7 @@ def test_what_cannot_be_prepared_says_why() -> None:
         def get(self, idx: int) -> Data:
             return Data(smiles="C" * (idx + 1))
 
-    with pytest.raises(TypeError, match="Fleeting makes its graphs anew at each access"):
+    with pytest.raises(mlopt.ArgumentError, match="Fleeting makes its graphs anew at each access"):
         RandomLabels().prepare(Fleeting(), seed=0)
 
 

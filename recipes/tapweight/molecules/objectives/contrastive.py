@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from mlopt.errors import ArgumentError
+
 from ...objective import Objective, check_rate
 from ..encoder import ATOM_MASK
 from .masking import choose, choose_bonds
@@ -60,7 +62,7 @@ class ContrastiveViews(Objective):
 
     def __init__(self, mask_rate: float = 0.25, drop_rate: float = 0.25, temperature: float = 0.1) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0; got {temperature!r}")
+            raise ArgumentError(f"temperature must be above 0; got {temperature!r}")
         self.mask_rate = check_rate("mask_rate", mask_rate)
         self.drop_rate = check_rate("drop_rate", drop_rate)
         self.temperature = temperature
@@ -77,7 +79,7 @@ class ContrastiveViews(Objective):
             ValueError: a batch of one molecule, which has nothing to be told apart from.
         """
         if batch.num_graphs < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name} compares molecules with each other, but the batch holds {batch.num_graphs}: "
                 "use batches of at least 2 (and drop a last, smaller batch)"
             )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...objective import Objective
-from .targets import attach, parse, prepared, require, varying_columns
+from ...objective import Objective, prepared
+from ..data import import_extra
+from .targets import attach, parse, varying_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,7 @@ PROPERTIES = (
 
 def descriptors(corpus: Sequence[Data]) -> Tensor:
     """Return the `PROPERTIES` of each molecule, float32 (M, 10), in their own units."""
-    properties = require("rdkit.Chem.rdMolDescriptors").Properties(list(PROPERTIES))
+    properties = import_extra("rdkit.Chem.rdMolDescriptors").Properties(list(PROPERTIES))
     return torch.tensor([list(properties.ComputeProperties(molecule)) for molecule in parse(corpus)])
 
 

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ...objective import Objective
-from .targets import attach, parse, prepared, require
+from mlopt.errors import ArgumentError
+
+from ...files import DataError
+from ...objective import Objective, prepared
+from ..data import import_extra
+from .targets import attach, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +29,8 @@ _MOLECULES_PER_CLUSTER = 10
 
 def morgan_fingerprints(corpus: Sequence[Data]) -> Any:
     """Return the Morgan fingerprints (radius 2, 1,024 bits) of a corpus, a scipy sparse float32 matrix (M, 1024)."""
-    sparse = require("scipy.sparse")
-    generator = require("rdkit.Chem.rdFingerprintGenerator").GetMorganGenerator(radius=2, fpSize=_BITS)
+    sparse = import_extra("scipy.sparse")
+    generator = import_extra("rdkit.Chem.rdFingerprintGenerator").GetMorganGenerator(radius=2, fpSize=_BITS)
     bits = [list(generator.GetFingerprint(molecule).GetOnBits()) for molecule in parse(corpus)]
     rows = [row for row, on in enumerate(bits) for _ in on]
     columns = [column for on in bits for column in on]
@@ -36,7 +40,7 @@ def morgan_fingerprints(corpus: Sequence[Data]) -> Any:
 
 def cluster(fingerprints: Any, clusters: int, seed: int) -> Tensor:
     """Return the k-means cluster of each fingerprint, long (M,)."""
-    kmeans = require("sklearn.cluster").MiniBatchKMeans(clusters, random_state=seed, n_init=1)
+    kmeans = import_extra("sklearn.cluster").MiniBatchKMeans(clusters, random_state=seed, n_init=1)
     return torch.from_numpy(kmeans.fit_predict(fingerprints)).long()
 
 
@@ -58,7 +62,7 @@ class FingerprintClusters(Objective):
 
     def __init__(self, clusters: Sequence[int] = (100, 1000)) -> None:
         if not clusters or min(clusters) < 2 or len(set(clusters)) < len(clusters):
-            raise ValueError(f"clusters must be different numbers of at least 2; got {clusters!r}")
+            raise ArgumentError(f"clusters must be different numbers of at least 2; got {clusters!r}")
         self.clusters = tuple(clusters)
         self.classes: list[int] | None = None
         self.remarks: list[str] = []
@@ -76,7 +80,7 @@ class FingerprintClusters(Objective):
             def compute(number: int = number) -> Tensor:
                 nonlocal fingerprints
                 if most < 2:
-                    raise ValueError(f"{self.name} needs at least 20 molecules; the corpus has {len(corpus)}")
+                    raise DataError(f"{self.name} needs at least 20 molecules; the corpus has {len(corpus)}")
                 if number > most:
                     self.remarks.append(f"{number} clusters reduced to {most}: the corpus has {len(corpus)} molecules")
                 fingerprints = morgan_fingerprints(corpus) if fingerprints is None else fingerprints

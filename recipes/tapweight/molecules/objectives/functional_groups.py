@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ...objective import Objective
-from .targets import attach, parse, prepared, require, varying_columns
+from ...objective import Objective, prepared
+from ..data import import_extra
+from .targets import attach, parse, varying_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def functional_groups(corpus: Sequence[Data]) -> Tensor:
     """Return whether each molecule has each of RDKit's fragments (`fr_*`, in alphabetical order), uint8 (M, F)."""
-    fragments = require("rdkit.Chem.Fragments")
+    fragments = import_extra("rdkit.Chem.Fragments")
     counts = [getattr(fragments, name) for name in sorted(vars(fragments)) if name.startswith("fr_")]
     return torch.tensor([[count(molecule) > 0 for count in counts] for molecule in parse(corpus)], dtype=torch.uint8)
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from mlopt.errors import ArgumentError
+
+from ...files import DataError
+from ..data import import_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch_geometric.data import Data
-
-
-def require(module: str) -> Any:
-    """Import an optional dependency when it is used.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(
-            f"{package} is needed to compute these targets: pip install 'mlopt-torch[molecules]', "
-            "or attach the targets to the graphs beforehand"
-        ) from error
 
 
 def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -46,7 +34,7 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> 
         TypeError: the corpus makes its graphs anew at each access, so that nothing can be attached.
     """
     if not len(corpus):
-        raise ValueError("the corpus is empty")
+        raise DataError("the corpus is empty")
     graphs = list(corpus)
     if all(name in graph for graph in graphs):
         return torch.cat([graph[name] for graph in graphs])
@@ -54,7 +42,7 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> 
     for graph, row in zip(graphs, torch.split(table, 1), strict=True):
         graph[name] = row.clone()  # a row of its own: a slice would carry the whole table when it is pickled
     if name not in corpus[0]:
-        raise TypeError(f"{type(corpus).__name__} makes its graphs anew at each access: give a list of graphs")
+        raise ArgumentError(f"{type(corpus).__name__} makes its graphs anew at each access: give a list of graphs")
     return table
 
 
@@ -65,11 +53,11 @@ def parse(corpus: Sequence[Data]) -> list[Any]:
         ImportError: RDKit is not installed.
         ValueError: a SMILES that RDKit refuses; the message gives its row.
     """
-    chem = require("rdkit.Chem")
+    chem = import_extra("rdkit.Chem")
     molecules = [chem.MolFromSmiles(graph.smiles) for graph in corpus]
     for row, molecule in enumerate(molecules):
         if molecule is None:
-            raise ValueError(f"molecule {row} of the corpus is not a SMILES that RDKit reads: {corpus[row].smiles!r}")
+            raise DataError(f"molecule {row} of the corpus is not a SMILES that RDKit reads: {corpus[row].smiles!r}")
     return molecules
 
 
@@ -81,16 +69,5 @@ def varying_columns(table: Tensor, what: str) -> list[int]:
     """
     columns = (table != table[0]).any(0).nonzero().squeeze(1).tolist()
     if not columns:
-        raise ValueError(f"all {what} are the same for the {len(table)} molecules of the corpus: nothing to predict")
+        raise DataError(f"all {what} are the same for the {len(table)} molecules of the corpus: nothing to predict")
     return columns
-
-
-def prepared(value: Any, objective: object) -> Any:
-    """Return what `prepare` found.
-
-    Raises:
-        RuntimeError: `prepare` has not run.
-    """
-    if value is None:
-        raise RuntimeError(f"{type(objective).__name__}.prepare(corpus, seed) must run before its head is built")
-    return value

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from mlopt.errors import ArgumentError
+
 from ...objective import Objective
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Contrastive(Objective):
 
     def __init__(self, temperature: float = 0.05) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0; got {temperature!r}")
+            raise ArgumentError(f"temperature must be above 0; got {temperature!r}")
         self.temperature = temperature
         self.remarks: list[str] = []
 
@@ -56,7 +58,9 @@ class Contrastive(Objective):
         """
         count = len(batch["input_ids"])
         if count < 2:
-            raise ValueError(f"{self.name} compares texts with each other, but the batch holds {count}: use at least 2")
+            raise ArgumentError(
+                f"{self.name} compares texts with each other, but the batch holds {count}: use at least 2"
+            )
         return {key: torch.cat([value, value]) for key, value in batch.items()}
 
     def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:

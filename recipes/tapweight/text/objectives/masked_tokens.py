@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, cast
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForLanguageModeling
 
+from mlopt.errors import ArgumentError
+
 from ...objective import Objective, check_rate
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class MaskedTokens(Objective):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rate: float = 0.15) -> None:
         if tokenizer.mask_token is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name} hides tokens behind a mask token, and this tokenizer has none; leave the objective out, or "
                 "take an encoder that was trained with one"
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlopt.errors import ArgumentError
+
 from ...control import HashedLabels
 from ..heads import LinearHead
 
@@ -28,7 +30,7 @@ class RandomLabels(HashedLabels):
         for example in corpus:
             example[self.key] = self.label(example["text"])
         if self.key not in corpus[0]:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name} attaches a label to each example, but this corpus, a {type(corpus).__name__}, makes its examples "
                 "anew each time; give a list of them, of a datasets.Dataset by from_dataset(dataset, label=None)"
             )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ...objective import Objective, check_rate
+from ...files import DataError
+from ...objective import Objective, check_rate, prepared
 from ..heads import LinearHead
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ReplacedTokens(Objective):
         counts += torch.bincount(flat, minlength=len(counts))
         counts[self._tokenizer.all_special_ids] = 0
         if (counts > 0).sum() < 2:
-            raise ValueError(f"{self.name}: the corpus has fewer than two different tokens, so none can be replaced")
+            raise DataError(f"{self.name}: the corpus has fewer than two different tokens, so none can be replaced")
         self._frequencies = counts / counts.sum()
 
     def head(self, encoder: Encoder) -> nn.Module:
@@ -62,11 +63,9 @@ class ReplacedTokens(Objective):
 
     def view(self, batch: Batch) -> Batch:
         """Replace tokens: `replaced` (B, S) is 1 where a token was, else 0, and -1 where a token does not count."""
-        if self._frequencies is None:
-            raise RuntimeError(f"{type(self).__name__}.prepare(corpus, seed) must run before its view is drawn")
         ids, own = batch["input_ids"], batch["special_tokens_mask"] == 0
         chosen = torch.bernoulli(torch.full(ids.shape, self.rate)).bool().to(ids.device) & own
-        drawn = torch.multinomial(self._frequencies, ids.numel(), replacement=True).view_as(ids).to(ids)
+        drawn = torch.multinomial(prepared(self._frequencies, self), ids.numel(), replacement=True).view_as(ids).to(ids)
         replaced = torch.where(chosen, drawn, ids)
         return {**batch, "input_ids": replaced, "replaced": torch.where(own, (replaced != ids).long(), -1)}
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import mlopt
-from mlopt.estimators import Implicit
-from mlopt.estimators.step_derivative import step_derivative
+from mlopt.estimators.sama import step_derivative
 from mlopt.testing import quadratic
 
 OPTIMIZERS = {
@@ -147,6 +146,12 @@ def test_outside_solve_an_optimiser_that_has_stepped_counts_as_fresh() -> None:
     assert not torch.allclose(step_derivative(held, optimizer, [gradient])[0], fresh)
 
 
-def test_it_needs_the_identity() -> None:
-    with pytest.raises(mlopt.EstimatorError, match="adapted=True"):
-        Implicit(solver=mlopt.linear.Dense(), adapted=True)
+def test_a_level_with_levels_inside_is_refused() -> None:
+    optimizer = partial(SGD, lr=0.1)
+    case = quadratic("nested", {"y": mlopt.SAMA(), "z": mlopt.Dense()})
+    levels = [
+        mlopt.Level(level.name, level.module, level.loss, optimizer=optimizer, estimator=level.estimator)
+        for level in case.problem
+    ]
+    with pytest.raises(mlopt.EstimatorError, match="level 'y': SAMA is for levels without levels inside, and 'z'"):
+        mlopt.hypergradient(mlopt.Problem(*levels))

@@ -1,10 +1,9 @@
-"""A tree of plain state, to and from two files in a folder: tensors in safetensors, everything else in JSON; never pickle."""
+"""Write and read a tree of plain values as two files: tensors in safetensors, everything else in JSON; no pickle."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files import flush
 
-__all__ = ["STATE", "TENSORS", "read", "sync_folder", "write", "write_file"]
+__all__ = ["STATE", "TENSORS", "read", "write", "write_file"]
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -28,50 +28,57 @@ _DEPTH = 100
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
-#: Complex ones go as pairs of real numbers.
+#: Complex tensors are stored as pairs of real numbers.
 _DTYPES = frozenset((*_FLOATING, *_WHOLE, torch.bool))
 
-#: What has come by so far: the tensors by the name they are stored under, and that name by the identity of what it was.
+#: The tensors met so far, by the name under which they are stored; and that name by the `id` of the original value.
 _Seen = tuple[dict[str, Tensor], dict[int, str]]
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to `tensors.safetensors` and `state.json` in a folder that is there, and flush both to the disk.
+    """Write a state to `tensors.safetensors` and `state.json` in an existing folder, and flush both to the disk.
 
-    What a state may hold, and what `read` gives back, bit for bit:
+    A state may contain the following values, which `read` returns bit for bit:
 
-    - None, bool, int, float (NaN's bits too), str; numpy scalars and arrays of numbers;
-    - tensors of any strides and device, parameters among them: dense tensors on the CPU, without `requires_grad`. A tensor that
-      stands in two places is stored once and comes back as one tensor; those that share memory otherwise come back apart;
-    - list, tuple, set, frozenset, deque, dict, OrderedDict and Counter of these. A key, or what a set holds, is None, a bool, a
-      number, a text, or a tuple or frozenset of these.
+    - None, bool, int, float (with the bits of NaN), str; numpy scalars and numeric arrays;
+    - dense tensors and parameters with any strides, on any device. `read` returns them on the CPU, without `requires_grad`. A
+      tensor that occurs twice is stored once and read as one tensor; tensors that share memory otherwise are read as copies;
+    - list, tuple, set, frozenset, deque, dict, OrderedDict and Counter of these. Keys and elements of sets are None, bools,
+      numbers, strings, and tuples or frozensets of these.
 
-    Nothing else, not even a subclass of these, since it would come back as something else than it was.
+    Other types are refused, subclasses of these included, because they would be read as a different type.
 
     Args:
-        folder: where to write; files of these names are overwritten.
+        folder: existing files of these names are overwritten.
         state: the tree.
 
     Raises:
-        CheckpointError: something in the tree is none of these; the sentence names its place. Nothing is written then.
+        CheckpointError: a value has another type; the message names its place. Nothing is written.
         OSError: the files cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from mlopt.solving import serialization
+        >>> serialization.write(Path(), {"step": 3, "weights": (torch.zeros(2),)})
+        >>> serialization.read(Path())
+        {'step': 3, 'weights': (tensor([0., 0.]),)}
     """
     tensors, names = {}, {}  # type: dict[str, Tensor], dict[int, str]
     tree = _encode(dict(state), (), (tensors, names))
     text = json.dumps({"version": _VERSION, "state": tree}, allow_nan=False, separators=(",", ":"))
     # safetensors refuses tensors that share memory.
     users = Counter(_memory(tensor) for tensor in tensors.values())
-    apart = {name: tensor.clone() if users[_memory(tensor)] > 1 else tensor for name, tensor in tensors.items()}
-    # Not save_file, whose files only their owner may read, and whose errors are no OSError.
-    write_file(folder / TENSORS, safetensors.torch.save(apart))
+    separate = {name: tensor.clone() if users[_memory(tensor)] > 1 else tensor for name, tensor in tensors.items()}
+    # save_file would create files that only their owner can read, and its errors are not OSErrors.
+    write_file(folder / TENSORS, safetensors.torch.save(separate))
     write_file(folder / STATE, text.encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read what `write` wrote.
+    """Read a state that `write` wrote.
 
     Raises:
-        CheckpointError: a file is not what `write` writes, or is of a later version.
+        CheckpointError: a file is damaged, or was written by a later version.
         OSError: a file cannot be read.
     """
     with open(folder / STATE, "rb") as file:
@@ -82,13 +89,13 @@ def read(folder: Path) -> dict[str, Any]:
         if version != _VERSION:
             raise ValueError(f"version {version!r}, and this mlopt reads version {_VERSION}")
         with safetensors.safe_open(folder / TENSORS, framework="pt") as file:
-            # Copies: what is read is a view of the file, and would change with it.
+            # Copies, because the tensors are views of the file and would change with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         state = _decode(tree, tensors)
         if not isinstance(state, dict):
-            raise ValueError(f"a {type(state).__name__} where a state is a mapping")
+            raise ValueError(f"the state is a {type(state).__name__}, not a mapping")
     except (ValueError, TypeError, LookupError, RuntimeError, struct.error, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{STATE} and {TENSORS} do not make a state: {error!r}") from error
+        raise CheckpointError(f"{STATE} and {TENSORS} cannot be read as a state: {error!r}") from error
     return state
 
 
@@ -96,28 +103,18 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file and flush it to the disk."""
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush to the disk which files a folder holds, under which names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
 
 
 def _encode(value: Any, place: tuple[str, ...], seen: _Seen) -> Any:
-    """Return the value as JSON has it; what JSON does not have is an object with one key that begins with `$`."""
+    """Return the value as JSON; a value that JSON lacks becomes an object with one key that begins with `$`."""
     if len(place) > _DEPTH:
-        raise CheckpointError(f"{_dotted(place[:3])}... is nested deeper than {_DEPTH} levels, or holds itself")
+        raise CheckpointError(f"{_dotted(place[:3])}... is nested deeper than {_DEPTH} levels, or contains itself")
     kind = type(value)
     if value is None or kind is bool:
         return value
     if kind is int:
-        # Beyond 64 bits other readers round, and Python's own stops at some thousand digits.
+        # Beyond 64 bits other readers round, and Python refuses more than 4300 digits.
         return value if -(2**63) <= value < 2**63 else {"$int": hex(value)}
     if kind is float:
         return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
@@ -138,8 +135,8 @@ def _encode(value: Any, place: tuple[str, ...], seen: _Seen) -> Any:
     if kind in (set, frozenset):
         return {f"${kind.__name__}": [_encode_key(item, place, seen) for item in value]}
     raise CheckpointError(
-        f"{_dotted(place)} is a {_type_name(kind)}; a checkpoint holds tensors, arrays, numbers, text, None, and lists, tuples, "
-        "sets and mappings of these: give these instead of it, such as what its state_dict() returns"
+        f"{_dotted(place)} is a {_type_name(kind)}; a checkpoint holds tensors, arrays, numbers, strings, None, and lists, "
+        "tuples, sets and mappings of these: replace it by such values, for example by its state_dict()"
     )
 
 
@@ -148,7 +145,7 @@ def _encode_tensor(value: Tensor, place: tuple[str, ...], seen: _Seen) -> dict[s
     if layout != torch.strided or value.is_meta or value.is_nested or not (value.is_complex() or dtype in _DTYPES):
         raise CheckpointError(
             f"{_dotted(place)} is a tensor of {dtype} and {layout} on {value.device}; a checkpoint holds dense tensors of "
-            "floating-point, complex, whole or boolean numbers: give its values as such"
+            "floating-point, complex, integer or boolean numbers: convert it"
         )
     content = value.detach().to("cpu").resolve_conj().resolve_neg()
     parts = torch.view_as_real(content) if value.is_complex() else content
@@ -165,8 +162,8 @@ def _encode_mapping(value: Mapping[Any, Any], place: tuple[str, ...], seen: _See
 def _encode_key(key: Any, place: tuple[str, ...], seen: _Seen) -> Any:
     if not _is_key(key):
         raise CheckpointError(
-            f"{_dotted(place)} has a {_type_name(type(key))} as a key or in a set, where a checkpoint holds None, numbers, text "
-            "and tuples of these, since anything else would not be found again: use a name or an index"
+            f"{_dotted(place)} has a {_type_name(type(key))} as a key or in a set; a checkpoint allows None, numbers, strings "
+            "and tuples of these there, because other keys could not be looked up after loading: use a name or an index"
         )
     return _encode(key, place, seen)
 
@@ -178,12 +175,12 @@ def _is_key(key: Any) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a text is one to JSON too: of two halves of a character on their own it would make that character."""
+    """Return whether JSON preserves a string: it would join two lone surrogates into one character."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _name(value: object, content: Tensor, place: tuple[str, ...], seen: _Seen) -> str:
-    """Return the name a value's content is stored under: the place where it was first met, so that a reader finds it."""
+    """Return the name under which the content of a value is stored: the place where the value occurs first."""
     tensors, names = seen
     if id(value) not in names:
         name = _dotted(place)
@@ -210,23 +207,23 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    marks = [key for key in value if key.startswith("$")]
-    if not marks:
+    tags = [key for key in value if key.startswith("$")]
+    if not tags:
         return {key: _decode(item, tensors) for key, item in value.items()}
-    (mark,) = marks
-    content = value[mark]
-    if mark == "$tensor":
+    (tag,) = tags
+    content = value[tag]
+    if tag == "$tensor":
         return tensors[content]
-    if mark == "$complex":
+    if tag == "$complex":
         return torch.view_as_complex(tensors[content])
-    if mark == "$array":
+    if tag == "$array":
         name, dtype, shape = content
         return np.frombuffer(tensors[name].numpy().tobytes(), dtype).reshape(shape).copy()
-    return _MAKERS[mark](_decode(content, tensors))
+    return _DECODERS[tag](_decode(content, tensors))
 
 
-#: How what a mark stands for is made of its content.
-_MAKERS: dict[str, Callable[[Any], Any]] = {
+#: Functions that build a value from the content of its tag.
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "$int": lambda digits: int(digits, 16),
     "$float": lambda bits: struct.unpack(">d", bytes.fromhex(bits))[0],
     "$str": lambda code: bytes.fromhex(code).decode("utf-8", "surrogatepass"),

@@ -18,7 +18,7 @@ from torch import nn
 
 from mlopt import MloptError
 from mlopt.errors import CheckpointError
-from mlopt.solving import archive
+from mlopt.solving import serialization
 
 REAL = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
@@ -120,10 +120,10 @@ def test_integers_of_any_length_and_generators_come_back():
 def test_a_tensor_in_two_places_comes_back_as_one_and_views_come_back_apart(tmp_path):
     tensor = torch.arange(6.0, dtype=torch.float64)
     state = {"one": tensor, "other": [tensor], "view": tensor.view(2, 3).T, "parameter": nn.Parameter(tensor)}
-    archive.write(tmp_path, state)
-    found = archive.read(tmp_path)
+    serialization.write(tmp_path, state)
+    found = serialization.read(tmp_path)
     assert found["one"] is found["other"][0]
-    assert len(safetensors.torch.load_file(tmp_path / archive.TENSORS)) == 3
+    assert len(safetensors.torch.load_file(tmp_path / serialization.TENSORS)) == 3
     found["view"].zero_()
     assert same(state["parameter"].detach(), found["parameter"])
     assert type(found["parameter"]) is torch.Tensor
@@ -144,17 +144,17 @@ def test_lazily_conjugated_numbers_are_written_as_they_read():
 
 
 def test_the_files_are_readable_by_place_and_by_whom_the_umask_lets(tmp_path):
-    archive.write(tmp_path, {"modules": {"classifier": {"0.weight": torch.ones(2)}}, "step": 3})
-    assert list(safetensors.torch.load_file(tmp_path / archive.TENSORS)) == ["modules.classifier.0.weight"]
-    assert json.loads((tmp_path / archive.STATE).read_text())["state"]["step"] == 3
+    serialization.write(tmp_path, {"modules": {"classifier": {"0.weight": torch.ones(2)}}, "step": 3})
+    assert list(safetensors.torch.load_file(tmp_path / serialization.TENSORS)) == ["modules.classifier.0.weight"]
+    assert json.loads((tmp_path / serialization.STATE).read_text())["state"]["step"] == 3
     (tmp_path / "plain").write_bytes(b"")
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
 def test_what_is_read_does_not_change_with_the_file(tmp_path):
-    archive.write(tmp_path, {"weights": torch.ones(10_000)})
-    found = archive.read(tmp_path)
-    with open(tmp_path / archive.TENSORS, "r+b") as file:
+    serialization.write(tmp_path, {"weights": torch.ones(10_000)})
+    found = serialization.read(tmp_path)
+    with open(tmp_path / serialization.TENSORS, "r+b") as file:
         file.write(bytes(40_000))
     assert torch.equal(found["weights"], torch.ones(10_000))
 
@@ -174,8 +174,8 @@ cyclic.append(cyclic)
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (Foo(), "state.3.foo is a test_archive.Foo; a checkpoint holds"),
-        (Named(), "state.3.foo is a test_archive.Named"),
+        (Foo(), "state.3.foo is a test_serialization.Foo; a checkpoint holds"),
+        (Named(), "state.3.foo is a test_serialization.Named"),
         ([0, (1, {"x": 1j})], "state.3.foo.1.1.x is a complex"),
         (b"bytes", "state.3.foo is a bytes"),
         (torch.float32, "state.3.foo is a torch.dtype"),
@@ -188,14 +188,14 @@ cyclic.append(cyclic)
         ({torch.ones(2): 1}, "state.3.foo has a torch.Tensor as a key"),
         ({("a", Foo()): 1}, "state.3.foo has a tuple as a key"),
         ({np.int64(3)}, "state.3.foo has a numpy.int64 as a key or in a set"),
-        (cyclic, "state.3.foo... is nested deeper than 100 levels, or holds itself"),
+        (cyclic, "state.3.foo... is nested deeper than 100 levels, or contains itself"),
     ],
 )
 def test_what_would_not_come_back_is_refused_by_its_place(tmp_path, value, told):
     with pytest.raises(CheckpointError) as caught:
-        archive.write(tmp_path, {"fine": torch.ones(3), "state": {3: {"foo": value}}})
+        serialization.write(tmp_path, {"fine": torch.ones(3), "state": {3: {"foo": value}}})
     assert isinstance(caught.value, MloptError)
-    assert told in str(caught.value).replace(f"{__name__}.", "test_archive.")
+    assert told in str(caught.value).replace(f"{__name__}.", "test_serialization.")
     assert not list(tmp_path.iterdir())
 
 
@@ -214,7 +214,7 @@ def test_what_would_not_come_back_is_refused_by_its_place(tmp_path, value, told)
     ],
 )
 def test_what_write_does_not_write_is_refused(tmp_path, text):
-    archive.write(tmp_path, {"a": torch.ones(3)})
-    (tmp_path / archive.STATE).write_text(text)
-    with pytest.raises(CheckpointError, match="do not make a state"):
-        archive.read(tmp_path)
+    serialization.write(tmp_path, {"a": torch.ones(3)})
+    (tmp_path / serialization.STATE).write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read as a state"):
+        serialization.read(tmp_path)

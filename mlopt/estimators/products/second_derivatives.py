@@ -1,0 +1,48 @@
+"""Products with the second derivatives of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ...problem import Block, Objective, Term, Vectors, add_into
+from ...tensors import Tensors
+from .product import Product
+
+__all__ = ["SecondDerivatives"]
+
+
+class SecondDerivatives:
+    """The sum, over the terms of an objective, of products with their second derivatives.
+
+    Args:
+        objective: the objective.
+        kind: makes the product of a term.
+    """
+
+    #: The last finite-difference step, in units of the direction; None if none was taken.
+    step: float | Tensor | None = None
+
+    def __init__(self, objective: Objective, kind: Callable[[Term], Product]) -> None:
+        self.products = [kind(term) for term in objective.terms]
+
+    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """Return the components d/dw <grad_D f, direction> for w in `wanted`; absent ones are zero."""
+        total: dict[Block, Tensors] = {}
+        for product in self.products:
+            blocks = product.term.blocks
+            along = {block: vectors for block, vectors in direction.items() if block in blocks}
+            own = [block for block in wanted if block in blocks]
+            if along and own:
+                add_into(total, product(along, own))
+                self.step = product.step if product.step is not None else self.step
+        return total
+
+    def gradient(self, block: Block) -> Tensors:
+        """Return the objective's first derivative by a block, without a graph; what products need of it is kept."""
+        total: dict[Block, Tensors] = {}
+        for product in self.products:
+            if block in product.term.blocks:
+                add_into(total, {block: product.gradient(block)})
+        return total[block]

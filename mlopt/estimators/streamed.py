@@ -1,0 +1,66 @@
+"""The pullback through a mixture of losses, from the gradients that its own training step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..problem import Block, LevelTerm, Linearization, Report, StreamedCotangent, Vectors, add_into
+from ..tensors import Tensors, scale, zeros_like
+from .implicit import Stationarity
+
+__all__ = ["Streamed"]
+
+
+class Streamed(Linearization):
+    """The pullback of the identity for a level whose loss is a `Mixture`, without a network pass of its own.
+
+    For f = sum_k w_k(a) L_k(x), the mixed product with a is d/da <w(a), s> with s_k = <grad L_k, p>. The level's training step
+    forms s with the cotangent p of the previous outer step, which this rule holds for it. The first pullback of a run, and every
+    pullback through a level whose loss is not a mixture, is the ordinary one.
+
+    Args:
+        conditions: the level's stationarity conditions, at a point of a run.
+    """
+
+    def __init__(self, conditions: Stationarity) -> None:
+        self._conditions, self._point, self._name = conditions, conditions.point, conditions.name
+        self.blocks, self.arguments = conditions.blocks, conditions.arguments
+        self.report = conditions.report
+
+    def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
+        wanted = self.arguments if wanted is None else wanted
+        weights = self._point.workspace.mixtures.get(self._name)
+        if weights is not None and weights in wanted:
+            held = self._exchange(cotangent.get(self._name))
+            if held is not None and held.signals is not None:
+                self.report.age = 1
+                return self._pull_held(held.cotangent, weights, held.signals, wanted)
+        return self._conditions.pullback(cotangent, wanted)
+
+    def reports(self) -> dict[str, Report]:
+        return self._conditions.reports()
+
+    def _exchange(self, present: Tensors | None) -> StreamedCotangent | None:
+        """Hold the present cotangent for the next training step, and return the one that was held for the latest."""
+        assert self._point.carryover is not None
+        cotangents = self._point.carryover.cotangents
+        held = cotangents.get(self._name)
+        cotangents[self._name] = StreamedCotangent(
+            zeros_like(self._point.values[self._name]) if present is None else present
+        )
+        return held
+
+    def _pull_held(
+        self, cotangent: Tensors, weights: str, signals: Tensor, wanted: Sequence[str]
+    ) -> dict[Block, Tensors]:
+        mixture = self._conditions.objective.terms[0]
+        assert isinstance(mixture, LevelTerm)
+        pulled: dict[Block, Tensors] = {weights: mixture.streamed(weights, signals)}
+        # The training step forms neither the other arguments of the mixture nor the regularizer.
+        for product in self._conditions.second_derivatives.products:
+            rest = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
+            if rest:
+                add_into(pulled, product({self._name: cotangent}, rest))
+        return {block: scale(-1.0, vectors) for block, vectors in pulled.items()}

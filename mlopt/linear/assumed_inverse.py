@@ -1,0 +1,66 @@
+"""Inverses that are assumed instead of solved for: the identity, or a given diagonal."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+from ..finiteness import require_finite
+from ..tensors import Tensors
+from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec
+
+__all__ = ["AssumedInverse", "Diagonal", "Identity"]
+
+
+class AssumedInverse(LinearSolver):
+    """A rule that assumes A^-1 = P for a fixed P: x = P b, without any product with A.
+
+    It measures nothing, so the host does not wait for the device.
+
+    Example:
+        >>> solver = mlopt.linear.Identity()
+        >>> isinstance(solver, mlopt.linear.AssumedInverse)
+        True
+        >>> solver.solve(lambda v: v, (torch.ones(2),)).residual is None
+        True
+    """
+
+    damping = 0.0
+
+    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
+        require_finite(rhs, lambda _: NOT_FINITE)
+        return self._solve(matvec, rhs, 0.0, initial)
+
+
+@attrs.frozen(kw_only=True)
+class Identity(AssumedInverse):
+    """Assume A^-1 = I: x = b.
+
+    This is the T1-T2 or DARTS approximation (Luketina et al. 2016, arXiv 1511.06727; Liu et al. 2019, arXiv 1806.09055).
+
+    Example:
+        >>> mlopt.linear.Identity().solve(lambda v: (3.0 * v[0],), (torch.ones(2),)).value
+        (tensor([1., 1.]),)
+    """
+
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+        return LinearSolution(value=rhs)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Diagonal(AssumedInverse):
+    """Assume A^-1 = diag(d): x_i = d_i b_i.
+
+    Args:
+        inverse: d, in the shapes of b.
+
+    Example:
+        >>> solver = mlopt.linear.Diagonal(inverse=(torch.tensor([0.5, 0.1]),))
+        >>> solver.solve(lambda v: v, (torch.ones(2),)).value
+        (tensor([0.5000, 0.1000]),)
+    """
+
+    inverse: Tensors = attrs.field(repr=False)
+
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+        return LinearSolution(value=tuple(torch._foreach_mul(list(rhs), list(self.inverse))))

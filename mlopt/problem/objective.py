@@ -1,0 +1,66 @@
+"""The objective of a level: the one place where its terms are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..tensors import Tensors, add, scale, subtract
+from .estimator import Block, Vectors
+from .term import LevelTerm, Term
+
+if TYPE_CHECKING:
+    from .level import Level
+    from .point import Point
+
+__all__ = ["Objective", "add_into", "sum_values"]
+
+
+class Objective:
+    """A sum of terms, with its value and first derivatives. Products with its second derivatives are in `estimators.products`.
+
+    Args:
+        terms: one or more, in the order of summation.
+    """
+
+    def __init__(self, terms: Iterable[Term]) -> None:
+        self.terms = tuple(terms)
+
+    @classmethod
+    def of(cls, level: Level, point: Point, batches: Mapping[str, Any] | None = None) -> Objective:
+        """Return a level's objective at a point: its loss, on the point's batch or another, and its regularizer, if any."""
+        loss = LevelTerm(point, level, "loss", batches)
+        return cls((loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer")))
+
+    def value(self) -> Tensor:
+        """Return the objective at the live variables, a scalar with a graph."""
+        return sum_values(term.value() for term in self.terms)
+
+    def number(self) -> float:
+        """Return the objective at the live variables, summed in double precision; one graph is held at a time."""
+        return sum(float(term.value().detach()) for term in self.terms)
+
+    def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """Return the first derivatives at the live variables, without a graph; absent blocks are zero."""
+        total: dict[Block, Tensors] = {}
+        for term in self.terms:
+            if own := [block for block in wanted if block in term.blocks]:
+                add_into(total, term.derivatives(own))
+        return total
+
+
+def sum_values(values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the values of an objective's terms, in their order."""
+    first, *rest = values
+    return sum(rest, first)
+
+
+def add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0) -> None:
+    """Add vectors to a sum over blocks, in place; a block that is absent is zero."""
+    for block, vector in vectors.items():
+        if block not in total:
+            total[block] = vector if sign == 1.0 else scale(sign, vector)
+        else:
+            total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)

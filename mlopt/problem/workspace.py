@@ -1,0 +1,61 @@
+"""A workspace: caches and counters that the evaluations of a problem share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..rng import derive_seed
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from .level import Level
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """The caches of a problem, and the data streams and the count of standalone calls of `hypergradient`.
+
+    A problem holds one. An evaluation that must not change it uses a fresh one.
+
+    Attributes:
+        calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
+        mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
+        compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
+        verified: levels and parts whose pure function agreed with the live modules.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._streams: dict[str, Stream] = {}
+        #: States of streams that have not been opened since the run was resumed.
+        self._states: dict[str, Any] = {}
+        self.mixtures: dict[str, str | None] = {}
+        self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
+        self.verified: set[tuple[str, str]] = set()
+
+    def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
+        """Return the next batch for a standalone call, from a stream that training does not draw from.
+
+        Args:
+            level: the level.
+            data: the level's batches of that kind.
+            kind: "data" or "curvature data".
+        """
+        key = level.name if kind == "data" else f"{level.name}/{kind}"
+        if key not in self._streams:
+            self._streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
+            if key in self._states:
+                self._streams[key].load_state_dict(self._states.pop(key))
+        return self._streams[key].next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the standalone calls; caches are not part of it."""
+        streams = {key: stream.state_dict() for key, stream in self._streams.items()}
+        return {"calls": self.calls, "streams": self._states | streams}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the standalone calls to a state that `state_dict` returned; caches are kept."""
+        self.calls, self._states = state["calls"], dict(state["streams"])
+        self._streams.clear()

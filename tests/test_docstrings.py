@@ -1,0 +1,107 @@
+"""Examples in docstrings: every one runs, and everything public has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import io
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import mlopt
+
+#: Modules whose examples need an extra, and what they import.
+EXTRAS = {"mlopt.estimators.unrolled": "torchopt"}
+#: Modules with examples that do not run yet. This set may only shrink.
+NOT_YET_RUNNING = {
+    "mlopt.diagnosis.minimize",
+    "mlopt.diagnosis.spectrum",
+    "mlopt.hypergradient",
+    "mlopt.problem.level",
+    "mlopt.problem.problem",
+    "mlopt.recipes.tapweight.recipe",
+    "mlopt.recipes.tapweight.text.encoder",
+    "mlopt.testing.closed_form",
+    "mlopt.testing.contract",
+    "mlopt.testing.shapes",
+    "mlopt.testing.side_effects",
+}
+#: Public names without an example yet. This set may only shrink.
+NOT_YET_SHOWN = {
+    "mlopt.diagnosis.check.DisagreementError",
+    "mlopt.diagnosis.diagnosis.Diagnosis",
+    "mlopt.hypergradient.Hypergradient",
+    "mlopt.problem.estimator.Estimator",
+    "mlopt.problem.estimator.Linearization",
+    "mlopt.problem.estimator.Report",
+    "mlopt.problem.level.Variables",
+}
+
+
+def module_names() -> list[str]:
+    """Return every module of the package; recipes whose extras are not installed are left out."""
+    walked = pkgutil.walk_packages(mlopt.__path__, "mlopt.", onerror=lambda _: None)
+    return [mlopt.__name__, *(module.name for module in walked)]
+
+
+def imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if not name.startswith("mlopt.recipes."):
+            raise
+        pytest.skip(f"needs an extra: {error}")
+
+
+def failures(name: str) -> str:
+    """Run the examples of a module; return what failed, as doctest reports it."""
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder(exclude_empty=True).find(
+        imported(name), name, globs={"mlopt": mlopt, "torch": torch}
+    ):
+        runner.run(test, out=report.write)
+    return report.getvalue()
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name])
+    failed = failures(name)
+    if name in NOT_YET_RUNNING:
+        assert failed, f"the examples of {name} run: take it off the list"
+        pytest.xfail(f"the examples of {name} do not run yet")
+    assert not failed, failed
+
+
+def public() -> list[str]:
+    """Return the full names of the public classes and functions."""
+    found = {}
+    for module in (mlopt, mlopt.linear, mlopt.estimators):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found[f"{value.__module__}.{name}"] = value
+    return sorted(found)
+
+
+def test_the_lists_hold_nothing_that_is_gone() -> None:
+    assert set(module_names()) >= NOT_YET_RUNNING
+    assert set(public()) >= NOT_YET_SHOWN
+
+
+@pytest.mark.parametrize("name", public())
+def test_everything_public_has_an_example(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    shown = ">>> " in (getattr(importlib.import_module(module), attribute).__doc__ or "")
+    if name in NOT_YET_SHOWN:
+        assert not shown, f"{name} has an example: take it off the list"
+        pytest.xfail(f"{name} has no example yet")
+    assert shown, f"the docstring of {name} has no example"
