@@ -47,10 +47,12 @@ _RECIPES = {
         "adapt an encoder to a task, learning how much each pretraining objective should weigh",
         {
             "molecules": Command(
-                "predict properties of molecules, from SMILES", "mlopt.recipes.tapweight.molecules.command", "molecules"
+                "predict properties of molecules, from SMILES",
+                "mlopt.recipes.tapweight.molecules.modality",
+                "molecules",
             ),
             "text": Command(
-                "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.command", "text"
+                "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.modality", "text"
             ),
             "demo": Command(
                 "run it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"

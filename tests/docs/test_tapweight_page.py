@@ -42,7 +42,7 @@ def test_its_objective_hides_numbers_and_labels_the_texts_that_had_some(objectiv
 def test_the_recipe_accepts_its_objective(objective: Any) -> None:
     own = encoder()
     made = TapWeight(own, [objective, Contrastive()], task(own), corpus(), settings=SETTINGS)
-    assert made.fit(4, baselines=(), progress=False).weights.keys() == {"has_numeral", "contrastive"}
+    assert made.fit(4, methods=["tapweight"], progress=False).weights.keys() == {"has_numeral", "contrastive"}
 
 
 def test_the_names_on_the_page_exist() -> None:
