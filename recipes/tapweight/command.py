@@ -133,7 +133,7 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
         )
     if begun and not overwrite and not resume:
         raise ConfigurationError(
-            f"{output} holds a run that was begun; go on with it by --resume, or give another --output, or --overwrite"
+            f"{output} holds an unfinished run; resume it with --resume, or pass another --output or --overwrite"
         )
     if overwrite:
         for folder in (output, *output.glob("seed-*")):
@@ -143,7 +143,7 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
 
 
 def _note(configuration: Configuration[Any, Any], file: Path) -> None:
-    """Write down the configuration of a run that begins; hold it against that of a run to go on with.
+    """Write the configuration of a run that begins; compare it with that of a run to resume.
 
     Raises:
         ConfigurationError: they differ in something that the result depends on.
@@ -154,8 +154,8 @@ def _note(configuration: Configuration[Any, Any], file: Path) -> None:
         differ = [key for key in own if own[key] != other[key] and key not in _FREE]
         if differ:
             raise ConfigurationError(
-                f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; go on with the "
-                "same configuration, or give another --output"
+                f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; resume with "
+                "the same configuration, or pass another --output"
             )
         return
     with replacing(file) as staged:

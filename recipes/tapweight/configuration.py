@@ -28,7 +28,7 @@ C = TypeVar("C")
 
 
 class ConfigurationError(MloptError, ValueError):
-    """A configuration that cannot be run; the message says which key, what was found and what it may be."""
+    """A configuration that cannot be run; the message says the key, its value and the values that it may have."""
 
 
 @attrs.frozen(kw_only=True)

@@ -20,7 +20,7 @@ __all__ = ["Known", "conclusion", "show", "summary"]
 
 @attrs.frozen(kw_only=True)
 class Known:
-    """What is known of a demonstration beforehand.
+    """Facts on a demonstration that are known beforehand.
 
     Attributes:
         control: the objective that is useless.
@@ -88,7 +88,7 @@ def conclusion(results: Sequence[TapWeightResult], known: Known) -> str:
         f"The control, {known.control}, ended below its equal share of {share:.3f} in {below} of {count} runs; {known.suited}, "
         f"{known.why}, came out on top in {top} of {count}. On the test {known.examples} TapWeight was better than equal weights "
         f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. Within a single run some "
-        f"weight was told from noise in {clear} of {count}."
+        f"weight was significant in {clear} of {count}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What all methods of a run have in common: the same start, batches, settings and number of pretraining steps."""
+"""The common ground of the methods of a run: the same start, batches, settings and number of pretraining steps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ __all__ = ["DataError", "column_of", "lines_of", "suffix_of", "table_of", "text_
 
 
 class DataError(MloptError, ValueError):
-    """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
+    """A file or a data set that cannot be used; the message names the place, the content and the remedy."""
 
 
 def suffix_of(path: Path, known: Sequence[str]) -> str:

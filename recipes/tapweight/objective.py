@@ -1,4 +1,4 @@
-"""What a pretraining objective is: a name, a head, a view of the batch, a loss."""
+"""The contract of a pretraining objective: a name, a head, a view of the batch, a loss."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class TapWeight:
 
     Three levels: pretraining, theta*(lambda) = argmin sum_k lambda_k L_k(theta); finetuning,
     omega*(theta*) = argmin L_train(omega) + gamma ||omega - theta*||^2; reweighting, min_lambda L_valid(omega*(theta*(lambda))).
-    The adapted encoder is theta; it is then finetuned anew, and scored once.
+    The adapted encoder is theta; a copy of it is then finetuned, and scored once.
 
     Args:
         encoder: the encoder; not changed.

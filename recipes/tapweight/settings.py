@@ -28,7 +28,7 @@ class Settings:
         every: pretraining steps for each step on the weights.
         batch_size: unlabelled examples in a batch.
         task_batch_size: labelled training examples in a batch.
-        valid_batch_size: validation examples in a batch for the weights; all of them where there are no more.
+        valid_batch_size: validation examples in a batch for the weights; all of them if there are fewer.
         pretraining_lr: learning rate of AdamW on the encoder and the objectives' heads.
         finetuning_lr: learning rate of AdamW on the finetuning level.
         weight_decay: share of the variables that AdamW takes off them at each step, times the learning rate, on both.

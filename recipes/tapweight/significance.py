@@ -1,4 +1,4 @@
-"""Whether weights mean something: a signal of each objective, its error, and a verdict."""
+"""Significance of weights: a signal of each objective, its error, and a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a downstream task is: splits of labelled examples, a head, a loss, a metric."""
+"""The contract of a downstream task: splits of labelled examples, a head, a loss, a metric."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Task(ABC):
 
     #: Name of the metric that `metric()` computes, as it appears in results ("roc_auc", "rmse", ...).
     metric_name: str
-    #: Whether a larger metric is a better one.
+    #: True if a larger metric is a better one.
     greater_is_better: bool
     #: Sentences on the data that a user should read.
     remarks: Sequence[str] = ()

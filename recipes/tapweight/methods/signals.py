@@ -26,8 +26,8 @@ class SignalMeter(mlopt.Callback):
     """Collects every objective's signal at each step, and now and then measures it on two halves of the validation examples.
 
     A step's signal comes from the gradient that the weights move by. A half's signal is the hypergradient with that half as
-    the validation batch; both halves see the same pretraining and finetuning batches and the same masks, so that what tells
-    them apart is the labels. The halves are drawn anew each time.
+    the validation batch; both halves see the same pretraining and finetuning batches and the same masks, so that only
+    the labels differ. New halves are drawn each time.
 
     Args:
         names: of the objectives, in the order of their weights.

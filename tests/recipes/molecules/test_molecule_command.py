@@ -324,9 +324,9 @@ def test_an_interrupted_run_is_gone_on_with(
     interrupted_at(step, options(folder, cut, *more), monkeypatch)
     assert re.search(r"mlopt: SIGTERM: step \d+ of \d+ is finished and saved in", capsys.readouterr().err)
     assert cli.main(options(folder, cut, *more)) == 2
-    assert "holds a run that was begun; go on with it by --resume" in capsys.readouterr().err
+    assert "holds an unfinished run; resume it with --resume" in capsys.readouterr().err
     assert cli.main(options(folder, cut, *more, "--resume", "--every", "2")) == 2
-    assert "has settings.every=1, not 2; go on with the same configuration" in capsys.readouterr().err
+    assert "has settings.every=1, not 2; resume with the same configuration" in capsys.readouterr().err
     assert cli.main(options(folder, cut, *more, "--resume", "--overwrite")) == 2
     assert "--overwrite and --resume do not go together" in capsys.readouterr().err
     succeed(options(folder, cut, *more, "--resume"))

@@ -68,7 +68,7 @@ def test_the_page_reports_the_runs(results):
     sentence = conclusion(results, demo.KNOWN)
     for part in ("0.167 in 10 of 10 runs", "on top in 6 of 10", "equal weights in 10 of 10", "finetuning in 10 of 10"):
         assert part in sentence
-    assert "told from noise in 0 of 10" in sentence
+    assert "significant in 0 of 10" in sentence
     assert "below its equal share in 10 of 10 runs, `descriptors` on top in 6 of 10" in page
     console = Console(file=io.StringIO(), width=120)
     for table in summary(results):
