@@ -220,7 +220,7 @@ def test_a_clear_signal_is_significant_and_said():
     sentence = verdict(signals)
     assert "good helped significantly" in sentence
     assert "bad helped significantly less" in sentence
-    assert "neither cannot be told" in sentence
+    assert "neither cannot be distinguished" in sentence
     assert "no significant preference" in verdict({"neither": signals["neither"]})
 
 

@@ -68,7 +68,7 @@ def three_levels(
         model: theta, trained in place.
         objectives: in the order of the model's heads.
         task: the downstream task.
-        scales: what each objective's loss is divided by.
+        scales: the number that each objective's loss is divided by.
         gamma: strength of the coupling of the two encoders.
         corpus: batches of unlabelled examples.
         train: batches of labelled examples for finetuning.
@@ -76,8 +76,8 @@ def three_levels(
         optimizers: by level name.
         every: pretraining steps for each step on the weights.
         estimator: how finetuning is pulled back; with the identity, no network pass is needed.
-        schedulers: by level name, of levels whose learning rate does not stay.
-        precision: of the levels' steps, see `mlopt.Level`.
+        schedulers: by level name, for levels whose learning rate is not constant.
+        precision: the precision of the levels' steps, see `mlopt.Level`.
     """
 
     def pretraining_loss(own: Pretraining, batch: Any, *, reweighting: nn.Module) -> mlopt.Mixture:

@@ -84,15 +84,15 @@ def problem_of(network: nn.Module, estimator: mlopt.Estimator) -> mlopt.Problem:
 def test_kinds_of_products_agree(name: str, solver: str) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]()
-    found = {}
+    gradients = {}
     for products in ("autograd", "forward", "finite_difference"):
         rules = {
             "identity": mlopt.Identity(products=products),
             "neumann": mlopt.Neumann(terms=3, step_size=0.05, products=products),
         }
-        found[products] = gradient_of(problem_of(network, rules[solver]), seed=0)
-    assert distance(found["forward"], found["autograd"]) < 1e-9
-    assert distance(found["finite_difference"], found["autograd"]) < 1e-5
+        gradients[products] = gradient_of(problem_of(network, rules[solver]), seed=0)
+    assert distance(gradients["forward"], gradients["autograd"]) < 1e-9
+    assert distance(gradients["finite_difference"], gradients["autograd"]) < 1e-5
 
 
 @pytest.mark.parametrize("rule", [mlopt.Identity, mlopt.ConjugateGradient])

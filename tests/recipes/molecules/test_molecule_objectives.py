@@ -347,7 +347,7 @@ def test_what_cannot_be_prepared_says_why() -> None:
         def get(self, idx: int) -> Data:
             return Data(smiles="C" * (idx + 1))
 
-    with pytest.raises(mlopt.ArgumentError, match="Fleeting makes its graphs anew at each access"):
+    with pytest.raises(mlopt.ArgumentError, match="Fleeting creates its graphs at each access"):
         RandomLabels().prepare(Fleeting(), seed=0)
 
 

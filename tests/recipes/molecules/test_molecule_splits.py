@@ -74,5 +74,5 @@ def test_an_empty_split_is_refused() -> None:
 
 
 def test_a_smiles_that_is_none_is_named() -> None:
-    with pytest.raises(DataError, match=r"smiles\[1\]='C1CC' is no molecule"):
+    with pytest.raises(DataError, match=r"smiles\[1\]='C1CC' is not a molecule"):
         scaffold_split(["CC", "C1CC", "CO"])

@@ -177,7 +177,7 @@ def test_a_task_of_one_class_is_left_out_and_reported() -> None:
     assert float(metric.compute()) == 0.5
     metric.reset()
     metric.update(torch.zeros(1, 2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="defined for no task"):
+    with pytest.raises(ValueError, match="undefined for every task"):
         metric.compute()
 
 
@@ -231,7 +231,7 @@ def test_from_three_files(files: dict[str, str]) -> None:
     assert [graph.smiles for graph in task.splits["test"]] == ["CN", "CO"]
     both = MoleculeTask.from_csv(train, valid=valid, test=test, metric="mae")
     assert (both.kind, both.metric_name, both.label_names) == ("regression", "mae", ("active", "logS"))
-    with pytest.raises(DataError, match=r"train\.csv, row 2: 'C1CC' is no molecule"):
+    with pytest.raises(DataError, match=r"train\.csv, row 2: 'C1CC' is not a molecule"):
         MoleculeTask.from_csv(train, valid=valid, test=test, strict=True)
     with pytest.raises(DataError, match=r"train\.csv, row 3: the label 2\.5 of task 'logS' is not 0 or 1"):
         MoleculeTask.from_csv(train, valid=valid, test=test, kind="classification")

@@ -214,15 +214,15 @@ def test_half_precision_eager_attention_recomputation_and_fewer_layers(folder: P
         ("--corpus bad.txt.gz", "bad.txt.gz: not a whole gzip file"),
         ("--label class", "train.jsonl, row 1: no column 'class'; there are 'text', 'label'"),
         ("--text body", "train.jsonl, row 1: no column 'body'"),
-        ("--valid other.jsonl", "other.jsonl, row 1: the label 'rude' is none of the classes, kind, unkind"),
-        ("--train empty.jsonl --strict", "empty.jsonl, row 1: the text is empty; mend it"),
+        ("--valid other.jsonl", "other.jsonl, row 1: the label 'rude' is not one of the classes, kind, unkind"),
+        ("--train empty.jsonl --strict", "empty.jsonl, row 1: the text is empty; correct it"),
         ("--metric pearson", "metric='pearson' does not fit classification"),
         ("--kind regression", "train.jsonl, row 1: the label 'kind' is not a number"),
         ("--dataset cola", "give either --train FILE (`train` in [data]) or --dataset NAME"),
         ("--max-length 33", "max_length=33; the model takes from 3 to 32 tokens"),
         ("--model maskless", "masked_tokens hides tokens behind a mask token, and this tokenizer has none"),
         ("--model larger", "the tokenizer has 36 tokens, but the model embeds 35"),
-        ("--objectives contrastive", "there is something to weigh from two on"),
+        ("--objectives contrastive", "give at least two"),
         ("--steps 3 --every 3", "moves the weights 1 times; at least measurements=2"),
         ("--output train.jsonl", "output='train.jsonl' is a file; give a folder"),
     ],
@@ -279,7 +279,7 @@ def test_valid_and_test_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--model=a", "--train=a.csv", "--output=a", "--valid=b.csv"]) == 2
     assert "--valid is given without --test; give both, or neither" in capsys.readouterr().err
     assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--text=b"]) == 2
-    assert "--text goes with --train; a data set that is named has its own" in capsys.readouterr().err
+    assert "--text requires --train; the data set of --dataset has its own" in capsys.readouterr().err
 
 
 def test_a_configuration_is_written_and_read_and_its_missing_keys_are_the_texts_defaults(tmp_path: Path) -> None:

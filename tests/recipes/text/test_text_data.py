@@ -77,7 +77,7 @@ def test_empty_texts_are_left_out_and_told_or_refused(tmp_path: Path) -> None:
     texts = read_table(file)
     assert [example["text"] for example in texts] == ["a", "b"]
     assert texts.summary() == "2 texts of a.csv; 2 skipped: row 3 (the text is empty), row 4 (the text is empty)"
-    with pytest.raises(DataError, match=r"a\.csv, row 3: the text is empty; mend it"):
+    with pytest.raises(DataError, match=r"a\.csv, row 3: the text is empty; correct it"):
         read_table(file, strict=True)
     pairs = write(tmp_path, "b.jsonl", objects(*({"text_a": "a", "text_b": b, "label": 1} for b in ("b", "", None))))
     assert len(read_table(pairs)) == 1
@@ -97,7 +97,7 @@ def test_half_a_character_is_left_out_and_told_or_refused(tmp_path: Path) -> Non
         assert texts.summary() == f"2 texts of a.jsonl; 1 skipped: row 2 ({fault})"
     with pytest.raises(DataError) as error:
         read_table(file, strict=True)
-    assert str(error.value) == f"{file}, row 2: {fault}; mend it, or read with strict=False"
+    assert str(error.value) == f"{file}, row 2: {fault}; correct it, or read with strict=False"
 
 
 def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> N
         ("a.csv", "texts,label\na,1\n", "no column 'text'; there are 'texts', 'label' - did you mean 'texts'?"),
         ("a.jsonl", objects({"text": "a", "label": 1}, {"text": "b"}), "a.jsonl, row 2: no column 'label'"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "a.jsonl, row 2: not valid JSON"),
-        ("a.jsonl", '["a", 1]\n', "a.jsonl, row 1: '[\"a\", 1]' is no JSON object"),
-        ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is no text; give strings"),
+        ("a.jsonl", '["a", 1]\n', "a.jsonl, row 1: '[\"a\", 1]' is not a JSON object"),
+        ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is not text; give strings"),
         ("a.jsonl", objects({"text": "a", "label": None}), "a.jsonl, row 1: the label is missing"),
         ("a.csv", "text,label\na,\n", "a.csv, row 2: the label is missing"),
         ("a.csv", "text,label\n,1\n", "no text in 1 rows; row 2: the text is empty; give at least 1"),
@@ -205,7 +205,7 @@ def test_a_task_of_glue_is_read_from_where_datasets_keeps_it(name: str, tmp_path
 
 
 def test_what_is_no_task_of_glue_or_cannot_be_fetched_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dataset='coal' is no task of GLUE; there are .* did you mean 'cola'"):
+    with pytest.raises(DataError, match=r"dataset='coal' is not a task of GLUE; there are .* did you mean 'cola'"):
         glue("coal")
-    with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; give the files by --train instead"):
+    with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; pass the files with --train instead"):
         glue("rte", cache_dir=tmp_path)

@@ -231,7 +231,7 @@ def test_random_labels_need_a_corpus_that_keeps_them() -> None:
     dataset = datasets.Dataset.from_list(list(corpus(4)))
     objective = RandomLabels()
     with pytest.raises(
-        ValueError, match=r"this corpus, a Dataset, makes its examples anew .* from_dataset\(dataset, label=None\)"
+        ValueError, match=r"this corpus, a Dataset, creates its examples at each access; .* from_dataset\(dataset, label=None\)"
     ):
         objective.prepare(dataset, 0)
     kept = from_dataset(dataset, label=None)

@@ -60,7 +60,7 @@ def test_classes_can_be_named_where_a_split_lacks_some() -> None:
     made = of(labelled("b", "a"), labelled("c"), classes=("c", "b", "a"))
     assert made.classes == ("c", "b", "a")
     assert [example["label"] for example in made.splits["valid"]] == [0]
-    with pytest.raises(DataError, match="'b' is none of the classes, a, c"):
+    with pytest.raises(DataError, match="'b' is not one of the classes, a, c"):
         of(labelled("b", "a"), classes=("a", "c"))
 
 
@@ -75,9 +75,9 @@ def test_labels_are_left_as_they_are_in_the_texts_given() -> None:
     [
         (
             lambda: of(labelled("a", "b"), labelled("a", "c", source="dev.jsonl")),
-            "dev.jsonl, row 1: the label 'c' is none of the classes, a, b; correct it, or leave the row out",
+            "dev.jsonl, row 1: the label 'c' is not one of the classes, a, b; correct it, or leave the row out",
         ),
-        (lambda: of(labelled("a", "b"), None, labelled(1, source="t.csv")), "t.csv, row 0: the label '1' is none of"),
+        (lambda: of(labelled("a", "b"), None, labelled(1, source="t.csv")), "t.csv, row 0: the label '1' is not one of"),
         (lambda: of(labelled(0.5, 1), labelled("x", source="d")), "d, row 0: the label 'x' is not a number"),
         (lambda: of(labelled(0.5, 1), labelled(math.inf, source="d")), "d, row 0: the label inf is not finite"),
         (lambda: of(labelled(0.5, 1, 10**400)), f"made, row 2: the label 1{'0' * 199}... is not finite; correct it"),
