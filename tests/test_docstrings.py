@@ -65,7 +65,6 @@ def public() -> list[str]:
     return sorted(set(names))
 
 
-
 @pytest.mark.parametrize("name", public())
 def test_everything_public_has_an_example(name: str) -> None:
     module, _, attribute = name.rpartition(".")

@@ -184,10 +184,7 @@ class TapWeightResult:
             right.errorbar(mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
-        right.set(
-            xlabel="signal, with two standard errors",
-            title="Does more of it help? (filled: significant)",
-        )
+        right.set(xlabel="signal, with two standard errors", title="Does more of it help? (filled: significant)")
         figure.savefig(file, dpi=150)
 
 

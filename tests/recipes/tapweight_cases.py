@@ -25,7 +25,7 @@ class Encoder(encoder.Encoder):
 
 
 class Reconstruct(Objective):
-    """Predict a function of the input, or nothing of use."""
+    """Predict a power of the absolute input; the power 0 is useless."""
 
     def __init__(self, name: str, power: float) -> None:
         self.name, self.power = name, power

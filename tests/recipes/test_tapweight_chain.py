@@ -82,20 +82,20 @@ def test_the_hypergradient_is_the_closed_form(products, gamma):
     torch.testing.assert_close(result.gradient["logits"].double(), expected, rtol=1e-6, atol=1e-8 * gamma)
 
 
-def test_parts_of_a_batch_count_as_the_whole_and_go_through_the_encoder_one_by_one():
+def test_chunks_of_a_batch_count_as_the_whole_and_pass_the_encoder_one_by_one():
     problem, batches = chain(100.0)
     module = problem["finetuning"].module
     rows = []
 
     def note(encoder, inputs, _):
-        if not encoder.training:  # of the validation examples
+        if not encoder.training:  # the validation examples
             rows.append(len(inputs[0]))
 
     module.encoder.register_forward_hook(note)
     whole = mlopt.hypergradient(problem, batches, seed=3)
     assert set(rows) == {6}
     rows.clear()
-    # Of sizes that differ: a mean of means would be another number.
+    # The sizes differ: a mean of means would be another number.
     parts = Chunks(batches["reweighting"].split([2, 4]))
     cut = mlopt.hypergradient(problem, {**batches, "reweighting": parts}, seed=3)
     assert set(rows) == {2, 4}
@@ -117,7 +117,7 @@ def test_the_streamed_gradient_is_the_closed_form_with_the_cotangent_of_the_step
     mlopt.solve(problem, 2, callbacks=[Watch()], seed=1)
     theta, omega = reference["pretraining"].module, reference["finetuning"].module
     own = reference["reweighting"].module
-    # By hand: two outer steps of the same levels; the second gradient uses g_k at the second step and v of the first.
+    # Two outer steps of the same levels by hand; the second gradient uses g_k at the second step and v of the first.
     scales, powers = (1.0, 2.0, 0.5), (1.0, 2.0, 0.5)
 
     def losses():
@@ -173,8 +173,8 @@ def test_the_pullback_through_finetuning_needs_no_network_pass():
     assert len(passes) == 1  # the validation loss
 
 
-def test_the_couplings_products_are_exact():
-    """2 gamma I and -2 gamma I, whatever the encoders hold."""
+def test_the_products_of_the_coupling_are_exact():
+    """The products are 2 gamma I and -2 gamma I for any encoders."""
     a, b = Encoder(), Encoder()
     value = Proximal(a, 0.7)(a, b)
     v = [torch.randn_like(p) for p in a.parameters()]
@@ -198,7 +198,7 @@ def test_halves_that_disagree_are_not_significant_however_many_batches():
     label_noise = 1.0
     halves = []
     for _ in range(200):
-        # Both halves' signals scatter about a mean that is itself within the labels' error of zero.
+        # The signals of both halves scatter about a mean that is within the labels' error of zero.
         draw = torch.randn(2, 1, generator=generator, dtype=F64) * label_noise * 2**0.5
         halves.append((0.8 + draw[0] - draw.mean(0), 0.8 + draw[1] - draw.mean(0)))
     signal = judge(["one"], [(a + b) / 2 for a, b in halves], halves)["one"]
@@ -207,7 +207,7 @@ def test_halves_that_disagree_are_not_significant_however_many_batches():
     assert signal.error == pytest.approx(1.0, rel=0.2)
 
 
-def test_a_clear_signal_is_significant_and_said():
+def test_a_clear_signal_is_significant_and_reported():
     generator = torch.Generator().manual_seed(0)
     halves = [
         (torch.tensor([1.0, -1.0, 0.0]) + 0.1 * torch.randn(3, generator=generator), torch.tensor([1.0, -1.0, 0.0]))
@@ -225,7 +225,7 @@ def test_a_clear_signal_is_significant_and_said():
 
 
 def test_false_alarms_are_as_rare_as_they_should_be():
-    """Signals that are noise of labels alone: some objective is called significant in about 5% of runs, not in most."""
+    """With signals of label noise alone, some objective is significant in about 5% of runs, not in most."""
     generator = torch.Generator().manual_seed(1)
     alarms = 0
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""The contract of a modality: a new one of a few lines has the whole command, and those there are keep to the contract."""
+"""The contract of a modality: a new one of a few lines has the whole command, and the existing ones keep the contract."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scaling:
     """The encoder.
 
     Args:
-        factor: what its weights are multiplied by.
+        factor: the factor of its weights.
     """
 
     factor: float = 1.0
@@ -107,7 +107,7 @@ def test_means_over_seeds_need_no_signals(options: list[str], tmp_path: Path) ->
         (["--methods", "single:cube"], "single:cube: 'cube' is not one of the objectives, linear, square"),
     ],
 )
-def test_every_modality_refuses_what_none_can_run(more: list[str], sentence: str, options: list[str]) -> None:
+def test_every_modality_refuses_an_impossible_run(more: list[str], sentence: str, options: list[str]) -> None:
     with pytest.raises(ValueError, match=sentence):
         main([*options, *more])
 

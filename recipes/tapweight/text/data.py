@@ -81,11 +81,7 @@ def read_corpus(
 
 
 def read_table(
-    path: str | os.PathLike[str],
-    *,
-    text: Sequence[str] | None = None,
-    label: str = "label",
-    strict: bool = False,
+    path: str | os.PathLike[str], *, text: Sequence[str] | None = None, label: str = "label", strict: bool = False
 ) -> Texts:
     """Read labelled texts, or pairs of texts, from columns whose names may be in any case.
 

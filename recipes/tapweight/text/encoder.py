@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from mlopt.errors import MloptError
@@ -104,12 +98,7 @@ class TextEncoder(Encoder):
 
     @classmethod
     def load(
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        pooling: Pooling = "mean",
-        max_length: int | None = None,
-        **options: Any,
+        cls, name: str | os.PathLike[str], *, pooling: Pooling = "mean", max_length: int | None = None, **options: Any
     ) -> TextEncoder:
         """Load a model and its tokenizer; a checkpoint's own code is never run.
 

@@ -80,9 +80,5 @@ def glue(
     )
     parts = random_split(len(train), (1 - _HELD_OUT, _HELD_OUT / 2, _HELD_OUT / 2), seed)
     held = sorted((*parts["valid"], *parts["test"]))
-    splits: dict[Split, Texts] = {
-        "train": train.subset(parts["train"]),
-        "valid": train.subset(held),
-        "test": test,
-    }
+    splits: dict[Split, Texts] = {"train": train.subset(parts["train"]), "valid": train.subset(held), "test": test}
     return splits, task.metric

@@ -1,4 +1,4 @@
-"""Files of molecules are read as they are, and what cannot be read is named with its row and a remedy."""
+"""Files of molecules are read as they are; an unreadable one is refused with its row and a remedy."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_file_errors(tmp_path: Path) -> None:
 
 
 def is_missing_or_number(cell: str) -> float | None:
-    """Say what a label cell means: NaN for a missing one, None where it must be refused."""
+    """Return the number of a label cell: NaN if it is missing, None if it must be refused."""
     cell = cell.strip()
     if not cell:
         return math.nan
@@ -306,7 +306,7 @@ def test_without_rdkit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def run(code: str, *arguments: str) -> tuple[str, str]:
-    """Return what a new interpreter prints and complains of."""
+    """Return the output and the errors of a new interpreter."""
     root = Path(__file__).resolve().parents[3]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=root

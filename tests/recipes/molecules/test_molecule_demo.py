@@ -1,4 +1,4 @@
-"""The demonstration: its molecules, its label, and what it says of its results."""
+"""The demonstration: its molecules, its label, and its report of the results."""
 
 from __future__ import annotations
 

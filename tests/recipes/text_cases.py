@@ -1,4 +1,4 @@
-"""Tiny encoders of text with random weights, a tokenizer of a few words, and texts made of them; nothing is fetched."""
+"""Tiny encoders of text with random weights, a tokenizer of a few words, and texts of these words; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def encoder(kind: str = "bert", **more: Any) -> TextEncoder:
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Return texts with labels: whether the adjectives are kind."""
+    """Return texts, labelled by the kindness of their adjectives."""
     draw = random.Random(seed)
     made = []
     for k in range(count):
@@ -142,8 +142,8 @@ def tapweight(own: TextEncoder, objectives: Sequence[str] = tuple(OBJECTIVES), *
     )
 
 
-def laid(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
-    """Lay a task of GLUE where `datasets` keeps what it has fetched."""
+def write_glue(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
+    """Write a task of GLUE into the cache of `datasets`."""
     folder = cache / "nyu-mll___glue" / name / "0.0.0" / "0123456789abcdef"
     folder.mkdir(parents=True)
     splits = {}
