@@ -22,7 +22,7 @@ class Signal:
     """The comparison of an objective with the mixture, over a run.
 
     Attributes:
-        mean: of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive where more of the objective helps.
+        mean: mean of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive if more of the objective helps.
         error: its standard error, the scatter between halves of the validation labels included.
         z: mean / error.
         significant: True if |z| passes a two-sided t test at 5% for all objectives together (Bonferroni).

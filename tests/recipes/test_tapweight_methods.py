@@ -9,22 +9,10 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
-from tapweight_cases import F64, Encoder, Reconstruct, Sum
+from tapweight_cases import SETTINGS, Encoder, recipe
 from torch import nn
 
-from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.methods import Adapted, Direct, Equal, Given, Method, Single, ThreeLevels, make_method
-from mlopt.recipes.tapweight.settings import Settings
-
-SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
-
-
-def recipe(encoder: Any = Encoder, **changes: Any) -> TapWeight:
-    torch.manual_seed(1)
-    splits = {split: list(torch.randn(24, 3, dtype=F64)) for split in ("train", "valid", "test")}
-    corpus = list(torch.randn(40, 3, dtype=F64))
-    objectives = [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
-    return TapWeight(encoder(), objectives, Sum(splits), corpus, settings=attrs.evolve(SETTINGS, **changes))
 
 
 class Halved(Method):
@@ -61,7 +49,7 @@ def test_a_new_method_is_compared_with_the_others(tmp_path: Path) -> None:
 
 
 def test_the_scores_are_those_of_the_finetuned_models_in_the_result() -> None:
-    made = recipe(finetunings=2, epochs=6, finetune_lr=2.0)
+    made = recipe(settings=attrs.evolve(SETTINGS, finetunings=2, epochs=6, finetune_lr=2.0))
     result = made.fit(8, progress=False)
     task = made.experiment(8).task
     again = {
@@ -90,7 +78,8 @@ class Counting(Encoder):
     "method", [Direct(), Equal(), Single("square"), Given({"linear": 3, "square": 1}), ThreeLevels()]
 )
 def test_a_method_states_its_cost(method: Method, every: int) -> None:
-    experiment = recipe(Counting, every=every, valid_batch_size=5, measurements=2).experiment(14, progress=False)
+    settings = attrs.evolve(SETTINGS, every=every, valid_batch_size=5, measurements=2)
+    experiment = recipe(Counting, settings=settings).experiment(14, progress=False)
     Counting.calls.clear()
     method.adapt(experiment)
     assert len(Counting.calls) == method.passes(experiment)

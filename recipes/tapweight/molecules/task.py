@@ -86,7 +86,7 @@ class TaskMean(Metric):
 
         Args:
             outputs: (B, T) logits, or standardised predictions.
-            labels: (B, T) in the labels' unit, NaN where missing.
+            labels: (B, T) in the labels' unit, NaN if missing.
 
         Raises:
             ValueError: the shapes differ, or an output is not finite.
@@ -118,7 +118,7 @@ class MoleculeTask(Task):
     training split; the head predicts standardised values, and metrics are in the labels' unit.
 
     Args:
-        splits: labelled molecules of "train", "valid" and "test"; each graph has `y` (1, T), NaN where missing.
+        splits: labelled molecules of "train", "valid" and "test"; each graph has `y` (1, T), NaN if missing.
         label_names: the T tasks.
         kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification if all
             labels are 0 or 1.
@@ -275,7 +275,7 @@ class MoleculeTask(Task):
         return outputs
 
     def targets(self, batch: Batch) -> Tensor:
-        """Return the labels (B, T) in their unit, NaN where missing."""
+        """Return the labels (B, T) in their unit, NaN if missing."""
         labels: Tensor = batch.y
         return labels
 

@@ -56,11 +56,11 @@ class Collate:
             count += sum(len(ids) > self.max_length for ids in tokens)
         return count
 
-    def remark(self, examples: Sequence[Example], where: str) -> list[str]:
+    def remark(self, examples: Sequence[Example], source: str) -> list[str]:
         """Return a sentence with the number of examples that are cut off, or none if all are whole."""
         count = self.cut(examples)
         return [
-            f"{count} of {len(examples)} texts of {where} are longer than {self.max_length} tokens and are cut off"
+            f"{count} of {len(examples)} texts of {source} are longer than {self.max_length} tokens and are cut off"
         ] * (count > 0)
 
     def _tokenise(self, examples: Sequence[Example], length: int, **options: Any) -> Any:

@@ -161,9 +161,9 @@ def test_toml_and_json_are_equivalent_and_the_command_line_overrides_them(tmp_pa
     )
     assert read(toml) == read(written(tmp_path, json.dumps(content), ".json")) == expected
     line = ["--gamma", "0.5", "--config", str(toml), "--no-strict", "--seeds", "1", "2"]
-    given = reader.parse(line, Configuration, prog="mlopt", description="").run
-    assert (given.settings.gamma, given.settings.every, given.data.strict, given.seeds) == (0.5, 3, False, (1, 2))
-    assert given.data.corpus == Path("a.smi")
+    run = reader.parse(line, Configuration, prog="mlopt", description="").run
+    assert (run.settings.gamma, run.settings.every, run.data.strict, run.seeds) == (0.5, 3, False, (1, 2))
+    assert run.data.corpus == Path("a.smi")
 
 
 def test_a_configuration_that_is_written_reads_as_itself(tmp_path: Path) -> None:

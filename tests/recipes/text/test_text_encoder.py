@@ -236,7 +236,7 @@ def test_a_model_without_a_limit_needs_one() -> None:
 
 def test_the_first_token_of_a_text_is_not_its_padding() -> None:
     left = tokenizer(padding_side="left")
-    with pytest.raises(ModelError, match=r"'cls' takes the first token, which is padding where .* give pooling='mean'"):
+    with pytest.raises(ModelError, match=r"'cls' takes the first token, which is padding if .* give pooling='mean'"):
         TextEncoder(model(), left, pooling="cls")
     own = TextEncoder(model(), left).eval()
     batch = batch_of(own, "good", "the thing1 is bad")
