@@ -85,12 +85,9 @@ def test_empty_texts_are_left_out_and_reported_or_refused(tmp_path: Path) -> Non
 
 def test_half_a_character_is_left_out_and_reported_or_refused(tmp_path: Path) -> None:
     """JSON writes a character beyond the first 65,536 in two parts; a truncated text has one of them."""
-    lines = [
-        '{"text": "a", "label": 1}',
-        '{"text": "b \\ud83d", "label": 1}',
-        '{"text": "c \\ud83d\\ude00", "label": 0}',
-    ]
-    file = write(tmp_path, "a.jsonl", "\n".join(lines))
+    file = write(
+        tmp_path, "a.jsonl", "\n".join(f'{{"text": "{x}", "label": 1}}' for x in ("a", r"b \ud83d", r"c \ud83d\ude00"))
+    )
     fault = r"the text has '\ud83d', half of a character"
     for texts in (read_table(file), read_corpus(file)):
         assert [example["text"] for example in texts] == ["a", "c \U0001f600"]
@@ -155,29 +152,32 @@ def test_the_corpus_of_a_task_has_each_of_its_texts_once(tmp_path: Path) -> None
     assert all(example.keys() == {"text"} for example in own)
 
 
+def dataset(texts: list[str], labels: list[int], names: tuple[str, str] = ("text", "label")) -> datasets.Dataset:
+    text, label = names
+    features = {text: datasets.Value("string"), label: datasets.ClassLabel(names=["no", "yes"])}
+    return datasets.Dataset.from_dict({text: texts, label: labels}, features=datasets.Features(features))
+
+
 def test_labels_of_a_data_set_become_the_names_of_its_classes() -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    dataset = datasets.Dataset.from_dict({"text": ["a", "", "c"], "label": [1, 0, 0]}, features=features)
-    texts = from_dataset(dataset, name="made")
+    made = dataset(["a", "", "c"], [1, 0, 0])
+    texts = from_dataset(made, name="made")
     assert list(texts) == [{"text": "a", "label": "yes"}, {"text": "c", "label": "no"}]
     assert texts.summary() == "2 texts of made; 1 skipped: row 1 (the text is empty)"
-    assert list(from_dataset(dataset, label=None)) == [{"text": "a"}, {"text": "c"}]
+    assert list(from_dataset(made, label=None)) == [{"text": "a"}, {"text": "c"}]
     with pytest.raises(DataError, match="made: no column 'gold'; there are 'text', 'label'"):
-        from_dataset(dataset, label="gold", name="made")
+        from_dataset(made, label="gold", name="made")
 
 
 def test_the_columns_of_a_data_set_are_found_in_any_case() -> None:
-    features = datasets.Features({"Text": datasets.Value("string"), "Label": datasets.ClassLabel(names=["no", "yes"])})
-    dataset = datasets.Dataset.from_dict({"Text": ["a", "b"], "Label": [1, 0]}, features=features)
-    assert list(from_dataset(dataset)) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
+    texts = from_dataset(dataset(["a", "b"], [1, 0], names=("Text", "Label")))
+    assert list(texts) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
 
 
 def test_a_negative_class_of_a_data_set_is_a_missing_label() -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    made = dataset(["a", "b"], [1, -1])
     with pytest.raises(DataError, match="made, row 1: the label is missing; give one, or leave the row out"):
-        from_dataset(dataset, name="made")
-    assert len(from_dataset(dataset, label=None)) == 2
+        from_dataset(made, name="made")
+    assert len(from_dataset(made, label=None)) == 2
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])

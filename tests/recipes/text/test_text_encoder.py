@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sentencepiece import SentencePieceTrainer
-from text_cases import CONFIGS, VOCABULARY, corpus, encoder, model, tokenizer
+from text_cases import KINDS, VOCABULARY, corpus, encoder, model, save, tokenizer
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -29,7 +29,6 @@ from transformers import (
 from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
 from mlopt.recipes.tapweight.text.heads import LinearHead, TiedHead
 
-KINDS = list(CONFIGS)
 SIZE: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 16,
@@ -138,8 +137,7 @@ def test_a_checkpoint_with_a_head_is_loaded_with_it(kind: str, tmp_path: Path) -
     with torch.no_grad():
         for parameter in whole.parameters():  # away from any initialisation
             parameter.add_(0.1 * torch.randn_like(parameter))
-    whole.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, whole)
     own = TextEncoder.load(tmp_path, max_length=16).eval()
     assert own.has_masked_token_head
     batch = batch_of(own, "the thing1 is good")
@@ -152,8 +150,7 @@ def test_a_checkpoint_with_a_head_is_loaded_with_it(kind: str, tmp_path: Path) -
 
 
 def test_a_head_that_a_checkpoint_claims_but_lacks_is_a_new_one(tmp_path: Path) -> None:
-    model().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, model())
     config = (tmp_path / "config.json").read_text()
     assert "BertModel" in config
     (tmp_path / "config.json").write_text(config.replace("BertModel", "BertForMaskedLM"))
@@ -190,21 +187,19 @@ def test_a_checkpoint_that_lacks_weights_of_the_encoder_is_refused(tmp_path: Pat
     ids=lambda config: config.model_type,
 )
 def test_a_checkpoint_without_a_pooler_is_loaded(config: Any, tmp_path: Path) -> None:
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, AutoModelForMaskedLM.from_config(config))
     assert TextEncoder.load(tmp_path).has_masked_token_head
 
 
 def test_an_encoder_without_a_head_for_masked_tokens_in_transformers_gets_a_new_one(tmp_path: Path) -> None:
     config = SplinterConfig(question_token_id=4, **SIZE)
-    SplinterForPreTraining(config).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, SplinterForPreTraining(config))
     own = TextEncoder.load(tmp_path)
     assert isinstance(own.masked_token_head(), TiedHead)
 
 
 def test_the_encoder_of_a_model_with_another_head_is_used() -> None:
-    whole = BertForSequenceClassification(CONFIGS["bert"]())
+    whole = BertForSequenceClassification(model().config)
     own = TextEncoder(whole, tokenizer())
     assert own.model is whole.bert
     assert not own.has_masked_token_head
@@ -309,10 +304,7 @@ def larger(words: int) -> list[str]:
             f"the tokenizer has {len(VOCABULARY) + 3} tokens, but the model embeds {len(VOCABULARY)}; give the tokenizer of this",
         ),
         (lambda: TextEncoder(model(), tokenizer(pad_token=None)), "no padding token, which batches need"),
-        (
-            lambda: TextEncoder(model(), tokenizer(), max_length=33),
-            "max_length=33; the model takes from 3 to 32 tokens",
-        ),
+        (lambda: TextEncoder(model(), tokenizer(), max_length=33), "max_length=33; the model takes from 3 to 32"),
         (lambda: TextEncoder(model(), tokenizer(), max_length=2), "max_length=2; the model takes from 3 to 32"),
         (lambda: TextEncoder(model(), tokenizer(), pooling="max"), "pooling='max'; give 'mean' or 'cls'"),
         (lambda: TextEncoder.load("nobody/no-such-model"), "model='nobody/no-such-model' cannot be loaded: "),

@@ -12,7 +12,7 @@ import attrs
 import pytest
 import torch
 from tapweight_cases import weights_gradient
-from text_cases import CONFIGS, SETTINGS, corpus, encoder, model, splits, tapweight, task, texts, tokenizer
+from text_cases import KINDS, SETTINGS, corpus, encoder, model, save, splits, tapweight, task, texts, tokenizer
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import AutoModel, AutoTokenizer
@@ -21,6 +21,7 @@ import mlopt
 from mlopt.recipes.tapweight.methods import ThreeLevels
 from mlopt.recipes.tapweight.methods.levels import three_levels
 from mlopt.recipes.tapweight.models import Pretraining
+from mlopt.recipes.tapweight.result import TapWeightResult
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
@@ -41,7 +42,7 @@ def _double() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_encoder_runs_the_whole_recipe(kind: str, masked: bool, tmp_path: Path) -> None:
     own = encoder(kind, masked=masked)
     before = copy.deepcopy(own.state_dict())
@@ -290,14 +291,19 @@ def test_embeddings_stay_tied_through_training() -> None:
     assert omega.encoder.embeddings.weight is not theta.encoder.embeddings.weight
 
 
+def changed(start: dict[str, Tensor], result: TapWeightResult) -> set[str]:
+    """Return the names of the tensors that differ between the start and the adapted encoder."""
+    end = result.encoder.state_dict()
+    return {name for name in start if not torch.equal(start[name], end[name])}
+
+
 def test_frozen_layers_stay_and_the_rest_is_trained() -> None:
     own = encoder()
     own.model.embeddings.requires_grad_(False)
     own.model.encoder.layer[0].requires_grad_(False)
     start = copy.deepcopy(own.state_dict())
     result = tapweight(own, NAMES).fit(4, progress=False)
-    end = result.encoder.state_dict()
-    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    moved = changed(start, result)
     assert moved
     assert all(name.startswith("model.encoder.layer.1") for name in moved)
 
@@ -327,8 +333,7 @@ def test_adapters_alone_are_trained(estimator: mlopt.Estimator | None) -> None:
     result = tapweight(own, NAMES, estimator=estimator, settings=attrs.evolve(SETTINGS, pretraining_lr=1e-2)).fit(
         4, progress=False
     )
-    end = result.encoder.state_dict()
-    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    moved = changed(start, result)
     assert moved
     assert all(".up." in name or ".down." in name for name in moved)
 
@@ -337,16 +342,13 @@ def test_adapters_alone_are_trained(estimator: mlopt.Estimator | None) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_of_peft_are_trained_saved_and_loaded(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft, which no extra installs")
-    for part in (model(), tokenizer()):
-        part.save_pretrained(tmp_path / "base")
+    save(tmp_path / "base", model())
     base = AutoModel.from_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"]))
     own = TextEncoder(adapted, tokenizer(), max_length=16)
     start = copy.deepcopy(own.state_dict())
     result = tapweight(own, NAMES, settings=attrs.evolve(SETTINGS, pretraining_lr=1e-2)).fit(4, progress=False)
-    end = result.encoder.state_dict()
-    moved = {name for name in start if not torch.equal(start[name], end[name])}
-    assert moved == {name for name in start if ".lora_" in name}
+    assert changed(start, result) == {name for name in start if ".lora_" in name}
     result.save(tmp_path / "result")
     loaded = TextEncoder.load(tmp_path / "result" / "encoder", max_length=16).eval()
     batch = loaded.collate(list(corpus(3)))
