@@ -81,7 +81,7 @@ class Graph:
                 if ref not in self._references:
                     close = difflib.get_close_matches(ref, self.names, n=1)
                     raise ProblemError(
-                        f"level {name!r} refers to {ref!r}, and there is no such level; the levels are "
+                        f"level {name!r} refers to {ref!r}, which is not a level; the levels are "
                         f"{', '.join(self.names)}." + (f" Did you mean {close[0]!r}?" if close else "")
                     )
 

@@ -1,4 +1,4 @@
-"""The one place where losses and regularizers are evaluated, and the values that they may return."""
+"""Losses and regularizers: their only place of evaluation, and the values that they may return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objective of a level: the one place where its terms are summed."""
+"""The objective of a level: the only place that sums its terms."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class EstimatorContract:
         for seed, rule in enumerate(rules):
             with preserved():
                 torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
-                # Linearise again: a random start may be drawn then.
+                # Linearise again, because that may draw a random start.
                 fresh = Rule(rule.point.problem, str(rule.blocks[0]))
                 v = random_vectors(fresh, fresh.blocks, torch.Generator().manual_seed(0))
                 pulled.append(in_one(fresh.pullback(v), fresh))

@@ -43,7 +43,7 @@ def stateful_problem(estimator: Estimator, *, dtype: torch.dtype = torch.float64
     Args:
         estimator: the estimator of the network's level.
         dtype: dtype of all variables.
-        fatal: the evaluation of the network's loss, counted from one, that raises a `FloatingPointError`; none when None.
+        fatal: the evaluation of the network's loss, counted from one, that raises a `FloatingPointError`; None for none.
 
     Returns:
         The problem of levels `weights` and `network`.

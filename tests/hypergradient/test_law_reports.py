@@ -346,7 +346,7 @@ def saddle_problem(estimator: mlopt.Estimator) -> mlopt.Problem:
 def test_an_untrustworthy_solve_is_warned_about() -> None:
     with pytest.warns(mlopt.TrustWarning, match="level 'y': negative curvature -.*raise the damping"):
         mlopt.hypergradient(saddle_problem(mlopt.ConjugateGradient()))
-    with pytest.warns(mlopt.TrustWarning, match="level 'y', in 3 steps, at last: negative curvature"):
+    with pytest.warns(mlopt.TrustWarning, match="level 'y', doubtful in 3 steps, most recently: negative curvature"):
         mlopt.solve(saddle_problem(mlopt.ConjugateGradient()), steps=3, progress=False)
 
 

@@ -167,12 +167,12 @@ def test_variables_are_a_copy() -> None:
         (lambda: mlopt.Problem(level("a"), level("a")), "two levels have the name 'a'; rename one"),
         (
             lambda: mlopt.Problem(level("weights", on("clasifier")), level("classifier", on("weights"))),
-            "level 'weights' refers to 'clasifier', and there is no such level; the levels are weights, classifier. "
+            "level 'weights' refers to 'clasifier', which is not a level; the levels are weights, classifier. "
             "Did you mean 'classifier'?",
         ),
         (
             lambda: mlopt.Problem(level("a", on("zzz")), level("b")),
-            r"level 'a' refers to 'zzz', and there is no such level; the levels are a, b\.$",
+            r"level 'a' refers to 'zzz', which is not a level; the levels are a, b\.$",
         ),
         (
             lambda: mlopt.Problem(level("a", on("a"))),
