@@ -140,8 +140,8 @@ def _conjugate_gradients(gradient: Sequence[Tensor], own: list[nn.Parameter], ri
 
     def product(vector: Tensor) -> Tensor:
         parts = [part.reshape(shape) for part, shape in zip(vector.split(sizes), shapes, strict=True)]
-        found = torch.autograd.grad(gradient, own, parts, retain_graph=True)
-        return torch.cat([f.reshape(-1) for f in found]) + DAMPING * vector
+        products = torch.autograd.grad(gradient, own, parts, retain_graph=True)
+        return torch.cat([f.reshape(-1) for f in products]) + DAMPING * vector
 
     residual = torch.cat([r.reshape(-1) for r in right])
     solution, direction, square = torch.zeros_like(residual), residual.clone(), residual @ residual
@@ -168,12 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hyper-cleaning": (cleaning.ours, cleaning.by_hand, 1.05),
     }
     table, rows = Table("loop", "solve / by hand", "target: at most"), []
-    for name, (ours, by_hand, asked) in cases.items():
+    for name, (ours, by_hand, target) in cases.items():
         torch.testing.assert_close(ours(), by_hand(), rtol=1e-2, atol=1e-3)
         times = interleaved([ours, by_hand], 5 if options.quick else 21, "cpu")
         ratio = times[0] / times[1]
-        rows.append({"loop": name, "ratio": ratio, "asked": asked})
-        table.add_row(name, f"{ratio:.3f}", f"{asked}")
+        rows.append({"loop": name, "ratio": ratio, "asked": target})
+        table.add_row(name, f"{ratio:.3f}", f"{target}")
     Console().print(table)
     write(options.json, "cpu", rows)
 

@@ -1,4 +1,4 @@
-"""The command line: `mlopt diagnose ...`, `mlopt RECIPE MODALITY ...`; each command is imported when it is asked for."""
+"""The command line, `mlopt diagnose ...` and `mlopt RECIPE MODALITY ...`; only the requested command is imported."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Command:
     """A command.
 
     Attributes:
-        summary: what it does, in a phrase.
-        module: where its `main(arguments, *, prog)` is, which may return an exit status.
-        extra: the optional dependencies that it needs; empty where it needs none.
+        summary: a phrase for the help.
+        module: the module with its function `main(arguments, *, prog)`, which may return an exit status.
+        extra: the extra that it needs; empty if it needs none.
     """
 
     summary: str
@@ -34,29 +34,31 @@ class Command:
 
 @attrs.frozen
 class Recipe:
-    """A recipe's commands, by name."""
+    """The commands of a recipe, by name."""
 
     summary: str
     commands: dict[str, Command]
 
 
-_DIAGNOSE = Command("examine a problem of yours before a long run", "mlopt.diagnosis.command")
+_DIAGNOSE = Command("diagnose a problem before a long run", "mlopt.diagnosis.command")
 
 _RECIPES = {
     "tapweight": Recipe(
         "adapt an encoder to a task, learning how much each pretraining objective should weigh",
         {
             "molecules": Command(
-                "predict properties of molecules, from SMILES", "mlopt.recipes.tapweight.molecules.command", "molecules"
+                "predict properties of molecules, from SMILES",
+                "mlopt.recipes.tapweight.molecules.modality",
+                "molecules",
             ),
             "text": Command(
-                "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.command", "text"
+                "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.modality", "text"
             ),
             "demo": Command(
-                "watch it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"
+                "run it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"
             ),
             "demo-text": Command(
-                "watch it on the documentation that ships with Python", "mlopt.recipes.tapweight.text.demo", "text"
+                "run it on the documentation that ships with Python", "mlopt.recipes.tapweight.text.demo", "text"
             ),
         },
     ),
@@ -67,26 +69,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: what follows `mlopt`; those of the process when None.
+        arguments: the arguments after `mlopt`; those of the process if None.
 
     Returns:
-        The exit status: that of the command, 0 where it tells none; 2 after an error in what was given, told on standard
-        error; 130 when interrupted.
+        The exit status: that of the command, or 0 if it returns none; 2 for invalid input, with a message on standard error; 130
+        after an interruption.
 
     Raises:
-        SystemExit: after `--help`, `--version` and arguments that cannot be parsed.
-        Exception: an error in the program itself, with its traceback.
+        SystemExit: after `--help`, `--version`, and arguments that cannot be parsed.
+        Exception: a fault of the program, with its traceback.
+
+    Example:
+        >>> from mlopt.cli import main
+        >>> main(["diagnose", "experiment"])  # prints a message on standard error
+        2
     """
     try:
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
-        return _refuse("interrupted; of a run that had not ended, what its checkpoints hold is saved", 130)
+        return _refuse("interrupted; progress since the last checkpoint is lost", 130)
     except (MloptError, OSError) as error:
         return _refuse(str(error), 2)
 
 
 def _dispatch(arguments: list[str]) -> int:
-    """Hand the arguments to the command that they name, or print the help of what they name instead."""
+    """Run the command that the arguments name; without a command, print the help."""
     known, rest = _parser().parse_known_args(arguments)
     chosen: Command | argparse.ArgumentParser = known.chosen
     if isinstance(chosen, Command):
@@ -121,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, command: Command) -> None:
-    """Add a command whose arguments are its own business."""
+    """Add a command that parses its own arguments."""
     leaf = commands.add_parser(name, help=command.summary, add_help=False, allow_abbrev=False)
     leaf.set_defaults(chosen=command, prog=leaf.prog)
 
@@ -132,6 +139,6 @@ def _load(command: Command, prog: str) -> Any:
     return import_optional(command.module, f"`{prog}`", f"'mlopt-torch[{command.extra}]'")
 
 
-def _refuse(sentence: str, status: int) -> int:
-    print(f"mlopt: {sentence}", file=sys.stderr)
+def _refuse(message: str, status: int) -> int:
+    print(f"mlopt: {message}", file=sys.stderr)
     return status

@@ -49,7 +49,13 @@ class Hypergradient:
         level: the level's name.
         gradient: the derivative by parameter name, in the shape of each parameter.
         loss: the objective, a scalar tensor without a graph.
-        reports: how each level was pulled back, by name.
+        reports: the report on each level that was pulled back, by name.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> result = mlopt.hypergradient(logistic_regression(mlopt.Dense()).problem)
+        >>> result.level, result.gradient["value"].shape, list(result.reports)
+        ('weights', torch.Size([12]), ['regression'])
     """
 
     level: str
@@ -67,18 +73,18 @@ def hypergradient(
 ) -> Hypergradient:
     """Return the hypergradient of a level at the present point, without stepping.
 
-    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. They are
-    taken to be where the modules stand, except that an `Unrolled` level first takes its virtual steps from there.
+    With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. The
+    present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there.
     Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
     bit-identical afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
-        batches: the batch of each level by name; where one is missing, the next one of its data is drawn, from a stream that
-            belongs to calls of this function.
-        level: the level; the outermost when None.
-        seed: of the random numbers that the losses draw (dropout, masks); when None, every call has its own. Two calls with the
-            same seed and batches see the same ones.
+        batches: the batch of each level by name; a missing one is the next batch of the level's data, from a stream that only
+            calls of this function draw from.
+        level: the level; the outermost if None.
+        seed: seed of the random numbers that the losses draw (dropout, masks); if None, every call has its own. Two calls with
+            the same seed and batches see the same numbers.
 
     Returns:
         The gradient by parameter name, the loss, and a report for each level pulled back.
@@ -91,8 +97,11 @@ def hypergradient(
         TrustWarning: a report has a remark, and its solve did not converge.
 
     Example:
-        >>> result = mlopt.hypergradient(problem)
-        >>> result.gradient["logits"], result.reports["classifier"].residual
+        >>> from mlopt.testing import logistic_regression
+        >>> case = logistic_regression(mlopt.ConjugateGradient(iterations=10))
+        >>> result = mlopt.hypergradient(case.problem)
+        >>> case.error(result.gradient) < 1e-8, result.reports["regression"].converged
+        (True, True)
     """
     return standalone(problem, batches, level, seed, problem.workspace)
 
@@ -137,7 +146,7 @@ def standalone(
 
 
 def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorState]:
-    """Return where the generators stand for each level of a call: ("seed", n) for a call of `hypergradient` at seed n."""
+    """Return the state of the generators for each level in a call: ("seed", n) for a call of `hypergradient` at seed n."""
     devices = problem.devices
     return {
         level.name: GeneratorState.seeded(derive_seed("hypergradient", *chosen, level.name), devices)
@@ -147,7 +156,7 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
 
 @contextlib.contextmanager
 def at_solutions(point: Point, level: Level) -> Iterator[None]:
-    """Put the variables of the levels inside where their estimators take the solutions to be; put them back on leaving.
+    """Move the variables of the levels inside to the solutions that their estimators assume; restore them on exit.
 
     Each level is moved after those that its objective refers to.
     """
@@ -185,7 +194,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     Each part of the level's interior is pulled back once, after all those that refer to it.
 
     Args:
-        point: where to linearise.
+        point: the point of linearisation.
         level: the level.
         cotangents: partial derivatives of its objective, by block.
     """
@@ -215,6 +224,6 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:
     return (
-        f"the cotangent that level {part!r} gives {block!r} by {estimator} is not finite: look at how its loss depends on "
-        f"{block!r}"
+        f"the cotangent on {block!r} from the pullback of level {part!r} by {estimator} is not finite: check how its loss "
+        f"depends on {block!r}"
     )

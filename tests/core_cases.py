@@ -21,12 +21,12 @@ seeds = st.integers(0, 10_000)
 
 
 def drawn(examples: int) -> settings:
-    """Return the settings of a drawn test: so many examples, and no deadline, since the first one compiles."""
+    """Return the settings of a drawn test, without a deadline: the first example compiles."""
     return settings(max_examples=examples, deadline=None)
 
 
 def conjugate_gradient(products: str = "autograd") -> mlopt.Implicit:
-    """Return conjugate gradients run to the end: rounding over the step is as far as differences can get."""
+    """Return conjugate gradients run to convergence; rounding over the step limits finite differences."""
     rtol = 1e-9 if products == "finite_difference" else 1e-13
     return mlopt.ConjugateGradient(iterations=200, rtol=rtol, products=products)
 
@@ -45,9 +45,9 @@ def flat(gradient: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([g.reshape(-1) for g in gradient.values()])
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Return ||found - expected|| / ||expected||."""
-    return float((found - expected).norm() / expected.norm())
+def distance(value: Tensor, expected: Tensor) -> float:
+    """Return ||value - expected|| / ||expected||."""
+    return float((value - expected).norm() / expected.norm())
 
 
 def gradient_of(problem: mlopt.Problem, **arguments: Any) -> Tensor:
@@ -69,7 +69,7 @@ def contents(workspace: Workspace) -> dict[str, Any]:
 
 
 class Counting(mlopt.Estimator):
-    """An estimator that counts the linearisations and pullbacks of each level that it is given to."""
+    """An estimator that counts the linearisations and pullbacks of each level."""
 
     def __init__(self, inner: mlopt.Implicit) -> None:
         self.inner = inner
@@ -96,7 +96,7 @@ class Calls:
 
     def __init__(self, loss: Callable[..., Any]) -> None:
         self.count = 0
-        self.__wrapped__ = loss  # which is where inspect.signature looks
+        self.__wrapped__ = loss  # inspect.signature reads it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.count += 1
@@ -104,12 +104,12 @@ class Calls:
 
 
 def squared(module: nn.Module, batch: Any) -> Tensor:
-    """A loss without references: the sum of squares of what the module returns."""
+    """A loss without references: the sum of squares of the module's output."""
     return module().square().sum()
 
 
 class Restless(nn.Module):
-    """In train mode, with BatchNorm and dropout, and a parameter that nothing uses."""
+    """A module in train mode, with BatchNorm, dropout and an unused parameter."""
 
     def __init__(self) -> None:
         super().__init__()

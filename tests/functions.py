@@ -1,4 +1,4 @@
-"""Functions that several folders of tests hand to autograd."""
+"""Autograd functions that several folders of tests use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """The square, with a derivative in either mode, of which that in reverse cannot be differentiated."""
+    """The square, with derivatives in both modes; the reverse one cannot be differentiated again."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line itself: what it lists, how it refuses, and that an error in the program keeps its traceback."""
+"""The command line: lists, refusals, exit codes; errors in the program keep their traceback."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ import torch
 
 import mlopt
 from mlopt import cli
+from mlopt.recipes.tapweight.configuration import CommandLine
 from mlopt.validation import at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=60
-    )
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=cwd)
 
 
 @pytest.fixture
 def with_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
-    """Return a function that puts another `main` in the place of every command."""
+    """Return a function that replaces `main` of every command."""
 
     def replace(main: Callable[..., object]) -> None:
         monkeypatch.setattr(cli, "_load", lambda command, prog: SimpleNamespace(main=main))
@@ -48,27 +48,24 @@ import sys, mlopt, mlopt.cli
 heavy = ("mlopt.recipes", "tyro", "cattrs", "torch_geometric", "rdkit", "sklearn", "matplotlib", "transformers")
 print([name for name in sys.modules if name.startswith(heavy)])
 """
-    assert python(code).stdout == "[]\n"
+    assert python("-c", code).stdout == "[]\n"
 
 
 def test_python_m_mlopt_is_the_same_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "mlopt", "--version"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        0,
-        f"mlopt {importlib.metadata.version('mlopt-torch')}\n",
-        "",
-    )
+    done = python("-m", "mlopt", "--version")
+    version = importlib.metadata.version("mlopt-torch")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mlopt {version}\n", "")
 
 
 @pytest.mark.parametrize(("arguments", "listed"), [([], "tapweight"), (["tapweight"], "molecules")])
-def test_without_a_command_it_lists_what_there_is(
+def test_without_a_command_the_commands_are_listed(
     arguments: list[str], listed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith(f"usage: {' '.join(['mlopt', *arguments])} [-h]")
-    assert listed in told.out
-    assert told.err == ""
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"usage: {' '.join(['mlopt', *arguments])} [-h]")
+    assert listed in printed.out
+    assert printed.err == ""
 
 
 @pytest.mark.parametrize(
@@ -80,7 +77,7 @@ def test_without_a_command_it_lists_what_there_is(
         (["--vers"], "mlopt: error: unrecognised arguments: --vers"),
     ],
 )
-def test_what_it_does_not_know_is_refused(
+def test_unknown_commands_and_options_are_refused(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as status:
@@ -89,7 +86,7 @@ def test_what_it_does_not_know_is_refused(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_command_receives_its_arguments_untouched(with_command: Any) -> None:
+def test_a_command_receives_its_arguments_unchanged(with_command: Any) -> None:
     received = []
     with_command(lambda arguments, prog: received.append((arguments, prog)))
     arguments = ["--labels", "a", "--help", "b", "--version", "--steps=3", "-x", "--seed", "-1"]
@@ -99,11 +96,11 @@ def test_a_command_receives_its_arguments_untouched(with_command: Any) -> None:
 
 @pytest.mark.parametrize("package", ["tyro", "rdkit"])
 def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
-    """tyro is imported with the command, RDKit only where a molecule is read."""
+    """tyro is imported with the command, RDKit when a molecule is read."""
     (tmp_path / "train.csv").write_text("smiles,y\nC,1\n")
     code = f"import sys; sys.modules[{package!r}] = None; from mlopt.cli import main; sys.exit(main(sys.argv[1:]))"
     files = ["--corpus", str(tmp_path / "train.csv"), "--train", str(tmp_path / "train.csv")]
-    done = python(code, "tapweight", "molecules", *files, "--output", str(tmp_path / "output"))
+    done = python("-c", code, "tapweight", "molecules", *files, "--output", str(tmp_path / "output"))
     assert done.returncode == 2
     assert f"needs {package}, which is not installed: pip install 'mlopt-torch[molecules]'\n" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -122,18 +119,18 @@ class Checked:
         (lambda: open("/nowhere/at all"), "mlopt: [Errno 2] No such file or directory: '/nowhere/at all'\n"),  # noqa: SIM115
     ],
 )
-def test_errors_of_a_user_are_one_sentence(
+def test_user_errors_print_one_sentence(
     act: Callable[[], object], sentence: str, with_command: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_command(lambda arguments, prog: act())
     assert cli.main(["tapweight", "molecules"]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith(sentence)
-    assert "Traceback" not in told.err
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert printed.err.startswith(sentence)
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
 
 
-def test_errors_of_a_user_are_one_sentence_without_the_sources(tmp_path: Path) -> None:
+def test_user_errors_print_one_sentence_without_the_sources(tmp_path: Path) -> None:
     for folder in ("mlopt", "recipes"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(mlopt.__file__).parents[1] / folder, tmp_path / folder, ignore=ignored)
@@ -149,7 +146,7 @@ assert cli.__file__.endswith("cli.pyc")
 cli._load = lambda command, prog: SimpleNamespace(main=lambda arguments, prog: Settings().schedule(3))
 sys.exit(cli.main(["diagnose"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = python("-c", code, cwd=tmp_path)
     assert done.stderr.startswith("mlopt: steps=3 at every=")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
@@ -168,7 +165,7 @@ def raise_here() -> None:
         (lambda: 1 / 0, ZeroDivisionError),
     ],
 )
-def test_errors_of_the_program_keep_their_traceback(
+def test_program_errors_keep_their_traceback(
     act: Callable[[], object], kind: type[Exception], with_command: Any
 ) -> None:
     with_command(lambda arguments, prog: act())
@@ -176,20 +173,20 @@ def test_errors_of_the_program_keep_their_traceback(
         cli.main(["tapweight", "molecules"])
 
 
-def test_a_misspelt_import_of_our_own_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_import_in_mlopt_is_not_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     command = cli.Command("nothing", "mlopt.recipes.tapweight.nothing", "molecules")
     monkeypatch.setattr(cli, "_RECIPES", {"tapweight": cli.Recipe("nothing", {"molecules": command})})
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'mlopt\.recipes\.tapweight\.nothing'"):
         cli.main(["tapweight", "molecules"])
 
 
-def test_an_interruption_is_told(with_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def main(arguments: list[str], prog: str) -> None:
         raise KeyboardInterrupt
 
     with_command(main)
     assert cli.main(["tapweight", "molecules"]) == 130
-    sentence = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"
+    sentence = "mlopt: interrupted; progress since the last checkpoint is lost\n"
     assert capsys.readouterr().err == sentence
 
 
@@ -202,26 +199,29 @@ def test_an_interruption_is_told(with_command: Any, capsys: pytest.CaptureFixtur
         ("--gamma -1", "gamma=-1.0; it must be a finite number > 0"),
         ("--seeds 1 1", "seeds=[1, 1]; give at least one, and each once"),
         ("--seed -1", "seeds are whole numbers from 0 to 4294967295"),
-        ("--objectives masked_atom contrastive", "invalid choice 'masked_atom'"),
+        ("--objectives masked_atom contrastive", "there is no objective 'masked_atom'; there are 'masked_atoms'"),
+        (
+            "--methods direct equals",
+            "there is no method 'equals'; there are 'direct', 'equal', 'tapweight' - did",
+        ),
+        ("--methods equal equal", "methods=['equal', 'equal']; give at least one, and each once"),
         ("--corpus-limit 1", "corpus_limit=1; it must be a finite number >= 2"),
     ],
 )
 def test_options_that_cannot_be_parsed_end_with_2(more: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        status: object = cli.main(["tapweight", "molecules", *more.split()])
-    except SystemExit as exit:  # tyro reports errors of syntax itself, and since 1.0.16 those of validators
-        status = exit.code
+        status = cli.main(["tapweight", "molecules", *more.split()])
+    except SystemExit as error:  # of tyro, which puts some errors into a box
+        status = error.code
     assert status == 2
     assert sentence in " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
 
 
 @pytest.mark.parametrize("missing", ["corpus", "train", "output"])
-def test_what_is_needed_is_asked_for(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"corpus": "a.smi", "train": "a.csv", "output": "a"}
-    assert (
-        cli.main(["tapweight", "molecules", *(f"--{name}={value}" for name, value in given.items() if name != missing)])
-        == 2
-    )
+def test_missing_required_options_are_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    required = {"corpus": "a.smi", "train": "a.csv", "output": "a"}
+    given = [f"--{name}={value}" for name, value in required.items() if name != missing]
+    assert cli.main(["tapweight", "molecules", *given]) == 2
     assert f"--{missing}" in capsys.readouterr().err
 
 
@@ -235,24 +235,26 @@ def test_the_help_explains_every_option(
     assert status.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    configuration = importlib.import_module(f"mlopt.recipes.tapweight.{modality}.configuration")
-    parts = [getattr(configuration, name) for name in ("Data", "Settings", "Encoder")]
-    fields = [*attrs.fields(configuration.CommandLine), *(f for part in parts for f in attrs.fields(part))]
+    modality_class = importlib.import_module(f"mlopt.recipes.tapweight.{modality}.modality").main.args[0]
+    configuration = modality_class.configuration_class()
+    sections = (configuration, configuration.data, configuration.settings, configuration.encoder)
+    fields = [field for part in (CommandLine, *map(type, sections)) for field in attrs.fields(part)]
+    structure = ("run", "data", "settings", "encoder")
     entries = re.split(r"\n\W{0,3}(?=--)", re.sub(r"\(default.*?\)", "", text, flags=re.DOTALL))
-    for name in (field.name.replace("_", "-") for field in fields if field.name not in ("data", "settings", "encoder")):
+    for name in (field.name.replace("_", "-") for field in fields if field.name not in structure):
         described = [entry for entry in entries if re.match(rf"(--\S+( N \[N ...\])?, )?--{name}[\s,]", entry)]
         assert len(described) == 1, name
         words = re.findall(r"(?<![-{,])\b[a-z]{2,}\b", described[0])
         assert len(words) > 3, described
     assert re.findall(r"^\W*(\w+) options\W*$", text, re.MULTILINE) == ["data", "settings", "encoder"]
-    assert all(name in text for name in configuration.OBJECTIVES)
+    assert all(name in text for name in (*configuration.objectives, "random_labels"))
 
 
 def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
     molecules = [start + "C" * length for start in ("CC", "c1ccccc1", "N#C", "OC(=O)") for length in range(1, 11)]
-    (tmp_path / "train.csv").write_text("\n".join(["smiles,y", *(f"{one},{len(one)}" for one in molecules)]))
+    (tmp_path / "train.csv").write_text("\n".join(["smiles,y", *(f"{smiles},{len(smiles)}" for smiles in molecules)]))
     files = ["--corpus", "train.csv", "--train", "train.csv", "--split", "random", "--output", "output"]
-    # A shell that starts the tests in the background lets them ignore SIGINT, and their children with them.
+    # If a shell runs the tests in the background, they and their children ignore SIGINT.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "import sys; from mlopt.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
@@ -267,7 +269,7 @@ def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    # While objectives are prepared there is nothing to save yet; while a phase steps, the step is finished and saved.
-    unsaved = "mlopt: interrupted; of a run that had not ended, what its checkpoints hold is saved\n"
+    # While objectives are prepared there is nothing to save; during a phase, the run finishes and saves its step.
+    unsaved = "mlopt: interrupted; progress since the last checkpoint is lost\n"
     assert error == unsaved or re.fullmatch(r"mlopt: SIGINT: step \d+ of 1000000 is finished and saved in .*\n", error)
     assert [entry.name for entry in (tmp_path / "output").iterdir()] in ([], ["checkpoints"])

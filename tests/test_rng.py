@@ -1,4 +1,4 @@
-"""Generators that are captured and put back stand exactly where they stood."""
+"""Restored generators continue exactly as if nothing had been drawn."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mlopt.rng import GeneratorState, preserved
 
 DRAWS = {
-    "normal": lambda: np.random.normal(),  # made two by two: the second is kept
+    "normal": lambda: np.random.normal(),  # drawn in pairs: the second is kept
     "rand": lambda: np.random.rand(),
     "integers": lambda: np.random.randint(1000, size=3).tolist(),
-    "many": lambda: np.random.rand(700).sum(),  # past the end of the words, which are made anew
+    "many": lambda: np.random.rand(700).sum(),  # past the end of the buffer, which is then filled again
     "torch": lambda: torch.rand(()).item(),
     "python": random.random,
     "seed": lambda: np.random.seed(3),
@@ -40,24 +40,24 @@ def put(state: tuple[Any, ...]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(steps=STEPS, tail=st.lists(st.sampled_from([*DRAWS]), min_size=2, max_size=4))
-def test_any_order_of_captures_and_draws_is_as_with_plain_states(steps: list[Any], tail: list[str]) -> None:
+def test_captures_in_any_order_match_plain_states(steps: list[Any], tail: list[str]) -> None:
     def play(capture: Any, restore: Any, preserve: Any) -> list[Any]:
         put(start)
         kept: dict[int, Any] = {}
-        found = []
+        numbers = []
         for step in steps:
             if isinstance(step, str):
-                found.append(DRAWS[step]())
+                numbers.append(DRAWS[step]())
             elif step[0] == "capture":
                 kept[step[1]] = capture()
             elif step[0] == "restore" and step[1] in kept:
                 restore(kept[step[1]])
             elif step[0] == "preserve":
                 with preserve():
-                    found.append(DRAWS["normal"]())
-        return [*found, *(DRAWS[name]() for name in tail)]
+                    numbers.append(DRAWS["normal"]())
+        return [*numbers, *(DRAWS[name]() for name in tail)]
 
-    class Plainly:
+    class PlainlyPreserved:
         def __enter__(self) -> None:
             self.state = plain()
 
@@ -66,13 +66,13 @@ def test_any_order_of_captures_and_draws_is_as_with_plain_states(steps: list[Any
 
     start = plain()
     try:
-        expected = play(plain, put, Plainly)
+        expected = play(plain, put, PlainlyPreserved)
         assert play(GeneratorState.capture, lambda state: state.restore(), preserved) == expected
     finally:
         put(start)
 
 
-def test_another_bit_generator_of_numpy_is_captured_too() -> None:
+def test_another_numpy_bit_generator_is_captured_too() -> None:
     before = np.random.get_bit_generator()
     try:
         np.random.set_bit_generator(np.random.PCG64(1))
@@ -83,7 +83,7 @@ def test_another_bit_generator_of_numpy_is_captured_too() -> None:
         np.random.set_bit_generator(before)
 
 
-def test_a_state_comes_back_from_its_dictionary() -> None:
+def test_a_state_survives_its_dictionary() -> None:
     np.random.normal()
     for state in (GeneratorState.capture(), GeneratorState.seeded(4)):
         again = GeneratorState.from_state_dict(state.state_dict())

@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             for name in options.only or SECTIONS:
                 begin = time.monotonic()
-                found = [{"section": name, **row} for row in SECTIONS[name](place)]
-                rows += found
-                show_rows(name, found)
+                section_rows = [{"section": name, **row} for row in SECTIONS[name](place)]
+                rows += section_rows
+                show_rows(name, section_rows)
                 console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
         finally:
             place.close()

@@ -48,19 +48,19 @@ def _judge(target: str, figure: float | None, limit: float, *, least: bool = Fal
 
 def _worst(values: Iterable[float]) -> float | None:
     """Return the largest value; NaN if any value is NaN."""
-    found = list(values)
-    if any(math.isnan(value) for value in found):
+    numbers = list(values)
+    if any(math.isnan(value) for value in numbers):
         return math.nan
-    return max(found, default=None)
+    return max(numbers, default=None)
 
 
 def _right(rows: list[Row]) -> list[Check]:
-    found = [row for row in _ours(_of(rows, "accuracy", "error")) if _family(row) in EXACT]
+    exact = [row for row in _ours(_of(rows, "accuracy", "error")) if _family(row) in EXACT]
     graphs = [
         row for row in _ours(_of(rows, "multilevel", "error")) if row["estimator"] in ("Dense", "ConjugateGradient")
     ]
-    double = [row["error"] for row in [*found, *graphs] if row.get("dtype", "float64") == "float64"]
-    single = [row["error"] for row in found if row["dtype"] == "float32"]
+    double = [row["error"] for row in [*exact, *graphs] if row.get("dtype", "float64") == "float64"]
+    single = [row["error"] for row in exact if row["dtype"] == "float32"]
     return [
         _judge("1 exact estimators: largest error in float64 <= 1e-8", _worst(double), 1e-8),
         _judge("1 exact estimators: largest error in float32 <= 1e-4", _worst(single), 1e-4),
@@ -91,21 +91,24 @@ def _ratio(ours: list[Row], peers: list[Row], cost: str) -> float | None:
 
 
 def _loop(rows: list[Row]) -> list[Check]:
-    found = [row for row in _ours(_of(rows, "loop", "best peer / this")) if row["error"] <= 1e-2]
+    tracking = [row for row in _ours(_of(rows, "loop", "best peer / this")) if row["error"] <= 1e-2]
     target = "3 loop, {}: time per outer step, best other library / mlopt, both tracking to 1%, >= 3"
     lines = [
         _judge(
-            target.format(name), max(row["best peer / this"] for row in found if row["case"] == name), 3.0, least=True
+            target.format(name),
+            max(row["best peer / this"] for row in tracking if row["case"] == name),
+            3.0,
+            least=True,
         )
-        for name in dict.fromkeys(row["case"] for row in found)
+        for name in dict.fromkeys(row["case"] for row in tracking)
     ]
     return lines or [_judge(target.format("-"), None, 3.0, least=True)]
 
 
 def _identity(rows: list[Row]) -> list[Check]:
-    found = _of(rows, "identity", "time", "error", "deviation")
-    betty = next((row for row in found if row["library"] == "betty" and _family(row) == "FiniteDifference"), None)
-    candidates = [row for row in _ours(found) if row["estimator"] in ("FiniteDifference", "Identity forward")]
+    measured = _of(rows, "identity", "time", "error", "deviation")
+    betty = next((row for row in measured if row["library"] == "betty" and _family(row) == "FiniteDifference"), None)
+    candidates = [row for row in _ours(measured) if row["estimator"] in ("FiniteDifference", "Identity forward")]
     if not candidates:
         return [("4 identity", "not measured", None)]
     # One estimator of mlopt must meet all four: take the one that misses the fewest limits, then the fastest.
@@ -126,13 +129,15 @@ def _identity_of(row: Row, betty: Row | None) -> list[Check]:
 
 
 def _unroll(rows: list[Row]) -> list[Check]:
-    found = _of(rows, "unroll", "time", "memory")
+    measured = _of(rows, "unroll", "time", "memory")
     lines = []
     for peer in ("torchopt", "higher"):
         memory = time = None
-        steps = {row["iterations"] for row in _ours(found)} & {r["iterations"] for r in found if r["library"] == peer}
+        steps = {row["iterations"] for row in _ours(measured)} & {
+            r["iterations"] for r in measured if r["library"] == peer
+        }
         if steps:
-            at = [row for row in found if row["iterations"] == max(steps)]
+            at = [row for row in measured if row["iterations"] == max(steps)]
             peers = [row for row in at if row["library"] == peer]
             memory, time = _ratio(_ours(at), peers, "memory"), _ratio(_ours(at), peers, "time")
         lines.append(_judge(f"5 unrolling: memory relative to {peer} <= 1/5", memory, 1 / 5))
@@ -141,6 +146,6 @@ def _unroll(rows: list[Row]) -> list[Check]:
 
 
 def _ladder(rows: list[Row]) -> list[Check]:
-    found = [row for row in _ours(_of(rows, "ladder", "time / one rung")) if row["rungs"] == 8]
-    worst = _worst(row["time / one rung"] for row in found)
+    top = [row for row in _ours(_of(rows, "ladder", "time / one rung")) if row["rungs"] == 8]
+    worst = _worst(row["time / one rung"] for row in top)
     return [_judge("6 ladder: time with 8 rungs relative to one rung, slowest estimator of mlopt, <= 10", worst, 10.0)]

@@ -76,8 +76,8 @@ def graphs(count: int = 128, nodes: int = 16, features: int = 8, classes: int = 
     for half in (labels[:count], labels[count:]):
         chance = 0.05 + 0.05 * half[:, None, None]
         upper = (torch.rand(count, nodes, nodes, generator=generator) < chance).triu(1)
-        graph, one, other = (upper | upper.transpose(1, 2)).nonzero(as_tuple=True)
-        edges = torch.stack([graph * nodes + one, graph * nodes + other])
+        graph, source, target = (upper | upper.transpose(1, 2)).nonzero(as_tuple=True)
+        edges = torch.stack([graph * nodes + source, graph * nodes + target])
         owner = torch.arange(count).repeat_interleave(nodes)
         parts.append((0.5 + 0.2 * _normal(generator, count * nodes, features), edges, owner))
     return {

@@ -16,25 +16,25 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw a figure for each case and section with rows; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = _of(rows, "accuracy", "error", "time")
-    found = []
+    files = []
     for case in dict.fromkeys(row["case"] for row in accuracy):
         chosen = [row for row in accuracy if row["case"] == case and row["error"] > 0]
         name = "".join(letter if letter.isalnum() else "_" for letter in case)
-        found.append(_plot(folder / f"error_time_{name}.png", chosen, "time", "error", "time / plain gradient", case))
+        files.append(_plot(folder / f"error_time_{name}.png", chosen, "time", "error", "time / plain gradient", case))
     iterated = [row for row in accuracy if row["iterations"] and "quadratic" not in row["case"] and row["error"] > 0]
     deep = {row["case"] for row in iterated if row["iterations"] == 100}
     for case in deep:
         chosen = [row for row in iterated if row["case"] == case]
         name = "".join(letter if letter.isalnum() else "_" for letter in case)
-        found.append(_plot(folder / f"error_iterations_{name}.png", chosen, "iterations", "error", "iterations", case))
+        files.append(_plot(folder / f"error_iterations_{name}.png", chosen, "iterations", "error", "iterations", case))
     ladder, unroll = _of(rows, "ladder", "time / one rung"), _of(rows, "unroll", "memory")
     if ladder:
-        found.append(_plot(folder / "ladder.png", ladder, "rungs", "time / one rung", "rungs", "ladder", x_log=False))
+        files.append(_plot(folder / "ladder.png", ladder, "rungs", "time / one rung", "rungs", "ladder", x_log=False))
     if unroll:
-        found.append(
+        files.append(
             _plot(folder / "unroll_memory.png", unroll, "iterations", "memory", "steps", "unrolling: memory / plain")
         )
-    return found
+    return files
 
 
 def _of(rows: Sequence[Row], section: str, *having: str) -> list[Row]:

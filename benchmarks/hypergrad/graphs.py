@@ -28,14 +28,14 @@ def shape(name: str) -> dict[str, tuple[str, ...]]:
         return {"outer": (f"level_{n}",), **inner}
     if kind != "ladder":
         raise ValueError(f"shape {name!r}: pass 'ladder N' or 'chain N'")
-    found: dict[str, tuple[str, ...]] = {"outer": (f"node_{n}",)}
+    references: dict[str, tuple[str, ...]] = {"outer": (f"node_{n}",)}
     for i in reversed(range(n)):
-        found |= {
+        references |= {
             f"node_{i + 1}": (f"left_{i}", f"right_{i}"),
             f"left_{i}": (f"node_{i}",),
             f"right_{i}": (f"node_{i}",),
         }
-    return found | {"node_0": ("outer",)}
+    return references | {"node_0": ("outer",)}
 
 
 class Graph:
@@ -73,15 +73,15 @@ class Graph:
         return self.references[name] if name == "outer" else (name, *self.references[name])
 
     def _solutions(self, outer: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {"outer": outer}
-        while len(found) < len(self.references):
+        solutions: dict[str, Tensor] = {"outer": outer}
+        while len(solutions) < len(self.references):
             for name, others in self.references.items():
-                if name not in found and all(other in found for other in others):
+                if name not in solutions and all(other in solutions for other in others):
                     form, slope = self._forms[name]
                     own, rest = form[: self.size, : self.size], form[: self.size, self.size :]
-                    known = torch.cat([found[other] for other in others])
-                    found[name] = -torch.linalg.solve(own, rest @ known + slope[: self.size])
-        return found
+                    known = torch.cat([solutions[other] for other in others])
+                    solutions[name] = -torch.linalg.solve(own, rest @ known + slope[: self.size])
+        return solutions
 
     def exact(self) -> Tensor:
         """Return the hypergradient: differentiate the closed form of the solutions."""

@@ -33,11 +33,11 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A storage keeps one Python object for its lifetime, so the id and the finalizer of that object identify the storage.
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        found = function(*args, **(kwargs or {}))
-        storages = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(found) if isinstance(t, Tensor))}
+        result = function(*args, **(kwargs or {}))
+        storages = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor))}
         for key in storages.keys() - before:
             self._follow(storages[key])
-        return found
+        return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -68,11 +68,11 @@ class _FlopCounter(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         formula = flop_registry.get(function._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=found)
-        return found
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def flops(call: Callable[[], Any]) -> int:

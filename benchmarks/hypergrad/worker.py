@@ -76,8 +76,8 @@ class Worker:
 
     def error(self, key: str, against: str = "exact") -> dict[str, float]:
         """Call once; return the relative error and the cosine to a reference of the case."""
-        found = self._call(key).double().cpu()
-        return _compare(found, getattr(self.double, against))
+        gradient = self._call(key).double().cpu()
+        return _compare(gradient, getattr(self.double, against))
 
     def bfloat16_error(self, key: str) -> float:
         """Call once; return the error of a product at the rounded point, against float64 at that point."""
@@ -86,11 +86,11 @@ class Worker:
 
     def repeats_of(self, key: str, count: int) -> list[list[float]]:
         """Return the hypergradients of `count` calls, each with its own seed."""
-        found = []
+        gradients = []
         for seed in range(count):
             torch.manual_seed(1_000 + seed)
-            found.append(self._call(key).double().tolist())
-        return found
+            gradients.append(self._call(key).double().tolist())
+        return gradients
 
     def cost(self, key: str) -> dict[str, float]:
         """Return the operations and the peak memory of one call."""
@@ -102,9 +102,9 @@ class Worker:
 
     def memory(self, key: str) -> int:
         """Return the peak memory of one call."""
-        found = peak_memory(self.calls[key], self.device)
+        peak = peak_memory(self.calls[key], self.device)
         self._restore()
-        return found
+        return peak
 
     def time(self, key: str) -> float:
         """Return the seconds of one call, the mean of several if it is very short; the first request warms up with one call."""
@@ -149,9 +149,9 @@ class Worker:
         self.repeats.pop(key, None)
 
     def _call(self, key: str) -> Any:
-        found = self.calls[key]()
+        result = self.calls[key]()
         self._restore()
-        return found
+        return result
 
     def _restore(self) -> None:
         """Restore the variables; some libraries change them."""
@@ -178,9 +178,9 @@ class _Watch:
             return
         self._spent += clock(self._worker.device) - self._since
         case = self._worker.case
-        found = cases.flat([variable.grad for variable in case.u]).double().cpu()
+        gradient = cases.flat([variable.grad for variable in case.u]).double().cpu()
         truth, self._solved = exact.hypergradient(case.to(torch.float64), start=self._solved, rtol=1e-6)
-        self.errors.append(_compare(found, truth)["error"])
+        self.errors.append(_compare(gradient, truth)["error"])
         say, listen = self._worker.channel[1], self._worker.channel[0]
         print(json.dumps({"pause": self._count}), file=say, flush=True)
         listen.readline()
@@ -191,9 +191,9 @@ class _Watch:
         return self._spent + clock(self._worker.device) - self._since
 
 
-def _compare(found: Tensor, truth: Tensor) -> dict[str, float]:
-    error = float((found - truth).norm() / truth.norm())
-    return {"error": error, "cosine": float(torch.cosine_similarity(found, truth, dim=0))}
+def _compare(gradient: Tensor, truth: Tensor) -> dict[str, float]:
+    error = float((gradient - truth).norm() / truth.norm())
+    return {"error": error, "cosine": float(torch.cosine_similarity(gradient, truth, dim=0))}
 
 
 def main() -> None:

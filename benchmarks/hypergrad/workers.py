@@ -78,8 +78,8 @@ class Library:
             self._log.seek(0)
             last = self._log.read().strip().splitlines()[-1:] or ["nothing on standard error"]
             return {"failed": f"the process ended ({last[0]})"}
-        found: dict[str, Any] = json.loads(line)
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def go_on(self) -> dict[str, Any]:
         """Resume a paused loop; return its next pause, or its answer."""
@@ -149,12 +149,12 @@ class Workplace:
 
         The plain gradient is timed in the same process just before the call, so that other load on the machine affects both.
         """
-        found: list[list[float]] = [[] for _ in wanted]
+        by_call: list[list[float]] = [[] for _ in wanted]
         for _ in range(rounds):
-            for (library, key), ratios in zip(wanted, found, strict=True):
+            for (library, key), ratios in zip(wanted, by_call, strict=True):
                 plain = library.result("time", key="plain")
                 ratios.append(library.result("time", key=key) / plain)
-        return [statistics.median(ratios) for ratios in found]
+        return [statistics.median(ratios) for ratios in by_call]
 
     def close(self) -> None:
         """End all processes."""
@@ -165,7 +165,7 @@ class Workplace:
 def _usual_python(name: str) -> str:
     if name == "mlopt":
         return sys.executable
-    found = ROOT / ".peers" / name / "bin" / "python"
-    if not found.exists():
+    python = ROOT / ".peers" / name / "bin" / "python"
+    if not python.exists():
         raise Absent(f"no .peers/{name}")
-    return str(found)
+    return str(python)

@@ -9,6 +9,7 @@ import attrs
 from rich.console import Console
 from rich.table import Table
 
+from mlopt.recipes.tapweight.methods import DEFAULT, Equal, ThreeLevels
 from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.result import TapWeightResult
 from mlopt.recipes.tapweight.spread import Spread
@@ -18,13 +19,12 @@ from ..report import interleaved, write
 
 __all__ = ["run"]
 
-WAYS = ("direct", "equal", "tapweight")
-
 
 def cost(tapweight: TapWeight, every: int, rounds: int, device: str) -> float:
-    """Return the time of an outer step with `every` pretraining steps, relative to `every` plain pretraining steps."""
-    tapweight.settings = attrs.evolve(tapweight.settings, every=every)
-    whole, plain = tapweight.problem(1_000)[0], tapweight.equal_weights(1_000)
+    """Return the time of an outer step with `every` pretraining steps relative to `every` plain pretraining steps."""
+    experiment = tapweight.experiment(1_000)
+    experiment = attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, every=every))
+    whole, plain = (method.problem(experiment, experiment.model()) for method in (ThreeLevels(), Equal()))
     engines = Engine(whole, seed=0), Engine(plain, seed=0)
 
     def plain_steps() -> None:
@@ -85,7 +85,7 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Tabl
         return [time]
     tasks = dict.fromkeys(row["task"] for row in rows)
     scores = Table(
-        "task", "metric", *WAYS, title=f"Test scores, mean (standard deviation) over {len(rows) // len(tasks)} seeds"
+        "task", "metric", *DEFAULT, title=f"Test scores, mean (standard deviation) over {len(rows) // len(tasks)} seeds"
     )
     weights = Table(
         "objective", *tasks, title="Learned weights, mean (standard deviation); runs in which it is significant"
@@ -93,7 +93,7 @@ def tables(rows: Sequence[dict[str, Any]], costs: dict[int, float]) -> list[Tabl
     for task in tasks:
         own = [row for row in rows if row["task"] == task]
         scores.add_row(
-            task, own[0]["metric"], *(str(Spread.of([row["scores"][way]["test"] for row in own])) for way in WAYS)
+            task, own[0]["metric"], *(str(Spread.of([row["scores"][name]["test"] for row in own])) for name in DEFAULT)
         )
     for name in rows[0]["weights"]:
         cells = []

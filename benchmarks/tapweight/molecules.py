@@ -19,7 +19,8 @@ from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus
 from mlopt.recipes.tapweight.molecules.encoder import GINE
 from mlopt.recipes.tapweight.molecules.objectives import make_objective
 from mlopt.recipes.tapweight.molecules.task import MoleculeTask
-from mlopt.recipes.tapweight.recipe import Settings, TapWeight
+from mlopt.recipes.tapweight.recipe import TapWeight
+from mlopt.recipes.tapweight.settings import Settings
 from mlopt.rng import seed_everything
 
 from .common import run

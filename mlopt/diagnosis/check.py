@@ -1,4 +1,4 @@
-"""An estimator held against an oracle, on the problem that it is meant for."""
+"""Comparison of the estimators of a problem with an oracle."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .resolve import Resolver
 __all__ = ["Check", "DisagreementError", "Row", "check_hypergradient"]
 
 _DENSE_LIMIT = 5_000
-#: A parameter is not judged by itself where what it is off by is less than this share of what the whole may be off by.
+#: A parameter is not judged on its own if its error is less than this share of the error allowed for the whole gradient.
 _NEGLIGIBLE = 1e-3
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Row:
-    """One comparison: of a parameter's part of the gradient, of its derivative along a direction, or of all together.
+    """One comparison: of a parameter's gradient, of a derivative along a direction, or of the whole.
 
     Attributes:
         name: the parameter, the direction, or "all".
-        estimator: what the estimator gives: a norm or, along a direction, a derivative.
-        oracle: what the oracle gives.
+        estimator: the estimator's value: a norm or, along a direction, a derivative.
+        oracle: the oracle's value.
         error: ||estimator - oracle|| / ||oracle||.
-        cosine: of the angle between the two; None for single numbers.
+        cosine: cosine of the angle between the two; None for single numbers.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Check:
     Attributes:
         level: the level whose hypergradient was compared.
         oracle: "dense" or "resolve".
-        tolerance: the relative error that is allowed.
-        rows: the comparisons; the last is of all together.
-        accuracy: the relative error that the oracle itself may have.
-        reports: of the estimators, by level.
-        stationarity: by level, the norm of the gradient of its total objective at the present point. Implicit estimators take
-            it to be zero. Empty for "dense", which takes it to be zero, too.
-        moved: by level, ||x* - x|| / ||x||, how far its variables are from the solution x*. Empty for "dense".
-        error_at_solution: the error of all together with the levels inside at their solutions; None for "dense".
-        remarks: what else is to be said, in sentences.
+        tolerance: the relative error allowed.
+        rows: the comparisons; the last is of the whole.
+        accuracy: estimated relative error of the oracle itself.
+        reports: reports of the estimators, by level.
+        stationarity: by level, the norm of the gradient of its total objective at the present point. Implicit estimators
+            assume that it is zero. Empty for "dense", which assumes the same.
+        moved: by level, ||x* - x|| / ||x||, the distance of its variables from the solution x*. Empty for "dense".
+        error_at_solution: the error of the whole with the levels inside at their solutions; None for "dense".
+        remarks: further remarks, in sentences.
     """
 
     level: str
@@ -79,7 +79,7 @@ class Check:
 
     @property
     def error(self) -> float:
-        """The relative error of all together."""
+        """The relative error of the whole."""
         return self.rows[-1].error
 
     def __rich__(self) -> RenderableType:
@@ -90,7 +90,7 @@ class Check:
             cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
             table.add_row(row.name, f"{row.estimator:.6g}", f"{row.oracle:.6g}", f"{row.error:.2e}", cosine)
         notes = [f"tolerance {self.tolerance:.2e}; the oracle is good to {self.accuracy:.1e}"]
-        notes += [_told(name, report) for name, report in self.reports.items()]
+        notes += [_summary(name, report) for name, report in self.reports.items()]
         for name, size in self.stationarity.items():
             moved = f", {self.moved[name]:.1e} of its variables' norm from its solution" if name in self.moved else ""
             notes.append(f"{name}: gradient of norm {size:.1e} at this point{moved}")
@@ -107,6 +107,14 @@ class DisagreementError(EstimatorError):
 
     Attributes:
         check: the comparison.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> try:
+        ...     check = mlopt.check_hypergradient(logistic_regression(mlopt.Identity()).problem)
+        ... except mlopt.DisagreementError as error:
+        ...     print(error.check.error > 0.01)
+        True
     """
 
     def __init__(self, sentence: str, check: Check) -> None:
@@ -124,35 +132,35 @@ def check_hypergradient(
     directions: int = 4,
     seed: int = 0,
 ) -> Check:
-    """Hold the estimators of a problem against an oracle, at the present point; raise where they disagree.
+    """Compare the estimators of a problem with an oracle, at the present point; raise if they disagree.
 
-    "dense" replaces every estimator by `Dense`: the exact implicit derivative of this very point. It tells how well the
-    linear systems are solved. "resolve" assumes nothing of implicit differentiation: with u the variables of the level, x*(u)
-    the levels inside, minimised anew by L-BFGS, and unit directions d,
+    "dense" replaces every estimator by `Dense`: the exact implicit derivative at this point. It measures how well the
+    linear systems are solved. "resolve" does not rely on implicit differentiation: with u the variables of the level, x*(u)
+    the levels inside, minimised again by L-BFGS, and unit directions d,
 
         <gradient, d>   against   (f(u + h d, x*(u + h d)) - f(u - h d, x*(u - h d))) / 2h.
 
-    It tells how far the gradient is from that of the true outer objective, and thus also whether the levels inside are
-    near enough to their solutions. An estimator that is not implicit, such as one that unrolls a few steps, is compared to
-    the same two: its truncation counts as its error. Nothing moves: parameters, buffers and generators are bit-identical
+    It measures how far the gradient is from that of the true outer objective, and so also whether the levels inside are
+    near enough to their solutions. An estimator that is not implicit, such as one that unrolls a few steps, is compared with
+    the same oracles: its truncation counts as its error. Nothing moves: parameters, buffers and generators are bit-identical
     afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
-        batches: the batch of each level by name; where one is missing, the first of its data in the order that `seed` gives.
-        level: the level whose hypergradient is checked; the outermost when None.
+        batches: the batch of each level by name; a missing one is the first of the level's data, in the order of `seed`.
+        level: the level whose hypergradient is checked; the outermost if None.
         oracle: "dense", for levels of up to 5,000 variables, or "resolve".
-        tolerance: the relative error allowed, of each parameter and of all together.
-        directions: how many random directions "resolve" takes.
-        seed: of the random numbers that the losses draw, of the data's order and of the directions.
+        tolerance: the relative error allowed, for each parameter and for the whole.
+        directions: number of random directions for "resolve".
+        seed: seed of the random numbers that the losses draw, of the data's order and of the directions.
 
     Returns:
         The comparison; printing it shows a table.
 
     Raises:
-        DisagreementError: estimator and oracle disagree beyond the tolerance; it carries the comparison.
-        EstimatorError: the oracle cannot be had on this problem, or to this tolerance.
-        ValueError: an argument is not what it may be.
+        DisagreementError: estimator and oracle differ by more than the tolerance; the error holds the comparison.
+        EstimatorError: the oracle does not apply to this problem, or is not accurate to this tolerance.
+        ValueError: an argument is invalid.
 
     Example:
         >>> from mlopt.testing import logistic_regression
@@ -168,17 +176,17 @@ def check_hypergradient(
         raise ArgumentError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)
-    found = standalone(problem, batches, name, seed, Workspace())
+    estimate = standalone(problem, batches, name, seed, Workspace())
     if oracle == "dense":
-        check = _against_dense(problem, batches, found, tolerance, seed)
+        check = _against_dense(problem, batches, estimate, tolerance, seed)
     else:
-        check = _against_resolved(problem, batches, found, tolerance, directions, seed)
-    _judge(check, _not_implicit(problem, found))
+        check = _against_resolved(problem, batches, estimate, tolerance, directions, seed)
+    _judge(check, _not_implicit(problem, estimate))
     return check
 
 
 def _against_dense(
-    problem: Problem, batches: Mapping[str, Any], found: Hypergradient, tolerance: float, seed: int
+    problem: Problem, batches: Mapping[str, Any], estimate: Hypergradient, tolerance: float, seed: int
 ) -> Check:
     for pulled in problem:
         size = sum(variable.numel() for variable in pulled.parameters)
@@ -189,68 +197,68 @@ def _against_dense(
             )
     exact = {level.name: Dense(limit=_DENSE_LIMIT) for level in problem if problem.needs_estimator(level.name)}
     try:
-        truth = standalone(problem, batches, found.level, seed, Workspace(), exact)
+        truth = standalone(problem, batches, estimate.level, seed, Workspace(), exact)
     except SecondDerivativeError as error:
         raise EstimatorError(
             f"check_hypergradient: the dense oracle takes second derivatives ({error}); use oracle='resolve', which does not"
         ) from error
-    rows = [_compare(name, (gradient,), (truth.gradient[name],)) for name, gradient in found.gradient.items()]
-    rows.append(_compare("all", tuple(found.gradient.values()), tuple(truth.gradient.values())))
-    remarks = [f"dense oracle, {name}: {said}" for name, report in truth.reports.items() for said in report.remarks]
+    rows = [_compare(name, (gradient,), (truth.gradient[name],)) for name, gradient in estimate.gradient.items()]
+    rows.append(_compare("all", tuple(estimate.gradient.values()), tuple(truth.gradient.values())))
+    remarks = [f"dense oracle, {name}: {remark}" for name, report in truth.reports.items() for remark in report.remarks]
     return Check(
-        level=found.level,
+        level=estimate.level,
         oracle="dense",
         tolerance=tolerance,
         rows=tuple(rows),
         accuracy=max([report.residual or 0.0 for report in truth.reports.values()], default=0.0),
-        reports=found.reports,
+        reports=estimate.reports,
         remarks=tuple(remarks),
     )
 
 
 def _against_resolved(
-    problem: Problem, batches: Mapping[str, Any], found: Hypergradient, tolerance: float, directions: int, seed: int
+    problem: Problem, batches: Mapping[str, Any], estimate: Hypergradient, tolerance: float, directions: int, seed: int
 ) -> Check:
-    resolver = Resolver(problem, batches, found.level, seed)
+    resolver = Resolver(problem, batches, estimate.level, seed)
     generator = torch.Generator().manual_seed(seed)
-    shapes = problem[found.level].parameters
+    shapes = problem[estimate.level].parameters
     axes = [_direction(shapes, generator) for _ in range(directions)]
     with put_back(problem), preserved(problem.devices):
         stationarity = resolver.gradient_norms()
         before = {name: flatten(problem[name].parameters).detach().clone() for name in stationarity}
-        resolver.solve_inside(found.level)
+        resolver.solve_inside(estimate.level)
         after = {name: flatten(problem[name].parameters).detach() for name in stationarity}
         moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
-        settled = standalone(problem, batches, found.level, seed, Workspace())
+        settled = standalone(problem, batches, estimate.level, seed, Workspace())
         resolver.unsolved = 0.0
         measured = [resolver.derivative(flatten(axis)) for axis in axes]
-    given, there = (_along(axes, result) for result in (found, settled))
+    present, at_solution = (_along(axes, result) for result in (estimate, settled))
     truth = torch.tensor([value for value, _ in measured], dtype=torch.float64)
     rows = [
         Row(name=f"direction {k + 1}", estimator=a, oracle=b, error=_relative(abs(a - b), abs(b)))
-        for k, (a, b) in enumerate(zip(given.tolist(), truth.tolist(), strict=True))
+        for k, (a, b) in enumerate(zip(present.tolist(), truth.tolist(), strict=True))
     ]
-    rows.append(_compare("all", (given,), (truth,)))
-    doubt = math.hypot(*(error for _, error in measured))
+    rows.append(_compare("all", (present,), (truth,)))
+    uncertainty = math.hypot(*(error for _, error in measured))
     return Check(
-        level=found.level,
+        level=estimate.level,
         oracle="resolve",
         tolerance=tolerance,
         rows=tuple(rows),
-        accuracy=max(_relative(doubt, rows[-1].oracle), resolver.unsolved),
-        reports=found.reports,
+        accuracy=max(_relative(uncertainty, rows[-1].oracle), resolver.unsolved),
+        reports=estimate.reports,
         stationarity=stationarity,
         moved=moved,
-        error_at_solution=_compare("", (there,), (truth,)).error,
+        error_at_solution=_compare("", (at_solution,), (truth,)).error,
         remarks=tuple(f"{name} was solved again to a gradient of norm {g:.1e}" for name, g in resolver.reached.items()),
     )
 
 
 def _judge(check: Check, approximate: list[str]) -> None:
-    """Raise where the comparison fails, with what is known of why."""
+    """Raise if the comparison fails, with the likely cause."""
     if check.accuracy > check.tolerance:
         raise EstimatorError(
-            f"check_hypergradient: the {check.oracle!r} oracle is good to {check.accuracy:.1e} only, and tolerance="
+            f"check_hypergradient: the {check.oracle!r} oracle is good to {check.accuracy:.1e} only, but tolerance="
             f"{check.tolerance:.1e}; use float64, a smooth loss (no ReLU), a larger tolerance, or the other oracle\n{check}"
         )
     whole = check.rows[-1]
@@ -261,13 +269,13 @@ def _judge(check: Check, approximate: list[str]) -> None:
     if not off:
         return
     sentence = (
-        f"check_hypergradient: the hypergradient of {check.level!r} is off by {off[0].error:.1e} ({off[0].name}), and "
+        f"check_hypergradient: the hypergradient of {check.level!r} is off by {off[0].error:.1e} ({off[0].name}), but "
         f"tolerance={check.tolerance:.1e}."
     )
     if check.error_at_solution is not None and check.error_at_solution <= check.tolerance:
         sentence += (
-            f" With the levels inside at their solutions it is off by {check.error_at_solution:.1e} only: it is the point, "
-            "not the estimator. Implicit estimators take the gradient of a level to be zero: give the levels inside more steps."
+            f" With the levels inside at their solutions it is off by {check.error_at_solution:.1e} only: the point is "
+            "the cause, not the estimator. Implicit estimators assume a zero gradient: give the levels inside more steps."
         )
     elif any(report.converged is False for report in check.reports.values()):
         names = ", ".join(repr(name) for name, report in check.reports.items() if report.converged is False)
@@ -280,19 +288,19 @@ def _judge(check: Check, approximate: list[str]) -> None:
     raise DisagreementError(sentence, check)
 
 
-def _not_implicit(problem: Problem, found: Hypergradient) -> list[str]:
+def _not_implicit(problem: Problem, estimate: Hypergradient) -> list[str]:
     return [
         f"{name!r} has {problem[name].estimator}, which is not implicit."
-        for name in found.reports
+        for name in estimate.reports
         if not isinstance(problem[name].estimator, Implicit)
     ]
 
 
-def _compare(name: str, found: Tensors, truth: Tensors) -> Row:
-    found, truth = (tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in side) for side in (found, truth))
-    a, b = float(norm(found)), float(norm(truth))
-    cosine = 1.0 if a == b == 0.0 else 0.0 if a * b == 0.0 else float(dot(found, truth)) / (a * b)
-    return Row(name=name, estimator=a, oracle=b, error=_relative(float(norm(subtract(found, truth))), b), cosine=cosine)
+def _compare(name: str, estimate: Tensors, truth: Tensors) -> Row:
+    u, v = (tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in side) for side in (estimate, truth))
+    a, b = float(norm(u)), float(norm(v))
+    cosine = 1.0 if a == b == 0.0 else 0.0 if a * b == 0.0 else float(dot(u, v)) / (a * b)
+    return Row(name=name, estimator=a, oracle=b, error=_relative(float(norm(subtract(u, v))), b), cosine=cosine)
 
 
 def _relative(difference: float, size: float) -> float:
@@ -313,8 +321,8 @@ def _direction(like: Tensors, generator: torch.Generator) -> tuple[Tensor, ...]:
     return tuple(part.to(x) for part, x in zip(unflatten(flat / flat.norm(), like), like, strict=True))
 
 
-def _told(name: str, report: Report) -> str:
-    """Return what a report says, in a line."""
+def _summary(name: str, report: Report) -> str:
+    """Return a report in one line."""
     facts = [f"{report.iterations} iterations"] if report.iterations else []
     if report.residual is not None:
         facts.append(f"residual {report.residual:.1e}")

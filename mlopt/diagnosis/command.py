@@ -1,4 +1,4 @@
-"""The command `mlopt diagnose module:attribute`: examine a problem of the user's own before a long run."""
+"""The command `mlopt diagnose module:attribute`: diagnose a user's problem before a long run."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt diagnose") -> int:
 
     Args:
         arguments: the options.
-        prog: how the command was called.
+        prog: name of the command, for its help.
 
     Returns:
-        The exit status: 0 where the problem is safe to run, 1 where a finding is an error.
+        The exit status: 0 if the problem is safe to run, 1 if a finding is an error.
 
     Raises:
-        ProblemError: there is no such problem.
-        SystemExit: after `--help`, and options that cannot be parsed.
+        ProblemError: the problem does not exist.
+        SystemExit: after `--help`, or for options that cannot be parsed.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Examine a problem before a long run: which estimators and products are safe for it, and why others are "
-        "not. Ends with 0 where it is safe to run, with 1 where it is not.",
+        description="Diagnose a problem before a long run: which estimators and products are safe for it, and why others are "
+        "not. The exit status is 0 if it is safe to run, 1 if it is not.",
     )
     parser.add_argument(
         "problem", metavar="MODULE:ATTRIBUTE", help="a mlopt.Problem, or a function without arguments that returns one"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random numbers and batches (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random numbers and batches (default: 0)")
     options = parser.parse_args(arguments)
     problem = load_problem(options.problem)
     diagnosis = diagnose(problem, seed=options.seed)
@@ -51,10 +51,10 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt diagnose") -> int:
 
 
 def load_problem(place: str) -> Problem:
-    """Return the problem at `module:attribute`, the module looked for in the current folder first.
+    """Return the problem at `module:attribute`; modules of the current folder come first.
 
     Raises:
-        ProblemError: there is no such module or attribute, or it is no problem.
+        ProblemError: the module or attribute does not exist, or is not a problem.
     """
     module_name, separator, attribute = place.partition(":")
     if not (module_name and separator and attribute):
@@ -64,12 +64,12 @@ def load_problem(place: str) -> Problem:
         sys.path.insert(0, folder)
     if importlib.util.find_spec(module_name.partition(".")[0]) is None:
         raise ProblemError(f"diagnose: there is no module {module_name!r} in {folder} or among the installed packages")
-    found = importlib.import_module(module_name)
+    value = importlib.import_module(module_name)
     for name in attribute.split("."):
-        if not hasattr(found, name):
+        if not hasattr(value, name):
             raise ProblemError(f"diagnose: module {module_name!r} has no attribute {attribute!r}")
-        found = getattr(found, name)
-    problem = found() if callable(found) else found
+        value = getattr(value, name)
+    problem = value() if callable(value) else value
     if not isinstance(problem, Problem):
         raise ProblemError(
             f"diagnose: {place!r} is a {type(problem).__name__}; it must be a mlopt.Problem, or a function that returns one"

@@ -1,4 +1,4 @@
-"""An examination of a problem before a long run: which estimators and products are safe for it, and why others are not."""
+"""Diagnosis of a problem before a long run: which estimators and products are safe for it, and why others are not."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from .spectrum import Spectrum
 
 __all__ = ["Diagnosis", "LevelDiagnosis", "diagnose"]
 
-#: Relative differences between two kinds of products from which on a user is warned, and the worse one is called unsafe.
+#: Relative differences between two kinds of products above which a warning is issued, and the worse kind is unsafe.
 _DOUBTFUL, _WRONG = 0.01, 0.1
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class LevelDiagnosis:
-    """What an examination found of one level.
+    """The diagnosis of one level.
 
     Attributes:
         level: its name.
-        findings: what was met; errors are of the level with the estimator that it has.
-        products: by kind of products, whether they are safe.
-        solvers: by linear solver, with the settings that it has when none are given, whether it is safe.
+        findings: the findings; errors concern the level with its present estimator.
+        products: by kind of products, a finding on their safety.
+        solvers: by linear solver with default settings, a finding on its safety.
         differences: by kind of products, the relative differences of H v, and of the mixed product with v, from those of
             `autograd`; v is a cotangent that is pulled back here.
         costs: by kind of products, the time of one product with H over that of one gradient.
-        spectrum: the ends of the Hessian's spectrum; None where no product could be had.
+        spectrum: the ends of the Hessian's spectrum; None if every kind of products failed.
     """
 
     level: str
@@ -69,46 +69,54 @@ class LevelDiagnosis:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Diagnosis:
-    """What an examination of a problem found; it prints as tables.
+    """The diagnosis of a problem; it prints as tables.
 
     Attributes:
         levels: by name, the levels that cotangents are pulled back through.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> diagnosis = mlopt.diagnose(logistic_regression(mlopt.Dense()).problem)
+        >>> str(diagnosis).splitlines()[-1]
+        'safe to run'
     """
 
     levels: dict[str, LevelDiagnosis]
 
     @property
     def safe(self) -> bool:
-        """Whether no finding is an error."""
+        """True if no finding is an error."""
         return not any(f.severity == "error" for level in self.levels.values() for f in level.findings)
 
     def __rich__(self) -> RenderableType:
-        verdict = "safe to run" if self.safe else "not safe to run: see the errors"
-        return Group(*self.levels.values(), verdict if self.levels else "no level is pulled back: nothing to examine")
+        conclusion = "safe to run" if self.safe else "not safe to run: see the errors"
+        return Group(
+            *self.levels.values(), conclusion if self.levels else "no level is pulled back: nothing to diagnose"
+        )
 
     def __str__(self) -> str:
         return rendered(self)
 
 
 def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed: int = 0) -> Diagnosis:
-    """Examine every level that cotangents are pulled back through, at the present point, before a long run.
+    """Diagnose every level that cotangents are pulled back through, at the present point, before a long run.
 
     Each kind of products is tried on a cotangent v that is pulled back here, and compared with autograd's. Some twenty
-    Lanczos steps give the ends of the Hessian's spectrum, and with it which linear solvers converge and how fast:
+    Lanczos steps estimate the ends of the Hessian's spectrum, which determine the solvers that converge and their speed:
     conjugate gradients need about sqrt(kappa) / 2 ln(2 / 0.01) iterations for an error of 1%, a Neumann series a step size
     below 2 / lambda_max. Nothing moves: parameters, buffers, optimisers, `.grad` and generators are bit-identical
     afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
-        batches: the batch of each level by name; where one is missing, the first of its data in the order that `seed` gives.
-        seed: of the random numbers that the losses draw, of the data's order and of the random vectors.
+        batches: the batch of each level by name; a missing one is the first of the level's data, in the order of `seed`.
+        seed: seed of the random numbers that the losses draw, of the data's order and of the random vectors.
 
     Returns:
-        Findings for each level, and which products and solvers are safe for it; printing it shows tables.
+        Findings for each level, also on each kind of products and each solver; printing it shows tables.
 
     Raises:
-        MloptError: a loss cannot be evaluated or differentiated once: there is nothing to examine.
+        MloptError: a loss cannot be evaluated, or has no first derivative.
 
     Example:
         >>> from mlopt.testing import logistic_regression
@@ -119,16 +127,16 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
     with put_back(problem), preserved(problem.devices):
-        reaching = _cotangents(problem, workspace, batches, seed)
+        cotangents = _cotangents(problem, workspace, batches, seed)
         for level in reversed(problem.levels):
             if problem.needs_estimator(name := level.name):
-                measures = measure(problem, workspace, batches, name, seed, reaching.get(name))
-                levels[name] = _diagnose(problem, name, measures, name in reaching)
+                measures = measure(problem, workspace, batches, name, seed, cotangents.get(name))
+                levels[name] = _diagnose(problem, name, measures, name in cotangents)
     return Diagnosis(levels=levels)
 
 
 def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:
-    """Return a cotangent for each level that one other than zero reaches, from any level that it is solved inside."""
+    """Return a cotangent for each level that a nonzero one reaches, from any level that it is solved inside."""
     taps = {level.name: Tap() for level in problem if problem.needs_estimator(level.name)}
     tapped = {name: LinearSolve(solver=tap, products="finite_difference") for name, tap in taps.items()}
     generators = seeded_generators(problem, "seed", seed)
@@ -156,11 +164,13 @@ def _diagnose(problem: Problem, name: str, measures: Measurements, influential: 
         if measures.spectrum is not None
     }
     findings = [
-        *_of_estimator(level, measures, differences),
-        *_of_module(level, measures),
-        *_of_draws(measures, precision),
+        *_estimator_findings(level, measures, differences),
+        *_module_findings(level, measures),
+        *_draw_findings(measures, precision),
+        *_precision_findings(level, differences),
+        *_curvature_findings(measures, precision),
+        *_point_findings(measures),
     ]
-    findings += [*_of_precision(level, differences), *_of_curvature(measures, precision), *_of_point(measures)]
     if not influential:
         findings.append(
             Finding("warning", "no cotangent reaches it: at this point it does not influence any outer loss",
@@ -188,12 +198,12 @@ def _diagnose(problem: Problem, name: str, measures: Measurements, influential: 
 
 def _difference(trial: Trial, reference: Trial) -> tuple[float, float]:
     """Return the relative differences, of H v and of the mixed product."""
-    found = []
+    differences = []
     for a, b in ((trial.own, reference.own), (trial.mixed, reference.mixed)):
         assert a is not None
         assert b is not None
-        found.append(float((a - b).norm() / b.norm()) if b.any() else float(a.norm()))
-    return found[0], found[1]
+        differences.append(float((a - b).norm() / b.norm()) if b.any() else float(a.norm()))
+    return differences[0], differences[1]
 
 
 def _judge_products(
@@ -207,28 +217,30 @@ def _judge_products(
     if kind == measures.reference:
         return Finding("ok", "safe")
     own, mixed = differences
-    told = f"H v is off by {own:.1e} from {measures.reference}'s, the mixed product by {mixed:.1e}"
+    errors = f"H v is off by {own:.1e} from {measures.reference}'s, the mixed product by {mixed:.1e}"
     if trial.step is not None:
-        told += f", at step {trial.step:.1e}"
+        errors += f", at step {trial.step:.1e}"
     worst = mixed if mixed_only else max(own, mixed)
     if worst > max(_WRONG, precision):
         remedy = f"products={measures.reference!r}"
         if kind == "finite_difference" and mixed <= max(_WRONG, precision):
             remedy += ", or Identity(), which takes no product with H (a kink, such as ReLU's, spoils these first)"
-        return Finding("error", f"unsafe: {told}", remedy)
+        return Finding("error", f"unsafe: {errors}", remedy)
     if worst > max(_DOUBTFUL, precision):
-        return Finding("warning", f"coarse: {told}", f"products={measures.reference!r}, where that matters")
-    return Finding("ok", f"safe: {told}")
+        return Finding("warning", f"coarse: {errors}", f"products={measures.reference!r}, if that matters")
+    return Finding("ok", f"safe: {errors}")
 
 
-def _of_estimator(level: Level, measures: Measurements, differences: dict[str, tuple[float, float]]) -> list[Finding]:
-    """Judge the estimator that the level has."""
+def _estimator_findings(
+    level: Level, measures: Measurements, differences: dict[str, tuple[float, float]]
+) -> list[Finding]:
+    """Return the findings on the estimator of the level."""
     rule = level.estimator
     if not isinstance(rule, Implicit):
-        return [Finding("ok", f"{rule} is not implicit: nothing here says how good it is", "check_hypergradient does")]
-    verdicts: dict[str, Finding | None] = {}
+        return [Finding("ok", f"{rule} is not implicit: its accuracy is not measured here", "use check_hypergradient")]
+    judged: dict[str, Finding | None] = {}
     if rule.products in measures.trials:
-        verdicts[f"{rule.products} products"] = _judge_products(
+        judged[f"{rule.products} products"] = _judge_products(
             rule.products,
             measures,
             differences.get(rule.products, (0.0, 0.0)),
@@ -236,16 +248,16 @@ def _of_estimator(level: Level, measures: Measurements, differences: dict[str, t
             mixed_only=isinstance(rule.solver, linear.AssumedInverse | None),
         )
     if measures.spectrum is not None and rule.solver is not None:
-        verdicts[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
+        judged[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
     bad = [
-        attrs.evolve(verdict, sentence=f"its estimator, {what}: {verdict.sentence}")
-        for what, verdict in verdicts.items()
-        if verdict is not None and verdict.severity != "ok"
+        attrs.evolve(finding, sentence=f"its estimator, {part}: {finding.sentence}")
+        for part, finding in judged.items()
+        if finding is not None and finding.severity != "ok"
     ]
     return bad or [Finding("ok", f"its estimator, {rule}, is safe here")]
 
 
-def _of_module(level: Level, measures: Measurements) -> list[Finding]:
+def _module_findings(level: Level, measures: Measurements) -> list[Finding]:
     findings = []
     if measures.kernels:
         findings.append(
@@ -262,7 +274,7 @@ def _of_module(level: Level, measures: Measurements) -> list[Finding]:
     if normalises(level.module):
         findings.append(
             Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
-                    "(running statistics stay as they are)", "eval(), where that is not meant")
+                    "(running statistics stay as they are)", "eval(), if that is not intended")
         )  # fmt: skip
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in level.module.modules()):
         findings.append(
@@ -276,11 +288,11 @@ def _of_module(level: Level, measures: Measurements) -> list[Finding]:
         )  # fmt: skip
     frozen = [name for name, p in level.module.named_parameters() if not p.requires_grad]
     if frozen:
-        findings.append(Finding("ok", f"frozen, so no variables: {', '.join(frozen)}"))
+        findings.append(Finding("ok", f"frozen, so not variables: {', '.join(frozen)}"))
     return findings
 
 
-def _of_draws(measures: Measurements, precision: float) -> list[Finding]:
+def _draw_findings(measures: Measurements, precision: float) -> list[Finding]:
     if measures.replay > 100 * precision:
         return [
             Finding("error", f"two evaluations at the same random numbers differ by {measures.replay:.1e}: the loss draws from "
@@ -290,34 +302,34 @@ def _of_draws(measures: Measurements, precision: float) -> list[Finding]:
         return [
             Finding("warning", f"the loss draws random numbers (dropout, augmentation): two draws' gradients differ by "
                     f"{measures.spread:.1e}. A pullback sees one draw throughout; it is one sample of the hypergradient",
-                    "eval(), where that is not meant")
+                    "eval(), if that is not intended")
         ]  # fmt: skip
     return []
 
 
-def _of_precision(level: Level, differences: dict[str, tuple[float, float]]) -> list[Finding]:
+def _precision_findings(level: Level, differences: dict[str, tuple[float, float]]) -> list[Finding]:
     halves = [str(p.dtype) for p in level.parameters if p.dtype in _HALVES]
     if not halves:
         return []
-    by = (
+    error = (
         f" Finite differences are off by {max(differences['finite_difference']):.0%} here"
         if len(differences) > 1
         else ""
     )
     return [
-        Finding("warning", f"variables of {halves[0]}.{by}", "keep the variables in float32, and autocast the loss")
+        Finding("warning", f"variables of {halves[0]}.{error}", "keep the variables in float32, and autocast the loss")
     ]
 
 
-def _of_curvature(measures: Measurements, precision: float) -> list[Finding]:
+def _curvature_findings(measures: Measurements, precision: float) -> list[Finding]:
     spectrum = measures.spectrum
     if spectrum is None:
-        return [Finding("error", "no kind of products could be had", "see what each of them says")]
+        return [Finding("error", "every kind of products failed", "see the error of each")]
     findings = []
     if measures.asymmetry > max(1e-3, 10 * precision):
         findings.append(
             Finding("error", f"the Hessian is not symmetric: <p, H q> and <q, H p> differ by {measures.asymmetry:.1e}",
-                    "look for a custom backward, or for a detach, in the loss")
+                    "look for a custom backward or a detach in the loss")
         )  # fmt: skip
     ends = f"curvature from at most {spectrum.low:.3g} to at least {spectrum.high:.3g}"
     if spectrum.negative:
@@ -336,13 +348,11 @@ def _of_curvature(measures: Measurements, precision: float) -> list[Finding]:
     return findings
 
 
-def _of_point(measures: Measurements) -> list[Finding]:
+def _point_findings(measures: Measurements) -> list[Finding]:
     away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
-    told = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
+    state = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
     if measures.newton > _DOUBTFUL:
         return [
-            Finding(
-                "warning", f"not stationary: {told}. Implicit estimators take the gradient to be zero", "more steps"
-            )
+            Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", "more steps")
         ]
-    return [Finding("ok", f"stationary: {told}")]
+    return [Finding("ok", f"stationary: {state}")]

@@ -1,4 +1,4 @@
-"""What an examination stands on: batches that stay the same, and variables that come back from copies."""
+"""Parts that check and diagnose share: fixed batches, restored variables, evaluation, plain text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
 
 
 def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
-    """Return a batch for each level: the one given, else the first of its data in the order that the seed gives.
+    """Return a batch for each level: the given one, else the first of its data in the order of the seed.
 
     Raises:
         ProblemError: `batches` names a level that does not exist.
@@ -32,21 +32,21 @@ def fixed_batches(problem: Problem, batches: Mapping[str, Any] | None, seed: int
 
 @contextlib.contextmanager
 def put_back(problem: Problem) -> Iterator[None]:
-    """Copy every level's variables back, on leaving, to what they were on entering."""
+    """Restore the variables of every level on exit, from copies."""
     with restored(tuple(variable for level in problem for variable in level.parameters)):
         yield
 
 
 def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
-    """Return a level's objective at a point, and its total gradient, in the shapes of its variables."""
+    """Return a level's objective at a point and its total gradient, in the shapes of its variables."""
     value = Objective.of(level, point).value()
     gradient = total_derivative(point, level, partial_derivatives(point.problem, level, value))
     return float(value.detach()), gradient
 
 
-def rendered(what: RenderableType, width: int = 130) -> str:
-    """Return what rich prints, as plain text."""
+def rendered(renderable: RenderableType, width: int = 130) -> str:
+    """Return the output of rich as plain text."""
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(what)
+        console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

@@ -1,4 +1,4 @@
-"""A finding: how bad, what, and what to do about it."""
+"""A finding: its severity, a sentence, and a remedy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Finding"]
 
 @attrs.frozen
 class Finding:
-    """One thing that an examination met.
+    """One finding of a diagnosis.
 
     Attributes:
-        severity: "ok", "warning" or "error"; what has an error gives wrong hypergradients, or none.
-        sentence: what was met.
-        remedy: what to do about it; empty where there is nothing to do.
+        severity: "ok", "warning" or "error"; an error means wrong hypergradients, or none.
+        sentence: the finding in words.
+        remedy: the action to take; empty if there is none.
     """
 
     severity: Literal["ok", "warning", "error"]

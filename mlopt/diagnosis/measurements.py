@@ -1,4 +1,4 @@
-"""What is measured of one level before a long run: products of each kind, the spectrum, draws, stationarity, cost."""
+"""Measurements of one level before a long run: products of each kind, spectrum, draws, stationarity, cost."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .spectrum import Spectrum, lanczos
 
 __all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure"]
 
-#: The kinds of products that are to agree with one another.
+#: The kinds of products that must agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
 _LANCZOS_STEPS = 20
-#: How many numbers the vectors of a Lanczos process may hold together: large levels take fewer steps, five at least.
+#: Numbers that the vectors of a Lanczos process may hold in total: large levels take fewer steps, but at least five.
 _LANCZOS_NUMBERS = 200_000_000
-#: Two steps of differences, relative to the variables: where both give the same, both are right.
+#: Two difference steps, relative to the variables: if their results agree, both are right.
 _STEPS = {torch.float64: (1e-4, 1e-5), torch.float32: (1e-2, 3e-3)}
 _REPEATS = 3
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Tap(LinearSolver):
-    """The identity, which keeps what it is given: the product with the Hessian, and the cotangent."""
+    """The identity; it keeps its inputs: the product with the Hessian, and the cotangent."""
 
     damping: float = 0.0
-    _in_one: ClassVar[bool] = False  # the vectors that it keeps are used as they are
+    _in_one: ClassVar[bool] = False  # the vectors that it keeps are used in their shapes
     matvecs: list[MatVec] = attrs.field(factory=list)
     cotangents: list[Tensors] = attrs.field(factory=list)
 
@@ -53,12 +53,12 @@ class Trial:
     """One kind of products, tried on one vector v.
 
     Attributes:
-        own: H v, (n,), in float64; None where it failed.
+        own: H v, (n,), in float64; None if it failed.
         mixed: (d2f / du dx) v over all arguments, (m,), in float64.
         matvec: the product with H.
-        step: the finite-difference step; None where none was taken.
-        seconds: of one product with H, once what is kept between products is there.
-        error: why it failed; empty where it did not.
+        step: the finite-difference step; None if none was taken.
+        seconds: time of one product with H, excluding work that is reused between products.
+        error: the reason for a failure; empty if there was none.
     """
 
     own: Tensor | None = None
@@ -71,18 +71,18 @@ class Trial:
 
 @attrs.define(kw_only=True, eq=False)
 class Measurements:
-    """What was measured of one level.
+    """The measurements of one level.
 
     Attributes:
-        trials: by kind of products.
-        reference: the kind that products were taken with for the spectrum; None where every kind failed.
-        spectrum: of the Hessian of the level's total objective; None where no product could be had.
+        trials: the trials, by kind of products.
+        reference: the kind of products used for the spectrum; None if every kind failed.
+        spectrum: spectrum of the Hessian of the level's total objective; None if every kind of products failed.
         asymmetry: |<p, H q> - <q, H p>| / (|p| |H q|).
-        gradient_norm: of the level's total objective.
-        newton: about ||H^-1 gradient|| / ||x||: how far the solution is, relative to the variables.
+        gradient_norm: norm of the gradient of the level's total objective.
+        newton: about ||H^-1 gradient|| / ||x||: the distance to the solution, relative to the variables.
         spread: ||g - g'|| / ||g||, g and g' the gradients at two states of the generators.
-        replay: the same at one and the same state, twice; not zero where a loss draws from what cannot be replayed.
-        gradient_seconds: of one gradient of the total objective.
+        replay: the same for two evaluations at one state; nonzero if the loss draws numbers that cannot be replayed.
+        gradient_seconds: time of one gradient of the total objective.
         unused: parameters that the level's objective does not depend on.
         kernels: names of fused attention kernels that the loss ran.
     """
@@ -108,16 +108,16 @@ def measure(
     seed: int,
     cotangent: Tensors | None,
 ) -> Measurements:
-    """Measure one level that cotangents are pulled back through. The generators move; the caller puts them back.
+    """Measure one level that cotangents are pulled back through. The generators move; the caller restores them.
 
     Args:
-        problem: the problem; levels inside the one examined keep their own estimators.
-        workspace: of the examination.
-        batches: of every level.
+        problem: the problem; levels inside the measured one keep their own estimators.
+        workspace: the workspace of the diagnosis.
+        batches: the batch of every level.
         name: the level.
-        seed: of the draws, and of the random vectors.
-        cotangent: what products are tried on, a random vector when None. Differences cross the kinks of a network along
-            a random vector, and few along a gradient: what is pulled back is what they are to be right on.
+        seed: seed of the draws and of the random vectors.
+        cotangent: the vector to try products on; random if None. Differences cross many kinks of a network along a
+            random vector, but few along a gradient, and products must be right on the vectors that are pulled back.
     """
     level = problem[name]
     point, other = (
@@ -147,12 +147,12 @@ def measure(
 def _measure_spectrum(measures: Measurements, level: Level, gradient: Tensor, vectors: tuple[Tensors, Tensors]) -> None:
     assert measures.reference is not None
     trial = measures.trials[measures.reference]
-    known = trial.matvec
-    assert known is not None
+    product = trial.matvec
+    assert product is not None
 
     def matvec(vector: Tensor) -> Tensor:
-        given = tuple(part.to(x) for part, x in zip(unflatten(vector, level.parameters), level.parameters, strict=True))
-        return flatten(known(given)).to(vector)
+        parts = tuple(part.to(x) for part, x in zip(unflatten(vector, level.parameters), level.parameters, strict=True))
+        return flatten(product(parts)).to(vector)
 
     p, q = (flatten(vector).double() for vector in vectors)
     hp, hq = matvec(p), matvec(q)
@@ -172,15 +172,15 @@ def _measure_spectrum(measures: Measurements, level: Level, gradient: Tensor, ve
 
 
 def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
-    """Take H p and the mixed product by one kind; what torch or the library says against it is kept, to be reported."""
+    """Return H v and the mixed product by one kind of products, or the error of torch or the library."""
     tap, trial = Tap(), Trial()
     try:
         rule = LinearSolve(solver=tap, products=kind).linearize(point, level.name)
         mixed = rule.pullback({level.name: vector})
         trial.matvec = tap.matvecs[-1]
         trial.own = flatten(trial.matvec(vector)).double()
-        known = trial.matvec
-        trial.seconds = _timed(lambda: known(vector))
+        matvec = trial.matvec
+        trial.seconds = _timed(lambda: matvec(vector))
     except (MloptError, RuntimeError, NotImplementedError) as error:
         trial.error = str(error).splitlines()[0]
         return trial
@@ -190,13 +190,13 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
 
 
 def _suspect(measures: Measurements, point: Point, level: Level, vector: Tensors) -> None:
-    """Note against products that they are far from differences of the gradient which, at two steps, agree with one another.
+    """Record an error of products that are far from differences of the gradient, if those agree at two steps.
 
-    A custom backward marked once_differentiable, or a detach, may drop a second derivative without a word.
+    A custom backward marked once_differentiable, or a detach, may silently drop a second derivative.
     """
     direction, size = flatten(vector).double(), float(flatten(level.parameters).detach().norm())
     live = [variable.data for variable in level.parameters]
-    found = []
+    differences = []
     with restored(level.parameters) as kept:
         for relative in _STEPS[torch.promote_types(live[0].dtype, torch.float32)]:
             step = relative * max(1.0, size) / float(direction.norm())
@@ -204,19 +204,21 @@ def _suspect(measures: Measurements, point: Point, level: Level, vector: Tensors
             for sign in (1.0, -1.0):
                 torch._foreach_copy_(live, list(axpy(sign * step, vector, kept)))
                 sides.append(flatten(evaluate(point, level)[1]).double())
-            found.append((sides[0] - sides[1]) / (2 * step))
-    if _distance(found[0], found[1]) > 0.01:
+            differences.append((sides[0] - sides[1]) / (2 * step))
+    if _distance(*differences) > 0.01:
         return
     for kind, trial in measures.trials.items():
-        if trial.own is not None and kind != "finite_difference" and _distance(trial.own, found[1]) > 0.1:
+        if trial.own is None or kind == "finite_difference":
+            continue
+        if (error := _distance(trial.own, differences[1])) > 0.1:
             trial.error = (
-                f"H v is off by {_distance(trial.own, found[1]):.1e} from differences of the gradient, which agree at two steps: "
+                f"H v is off by {error:.1e} from differences of the gradient, which agree at two steps: "
                 "a part of the loss drops its second derivative (once_differentiable, detach)"
             )
 
 
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the names of the fused attention kernels that run."""
+    """A recorder of the fused attention kernels that run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -230,7 +232,7 @@ class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _used(point: Point, level: Level) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return which parameters the objective does not depend on, and the fused attention kernels that it runs."""
+    """Return the parameters that the objective does not depend on, and the fused attention kernels that it runs."""
     with _Kernels() as kernels:
         value = Objective.of(level, point).value()
     gradient = torch.autograd.grad(value, level.parameters, allow_unused=True)
@@ -242,9 +244,9 @@ def _random(level: Level, generator: torch.Generator) -> Tensors:
     return tuple(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in level.parameters)
 
 
-def _distance(found: Tensor, known: Tensor) -> float:
-    size = float(known.norm())
-    return float((found - known).norm()) / size if size else float((found - known).norm())
+def _distance(vector: Tensor, reference: Tensor) -> float:
+    size = float(reference.norm())
+    return float((vector - reference).norm()) / size if size else float((vector - reference).norm())
 
 
 def _timed(function: Callable[[], Any]) -> float:
@@ -258,5 +260,5 @@ def _timed(function: Callable[[], Any]) -> float:
 
 
 def normalises(module: nn.Module) -> bool:
-    """Return whether a module holds a BatchNorm in train mode."""
+    """Return True if a module holds a BatchNorm in train mode."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())

@@ -1,4 +1,4 @@
-"""A minimiser that goes on to the last digit: limited-memory BFGS that, near the solution, trusts gradients, not values."""
+"""A minimiser that converges to the last digit: L-BFGS that trusts gradients, not values, near the solution."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Objective: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 
 _MEMORY = 20
 _HALVINGS = 30
-#: Steps without a lower value or a smaller gradient after which rounding is all that is left.
+#: Steps without a lower value or a smaller gradient after which the error is taken to be rounding.
 _PATIENCE = 40
 
 
 @attrs.frozen(eq=False)
 class Minimum:
-    """Where a minimisation ended: the variables (n,) of smallest gradient, the norm of that gradient, and steps taken."""
+    """The end of a minimisation: the variables (n,) of smallest gradient, the norm of that gradient, and steps taken."""
 
     variables: Tensor
     gradient_norm: float
@@ -34,21 +34,20 @@ class Minimum:
 def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: int = 1_000) -> Minimum:
     """Minimise an objective by L-BFGS with backtracking, from `start`, until its gradient is small or steps stop helping.
 
-    A step is accepted where the objective falls or, where values can no longer tell two points apart, the slope along
+    A step is accepted if the objective falls or, once values no longer distinguish two points, if the slope along
     the step shrinks: so the iteration ends at the precision of gradients, not at the square root of that of values.
 
     Args:
-        objective: value and gradient.
+        objective: returns value and gradient.
         start: variables, (n,).
-        tolerance: the norm of the gradient to stop at.
-        steps: the most steps.
+        tolerance: norm of the gradient to stop at.
+        steps: maximum number of steps.
 
     Source: Liu & Nocedal 1989; the tolerant line search after Hager & Zhang 2005.
 
     Example:
-        >>> import torch
-        >>> found = minimize(lambda x: (float(x @ x), 2 * x), torch.ones(3), tolerance=1e-6)
-        >>> found.gradient_norm < 1e-6
+        >>> from mlopt.diagnosis.minimize import minimize
+        >>> minimize(lambda x: (float(x @ x), 2 * x), torch.ones(3), tolerance=1e-6).gradient_norm < 1e-6
         True
     """
     point = start
@@ -76,7 +75,7 @@ def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: in
                 break
             length /= 2
         else:
-            # Not even the smallest step helps: forget the curvature, or end.
+            # Even the smallest step does not help: discard the curvature, or end.
             waited = waited + 1 if pairs else _PATIENCE
             pairs.clear()
             continue
@@ -92,7 +91,7 @@ def minimize(objective: Objective, start: Tensor, *, tolerance: float, steps: in
 
 
 def _direction(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return -B g, B the inverse Hessian as the pairs (step, change of the gradient) have it."""
+    """Return -B g, with the inverse Hessian B estimated from the pairs (step, change of the gradient)."""
     direction, applied = -gradient, []
     for step, change in reversed(pairs):
         weight = float(step @ direction) / float(step @ change)

@@ -1,4 +1,4 @@
-"""The oracle that assumes nothing of estimators: outer values with the levels inside solved again at displaced variables."""
+"""An oracle independent of estimators: outer values with the levels inside solved again at displaced variables."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from .minimize import minimize
 
 __all__ = ["Resolver"]
 
-#: Norm of a gradient, over one plus that of the variables, at which a level counts as solved.
+#: Norm of the gradient, relative to one plus that of the variables, at which a level counts as solved.
 _SOLVED = {torch.float64: 1e-12, torch.float32: 1e-6}
-#: How much less of that is asked of a level that holds others, whose gradient inherits the errors of their solutions.
+#: Factor on that norm for a level with others inside; its gradient inherits the errors of their solutions.
 _NESTED = 1e2
-#: A displacement of the outer variables, over one plus their norm. Its fourth power is the error of the extrapolated
-#: differences, and what the inner solves leave is divided by it.
+#: Displacement of the outer variables, relative to one plus their norm. The error of the extrapolated differences is its
+#: fourth power, and the error of the inner solves is divided by it.
 _STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
 
 
 class Resolver:
-    """Solves the levels inside a level again, and again, at one batch and one state of the generators.
+    """Solver of the levels inside a level, repeatedly, at one batch and one state of the generators.
 
-    A level that holds others is solved by its total gradient: at every evaluation those inside it are solved anew. It moves
-    the variables of the modules, and the generators; whoever calls puts them back.
+    A level with others inside is solved by its total gradient: every evaluation solves those inside it again. The variables
+    of the modules and the generators move; the caller restores them.
 
     Args:
-        problem: the problem; its own estimators are used only for which products they are able to take.
-        batches: of every level.
-        target: the level whose objective is asked for.
-        seed: of what the losses draw; the same draws as in `hypergradient` at this seed.
+        problem: the problem; its own estimators only determine the kind of products.
+        batches: the batch of every level.
+        target: the level whose objective is differentiated.
+        seed: seed of the draws of the losses: the same draws as in `hypergradient` at this seed.
     """
 
     def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
@@ -45,13 +45,13 @@ class Resolver:
         self._problem, self._target = problem, problem[target]
         generators = seeded_generators(problem, "seed", seed)
         self._point = Point(problem, batches, generators, workspace=Workspace(), estimators=exact)
-        #: The norm of each level's gradient where its latest solve ended.
+        #: The norm of each level's gradient at the end of its latest solve.
         self.reached: dict[str, float] = {}
-        #: The largest share of a gradient that a solve at displaced variables began with and was left with.
+        #: The largest share of the initial gradient that a solve which did not converge left.
         self.unsolved = 0.0
 
     def solve_inside(self, name: str) -> None:
-        """Solve the levels that the objective of `name` depends on, those that others depend on first."""
+        """Solve the levels that the objective of `name` depends on, dependencies first."""
         graph = self._problem.graph
         for part in reversed(graph[name].parts):
             if graph[part].arguments:
@@ -70,12 +70,12 @@ class Resolver:
         start = flatten(variables).clone()
         before = float(objective(start)[1].norm())
         tolerance = _SOLVED.get(start.dtype, 1e-3) * (1.0 + float(start.norm())) * (_NESTED if nested else 1.0)
-        found = minimize(objective, start, tolerance=tolerance)
-        _write(variables, found.variables)
+        minimum = minimize(objective, start, tolerance=tolerance)
+        _write(variables, minimum.variables)
         self.solve_inside(level.name)
-        self.reached[level.name] = found.gradient_norm
-        if level.name in self._problem.graph[self._target.name].parts and found.gradient_norm > tolerance:
-            self.unsolved = max(self.unsolved, found.gradient_norm / before)
+        self.reached[level.name] = minimum.gradient_norm
+        if level.name in self._problem.graph[self._target.name].parts and minimum.gradient_norm > tolerance:
+            self.unsolved = max(self.unsolved, minimum.gradient_norm / before)
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""
@@ -89,11 +89,10 @@ class Resolver:
         return norms
 
     def derivative(self, direction: Tensor) -> tuple[float, float]:
-        """Return the derivative of the target's objective along a unit direction (n,), and what its error may be.
+        """Return the derivative of the target's objective along a unit direction (n,), and an estimate of its error.
 
-        Begin at the solutions of the levels inside.
-
-        Central differences at a step and at half of it are extrapolated; and once more from twice the step, to compare.
+        The levels inside must be at their solutions. The derivative is extrapolated from central differences at a step and at
+        half of it; its error is the difference from an extrapolation at twice these steps.
         """
         variables = [variable.data for variable in self._target.parameters]
         origin = flatten(variables).clone()

@@ -1,4 +1,4 @@
-"""Which linear solvers are safe for a Hessian whose spectrum is known at its ends."""
+"""Rules for linear solvers that are safe for a Hessian, given the ends of its spectrum."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from .spectrum import Spectrum
 
 __all__ = ["SOLVERS", "iterations_for", "rate_solver", "terms_for"]
 
-#: The relative error of a linear solve that counts are stated for.
+#: The relative error of a linear solve for which counts are stated.
 _ACCURACY = 0.01
 
 
 def iterations_for(condition: float, accuracy: float = _ACCURACY) -> int:
-    """Return how many conjugate-gradient iterations bound the error by `accuracy`: sqrt(kappa) / 2 ln(2 / accuracy)."""
+    """Return the number of conjugate-gradient iterations for an error of `accuracy`: sqrt(kappa) / 2 ln(2 / accuracy)."""
     return math.ceil(math.sqrt(condition) / 2 * math.log(2 / accuracy))
 
 
 def terms_for(condition: float, accuracy: float = _ACCURACY) -> int:
-    """Return how many Neumann terms at step size 1 / lambda_max do: (1 - 1 / kappa)^(K + 1) <= accuracy."""
+    """Return the sufficient number K of Neumann terms at step size 1 / lambda_max: (1 - 1 / kappa)^(K + 1) <= accuracy."""
     return 1 if condition <= 1.0 else max(1, math.ceil(math.log(accuracy) / math.log1p(-1 / condition)) - 1)
 
 
 def rate_solver(solver: LinearSolver, spectrum: Spectrum) -> Finding | None:
-    """Return whether a solver with its settings is safe for a spectrum; None for a solver that is not known here."""
+    """Return a finding on the safety of a solver for a spectrum; None for a solver without a rule."""
     rule = _RULES.get(type(solver).__name__)
     return None if rule is None else rule(solver, spectrum.damped(float(solver.damping)))
 
 
-def _bends(spectrum: Spectrum) -> Finding:
+def _indefinite(spectrum: Spectrum) -> Finding:
     amount = 1.1 * abs(spectrum.low)
     return Finding(
         "error",
         f"unsafe: negative curvature {spectrum.low:.2g}, and it needs a positive definite Hessian",
-        f"MINRES, or damping={amount:.2g} and more",
+        f"MINRES, or damping={amount:.2g} or more",
     )
 
 
 def _identity(solver: Any, spectrum: Spectrum) -> Finding:
-    spread = f"curvature from {spectrum.low:.2g} to {spectrum.high:.2g} is taken to be 1"
+    spread = f"curvature from {spectrum.low:.2g} to {spectrum.high:.2g} is assumed to be 1"
     if spectrum.condition <= 3.0:
         return Finding("ok", f"safe: {spread}, so the direction is nearly right")
-    return Finding("warning", f"cannot fail, but biased: {spread}", "a solver, where the direction matters")
+    return Finding("warning", f"cannot fail, but biased: {spread}", "a solver, if the direction matters")
 
 
 def _neumann(solver: Any, spectrum: Spectrum) -> Finding:
     if spectrum.negative:
-        return _bends(spectrum)
+        return _indefinite(spectrum)
     bound = 2 / spectrum.high if spectrum.high > 0 else math.inf
     if solver.step_size is not None and solver.step_size >= bound:
         return Finding(
@@ -64,37 +64,37 @@ def _neumann(solver: Any, spectrum: Spectrum) -> Finding:
         return Finding("warning", "never converges along directions without curvature", "damping")
     rate = 1 / (alpha * spectrum.low)
     needed = terms_for(max(rate, 1.0))
-    told = f"1% needs about {needed} terms at a step size below {bound:.2g}"
+    cost = f"1% needs about {needed} terms at a step size below {bound:.2g}"
     if solver.terms < needed:
-        return Finding("warning", f"converges, but {told}", f"terms={needed}, conjugate gradients, or warm starts")
-    return Finding("ok", f"safe: {told}")
+        return Finding("warning", f"converges, but {cost}", f"terms={needed}, conjugate gradients, or warm starts")
+    return Finding("ok", f"safe: {cost}")
 
 
 def _conjugate_gradient(solver: Any, spectrum: Spectrum) -> Finding:
     if spectrum.negative:
-        return _bends(spectrum)
+        return _indefinite(spectrum)
     if spectrum.singular:
         return Finding(
             "warning",
-            "safe only where the cotangent has no part along directions without curvature",
-            "damping, or freeze what the loss does not use",
+            "safe only if the cotangent has no part along directions without curvature",
+            "damping, or freeze parameters that the loss does not use",
         )
     needed = min(iterations_for(spectrum.condition), spectrum.size)
-    told = f"1% needs about {needed} iterations (condition number {spectrum.condition:.2g} at least)"
+    cost = f"1% needs about {needed} iterations (condition number {spectrum.condition:.2g} at least)"
     if solver.iterations < needed:
-        return Finding("warning", f"converges, but {told}", f"iterations={needed}, a preconditioner, or warm starts")
-    return Finding("ok", f"safe: {told}")
+        return Finding("warning", f"converges, but {cost}", f"iterations={needed}, a preconditioner, or warm starts")
+    return Finding("ok", f"safe: {cost}")
 
 
 def _minres(solver: Any, spectrum: Spectrum) -> Finding:
     kind = "indefinite" if spectrum.negative else "positive definite"
-    return Finding("ok", f"safe: needs a symmetric Hessian only, and this one is {kind}")
+    return Finding("ok", f"safe: needs only a symmetric Hessian, and this one is {kind}")
 
 
 def _nystrom(solver: Any, spectrum: Spectrum) -> Finding:
     if spectrum.negative:
-        return _bends(spectrum)
-    return Finding("ok", "safe: takes the curvature outside its sketch to be its damping")
+        return _indefinite(spectrum)
+    return Finding("ok", "safe: assumes that the curvature outside its sketch equals its damping")
 
 
 def _dense(solver: Any, spectrum: Spectrum) -> Finding:
@@ -102,7 +102,7 @@ def _dense(solver: Any, spectrum: Spectrum) -> Finding:
         return Finding("error", f"unsafe: {spectrum.size:,} unknowns, and limit={solver.limit:,}", "ConjugateGradient")
     if spectrum.negative:
         return Finding(
-            "warning", "solves, but the curvature is negative: no minimum of the level is near", "more steps"
+            "warning", "solves, but the curvature is negative: the level is not near a minimum", "more steps"
         )
     return Finding("ok", f"safe: {spectrum.size:,} products a solve")
 
@@ -116,5 +116,5 @@ _RULES: dict[str, Callable[[Any, Spectrum], Finding]] = {
     "Dense": _dense,
 }
 
-#: The solvers there are, with the settings that they have when none are given.
+#: All solvers, with their default settings.
 SOLVERS: dict[str, LinearSolver] = {name: getattr(linear, name)() for name in _RULES if hasattr(linear, name)}

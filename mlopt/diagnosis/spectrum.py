@@ -1,4 +1,4 @@
-"""The ends of a Hessian's spectrum, by a few steps of the Lanczos process."""
+"""The ends of a Hessian's spectrum, estimated by a few steps of the Lanczos process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Spectrum", "lanczos"]
 
 @attrs.frozen(kw_only=True)
 class Spectrum:
-    """What a few products tell of a symmetric matrix.
+    """The ends of the spectrum of a symmetric matrix, estimated from a few products.
 
     Attributes:
         low: the smallest Ritz value: the smallest eigenvalue is at most this.
         high: the largest Ritz value: the largest eigenvalue is at least this.
-        rounding: below this size an eigenvalue cannot be told from zero.
-        size: unknowns.
+        rounding: size below which an eigenvalue cannot be distinguished from zero.
+        size: number of unknowns.
     """
 
     low: float
@@ -29,17 +29,17 @@ class Spectrum:
 
     @property
     def negative(self) -> bool:
-        """Whether there is negative curvature."""
+        """True if there is negative curvature."""
         return self.low < -self.rounding
 
     @property
     def singular(self) -> bool:
-        """Whether there is a direction without curvature."""
+        """True if there is a direction without curvature."""
         return abs(self.low) <= self.rounding
 
     @property
     def condition(self) -> float:
-        """A lower bound on the condition number; infinite where the matrix is not positive definite."""
+        """A lower bound on the condition number; infinite if the matrix is not positive definite."""
         return self.high / self.low if self.low > self.rounding else float("inf")
 
     def damped(self, damping: float) -> Spectrum:
@@ -54,8 +54,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) ->
 
     Args:
         matvec: takes v (n,) and returns A v.
-        start: where the Krylov space begins, (n,), not zero.
-        steps: at most so many products.
+        start: first vector of the Krylov space, (n,), not zero.
+        steps: maximum number of products.
 
     Returns:
         The Ritz values (k,), ascending, and the norm, with k <= steps.
@@ -63,7 +63,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) ->
     Source: Golub & Van Loan, Matrix Computations, section 10.1.
 
     Example:
-        >>> import torch
+        >>> from mlopt.diagnosis.spectrum import lanczos
         >>> values, norm = lanczos(lambda v: torch.tensor([1.0, 4.0]) * v, torch.ones(2), steps=5)
         >>> [round(float(value), 3) for value in values]
         [1.0, 4.0]
@@ -71,7 +71,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) ->
     size = float(start.norm())
     basis = [start / size]
     diagonal: list[float] = []
-    beside: list[float] = []
+    adjacent: list[float] = []
     for _ in range(min(steps, start.numel())):
         product = matvec(basis[-1])
         diagonal.append(float(basis[-1] @ product))
@@ -79,13 +79,13 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) ->
         for _ in range(2):
             for vector in basis:
                 product = product - (vector @ product) * vector
-        left = float(product.norm())
-        if left <= 1e-2 * scale * torch.finfo(start.dtype).eps ** 0.5:
+        remainder = float(product.norm())
+        if remainder <= 1e-2 * scale * torch.finfo(start.dtype).eps ** 0.5:
             break
-        beside.append(left)
-        basis.append(product / left)
+        adjacent.append(remainder)
+        basis.append(product / remainder)
     k = len(diagonal)
-    off = torch.tensor(beside[: k - 1], dtype=torch.float64)
+    off = torch.tensor(adjacent[: k - 1], dtype=torch.float64)
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     used = values.abs() > 1e-12 * values.abs().max()

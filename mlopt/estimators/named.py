@@ -8,7 +8,7 @@ from typing import Any, final
 import attrs
 
 from .. import linear
-from ..errors import EstimatorError
+from ..errors import ArgumentError, EstimatorError
 from ..problem import Linearization, Point
 from ..validation import one_of, shown
 from .implicit import Implicit, Stationarity
@@ -120,7 +120,7 @@ class LinearSolve(_HessianProducts):
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.solver, linear.LinearSolver):
-            raise TypeError(
+            raise ArgumentError(
                 f"LinearSolve: solver={shown(self.solver)}; it must be a linear solver, such as mlopt.linear.MINRES()"
             )
         if self.curvature_data is not None and isinstance(self.solver, linear.AssumedInverse):

@@ -1,4 +1,4 @@
-"""What an estimator is to the graph: a rule that linearises a level's solution, and pulls cotangents back through it."""
+"""The interface of an estimator: a rule that linearises a level's solution and pulls cotangents back through it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ Vectors: TypeAlias = Mapping[Block, Tensors]
 
 @attrs.define(kw_only=True, eq=False)
 class Report:
-    """How one level was pulled back.
+    """The report on the pullback of one level.
 
     Attributes:
         estimator: the estimator, as it prints.
-        residual: the largest ||v - H q|| / ||v|| of the linear solves, as the solver has it, or None where none was measured.
-        iterations: iterations of all its linear solves together.
-        products: products with second derivatives of all its linear solves together.
-        solves: linear solves taken: one, and more where a nested level's Hessian asks for them.
-        converged: whether every solve reached its tolerance; None where it was not measured.
-        curvature: the smallest and largest Rayleigh quotients of the Hessian that were met, or None.
+        residual: largest ||v - H q|| / ||v|| of the linear solves, as the solver computes it; None if it was not measured.
+        iterations: total iterations of the linear solves.
+        products: total products with second derivatives of the linear solves.
+        solves: number of linear solves: one, or more for a level inside another whose Hessian needs them.
+        converged: True if every solve reached its tolerance; None if that was not measured.
+        curvature: the smallest and largest Rayleigh quotients of the Hessian in the solves, or None.
         step: the last finite-difference step, in units of the vector it was taken along, or None.
-        age: how many outer steps old the cotangent is that this gradient was formed with; zero unless streamed.
+        age: age of the cotangent in outer steps; zero unless streamed.
         seconds: wall-clock time spent.
         remarks: sentences about what went wrong, without repetition.
+
+    Example:
+        >>> mlopt.Report(estimator="Dense()", remarks=("negative curvature -1",)).doubtful
+        True
     """
 
     estimator: str
@@ -55,7 +59,7 @@ class Report:
 
     @property
     def step(self) -> float | None:
-        """The last finite-difference step; it is fetched from its device when it is asked for."""
+        """The last finite-difference step; reading it waits for its device."""
         return None if self._step is None else float(self._step)
 
     @step.setter
@@ -64,7 +68,7 @@ class Report:
 
     @property
     def doubtful(self) -> bool:
-        """Whether something went wrong and the tolerance was not reached all the same: then do not trust the answer."""
+        """True if something went wrong and the tolerance was not reached: do not trust the answer then."""
         return bool(self.remarks) and self.converged is not True
 
 
@@ -72,9 +76,14 @@ class Linearization(ABC):
     """The derivative of one level's solution with respect to its arguments, at a point.
 
     Attributes:
-        blocks: what a cotangent may lie on: the level itself and the levels solved inside it that it depends on.
+        blocks: the blocks of a cotangent: the level itself and the levels solved inside it that it depends on.
         arguments: the levels outside that the solution depends on.
-        report: filled in as products are spent.
+        report: the report, updated with every product.
+
+    Example:
+        >>> class Constant(mlopt.estimators.Linearization):  # of a solution that its arguments do not change
+        ...     def pullback(self, cotangent, wanted=None):
+        ...         return {}
     """
 
     blocks: tuple[Block, ...]
@@ -83,18 +92,18 @@ class Linearization(ABC):
 
     @abstractmethod
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
-        """Return the cotangent on the arguments that a cotangent on the blocks gives.
+        """Return the pullback of a cotangent on the blocks, a cotangent on the arguments.
 
         Args:
-            cotangent: by block; absent blocks are zero.
-            wanted: the arguments asked for; all when None.
+            cotangent: vectors by block; absent blocks are zero.
+            wanted: the arguments to return; all if None.
 
         Returns:
-            By argument; absent ones are zero.
+            Vectors by argument; absent ones are zero.
         """
 
     def reports(self) -> dict[str, Report]:
-        """Return the report of this level, and of those inside it that were pulled back along with it."""
+        """Return the reports of this level and of those inside it that were pulled back along with it."""
         return {str(self.blocks[0]): self.report}
 
 
@@ -102,7 +111,16 @@ class Estimator(ABC):
     """A rule that linearises a level's solution: its pullback is the vector-Jacobian product of x*(u).
 
     Attributes:
-        curvature_data: batches for the Hessian, where the estimator does not take the level's; else None.
+        curvature_data: batches for the Hessian; None to use the level's.
+
+    Example:
+        >>> from mlopt.testing import quadratic
+        >>> class Exact(mlopt.Estimator):
+        ...     def linearize(self, point, level):
+        ...         return mlopt.Dense().linearize(point, level)
+        >>> case = quadratic("two", Exact())
+        >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
+        True
     """
 
     curvature_data: Iterable[Any] | None = None
@@ -112,15 +130,15 @@ class Estimator(ABC):
         """Return the derivative of the solution of `level` at `point`."""
 
     def at_solution(self, point: Point, level: str) -> contextlib.AbstractContextManager[None]:
-        """Return a context within which the level's variables are where the rule takes its solution to be.
+        """Return a context within which the level's variables are at the solution that the rule assumes.
 
-        They are the present ones unless a rule says otherwise. What is moved is put back, from copies, on leaving; the
-        generators are back already when the context is entered.
+        By default that is their present value. A rule that moves them restores them, from copies, on exit, and leaves the
+        generators as they were before it entered the context.
         """
         return contextlib.nullcontext()
 
     def _refuse_levels_inside(self, point: Point, level: str) -> None:
-        """Raise where the level's objective depends on the solutions of levels inside it."""
+        """Raise if the level's objective depends on the solutions of levels inside it."""
         interior = point.problem.graph[level].interior
         if interior:
             raise EstimatorError(

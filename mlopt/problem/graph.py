@@ -1,4 +1,4 @@
-"""The graph that the losses imply: which level is solved inside which, and in which order cotangents flow back."""
+"""The graph that the losses imply: the level that each level is solved inside, and the order of pullbacks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Graph", "Node"]
 
 @attrs.frozen
 class Node:
-    """What the graph says of one level.
+    """The place of one level in the graph.
 
     Attributes:
         references: the levels that its objective names.
         host: the level that it is solved inside; None for the outermost.
-        guests: the levels solved inside it, first to last, those inside its guests left out.
-        interior: the levels whose solutions its objective depends on, from among all those solved inside it.
-        parts: the maximal levels of the interior, each before those it refers to: the order of pullbacks. What lies
-            in the interior of one of them is pulled back together with it.
+        guests: the levels solved directly inside it, first to last.
+        interior: the levels solved inside it, at any depth, whose solutions its objective depends on.
+        parts: the maximal levels of the interior, each before those it refers to: the order of pullbacks. A level
+            in the interior of a part is pulled back together with it.
         arguments: the levels outside that its solution depends on.
     """
 
@@ -75,13 +75,13 @@ class Graph:
             for ref in refs:
                 if ref == name:
                     raise ProblemError(
-                        f"level {name!r} refers to itself: its loss receives its own module as the first argument; take "
-                        f"the keyword-only parameter {ref!r} out"
+                        f"level {name!r} refers to itself: its loss receives its own module as the first argument; remove "
+                        f"the keyword-only parameter {ref!r}"
                     )
                 if ref not in self._references:
                     close = difflib.get_close_matches(ref, self.names, n=1)
                     raise ProblemError(
-                        f"level {name!r} refers to {ref!r}, and there is no such level; the levels are "
+                        f"level {name!r} refers to {ref!r}, which is not a level; the levels are "
                         f"{', '.join(self.names)}." + (f" Did you mean {close[0]!r}?" if close else "")
                     )
 
@@ -107,7 +107,7 @@ class Graph:
         return reached
 
     def _host(self, name: str) -> str | None:
-        """The innermost outer level that the loss depends on, directly or through inner levels; else the outermost."""
+        """Return the innermost outer level that the loss depends on, directly or through inner levels; else the outermost."""
         rank = self._rank[name]
         if rank == 0:
             return None
@@ -137,7 +137,7 @@ class Graph:
             if not free:
                 raise ProblemError(
                     f"the solutions of {', '.join(map(repr, waiting))} depend on one another in a circle, and none is solved "
-                    "inside the other; list a level that is to be solved inside another one after it"
+                    "inside the other; list a level after the one that it should be solved inside"
                 )
             ordered.extend(free)
             waiting = [n for n in waiting if n not in free]

@@ -24,7 +24,12 @@ OptimizerFactory = Callable[[Iterator[Parameter]], Optimizer]
 
 
 class Variables(nn.Module):
-    """A bare tensor as a module: calling it returns the tensor, a trainable parameter named `value`."""
+    """A bare tensor as a module: calling it returns the tensor, a trainable parameter named `value`.
+
+    Example:
+        >>> mlopt.Variables(torch.ones(2)).value.requires_grad
+        True
+    """
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -41,7 +46,7 @@ def variables(tensor: Tensor) -> Variables:
         tensor: starting values, of a floating dtype and any shape; copied.
 
     Returns:
-        A module with the one parameter `value`; calling it returns that parameter.
+        A module with one parameter, `value`; calling it returns that parameter.
 
     Example:
         >>> decay = mlopt.variables(torch.zeros(3))
@@ -78,7 +83,7 @@ def references(function: Callable[..., Any], label: str, *, positional: int) -> 
         if p.kind is kinds.VAR_KEYWORD:
             raise ProblemError(
                 f"{label} takes **{p.name}: name the levels it refers to, one keyword-only parameter each, so that the "
-                "graph can be read off"
+                "graph can be inferred"
             )
     return tuple(p.name for p in parameters if p.kind is kinds.KEYWORD_ONLY and p.default is kinds.empty)
 
@@ -131,7 +136,7 @@ def _read_device(value: Any) -> torch.device:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise ProblemError(
-            f"Level: device={value!r} is no device ({error}); give one such as 'cuda:0' or 'cpu'"
+            f"Level: device={value!r} is not a device ({error}); give one such as 'cuda:0' or 'cpu'"
         ) from error
 
 
@@ -150,8 +155,8 @@ def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) ->
         )
     if isinstance(value, Iterator):
         raise ProblemError(
-            f"level {level.name!r}: data is a {type(value).__name__} that runs once; give something that can be iterated "
-            "anew each epoch, such as a DataLoader or a list of batches"
+            f"level {level.name!r}: data is a {type(value).__name__} that runs once; give an iterable that starts again "
+            "each epoch, such as a DataLoader or a list of batches"
         )
     if isinstance(value, Tensor):
         raise ProblemError(
@@ -164,38 +169,41 @@ class Level:
     """One optimisation problem, x*(u) = argmin_x f(x, u).
 
     x are the trainable parameters of `module`, u those of the levels that the loss names, and f is
-    `loss(module, batch, *, other_level, ...)` plus, where one is given, `regularizer(module, *, other_level, ...)`.
+    `loss(module, batch, *, other_level, ...)` plus `regularizer(module, *, other_level, ...)` if there is one.
 
     Args:
-        name: what other levels' losses call it; a valid Python name.
+        name: its name in the losses of other levels; a valid Python name.
         module: any `nn.Module`; its parameters with `requires_grad` are the level's variables. For a bare tensor, see
             `mlopt.variables`.
         loss: takes the level's module, a batch, and the modules of the levels that it refers to as keyword-only
             parameters; returns a scalar tensor, a mapping with `loss` and named scalars to log, or a `Mixture`.
-        data: batches: anything that can be iterated again and again, such as a DataLoader or a list; None for a loss
+        data: batches: an iterable that can be iterated repeatedly, such as a DataLoader or a list; None for a loss
             that ignores its batch, which is then None.
-        optimizer: takes parameters and returns an optimiser, such as `partial(torch.optim.SGD, lr=0.1)`, or an
-            optimiser. `solve` needs it, `hypergradient` does not.
+        optimizer: an optimiser, or a function that takes parameters and returns one, such as
+            `partial(torch.optim.SGD, lr=0.1)`. `solve` needs it, `hypergradient` does not.
         scheduler: takes the optimiser and returns a learning-rate scheduler, stepped after each step of the level.
         steps: steps taken each time the level is solved.
         warmup: steps that `solve` takes once, before the first outer step.
-        accumulate: batches for one step, whose gradients are averaged. A pullback takes the last of them.
-        clip: the largest norm of the gradient that a step follows; a longer one is scaled down. The norm is logged as
-            `gradient_norm`.
-        precision: "bf16" or "fp16" evaluates the level's own steps in an autocast region, "fp16" with a loss scale that adapts
-            itself. Products with second derivatives are taken outside of it.
-        device: where the module is moved to, in place; where it is when None. The level's batches follow; a loss moves what it
-            takes from levels on other devices.
-        estimator: how cotangents are pulled back through the level's solution. Needed for every level but the outermost.
-        regularizer: a term of the objective that looks at no batch: weight decay, a proximal coupling. Products
+        accumulate: number of batches per step; their gradients are averaged. A pullback uses the last of them.
+        clip: largest norm of a step's gradient; a longer gradient is scaled down. The norm is logged as `gradient_norm`.
+        precision: "bf16" or "fp16" evaluates the level's own steps in an autocast region, "fp16" with an adaptive loss
+            scale. Products with second derivatives are taken outside it.
+        device: the device to move the module to, in place; None leaves it where it is. The level's batches follow; a loss
+            must move the values it takes from levels on other devices.
+        estimator: the rule that pulls cotangents back through the level's solution. Every level but the outermost needs one.
+        regularizer: a term of the objective that uses no batch: weight decay, a proximal coupling. Products
             that concern only levels named here need no pass over the data. It must not draw random numbers.
 
     Raises:
-        ProblemError: an argument is not what it should be.
+        ProblemError: an argument is invalid.
 
     Example:
-        >>> mlopt.Level("classifier", network, training_loss, data=loader, optimizer=partial(SGD, lr=0.1), steps=10,
-        ...             estimator=mlopt.ConjugateGradient(iterations=10))
+        >>> def loss(module, batch, *, weights):
+        ...     return (weights().sigmoid() * module(batch).square().mean(1)).mean()
+        >>> level = mlopt.Level("classifier", torch.nn.Linear(3, 1), loss, data=[torch.ones(2, 3)], steps=10,
+        ...                     estimator=mlopt.ConjugateGradient(iterations=10))
+        >>> level.references, level.parameter_names
+        (('weights',), ('weight', 'bias'))
     """
 
     name: str = attrs.field(validator=_check_name)
@@ -249,7 +257,7 @@ class Level:
             self.module.to(self._device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ProblemError(
-                f"level {self.name!r}: device={str(self._device)!r}, where its module cannot be moved ({error})"
+                f"level {self.name!r}: device={str(self._device)!r}; its module cannot be moved there ({error})"
             ) from error
 
     @property
@@ -259,7 +267,7 @@ class Level:
 
     @property
     def parameters(self) -> Tensors:
-        """The level's variables: its module's trainable parameters, tied ones once."""
+        """The level's variables: its module's trainable parameters, tied parameters once."""
         return tuple(p for p in self.module.parameters() if p.requires_grad)
 
     @property

@@ -1,4 +1,4 @@
-"""The one place where losses and regularizers are evaluated, and the values that they may return."""
+"""Losses and regularizers: their only place of evaluation, and the values that they may return."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ Loss = Tensor | Callable[[], Tensor]
 
 
 class Mixture:
-    """A loss of the form sum_k w_k L_k, where w is what a level's module returns when it is called without arguments.
+    """A loss of the form sum_k w_k L_k; the module of a level returns the weights w when it is called without arguments.
 
-    A loss that returns it lets the library use the form: the product with the mixed derivative by the weights is the
-    vector of directional derivatives of the L_k, which needs no second derivative.
+    The library uses this form: the product with the mixed derivative with respect to the weights is the vector of
+    directional derivatives of the L_k, which needs no second derivative.
 
     The losses themselves must not depend on the level that weighs them.
 
     Args:
         losses: the L_k: scalar tensors or functions without arguments that return them, in a sequence, or by name. Functions
-            are called one after the other, so that one network pass is held in memory at a time.
+            are called one after the other, so that memory holds one network pass at a time.
         weights: the name of the level that weighs them. The loss must name it among its keyword-only parameters.
 
     Example:
-        >>> def pretraining_loss(model, batch, *, weights):
-        ...     return mlopt.Mixture({"masked": lambda: masked(model, batch), "contrast": lambda: contrast(model, batch)},
+        >>> def loss(model, batch, *, weights):
+        ...     return mlopt.Mixture({"fit": lambda: (model(batch) - 1).square().mean(), "size": lambda: model(batch).norm()},
         ...                          weights="weights")
+        >>> len(loss(torch.nn.Linear(3, 1), torch.ones(2, 3), weights=mlopt.variables(torch.zeros(2))))
+        2
     """
 
     def __init__(self, losses: Sequence[Loss] | Mapping[str, Loss], weights: str) -> None:
@@ -48,7 +50,7 @@ class Mixture:
             raise ProblemError("Mixture: it has no loss; give at least one")
         if "loss" in self.names:
             raise ProblemError(
-                "Mixture: a loss is named 'loss', which is what the weighted sum is logged as; rename it"
+                "Mixture: a loss is named 'loss', but the weighted sum is logged under that name; rename it"
             )
         self.weights = weights
 
@@ -56,20 +58,20 @@ class Mixture:
         return len(self._losses)
 
     def loss(self, k: int) -> Tensor:
-        """Return L_k, evaluated now where it was given as a function."""
+        """Return L_k; if it was given as a function, evaluate it now."""
         loss = self._losses[k]
         return _scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
 
     def gradient(
         self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor], loss: Tensor | None = None
     ) -> Tensors:
-        """Return the gradient of L_k by the variables; what it does not depend on gets zero.
+        """Return the gradient of L_k with respect to the variables; zero for variables that it does not depend on.
 
         Args:
-            k: which loss.
-            variables: of the level whose loss the mixture is.
-            apart: of the level that weighs the losses.
-            loss: L_k, or a multiple of it whose gradient is asked for, where it is evaluated already.
+            k: index of the loss.
+            variables: variables of the level whose loss is this mixture.
+            apart: variables of the level that weighs the losses.
+            loss: L_k if it has been evaluated already, or a multiple of it: then return the gradient of that.
 
         Raises:
             ProblemError: the loss depends on a variable in `apart`.
@@ -78,32 +80,32 @@ class Mixture:
         if not loss.requires_grad:
             return zeros_like(variables)
         # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
-        found = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
-        if any(derivative is not None for derivative in found[len(variables) :]):
+        gradients = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in gradients[len(variables) :]):
             raise ProblemError(
                 f"loss {self.names[k]!r} of a Mixture depends on the level {self.weights!r} that weighs it; return the plain "
                 "sum of weighted losses instead"
             )
-        own = zip(found, variables, strict=False)
+        own = zip(gradients, variables, strict=False)
         return tuple(torch.zeros_like(v) if g is None else g for g, v in own)
 
     def weigh(self, module: nn.Module) -> Tensor:
-        """Return the weights (K,) that the module of the level `weights` gives.
+        """Return the weights (K,) from the module of the level `weights`.
 
         Raises:
             ProblemError: it does not return one weight for each loss.
         """
         weights = module()
         if not isinstance(weights, Tensor) or weights.shape != (len(self),):
-            got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+            returned = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
             raise ProblemError(
-                f"Mixture: the module of level {self.weights!r} returned {got}; called without arguments it must return one "
+                f"Mixture: the module of level {self.weights!r} returned {returned}; called without arguments it must return one "
                 f"weight for each of the {len(self)} losses, a tensor of shape ({len(self)},)"
             )
         return weights
 
 
-@attrs.define(eq=False)  # not frozen: torch.compile does not follow how attrs fills frozen classes
+@attrs.define(eq=False)  # not frozen: torch.compile does not support how attrs fills frozen classes
 class LossValue:
     """The value of a loss: a scalar or a mixture, and scalars to log."""
 
@@ -124,13 +126,13 @@ class LossValue:
 def evaluate_loss(
     level: Level, modules: Mapping[str, nn.Module], batch: Any, mixtures: dict[str, str | None] | None = None
 ) -> LossValue:
-    """Evaluate the loss of a level. Every evaluation in the library is made by this function.
+    """Return the value of a level's loss. Every evaluation in the library is made by this function.
 
     Args:
         level: the level.
         modules: by name, the level's module and those of the levels that its loss refers to.
         batch: the batch.
-        mixtures: by level, the level that weighs its loss if that is a mixture, else None; the entry of this level is set.
+        mixtures: by level, the level that weighs its loss, None if its loss is not a mixture; this level's entry is set.
 
     Raises:
         ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`.
@@ -143,10 +145,10 @@ def evaluate_loss(
 
 
 def evaluate_regularizer(level: Level, modules: Mapping[str, nn.Module]) -> Tensor:
-    """Evaluate the regularizer of a level, a scalar. Every evaluation in the library is made by this function.
+    """Return the value of a level's regularizer, a scalar. Every evaluation in the library is made by this function.
 
     Args:
-        level: a level that has one.
+        level: a level with a regularizer.
         modules: by name, the level's module and those of the levels that its regularizer refers to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The objective of a level: the one place where its terms are summed."""
+"""The objective of a level: the only place that sums its terms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Objective", "add_into", "sum_values"]
 
 
 class Objective:
-    """A sum of terms, with its value and first derivatives. Products with its second ones are in `estimators.products`.
+    """A sum of terms, with its value and first derivatives. Products with its second derivatives are in `estimators.products`.
 
     Args:
         terms: one or more, in the order of summation.

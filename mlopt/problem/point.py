@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Carryover", "Point", "StreamedCotangent", "restored"]
 
-#: Relative residual above which a solution is not reused as a warm start: zero leaves 1, batches that differ leave a few, and
-#: where curvature is negative a solution that is kept would grow from step to step.
+#: Relative residual above which a solution is not reused as a warm start. Zero leaves 1, and a new batch leaves a few; under
+#: negative curvature a solution that is reused would grow from step to step.
 _LOST = 100.0
 
 
 @attrs.define(eq=False)
 class StreamedCotangent:
-    """What a streamed pullback holds from one outer step to the next.
+    """The state of a streamed pullback from one outer step to the next.
 
     Attributes:
         cotangent: p of the previous outer step, on the level's variables.
@@ -41,7 +41,7 @@ class StreamedCotangent:
 
 @contextlib.contextmanager
 def restored(variables: Tensors) -> Iterator[Tensors]:
-    """Give copies of the values of live variables, and put the values back from them on leaving."""
+    """Yield copies of the values of live variables; restore the values from them on exit."""
     live = [variable.data for variable in variables]
     kept = tuple(value.clone() for value in live)
     try:
@@ -52,14 +52,14 @@ def restored(variables: Tensors) -> Iterator[Tensors]:
 
 @attrs.define(eq=False)
 class Carryover:
-    """What a run carries over from one point to the next.
+    """The state that a run carries over from one point to the next.
 
     Attributes:
         optimizers: the levels' optimisers, with their state.
-        devices: those of the levels' variables; read from the modules when None.
-        variables: of each level, in the present outer step; read from the modules when empty.
+        devices: the devices of the levels' variables; read from the modules if None.
+        variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
-        cotangents: those that streamed pullbacks hold.
+        cotangents: the state of each streamed pullback.
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
@@ -70,18 +70,18 @@ class Carryover:
 
 
 class Point:
-    """Where everything that one hypergradient needs is evaluated: same variables, batches and random numbers throughout.
+    """The variables, batches and random numbers of one hypergradient: all its evaluations use the same.
 
-    Enter `generators_preserved()` around evaluations: on leaving, the generators are as they were.
+    Enter `generators_preserved()` around evaluations: on exit, the generators are as they were.
 
     Args:
         problem: the problem; its modules hold the variables.
         batches: the batch of each level.
-        generators: the state of the random generators in which a level is evaluated.
+        generators: the state of the random generators for evaluations of each level.
         curvature_batches: the batch for the Hessian, for each level whose estimator has curvature data.
-        workspace: caches; the problem's when None.
-        estimators: by level, in place of the problem's.
-        carryover: of the present run; None for pullbacks that do not depend on those before.
+        workspace: caches; the problem's if None.
+        estimators: estimators by level that replace the problem's.
+        carryover: state of the present run; None for pullbacks that do not depend on earlier ones.
     """
 
     def __init__(
@@ -103,16 +103,16 @@ class Point:
         self._estimators = estimators or {}
         self.carryover = carryover
         variables = {} if carryover is None else carryover.variables
-        #: Variables by block. Levels' are the live parameters; multipliers of nested levels are added as they are computed.
+        #: Variables by block: live parameters of levels; multipliers of nested levels are added as they are computed.
         self.values: dict[Block, Tensors] = dict(variables or {level.name: level.parameters for level in problem})
-        #: What `at_solution` of a level's estimator left for its pullback.
+        #: By level, the state that its estimator's `at_solution` leaves for the pullback.
         self.ahead: dict[str, Any] = {}
-        #: Seconds that `at_solution` took.
+        #: By level, the time that `at_solution` took.
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
 
     def estimator(self, name: str) -> Estimator | None:
-        """Return the estimator by which cotangents are pulled back through a level here."""
+        """Return the estimator that pulls cotangents back through a level at this point."""
         return self._estimators.get(name, self.problem[name].estimator)
 
     def optimizer(self, name: str) -> Optimizer | None:
@@ -129,7 +129,7 @@ class Point:
         Args:
             name: the level.
             solution: the solution.
-            residual: relative to the cotangent; None if it was not measured.
+            residual: its residual relative to the cotangent; None if it was not measured.
         """
         if self.carryover is None:
             return
@@ -140,7 +140,7 @@ class Point:
 
     @contextlib.contextmanager
     def generators_preserved(self) -> Iterator[None]:
-        """Put the random generators back on leaving. (Buffers are put back after each evaluation.)"""
-        known = None if self.carryover is None else self.carryover.devices
-        with preserved(self.problem.devices if known is None else known):
+        """Restore the random generators on exit. (Buffers are restored after each evaluation.)"""
+        devices = None if self.carryover is None else self.carryover.devices
+        with preserved(self.problem.devices if devices is None else devices):
             yield

@@ -21,18 +21,21 @@ class Problem:
     """Levels, outermost first, and the graph read off the keyword-only parameters of their losses.
 
     A level is solved inside the innermost outer level that its loss depends on, directly or through the losses of inner
-    levels; where there is none, inside the outermost. Printing a problem draws the graph.
+    levels; if there is none, inside the outermost. Printing a problem draws the graph.
 
     Args:
         levels: outermost first.
 
     Raises:
-        ProblemError: names that occur twice, references to levels that do not exist, a level that cannot influence the
+        ProblemError: a repeated name, a reference to a level that does not exist, a level that cannot influence the
             outermost objective, a level without variables, a tensor trained by two levels, a missing estimator.
 
     Example:
-        >>> problem = mlopt.Problem(outer, inner)
-        >>> print(problem)
+        >>> inner = mlopt.Level("inner", mlopt.variables(torch.ones(2)), lambda inner, batch: inner().square().sum())
+        >>> outer = mlopt.Level("outer", mlopt.variables(torch.ones(3)), lambda outer, batch, *, inner: inner().sum())
+        >>> print(mlopt.Problem(outer, inner))
+        outer  3 variables, refers to inner
+        └── inner  2 variables, 1 step a solve
     """
 
     def __init__(self, *levels: Level) -> None:
@@ -52,8 +55,8 @@ class Problem:
             self._by_name[level.name] = level
         if levels[0].steps != 1:
             raise ProblemError(
-                f"level {levels[0].name!r}: steps={levels[0].steps}, but the outermost level is solved inside none; leave "
-                "it out, and give solve the number of steps"
+                f"level {levels[0].name!r}: steps={levels[0].steps}, but the outermost level is not solved inside another; "
+                "leave it out, and pass the number of steps to solve"
             )
         if levels[0].warmup:
             raise ProblemError(
@@ -93,7 +96,7 @@ class Problem:
         return len(self.levels)
 
     def needs_estimator(self, name: str) -> bool:
-        """Whether cotangents are pulled back through the level: it is no outermost one, and its solution depends on others."""
+        """True if cotangents are pulled back through the level: it is not the outermost, and its solution depends on others."""
         return self.graph[name].host is not None and bool(self.graph[name].arguments)
 
     def _check_parameters(self) -> None:
@@ -114,7 +117,7 @@ class Problem:
                     other, other_name = owners[id(parameter)]
                     raise ProblemError(
                         f"levels {other!r} and {level.name!r} train the same tensor ({other}.{other_name} is "
-                        f"{level.name}.{name}); give one of them a copy (copy.deepcopy), or freeze it if neither is to train it"
+                        f"{level.name}.{name}); give one of them a copy (copy.deepcopy), or freeze it if neither should train it"
                     )
                 owners[id(parameter)] = (level.name, name)
 

@@ -1,4 +1,4 @@
-"""A level's batches, one after the other, epoch after epoch, in an order that depends on nothing but the seed."""
+"""The batches of a level, epoch after epoch, in an order that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["Stream", "to_device"]
 
 
 class Stream:
-    """Batches of one level, without end.
+    """An endless stream of the batches of one level.
 
-    Epoch e of the level is drawn with generators seeded from (seed, level, e), which the stream keeps to itself: the order
-    does not depend on what training or an estimator draws, nor does training depend on the order. Generators that the data hold
-    themselves are found under the name `generator`, of a loader, its samplers and its data set.
+    Epoch e of the level is drawn with private generators, seeded from (seed, level, e): the order does not depend on the
+    draws of training or of an estimator, and training does not depend on the order. The stream also isolates generators
+    that the data hold under the name `generator`, in a loader, its samplers and its data set.
 
     Args:
         name: the level's name, for errors and the seed.
         data: its batches, or None: then every batch is None.
-        seed: of the order.
-        device: where the batches are moved to.
+        seed: seed of the order.
+        device: the device that batches are moved to.
     """
 
     def __init__(self, name: str, data: Iterable[Any] | None, seed: int, device: torch.device) -> None:
@@ -41,10 +41,10 @@ class Stream:
         self._recorded: list[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._generators: GeneratorState | None = None
-        #: Where the generators that the data bring along stand in this stream, and stood at the start of the epoch.
+        #: States of the data's own generators in this stream, now and at the start of the epoch.
         self._own: list[torch.Tensor] = []
         self._own_at_start: list[torch.Tensor] = []
-        # A list of batches draws nothing: no generator need be swapped for it.
+        # A list of batches draws no random numbers, so no generator is swapped for it.
         self._draws = not isinstance(data, (list, tuple))
 
     def next(self) -> Any:
@@ -86,11 +86,11 @@ class Stream:
             self._replayed.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands: `generators` are the data's own, at the start of the epoch."""
+        """Return the position of the stream; `generators` are the states of the data's own, at the start of the epoch."""
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "generators": self._own_at_start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go where `state_dict` said: the epoch is drawn anew, and its batches up to there are read and let go.
+        """Go to a position that `state_dict` returned: start its epoch again, and read and discard the batches before it.
 
         Raises:
             ProblemError: the epoch of these data has fewer batches.
@@ -105,13 +105,13 @@ class Stream:
             for self.position in range(1, state["position"] + 1):
                 if next(self._iterator, _END) is _END:
                     raise ProblemError(
-                        f"level {self.name!r}: its data end after {self.position - 1} batches, and the run to go on with had "
-                        f"taken {state['position']} of an epoch; give the data that it was begun with"
+                        f"level {self.name!r}: its data end after {self.position - 1} batches, but the run to resume had "
+                        f"taken {state['position']} of an epoch; give the data that it started with"
                     )
 
     @contextlib.contextmanager
     def _isolated(self) -> Iterator[None]:
-        """Let the data draw from the stream's own generators, which stand where the stream left them."""
+        """Let the data draw from the stream's own generators, in the state in which the stream left them."""
         own = _own_generators(self.data)
         before = [generator.get_state() for generator in own]
         try:
@@ -149,17 +149,17 @@ class Stream:
             GeneratorState.seeded(derive_seed(self.seed, self.name, self.epoch), (self.device,)).restore()
             self._own_at_start = [generator.get_state() for generator in _own_generators(self.data)]
             for holder in _samplers(self.data):
-                # How samplers and streaming data sets that shuffle by themselves are told of the epoch.
-                if callable(tell := getattr(holder, "set_epoch", None)):
-                    tell(self.epoch)
+                # Samplers and streaming data sets that shuffle on their own learn the epoch by this method.
+                if callable(set_epoch := getattr(holder, "set_epoch", None)):
+                    set_epoch(self.epoch)
         self._iterator = _iterate(self.data)
 
 
 def _iterate(data: Iterable[Any]) -> Iterator[Any]:
-    """Return an iterator of its own over the data.
+    """Return a separate iterator over the data.
 
-    A DataLoader whose workers persist has but one, which it winds back: whoever iterates ends the epochs of all others, and an
-    epoch depends on those before it. It is made to start another one, and left with its own.
+    A DataLoader with persistent workers rewinds the only iterator it has: a new iteration ends all others, and an epoch
+    depends on earlier ones. So detach that iterator, let the loader start another, and give it back.
     """
     if not getattr(data, "persistent_workers", False):
         return iter(data)
@@ -173,32 +173,32 @@ def _iterate(data: Iterable[Any]) -> Iterator[Any]:
 
 def _own_generators(data: Any) -> list[torch.Generator]:
     """Return the generators that a DataLoader and its samplers were given."""
-    found = [getattr(holder, "generator", None) for holder in _samplers(data)]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = [getattr(holder, "generator", None) for holder in _samplers(data)]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def _samplers(data: Any) -> list[Any]:
-    """Return the data, and what a DataLoader among them draws from: its data set and its samplers."""
+    """Return the data and, for a DataLoader, its data set and samplers."""
     batches = getattr(data, "batch_sampler", None)
     parts = [data, getattr(data, "dataset", None), getattr(data, "sampler", None), batches]
     return [part for part in (*parts, getattr(batches, "sampler", None)) if part is not None]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor in it on the device; what has a `to` method of its own moves itself."""
+    """Return the batch with every tensor in it on the device; an object with a `to` method moves itself."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
-        # A copy that holds the same tensors: graphs and tokenised texts move in place, and the data are not ours to move.
+        # Move a shallow copy: graphs and tokenised texts move in place, and the data must stay where they are.
         return copy.copy(batch).to(device)
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return moved
-        # What more its type holds stays.
-        kept = copy.copy(batch)
-        kept.update(moved)
-        return kept
+        # A copy keeps the other attributes of its type.
+        copied = copy.copy(batch)
+        copied.update(moved)
+        return copied
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):

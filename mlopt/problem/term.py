@@ -1,4 +1,4 @@
-"""The terms of an objective as functions of blocks of variables: of the live modules, or pure ones."""
+"""The terms of an objective as functions of blocks of variables, on the live modules or as pure functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
 
 @contextlib.contextmanager
 def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = None) -> Iterator[None]:
-    """Let the modules work on clones of their buffers, and give them their own back on leaving; parts of `apart` keep theirs."""
+    """Let the modules work on clones of their buffers; restore the buffers on exit. Submodules of `apart` keep theirs."""
     owners = {id(m): m for module in modules for m in module.modules() if m._buffers}
     for own in apart.modules() if apart is not None and owners else ():
         owners.pop(id(own), None)
@@ -47,7 +47,7 @@ def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = No
 def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let other parameters stand in for the variables of a level, in its module and at the point.
 
-    A graph that is traced meanwhile is of these leaves: it stays whole when the variables move on.
+    A graph traced inside refers to these leaves, and remains valid when the variables change.
     """
     swapped = {id(variable): leaf for variable, leaf in zip(level.parameters, leaves, strict=True)}
     places = [
@@ -60,7 +60,7 @@ def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> I
     try:
         point.values[level.name] = tuple(leaves)
         for module, name, parameter in places:
-            setattr(module, name, swapped[id(parameter)])  # which recurrent layers take note of
+            setattr(module, name, swapped[id(parameter)])  # recurrent layers override setattr to observe it
         yield
     finally:
         point.values[level.name] = before
@@ -71,13 +71,13 @@ def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> I
 def derivatives(
     value: Tensor, wanted: Sequence[Block], values: Vectors, *, traced: bool = False
 ) -> dict[Block, Tensors]:
-    """Return the derivatives of a scalar by blocks of live variables; variables that it does not depend on get zero.
+    """Return the derivatives of a scalar by blocks of live variables; zero for variables that it does not depend on.
 
     Args:
         value: a scalar with a graph.
         wanted: the blocks.
         values: the live variables of each block.
-        traced: whether the derivatives carry a graph of their own.
+        traced: if True, the derivatives carry a graph of their own.
     """
     if not value.requires_grad or not wanted:
         return {block: zeros_like(values[block]) for block in wanted}
@@ -112,14 +112,14 @@ class Term(ABC):
 
     @abstractmethod
     def function(self, values: Vectors) -> Tensor:
-        """Return the term at other variables, for the transforms of torch.func; blocks left out are the live ones."""
+        """Return the term at other variables, for the transforms of torch.func; absent blocks are the live ones."""
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
         return derivatives(self.value(), wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
-        """Return d/dw <grad_D, direction> where the term's form gives it from first derivatives alone; else None."""
+        """Return d/dw <grad_D, direction> if the term's form yields it from first derivatives alone; else None."""
         return None
 
 
@@ -127,10 +127,10 @@ class LevelTerm(Term):
     """The loss of a level, or its regularizer.
 
     Args:
-        point: where.
+        point: the point of evaluation.
         level: the level.
-        part: which of the two.
-        batches: the batch of each level, in place of the point's.
+        part: "loss" or "regularizer".
+        batches: the batch of each level; the point's if None.
     """
 
     def __init__(
@@ -172,9 +172,9 @@ class LevelTerm(Term):
     def own_function(self) -> OwnFunction:
         """Return the term as a function of the level's variables, of everything else, and of the batch.
 
-        It touches nothing but its arguments, so that it can be compiled and kept; random numbers are as they come.
+        It uses only its arguments, so it can be compiled and kept; random numbers come from the present generators.
         """
-        bare = copy.copy(self)  # which keeps no point, and so no batch, alive
+        bare = copy.copy(self)  # without references to the point and its batches
         del bare._point, bare._batches, bare.values
         function = _PureFunction(self._modules, bare._evaluate)
         names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
@@ -185,7 +185,7 @@ class LevelTerm(Term):
         return term
 
     def own_arguments(self) -> tuple[Tensors, dict[str, Tensor], Any]:
-        """Return what `own_function` takes, at the point; the generators are put where the point has them."""
+        """Return the arguments of `own_function` at the point, and restore the point's generators."""
         self._point.generators[self.name].restore()
         function = _PureFunction(self._modules, self._evaluate)
         rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
@@ -194,7 +194,7 @@ class LevelTerm(Term):
         return tuple(v.detach() for v in self.values[self.name]), rest, self._batches[self.name]
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
-        """With f = sum_k w_k(a) L_k(x), d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q>."""
+        """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
         if self.part == "regularizer" or set(direction) != {self.name}:
             return None
         if len(wanted) != 1 or wanted[0] not in self._references:
@@ -208,7 +208,7 @@ class LevelTerm(Term):
         return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
 
     def streamed(self, weights: str, shares: Tensor) -> Tensors:
-        """Return the derivative of <w(a), shares> by the variables a of the level `weights`, for shares (K,) known already."""
+        """Return the derivative of <w(a), shares> by the variables a of the level `weights`, for known shares (K,)."""
         with cloned_buffers(self._modules.values()):
             weighed = self._modules[weights]()
         return self._weights_cotangent(weights, weighed, shares)
@@ -223,11 +223,11 @@ class LevelTerm(Term):
         return mixture
 
     def _is_mixture(self, weights: str) -> bool:
-        known = self._point.workspace.mixtures
-        if self.name not in known:
+        mixtures = self._point.workspace.mixtures
+        if self.name not in mixtures:
             with cloned_buffers(self._modules.values()):
                 self._loss(self._modules)
-        return known[self.name] == weights
+        return mixtures[self.name] == weights
 
     def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
         """Return <grad L_k, direction> for each k, by K backward passes."""
@@ -241,7 +241,7 @@ class LevelTerm(Term):
         def losses(variables: Tensors) -> Tensor:
             def read(modules: Mapping[str, nn.Module]) -> Tensor:
                 mixture = self._mixture(modules)
-                # In the order of an evaluation of the loss: a module of weights may draw random numbers.
+                # Weights before losses, as in an evaluation of the loss: a module of weights may draw random numbers.
                 mixture.weigh(modules[mixture.weights])
                 return torch.stack([mixture.loss(k) for k in range(len(mixture))])
 
@@ -261,7 +261,7 @@ class LevelTerm(Term):
         return _PureFunction(self._modules, function).at(named)
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
-        """Evaluate the loss on given modules, at the point's batch and random numbers."""
+        """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
         return evaluate_loss(self._level, modules, self._batches[self.name], self._point.workspace.mixtures)
 
@@ -272,7 +272,7 @@ class LevelTerm(Term):
         return evaluate_regularizer(self._level, modules)
 
     def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
-        """Evaluate the term on given modules and a given batch, with the generators as they are."""
+        """Return the term on given modules and a given batch, with the generators as they are."""
         if self.part == "regularizer":
             return evaluate_regularizer(self._level, modules)
         return evaluate_loss(self._level, modules, batch).total(modules)

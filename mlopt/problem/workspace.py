@@ -1,4 +1,4 @@
-"""A workspace: what evaluations of a problem keep for later ones."""
+"""A workspace: caches and counters that the evaluations of a problem share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Workspace"]
 class Workspace:
     """The caches of a problem, and the data streams and the count of standalone calls of `hypergradient`.
 
-    A problem holds one. An evaluation that must leave it as it is takes a fresh one.
+    A problem holds one. An evaluation that must not change it uses a fresh one.
 
     Attributes:
-        calls: how many standalone calls were made; a call without a seed draws its random numbers by this number.
-        mixtures: for each level whose loss has been evaluated, the level that weighs it if it is a `Mixture`, else None.
+        calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
+        mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
         verified: levels and parts whose pure function agreed with the live modules.
     """
@@ -40,7 +40,7 @@ class Workspace:
 
         Args:
             level: the level.
-            data: its batches of that kind.
+            data: the level's batches of that kind.
             kind: "data" or "curvature data".
         """
         key = level.name if kind == "data" else f"{level.name}/{kind}"

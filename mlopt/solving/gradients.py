@@ -1,4 +1,4 @@
-"""The gradient that a step of a level follows: its own derivative, and what flows back through the levels inside it."""
+"""The gradient of a step of a level: the derivative of its objective, plus pullbacks through the levels inside it."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Gradients:
-    """Forms the gradients of steps, and keeps what pullbacks need from step to step.
+    """Computes the gradients of steps, and keeps the state of pullbacks between steps.
 
     Args:
         problem: the problem.
-        optimizers: of the levels, which estimators may look at.
-        precisions: of the levels.
-        seed: of the order of curvature data.
+        optimizers: the optimiser of each level, which estimators may read.
+        precisions: the precision of each level.
+        seed: seed of the order of curvature data.
 
     Attributes:
-        carryover: what points of this run share.
+        carryover: state that the points of this run share.
         batches: the latest batch of each level.
-        generators: where the generators stood before the latest evaluation of each level that cotangents are pulled back through.
-        curvature_streams: of estimators with curvature data.
-        logs: what the levels logged in the present outer step.
-        reports: how each level was pulled back last.
-        doubts: for levels whose pullback was doubtful, in how many steps, and what the latest report said.
+        generators: for each level with an estimator, the state of the generators before its latest evaluation.
+        curvature_streams: for each estimator with curvature data, the stream of these data.
+        logs: the values that the levels logged in the current outer step.
+        reports: the last report of each level.
+        doubts: for each level whose pullback was doubtful, the number of such steps and the latest remarks.
     """
 
     def __init__(
@@ -75,56 +75,56 @@ class Gradients:
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
         self.logs: dict[str, Any] = {}
-        #: What the batches of the present step have logged so far, and how many of them.
-        self._summed: dict[str, int] = {}
+        #: For each logged value of the current step, the number of batches that logged it.
+        self._log_counts: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
 
     def differentiate(self, level: Level, batches: Sequence[Any], *, last: bool) -> Tensor:
-        """Set `.grad` of a level's variables to its total gradient, the mean over batches; return the loss, detached.
+        """Set `.grad` of the variables of a level to its total gradient, the mean over batches; return the loss, detached.
 
         Args:
             level: the level.
-            batches: one or more.
-            last: whether this is the last step of the present solve of the level.
+            batches: one or more batches.
+            last: whether this is the last step in the current solve of the level.
         """
         variables = self.carryover.variables[level.name]
         others = [self.problem[name].module for name in level.references]
-        # Only a level's own training steps keep what its module does to its buffers.
+        # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
-            self._summed = {}
+            self._log_counts = {}
             nested = bool(self.problem.graph[level.name].parts)
             loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
-        for key, count in self._summed.items():
+        for key, count in self._log_counts.items():
             if count != len(batches):
                 raise ProblemError(
-                    f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all, or leave it out"
+                    f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all or for none"
                 )
         return loss
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
-        held = self.carryover.cotangents.get(level.name) if last else None
+        streamed = self.carryover.cotangents.get(level.name) if last else None
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses, signals = [], []
         for k, batch in enumerate(batches):
-            self._stand(level, batch, replayed=last and k == len(batches) - 1)
+            self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
             with precision.autocast:
                 value = self._evaluate(level)
             if isinstance(value.loss, Mixture):
-                loss, aligned = self._descend_mixture(level, variables, value.loss, held, share, first=k == 0)
-                signals.append(aligned)
+                loss, signal = self._backward_mixture(level, variables, value.loss, streamed, share, first=k == 0)
+                signals.append(signal)
             else:
-                loss = self._descend(level, variables, value.loss, share)
+                loss = self._backward(level, variables, value.loss, share)
             losses.append(loss)
             self._log(level, loss, value.logs, share, first=k == 0)
-        if held is not None and signals:
+        if streamed is not None and signals:
             total = torch.stack(signals).sum(0)
-            # Where the scaled losses overflowed, as they do now and then, the pullback recomputes them.
-            held.signals = total if precision.scaler is None or is_finite((total,)) else None
+            # If the scaled losses overflowed, the pullback recomputes the signals.
+            streamed.signals = total if precision.scaler is None or is_finite((total,)) else None
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
-    def _descend(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
-        """Add the gradient of a share of the objective to `.grad`; return the objective, detached."""
+    def _backward(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
+        """Add `share` times the gradient of the objective to `.grad`; return the objective, detached."""
         loss = self._regularized(level, loss)
         if not loss.requires_grad:
             raise ProblemError(
@@ -132,20 +132,20 @@ class Gradients:
             )
         scaled = self._precisions[level.name].scaled(loss)
         (scaled if share == 1.0 else share * scaled).backward(inputs=variables)  # type: ignore[no-untyped-call]
-        # A copy where it is a variable, or a part of one, which goes on to change.
+        # Copy a loss that is a variable or a view of one, because the step will change it.
         return loss.detach().clone() if loss.is_leaf or loss._is_view() else loss.detach()
 
-    def _descend_mixture(
+    def _backward_mixture(
         self,
         level: Level,
         variables: Tensors,
         mixture: Mixture,
-        held: StreamedCotangent | None,
+        streamed: StreamedCotangent | None,
         share: float,
         *,
         first: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Do so for losses taken one by one, each through its own network pass; return the <grad L_k, p>, too, of a held p."""
+        """Do the same for a mixture, one loss at a time; also return <grad L_k, p>, given a streamed cotangent p."""
         precision = self._precisions[level.name]
         weights = mixture.weigh(self.problem[mixture.weights].module).detach()
         apart = self.problem[mixture.weights].parameters
@@ -160,9 +160,9 @@ class Gradients:
             require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
             weight = weights[k].to(loss.device)
             total = total + weight * loss
-            if held is not None:
-                (aligned,) = precision.unscaled([dot(gradient, held.cotangent)])
-                signals.append(share * aligned)
+            if streamed is not None:
+                (signal,) = precision.unscaled([dot(gradient, streamed.cotangent)])
+                signals.append(share * signal)
             if k == 0:
                 mixed = scale(weight, gradient)
             else:
@@ -179,7 +179,7 @@ class Gradients:
         return total, torch.stack(signals) if signals else torch.zeros(0)
 
     def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
-        """Pull the mean cotangents of the batches back once."""
+        """Set `.grad` to the total gradient: average the cotangents over the batches, and pull them back once."""
         interior = self.problem.graph[level.name].interior
         curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
         point = Point(
@@ -190,7 +190,7 @@ class Gradients:
         cotangents: dict[Block, Tensors] = {}
         with at_solutions(point, level):
             for k, batch in enumerate(batches):
-                self._stand(level, batch, replayed=last and k == len(batches) - 1)
+                self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
                 with precision.autocast:
                     value = self._evaluate(level)
                     loss = value.total(self._modules[level.name])
@@ -203,7 +203,7 @@ class Gradients:
                 )
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
-                # The scaled loss overflowed on its way back: the scaler sees that in the gradient, and does not step.
+                # The backward pass of the scaled loss overflowed: NaN makes the scaler skip this step.
                 gradient = tuple(torch.full_like(variable, torch.nan) for variable in variables)
             else:
                 with point.generators_preserved():
@@ -219,8 +219,8 @@ class Gradients:
             if report.doubtful:
                 self.doubts[name] = (self.doubts.get(name, (0, ""))[0] + 1, "; ".join(report.remarks))
 
-    def _stand(self, level: Level, batch: Any, *, replayed: bool) -> None:
-        """Note the batch and, where a pullback replays what this evaluation draws, where the generators stand."""
+    def _record_inputs(self, level: Level, batch: Any, *, replayed: bool) -> None:
+        """Record the batch, and the state of the generators if a pullback will replay this evaluation."""
         self.batches[level.name] = batch
         if replayed and self.problem.needs_estimator(level.name):
             self.generators[level.name] = GeneratorState.capture(self._devices)
@@ -231,14 +231,14 @@ class Gradients:
         return evaluate_loss(level, self._modules[level.name], self.batches[level.name], mixtures)
 
     def _regularized(self, level: Level, loss: Tensor) -> Tensor:
-        """Return the objective of a level, with the given value of its loss."""
+        """Return the objective of a level, given the value of its loss."""
         if level.regularizer is None:
             return loss
         return sum_values((loss, evaluate_regularizer(level, self._modules[level.name])))
 
     def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
-        """Add a share of what one evaluation gave to the row of this outer step, then refuse a loss that is not finite."""
-        # Copies: variables that are logged go on to change.
+        """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""
+        # Copies, because logged variables will change.
         copies = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in logs.items()}
         for name, value in {"loss": loss, **copies}.items():
             self._add_to_row(f"{level.name}/{name}", value, share, first=first)
@@ -246,14 +246,12 @@ class Gradients:
 
     def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:
         if share != 1.0:
-            if first != (key not in self._summed):
-                raise ProblemError(
-                    f"{key!r} is logged for some of the batches of a step and not for others; log it for all, or leave it out"
-                )
+            if first != (key not in self._log_counts):
+                raise ProblemError(f"{key!r} is logged for some of the batches of a step; log it for all or for none")
             value = share * value if first else self.logs[key] + share * value
-            self._summed[key] = self._summed.get(key, 0) + 1
+            self._log_counts[key] = self._log_counts.get(key, 0) + 1
         self.logs[key] = value
 
 
-def _not_finite(what: str) -> Callable[[float], str]:
-    return lambda value: f"{what} is {value}"
+def _not_finite(name: str) -> Callable[[float], str]:
+    return lambda value: f"{name} is {value}"

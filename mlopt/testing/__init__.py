@@ -1,4 +1,4 @@
-"""Problems with known hypergradients, for tests of estimators: the library's own, and those of people who write one."""
+"""Problems with known hypergradients, for tests of the library's estimators and of yours."""
 
 from .closed_form import ClosedForm, logistic_regression, quadratic
 from .contract import EstimatorContract

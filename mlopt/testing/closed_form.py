@@ -27,22 +27,22 @@ class ClosedForm:
     Attributes:
         problem: the problem.
         gradient: the hypergradient, by parameter name.
+
+    Example:
+        >>> from mlopt.testing import quadratic
+        >>> case = quadratic("two", mlopt.Dense())
+        >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
+        True
     """
 
     problem: Problem
     gradient: dict[str, Tensor]
 
     def error(self, gradient: Mapping[str, Tensor]) -> float:
-        """Return ||gradient - exact|| / ||exact||, all parameters together.
-
-        Example:
-            >>> case = quadratic("two", mlopt.Dense())
-            >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
-            True
-        """
+        """Return ||gradient - exact|| / ||exact||, over all parameters."""
         exact = torch.cat([g.reshape(-1) for g in self.gradient.values()])
-        found = torch.cat([gradient[name].reshape(-1) for name in self.gradient])
-        return float((found - exact).norm() / exact.norm())
+        flat = torch.cat([gradient[name].reshape(-1) for name in self.gradient])
+        return float((flat - exact).norm() / exact.norm())
 
 
 def quadratic(
@@ -58,23 +58,24 @@ def quadratic(
     """Return a problem of quadratic losses of a given shape, and its exact hypergradient.
 
     The loss of level i is f_i(s) = s^T Q_i s / 2 + b_i^T s, s the variables of the level and of those it refers to. So a
-    level's solution is an affine map of what lies outside it, its total objective the quadratic composed with that map,
-    and the hypergradient the gradient of the composition: all are written out as matrices.
+    level's solution is an affine map of the variables outside it, its total objective is the quadratic composed with that
+    map, and the hypergradient is the gradient of the composition. All are computed as matrices.
 
     Args:
         shape: a name in `SHAPES`, or a shape.
         estimator: the estimator of every level but the outermost, or one for each by name.
-        seed: of the matrices and of the point.
+        seed: seed of the matrices and of the point.
         size: a level has a parameter of shape (2, size) and one of shape (), so 2 size + 1 variables.
         condition: the ratio of the largest to the smallest eigenvalue of each Q_i; the outermost's is indefinite.
-        level: the level whose hypergradient it is, the outermost when None. The levels inside it are at their solutions, it
-            and the others at a random point.
-        dtype: of the parameters.
+        level: the level whose hypergradient to return; the outermost if None. The levels inside it are at their solutions;
+            it and the others are at a random point.
+        dtype: dtype of the parameters.
 
     Returns:
         The problem, and the hypergradient of `level`.
 
     Example:
+        >>> from mlopt.testing import quadratic
         >>> case = quadratic("nested", mlopt.Dense())
         >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
         True
@@ -107,13 +108,13 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _form(name: str, shape: Shape, rows: Mapping[str, Tensor], condition: float, generator: torch.Generator) -> Tensor:
-    """Return the symmetric matrix of a level's loss over (all variables, 1), zero where the level does not look."""
+    """Return the symmetric matrix of a level's loss over (all variables, 1), zero for variables that it does not use."""
     used = torch.cat([rows[name], *(rows[ref] for ref in shape[name][1])])
     n = len(used)
     basis = torch.linalg.qr(_normal(generator, n, n)).Q
     spectrum = condition ** torch.linspace(0, 1, n, dtype=torch.float64)
     if shape[name][0] is None:
-        # What is outermost need not be minimised: nothing is solved with its Hessian.
+        # The outermost level needs no minimum: no system is solved with its Hessian.
         spectrum[::2] *= -1
     size = sum(len(r) for r in rows.values()) + 1
     form = torch.zeros(size, size, dtype=torch.float64)
@@ -129,8 +130,8 @@ def _response(host: str, shape: Shape, rows: Mapping[str, Tensor], forms: Mappin
     if not guests:
         return identity
     deeper = {guest: _response(guest, shape, rows, forms) for guest in guests}
-    # One system for all that lies inside: the guests' total gradients are zero, and the rest respond to their hosts. (A guest
-    # may look at what lies inside another, so the two cannot be taken one after the other.)
+    # One system for all levels inside: the guests' total gradients are zero, and the rest respond to their hosts. (A guest may
+    # refer to a level inside another guest, so the two cannot be solved one after the other.)
     equations, unknowns = [], []
     for guest in guests:
         equations.append((deeper[guest].T @ forms[guest] @ deeper[guest])[rows[guest]])
@@ -153,7 +154,7 @@ def _inside(host: str, shape: Shape) -> list[str]:
 
 
 class _Blocks(nn.Module):
-    """Variables in two parameters of unlike shapes; calling it returns them in one vector."""
+    """Variables in two parameters of different shapes; calling it returns them in one vector."""
 
     def __init__(self, values: Tensor, size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class _Blocks(nn.Module):
 
 
 class _QuadraticLoss:
-    """s^T Q s / 2, which states the levels it refers to in its signature: a loss's keyword-only parameters."""
+    """The loss s^T Q s / 2, with the levels it refers to as keyword-only parameters of its signature."""
 
     def __init__(self, form: Tensor, refs: tuple[str, ...]) -> None:
         kinds = inspect.Parameter
@@ -181,16 +182,16 @@ class _QuadraticLoss:
 def logistic_regression(
     estimator: Estimator, *, seed: int = 0, samples: int = 12, features: int = 3, ridge: float = 0.1
 ) -> ClosedForm:
-    """Return the choice of sample weights for a regularised logistic regression, and its exact hypergradient.
+    """Return a problem of sample weights for a regularised logistic regression, and its exact hypergradient.
 
     With the margins m_i = y_i <x_i, beta>, the inner level minimises mean_i sigmoid(w_i) log(1 + exp(-m_i)) +
-    ridge ||beta||^2 / 2 over beta, by Newton's method to a gradient of 1e-12; the outer one has the plain mean of the
-    same loss on other samples. Its hypergradient is -B^T H^-1 v, with H and B written out by hand.
+    ridge ||beta||^2 / 2 over beta, by Newton's method to a gradient of 1e-12; the outer loss is the plain mean of the
+    same loss on other samples. The hypergradient is -B^T H^-1 v, with H and B from their formulas.
 
     Args:
         estimator: the estimator of the inner level.
-        seed: of the samples and of the weights.
-        samples: how many are weighed, and how many are held out.
+        seed: seed of the samples and of the weights.
+        samples: number of weighted samples, and of held-out ones.
         features: components of beta.
         ridge: the regularisation, above zero.
 
@@ -198,12 +199,13 @@ def logistic_regression(
         The problem of levels `weights` and `regression`, in float64, and the hypergradient.
 
     Example:
+        >>> from mlopt.testing import logistic_regression
         >>> case = logistic_regression(mlopt.ConjugateGradient(iterations=3))
         >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
         True
     """
     generator = torch.Generator().manual_seed(seed)
-    # Rows y_i x_i: a label only ever multiplies its sample.
+    # Rows y_i x_i: the losses use a label only in this product.
     training, validation = _normal(generator, samples, features), _normal(generator, samples, features)
     logits = _normal(generator, samples)
     weights, beta = torch.sigmoid(logits), torch.zeros(features, dtype=torch.float64)

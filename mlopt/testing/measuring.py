@@ -1,4 +1,4 @@
-"""What the contract's tests measure with: linearised levels, dense matrices of two levels, and comparisons."""
+"""Tools of the contract's tests: linearised levels, dense matrices of two levels, and comparisons."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Rule:
-    """A level's linearisation at a point; each pullback is that of a fresh one, as in `hypergradient`."""
+    """A level's linearisation at a point; each pullback linearises again, as in `hypergradient`."""
 
     def __init__(self, problem: Problem, level: str, *, warm: bool = False) -> None:
         generators = {name.name: GeneratorState.seeded(0) for name in problem}
@@ -52,7 +52,7 @@ class Rule:
 
 
 class Counting(Estimator):
-    """Counts the pullbacks of each level; all else is that of the estimator inside."""
+    """A wrapper of an estimator that counts the pullbacks of each level."""
 
     def __init__(self, inner: Estimator) -> None:
         self.inner = inner
@@ -100,7 +100,7 @@ class TwoLevels:
 
 
 def true_residual(problem: Problem, gradient: Tensor, damping: float) -> float:
-    """Return ||v - (H + damping) q|| / ||v||, with q from the gradient: B is square and has an inverse."""
+    """Return ||v - (H + damping) q|| / ||v||, with q from the gradient: B must be square and invertible."""
     parts = TwoLevels(problem)
     q = torch.linalg.solve(parts.mixed.T, parts.direct - gradient)
     return float((parts.cotangent - parts.hessian @ q - damping * q).norm() / parts.cotangent.norm())
@@ -108,11 +108,11 @@ def true_residual(problem: Problem, gradient: Tensor, damping: float) -> float:
 
 def check_fields(report: Report) -> None:
     """Assert that the fields of a report do not contradict one another."""
-    assert report.estimator, "the report does not say which estimator"
+    assert report.estimator, "the report does not name the estimator"
     assert report.seconds > 0, "no time was spent"
     assert min(report.iterations, report.products, report.solves, report.age) >= 0, "a negative count"
     assert report.residual is None or 0 <= report.residual < math.inf, f"residual={report.residual}"
-    assert report.converged is None or report.residual is not None, "it converged, by what measure?"
+    assert report.converged is None or report.residual is not None, "it converged, but reports no residual"
     assert report.step is None or report.step > 0, f"step={report.step}"
     if report.curvature is not None:
         assert report.curvature[0] <= report.curvature[1], f"curvature={report.curvature}"
@@ -125,10 +125,10 @@ def random_vectors(rule: Rule, blocks: Sequence[Block], generator: torch.Generat
     return {b: tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in values[b]) for b in blocks}
 
 
-def in_one(found: Vectors, rule: Rule) -> Tensor:
+def in_one(vectors: Vectors, rule: Rule) -> Tensor:
     """Return the cotangents on all arguments in one vector, absent ones as zeros."""
     values = rule.point.values
-    return flatten([x for name in rule.arguments for x in found.get(name, zeros_like(values[name]))])
+    return flatten([x for name in rule.arguments for x in vectors.get(name, zeros_like(values[name]))])
 
 
 def paired(a: Vectors, b: Vectors) -> float:
@@ -136,20 +136,20 @@ def paired(a: Vectors, b: Vectors) -> float:
     return sum(float(dot(a[block], b[block])) for block in a if block in b)
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float, label: str) -> None:
+def assert_near(vector: Tensor, expected: Tensor, tolerance: float, label: str) -> None:
     """Assert that two vectors agree to a relative tolerance."""
-    gap = float((found - expected).norm() / expected.norm())
+    gap = float((vector - expected).norm() / expected.norm())
     assert gap <= tolerance, f"{label}: the hypergradients differ by {gap:.1e}"
 
 
 def assert_unmoved(before: dict[str, Any], after: dict[str, Any], label: str) -> None:
-    """Assert that two snapshots are equal, or name what moved."""
+    """Assert that two snapshots are equal; the failure names the entries that moved."""
     moved = [name for name in before if not same(before[name], after[name])]
     assert not moved, f"{label}: it moved {', '.join(moved)}"
 
 
 def assert_raises(kind: type[Exception], act: Callable[[], object], label: str) -> Exception:
-    """Return the error of this kind that calling `act` raises; fail with the label where it raises none."""
+    """Return the error of this kind that `act()` raises; fail with the label if it raises none."""
     try:
         act()
     except kind as error:

@@ -1,4 +1,4 @@
-"""Shapes of multi-level problems, written out by hand: who refers to whom, and who is solved inside whom."""
+"""Shapes of multi-level problems, written out by hand: the references and the host of each level."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeAlias
 __all__ = ["SHAPES", "Shape", "ladder"]
 
 #: For each level, outermost first: its host (None for the outermost) and the levels that its loss refers to. The hosts are
-#: stated, not inferred: so a closed form that is built on them is a check on the inference, too.
+#: stated, not inferred, so a closed form built on them also checks the inference.
 Shape: TypeAlias = dict[str, tuple[str | None, tuple[str, ...]]]
 
 
@@ -17,12 +17,13 @@ def ladder(rungs: int) -> Shape:
     `node_0` refers to the outermost level; `left_i` and `right_i` refer to `node_i`, and `node_{i+1}` to both of them.
 
     Args:
-        rungs: the number of diamonds, at least one.
+        rungs: number of diamonds, at least one.
 
     Returns:
         The shape, of 2 + 3 rungs levels.
 
     Example:
+        >>> from mlopt.testing import ladder
         >>> list(ladder(1))
         ['outer', 'node_1', 'left_0', 'right_0', 'node_0']
     """
@@ -38,7 +39,7 @@ def ladder(rungs: int) -> Shape:
 #: Shapes by name. In those called nested, a level that is pulled back has levels inside that its own loss refers to.
 SHAPES: dict[str, Shape] = {
     "two": {"x": (None, ("y",)), "y": ("x", ("x",))},
-    # A chain has two legal listings: a level after the one it refers to is solved inside it, before it beside it.
+    # A chain has two legal orders: a level listed after the one it refers to is solved inside it; listed before, beside it.
     "chain_of_three": {"x": (None, ("z",)), "y": ("x", ("x",)), "z": ("y", ("y",))},
     "chain_of_three_listed_backwards": {"x": (None, ("z",)), "z": ("x", ("y",)), "y": ("x", ("x",))},
     "chain_of_four": {"w": (None, ("z",)), "x": ("w", ("w",)), "y": ("x", ("x",)), "z": ("y", ("y",))},

@@ -1,4 +1,4 @@
-"""A problem in which everything that could move does, and snapshots that tell whether anything did."""
+"""A problem with every kind of state that could move, and snapshots to detect it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["same", "snapshot", "stateful_problem", "train_a_little"]
 
 
 class _Restless(nn.Module):
-    """A network in train mode with BatchNorm and two buffers that its forward changes, in place and by replacing."""
+    """A network in train mode with BatchNorm and two buffers; its forward changes one in place and replaces the other."""
 
     in_place: Tensor
     replaced: Tensor
@@ -41,14 +41,15 @@ def stateful_problem(estimator: Estimator, *, dtype: torch.dtype = torch.float64
     """Return sample weights for a network with BatchNorm, dropout, other buffers, and a loss that draws from every generator.
 
     Args:
-        estimator: of the network's level.
-        dtype: of all variables.
-        fatal: the evaluation of the network's loss, counted from one, that raises a `FloatingPointError`; none when None.
+        estimator: the estimator of the network's level.
+        dtype: dtype of all variables.
+        fatal: the evaluation of the network's loss, counted from one, that raises a `FloatingPointError`; None for none.
 
     Returns:
         The problem of levels `weights` and `network`.
 
     Example:
+        >>> from mlopt.testing import same, snapshot, stateful_problem
         >>> before = snapshot(problem := stateful_problem(mlopt.Identity()))
         >>> result = mlopt.hypergradient(problem)
         >>> same(before, snapshot(problem))
@@ -85,7 +86,7 @@ def stateful_problem(estimator: Estimator, *, dtype: torch.dtype = torch.float64
 
 
 def train_a_little(problem: Problem) -> list[torch.optim.Optimizer]:
-    """Take one step of each level along a made-up gradient; return the optimisers. `.grad` stays, but for the last level's."""
+    """Take one step of each level along a made-up gradient; return the optimisers. Only the last level's `.grad` is cleared."""
     optimizers: list[torch.optim.Optimizer] = []
     for level in problem:
         optimizer = torch.optim.Adam(level.parameters, lr=1e-3)
@@ -99,7 +100,7 @@ def train_a_little(problem: Problem) -> list[torch.optim.Optimizer]:
 
 
 def snapshot(problem: Problem, optimizers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Any]:
-    """Return copies of everything that a hypergradient could move, and which objects the tensors are."""
+    """Return copies of everything that a hypergradient could move, with the identities of the tensors."""
     state: dict[str, Any] = {
         "generator of torch": torch.get_rng_state(),
         "generator of Python": random.getstate(),
@@ -122,7 +123,7 @@ def snapshot(problem: Problem, optimizers: Sequence[torch.optim.Optimizer] = ())
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return whether two snapshots are equal, bit by bit."""
+    """Return True if two snapshots are bit-equal."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, np.ndarray):

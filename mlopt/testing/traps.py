@@ -1,4 +1,4 @@
-"""Small problems that an estimator can trip over: draws, masks, decorated modules, losses that are not finite."""
+"""Small problems with traps for estimators: draws, masks, decorated modules, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Decorated", "Plain", "broken", "masked", "noisy", "regression"]
 
 
 def noisy(estimator: Estimator, draws: list[tuple[float, float, float]]) -> Problem:
-    """Return a problem whose inner loss notes what it draws from torch, Python and numpy."""
+    """Return a problem whose inner loss records its draws from torch, Python and numpy."""
 
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         value: Tensor = (module() * y()).sum()
@@ -31,7 +31,7 @@ def noisy(estimator: Estimator, draws: list[tuple[float, float, float]]) -> Prob
 
 
 def masked(estimator: Estimator, mask: Tensor | None, seen: list[list[list[bool]]]) -> Problem:
-    """Return a regression whose inputs are dropped by a mask, a given one or one that is drawn and noted."""
+    """Return a regression whose inputs are dropped by a mask, given or drawn; every mask is recorded."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(8, 4, generator=generator, dtype=torch.float64)
     targets = torch.randn(8, generator=generator, dtype=torch.float64)
@@ -55,7 +55,7 @@ def masked(estimator: Estimator, mask: Tensor | None, seen: list[list[list[bool]
 
 
 class Plain(nn.Module):
-    """A linear function of two features with an offset; nothing else."""
+    """A linear function of two features, with an offset."""
 
     def __init__(self) -> None:
         super().__init__()

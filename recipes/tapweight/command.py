@@ -1,12 +1,13 @@
-"""What a command of the recipe does whatever the modality: claim the output folder, run each seed, tell and save the results."""
+"""The command of a modality: claim the output folder, run each seed, report and save the results."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -16,17 +17,18 @@ from rich.table import Table
 import mlopt
 from mlopt.files import replacing
 
-from .configuration import ConfigurationError, read, write
+from .configuration import ConfigurationError, parse, read, write
+from .modality import Configuration, Device, Modality
 from .recipe import TapWeight
-from .result import WAYS, TapWeightResult
+from .result import TapWeightResult
 from .spread import Spread
 
-__all__ = ["Recipes", "run", "say"]
+__all__ = ["command"]
 
 _CHECKPOINTS = "checkpoints"
-#: A file that says, also to a run that is gone on with, that the first result replaces what the folder holds.
+#: A file that says, also to a run that is resumed, that the first result replaces the earlier one in the folder.
 _OVERWRITES = "overwrites"
-#: What a run may be gone on with otherwise: it does not change the result.
+#: Keys that a resumed run may change, since the result does not depend on them.
 _FREE = ("output", "device", "checkpoint_every")
 _FILES = (
     "weights.json",
@@ -39,57 +41,40 @@ _FILES = (
 )
 
 
-class Recipes(Protocol):
-    """How a modality makes the recipe of each seed from its configuration, once all data are read."""
-
-    def __call__(self, seed: int, device: str) -> TapWeight:
-        """Return the recipe, as a run of this seed alone would have it."""
-        ...
-
-    def introduce(self, recipe: TapWeight) -> str:
-        """Say in a sentence what the task is."""
-        ...
-
-
-def run(configuration: Any, prepare: Any, *, overwrite: bool = False, resume: bool = False) -> list[TapWeightResult]:
-    """Adapt an encoder once for each seed; tell and save the results.
+def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -> None:
+    """Run the command line of a modality: adapt an encoder once for each seed, report and save the results.
 
     Args:
-        configuration: the whole run: `output`, `seeds`, `steps`, `baselines`, `device`, `checkpoint_every`, and methods `check`
-            and `resolved`.
-        prepare: reads the data, telling what there is on a console, and returns the modality's `Recipes`.
-        overwrite: replace the result that the output folder holds.
-        resume: go on with the run of the same configuration that was begun there, if there is one.
-
-    Returns:
-        The results, one a seed.
+        kind: the modality.
+        arguments: the options.
+        prog: how the command was called.
 
     Raises:
-        ConfigurationError: keys that are missing or do not go together; an output folder that holds a result, or, with `resume`,
-            a run of another configuration.
-        DataError: the data cannot be used.
+        ConfigurationError: the options, or their file, cannot be used; the output folder holds a result, or, with `--resume`, a
+            run of another configuration.
+        ValueError: the data or the encoder cannot be used.
+        SystemExit: after `--help`, and options that cannot be parsed.
     """
+    line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
+    configuration: Configuration[Any, Any] = line.run
     configuration.check()
-    device, output, seeds = _device(configuration.device), configuration.output, configuration.seeds
-    _claim(output, overwrite, resume)
-    whole = configuration.resolved(output=output, seeds=seeds, device=device)
+    output, device = Path(configuration.output or ""), _device(configuration.device)
+    _claim(output, line.overwrite, line.resume)
+    whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
     console = Console()
-    recipes: Recipes = prepare(configuration, console)
-    results = []
-    for seed in seeds:
-        if len(seeds) > 1:
+    modality = kind(configuration, partial(_say, console))
+    results: list[TapWeightResult] = []
+    for seed in configuration.seeds:
+        if len(configuration.seeds) > 1:
             console.rule(f"seed {seed}")
-        recipe = recipes(seed, device)
-        say(console, recipes.introduce(recipe))
-        _remark(console, recipe)
-        # Only now: what cannot even begin leaves nothing behind.
+        recipe = modality.build(seed, device)
+        _introduce(console, recipe)
+        # Only now, so that a run that cannot begin leaves nothing behind.
         _note(whole, output / _CHECKPOINTS / "config.json")
-        if overwrite and not results:
+        if line.overwrite and not results:
             (output / _CHECKPOINTS / _OVERWRITES).touch()
-        folder = output / f"seed-{seed}" if len(seeds) > 1 else output
-        checkpoints = mlopt.Checkpoints(folder / _CHECKPOINTS, every=configuration.checkpoint_every)
-        baselines = configuration.baselines
-        result = recipe.fit(configuration.steps, baselines=baselines, checkpoint=checkpoints, resume=resume)
+        result = _run(recipe, configuration, seed, resume=line.resume)
+        folder = _folder(configuration, seed)
         if (output / _CHECKPOINTS / _OVERWRITES).is_file():
             _clear(output)
             (output / _CHECKPOINTS / _OVERWRITES).unlink()
@@ -97,26 +82,38 @@ def run(configuration: Any, prepare: Any, *, overwrite: bool = False, resume: bo
         write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
         for table in result.tables():
             console.print(table)
-        say(console, result.verdict)
+        _say(console, result.verdict)
         results.append(result)
-    if len(seeds) > 1:
+    if len(results) > 1:
         write(whole, output / "config.json")
-        _summarise(console, results, seeds, output)
-    say(console, f"Saved in {output}.")
-    return results
+        _summarise(console, results, configuration.seeds, output)
+    _say(console, f"Saved in {output}.")
 
 
-def _remark(console: Console, recipe: TapWeight) -> None:
-    """Tell what a user should know about the data."""
+def _folder(configuration: Configuration[Any, Any], seed: int) -> Path:
+    """Return the folder of a seed's result."""
+    output = Path(configuration.output or "")
+    return output / f"seed-{seed}" if len(configuration.seeds) > 1 else output
+
+
+def _run(recipe: TapWeight, configuration: Configuration[Any, Any], seed: int, *, resume: bool) -> TapWeightResult:
+    folder = _folder(configuration, seed) / _CHECKPOINTS
+    checkpoints = mlopt.Checkpoints(folder, every=configuration.checkpoint_every)
+    return recipe.fit(configuration.steps, methods=configuration.methods, checkpoint=checkpoints, resume=resume)
+
+
+def _introduce(console: Console, recipe: TapWeight) -> None:
+    """Print the task, and remarks on the data."""
+    _say(console, f"Task: {recipe.task.introduction()}.")
     recipe.prepare()
-    remarks = [*getattr(recipe.task, "remarks", ())]
+    remarks = [*recipe.task.remarks]
     for objective in recipe.objectives:
-        remarks += [f"{objective.name}: {remark}" for remark in getattr(objective, "remarks", ())]
+        remarks += [f"{objective.name}: {remark}" for remark in objective.remarks]
     for remark in remarks:
-        say(console, f"Note: {remark}.")
+        _say(console, f"Note: {remark}.")
 
 
-def _device(name: str) -> str:
+def _device(name: Device) -> Device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
@@ -136,7 +133,7 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
         )
     if begun and not overwrite and not resume:
         raise ConfigurationError(
-            f"{output} holds a run that was begun; go on with it by --resume, or give another --output, or --overwrite"
+            f"{output} holds an unfinished run; resume it with --resume, or pass another --output or --overwrite"
         )
     if overwrite:
         for folder in (output, *output.glob("seed-*")):
@@ -145,8 +142,8 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _note(configuration: Any, file: Path) -> None:
-    """Write down the configuration of a run that begins; hold it against that of a run to go on with.
+def _note(configuration: Configuration[Any, Any], file: Path) -> None:
+    """Write the configuration of a run that begins; compare it with that of a run to resume.
 
     Raises:
         ConfigurationError: they differ in something that the result depends on.
@@ -157,8 +154,8 @@ def _note(configuration: Any, file: Path) -> None:
         differ = [key for key in own if own[key] != other[key] and key not in _FREE]
         if differ:
             raise ConfigurationError(
-                f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; go on with the "
-                "same configuration, or give another --output"
+                f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; resume with "
+                "the same configuration, or pass another --output"
             )
         return
     with replacing(file) as staged:
@@ -167,7 +164,7 @@ def _note(configuration: Any, file: Path) -> None:
 
 def _flat(nested: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a dictionary of dictionaries, by the dotted path of their keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         inner = _flat(value) if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{path}".rstrip("."): entry for path, entry in inner.items()}
@@ -193,25 +190,26 @@ def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequ
     first = results[0]
     weights = {name: Spread.of([result.weights[name] for result in results]) for name in first.weights}
     scores = {
-        way: {split: Spread.of([result.scores[way][split] for result in results]) for split in score}
-        for way, score in first.scores.items()
+        method: {split: Spread.of([result.scores[method][split] for result in results]) for split in score}
+        for method, score in first.scores.items()
     }
     summary = {"seeds": list(seeds), "metric": first.metric, "weights": weights, "scores": scores}
     (output / "summary.json").write_text(json.dumps(summary, default=attrs.asdict, indent=2) + "\n", encoding="utf-8")
-    say(console, f"Means (and standard deviations) over {len(seeds)} seeds:")
-    table = Table("objective", "weight", "helps", "harms", title="Learned weights")
+    _say(console, f"Means (and standard deviations) over {len(seeds)} seeds:")
+    table = Table("objective", "weight", "helps", "harms", title=f"Weights of {first.main.title}")
     for name, spread in sorted(weights.items(), key=lambda item: -item[1].mean):
-        means = [result.signals[name].mean for result in results if result.signals[name].significant]
+        signals = [result.signals[name] for result in results if name in result.signals]
+        means = [signal.mean for signal in signals if signal.significant]
         helps = sum(mean > 0 for mean in means)
         table.add_row(name, str(spread), f"{helps} of {len(seeds)}", f"{len(means) - helps} of {len(seeds)}")
     console.print(table)
     better = "higher" if first.greater_is_better else "lower"
-    table = Table("way", "validation", "test", title=f"{first.metric} ({better} is better)")
-    for way, score in scores.items():
-        table.add_row(WAYS[way], str(score["valid"]), str(score["test"]))
+    table = Table("method", "validation", "test", title=f"{first.metric} ({better} is better)")
+    for method, score in scores.items():
+        table.add_row(first.outcomes[method].title, str(score["valid"]), str(score["test"]))
     console.print(table)
 
 
-def say(console: Console, sentence: str) -> None:
+def _say(console: Console, sentence: str) -> None:
     """Print a sentence as it is: to rich, brackets would be markup."""
     console.print(sentence, markup=False, highlight=False, soft_wrap=True)

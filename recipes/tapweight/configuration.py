@@ -1,4 +1,4 @@
-"""Configurations of runs: typed, read from a TOML or JSON file, overridden by the command line; the same for every modality."""
+"""Reading configurations of any attrs class from TOML and JSON files and from the command line, and writing them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
@@ -20,86 +20,43 @@ from cattrs.gen import make_dict_structure_fn
 from tyro.conf import arg
 
 from mlopt.errors import MloptError
-from mlopt.validation import at_least, shown
+from mlopt.validation import shown
 
-__all__ = ["ConfigurationError", "Options", "Run", "distinct", "missing", "parse", "read", "seeds", "write"]
+__all__ = ["CommandLine", "ConfigurationError", "parse", "read", "write"]
 
 C = TypeVar("C")
-L = TypeVar("L")
-_FILE, _FOLDER = "FILE", "FOLDER"
-_LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 class ConfigurationError(MloptError, ValueError):
-    """A configuration that cannot be run; the message says which key, what was found and what it may be."""
-
-
-def distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
-    """Validate that there is at least one, and each once."""
-    if not value or len(set(value)) < len(value):
-        raise ConfigurationError(f"{attribute.name}={shown(list(value))}; give at least one, and each once")
-
-
-def seeds(instance: object, attribute: attrs.Attribute[Any], value: tuple[int, ...]) -> None:
-    """Validate seeds."""
-    distinct(instance, attribute, value)
-    if not 0 <= min(value) <= max(value) <= _LARGEST_SEED:
-        raise ConfigurationError(
-            f"{attribute.name}={shown(list(value))}; seeds are whole numbers from 0 to {_LARGEST_SEED}"
-        )
+    """A configuration that cannot be run; the message says the key, its value and the values that it may have."""
 
 
 @attrs.frozen(kw_only=True)
-class Run:
-    """What every run has, whatever the modality.
-
-    Args:
-        output: where the result is written: weights, scores, history, picture, encoder and configuration.
-        steps: pretraining steps, each on one batch of the corpus.
-        seeds: of everything random, also of a random split. With several, each is a run of its own, in a folder seed-N inside the
-            output folder, and means and standard deviations over the runs are told as well.
-        baselines: what to compare with: finetuning without pretraining, and pretraining with equal weights.
-        device: where to compute; auto is a GPU where there is one.
-        checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
-    """
-
-    output: Annotated[Path | None, arg(metavar=_FOLDER, help_behavior_hint="(required)")] = None
-    steps: int = attrs.field(default=2_000, validator=at_least(1))
-    seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]", aliases=["--seed"])] = attrs.field(
-        default=(0,), validator=seeds
-    )
-    baselines: Annotated[tuple[Literal["direct", "equal"], ...], arg(metavar="[{direct,equal} ...]")] = (
-        "direct",
-        "equal",
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpoint_every: int = attrs.field(default=100, validator=at_least(1))
-
-
-@attrs.frozen(kw_only=True, slots=False)  # beside a configuration among the bases, of which one alone may have slots
-class Options:
-    """What a command line has that is no part of a run.
+class CommandLine(Generic[C]):
+    """A command line: a run, and options that are not part of it.
 
     Args:
         config: a TOML or JSON file with any of these options, such as the config.json of an earlier result; the command line
             overrides it. Paths in it are relative to the current folder.
         overwrite: replace the result that --output holds.
-        resume: go on with the run that --output holds, from its newest checkpoints, if there is one.
+        resume: continue the run that --output holds from its newest checkpoints, if there is one.
+        run: the configuration of the run.
     """
 
-    config: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: none)")] = None
+    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     overwrite: bool = False
     resume: bool = False
+    run: Annotated[C, arg(name="")]
 
 
-def parse(arguments: Sequence[str], line: type[L], kind: type[C], *, prog: str) -> L:
-    """Return the configuration of a command line: its own options, else those of its `--config`, else the defaults.
+def parse(arguments: Sequence[str], kind: type[C], *, prog: str, description: str) -> CommandLine[C]:
+    """Return a command line. Options that it leaves out come from its `--config`, else from the defaults.
 
     Args:
         arguments: the options.
-        line: the class of command lines: that of configurations, and the options that are no part of a run.
         kind: the class of configurations.
         prog: how the command was called.
+        description: what the command does, for `--help`.
 
     Raises:
         ConfigurationError: the file cannot be used, or an option has a wrong value.
@@ -108,9 +65,15 @@ def parse(arguments: Sequence[str], line: type[L], kind: type[C], *, prog: str) 
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     file = first.parse_known_args(arguments)[0].config
-    start = kind() if file is None else read(file, kind)
-    fields = {field.name: getattr(start, field.name) for field in attrs.fields(kind)}
-    return tyro.cli(line, args=arguments, default=line(**fields), config=(tyro.conf.OmitArgPrefixes,), prog=prog)
+    default = CommandLine(run=kind() if file is None else read(file, kind))
+    return tyro.cli(
+        CommandLine[kind],  # type: ignore[valid-type]
+        args=arguments,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+        prog=prog,
+        description=description,
+    )
 
 
 def read(file: Path, kind: type[C]) -> C:
@@ -145,14 +108,6 @@ def write(configuration: Any, file: Path) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def missing(path: str) -> ConfigurationError:
-    """Return the error for a required key that is missing."""
-    section, _, name = path.rpartition(".")
-    return ConfigurationError(
-        f"--{name} is missing; give it, or `{name}`{f' in [{section}]' if section else ''} in --config"
-    )
-
-
 class _UnexpectedError(MloptError, ValueError):
     """A value of another kind than it must be."""
 
@@ -176,12 +131,12 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(Path, lambda value, _: Path(_expect(_is_path(value), value, "a path, as text")))
     converter.register_unstructure_hook(Path, str)
 
-    @converter.register_structure_hook_factory(lambda kind: get_origin(kind) is Literal)
+    @converter.register_structure_hook_factory(_is(Literal))
     def choice(kind: Any) -> Any:
         expected = f"one of {', '.join(map(repr, get_args(kind)))}"
         return lambda value, _: _expect(isinstance(value, str) and value in get_args(kind), value, expected)
 
-    @converter.register_structure_hook_factory(lambda kind: get_origin(kind) is tuple)
+    @converter.register_structure_hook_factory(_is(tuple))
     def sequence(kind: Any, converter: cattrs.Converter) -> Any:
         structure = homogenous_tuple_structure_factory(kind, converter)
         return lambda value, _: structure(_expect(isinstance(value, list), value, "a list"), kind)
@@ -192,6 +147,11 @@ def _converter() -> cattrs.Converter:
         return lambda value, _: structure(_expect(isinstance(value, dict), value, "a table of keys"), kind)
 
     return converter
+
+
+def _is(origin: Any) -> Callable[[Any], bool]:
+    """Return the predicate of types such as `tuple[int, ...]`."""
+    return lambda kind: get_origin(kind) == origin
 
 
 def _scalar(kind: Any, accepted: tuple[type, ...], name: str) -> Any:

@@ -10,16 +10,17 @@ import attrs
 from rich.console import Console
 from rich.table import Table
 
+from .methods import METHODS
 from .recipe import TapWeight
-from .result import WAYS, TapWeightResult
+from .result import TapWeightResult
 from .spread import Spread
 
-__all__ = ["Known", "show", "summary", "told"]
+__all__ = ["Known", "conclusion", "show", "summary"]
 
 
 @attrs.frozen(kw_only=True)
 class Known:
-    """What is known of a demonstration beforehand.
+    """Facts on a demonstration that are known beforehand.
 
     Attributes:
         control: the objective that is useless.
@@ -69,30 +70,30 @@ def show(
             console.print(table)
         console.print(result.verdict, highlight=False)
         results[seed] = result
-    console.print(told(list(results.values()), known), highlight=False)
+    console.print(conclusion(list(results.values()), known), highlight=False)
     if len(results) > 1:
         for table in summary(list(results.values())):
             console.print(table)
     console.print(f"Saved in {options.output}.", highlight=False)
 
 
-def told(results: Sequence[TapWeightResult], known: Known) -> str:
+def conclusion(results: Sequence[TapWeightResult], known: Known) -> str:
     """Say what became of the control and of the objective that suits the task, and how the ways compare."""
     share, count = 1 / len(results[0].weights), len(results)
     below = sum(result.weights[known.control] < share for result in results)
     top = sum(max(result.weights, key=result.weights.__getitem__) == known.suited for result in results)
-    better = {way: sum(_better(result, way) for result in results) for way in ("direct", "equal")}
+    better = {name: sum(_better(result, name) for result in results) for name in ("direct", "equal")}
     clear = sum(any(signal.significant for signal in result.signals.values()) for result in results)
     return (
         f"The control, {known.control}, ended below its equal share of {share:.3f} in {below} of {count} runs; {known.suited}, "
         f"{known.why}, came out on top in {top} of {count}. On the test {known.examples} TapWeight was better than equal weights "
         f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. Within a single run some "
-        f"weight was told from noise in {clear} of {count}."
+        f"weight was significant in {clear} of {count}."
     )
 
 
-def _better(result: TapWeightResult, way: str) -> bool:
-    ours, theirs = result.scores["tapweight"]["test"], result.scores[way]["test"]
+def _better(result: TapWeightResult, method: str) -> bool:
+    ours, theirs = result.scores["tapweight"]["test"], result.scores[method]["test"]
     return ours > theirs if result.greater_is_better else ours < theirs
 
 
@@ -105,7 +106,7 @@ def summary(results: Sequence[TapWeightResult]) -> tuple[Table, Table]:
     for name in names:
         values = [result.weights[name] for result in results]
         weights.add_row(name, str(Spread.of(values)), f"{sum(value < 1 / len(names) for value in values)} of {count}")
-    scores = Table("way", f"test {results[0].metric}")
-    for way in results[0].scores:
-        scores.add_row(WAYS[way], str(Spread.of([result.scores[way]["test"] for result in results])))
+    scores = Table("method", f"test {results[0].metric}")
+    for name in results[0].scores:
+        scores.add_row(METHODS[name].title, str(Spread.of([result.scores[name]["test"] for result in results])))
     return weights, scores

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlopt.errors import MloptError
 from mlopt.validation import shown
 
+from .names import suggestion
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-_NAMED = 3
-
-__all__ = ["DataError", "column_of", "left_out", "lines_of", "suffix_of", "suggestion", "table_of", "text_of"]
+__all__ = ["DataError", "column_of", "lines_of", "suffix_of", "table_of", "text_of"]
 
 
 class DataError(MloptError, ValueError):
-    """A file or a data set that cannot be used; the message says where, what was found, and the remedy."""
-
-
-def left_out(skipped: Sequence[Any]) -> str:
-    """Return the end of a summary: how many rows were left out, and of the first ones the `row` and the `reason`."""
-    if not skipped:
-        return ""
-    named = [f"row {one.row} ({one.reason})" for one in skipped[:_NAMED]]
-    more = len(skipped) - len(named)
-    return f"; {len(skipped)} skipped: {', '.join(named)}{f' and {more} more' if more else ''}"
+    """A file or a data set that cannot be used; the message names the place, the content and the remedy."""
 
 
 def suffix_of(path: Path, known: Sequence[str]) -> str:
@@ -126,10 +116,3 @@ def column_of(source: Path | str, header: Sequence[str], name: str) -> int:
     if len(alike) != 1:
         raise DataError(f"{source}: no column {name!r}{suggestion(name, header)}")
     return alike[0]
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error about an unknown name: the names there are, and the closest."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; there are {', '.join(map(shown, known))}{f' - did you mean {shown(close[0])}?' if close else ''}"

@@ -1,8 +1,7 @@
-"""What a pretraining objective is: a name, a head, a view of the batch, a loss."""
+"""The contract of a pretraining objective: a name, a head, a view of the batch, a loss."""
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
+
+    from .encoder import Encoder
 
 
 def check_rate(name: str, rate: float) -> float:
@@ -23,11 +24,6 @@ def check_rate(name: str, rate: float) -> float:
     if not 0 < rate < 1:
         raise ArgumentError(f"{name} must be above 0 and below 1; got {rate!r}")
     return rate
-
-
-def hashed_label(text: str, classes: int) -> int:
-    """Return a label from the BLAKE2 hash of a text: the control, from which nothing can be learned but by heart."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % classes
 
 
 class NotPreparedError(MloptError, RuntimeError):
@@ -54,12 +50,16 @@ class Objective(ABC):
 
     #: The key of this objective in weights, history and results.
     name: str
+    #: Sentences that a user should read, once the objective is prepared and its head is built.
+    remarks: Sequence[str] = ()
+    #: How often `loss` evaluates the encoder, in batches.
+    passes: int = 1
 
     def prepare(self, corpus: Sequence[Any], seed: int) -> None:  # noqa: B027 (most objectives need no preparation)
         """Look at the whole corpus once, before training: attach targets to its examples, fit clusters, and so on."""
 
     @abstractmethod
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build this objective's own head, for an encoder of `encoder.width` features."""
 
     def view(self, batch: Any) -> Any:
@@ -67,5 +67,5 @@ class Objective(ABC):
         return batch
 
     @abstractmethod
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Any) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Any) -> Tensor:
         """Return the scalar loss of one view, a mean over the batch."""

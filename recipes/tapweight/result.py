@@ -1,4 +1,4 @@
-"""What a TapWeight run gives: weights and what they are worth, history, the adapted encoder, scores; saved, and drawn."""
+"""The result of a run: scores of each method, weights and their significance, history and adapted encoder; saved, and drawn."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from rich.table import Table
-from safetensors.torch import save_model
 
+from mlopt.errors import ArgumentError
 from mlopt.solving import write_csv
 
-from .card import card
-from .signals import Signal, verdict
+from .significance import Signal, verdict
 
 if TYPE_CHECKING:
     import os
-
-    from torch import nn
+    from collections.abc import Mapping
 
     from mlopt.solving import History
 
-__all__ = ["WAYS", "TapWeightResult"]
+    from .encoder import Encoder
+    from .finetuning import Finetuned
 
-WAYS = {"direct": "direct finetuning", "equal": "equal weights", "tapweight": "TapWeight"}
+__all__ = ["Outcome", "TapWeightResult"]
+
 _PACKAGES = (
     "mlopt-torch",
     "torch",
@@ -39,30 +39,50 @@ _PACKAGES = (
 )
 
 
-@attrs.frozen(kw_only=True, eq=False)
-class TapWeightResult:
-    """What a run gives.
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """The outcome of one method.
 
     Attributes:
-        weights: the learned weight of each objective; they sum to one.
-        signals: for each objective, how it compares with the mixture, and whether that is significant.
-        history: losses of the three levels, and the weights, at each step on the weights.
-        encoder: the adapted encoder, before the final finetuning.
-        scores: by way ("direct", "equal", "tapweight") the metric on "valid" and "test".
+        title: the name of the method in tables.
+        summary: a sentence on how the method adapted the encoder.
+        passes: its cost, see `Method.passes`.
+        weights: the weight of each objective, if the method weighs them.
+        scores: the metric on "valid" and "test"; means over the finetunings.
+    """
+
+    title: str
+    summary: str
+    passes: int
+    weights: Mapping[str, float] | None
+    scores: dict[str, float]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class TapWeightResult:
+    """The result of a run.
+
+    Attributes:
+        outcomes: the outcome of each method by its name. The last is that of the main method, whose encoder this result holds.
+        signals: for each objective, how it compares with the mixture, and whether that is significant; empty if the main method
+            does not measure it.
+        history: of the main method; for TapWeight the losses of the three levels, and the weights, at each step on the weights.
+        encoder: the adapted encoder of the main method, before the final finetuning.
+        finetuned: the finetuned models of the main method, one for each finetuning.
         metric: the metric's name.
         greater_is_better: whether a larger metric is a better one.
         settings: the numbers of the run, see `Settings`.
         steps: pretraining steps.
         seed: of everything random.
         estimator: how the finetuning level was pulled back, as it prints.
-        data: in words, what the "task" and the "corpus" were.
+        data: the "task" and the "corpus", in words.
     """
 
-    weights: dict[str, float]
+    outcomes: dict[str, Outcome]
     signals: dict[str, Signal]
     history: History
-    encoder: nn.Module
-    scores: dict[str, dict[str, float]]
+    encoder: Encoder
+    finetuned: tuple[Finetuned, ...]
     metric: str
     greater_is_better: bool
     settings: dict[str, Any]
@@ -72,34 +92,48 @@ class TapWeightResult:
     data: dict[str, str] = attrs.field(factory=dict)
 
     @property
+    def main(self) -> Outcome:
+        """The outcome of the main method."""
+        return [*self.outcomes.values()][-1]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each objective; they sum to one. Empty if the main method does not weigh objectives."""
+        return dict(self.main.weights or {})
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The metric on "valid" and "test", by method."""
+        return {name: outcome.scores for name, outcome in self.outcomes.items()}
+
+    @property
     def verdict(self) -> str:
-        """In words, which weights mean something."""
+        """A sentence that says which weights mean something."""
         return verdict(self.signals)
 
-    def tables(self) -> tuple[Table, Table]:
-        """Return the weights and the scores as tables to print."""
-        weights = Table(title="Learned weights")
-        for column in ("objective", "weight", "equal share", "signal / error", "significant"):
-            weights.add_column(column, justify="left" if column == "objective" else "right")
+    def tables(self) -> list[Table]:
+        """Return the weights of the main method, if it has any, and the scores of all methods as tables to print."""
+        tables = []
+        if self.weights:
+            tables.append(Table(title=f"Weights of {self.main.title}"))
+            for column in ("objective", "weight", "equal share", "signal / error", "significant"):
+                tables[0].add_column(column, justify="left" if column == "objective" else "right")
         for name, weight in sorted(self.weights.items(), key=lambda item: -item[1]):
-            signal = self.signals[name]
-            mark = ("helps" if signal.mean > 0 else "harms") if signal.significant else "no"
-            weights.add_row(name, f"{weight:.3f}", f"{1 / len(self.weights):.3f}", f"{signal.z:+.1f}", mark)
+            cells = self.signals[name].cells if self.signals else ("", "")
+            tables[0].add_row(name, f"{weight:.3f}", f"{1 / len(self.weights):.3f}", *cells)
         scores = Table(title=f"{self.metric} ({'higher' if self.greater_is_better else 'lower'} is better)")
-        for column in ("way", "validation", "test"):
-            scores.add_column(column, justify="left" if column == "way" else "right")
-        for way, score in self.scores.items():
-            scores.add_row(WAYS[way], f"{score['valid']:.3f}", f"{score['test']:.3f}")
-        return weights, scores
+        for column in ("method", "validation", "test", "encoder passes"):
+            scores.add_column(column, justify="left" if column == "method" else "right")
+        for outcome in self.outcomes.values():
+            valid, test = (f"{outcome.scores[split]:.3f}" for split in ("valid", "test"))
+            scores.add_row(outcome.title, valid, test, f"{outcome.passes:,}")
+        return [*tables, scores]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the run to a folder: weights, history, scores, picture, encoder, configuration and environment.
-
-        The encoder writes itself where it has a method `save(folder)`; else its tensors go to `encoder/model.safetensors`. A
-        card, `encoder/README.md`, tells what it was made from.
+        """Write the run to a folder: weights, history, scores, picture, configuration, environment, encoder and card.
 
         Args:
-            folder: made where it does not exist.
+            folder: made if it is missing.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,20 +144,22 @@ class TapWeightResult:
         _write_json(folder / "config.json", configuration)
         _write_json(folder / "environment.json", environment() | {"estimator": self.estimator})
         write_csv(self.history, folder / "history.csv")
-        self.plot(folder / "weights.png")
-        if hasattr(self.encoder, "save"):
-            self.encoder.save(folder / "encoder")  # type: ignore[operator]
-        else:
-            (folder / "encoder").mkdir(exist_ok=True)
-            save_model(self.encoder, str(folder / "encoder" / "model.safetensors"))
-        (folder / "encoder" / "README.md").write_text(card(self, WAYS), encoding="utf-8")
+        if self.signals:
+            self.plot(folder / "weights.png")
+        self.encoder.save(folder / "encoder")
+        (folder / "encoder" / "README.md").write_text(_card(self), encoding="utf-8")
 
     def plot(self, file: str | os.PathLike[str]) -> None:
         """Draw the weights over the steps, and the signals with their errors.
 
         Args:
-            file: where to write it; the suffix names the format.
+            file: the suffix names the format.
+
+        Raises:
+            ValueError: the main method did not learn weights.
         """
+        if not self.signals:
+            raise ArgumentError(f"plot: {self.main.title} did not learn weights, so there is nothing to draw")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -154,6 +190,35 @@ class TapWeightResult:
             title="Does more of it help? (filled: significant)",
         )
         figure.savefig(file, dpi=150)
+
+
+def _card(result: TapWeightResult) -> str:
+    """Return a model card in Markdown, headed by the entries of the encoder's attribute `card`."""
+    front = {**result.encoder.card, "tags": ["tapweight", "task-adaptive-pretraining"]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [f"# Encoder adapted by {result.main.title}", ""]
+    lines += [f"{result.main.summary} Steps: {result.steps}. This is the encoder before finetuning.", ""]
+    lines += ["## Data", "", *(f"- {name}: {value}" for name, value in result.data.items()), ""]
+    if result.weights:
+        lines += ["## Weights", "", result.verdict, "", "| objective | weight | signal / error | significant |"]
+        lines += ["|---|---|---|---|"]
+    for name, weight in sorted(result.weights.items(), key=lambda item: -item[1]):
+        cells = result.signals[name].cells if result.signals else ("", "")
+        lines.append(f"| {name} | {weight:.3f} | {' | '.join(cells)} |")
+    better = "higher" if result.greater_is_better else "lower"
+    lines += ["", f"## Scores: {result.metric}, {better} is better", ""]
+    lines += ["| method | validation | test | encoder passes |", "|---|---|---|---|"]
+    for outcome in result.outcomes.values():
+        scores = outcome.scores
+        lines.append(f"| {outcome.title} | {scores['valid']:.3f} | {scores['test']:.3f} | {outcome.passes} |")
+    lines += [
+        "",
+        "The encoder of each method was finetuned with the same budget; the epoch was chosen on validation.",
+        "",
+    ]
+    settings = {"seed": result.seed, "estimator": result.estimator, **result.settings}
+    lines += ["## Settings", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
+    return "\n".join(lines)
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a downstream task is: splits of labelled examples, a head, a loss, a metric."""
+"""The contract of a downstream task: splits of labelled examples, a head, a loss, a metric."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torchmetrics
     from torch import Tensor, nn
 
+    from .encoder import Encoder
+
 Split = Literal["train", "valid", "test"]
 
 
@@ -29,8 +31,12 @@ class Task(ABC):
 
     #: Name of the metric that `metric()` computes, as it appears in results ("roc_auc", "rmse", ...).
     metric_name: str
-    #: Whether a larger metric is a better one.
+    #: True if a larger metric is a better one.
     greater_is_better: bool
+    #: Sentences on the data that a user should read.
+    remarks: Sequence[str] = ()
+    #: The examples, in a word.
+    noun: str = "examples"
 
     def __init__(self, splits: Mapping[Split, Sequence[Any]]) -> None:
         self.splits = splits
@@ -40,11 +46,11 @@ class Task(ABC):
         """Join examples into a batch that the encoder takes."""
 
     @abstractmethod
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build the task's head, for an encoder of `encoder.width` features."""
 
     @abstractmethod
-    def outputs(self, encoder: nn.Module, head: nn.Module, batch: Any) -> Tensor:
+    def outputs(self, encoder: Encoder, head: nn.Module, batch: Any) -> Tensor:
         """Return the head's outputs, one row an example: logits, or standardised predictions."""
 
     @abstractmethod
@@ -59,13 +65,22 @@ class Task(ABC):
     def targets(self, batch: Any) -> Tensor:
         """Return the labels of a batch, in the shape that the metric takes."""
 
+    def introduction(self) -> str:
+        """Return in a clause what is predicted, the metric and the sizes of the splits."""
+        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
+        return f"{self.subject()}, scored by {self.metric_name}; {self.noun}: {sizes}"
+
+    def subject(self) -> str:
+        """Return in a phrase what is predicted."""
+        return type(self).__name__
+
     def loader(self, split: Split, batch_size: int, *, shuffle: bool = False) -> Iterable[Any]:
         """Return batches of one split; a last batch that is not full is left out where the order is shuffled."""
         examples: Any = self.splits[split]
         drop = shuffle and len(examples) > batch_size
         return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, drop_last=drop, collate_fn=self.collate)
 
-    def score(self, encoder: nn.Module, head: nn.Module, split: Split, batch_size: int = 256) -> float:
+    def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are put back afterwards."""
         parameters = (parameter for module in (encoder, head) for parameter in module.parameters())
         device = next(parameters).device

@@ -1,4 +1,4 @@
-"""The memory tracker on allocations that are known."""
+"""The memory tracker on known allocations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.hypergrad.measuring import MemoryTracker, flops, peak_memory
 KILO = 250  # float32 numbers in 1,000 bytes
 
 
-def test_the_peak_counts_what_is_held_at_once() -> None:
+def test_the_peak_counts_tensors_alive_at_the_same_time() -> None:
     def allocate() -> None:
         first = torch.zeros(KILO)
         second = torch.zeros(2 * KILO)
@@ -21,7 +21,7 @@ def test_the_peak_counts_what_is_held_at_once() -> None:
     assert peak_memory(allocate, "cpu") == 6_000  # the second and the third
 
 
-def test_views_and_what_is_written_in_place_count_once() -> None:
+def test_views_and_in_place_results_count_once() -> None:
     with MemoryTracker() as tracker:
         held = torch.zeros(KILO)
         held.view(50, 5).t().add_(1.0)
@@ -33,13 +33,13 @@ def test_views_and_what_is_written_in_place_count_once() -> None:
     assert tracker.peak == 1_000
 
 
-def test_what_was_there_before_does_not_count() -> None:
+def test_earlier_tensors_do_not_count() -> None:
     before = torch.ones(KILO)
     assert peak_memory(lambda: before.mul_(2.0), "cpu") == 0
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_a_graph_holds_what_backward_needs(steps: int) -> None:
+def test_tensors_saved_for_backward_count(steps: int) -> None:
     x = torch.ones(KILO, requires_grad=True)
 
     def graph() -> torch.Tensor:
@@ -51,5 +51,5 @@ def test_a_graph_holds_what_backward_needs(steps: int) -> None:
     assert peak_memory(graph, "cpu") == 1_000 * steps
 
 
-def test_operations_of_a_matrix_product() -> None:
+def test_the_operations_of_a_matrix_product_are_counted() -> None:
     assert flops(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5)) == 2 * 2 * 3 * 5

@@ -1,4 +1,4 @@
-"""Libraries as processes: what is asked and answered, and what is said of those that are absent."""
+"""Libraries in processes of their own: requests, answers, and messages about absent libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASE = "quadratic, condition 10"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    """A workplace with ours alone: the others' Pythons do not exist."""
+    """Return a workplace with mlopt alone: the Pythons of the other libraries do not exist."""
     nowhere = {name: "/nowhere/python" for name in workers.LIBRARIES if name != "mlopt"}
     made = Workplace(nowhere, "cpu", True, tmp_path_factory.mktemp("cases"))
     yield made
@@ -32,7 +32,7 @@ def ours(place: Workplace) -> Library:
     return library
 
 
-def test_an_estimator_is_made_and_held_against_the_reference(ours: Library) -> None:
+def test_an_estimator_is_built_and_compared_with_the_reference(ours: Library) -> None:
     ours.result("build", key="right", estimator="Dense", iterations=0)
     ours.result("build", key="crude", estimator="ConjugateGradient", iterations=1)
     assert ours.result("error", key="right")["error"] < 1e-8
@@ -46,15 +46,15 @@ def test_more_iterations_cost_more_operations(ours: Library) -> None:
         ours.result("build", key=str(k), estimator="ConjugateGradient", iterations=k)
     few, some, many = (ours.result("cost", key=str(k))["flops"] for k in (2, 12, 22))
     assert many - some == some - few
-    assert some - few >= 10 * 2 * 200 * 200  # a product with A each
+    assert some - few >= 10 * 2 * 200 * 200  # one product with A per iteration
 
 
-def test_times_are_taken_of_every_call(place: Workplace, ours: Library) -> None:
+def test_every_call_is_timed(place: Workplace, ours: Library) -> None:
     ours.result("build", key="call", estimator="Identity", iterations=0)
     assert all(ratio > 0 for ratio in place.ratios([(ours, "plain"), (ours, "call")], 2))
 
 
-def test_a_failure_is_an_answer_and_the_process_goes_on(ours: Library) -> None:
+def test_a_failure_is_answered_and_the_process_continues(ours: Library) -> None:
     answer = ours.ask("build", key="call", estimator="no such thing", iterations=0)
     assert answer["failed"].startswith("KeyError")
     with pytest.raises(RuntimeError, match="no such thing"):
@@ -63,7 +63,7 @@ def test_a_failure_is_an_answer_and_the_process_goes_on(ours: Library) -> None:
     assert ours.result("error", key="call")["error"] < 1e-8
 
 
-def test_absent_libraries_are_listed_with_the_remedy(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absent_libraries_are_listed_with_a_remedy(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     assert [library.name for library in place.libraries] == ["mlopt"]
     assert set(place.absent) == set(workers.LIBRARIES) - {"mlopt"}
     assert "make peers" in place.absent["torchopt"]
@@ -82,12 +82,12 @@ def test_a_loop_pauses_and_reports(place: Workplace, ours: Library) -> None:
     ours.send("loop", setting="ConjugateGradient warm, rtol 1e-2", iterations=0, steps=4, every=2)
     assert ours.receive() == {"pause": 2}
     assert ours.go_on() == {"pause": 4}
-    found = ours.go_on()["result"]
-    assert found["seconds"] > 0
-    assert found["error"] < 0.1
+    result = ours.go_on()["result"]
+    assert result["seconds"] > 0
+    assert result["error"] < 0.1
 
 
-def test_the_ladder_of_ours_is_right_on_every_rung(place: Workplace) -> None:
+def test_mlopt_is_exact_on_every_rung_of_the_ladder(place: Workplace) -> None:
     library = place["mlopt"]
     assert library is not None
     rows = ladder._climb(library, "Dense", 60.0)

@@ -1,4 +1,4 @@
-"""check_hypergradient: right where the estimator is right, loud where it is not, and it says which of the two is to blame."""
+"""check_hypergradient: it passes a right estimator, rejects a wrong one, and names the cause: the estimator or the point."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Flipped(mlopt.Estimator):
 @drawn(3)
 @given(seed=seeds)
 def test_solving_again_agrees_with_the_exact_hypergradient(shape: str, seed: int) -> None:
-    """Dense is held against the closed form elsewhere; what is on trial here is the oracle."""
+    """Other tests compare Dense with the closed form; this one tests the oracle."""
     case = quadratic(shape, mlopt.Dense(), seed=seed, size=1)
     assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-10
     check = mlopt.check_hypergradient(case.problem, oracle="resolve", tolerance=1e-6, seed=seed)
@@ -86,7 +86,7 @@ def test_logistic_regression(seed: int) -> None:
 
 @drawn(5)
 @given(seed=seeds)
-def test_the_error_is_the_one_against_the_closed_form(seed: int) -> None:
+def test_the_error_is_that_from_the_closed_form(seed: int) -> None:
     case = quadratic("chain_of_three", mlopt.Identity(), seed=seed, condition=10.0)
     error = case.error(mlopt.hypergradient(case.problem).gradient)
     with pytest.raises(mlopt.DisagreementError) as caught:
@@ -96,34 +96,34 @@ def test_the_error_is_the_one_against_the_closed_form(seed: int) -> None:
     assert mlopt.check_hypergradient(case.problem, tolerance=1e9).error == pytest.approx(error, rel=1e-8)
 
 
-def test_a_solve_that_ran_out_is_named() -> None:
+def test_a_solve_that_did_not_converge_is_named() -> None:
     case = quadratic("two", mlopt.ConjugateGradient(iterations=1), condition=50.0)
     with pytest.raises(mlopt.DisagreementError, match="The linear solve of 'y' did not converge"):
         mlopt.check_hypergradient(case.problem)
 
 
 @pytest.mark.parametrize("oracle", ["dense", "resolve"])
-def test_an_estimator_that_is_not_implicit_is_held_against_the_same(oracle: str) -> None:
+def test_an_estimator_that_is_not_implicit_is_compared_too(oracle: str) -> None:
     with pytest.raises(mlopt.DisagreementError, match=r"'y' has Flipped\(\), which is not implicit"):
         mlopt.check_hypergradient(quadratic("two", Flipped()).problem, oracle=oracle)
 
 
-def test_off_the_solution_it_is_the_point_that_is_blamed() -> None:
+def test_the_point_is_named_as_the_cause_off_the_solution() -> None:
     case = logistic_regression(mlopt.Dense())
     case.problem["regression"].module.value.data.add_(0.3)
     assert mlopt.check_hypergradient(case.problem, oracle="dense").error < 1e-12
-    with pytest.raises(mlopt.DisagreementError, match="it is the point, not the estimator") as caught:
+    with pytest.raises(mlopt.DisagreementError, match="the point is the cause, not the estimator") as caught:
         mlopt.check_hypergradient(case.problem, oracle="resolve")
     check = caught.value.check
     assert check.error > 1e-2
     assert check.error_at_solution < 1e-7
     assert check.stationarity["regression"] > 1e-2
-    # How far it was moved, 0.3 in every component, and back.
+    # The variables are 0.3 from the solution in every component.
     value = case.problem["regression"].module.value.detach()
     assert check.moved["regression"] == pytest.approx(0.3 * len(value) ** 0.5 / float(value.norm()), rel=1e-6)
     with pytest.raises(mlopt.DisagreementError) as caught:
         mlopt.check_hypergradient(quadratic("two", mlopt.Identity(), condition=10.0).problem, oracle="resolve")
-    assert "it is the point" not in str(caught.value)
+    assert "the point is the cause" not in str(caught.value)
 
 
 def test_a_small_parameter_is_not_hidden_by_a_large_one() -> None:
@@ -147,7 +147,7 @@ def test_a_small_parameter_is_not_hidden_by_a_large_one() -> None:
 
 
 def dropped(estimator: mlopt.Estimator) -> mlopt.Problem:
-    """Return a regression with dropout on its inputs, at a point that is a solution for no mask."""
+    """Return a regression with dropout on its inputs, at a point that is not a solution for any mask."""
     inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
@@ -164,7 +164,7 @@ def dropped(estimator: mlopt.Estimator) -> mlopt.Problem:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_levels_are_solved_again_for_the_masks_of_the_seed(seed: int) -> None:
-    with pytest.raises(mlopt.DisagreementError, match="it is the point") as caught:
+    with pytest.raises(mlopt.DisagreementError, match="the point is the cause") as caught:
         mlopt.check_hypergradient(dropped(mlopt.Dense()), oracle="resolve", seed=seed)
     assert caught.value.check.error_at_solution < 1e-7
 
@@ -182,7 +182,7 @@ def test_nothing_moves(oracle: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fatal", [5, 20, 40])
-def test_nothing_moves_when_a_loss_raises_in_the_midst(fatal: int) -> None:
+def test_nothing_moves_when_a_loss_raises_during_a_check(fatal: int) -> None:
     problem = stateful_problem(mlopt.Identity(), fatal=fatal)
     before = snapshot(problem)
     with pytest.raises(FloatingPointError):
@@ -190,7 +190,7 @@ def test_nothing_moves_when_a_loss_raises_in_the_midst(fatal: int) -> None:
     assert same(before, snapshot(problem))
 
 
-def test_the_same_seed_gives_the_same_table() -> None:
+def test_the_table_depends_only_on_the_seed() -> None:
     def table(seed: int) -> str:
         with pytest.raises(mlopt.DisagreementError) as caught:
             mlopt.check_hypergradient(dropped(mlopt.Identity()), seed=seed)
@@ -200,7 +200,7 @@ def test_the_same_seed_gives_the_same_table() -> None:
     assert table(3) != table(4)
 
 
-def test_batches_are_those_given_or_the_first_of_the_data() -> None:
+def test_batches_are_the_given_ones_or_the_first_of_the_data() -> None:
     seen: list[float] = []
 
     def outer(module: nn.Module, batch: Tensor) -> Tensor:
@@ -224,15 +224,15 @@ def test_single_precision() -> None:
     assert check.error < 2e-3
 
 
-def test_an_oracle_that_is_too_coarse_says_so() -> None:
+def test_an_oracle_that_is_too_coarse_is_an_error() -> None:
     case = quadratic("chain_of_three", mlopt.Dense(), dtype=torch.float32)
     with pytest.raises(mlopt.EstimatorError, match="the 'resolve' oracle is good to") as caught:
         mlopt.check_hypergradient(case.problem, oracle="resolve", tolerance=1e-9)
     assert not isinstance(caught.value, mlopt.DisagreementError)
 
 
-def test_a_level_that_cannot_be_solved_again_spoils_the_oracle_and_is_told() -> None:
-    """Its minimum is at a kink, where the gradient does not vanish: that every value is the same there proves nothing."""
+def test_a_level_that_cannot_be_solved_again_is_an_error() -> None:
+    """The minimum is at a kink, where the gradient does not vanish; equal values there do not prove agreement."""
 
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         return (module() * y()).sum()
@@ -246,7 +246,7 @@ def test_a_level_that_cannot_be_solved_again_spoils_the_oracle_and_is_told() -> 
         mlopt.check_hypergradient(mlopt.Problem(mlopt.Level("x", x, outer), y), oracle="resolve")
 
 
-def test_without_second_derivatives_the_other_oracle_is_named_and_works() -> None:
+def test_without_second_derivatives_the_error_names_the_other_oracle_and_that_works() -> None:
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         return (module() * y()).sum()
 
@@ -264,7 +264,7 @@ def test_without_second_derivatives_the_other_oracle_is_named_and_works() -> Non
     assert mlopt.check_hypergradient(problem, oracle="resolve", tolerance=1e-5).error < 1e-6
 
 
-def test_a_level_too_large_to_write_out_names_the_other_oracle() -> None:
+def test_the_error_for_a_large_level_names_the_other_oracle() -> None:
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         return (module() * y().sum()).sum()
 
@@ -294,7 +294,7 @@ def test_arguments(arguments: Mapping[str, Any], sentence: str) -> None:
 
 @drawn(8)
 @given(seed=seeds, size=st.integers(1, 12), condition=st.floats(1.0, 1e3))
-def test_the_minimiser_ends_at_the_precision_of_gradients(seed: int, size: int, condition: float) -> None:
+def test_the_minimiser_reaches_the_precision_of_gradients(seed: int, size: int, condition: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
     matrix = (basis * condition ** torch.linspace(0, 1, size, dtype=torch.float64)) @ basis.T
@@ -305,12 +305,12 @@ def test_the_minimiser_ends_at_the_precision_of_gradients(seed: int, size: int, 
         quartic = gap.square().sum() ** 2
         return float(gap @ matrix @ gap / 2 + quartic + 7.0), matrix @ gap + 4 * gap.square().sum() * gap
 
-    found = minimize(objective, torch.zeros(size, dtype=torch.float64), tolerance=1e-11)
-    assert found.gradient_norm < 1e-11
-    assert float((found.variables - solution).norm()) < 1e-10
+    minimum = minimize(objective, torch.zeros(size, dtype=torch.float64), tolerance=1e-11)
+    assert minimum.gradient_norm < 1e-11
+    assert float((minimum.variables - solution).norm()) < 1e-10
 
 
-def test_the_minimiser_gives_up_where_steps_no_longer_help() -> None:
-    found = minimize(lambda x: (float(x.abs().sum()), x.sign()), torch.full((2,), 0.3), tolerance=1e-6)
-    assert found.gradient_norm > 1.0
-    assert found.steps < 100
+def test_the_minimiser_stops_if_steps_no_longer_help() -> None:
+    minimum = minimize(lambda x: (float(x.abs().sum()), x.sign()), torch.full((2,), 0.3), tolerance=1e-6)
+    assert minimum.gradient_norm > 1.0
+    assert minimum.steps < 100

@@ -1,4 +1,4 @@
-"""The diagnose: each trap is put into a problem, and found; a healthy problem has none."""
+"""Diagnosis: it finds each trap that is put into a problem, and none in a healthy problem."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def network(*layers: nn.Module) -> nn.Module:
 
 
 def fit(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
-    """A weighted regression with a ridge, of whatever module takes four features."""
+    """A weighted regression with a ridge, for any module that takes four features."""
     inputs = start(4, 4)
     losses = (module(inputs).reshape(4, -1) - 1).square().mean(1)
     ridge = torch.stack([p.square().sum() for p in module.parameters()]).sum()
@@ -68,7 +68,8 @@ def level(problem: mlopt.Problem, **arguments: Any) -> LevelDiagnosis:
     return mlopt.diagnose(problem, **arguments).levels["y"]
 
 
-def told(diagnosis: LevelDiagnosis, severity: str, phrase: str) -> bool:
+def reported(diagnosis: LevelDiagnosis, severity: str, phrase: str) -> bool:
+    """Return True if a finding has the severity and the phrase."""
     return any(f.severity == severity and re.search(phrase, str(f)) for f in diagnosis.findings)
 
 
@@ -76,33 +77,33 @@ def bowl(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
     return (torch.arange(1.0, 5.0) * (module() - x()).square()).sum() / 2
 
 
-def test_a_healthy_problem_has_no_finding_but_good_ones() -> None:
+def test_every_finding_on_a_healthy_problem_is_ok() -> None:
     diagnosis = mlopt.diagnose(build(bowl, torch.ones(4, dtype=torch.float64)))
-    found = diagnosis.levels["y"]
+    result = diagnosis.levels["y"]
     assert diagnosis.safe
-    assert {f.severity for f in found.findings} == {"ok"}
-    assert {kind: f.severity for kind, f in found.products.items()} == dict.fromkeys(found.products, "ok")
-    assert (found.spectrum.low, found.spectrum.high) == (pytest.approx(1.0), pytest.approx(4.0))
-    assert found.solvers["ConjugateGradient"].severity == found.solvers["Dense"].severity == "ok"
-    assert found.solvers["Identity"].severity == "warning"
-    assert "a step size below 0.5" in found.solvers["Neumann"].sentence
-    assert told(found, "ok", "stationary: gradient of norm 0.0e")
-    assert max(max(pair) for pair in found.differences.values()) < 1e-7
-    assert set(found.costs) == {"autograd", "forward", "finite_difference"}
+    assert {f.severity for f in result.findings} == {"ok"}
+    assert {kind: f.severity for kind, f in result.products.items()} == dict.fromkeys(result.products, "ok")
+    assert (result.spectrum.low, result.spectrum.high) == (pytest.approx(1.0), pytest.approx(4.0))
+    assert result.solvers["ConjugateGradient"].severity == result.solvers["Dense"].severity == "ok"
+    assert result.solvers["Identity"].severity == "warning"
+    assert "a step size below 0.5" in result.solvers["Neumann"].sentence
+    assert reported(result, "ok", "stationary: gradient of norm 0.0e")
+    assert max(max(pair) for pair in result.differences.values()) < 1e-7
+    assert set(result.costs) == {"autograd", "forward", "finite_difference"}
     assert "safe to run" in str(diagnosis)
 
 
-def test_logistic_regression_is_healthy_and_not_far_from_it_is_not_stationary() -> None:
+def test_logistic_regression_is_stationary_only_near_its_solution() -> None:
     case = logistic_regression(CG)
     assert mlopt.diagnose(case.problem).safe
     value = case.problem["regression"].module.value
     away = 0.01 * value.detach()
     for factor in (1.0, 10.0):
         value.data.copy_((1 + 0.01 * factor) * away / 0.01)
-        found = mlopt.diagnose(case.problem).levels["regression"]
-        stationary = next(f for f in found.findings if "stationary" in f.sentence)
+        result = mlopt.diagnose(case.problem).levels["regression"]
+        stationary = next(f for f in result.findings if "stationary" in f.sentence)
         assert stationary.severity == ("warning" if factor > 1 else stationary.severity)
-        # Newton's step is the way back, as far as the objective is quadratic.
+        # Newton's step is the distance to the solution if the objective is quadratic.
         measured = float(re.search(r"about ([\d.e+-]+) of", stationary.sentence)[1])
         assert measured == pytest.approx(0.01 * factor, rel=0.1)
 
@@ -125,11 +126,11 @@ def saddle(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
 )
 def test_negative_curvature(estimator: mlopt.Estimator, safe: bool) -> None:
     diagnosis = mlopt.diagnose(build(saddle, torch.ones(4, dtype=torch.float64), estimator))
-    found = diagnosis.levels["y"]
+    result = diagnosis.levels["y"]
     assert diagnosis.safe is safe
-    assert told(found, "warning", r"curvature from at most -0\.5 to at least 2.*conjugate gradients .* unsafe")
-    assert found.solvers["ConjugateGradient"].severity == found.solvers["Neumann"].severity == "error"
-    assert found.spectrum.low == pytest.approx(-0.5)
+    assert reported(result, "warning", r"curvature from at most -0\.5 to at least 2.*conjugate gradients .* unsafe")
+    assert result.solvers["ConjugateGradient"].severity == result.solvers["Neumann"].severity == "error"
+    assert result.spectrum.low == pytest.approx(-0.5)
 
 
 def test_a_step_size_above_the_bound() -> None:
@@ -138,12 +139,12 @@ def test_a_step_size_above_the_bound() -> None:
         assert mlopt.diagnose(build(bowl, torch.ones(4, dtype=torch.float64), estimator)).safe is safe
 
 
-def test_too_few_iterations_are_a_warning_with_the_number_needed() -> None:
+def test_the_warning_about_too_few_iterations_names_the_number_needed() -> None:
     def stiff(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return (torch.logspace(0, 4, 40, dtype=torch.float64) * (module() - x().sum()).square()).sum() / 2
 
     problem = build(stiff, 4 * torch.ones(40, dtype=torch.float64), mlopt.ConjugateGradient(iterations=5))
-    assert told(level(problem), "warning", "1% needs about 40 iterations")
+    assert reported(level(problem), "warning", "1% needs about 40 iterations")
     assert mlopt.diagnose(problem).safe
 
 
@@ -153,9 +154,9 @@ def test_fused_attention() -> None:
         out = nn.functional.scaled_dot_product_attention(q, q, q)
         return (out.sum(dim=(0, 1, 2)) * x()).sum() + sum(p.square().sum() for p in module.parameters()) * 20
 
-    found = level(build(attend, network(nn.Linear(4, 4))))
-    assert told(found, "warning", r"fused attention \(_scaled_dot_product_flash_attention_for_cpu\)")
-    assert {f.severity for f in found.products.values()} == {"ok"}
+    result = level(build(attend, network(nn.Linear(4, 4))))
+    assert reported(result, "warning", r"fused attention \(_scaled_dot_product_flash_attention_for_cpu\)")
+    assert {f.severity for f in result.products.values()} == {"ok"}
 
 
 def test_activation_checkpointing() -> None:
@@ -163,12 +164,12 @@ def test_activation_checkpointing() -> None:
         hidden = checkpoint(lambda z: torch.tanh(module[0](z)), start(4, 4), use_reentrant=False)
         return (x() * module[1](hidden).squeeze(1)).sum() + 5 * sum(p.square().sum() for p in module.parameters())
 
-    found = level(build(recomputed, network(nn.Linear(4, 3), nn.Linear(3, 1))))
-    assert told(found, "warning", "activation checkpointing, which forward products refuse")
-    assert found.products["forward"].severity == "error"
-    assert found.products["autograd"].severity == found.products["finite_difference"].severity == "ok"
+    result = level(build(recomputed, network(nn.Linear(4, 3), nn.Linear(3, 1))))
+    assert reported(result, "warning", "activation checkpointing, which forward products refuse")
+    assert result.products["forward"].severity == "error"
+    assert result.products["autograd"].severity == result.products["finite_difference"].severity == "ok"
     used = level(build(recomputed, network(nn.Linear(4, 3), nn.Linear(3, 1)), mlopt.Identity(products="forward")))
-    assert told(used, "error", "its estimator, forward products: unsafe")
+    assert reported(used, "error", "its estimator, forward products: unsafe")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_activation_checkpointing() -> None:
             lambda y: OnceDifferentiable.apply(y).sum() + 0.1 * y.square().sum(),
             "has no second derivative.*finite_difference",
         ),
-        # Here torch does not complain: a part of the second derivative is silently left out.
+        # torch does not raise here: it silently omits a part of the second derivative.
         (lambda y: (y.detach() * y).sum() + y.square().sum(), "drops its second derivative"),
     ],
 )
@@ -199,20 +200,20 @@ def test_a_module_in_distributed_data_parallel(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(network(nn.Linear(4, 1)))
-        assert told(level(build(fit, wrapped)), "error", "wrapped in DistributedDataParallel")
+        assert reported(level(build(fit, wrapped)), "error", "wrapped in DistributedDataParallel")
     finally:
         torch.distributed.destroy_process_group()
-    assert not told(level(build(fit, network(nn.Linear(4, 1)))), "error", "wrapped")
+    assert not reported(level(build(fit, network(nn.Linear(4, 1)))), "error", "wrapped")
 
 
 def test_batchnorm_and_dropout() -> None:
     module = network(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
-    found = level(build(fit, module))
-    assert told(found, "warning", "BatchNorm in train mode")
-    assert told(found, "warning", "draws random numbers")
+    result = level(build(fit, module))
+    assert reported(result, "warning", "BatchNorm in train mode")
+    assert reported(result, "warning", "draws random numbers")
     module.eval()
-    found = level(build(fit, module))
-    assert not any("BatchNorm" in f.sentence or "draws" in f.sentence for f in found.findings)
+    result = level(build(fit, module))
+    assert not any("BatchNorm" in f.sentence or "draws" in f.sentence for f in result.findings)
 
 
 def test_a_loss_with_a_generator_of_its_own() -> None:
@@ -222,22 +223,22 @@ def test_a_loss_with_a_generator_of_its_own() -> None:
         weights = 1 + torch.rand(4, generator=own, dtype=torch.float64)
         return (weights * (module() - x()).square()).sum()
 
-    found = level(build(noisy, start(4), mlopt.FiniteDifference()))
-    assert told(found, "error", "two evaluations at the same random numbers differ")
-    assert told(found, "error", "its estimator, finite_difference products: unsafe")
+    result = level(build(noisy, start(4), mlopt.FiniteDifference()))
+    assert reported(result, "error", "two evaluations at the same random numbers differ")
+    assert reported(result, "error", "its estimator, finite_difference products: unsafe")
 
 
-def test_half_precision_says_by_how_much_differences_are_off() -> None:
+def test_the_warning_about_half_precision_names_the_error_of_differences() -> None:
     def curved(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return (torch.arange(1, 5) * (module() - x()).cosh()).sum().to(torch.bfloat16)
 
-    found = level(build(curved, start(4, dtype=torch.bfloat16), dtype=torch.bfloat16))
-    assert told(found, "warning", r"variables of torch\.bfloat16\. Finite differences are off by \d+% here")
-    assert max(found.differences["finite_difference"]) > 1e-3
+    result = level(build(curved, start(4, dtype=torch.bfloat16), dtype=torch.bfloat16))
+    assert reported(result, "warning", r"variables of torch\.bfloat16\. Finite differences are off by \d+% here")
+    assert max(result.differences["finite_difference"]) > 1e-3
 
 
 def test_kinks_spoil_products_with_the_hessian_first() -> None:
-    """Differences across a ReLU: the mixed product is good, that with the Hessian is not, and Identity needs only the first."""
+    """Differences across a ReLU spoil the product with the Hessian, but not the mixed one, which is all that Identity needs."""
     module = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 1))
     for k, parameter in enumerate(module.parameters()):
         parameter.data = start(*parameter.shape, dtype=torch.float32) / 3 + k / 10
@@ -260,7 +261,7 @@ def test_kinks_spoil_products_with_the_hessian_first() -> None:
 
 def test_a_hessian_that_is_not_symmetric() -> None:
     class Skewed(torch.autograd.Function):
-        """y^T y / 2, with a backward that is the derivative of no function."""
+        """y^T y / 2, with a backward that is not the derivative of a function."""
 
         @staticmethod
         def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -275,7 +276,7 @@ def test_a_hessian_that_is_not_symmetric() -> None:
     def inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return Skewed.apply(module()) - (module() * x()).sum()
 
-    assert told(level(build(inner, start(4))), "error", "the Hessian is not symmetric")
+    assert reported(level(build(inner, start(4))), "error", "the Hessian is not symmetric")
 
 
 def test_unused_and_frozen_parameters_are_listed() -> None:
@@ -287,32 +288,34 @@ def test_unused_and_frozen_parameters_are_listed() -> None:
         ridge = sum(p.square().sum() for n, p in module.named_parameters() if n != "extra")
         return (x() * module[1](module[0](start(4, 4))).squeeze(1)).sum() + 5 * ridge
 
-    found = level(build(inner, module))
-    assert told(found, "warning", "does not depend on extra: no curvature there; freeze them")
-    assert told(found, "ok", r"frozen, so no variables: 1\.bias")
-    assert told(found, "warning", "flat directions")
+    result = level(build(inner, module))
+    assert reported(result, "warning", "does not depend on extra: no curvature there; freeze them")
+    assert reported(result, "ok", r"frozen, so not variables: 1\.bias")
+    assert reported(result, "warning", "flat directions")
 
 
 def test_a_level_without_influence_and_a_solution_that_does_not_move() -> None:
     def ignores(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         return module().sum() + 0 * y().sum()
 
-    found = level(build(bowl, torch.ones(4, dtype=torch.float64), outer=ignores))
-    assert told(found, "warning", "no cotangent reaches it")
+    result = level(build(bowl, torch.ones(4, dtype=torch.float64), outer=ignores))
+    assert reported(result, "warning", "no cotangent reaches it")
 
     def deaf(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return module().square().sum() + x().sum()
 
-    assert told(level(build(deaf, torch.ones(4, dtype=torch.float64))), "warning", "its solution does not move with x")
+    assert reported(
+        level(build(deaf, torch.ones(4, dtype=torch.float64))), "warning", "its solution does not move with x"
+    )
 
 
-def test_every_level_that_is_pulled_back_is_examined_nested_ones_too() -> None:
+def test_every_level_that_is_pulled_back_is_diagnosed_also_nested_ones() -> None:
     diagnosis = mlopt.diagnose(quadratic("nested_with_two_inside", CG).problem)
     assert set(diagnosis.levels) == {"y", "left", "right"}
     assert diagnosis.safe
-    for found in diagnosis.levels.values():
-        assert 0.5 < found.spectrum.low < found.spectrum.high < 6
-        assert max(found.differences["finite_difference"]) < 1e-3
+    for result in diagnosis.levels.values():
+        assert 0.5 < result.spectrum.low < result.spectrum.high < 6
+        assert max(result.differences["finite_difference"]) < 1e-3
 
 
 def test_an_estimator_that_is_not_implicit_is_left_to_the_check() -> None:
@@ -320,8 +323,8 @@ def test_an_estimator_that_is_not_implicit_is_left_to_the_check() -> None:
         def linearize(self, point: Any, level: str) -> Any:
             return mlopt.Dense().linearize(point, level)
 
-    found = level(build(bowl, torch.ones(4, dtype=torch.float64), Mine()))
-    assert told(found, "ok", "is not implicit: nothing here says how good it is; check_hypergradient does")
+    result = level(build(bowl, torch.ones(4, dtype=torch.float64), Mine()))
+    assert reported(result, "ok", "is not implicit: its accuracy is not measured here; use check_hypergradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -355,8 +358,8 @@ def test_lanczos_is_exact_on_small_matrices(seed: int, size: int) -> None:
     assert norm == pytest.approx(float(torch.linalg.solve(matrix, vector).norm()), rel=1e-4)
 
 
-def test_the_counts_are_those_that_the_bounds_give() -> None:
-    """Against the worst case: the errors that a series and the Chebyshev bound leave."""
+def test_the_counts_follow_from_the_bounds() -> None:
+    """The bounds are those for the worst case: of a truncated series, and of Chebyshev."""
     for kappa in (2.0, 10.0, 1000.0):
         k = iterations_for(kappa)
         rate = (kappa**0.5 - 1) / (kappa**0.5 + 1)

@@ -15,7 +15,7 @@ from benchmarks.hypergrad.bar import bar
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
-#: The section, the file, and the names of the tasks in the tables.
+#: By section: the file, and the names of the tasks in the tables.
 TAPWEIGHT = {
     "real molecules": ("tapweight-2026-11-24.json", {"bbbp": "BBBP", "esol": "ESOL"}),
     "real texts": (
@@ -59,7 +59,9 @@ def hypergrad() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("text", "least"), [(PAGE, 13), (README, 6)])
-def test_errors_and_costs_of_hypergradients(text: str, least: int, hypergrad: list[dict[str, Any]]) -> None:
+def test_errors_and_costs_of_hypergradients_are_the_measured_ones(
+    text: str, least: int, hypergrad: list[dict[str, Any]]
+) -> None:
     table = table_of(text, "| | error, MLP | time | memory | error, transformer | time | memory |")
     assert len(table) >= least
     for name, *cells in table:
@@ -77,7 +79,7 @@ def test_errors_and_costs_of_hypergradients(text: str, least: int, hypergrad: li
         assert cells == expected, name
 
 
-def test_targets_at_equal_iterations(hypergrad: list[dict[str, Any]]) -> None:
+def test_targets_at_equal_iterations_are_the_measured_ones(hypergrad: list[dict[str, Any]]) -> None:
     figures = {target: figure for target, figure, _ in bar(hypergrad)}
     table = table_of(PAGE, "| | CG, time | CG, memory | Neumann, time | Neumann, memory |")
     assert len(table) == 5
@@ -89,7 +91,7 @@ def test_targets_at_equal_iterations(hypergrad: list[dict[str, Any]]) -> None:
         ]
 
 
-def test_the_other_targets_and_how_many_are_met(hypergrad: list[dict[str, Any]]) -> None:
+def test_the_other_targets_and_the_number_of_targets_met(hypergrad: list[dict[str, Any]]) -> None:
     checks = bar(hypergrad)
     other = [
         [target[2:], figure, "met" if met else "not met"]
@@ -112,7 +114,7 @@ def test_the_cost_of_solve() -> None:
 
 @pytest.fixture(params=list(TAPWEIGHT))
 def section(request: Any) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """A section of the page, the results, and the names of the tasks."""
+    """Return a section of the page, the results, and the names of the tasks."""
     file, names = TAPWEIGHT[request.param]
     return PAGE.split(f"## TapWeight: {request.param}\n")[1].split("\n##")[0], rows_of(file), names
 
@@ -121,7 +123,7 @@ def runs_of(rows: dict[str, Any], task: str) -> list[dict[str, Any]]:
     return [row for row in rows["runs"] if row["task"] == task]
 
 
-def test_scores(section: Any) -> None:
+def test_scores_are_those_of_the_results(section: Any) -> None:
     text, rows, names = section
     assert {row["task"] for row in rows["runs"]} == set(names)
     for task, name in names.items():

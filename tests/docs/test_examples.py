@@ -27,12 +27,7 @@ def test_the_examples_run(name: str) -> None:
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    found = {name: sum(bool(test.examples) for test in finder.find(importlib.import_module(name))) for name in MODULES}
-    for name in (
-        "diagnosis.check",
-        "diagnosis.diagnosis",
-        "diagnosis.minimize",
-        "diagnosis.spectrum",
-        "testing.contract",
-    ):
-        assert found[f"mlopt.{name}"] > 0, name
+    counts = {name: sum(bool(test.examples) for test in finder.find(importlib.import_module(name))) for name in MODULES}
+    with_examples = ("check", "diagnosis", "minimize", "spectrum")
+    for name in (*(f"diagnosis.{part}" for part in with_examples), "testing.contract"):
+        assert counts[f"mlopt.{name}"] > 0, name

@@ -18,9 +18,7 @@ def paths(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_paths_exist(page: Path, request: pytest.FixtureRequest) -> None:
-    if page.name == "design.md":
-        request.applymarker(pytest.mark.xfail(reason="remove this mark once the files of the new layout exist"))
+def test_the_paths_exist(page: Path) -> None:
     assert [name for name in sorted(paths(page)) if not (ROOT / name).exists()] == []
 
 

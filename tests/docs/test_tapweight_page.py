@@ -1,4 +1,4 @@
-"""The page on TapWeight: the objective on text that it writes is one that the recipe takes."""
+"""The page on TapWeight: the recipe accepts its objective on text, and every name on the page exists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def objective() -> Any:
     return names["HasNumeral"](encoder().tokenizer)
 
 
-def test_its_objective_hides_numbers_and_asks_whether_there_were_some(objective: Any) -> None:
+def test_its_objective_hides_numbers_and_labels_the_texts_that_had_some(objective: Any) -> None:
     own, some = encoder(), texts([{"text": "the thing1 is good"}, {"text": "not good"}])
     objective.prepare(some, 0)
     batch = own.collate(list(some))
@@ -39,13 +39,13 @@ def test_its_objective_hides_numbers_and_asks_whether_there_were_some(objective:
     assert batch["input_ids"].tolist()[0][2] != 1
 
 
-def test_its_objective_goes_through_the_recipe(objective: Any) -> None:
+def test_the_recipe_accepts_its_objective(objective: Any) -> None:
     own = encoder()
     made = TapWeight(own, [objective, Contrastive()], task(own), corpus(), settings=SETTINGS)
-    assert made.fit(4, baselines=(), progress=False).weights.keys() == {"has_numeral", "contrastive"}
+    assert made.fit(4, methods=["tapweight"], progress=False).weights.keys() == {"has_numeral", "contrastive"}
 
 
-def test_what_it_names_is_there() -> None:
+def test_the_names_on_the_page_exist() -> None:
     table = re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE)
     assert table == list(OBJECTIVES)
     for name in ("TextEncoder", "TextTask", "make_objective", "read_corpus"):

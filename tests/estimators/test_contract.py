@@ -479,7 +479,7 @@ def test_a_claim_is_held_against_the_estimator(law: str) -> None:
 
 def test_what_cannot_be_nested_must_be_refused() -> None:
     contract(Faulty, nested=False).test_right_when_nested()
-    with pytest.raises(AssertionError, match="nested: it is not refused"):
+    with pytest.raises(AssertionError, match="nested: it does not raise"):
         contract(mlopt.Dense, nested=False).test_right_when_nested()
     with pytest.raises(AssertionError, match="nested: off by"):
         contract(mlopt.Identity, nested=True).test_right_when_nested()

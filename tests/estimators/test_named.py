@@ -14,7 +14,7 @@ import torch
 
 import mlopt
 from mlopt import linear
-from mlopt.solving.description import compare, described
+from mlopt.solving.compatibility import describe, require_compatible
 from mlopt.testing import quadratic
 
 SOLVERS = {
@@ -142,7 +142,7 @@ def test_evolve_reaches_the_solver() -> None:
 def test_a_base_class_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         mlopt.Implicit()  # type: ignore[abstract]
-    with pytest.raises(TypeError, match=r"LinearSolve: solver=.*; it must be a linear solver"):
+    with pytest.raises(mlopt.ArgumentError, match=r"LinearSolve: solver=.*; it must be a linear solver"):
         mlopt.LinearSolve(solver=mlopt.MINRES())  # type: ignore[arg-type]
 
 
@@ -164,11 +164,11 @@ def test_a_checkpoint_describes_the_estimator_by_its_printed_form() -> None:
     def description(estimator: mlopt.Estimator) -> dict[str, Any]:
         case = quadratic("two", estimator).problem
         optimizers = {level.name: torch.optim.SGD(level.parameters, lr=0.1) for level in case}
-        return described(case, optimizers, dict.fromkeys(optimizers), lookahead=False)
+        return describe(case, optimizers, dict.fromkeys(optimizers), lookahead=False)
 
     there = description(mlopt.MINRES(iterations=5))
-    compare(description(mlopt.LinearSolve(solver=linear.MINRES(iterations=5))), there)
+    require_compatible(description(mlopt.LinearSolve(solver=linear.MINRES(iterations=5))), there)
     with pytest.warns(
         mlopt.CheckpointWarning, match=r"estimator of level 'y' was MINRES\(iterations=5\) with autograd"
     ):
-        compare(description(mlopt.MINRES(iterations=6)), there)
+        require_compatible(description(mlopt.MINRES(iterations=6)), there)

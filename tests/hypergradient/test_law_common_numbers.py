@@ -1,4 +1,4 @@
-"""Law 5: all evaluations inside one pullback see the same masks, and whatever else a loss draws."""
+"""Law 5: all evaluations inside one pullback see the same masks and other draws of the loss."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def build(seed: int, estimator: mlopt.Estimator, loss: Any = dropped) -> mlopt.P
 @drawn(8)
 @given(seed=seeds)
 def test_all_products_see_the_same_masks(seed: int) -> None:
-    found = {}
+    gradients = {}
     for products in PRODUCTS:
         # The damping exceeds the negative curvature: a division by a curvature close to zero would amplify rounding.
         estimator = mlopt.ConjugateGradient(iterations=5, damping=8.0, products=products)
-        found[products] = gradient_of(build(seed, estimator))
-    assert distance(found["forward"], found["autograd"]) < 1e-10
-    assert distance(found["finite_difference"], found["autograd"]) < 1e-6
+        gradients[products] = gradient_of(build(seed, estimator))
+    assert distance(gradients["forward"], gradients["autograd"]) < 1e-10
+    assert distance(gradients["finite_difference"], gradients["autograd"]) < 1e-6
 
 
 @drawn(8)
 @given(seed=seeds)
-def test_a_product_of_differences_is_that_of_the_traced_graph(seed: int) -> None:
-    """H v and the mixed product, each at the one mask: two masks would be off by more than the product itself."""
+def test_a_product_of_differences_agrees_with_the_traced_graph(seed: int) -> None:
+    """H v and the mixed product see one mask: with two, the error would exceed the product itself."""
     blocks: list[Tensors] = []
     for products in ("autograd", "finite_difference"):
         problem = build(seed, mlopt.Identity(products=products))
@@ -85,8 +85,8 @@ def test_python_and_numpy_draw_the_same_in_all_evaluations(products: str) -> Non
     assert len(set(drawn_numbers)) == 2
 
 
-def test_levels_draw_independently_of_one_another() -> None:
-    """Two levels with one network each must not share a mask by accident of one seed."""
+def test_levels_draw_independent_numbers() -> None:
+    """Two levels must not share a mask because they share a seed."""
     seen: dict[str, float] = {}
 
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:

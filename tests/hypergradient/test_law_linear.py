@@ -22,10 +22,10 @@ LINEAR = {
     "neumann": mlopt.Neumann(terms=4, step_size=0.1),
     "neumann_damped": mlopt.Neumann(terms=4, step_size=0.1, damping=0.5),
     "dense": mlopt.Dense(),
-    "conjugate_gradient_run_out": conjugate_gradient(),
+    "conjugate_gradient_converged": conjugate_gradient(),
 }
 
-#: Problems and the level of each that is pulled back.
+#: Problems, each with the level that is pulled back.
 PLACES = [("two", "y"), ("diamond", "base"), ("nested", "y"), ("nested_with_two_inside", "y")]
 
 
@@ -57,8 +57,8 @@ def test_a_pullback_is_linear(shape: str, level: str, name: str, seed: int, a: f
     generator = torch.Generator().manual_seed(seed)
     first, second = random_vectors(rule.blocks, generator), random_vectors(rule.blocks, generator)
     both = {block: axpy(b, second[block], scale(a, first[block])) for block in rule.blocks}
-    one, two, three = (in_one(rule.pullback(v), rule.arguments) for v in (first, second, both))
-    assert torch.linalg.vector_norm(three - a * one - b * two) <= 1e-9 * (1 + one.norm() + two.norm())
+    u, v, w = (in_one(rule.pullback(cotangent), rule.arguments) for cotangent in (first, second, both))
+    assert torch.linalg.vector_norm(w - a * u - b * v) <= 1e-9 * (1 + u.norm() + v.norm())
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -84,8 +84,8 @@ def test_pullback_and_pushforward_are_transposes_two_nestings_deep(name: str) ->
 
 @drawn(10)
 @given(seed=seeds, terms=st.integers(1, 5))
-def test_a_truncated_series_is_the_polynomial_it_says(seed: int, terms: int) -> None:
-    """So linearity is not bought by solving to the end."""
+def test_a_truncated_series_is_its_polynomial(seed: int, terms: int) -> None:
+    """The series is linear although it is truncated."""
     alpha = 0.05
     dense = linearized("two", "y", mlopt.Dense(), seed)
     short = linearized("two", "y", mlopt.Neumann(terms=terms, step_size=alpha), seed)
@@ -103,7 +103,7 @@ def _units() -> list[Tensors]:
     return [(unit[:2].reshape(2, 1), unit[2]) for unit in torch.eye(3)]
 
 
-def test_wanted_leaves_the_others_out() -> None:
+def test_wanted_omits_the_other_arguments() -> None:
     rule = linearized("nested", "z", mlopt.Dense(), 1)
     cotangent = random_vectors(["z"], torch.Generator().manual_seed(1))
     everything, some = rule.pullback(cotangent), rule.pullback(cotangent, ["y"])
@@ -114,7 +114,7 @@ def test_wanted_leaves_the_others_out() -> None:
 
 @pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
 @pytest.mark.parametrize(("shape", "level"), [("two", "y"), ("nested", "y")])
-def test_zero_in_zero_out_and_the_warm_start_untouched(shape: str, level: str, products: str) -> None:
+def test_the_pullback_of_zero_is_zero_and_keeps_the_warm_start(shape: str, level: str, products: str) -> None:
     problem = quadratic(shape, mlopt.Neumann(terms=1, warm_start=True, products=products), size=1).problem
     kept = random_vectors([level], torch.Generator().manual_seed(0))
     point = point_of(problem, warm=dict(kept))
@@ -124,12 +124,12 @@ def test_zero_in_zero_out_and_the_warm_start_untouched(shape: str, level: str, p
     assert rule.report.products == 0
     assert point.carryover.warm.keys() == kept.keys()
     assert point.warm_start(level) is kept[level]
-    # And with something in, the warm start is what the solve found.
+    # The pullback of another vector replaces it by the solution.
     rule.pullback(random_vectors([level], torch.Generator().manual_seed(1)))
     assert point.warm_start(level) is not kept[level]
 
 
-def test_a_warm_start_changes_where_the_solve_begins() -> None:
+def test_a_warm_start_lowers_the_residual() -> None:
     problem = quadratic("two", mlopt.ConjugateGradient(iterations=1, warm_start=True), size=1).problem
     point = point_of(problem, warm={})
     cotangent = random_vectors(["y"], torch.Generator().manual_seed(1))
@@ -141,8 +141,8 @@ def test_a_warm_start_changes_where_the_solve_begins() -> None:
     assert residuals[-1] < residuals[1] < residuals[0]
 
 
-def test_a_solution_that_has_blown_up_is_no_start() -> None:
-    """Else one solve in a region of negative curvature would spoil all that follow."""
+def test_a_diverged_solution_is_not_a_warm_start() -> None:
+    """One solve in a region of negative curvature must not spoil later ones."""
     diverging = mlopt.Neumann(terms=20, step_size=10.0, warm_start=True)
     problem = quadratic("two", diverging, size=1).problem
     point = point_of(problem, warm={})
@@ -156,7 +156,7 @@ def test_a_solution_that_has_blown_up_is_no_start() -> None:
     "products",
     ["autograd", "forward", "finite_difference"],
 )
-def test_zero_in_evaluates_no_loss(products: str) -> None:
+def test_the_pullback_of_zero_does_not_evaluate_the_loss(products: str) -> None:
     loss = Calls(_inner)
     problem = mlopt.Problem(
         mlopt.Level("x", mlopt.variables(torch.ones(2)), _outer),
@@ -176,22 +176,24 @@ def _inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize(("products", "evaluations"), [("forward", 1), ("finite_difference", 2)])
-def test_the_identity_spends_the_mixed_product_and_nothing_else(products: str, evaluations: int) -> None:
+def test_the_identity_computes_only_the_mixed_product(products: str, evaluations: int) -> None:
     loss = Calls(_inner)
     problem = mlopt.Problem(
         mlopt.Level("x", mlopt.variables(torch.ones(2)), _outer),
         mlopt.Level("y", mlopt.variables(torch.zeros(2)), loss, estimator=mlopt.Identity(products=products)),
     )
-    problem.workspace.mixtures["y"] = None  # as after training; else the loss is evaluated once more to read its kind
+    problem.workspace.mixtures["y"] = (
+        None  # as after training; otherwise one more evaluation reads the kind of the loss
+    )
     mlopt.hypergradient(problem)
-    # Forward products are held against the live module once.
+    # Forward products are compared with the live module once.
     assert loss.count == evaluations + (products == "forward")
     mlopt.hypergradient(problem)
     assert loss.count == 2 * evaluations + (products == "forward")
 
 
-def test_an_objective_that_ignores_a_solution_gives_a_zero_hypergradient() -> None:
-    """The outer loss refers to y and its derivative by y is zero: the answer is zero, not an error."""
+def test_an_objective_that_ignores_a_solution_has_a_zero_hypergradient() -> None:
+    """The outer loss refers to y, but its derivative by y is zero: the result is zero, not an error."""
 
     def outer(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
         return module().sum() * 0 + 0 * y().sum()

@@ -18,7 +18,7 @@ from mlopt.testing.side_effects import same, snapshot, train_a_little
 
 
 class Restless(nn.Module):
-    """A network in train mode with BatchNorm, dropout, and two buffers that its forward changes, one by each way."""
+    """A network in train mode with BatchNorm, dropout and two buffers, one changed in place and one replaced."""
 
     in_place: Tensor
     replaced: Tensor
@@ -107,7 +107,7 @@ class StopHereError(Exception):
     [("autograd", 1), *(("forward", k) for k in (1, 2, 3)), *(("finite_difference", k) for k in (1, 2, 3, 4))],
 )
 def test_nothing_moves_when_a_loss_raises(products: str, fatal: int) -> None:
-    """Also in the middle of a difference, when the parameters are displaced."""
+    """The parameters are restored even if a loss raises while they are displaced for a difference."""
     calls = 0
 
     def failing(network: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
@@ -127,7 +127,7 @@ def test_nothing_moves_when_a_loss_raises(products: str, fatal: int) -> None:
 
 
 def test_differences_are_taken_at_displaced_parameters() -> None:
-    """Otherwise the tests above would prove nothing about restoring them."""
+    """The tests above rely on this displacement to test that parameters are restored."""
     seen: list[Tensor] = []
 
     def watched(network: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
@@ -145,7 +145,7 @@ def test_differences_are_taken_at_displaced_parameters() -> None:
 
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_training_draws_the_same_with_and_without_a_hypergradient(products: str) -> None:
-    """Batches, dropout masks and whatever a loss draws from Python and numpy."""
+    """The draws are batches, dropout masks and the loss's numbers from Python and numpy."""
 
     def run(call: bool) -> list[float]:
         torch.manual_seed(1)
@@ -165,7 +165,7 @@ def test_training_draws_the_same_with_and_without_a_hypergradient(products: str)
     assert run(call=True) == run(call=False)
 
 
-def test_a_loader_with_a_generator_of_its_own_is_left_alone() -> None:
+def test_the_generator_of_a_loader_does_not_move() -> None:
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(torch.arange(8.0)), 2, shuffle=True, generator=generator)
 
@@ -177,8 +177,8 @@ def test_a_loader_with_a_generator_of_its_own_is_left_alone() -> None:
     assert torch.equal(generator.get_state(), before)
 
 
-def test_repeated_calls_have_a_stream_of_their_own() -> None:
-    """With equal batches the masks differ from call to call, and a second problem sees the same sequence of them."""
+def test_repeated_calls_draw_from_their_own_stream() -> None:
+    """The masks differ between calls with equal batches; a second problem sees the same sequence of masks."""
     problem, again = (build(mlopt.Identity(), torch.float32) for _ in range(2))
     batches = {"weights": problem["weights"].data[0], "network": problem["weights"].data[0]}
     first, second = (mlopt.hypergradient(problem, batches).gradient["value"] for _ in range(2))
@@ -189,7 +189,7 @@ def test_repeated_calls_have_a_stream_of_their_own() -> None:
     assert torch.equal(second, mlopt.hypergradient(again, batches).gradient["value"])
 
 
-def test_a_seed_fixes_what_the_losses_draw() -> None:
+def test_a_seed_fixes_the_draws_of_the_losses() -> None:
     problem = build(mlopt.Identity(), torch.float32)
     batches = {"weights": problem["weights"].data[0], "network": problem["weights"].data[0]}
     first, second, other = (mlopt.hypergradient(problem, batches, seed=s).gradient["value"] for s in (3, 3, 4))

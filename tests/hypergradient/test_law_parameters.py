@@ -1,4 +1,4 @@
-"""Law 6: frozen, unused and tied parameters are legal inside a level; one tensor trained by two levels is refused."""
+"""Law 6: a level may have frozen, unused and tied parameters; two levels must not train one tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOLERANCE = {"autograd": 1e-9, "forward": 1e-9, "finite_difference": 1e-6}
 
 
 class Plain(nn.Module):
-    """Two trainable blocks and nothing else."""
+    """A module with two trainable blocks."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Plain(nn.Module):
 
 
 class Decorated(nn.Module):
-    """The same function of the same variables, with a tied decoder, a frozen scale, and parameters that nothing uses."""
+    """The same function of the same variables, with a tied decoder, a frozen scale and unused parameters."""
 
     def __init__(self, plain: Plain) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.ones(4))
         self.encoder, self.decoder = nn.Linear(2, 3, bias=False), nn.Linear(3, 2)
         self.encoder.weight = nn.Parameter(plain.matrix.detach().clone())
-        # The embedding of a language model and its output layer: one tensor, transposed here by the use made of it.
+        # Tied as in a language model's embedding and output layer; forward uses the weight transposed.
         self.decoder.register_parameter("weight", self.encoder.weight)
         self.decoder.bias = nn.Parameter(plain.offset.detach().clone())
         self.scale = nn.Parameter(plain.scale.clone(), requires_grad=False)
@@ -64,17 +64,17 @@ def build(network: nn.Module, estimator: mlopt.Estimator, seed: int) -> mlopt.Pr
 @pytest.mark.parametrize("products", PRODUCTS)
 @drawn(8)
 @given(seed=seeds)
-def test_a_decorated_module_gives_the_hypergradient_of_the_plain_one(products: str, seed: int) -> None:
+def test_a_decorated_module_has_the_hypergradient_of_the_plain_one(products: str, seed: int) -> None:
     plain = Plain(torch.Generator().manual_seed(seed))
     decorated = Decorated(plain)
     oracle = mlopt.hypergradient(build(plain, mlopt.Dense(damping=10.0), seed)).gradient["value"]
-    # Damped: an unused parameter makes the Hessian singular, and a drawn network may bend the wrong way.
+    # Damped: an unused parameter makes the Hessian singular, and a drawn network may have negative curvature.
     for estimator in (
         mlopt.Dense(damping=10.0, products=products),
         mlopt.ConjugateGradient(iterations=30, damping=10.0, rtol=1e-11, products=products),
     ):
-        found = mlopt.hypergradient(build(decorated, estimator, seed)).gradient["value"]
-        assert distance(found, oracle) < TOLERANCE[products]
+        gradient = mlopt.hypergradient(build(decorated, estimator, seed)).gradient["value"]
+        assert distance(gradient, oracle) < TOLERANCE[products]
 
 
 def test_conjugate_gradients_need_no_damping_for_unused_parameters() -> None:
@@ -93,7 +93,7 @@ def test_conjugate_gradients_need_no_damping_for_unused_parameters() -> None:
 
 
 def test_dense_with_an_unused_parameter() -> None:
-    """A row and a column of zeros: the least-norm solution is the one for the parameters that are used."""
+    """The Hessian has zero rows and columns; the least-norm solution is the one for the used parameters."""
     plain = Plain(torch.Generator().manual_seed(1))
     problem = build(Decorated(plain), mlopt.Dense(), 1)
     oracle = mlopt.hypergradient(build(plain, mlopt.Dense(), 1)).gradient["value"]
@@ -121,11 +121,11 @@ def test_the_outermost_level_may_have_frozen_unused_and_tied_parameters(products
         y = mlopt.Level("y", mlopt.variables(torch.ones(2)), inner, estimator=mlopt.Dense(products=products))
         return mlopt.hypergradient(mlopt.Problem(mlopt.Level("x", module, outer), y)).gradient
 
-    found, expected = gradient(decorated), gradient(plain)
-    assert set(found) == {"unused", "encoder.weight", "decoder.bias"}
-    assert not found["unused"].any()
-    assert distance(found["encoder.weight"], expected["matrix"]) < TOLERANCE[products]
-    assert distance(found["decoder.bias"], expected["offset"]) < TOLERANCE[products]
+    gradients, expected = gradient(decorated), gradient(plain)
+    assert set(gradients) == {"unused", "encoder.weight", "decoder.bias"}
+    assert not gradients["unused"].any()
+    assert distance(gradients["encoder.weight"], expected["matrix"]) < TOLERANCE[products]
+    assert distance(gradients["decoder.bias"], expected["offset"]) < TOLERANCE[products]
 
 
 def test_one_tensor_trained_by_two_levels_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Law 7: no silent failure. What did not converge, bent the wrong way, or was not finite is said."""
+"""Law 7: no silent failure. Reports, warnings or errors name non-convergence, negative curvature and non-finite values."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_exhausted_iterations_are_not_converged() -> None:
 
 
 def test_the_worst_of_many_solves_is_reported() -> None:
-    """A nested level is solved with again and again: one failure among them must not be lost."""
+    """A nested level takes many solves; the report must include a failure of one."""
     rules = {"y": mlopt.Dense(), "z": mlopt.ConjugateGradient(iterations=1, rtol=1e-10)}
     report = mlopt.hypergradient(quadratic("nested", rules).problem).reports["z"]
     assert report.solves > 3
@@ -65,7 +65,7 @@ def test_the_worst_of_many_solves_is_reported() -> None:
 
 
 class Scripted(linear.LinearSolver):
-    """A solver whose first solve goes wrong, and whose others claim to be perfect."""
+    """A solver whose first solve fails; the others claim to be perfect."""
 
     damping = 0.0
 
@@ -86,7 +86,7 @@ class Scripted(linear.LinearSolver):
         )
 
 
-def test_one_bad_solve_is_not_forgotten_for_the_good_ones_after_it() -> None:
+def test_one_bad_solve_is_reported_although_good_ones_follow() -> None:
     solver = Scripted()
     rules = {"y": mlopt.Dense(), "z": mlopt.LinearSolve(solver=solver)}
     report = mlopt.hypergradient(quadratic("nested", rules).problem).reports["z"]
@@ -102,7 +102,7 @@ def test_negative_curvature_stops_and_keeps_the_iterate() -> None:
         y = module()
         return y[0] ** 2 - 0.5 * y[1] ** 2 - (y * x()).sum()
 
-    # v = x = (1, 2): <v, H v> = 2 - 4 < 0 at once, so the iterate kept is zero and the direct term is all there is.
+    # v = x = (1, 2): <v, H v> = 2 - 4 < 0 at once, so the iterate is zero and only the direct term remains.
     result = mlopt.hypergradient(build(mlopt.ConjugateGradient(), saddle))
     report = result.reports["y"]
     assert report.converged is False
@@ -116,7 +116,7 @@ def test_negative_curvature_stops_and_keeps_the_iterate() -> None:
     assert distance(damped.gradient["value"], torch.tensor([0.5 + 1 / 4, 0.3 + 2 / 1])) < 1e-12
 
 
-def test_dense_says_that_the_curvature_is_negative() -> None:
+def test_dense_reports_negative_curvature() -> None:
     def saddle(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return module()[0] ** 2 - 0.5 * module()[1] ** 2 - (module() * x()).sum()
 
@@ -125,7 +125,7 @@ def test_dense_says_that_the_curvature_is_negative() -> None:
     assert report.remarks == ("negative curvature -1",)
 
 
-def test_the_divergence_of_a_series_is_said() -> None:
+def test_the_divergence_of_a_series_is_reported() -> None:
     report = report_of(mlopt.Neumann(terms=100, step_size=1.2))
     assert report.converged is False
     assert report.iterations < 100
@@ -138,7 +138,7 @@ def test_the_divergence_of_a_short_series_shows_in_its_residual() -> None:
     assert report.residual == pytest.approx(1.4**5)
 
 
-def test_the_divergence_of_a_short_series_is_said() -> None:
+def test_the_divergence_of_a_short_series_is_reported() -> None:
     assert "does not converge" in " ".join(report_of(mlopt.Neumann(terms=5, step_size=1.2)).remarks)
 
 
@@ -233,7 +233,7 @@ def test_functions_without_a_second_derivative_are_named(products: str, kind: st
         return square + (module() * x()).sum()
 
     def once_constant(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
-        # What flows back into the function is a constant, so that nothing is left of it in the gradient's graph.
+        # The cotangent of the function is a constant, so the gradient's graph does not contain it.
         return OnceDifferentiable.apply(module()).sum() + (module() - x()).square().sum()
 
     loss = {"once": once, "once_constant": once_constant, "checkpoint": checkpointed}[kind]
@@ -242,7 +242,7 @@ def test_functions_without_a_second_derivative_are_named(products: str, kind: st
 
 
 class Attention(nn.Module):
-    """One attention layer of two heads, with whatever kernel PyTorch picks."""
+    """One attention layer of two heads; PyTorch picks the kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,14 +270,14 @@ def attention_problem(estimator: mlopt.Estimator) -> mlopt.Problem:
 
 def test_attention_is_differentiated_twice_by_its_plain_kernel() -> None:
     assert _fused(Attention()(torch.ones(3, 5, 4, dtype=torch.float64)))
-    found = {p: mlopt.hypergradient(attention_problem(mlopt.Dense(products=p))).gradient["value"] for p in PRODUCTS}
-    assert distance(found["forward"], found["autograd"]) < 1e-9
-    # The only one of the three that calls the fused kernel.
-    assert distance(found["finite_difference"], found["autograd"]) < 1e-6
+    gradients = {p: mlopt.hypergradient(attention_problem(mlopt.Dense(products=p))).gradient["value"] for p in PRODUCTS}
+    assert distance(gradients["forward"], gradients["autograd"]) < 1e-9
+    # Only finite differences call the fused kernel.
+    assert distance(gradients["finite_difference"], gradients["autograd"]) < 1e-6
 
 
 def _fused(tensor: Tensor) -> bool:
-    """Return whether a fused attention kernel is somewhere in the graph of a tensor."""
+    """Return True if the graph of a tensor contains a fused attention kernel."""
     pending, seen = [tensor.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -290,7 +290,7 @@ def _fused(tensor: Tensor) -> bool:
     return False
 
 
-def test_batch_norm_in_train_mode_is_the_same_under_all_products() -> None:
+def test_all_products_agree_on_batch_norm_in_train_mode() -> None:
     def problem(products: str) -> mlopt.Problem:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -309,12 +309,12 @@ def test_batch_norm_in_train_mode_is_the_same_under_all_products() -> None:
             mlopt.Level("y", network, training, estimator=mlopt.Dense(products=products)),
         )
 
-    found = {products: mlopt.hypergradient(problem(products)).gradient["value"] for products in PRODUCTS}
-    assert distance(found["forward"], found["autograd"]) < 1e-9
-    assert distance(found["finite_difference"], found["autograd"]) < 1e-6
+    gradients = {products: mlopt.hypergradient(problem(products)).gradient["value"] for products in PRODUCTS}
+    assert distance(gradients["forward"], gradients["autograd"]) < 1e-9
+    assert distance(gradients["finite_difference"], gradients["autograd"]) < 1e-6
 
 
-def test_an_estimator_that_is_no_pair_cannot_be_nested() -> None:
+def test_an_estimator_that_is_not_implicit_cannot_be_nested() -> None:
     class Other(mlopt.Estimator):
         def linearize(self, point: Any, level: str) -> Any:
             raise AssertionError
@@ -343,15 +343,15 @@ def saddle_problem(estimator: mlopt.Estimator) -> mlopt.Problem:
     )
 
 
-def test_what_is_not_to_be_trusted_is_warned_of() -> None:
+def test_an_untrustworthy_solve_is_warned_about() -> None:
     with pytest.warns(mlopt.TrustWarning, match="level 'y': negative curvature -.*raise the damping"):
         mlopt.hypergradient(saddle_problem(mlopt.ConjugateGradient()))
-    with pytest.warns(mlopt.TrustWarning, match="level 'y', in 3 steps, at last: negative curvature"):
+    with pytest.warns(mlopt.TrustWarning, match="level 'y', doubtful in 3 steps, most recently: negative curvature"):
         mlopt.solve(saddle_problem(mlopt.ConjugateGradient()), steps=3, progress=False)
 
 
 @pytest.mark.filterwarnings("error::mlopt.TrustWarning")
-def test_what_is_right_or_approximate_on_purpose_is_not_warned_of() -> None:
+def test_an_intended_approximation_is_not_warned_about() -> None:
     for estimator in (mlopt.MINRES(), mlopt.Dense(), mlopt.Identity()):
         mlopt.hypergradient(saddle_problem(estimator))
     case = quadratic("two", mlopt.ConjugateGradient(iterations=1))

@@ -18,7 +18,7 @@ SINGLE = [name for name in SHAPES if name not in TWICE]
 
 
 def exact(products: str) -> st.SearchStrategy[mlopt.Estimator]:
-    """Draw an estimator without an error of its own."""
+    """Draw an exact estimator."""
     rtol = 1e-9 if products == "finite_difference" else 1e-13
     minres = mlopt.MINRES(iterations=200, rtol=rtol, products=products)
     preconditioned = mlopt.ConjugateGradient(
@@ -28,7 +28,7 @@ def exact(products: str) -> st.SearchStrategy[mlopt.Estimator]:
 
 
 def draw_case(data: st.DataObject, shape: str, products: str) -> ClosedForm:
-    """Draw a quadratic problem, with an exact estimator for each level by itself: a problem may mix them."""
+    """Draw a quadratic problem, with an exact estimator for each level: a problem may mix them."""
     estimators = {name: data.draw(exact(products), label=name) for name in SHAPES[shape]}
     return quadratic(
         shape,
@@ -68,7 +68,7 @@ def test_forward_products_agree_with_the_closed_form(shape: str, data: st.DataOb
 
 @pytest.mark.parametrize(("shape", "seed"), [*((shape, 1) for shape in SINGLE if shape in NESTED), ("nested_twice", 0)])
 def test_forward_products_agree_with_the_closed_form_when_nested(shape: str, seed: int) -> None:
-    """Seconds each, so not drawn."""
+    """Each case takes seconds, so none is drawn."""
     assert error(quadratic(shape, mlopt.Dense(products="forward"), seed=seed, size=1)) < 1e-8
 
 
@@ -83,12 +83,12 @@ def test_differences_agree_with_the_closed_form(shape: str, data: st.DataObject)
 @drawn(6)
 @given(data=st.data())
 def test_differences_agree_with_the_closed_form_when_nested(shape: str, data: st.DataObject) -> None:
-    """Differences of differences: rounding, 1e-16, is divided by the step of 1e-5 twice."""
+    """In differences of differences, rounding of 1e-16 is divided by the step of 1e-5 twice."""
     assert error(draw_case(data, shape, "finite_difference")) < 5e-5
 
 
 def test_differences_nested_twice_are_reported_as_coarse() -> None:
-    """Three differences one within another: rounding leaves two digits, and the report says so."""
+    """Rounding leaves two digits in three nested differences, and the report says so."""
     case = quadratic("nested_twice", mlopt.Dense(products="finite_difference"), seed=1, size=1)
     result = mlopt.hypergradient(case.problem)
     assert error(case) < 0.2
@@ -127,7 +127,7 @@ def test_a_ladder_of_diamonds(rungs: int, seed: int) -> None:
 @drawn(15)
 @given(data=st.data())
 def test_the_total_gradient_of_a_middle_level(shape: str, level: str, data: st.DataObject) -> None:
-    """The middle level is off its solution: the quadratic's closed form holds wherever those inside it are at theirs."""
+    """The middle level is off its solution; the closed form only needs the levels inside it at theirs."""
     estimator, seed = data.draw(exact("autograd")), data.draw(seeds)
     case = quadratic(shape, estimator, seed=seed, size=1, level=level)
     assert error(case, level) < 1e-8
@@ -160,7 +160,7 @@ def test_logistic_regression_with_sample_weights(products: str, tolerance: float
 def test_all_products_are_known_here() -> None:
     from mlopt.estimators.products import PRODUCTS as KNOWN
 
-    # Gauss-Newton is a matrix of its own, with tests of its own.
+    # Gauss-Newton is a different matrix, with separate tests.
     assert set(KNOWN) == {*PRODUCTS, "gauss_newton"}
 
 
@@ -169,6 +169,6 @@ def test_the_loss_is_reported_without_a_graph() -> None:
     result = mlopt.hypergradient(case.problem)
     batch, beta = case.problem["weights"].data[0], case.problem["regression"].module.value
     assert not result.loss.requires_grad
-    # Another formula: kernels differ between processors, and so does its rounding.
+    # Two formulas: their rounding differs, and depends on the kernels of the processor.
     expected = torch.log1p(torch.exp(-(batch @ beta))).mean().item()
     assert result.loss.item() == pytest.approx(expected, rel=1e-12)

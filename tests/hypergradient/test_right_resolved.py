@@ -1,4 +1,4 @@
-"""Law 1 where nothing is quadratic: against the outer value with the inner problems solved again at displaced variables."""
+"""Law 1 on problems that are not quadratic: differences of the outer value, with the inner problems solved again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 2
 
 
 class Quartic:
-    """A nested trilevel problem of fourth powers and bilinear, trilinear and bent couplings."""
+    """A nested trilevel problem of fourth powers and bilinear, trilinear and nonlinear couplings."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ class Quartic:
         return torch.cos(y).sum() + (z + x).square().sum() + y @ self.d @ z
 
     def solve_inner(self, y: Tensor, x: Tensor) -> Tensor:
-        """Newton to the end, then two more steps that carry a graph: exact to the second derivative."""
+        """Return the limit of Newton's method; two more steps with a graph make it exact to the second derivative."""
         z = torch.zeros(SIZE)
         for _ in range(8):
             z = self._newton(z, y.detach(), x.detach()).detach()
@@ -59,7 +59,7 @@ class Quartic:
         return torch.autograd.grad(self.total_middle(y, x), y)[0]
 
     def _solve_middle(self) -> Tensor:
-        """Newton with the Hessian of every third step: it is what costs."""
+        """Return the limit of Newton's method with a new Hessian every third step, since that is what costs time."""
         y = torch.zeros(SIZE)
         for _ in range(5):
             curvature = hessian(self.total_middle)(y, self.x)
@@ -70,7 +70,7 @@ class Quartic:
 
     def solve_middle(self, x: Tensor) -> Tensor:
         y = self.y
-        for _ in range(5):  # so near to x that each step of this chord method gains four digits
+        for _ in range(5):  # near x, each step of this chord method gains four digits
             y = y - torch.linalg.solve(self.curvature, self._slope(y, x))
         return y
 
@@ -79,7 +79,7 @@ class Quartic:
         return self.outer(x, y, self.solve_inner(y, x))
 
     def gradient(self, step: float = 1e-4) -> Tensor:
-        """Return the central differences of the outer value, every inner problem solved again."""
+        """Return central differences of the outer value, with every inner problem solved again."""
         moves = step * torch.eye(SIZE)
         values = [self.total_outer(self.x + m) - self.total_outer(self.x - m) for m in moves]
         return torch.stack(values) / (2 * step)
@@ -104,7 +104,7 @@ class Quartic:
 
 
 class Chained(Quartic):
-    """The same with a second level inside the middle one, which depends on the first: multipliers pass from one to the other."""
+    """The same with a second level inside the middle one that depends on the first, so that multipliers pass between them."""
 
     def last(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
         return (w**4).sum() / 4 + w @ w - w @ (torch.sin(z) + y * z)
@@ -112,7 +112,7 @@ class Chained(Quartic):
     def solve_last(self, z: Tensor, y: Tensor) -> Tensor:
         w = torch.zeros(SIZE)
         for k in range(10):
-            # As for z: to the end without a graph, then two steps that carry one.
+            # As for z: converge without a graph, then take two steps with one.
             pull = torch.sin(z) + y * z if k >= 8 else (torch.sin(z) + y * z).detach()
             w = (w if k >= 8 else w.detach()) - (w**3 + 2 * w - pull) / (3 * w**2 + 2)
         return w
@@ -168,7 +168,7 @@ def test_a_nested_problem_solved_again(seed: int) -> None:
     assert grad(quartic.total_middle)(quartic.y, quartic.x).norm() < 1e-10
     estimators = {"dense": mlopt.Dense(), "forward": mlopt.Dense(products="forward"), "cg": conjugate_gradient()}
     for name, estimator in estimators.items():
-        # What is left is the oracle's own error, the square of its step and rounding over it.
+        # The tolerance covers the oracle's own error: the square of its step, and rounding over it.
         assert distance(gradient_of(quartic.problem(estimator)), expected) < 1e-6, name
 
 
@@ -183,7 +183,7 @@ def test_differences_on_a_nested_problem_solved_again(seed: int) -> None:
 @drawn(10)
 @given(seed=seeds)
 def test_the_total_gradient_of_the_middle_level(seed: int) -> None:
-    """Off the middle level's solution, where a wrong multiplier is not hidden by a zero gradient."""
+    """Off the middle level's solution, a zero gradient does not hide a wrong multiplier."""
     quartic = Quartic(seed)
     problem = quartic.problem(mlopt.Dense())
     y = problem["y"].module.value.detach() + 0.3
@@ -194,7 +194,7 @@ def test_the_total_gradient_of_the_middle_level(seed: int) -> None:
 
 
 @pytest.mark.parametrize("products", ["autograd", "forward"])
-def test_the_oracle_tells_apart(products: str) -> None:
+def test_the_oracle_detects_an_error(products: str) -> None:
     quartic = Quartic(3)
     estimator = mlopt.Dense(products=products)
     problem = quartic.problem(estimator)

@@ -15,12 +15,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PLACES = ("clone", "source distribution", "wheel of a clone", "wheel of a source distribution")
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def failure(code: str) -> str:
+    """Run code that fails, in the checkout; return its error."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    return done.stderr
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
@@ -31,7 +39,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 
 
 def copied(folder: Path) -> Path:
-    """Copy the sources from the checkout, as a clone or an archive holds them."""
+    """Copy the sources from the checkout, as in a clone or an archive."""
     for name in ("mlopt", "recipes"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"):
@@ -53,19 +61,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with tarfile.open(build("sdist", clone, folder / "sdist")) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     source = next((folder / "unpacked").iterdir())
-    wheels = {name: build("wheel", tree, folder / name) for name, tree in (("of-clone", clone), ("of-sdist", source))}
-    return {
-        "clone": clone,
-        "source distribution": source,
-        "wheel of a clone": unpacked(wheels["of-clone"], folder / "installed-clone"),
-        "wheel of a source distribution": unpacked(wheels["of-sdist"], folder / "installed-sdist"),
-    }
+    of_clone, of_source = (
+        unpacked(build("wheel", tree, folder / f"wheel-{tree.name}"), folder / f"installed-{tree.name}")
+        for tree in (clone, source)
+    )
+    return dict(zip(PLACES, (clone, source, of_clone, of_source), strict=True))
 
 
-@pytest.mark.parametrize(
-    "place", ["clone", "source distribution", "wheel of a clone", "wheel of a source distribution"]
-)
-def test_mlopt_holds_the_recipes(places: dict[str, Path], place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_mlopt_contains_the_recipes(places: dict[str, Path], place: str, tmp_path: Path) -> None:
     code = """
     import importlib.resources, mlopt, mlopt.recipes
     data = importlib.resources.files("mlopt.recipes.tapweight.molecules") / "drugs.smi"
@@ -73,27 +77,22 @@ def test_mlopt_holds_the_recipes(places: dict[str, Path], place: str, tmp_path: 
     """
     code = f"import sys; sys.path.insert(0, {str(places[place])!r})\n{textwrap.dedent(code)}"
     init = places[place] / "mlopt" / "__init__.py"
-    assert run(sys.executable, "-c", code, cwd=tmp_path).split() == [
-        str(init),
-        "mlopt.recipes.tapweight.recipe",
-        "True",
-    ]
+    printed = run(sys.executable, "-c", code, cwd=tmp_path).split()
+    assert printed == [str(init), "mlopt.recipes.tapweight.recipe", "True"]
 
 
-def test_wheels_hold_the_recipes_once_and_in_mlopt(places: dict[str, Path]) -> None:
+def test_wheels_contain_the_recipes_once_and_in_mlopt(places: dict[str, Path]) -> None:
     of_clone, of_sdist = (
         {str(path.relative_to(places[place])) for path in places[place].rglob("*") if path.suffix != ".pyc"}
         for place in ("wheel of a clone", "wheel of a source distribution")
     )
     assert of_clone == of_sdist
     assert "mlopt/py.typed" in of_clone
-    assert {name.partition("/")[0] for name in of_clone} == {
-        "mlopt",
-        *(n for n in of_clone if n.endswith(".dist-info")),
-    }
+    folders = {name.partition("/")[0] for name in of_clone}
+    assert folders == {"mlopt", *(name for name in of_clone if name.endswith(".dist-info"))}
 
 
-def test_an_editable_install_holds_one_link_to_the_checkout(tmp_path: Path) -> None:
+def test_an_editable_install_contains_one_link_to_the_checkout(tmp_path: Path) -> None:
     """A copy of the recipes beside it would become stale."""
     code = f"from hatchling import build; build.build_editable({str(tmp_path)!r})"
     run(sys.executable, "-c", code, cwd=ROOT)
@@ -102,8 +101,8 @@ def test_an_editable_install_holds_one_link_to_the_checkout(tmp_path: Path) -> N
         assert archive.read(*files).decode().strip() == str(ROOT)
 
 
-def test_the_repository_holds_no_link() -> None:
-    """Git without `core.symlinks`, and zip archives on Windows, make text files of links."""
+def test_the_repository_contains_no_links() -> None:
+    """Git without `core.symlinks`, and zip archives on Windows, turn links into text files."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git repository")
     modes = {line.split()[0] for line in run("git", "ls-files", "--stage", cwd=ROOT).splitlines()}
@@ -112,18 +111,11 @@ def test_the_repository_holds_no_link() -> None:
 
 
 def test_recipes_cannot_be_imported_beside_mlopt() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import recipes"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 1
-    assert "import it as `mlopt.recipes`" in done.stderr
+    assert "import it as `mlopt.recipes`" in failure("import recipes")
 
 
 def test_an_unknown_recipe_is_named() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from mlopt.recipes import Tap"], capture_output=True, text=True, check=False
-    )
-    assert "cannot import name 'Tap'" in done.stderr
+    assert "cannot import name 'Tap'" in failure("from mlopt.recipes import Tap")
 
 
 def test_importing_mlopt_needs_no_heavy_package() -> None:
@@ -134,7 +126,7 @@ def test_importing_mlopt_needs_no_heavy_package() -> None:
 
 
 def test_importing_mlopt_takes_little_more_than_importing_torch() -> None:
-    """Ratio of medians over alternating fresh processes, by the processes' own CPU time."""
+    """Compare the medians of the CPU times of alternating fresh processes."""
     code = "import time; import {0}; print(time.process_time())"
     times: dict[str, list[float]] = {"torch": [], "mlopt": []}
     for _ in range(5):
@@ -143,7 +135,7 @@ def test_importing_mlopt_takes_little_more_than_importing_torch() -> None:
     assert statistics.median(times["mlopt"]) < 1.5 * statistics.median(times["torch"])
 
 
-def test_the_example_of_the_readme_is_the_one_that_is_tested() -> None:
+def test_the_example_of_the_readme_is_the_tested_one() -> None:
     example = (ROOT / "docs" / "examples" / "hyper_cleaning.py").read_text()
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks[0].splitlines()) > 40
@@ -151,7 +143,7 @@ def test_the_example_of_the_readme_is_the_one_that_is_tested() -> None:
 
 
 def test_hyper_cleaning_finds_the_corrupted_labels() -> None:
-    """In a process of its own, as a reader would run it."""
+    """Run the example in a separate process, as a reader would."""
     output = run(sys.executable, str(ROOT / "docs" / "examples" / "hyper_cleaning.py"))
     area = float(re.search(r"'label is intact', by weight: ([\d.]+)", output)[1])  # type: ignore[index]
     plain, reweighted = map(float, re.search(r"([\d.]+) trained on all, ([\d.]+) reweighted", output).groups())  # type: ignore[union-attr]

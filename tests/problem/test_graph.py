@@ -1,4 +1,4 @@
-"""The graph: who is solved inside whom, against a reading of the rule by brute force."""
+"""The graph: the level that each level is solved inside, compared with a brute-force reading of the rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ References = dict[str, tuple[str, ...]]
 
 @st.composite
 def references(draw: st.DrawFn, most: int = 7) -> References:
-    """Draw levels `a`, `b`, ..., outermost first, and who refers to whom; half of them densely, half sparsely."""
+    """Draw levels `a`, `b`, ..., outermost first, and their references; half of them densely, half sparsely."""
     names = "abcdefg"[: draw(st.integers(1, most))]
     likely = draw(st.integers(1, 6))
     return {
@@ -27,7 +27,7 @@ def references(draw: st.DrawFn, most: int = 7) -> References:
 
 
 def build(refs: References) -> Graph | None:
-    """Return the graph, or None where a level has no influence or solutions depend on one another in a circle."""
+    """Return the graph, or None if a level has no influence or solutions depend on one another in a circle."""
     try:
         return Graph(refs)
     except mlopt.ProblemError as error:
@@ -38,17 +38,17 @@ def build(refs: References) -> Graph | None:
 
 def paths(refs: References, start: str) -> list[tuple[str, ...]]:
     """Return every path along references, without repetition of a level."""
-    found, pending = [], [(start,)]
+    visited, pending = [], [(start,)]
     while pending:
         path = pending.pop()
-        found.append(path)
+        visited.append(path)
         pending.extend((*path, ref) for ref in refs[path[-1]] if ref not in path)
-    return found
+    return visited
 
 
 def host_by_the_rule(refs: References, name: str) -> str | None:
-    """`A level is solved inside the innermost outer level that its loss depends on, directly or through other inner levels'
-    losses; where there is none, inside the outermost.`"""
+    """Return the innermost outer level that the loss depends on, directly or through other inner levels' losses; if there
+    is none, the outermost."""
     names = list(refs)
     outer = names[: names.index(name)]
     if not outer:
@@ -64,7 +64,7 @@ def descendants(graph: Graph, name: str) -> set[str]:
 
 @drawn(150)
 @given(refs=references())
-def test_hosts_are_those_of_the_rule(refs: References) -> None:
+def test_hosts_follow_the_rule(refs: References) -> None:
     graph = build(refs)
     if graph is None:
         return
@@ -83,7 +83,7 @@ def test_hosts_are_those_of_the_rule(refs: References) -> None:
 
 @drawn(150)
 @given(refs=references())
-def test_interior_and_arguments_are_what_an_objective_depends_on(refs: References) -> None:
+def test_interior_and_arguments_are_the_dependencies_of_the_objective(refs: References) -> None:
     graph = build(refs)
     if graph is None:
         return
@@ -109,7 +109,7 @@ def test_parts_cover_the_interior_and_each_precedes_those_it_refers_to(refs: Ref
         for part in parts:
             for member in (part, *graph[part].interior):
                 owners[member].append(part)
-        # A level that two parts have inside would be pulled back twice.
+        # A level inside two parts would be pulled back twice.
         assert all(len(by) == 1 for by in owners.values())
         for before, after in itertools.combinations(parts, 2):
             used = {before, *graph[before].interior}
@@ -119,18 +119,18 @@ def test_parts_cover_the_interior_and_each_precedes_those_it_refers_to(refs: Ref
 @drawn(40)
 @given(refs=references(most=4), seed=seeds)
 def test_a_drawn_graph_has_the_hypergradient_of_its_closed_form(refs: References, seed: int) -> None:
-    """Whatever the shape: each level at the solution of its total gradient, hosts by the brute-force reading of the rule."""
+    """Each level is at the solution of its total gradient; the hosts are those of the brute-force reading of the rule."""
     if build(refs) is None:
         return
     shape = {name: (host_by_the_rule(refs, name), refs[name]) for name in refs}
     case = quadratic(shape, mlopt.Dense(), seed=seed, size=1)
-    found, exact = flat(mlopt.hypergradient(case.problem).gradient), flat(case.gradient)
-    assert (found - exact).norm() <= 1e-8 * (1 + exact.norm())
+    gradient, exact = flat(mlopt.hypergradient(case.problem).gradient), flat(case.gradient)
+    assert (gradient - exact).norm() <= 1e-8 * (1 + exact.norm())
 
 
 @drawn(150)
 @given(refs=references())
-def test_what_is_refused_is_refused_for_a_reason(refs: References) -> None:
+def test_a_level_without_influence_is_refused(refs: References) -> None:
     names = list(refs)
     reached = {path[-1] for path in paths(refs, names[0])}
     if reached != set(names):
@@ -150,7 +150,7 @@ def test_a_circle_of_solutions_is_refused() -> None:
 def circles() -> list[References]:
     """Return the graphs of up to four levels whose solutions depend on one another in a circle."""
     names = "abcd"
-    found = []
+    circular = []
     for chosen in itertools.product([0, 1], repeat=12):
         edges = iter(chosen)
         refs = {n: tuple(o for o in names if o != n and next(edges)) for n in names}
@@ -158,12 +158,12 @@ def circles() -> list[References]:
             Graph(refs)
         except mlopt.ProblemError as error:
             if "circle" in str(error):
-                found.append(refs)
-    return found
+                circular.append(refs)
+    return circular
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_shapes_of_the_closed_forms(shape: str) -> None:
+def test_the_hosts_of_the_closed_forms(shape: str) -> None:
     graph = quadratic(shape, mlopt.Dense()).problem.graph
     assert {name: graph[name].host for name in graph.names} == {name: host for name, (host, _) in SHAPES[shape].items()}
     nested = any(graph[name].parts for name in graph.names[1:])
@@ -193,7 +193,7 @@ def test_nested() -> None:
 
 @drawn(10)
 @given(rungs=st.integers(1, 12))
-def test_a_ladder_is_one_order_of_all_its_levels(rungs: int) -> None:
+def test_the_parts_of_a_ladder_are_all_its_levels_in_order(rungs: int) -> None:
     shape = ladder(rungs)
     parts = Graph({name: refs for name, (_, refs) in shape.items()})["outer"].parts
     assert sorted(parts) == sorted(set(shape) - {"outer"})

@@ -1,4 +1,4 @@
-"""Losses that say they are mixtures, and terms that look at no batch: the same hypergradient for less work."""
+"""Mixtures and regularizers yield the same hypergradient as the full loss, for less work."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Heads(nn.Module):
 
 
 def apart(network: Heads, batch: Tensor, *, weights: nn.Module) -> mlopt.Mixture:
-    """A network pass for each task, called one after the other: each draws a mask of its own."""
+    """One network pass per task, one after the other; each draws its own mask."""
     losses = {f"task {k}": lambda k=k: network.task(k, network.trunk(batch)) for k in range(TASKS)}
     return mlopt.Mixture(losses, weights="weights")
 
@@ -68,7 +68,7 @@ def logged(network: Heads, batch: Tensor, *, weights: nn.Module) -> dict[str, An
 
 
 def functions_of_one_pass(network: Heads, batch: Tensor, *, weights: nn.Module) -> mlopt.Mixture:
-    """Functions, and a trunk that they share all the same."""
+    """Functions that share a trunk."""
     hidden = network.trunk(batch)
     return mlopt.Mixture([lambda k=k: network.task(k, hidden) for k in range(TASKS)], weights="weights")
 
@@ -111,7 +111,7 @@ def rule(products: str) -> mlopt.Implicit:
 @pytest.mark.parametrize("products", PRODUCTS)
 @drawn(3)
 @given(seed=seeds)
-def test_a_mixture_is_the_sum_it_says(mixed: Any, full: Any, products: str, seed: int) -> None:
+def test_a_mixture_is_its_weighted_sum(mixed: Any, full: Any, products: str, seed: int) -> None:
     expected = gradient_of(build(full, rule("autograd"), seed))
     assert distance(gradient_of(build(mixed, rule(products), seed)), expected) < TOLERANCE[products]
 
@@ -124,7 +124,7 @@ def test_functions_may_share_a_graph(products: str) -> None:
 
 @pytest.mark.parametrize("products", ["autograd", "forward"])
 def test_the_mixed_product_of_a_mixture_takes_no_second_derivative(products: str) -> None:
-    """A kernel that has none does not stand in the way, where the solver needs none either."""
+    """A kernel without one works if the solver needs none either."""
 
     def distances(network: Heads, batch: Tensor, *, weights: nn.Module) -> mlopt.Mixture:
         hidden = network.trunk(batch)
@@ -140,11 +140,11 @@ def test_the_mixed_product_of_a_mixture_takes_no_second_derivative(products: str
     linearization = problem["network"].estimator.linearize(point_of(problem), "network")
     generator = torch.Generator().manual_seed(1)
     direction = tuple(torch.randn(p.shape, generator=generator) for p in problem["network"].parameters)
-    found = linearization.product({"network": direction}, ["weights"])["weights"]
+    product = linearization.product({"network": direction}, ["weights"])["weights"]
     plain = build(in_full, mlopt.FiniteDifference(), 1, regularizer=None)
     other = plain["network"].estimator.linearize(point_of(plain), "network")
     expected = other.product({"network": direction}, ["weights"])["weights"]
-    assert distance(torch.cat([*found]), torch.cat([*expected])) < 1e-6
+    assert distance(torch.cat([*product]), torch.cat([*expected])) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -159,19 +159,18 @@ def test_a_mixture_and_a_regularizer_of_the_same_weights(products: str) -> None:
         return together_in_full(network, batch, weights=weights) + shrink(network, weights=weights)
 
     expected = gradient_of(build(in_full, rule("autograd"), 0, regularizer=None))
-    found = gradient_of(build(together, rule(products), 0, regularizer=shrink))
-    assert distance(found, expected) < TOLERANCE[products]
+    assert distance(gradient_of(build(together, rule(products), 0, regularizer=shrink)), expected) < TOLERANCE[products]
 
 
 class Noisy(Simplex):
-    """Weights that are drawn anew at each call."""
+    """Weights that are drawn again at each call."""
 
     def forward(self) -> Tensor:
         return (self.logits + torch.randn(TASKS)).softmax(0)
 
 
 @pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
-def test_weights_that_draw_see_the_numbers_of_the_loss(products: str) -> None:
+def test_random_weights_see_the_random_numbers_of_the_loss(products: str) -> None:
     def outer(weights: Simplex, batch: Tensor, *, network: Heads) -> Tensor:
         return network.task(0, network.trunk(batch)) + weights.logits.square().sum()
 
@@ -186,7 +185,7 @@ def test_weights_that_draw_see_the_numbers_of_the_loss(products: str) -> None:
 
 
 def pull(network: nn.Module, *, weights: nn.Module) -> Tensor:
-    """A proximal coupling: of all the loss, the only term that names the weights."""
+    """A proximal coupling: the only term that depends on the weights."""
     return sum((p.mean() - weights()[0]).square() for p in network.parameters()) * 2
 
 
@@ -203,10 +202,10 @@ def test_a_regularizer_is_a_term_of_the_loss(products: str, seed: int) -> None:
         return data_term(network, batch) + pull(network, weights=weights)
 
     expected = mlopt.hypergradient(build(in_full, rule("autograd"), seed, regularizer=None))
-    found = mlopt.hypergradient(build(data_term, rule(products), seed, regularizer=pull))
-    assert distance(found.gradient["logits"], expected.gradient["logits"]) < TOLERANCE[products]
-    # The same terms, which each formula may add in an order of its own.
-    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-13)
+    result = mlopt.hypergradient(build(data_term, rule(products), seed, regularizer=pull))
+    assert distance(result.gradient["logits"], expected.gradient["logits"]) < TOLERANCE[products]
+    # The two formulas add the same terms in different orders.
+    assert float(result.loss) == pytest.approx(float(expected.loss), rel=1e-13)
 
 
 def test_a_regularizer_of_the_outermost_level_counts() -> None:
@@ -220,7 +219,7 @@ def test_a_regularizer_of_the_outermost_level_counts() -> None:
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
-def test_a_pullback_through_a_regularizer_alone_passes_over_no_data(products: str) -> None:
+def test_a_pullback_through_a_regularizer_alone_does_not_evaluate_the_loss(products: str) -> None:
     loss, coupling = Calls(data_term), Calls(pull)
     problem = build(loss, mlopt.Identity(products=products), 0, regularizer=coupling)
     mlopt.hypergradient(problem)
@@ -228,7 +227,7 @@ def test_a_pullback_through_a_regularizer_alone_passes_over_no_data(products: st
     assert loss.count == 0
 
 
-def test_what_a_mixture_may_hold_is_checked() -> None:
+def test_the_losses_and_weights_of_a_mixture_are_checked() -> None:
     def unnamed(network: Heads, batch: Tensor) -> mlopt.Mixture:
         return mlopt.Mixture([lambda: ridge(network)], weights="weights")
 
@@ -255,7 +254,7 @@ def test_what_a_mixture_may_hold_is_checked() -> None:
         mlopt.hypergradient(build(unnamed, rule("autograd"), 0, regularizer=pull))
 
 
-def test_what_a_loss_may_return_is_checked() -> None:
+def test_the_value_of_a_loss_is_checked() -> None:
     returned: Any = None
 
     def loss(network: Heads, batch: Tensor, *, weights: nn.Module) -> Any:

@@ -104,7 +104,7 @@ def test_every_evaluation_goes_through_the_gate(use: str, rule: str, loss: Calla
     evaluations: Counter[tuple[str, bool]] = Counter()
 
     def wrap(function: Callable[..., Any], gate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # from which the references are read
+        @functools.wraps(function)  # the references are read from the original
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             evaluations[function.__name__, sys._getframe(1).f_code is gate.__code__] += 1
             return function(*args, **kwargs)
@@ -116,7 +116,7 @@ def test_every_evaluation_goes_through_the_gate(use: str, rule: str, loss: Calla
 
 
 def parts() -> tuple[Objective, Callable[[Tensor], Tensor], Tensor]:
-    """Return the objective of the network, and the same as a function of one vector, with the point."""
+    """Return the objective of the network, the same objective as a function of one vector, and the point."""
     problem = build(mlopt.Identity(), plain)
     point = point_of(problem)
     network, weights = problem["network"], problem["weights"]
@@ -143,8 +143,8 @@ def test_value_and_derivatives_are_sums_over_the_terms() -> None:
     expected = function(at)
     assert torch.allclose(objective.value(), expected)
     assert objective.number() == pytest.approx(float(expected))
-    found = flat(objective.derivatives(["network", "weights", "elsewhere"]))
-    assert torch.allclose(found, torch.func.grad(function)(at))
+    gradient = flat(objective.derivatives(["network", "weights", "elsewhere"]))
+    assert torch.allclose(gradient, torch.func.grad(function)(at))
 
 
 @pytest.mark.parametrize("kind", ["autograd", "forward", "finite_difference"])
@@ -156,7 +156,7 @@ def test_products_are_sums_over_the_terms(kind: str) -> None:
     along = {block: tuple(next(pieces).view_as(p) for p in vectors) for block, vectors in values.items()}
     products = SecondDerivatives(objective, PRODUCTS[kind])
     expected = torch.func.jvp(torch.func.grad(function), (at,), (direction,))[1]
-    # Differences of first derivatives, at a relative step of 1e-5, are good to its square.
+    # Differences of first derivatives at a relative step of 1e-5 have an error of its square.
     assert torch.allclose(flat(products(along, ["network", "weights"])), expected, rtol=1e-6, atol=1e-7)
     assert (products.step is not None) == (kind == "finite_difference")
     gradient = torch.func.grad(function)(at)

@@ -1,4 +1,4 @@
-"""Streams of batches: the order depends on the seed, and on nothing else."""
+"""Streams of batches: the order depends only on the seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shuffled(count: int = 12, batch: int = 3) -> DataLoader[Any]:
 
 
 class Augmented(Dataset[Tensor]):
-    """Rows with noise of all three kinds drawn on access."""
+    """Rows with noise from all three generators, drawn on access."""
 
     def __len__(self) -> int:
         return 6
@@ -37,7 +37,7 @@ class Augmented(Dataset[Tensor]):
 
 
 class Growing:
-    """Data without a length, of which each epoch is one batch longer."""
+    """Data without a length; each epoch is one batch longer than the last."""
 
     def __init__(self) -> None:
         self.epochs = 0
@@ -61,7 +61,7 @@ def states() -> list[Any]:
 
 @drawn(15)
 @given(seed=seeds, noise=st.lists(st.integers(0, 3), min_size=10, max_size=10))
-def test_the_order_depends_on_the_seed_alone(seed: int, noise: list[int]) -> None:
+def test_the_order_depends_only_on_the_seed(seed: int, noise: list[int]) -> None:
     quiet = take(Stream("a", shuffled(), seed, CPU), 10)
     stream, loud = Stream("a", shuffled(), seed, CPU), []
     for count in noise:
@@ -76,7 +76,7 @@ def test_the_order_depends_on_the_seed_alone(seed: int, noise: list[int]) -> Non
 
 @drawn(10)
 @given(seed=seeds)
-def test_augmentation_depends_on_the_seed_alone(seed: int) -> None:
+def test_augmentation_depends_only_on_the_seed(seed: int) -> None:
     runs = []
     for disturbance in range(2):
         stream = Stream("a", DataLoader(Augmented(), 2, shuffle=True), seed, CPU)
@@ -88,13 +88,13 @@ def test_augmentation_depends_on_the_seed_alone(seed: int) -> None:
             random.seed(disturbance)
         runs.append(rows)
     assert runs[0] == runs[1]
-    # And the noise of one epoch is not that of the next.
+    # The noise differs from epoch to epoch.
     numbers = [number for batch in runs[0] for row in batch for number in row[1:]]
     assert len(set(numbers)) == len(numbers)
 
 
 @pytest.mark.parametrize("data", [DataLoader(Augmented(), 2, shuffle=True), [torch.ones(2)]], ids=["loader", "list"])
-def test_drawing_leaves_the_global_generators_alone(data: Any) -> None:
+def test_drawing_does_not_change_the_global_generators(data: Any) -> None:
     before = states()
     stream = Stream("a", data, 0, CPU)
     for _ in range(8):
@@ -104,14 +104,14 @@ def test_drawing_leaves_the_global_generators_alone(data: Any) -> None:
 
 @drawn(15)
 @given(seed=seeds)
-def test_each_epoch_holds_every_sample_once_in_an_order_of_its_own(seed: int) -> None:
+def test_each_epoch_holds_every_sample_once_in_a_different_order(seed: int) -> None:
     stream = Stream("a", shuffled(24, 4), seed, CPU)
     epochs = [[row for batch in take(stream, 6) for row in batch] for _ in range(3)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_seeds_and_levels_have_orders_of_their_own() -> None:
+def test_the_order_differs_between_seeds_and_levels() -> None:
     orders = {(name, seed): str(take(Stream(name, shuffled(), seed, CPU), 4)) for name in "ab" for seed in (0, 1)}
     assert len(set(orders.values())) == 4
 
@@ -125,12 +125,12 @@ def test_epoch_and_position() -> None:
     assert places == [(0, 1, 0), (0, 2, 1), (1, 1, 0), (1, 2, 1), (2, 1, 0)]
 
 
-def test_each_epoch_iterates_the_data_anew() -> None:
+def test_each_epoch_iterates_the_data_again() -> None:
     stream = Stream("a", Growing(), 0, CPU)
     assert [stream.next() for _ in range(6)] == [0, 0, 1, 0, 1, 2]
 
 
-def test_no_data_gives_none() -> None:
+def test_batches_without_data_are_none() -> None:
     stream = Stream("a", None, 0, CPU)
     assert [stream.next() for _ in range(3)] == [None, None, None]
 
@@ -149,7 +149,7 @@ class Pair(NamedTuple):
 
 
 class Graph:
-    """What moves itself, as batches of torch-geometric do."""
+    """A batch that moves itself, like those of torch-geometric."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -159,7 +159,7 @@ class Graph:
 
 
 def test_every_tensor_in_a_batch_is_moved() -> None:
-    """To `meta`, which every machine has."""
+    """The device is `meta`, because every machine has it."""
     x = torch.ones(2)
     batch = {"pair": Pair(x, "name"), "list": [x, (x, 3)], "graph": Graph(), "more": OrderedDict(x=x), "none": None}
     moved = to_device(batch, torch.device("meta"))

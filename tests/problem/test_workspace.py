@@ -1,4 +1,4 @@
-"""A workspace keeps the caches and the standalone calls of a problem; examinations take one of their own."""
+"""A workspace keeps the caches and the standalone calls of a problem; check and diagnose use one of their own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def outer(weights: nn.Module, batch: Tensor, *, network: nn.Module) -> Tensor:
 
 
 def build() -> mlopt.Problem:
-    """Return a problem with shuffled data, curvature data, a mixture and forward products: all that a workspace keeps."""
+    """Return a problem with shuffled data, curvature data, a mixture and forward products, to fill a workspace."""
     torch.manual_seed(0)
     data = torch.randn(12, 3)
     loader = partial(DataLoader, data, batch_size=4, shuffle=True)
@@ -53,7 +53,7 @@ def drawn(problem: mlopt.Problem) -> Tensor:
     ids=["dense", "resolve", "diagnose"],
 )
 @pytest.mark.parametrize("calls", [0, 1])
-def test_examinations_leave_the_workspace_as_it_is(examine: Callable[[mlopt.Problem], Any], calls: int) -> None:
+def test_check_and_diagnose_do_not_change_the_workspace(examine: Callable[[mlopt.Problem], Any], calls: int) -> None:
     problem, undisturbed = build(), build()
     for _ in range(calls):
         assert torch.equal(drawn(problem), drawn(undisturbed))
@@ -71,7 +71,7 @@ def test_a_fresh_workspace_begins_with_the_first_batch_and_draw() -> None:
 
 
 @pytest.mark.parametrize("loads", [1, 2], ids=["used", "saved again before it is used"])
-def test_a_loaded_workspace_draws_on(loads: int) -> None:
+def test_a_loaded_workspace_continues_the_draws(loads: int) -> None:
     problem, resumed = build(), build()
     drawn(problem)
     state = problem.workspace.state_dict()

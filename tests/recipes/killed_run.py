@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import mlopt
 from mlopt.recipes import TapWeight
-from mlopt.recipes.tapweight.recipe import Settings
+from mlopt.recipes.tapweight.encoder import Encoder
+from mlopt.recipes.tapweight.settings import Settings
 
 STEPS = 16
 
 
-class Dropping(nn.Module):
+class Dropping(Encoder):
     width = 4
 
     def __init__(self):
@@ -27,16 +28,6 @@ class Dropping(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         return nn.functional.dropout(self.norm(self.layer(batch)).tanh(), 0.3, self.training)
-
-
-class Began(mlopt.Callback):
-    """Makes a file when the first phase begins to step, so that moments can be counted from there."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def on_train_begin(self, run: mlopt.solving.Run) -> None:
-        self._file.touch()
 
 
 def main(folder: Path, began: Path) -> None:
@@ -63,12 +54,14 @@ def main(folder: Path, began: Path) -> None:
         estimator=mlopt.ConjugateGradient(iterations=2, warm_start=True, damping=1e-2),
         seed=3,
     )
+    recipe.prepare()
+    began.touch()  # moments are counted from here
     log = mlopt.CSVLogger(folder / "log.csv")
     result = recipe.fit(
         STEPS,
         checkpoint=mlopt.Checkpoints(folder / "checkpoints", every=1),
         resume=True,
-        callbacks=[log, Began(began)],
+        callbacks=[log],
         progress=False,
     )
     result.save(folder)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError
 
+from mlopt.recipes.tapweight import encoder
 from mlopt.recipes.tapweight.objective import Objective
 from mlopt.recipes.tapweight.task import Task
 
 F64 = torch.float64
 
 
-class Encoder(nn.Module):
+class Encoder(encoder.Encoder):
     width = 4
 
     def __init__(self):

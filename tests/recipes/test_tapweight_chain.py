@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import SGD
 
 import mlopt
-from mlopt.recipes.tapweight.levels import Parts, Pretraining, three_levels
-from mlopt.recipes.tapweight.proximal import Proximal
-from mlopt.recipes.tapweight.signals import judge, verdict
+from mlopt.recipes.tapweight.methods.levels import Chunks, three_levels
+from mlopt.recipes.tapweight.methods.proximal import Proximal
+from mlopt.recipes.tapweight.models import Pretraining
+from mlopt.recipes.tapweight.significance import judge, verdict
 
 F64 = torch.float64
 
@@ -95,7 +96,7 @@ def test_parts_of_a_batch_count_as_the_whole_and_go_through_the_encoder_one_by_o
     assert set(rows) == {6}
     rows.clear()
     # Of sizes that differ: a mean of means would be another number.
-    parts = Parts(batches["reweighting"].split([2, 4]))
+    parts = Chunks(batches["reweighting"].split([2, 4]))
     cut = mlopt.hypergradient(problem, {**batches, "reweighting": parts}, seed=3)
     assert set(rows) == {2, 4}
     torch.testing.assert_close(cut.loss, whole.loss, rtol=1e-12, atol=0)

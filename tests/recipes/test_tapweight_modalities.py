@@ -13,7 +13,7 @@ import pytest
 from mlopt.recipes import tapweight
 
 FOLDER = Path(tapweight.__file__).parent
-COMMON = sorted(path.name for path in FOLDER.glob("*.py"))
+COMMON = sorted(str(path.relative_to(FOLDER)) for part in (".", "methods") for path in (FOLDER / part).glob("*.py"))
 #: What a level, its weights and its coupling would have to name to know what they work on.
 WORDS = r"molecul|smiles|graph|atom|token|sentence|embedding|transformers|torch_geometric|rdkit"
 
@@ -38,13 +38,13 @@ def test_what_is_common_imports_no_modality(name: str) -> None:
     assert not [one for one in imported(FOLDER / name) if modality.search(one)]
 
 
-@pytest.mark.parametrize("name", ["levels.py", "weights.py", "proximal.py"])
-def test_the_levels_name_nothing_of_either(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in COMMON if name.startswith("methods")])
+def test_the_methods_name_nothing_of_either(name: str) -> None:
     assert not re.findall(WORDS, (FOLDER / name).read_text(), re.IGNORECASE)
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {"levels.py", "weights.py", "proximal.py", "command.py", "configuration.py", "recipe.py"} <= set(COMMON)
+    assert {"methods/levels.py", "methods/fixed.py", "command.py", "configuration.py", "recipe.py"} <= set(COMMON)
     assert imported(FOLDER / "text" / "encoder.py") >= {"transformers"}
 
 
@@ -54,6 +54,6 @@ def test_there_is_something_to_look_at() -> None:
 )
 def test_one_modality_does_without_the_packages_of_the_other(modality: str, others: tuple[str, ...]) -> None:
     missing = "; ".join(f"sys.modules[{name!r}] = None" for name in others)
-    code = f"import sys; {missing}; import mlopt.recipes.tapweight.{modality}.command as c; print(c.main.__name__)"
+    code = f"import sys; {missing}; import mlopt.recipes.tapweight.{modality}.modality as m; print(m.main.args[0].name)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "main\n", done.stderr
+    assert done.stdout == f"{modality}\n", done.stderr

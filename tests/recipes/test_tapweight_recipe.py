@@ -15,14 +15,14 @@ from torch import nn
 
 import mlopt
 from mlopt.recipes import TapWeight
-from mlopt.recipes.tapweight.recipe import Settings
-from mlopt.recipes.tapweight.training import Score, finetune
+from mlopt.recipes.tapweight.finetuning import Score, finetune
+from mlopt.recipes.tapweight.settings import Settings
 
 SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
 
 
-class Saved(Encoder):
-    """An encoder that can be saved."""
+class Kept(Encoder):
+    """An encoder that saves itself in its own way."""
 
     def save(self, folder):
         folder.mkdir()
@@ -38,11 +38,11 @@ def task(count=24):
     return Task({split: list(torch.randn(count, 3, dtype=F64)) for split in ("train", "valid", "test")})
 
 
-def tapweight(objectives=None, corpus=None, **arguments):
+def tapweight(objectives=None, corpus=None, encoder=Kept, **arguments):
     torch.manual_seed(2)
     objectives = objectives or [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
     corpus = list(torch.randn(40, 3, dtype=F64)) if corpus is None else corpus
-    return TapWeight(Saved(), objectives, task(), corpus, **{"settings": SETTINGS, **arguments})
+    return TapWeight(encoder(), objectives, task(), corpus, **{"settings": SETTINGS, **arguments})
 
 
 class Constant(Reconstruct):
@@ -86,7 +86,10 @@ def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sent
         (lambda: tapweight([Reconstruct("a", 1.0), Reconstruct("a", 2.0)]), "two objectives of one name"),
         (lambda: tapweight(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
         (lambda: tapweight().fit(3, progress=False), "moves the weights 3 times"),
-        (lambda: tapweight().fit(4, baselines=["none"], progress=False), "unknown baseline 'none'"),
+        (
+            lambda: tapweight().fit(4, methods=["none"], progress=False),
+            "there is no method 'none'; there are 'direct', 'equal'",
+        ),
         (lambda: Settings(gamma=0.0), "gamma=0.0; it must be a finite number > 0"),
         (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),
         (lambda: Settings(scale="norm"), "scale='norm'; it must be one of 'gradient', 'none'"),
@@ -98,13 +101,14 @@ def test_what_cannot_be_run_is_said(make, sentence):
 
 
 def test_a_run_returns_and_saves_what_it_learned(tmp_path):
-    made = tapweight()
-    before = {name: tensor.clone() for name, tensor in made.encoder.state_dict().items()}
-    result = made.fit(8, progress=False)
+    torch.manual_seed(2)
+    start = Kept()
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    result = tapweight(encoder=lambda: start).fit(8, progress=False)
     assert sum(result.weights.values()) == pytest.approx(1.0, abs=1e-6)
     assert all(weight > 0 for weight in result.weights.values())
     assert set(result.scores) == {"direct", "equal", "tapweight"}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in made.encoder.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
     assert not torch.equal(result.encoder.layer.weight, before["layer.weight"])
 
     result.save(tmp_path)
@@ -141,15 +145,14 @@ def test_a_run_depends_on_its_seed_and_on_nothing_drawn_before():
 def test_a_measurement_takes_no_more_examples_at_once_than_a_step():
     rows = []
 
-    class Noting(Saved):
+    class Noting(Kept):
         def forward(self, batch):
             if not self.training and torch.is_grad_enabled():  # the validation examples, not those that are scored
                 rows.append(len(batch))
             return super().forward(batch)
 
-    made = tapweight(settings=attrs.evolve(SETTINGS, valid_batch_size=5))
-    made.encoder = Noting()
-    made.fit(6, baselines=(), progress=False)
+    made = tapweight(encoder=Noting, settings=attrs.evolve(SETTINGS, valid_batch_size=5))
+    made.fit(6, methods=["tapweight"], progress=False)
     # Steps on batches of 5; measurements on halves of 12, in parts of 5, 5 and 2.
     assert set(rows) == {5, 2}
 
@@ -171,9 +174,8 @@ def test_equal_weights_take_as_many_steps_as_tapweight():
 
 
 def test_an_encoder_without_save_is_written_as_safetensors(tmp_path):
-    made = tapweight()
-    made.encoder = Encoder()
-    result = made.fit(8, baselines=(), progress=False)
+    made = tapweight(encoder=Encoder)
+    result = made.fit(8, methods=["tapweight"], progress=False)
     result.save(tmp_path)
     state = load_file(tmp_path / "encoder" / "model.safetensors")
     assert torch.equal(state["layer.weight"], result.encoder.layer.weight)
@@ -227,8 +229,8 @@ def test_a_useful_objective_gains_and_the_measurement_says_so():
     corpus = list(torch.randn(200, 3, dtype=F64, generator=generator))
     torch.manual_seed(0)
     objectives = [Itself("itself", 1.0), Unpredictable("unpredictable", 1.0)]
-    result = TapWeight(Saved(), objectives, FixedTask(splits), corpus, settings=settings).fit(
-        100, baselines=(), progress=False
+    result = TapWeight(Kept(), objectives, FixedTask(splits), corpus, settings=settings).fit(
+        100, methods=["tapweight"], progress=False
     )
     assert result.weights["itself"] > 0.7
     assert result.signals["itself"].significant
@@ -258,17 +260,9 @@ def test_the_epoch_is_chosen_on_validation_and_the_test_split_scored_once_at_it(
 
     torch.manual_seed(0)
     splits = {split: list(torch.randn(16, 3, dtype=F64)) for split in ("train", "valid", "test")}
-    score = finetune(
-        Encoder(),
-        Told(splits),
-        epochs=3,
-        learning_rate=0.1,
-        batch_size=8,
-        freeze_encoder=False,
-        seed=0,
-        solve=partial(mlopt.solve, progress=False),
-    )
+    settings = attrs.evolve(SETTINGS, epochs=3, finetune_lr=0.1)
+    finetuned = finetune(Encoder(), Told(splits), settings, seed=0, solve=partial(mlopt.solve, progress=False))
     assert [split for split, _ in states] == ["valid"] * 3 + ["test"]
-    assert score == Score(valid=made[chosen - 1], test=7.0, epoch=chosen)
+    assert finetuned.score == Score(valid=made[chosen - 1], test=7.0, epoch=chosen)
     assert torch.equal(states[-1][1], states[chosen - 1][1])
     assert not torch.equal(states[0][1], states[1][1])

@@ -1,4 +1,4 @@
-"""A run that hands out rows as `solve` does, with nothing to solve: callbacks see no difference."""
+"""Callbacks made of functions, and runs that pass rows to callbacks as `solve` does, without a problem."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ from typing import Any
 
 from mlopt.solving import Callback, History
 
-__all__ = ["play", "play_on", "play_until_killed"]
+__all__ = ["after_each_step", "callback", "play", "play_on", "play_until_killed"]
 
 Rows = Sequence[dict[str, float]]
+
+
+def callback(**hooks: Callable[..., Any]) -> Callback:
+    """Return a callback with these hooks, for example `on_step_end=lambda run: ...`."""
+    watcher = Callback()
+    for name, hook in hooks.items():
+        assert hasattr(watcher, name), name
+        setattr(watcher, name, hook)
+    return watcher
+
+
+def after_each_step(act: Callable[[str, Any], Any]) -> Callback:
+    """Return a callback that calls `act` with the level's name and the run after each step of each level."""
+
+    def on_train_begin(run: Any) -> None:
+        for level, optimizer in run.engine.optimizers.items():
+            optimizer.register_step_post_hook(lambda *_, level=level: act(level, run))
+
+    return callback(on_train_begin=on_train_begin)
 
 
 def play(
@@ -23,18 +42,18 @@ def play(
     killed_at: int = 0,
     status: str = "completed",
 ) -> Any:
-    """Play rows to a callback; return the run.
+    """Pass rows to a callback; return the run.
 
     A row's columns "evaluation/..." are an evaluation after that step. The order within a step is: step, evaluation, log,
-    checkpoint. With `killed_at` the run is killed after so many steps, and resumed from the checkpoint of `save_at` by a
-    callback that knows nothing but the saved state.
+    checkpoint. With `killed_at` the run is killed after that many steps, and resumed from the checkpoint of `save_at` by a
+    new callback that gets only the saved state.
     """
     saved = play_until_killed(rows, make, log_every, save_at, killed_at) if killed_at else None
     return play_on(rows, make, saved, log_every, status)
 
 
 def play_until_killed(rows: Rows, make: Callable[[], Callback], log_every: int, save_at: int, killed_at: int) -> Any:
-    """Play the first rows, and no end; return what a checkpoint after `save_at` steps holds."""
+    """Pass the first rows, without ending the run; return the content of a checkpoint after `save_at` steps."""
     watch, run = make(), _run(rows, [])
     watch.on_train_begin(run)
     _steps(rows, watch, run, log_every, range(save_at))
@@ -45,7 +64,7 @@ def play_until_killed(rows: Rows, make: Callable[[], Callback], log_every: int, 
 
 
 def play_on(rows: Rows, make: Callable[[], Callback], saved: Any, log_every: int, status: str = "completed") -> Any:
-    """Play the rows that a checkpoint does not hold, and the end; return the run."""
+    """Pass the rows after a checkpoint, and end the run; return it."""
     state, earlier = saved or (None, [])
     watch, run = make(), _run(rows, earlier)
     if state is not None:

@@ -1,14 +1,11 @@
-"""States, folders of checkpoints and comparisons that the tests of saving share."""
+"""States, folders of checkpoints and damages that the tests of saving share."""
 
 from __future__ import annotations
 
-import struct
 import tempfile
 import warnings
-from collections import deque
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mlopt.errors import CheckpointWarning
@@ -16,35 +13,8 @@ from mlopt.solving import serialization
 from mlopt.solving.checkpoints import Checkpoints
 
 
-def same(one, other):
-    """Return whether two trees are of the same types, order, shapes and bits."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)
-    if isinstance(one, np.ndarray | np.generic):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-    if isinstance(one, float):
-        return struct.pack("d", one) == struct.pack("d", other)
-    if isinstance(one, dict):
-        return len(one) == len(other) and all(
-            same(a, b) and same(one[a], other[b]) for a, b in zip(one, other, strict=True)
-        )
-    if isinstance(one, list | tuple | deque):
-        return (
-            len(one) == len(other)
-            and all(map(same, one, other))
-            and getattr(one, "maxlen", 0) == getattr(other, "maxlen", 0)
-        )
-    return one == other
-
-
-def bits(tensor):
-    return tensor.detach().contiguous().clone().untyped_storage().tolist()
-
-
 def through(state, folder=None):
-    """Return what is read of what is written."""
+    """Write a state to files and read it back."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         serialization.write(Path(place), state)
         return serialization.read(Path(place))
@@ -54,7 +24,7 @@ FILES = ("manifest.json", "state.json", "tensors.safetensors")
 
 
 def state_of(step, length=20):
-    """Return a state of which every part says its step."""
+    """Return a state whose every part encodes its step."""
     return {"step": step, "weights": torch.full((length,), step, dtype=torch.int64), "log": [{"x": float(step)}] * 3}
 
 
@@ -68,7 +38,7 @@ def names(folder):
 
 
 def saved(folder, *steps, scores=None, **options):
-    """Return checkpoints that have saved these steps, in this order."""
+    """Return checkpoints after saving these steps, in this order."""
     checkpoints = Checkpoints(folder, **options)
     for k, step in enumerate(steps):
         checkpoints.save(step, state_of(step), scores[k] if scores else None)
@@ -76,7 +46,7 @@ def saved(folder, *steps, scores=None, **options):
 
 
 def newest(checkpoints):
-    """Return the step of the newest complete checkpoint, its content checked, and the warnings that came."""
+    """Return the step of the newest complete checkpoint and the warnings raised; check its content."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step, folder, state = checkpoints.newest()

@@ -1,4 +1,4 @@
-"""What callbacks do, and that a run which was killed and resumed leaves what an uninterrupted one leaves."""
+"""Callbacks; a run that was killed and resumed leaves the same files as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import mlopt
 from mlopt.solving import History, write_csv
 
 finite_or_not = st.floats(allow_nan=True, allow_infinity=True)
-#: A level's loss at each step, and now and then an evaluation.
+#: A level's loss at each step, and sometimes an evaluation.
 drawn_rows = st.lists(
     st.fixed_dictionaries(
         {"net/loss": finite_or_not}, optional={"evaluation/a,b": finite_or_not, "net/é": finite_or_not}
@@ -39,7 +39,7 @@ def losses(*values, key="net/loss"):
 
 
 def stopped(rows, metric, patience, **arguments):
-    """Return the step at which early stopping ended the run; 0 where it did not."""
+    """Return the step at which early stopping ended the run; 0 if it did not."""
     names = ("greater_is_better", "min_delta")
     own = {name: arguments.pop(name) for name in names if name in arguments}
     run = play(rows, lambda: mlopt.EarlyStopping(metric, patience, **own), **arguments)
@@ -62,7 +62,7 @@ def same_bits(first, second):
         ([3, 2.8, 2.6, 2.4], {"min_delta": 0.5}, 3),
         # Measured from the best value, not from the previous one.
         ([3, 2.8, 2.4, 2.2, 2.0], {"min_delta": 0.5}, 5),
-        # A step of exactly min_delta is none.
+        # A decrease of exactly min_delta is not an improvement.
         ([3, 2.5, 2.5], {"min_delta": 0.5}, 3),
         ([math.nan, math.nan, 1], {}, 2),
         ([math.nan, 5, math.nan, 4, math.nan, math.nan], {}, 6),
@@ -72,14 +72,14 @@ def same_bits(first, second):
         ([1, math.inf, math.inf], {"greater_is_better": True, "min_delta": 0.1}, 0),
     ],
 )
-def test_early_stopping_ends_the_run_where_it_should(values, arguments, step):
+def test_early_stopping_ends_the_run_at_the_expected_step(values, arguments, step):
     assert stopped(losses(*values), "net/loss", 2, **arguments) == step
     evaluations = losses(*values, key="evaluation/m")
     assert stopped(evaluations, "evaluation/m", 2, **arguments) == step
 
 
 def by_hand(values, patience, greater, delta):
-    """Return how many values are seen before the run stops, by looking at all of them anew each time; 0 for never."""
+    """Return the number of values seen before the run stops; 0 if it does not stop."""
     sign = -1 if greater else 1
     last = -1
     best = math.inf
@@ -99,12 +99,12 @@ def by_hand(values, patience, greater, delta):
     delta=st.sampled_from([0.0, 0.5]),
     gap=st.integers(1, 3),
 )
-def test_evaluations_are_judged_one_by_one_however_many_steps_lie_between(values, patience, greater, delta, gap):
+def test_each_evaluation_is_judged_once_whatever_the_number_of_steps_between(values, patience, greater, delta, gap):
     rows = [{"net/loss": 0.0} for _ in range(gap * len(values))]
     for i, value in enumerate(values):
         rows[gap * (i + 1) - 1]["evaluation/m"] = value
-    found = stopped(rows, "evaluation/m", patience, greater_is_better=greater, min_delta=delta, log_every=4)
-    assert found == gap * by_hand(values, patience, greater, delta)
+    step = stopped(rows, "evaluation/m", patience, greater_is_better=greater, min_delta=delta, log_every=4)
+    assert step == gap * by_hand(values, patience, greater, delta)
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,7 +129,7 @@ def test_rows_are_judged_when_they_are_logged():
     assert stopped(losses(1, 1, 1, 1, 1, 1, 1, 1), "net/loss", 2, log_every=4) == 4
 
 
-def test_the_status_says_what_was_waited_for():
+def test_the_status_names_the_metric_and_its_best_value():
     run = play(losses(3, 2, 2, 2), lambda: mlopt.EarlyStopping("net/loss", 2))
     assert run.status == "early stopping: net/loss was no better than 2, of step 2, in 2 rows"
     run = play(losses(math.nan, math.nan, key="evaluation/m"), lambda: mlopt.EarlyStopping("evaluation/m", 2))
@@ -142,12 +142,12 @@ def test_the_status_says_what_was_waited_for():
     assert run.status == "early stopping: evaluation/m was no better than 2, of step 0, in 1 evaluations"
 
 
-def test_a_metric_that_never_appears_is_told_with_those_that_do():
+def test_a_missing_metric_is_reported_with_the_existing_ones():
     with pytest.warns(UserWarning, match=r"metric='accuracy' was never logged.*step, net/loss, evaluation/accuracy"):
         play([{"net/loss": 1.0, "evaluation/accuracy": 0.5}], lambda: mlopt.EarlyStopping("accuracy", 1))
 
 
-def test_early_stopping_starts_anew_with_another_run():
+def test_early_stopping_starts_again_with_another_run():
     watch = mlopt.EarlyStopping("net/loss", 2)
     assert play(losses(1, 1, 1), lambda: watch).step == 3
     assert play(losses(5, 5, 5, 5), lambda: watch).step == 3
@@ -161,7 +161,7 @@ def test_early_stopping_starts_anew_with_another_run():
         ({"patience": 1, "min_delta": -0.1}, r"min_delta=-0.1; it must be a finite number >= 0"),
     ],
 )
-def test_early_stopping_refuses_what_cannot_be(arguments, sentence):
+def test_early_stopping_refuses_invalid_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         mlopt.EarlyStopping("net/loss", **arguments)
 
@@ -181,13 +181,13 @@ def read_jsonl(file):
 @settings(max_examples=40, deadline=None)
 @given(rows=drawn_rows, log_every=st.integers(1, 4), data=st.data())
 @pytest.mark.parametrize("kind", [mlopt.CSVLogger, mlopt.JSONLLogger])
-def test_files_hold_every_bit_and_resumed_ones_every_byte(kind, rows, log_every, data, tmp_path_factory):
+def test_files_hold_every_bit_and_resumed_runs_write_the_same_bytes(kind, rows, log_every, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     whole, resumed = folder / "whole", folder / "resumed"
     run = play(rows, lambda: kind(whole), log_every=log_every)
-    found = read_csv(whole) if kind is mlopt.CSVLogger else read_jsonl(whole)
-    assert len(found) == len(rows)
-    for row, expected in zip(found, run.history, strict=True):
+    written = read_csv(whole) if kind is mlopt.CSVLogger else read_jsonl(whole)
+    assert len(written) == len(rows)
+    for row, expected in zip(written, run.history, strict=True):
         present = {key: value for key, value in row.items() if value != ""}
         assert set(present) == set(expected)
         assert all(same_bits(float(present[key]), float(expected[key])) for key in expected)
@@ -201,8 +201,8 @@ def test_files_hold_every_bit_and_resumed_ones_every_byte(kind, rows, log_every,
     assert sorted(path.name for path in folder.iterdir()) == ["resumed", "whole"]
 
 
-def test_a_file_as_it_is(tmp_path):
-    """Text, so that a change of the format shows."""
+def test_the_text_of_a_file(tmp_path):
+    """Compare the text itself, so that a change of the format is noticed."""
     rows = [{"net/loss": 0.1}, {"net/loss": math.nan, "evaluation/m": -math.inf}, {"net/loss": 1e-30}]
     play(rows, lambda: mlopt.CSVLogger(tmp_path / "h.csv"))
     assert (tmp_path / "h.csv").read_text() == "step,net/loss,evaluation/m\n1,0.1,\n2,nan,-inf\n3,1e-30,\n"
@@ -239,7 +239,7 @@ def test_rows_are_in_the_file_after_each_log_and_after_an_error(kind, tmp_path):
     def loss(own, batch):
         return own().log().sum()
 
-    # The first step leaves x = 0, and the second one's loss is not finite: there are two rows, and neither was logged.
+    # The first step sets x = 0, so the second loss is not finite: there are two rows, and neither was logged.
     level = mlopt.Level("x", mlopt.variables(torch.ones(1)), loss, optimizer=partial(SGD, lr=1.0))
     logger = kind(tmp_path / "file")
     logger.on_log = lambda run, rows: None
@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_written_is_named(kind, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "os.replace"])
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, failing):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, failing):
     history = History()
     history.append({"step": 1, "a": 1.0})
     file = tmp_path / "history.csv"
@@ -299,7 +299,7 @@ def test_a_solved_problem_leaves_its_history_in_both_files(tmp_path):
     assert [{key: float(text) for key, text in row.items()} for row in read_csv(tmp_path / "h.csv")] == rows
 
 
-def test_a_history_without_rows_is_an_empty_file(tmp_path):
+def test_an_empty_history_is_an_empty_file(tmp_path):
     write_csv(History(), tmp_path / "history.csv")
     assert (tmp_path / "history.csv").read_bytes() == b""
 
@@ -308,7 +308,7 @@ def test_a_history_without_rows_is_an_empty_file(tmp_path):
 
 
 def drawn(rows, **arguments):
-    """Return what a progress display leaves on a terminal."""
+    """Return the output of a progress display on a terminal."""
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
     play(rows, lambda: mlopt.ProgressDisplay("demo", console), **arguments)
     return console.file.getvalue()
@@ -319,34 +319,34 @@ def test_progress_shows_steps_losses_and_the_last_evaluation():
         {"net/loss": 0.5, "net/size": 7.0},
         {"net/loss": 0.25, "evaluation/loss": 0.125, "evaluation/acc": math.nan},
     ]
-    # A terminal is drawn on ten times a second: what is there at the end is what can be relied on.
+    # The terminal is refreshed ten times a second; only its last state is certain.
     last = [line for line in drawn(rows).splitlines() if "demo" in line][-1]
     assert " ".join(last.split()).endswith("2/2 0:00:00 net 0.25 loss 0.125 acc nan")
     last = [line for line in drawn([*rows, {"net/loss": 0.75}]).splitlines() if "demo" in line][-1]
     assert " ".join(last.split()).endswith("3/3 0:00:00 net 0.75 loss 0.125 acc nan")
 
 
-def test_progress_goes_on_from_the_step_that_a_run_is_resumed_at():
+def test_progress_of_a_resumed_run_starts_at_its_step():
     starts = []
 
-    class Watch(mlopt.ProgressDisplay):
+    class Recording(mlopt.ProgressDisplay):
         def on_train_begin(self, run):
             super().on_train_begin(run)
             starts.append(self._progress.tasks[0].completed)
 
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    play(losses(*range(5)), lambda: Watch("demo", console), save_at=3, killed_at=3)
+    play(losses(*range(5)), lambda: Recording("demo", console), save_at=3, killed_at=3)
     assert starts == [0, 3]
 
 
-def test_progress_is_quiet_where_there_is_no_terminal():
+def test_progress_prints_nothing_without_a_terminal():
     console = Console(file=io.StringIO(), width=200)
     play([{"net/loss": 0.5, "evaluation/m": 1.0}], lambda: mlopt.ProgressDisplay("demo", console))
     assert console.file.getvalue() == ""
 
 
 def test_progress_reads_no_row_between_logs():
-    """The run has no history at all here."""
+    """The run here has no history."""
     watch = mlopt.ProgressDisplay("demo", Console(file=io.StringIO(), force_terminal=True))
     run = SimpleNamespace(steps=3, step=0)
     watch.on_train_begin(run)

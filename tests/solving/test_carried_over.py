@@ -1,4 +1,4 @@
-"""What else a run carries over, or must not: flags, states of callbacks, versions, gradients of what is frozen."""
+"""Resumed runs keep flags, states of callbacks, versions and frozen parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from callback_cases import callback
+from option_cases import solve
 from states import assert_same_state
 from torch import nn
 from torch.optim import SGD, Adam
@@ -39,13 +41,8 @@ def one_level(module: nn.Module | None = None, **options: Any) -> Problem:
     return Problem(Level("x", module or Two(), loss, **{"optimizer": partial(Adam, lr=0.1), **options}))
 
 
-def solve(problem: Problem, steps: int, folder: Path | None = None, **options: Any) -> mlopt.Solution:
-    saving = {} if folder is None else {"checkpoint": mlopt.Checkpoints(folder, every=1)}
-    return mlopt.solve(problem, steps, **{"seed": 0, "progress": False, **saving, **options})
-
-
-def split_is_whole(tmp_path: Path, cut: int, steps: int, build: Any, **options: Any) -> None:
-    """Run in one go and in two, each with callbacks of its own, and hold the ends against each other."""
+def assert_split_run_equals_whole(tmp_path: Path, cut: int, steps: int, build: Any, **options: Any) -> None:
+    """Compare the end of an uninterrupted run with that of a run in two parts, each with its own callbacks."""
     make = options.pop("callbacks", list)
     solve(build(), steps, tmp_path / "whole", callbacks=make(), **options)
     solve(build(), cut, tmp_path / "cut", callbacks=make(), **options)
@@ -55,7 +52,7 @@ def split_is_whole(tmp_path: Path, cut: int, steps: int, build: Any, **options: 
 
 
 class Freeze(mlopt.Callback):
-    """Freezes a part at the third step, and lets another out of training."""
+    """Freezes a part at the third step, and sets another to eval mode."""
 
     def on_step_begin(self, run: Any) -> None:
         if run.step == 2:
@@ -63,21 +60,17 @@ class Freeze(mlopt.Callback):
             run.problem["x"].module.drop.eval()
 
 
-def test_what_a_callback_freezes_stays_and_stays_so_after_a_resume(tmp_path: Path) -> None:
+def test_parts_frozen_by_a_callback_stay_frozen_after_a_resume(tmp_path: Path) -> None:
     problem = one_level()
-    seen = []
-
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run: Any) -> None:
-            seen.append(problem["x"].module.a.bias.detach().clone())
-
-    solve(problem, 6, callbacks=[Freeze(), Watch()])
+    seen: list[torch.Tensor] = []
+    watch = callback(on_step_end=lambda run: seen.append(problem["x"].module.a.bias.detach().clone()))
+    solve(problem, 6, callbacks=[Freeze(), watch])
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[5])
-    split_is_whole(tmp_path, 4, 6, one_level, callbacks=lambda: [Freeze()])
+    assert_split_run_equals_whole(tmp_path, 4, 6, one_level, callbacks=lambda: [Freeze()])
 
 
-def test_other_layers_frozen_are_another_problem(tmp_path: Path) -> None:
+def test_other_frozen_layers_make_another_problem(tmp_path: Path) -> None:
     def frozen(part: str) -> Problem:
         module = Two()
         getattr(module, part).requires_grad_(False)
@@ -90,7 +83,7 @@ def test_other_layers_frozen_are_another_problem(tmp_path: Path) -> None:
         solve(frozen("b"), 3, tmp_path, resume=True)
 
 
-def test_a_learning_rate_that_is_given_anew_is_told_and_does_not_count(tmp_path: Path) -> None:
+def test_a_changed_learning_rate_is_reported_and_ignored(tmp_path: Path) -> None:
     solve(one_level(), 2, tmp_path)
     problem = one_level(optimizer=partial(Adam, lr=5.0))
     with pytest.warns(
@@ -101,7 +94,7 @@ def test_a_learning_rate_that_is_given_anew_is_told_and_does_not_count(tmp_path:
 
 
 class Counts(mlopt.Callback):
-    """Carries a number, or nothing."""
+    """A callback whose state is a number, or empty."""
 
     def __init__(self, number: int | None) -> None:
         self.number = number
@@ -114,14 +107,14 @@ class Counts(mlopt.Callback):
         self.got = state["number"]
 
 
-def test_callbacks_of_one_kind_get_their_own_state_back(tmp_path: Path) -> None:
+def test_callbacks_of_the_same_class_restore_their_own_state(tmp_path: Path) -> None:
     solve(one_level(), 1, tmp_path, callbacks=[Counts(None), Counts(5)])
     first, second = Counts(None), Counts(6)
     solve(one_level(), 2, tmp_path, resume=True, callbacks=[first, second])
     assert (first.got, second.got) == (None, 5)
 
 
-def test_early_stopping_takes_no_other_metrics_state(tmp_path: Path) -> None:
+def test_early_stopping_ignores_the_state_of_another_metric(tmp_path: Path) -> None:
     solve(one_level(), 2, tmp_path, callbacks=[mlopt.EarlyStopping("x/loss", patience=9)], log_every=1)
     with pytest.warns(
         UserWarning, match="'step' starts without a best value, because the checkpoint has that of 'x/loss'"
@@ -129,36 +122,29 @@ def test_early_stopping_takes_no_other_metrics_state(tmp_path: Path) -> None:
         solve(one_level(), 3, tmp_path, resume=True, callbacks=[mlopt.EarlyStopping("step", patience=9)], log_every=1)
 
 
-class Draws(mlopt.Callback):
-    def on_save(self, run: Any, folder: Path) -> None:
-        torch.rand(3)
+def test_draws_of_callbacks_at_logs_and_saves_do_not_change_training(tmp_path: Path) -> None:
+    def drawing() -> list[mlopt.Callback]:
+        return [callback(on_save=lambda run, folder: torch.rand(3), on_log=lambda run, rows: torch.rand(5))]
 
-    def on_log(self, run: Any, rows: Any) -> None:
-        torch.rand(5)
-
-
-def test_what_callbacks_draw_at_logs_and_saves_is_not_trainings(tmp_path: Path) -> None:
-    split_is_whole(tmp_path, 3, 6, one_level, callbacks=lambda: [Draws()], log_every=4)
+    assert_split_run_equals_whole(tmp_path, 3, 6, one_level, callbacks=drawing, log_every=4)
 
 
-class Terminate(mlopt.Callback):
-    def on_step_end(self, run: Any) -> None:
-        if run.step == 5 and not run.history[0].get("resumed"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_early_stopping_stops_where_it_would_have_without_a_signal(tmp_path: Path) -> None:
+def test_early_stopping_ends_a_resumed_run_at_the_same_step(tmp_path: Path) -> None:
     def stopping() -> mlopt.EarlyStopping:
-        return mlopt.EarlyStopping("step", patience=2)  # which only grows
+        return mlopt.EarlyStopping("step", patience=2)  # the step only grows
+
+    def terminate(run: Any) -> None:
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     expected = solve(one_level(), 30, callbacks=[stopping()])
     with pytest.raises(mlopt.Interrupted):
-        solve(one_level(), 30, tmp_path, callbacks=[stopping(), Terminate()])
+        solve(one_level(), 30, tmp_path, callbacks=[stopping(), callback(on_step_end=terminate)])
     solution = solve(one_level(), 30, tmp_path, resume=True, callbacks=[stopping()])
     assert (len(solution.history), solution.status) == (len(expected.history), expected.status) == (10, expected.status)
 
 
-def test_a_state_that_can_never_be_saved_is_an_error_at_the_first_save(tmp_path: Path) -> None:
+def test_an_unsaveable_state_is_an_error_at_the_first_save(tmp_path: Path) -> None:
     class Odd(mlopt.Callback):
         steps = 0
 
@@ -175,7 +161,7 @@ def test_a_state_that_can_never_be_saved_is_an_error_at_the_first_save(tmp_path:
 
 
 class Versioned(nn.Linear):
-    """A part that looks at the version of what it loads, and keeps a count beside its tensors."""
+    """A layer that checks the version of the state that it loads, and has a count as extra state."""
 
     _version = 2
 
@@ -198,42 +184,40 @@ class Versioned(nn.Linear):
         super()._load_from_state_dict(state, prefix, metadata, *more)
 
 
-def test_versions_and_extra_state_of_modules_are_carried_over(tmp_path: Path) -> None:
+def test_versions_and_extra_state_of_modules_are_restored(tmp_path: Path) -> None:
     def build() -> Problem:
         torch.manual_seed(2)
         return one_level(Versioned())
 
-    split_is_whole(tmp_path, 2, 4, build)
+    assert_split_run_equals_whole(tmp_path, 2, 4, build)
     resumed = build()
     solve(resumed, 4, tmp_path / "whole", resume=True)
     assert resumed["x"].module.count == 4
 
 
-def test_a_rolled_back_step_takes_back_extra_state() -> None:
+def test_a_rollback_restores_extra_state() -> None:
     problem = one_level(Versioned(), optimizer=partial(SGD, lr=1e30))
     solve(problem, 4, on_nonfinite="rollback")
     assert problem["x"].module.count < 4
 
 
-def test_batch_normalisation_that_two_levels_share_counts_each_levels_steps() -> None:
+def test_a_batch_norm_shared_by_two_levels_counts_the_steps_of_both() -> None:
     norm = nn.BatchNorm1d(3, affine=False)
 
-    def outer(own: Any, batch: Any, *, net: Any) -> torch.Tensor:
-        return (own[0](own[1](INPUTS)) - net[0](INPUTS)).square().mean()
+    def loss(own: Any, other: Any) -> torch.Tensor:
+        return (own[0](own[1](INPUTS)) - other[0](INPUTS)).square().mean()
 
-    def inner(own: Any, batch: Any, *, top: Any) -> torch.Tensor:
-        return (own[0](own[1](INPUTS)) - top[0](INPUTS)).square().mean()
-
+    outer, inner = (nn.ModuleList([nn.Linear(3, 1), norm]) for _ in range(2))
     sgd = partial(SGD, lr=0.01)
     problem = Problem(
-        Level("top", nn.ModuleList([nn.Linear(3, 1), norm]), outer, optimizer=sgd),
-        Level("net", nn.ModuleList([nn.Linear(3, 1), norm]), inner, optimizer=sgd, estimator=mlopt.Identity()),
+        Level("top", outer, lambda own, batch, *, net: loss(own, net), optimizer=sgd),
+        Level("net", inner, lambda own, batch, *, top: loss(own, top), optimizer=sgd, estimator=mlopt.Identity()),
     )
     solve(problem, 5)
     assert norm.num_batches_tracked.item() == 10
 
 
-def test_what_only_some_batches_log_is_refused_with_a_sentence() -> None:
+def test_a_value_logged_for_only_some_batches_is_refused() -> None:
     def build(sometimes: int) -> Problem:
         calls: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A folder of checkpoints always has a whole one to go on from, whatever cuts a save off or damages a file."""
+"""A folder of checkpoints always has a complete one to resume from, even if a save is interrupted or a file damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlopt.solving import serialization
 from mlopt.solving.checkpoints import Checkpoints
 
 
-def test_a_checkpoint_is_three_files_of_which_one_vouches_for_the_others(tmp_path):
+def test_a_checkpoint_is_a_manifest_with_hashes_and_two_files(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new" / "run", best="a/loss")
     checkpoints.prepare(resume=False)
     assert checkpoints.newest() is None
@@ -37,7 +37,7 @@ def test_a_checkpoint_is_three_files_of_which_one_vouches_for_the_others(tmp_pat
     assert newest(checkpoints) == (42, [])
 
 
-def test_where_there_was_never_a_folder_there_is_no_checkpoint(tmp_path):
+def test_without_a_folder_there_is_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "nowhere").newest() is None
 
 
@@ -51,7 +51,7 @@ def test_an_argument_of_the_wrong_kind_is_named(tmp_path, options):
         Checkpoints(tmp_path, **options)
 
 
-# Which are kept.
+# Retention
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,7 +65,7 @@ def test_the_newest_and_the_best_are_kept(scores, keep, greater):
         steps = range(8, 8 + len(scores))
         saved(Path(folder), *steps, scores=scores, keep=keep, best="a/x", greater_is_better=greater)
         comparable = {step: score for step, score in zip(steps, scores, strict=True) if score in (0, 1, 2, 3)}
-        # The best of those that had been kept until then is the best of all: none that is better is ever removed.
+        # A better checkpoint is never removed, so the best of those kept is the best of all.
         best = sorted(comparable, key=lambda step: -comparable[step] if greater else comparable[step])[:1]
         assert names(Path(folder)) == [f"step-{step:08d}" for step in sorted({*list(steps)[-keep:], *best})]
 
@@ -78,7 +78,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
     assert names(tmp_path) == ["step-100000000", "step-100000001", "step-99999999"]
 
 
-def test_without_a_column_scores_keep_nothing(tmp_path):
+def test_scores_without_a_column_are_ignored(tmp_path):
     saved(tmp_path, 1, 2, 3, scores=[0.0, 1.0, 2.0], keep=1)
     assert names(tmp_path) == ["step-00000003"]
 
@@ -89,7 +89,7 @@ def test_scores_of_another_column_are_not_compared(tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_what_is_not_whole_is_neither_counted_nor_removed(tmp_path):
+def test_incomplete_checkpoints_are_ignored_and_kept(tmp_path):
     saved(tmp_path, 1, 2, 3, keep=3)
     (tmp_path / "step-00000003" / "state.json").write_text("{")
     checkpoints = saved(tmp_path, 4, keep=2)
@@ -97,8 +97,8 @@ def test_what_is_not_whole_is_neither_counted_nor_removed(tmp_path):
     assert newest(checkpoints) == (4, [])
 
 
-def test_a_run_that_goes_on_from_an_earlier_step_keeps_what_it_saves(tmp_path):
-    """One whose later checkpoints were passed over must not take them for its newest."""
+def test_a_run_resumed_from_an_earlier_step_keeps_its_checkpoints(tmp_path):
+    """Damaged later checkpoints do not count as the newest ones."""
     saved(tmp_path, 1, 20)
     flip(tmp_path / "step-00000020" / "tensors.safetensors", 0.9, 1)
     checkpoints = saved(tmp_path, 2, keep=1)
@@ -106,7 +106,7 @@ def test_a_run_that_goes_on_from_an_earlier_step_keeps_what_it_saves(tmp_path):
     assert newest(checkpoints)[0] == 2
 
 
-def test_what_else_lies_in_the_folder_is_left_alone(tmp_path):
+def test_other_files_in_the_folder_are_kept(tmp_path):
     foreign = [
         "step-00000001.txt",
         "step-",
@@ -132,7 +132,7 @@ def test_what_else_lies_in_the_folder_is_left_alone(tmp_path):
     assert (tmp_path / "step-00000090").read_text() == "a file"
 
 
-def test_faults_are_kept_and_never_gone_on_from(tmp_path):
+def test_faults_are_kept_and_never_resumed_from(tmp_path):
     checkpoints = saved(tmp_path, 1, keep=1)
     for weight in (5, 6):
         folder = checkpoints.save_fault(7, state_of(weight))
@@ -144,7 +144,7 @@ def test_faults_are_kept_and_never_gone_on_from(tmp_path):
     assert checkpoints.newest() is None
 
 
-def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+def test_a_failed_removal_of_an_old_checkpoint_does_not_end_the_run(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, 1, keep=1)
     rename = os.rename
 
@@ -161,8 +161,8 @@ def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkey
     assert newest(checkpoints) == (2, [])
 
 
-def test_what_is_renamed_and_removed_is_on_the_disk_before(tmp_path, monkeypatch):
-    """Files, then their folder, then its name, and nothing is removed until the new name is on the disk too."""
+def test_files_are_flushed_before_renames_and_removals(tmp_path, monkeypatch):
+    """The order is: files, their folder, its name; nothing is removed before the new name is on the disk."""
     checkpoints = saved(tmp_path, 1, keep=1)
     events = []
     fsync, rename, unlink = os.fsync, os.rename, os.unlink
@@ -175,7 +175,7 @@ def test_what_is_renamed_and_removed_is_on_the_disk_before(tmp_path, monkeypatch
     assert events == [*expected, "unlink", "unlink", "unlink"]
 
 
-# What is damaged is passed over.
+# Damage
 
 
 def truncate(path, place, _):
@@ -191,7 +191,7 @@ def rename_file(path, *_):
 
 
 def swap(path, *_):
-    """Put the same file of the checkpoint before in its place."""
+    """Replace the file by that of the previous checkpoint."""
     shutil.copy(path.parent.with_name("step-00000002") / path.name, path)
 
 
@@ -212,26 +212,26 @@ def pristine(tmp_path_factory):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(FILES), st.sampled_from(DAMAGES), st.floats(0, 1), st.integers(1, 255))
-def test_damage_is_passed_over_or_harmless(pristine, file, damage, place, byte):
+def test_a_damaged_checkpoint_is_skipped_unless_the_damage_is_harmless(pristine, file, damage, place, byte):
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(pristine, folder, dirs_exist_ok=True)
         damage(Path(folder) / "step-00000003" / file, place, byte)
-        step, told = newest(Checkpoints(folder))
+        step, messages = newest(Checkpoints(folder))
         if step == 3:
-            # White space may become other white space in the one file that no hash of its bytes is kept of.
+            # Only the manifest has no hash of its bytes: a change of white space in it is harmless.
             assert file == "manifest.json"
             assert damage in (flip, append)
-            assert not told
+            assert not messages
             manifests = [Path(where) / "step-00000003" / file for where in (folder, pristine)]
             assert len({str(json.loads(manifest.read_bytes())) for manifest in manifests}) == 1
         else:
             assert step == 2
-            assert len(told) == 1
-            assert "step-00000003: its " in told[0] or "step-00000003: it " in told[0]
+            assert len(messages) == 1
+            assert "step-00000003: its " in messages[0] or "step-00000003: it " in messages[0]
 
 
 def rewritten(**entries):
-    """Return a damage that changes entries of the manifest and has it vouch for itself again."""
+    """Return a damage that changes entries of the manifest and updates its hash."""
 
     def damage(folder):
         path = folder / "manifest.json"
@@ -245,7 +245,7 @@ def rewritten(**entries):
 
 
 def retouch(path):
-    """Make another checkpoint the best, by hand."""
+    """Give a checkpoint another score without updating the hash."""
     path.write_text(path.read_text().replace('"score": null', '"score": 0.5'))
 
 
@@ -254,7 +254,7 @@ def put(name, content):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "sentence"),
     [
         (lambda folder: delete(folder / "manifest.json"), "it has no manifest.json: the save was interrupted"),
         (lambda folder: delete(folder / "state.json"), "its state.json is missing"),
@@ -277,18 +277,18 @@ def put(name, content):
         (lambda folder: (delete(folder / "state.json"), (folder / "state.json").mkdir()), "its state.json has"),
     ],
 )
-def test_why_a_checkpoint_is_passed_over_is_told(tmp_path, damage, told):
+def test_the_reason_for_skipping_a_checkpoint_is_reported(tmp_path, damage, sentence):
     checkpoints = saved(tmp_path, 1, 2)
     damage(tmp_path / "step-00000002")
     step, messages = newest(checkpoints)
     assert step == 1
     assert len(messages) == 1
     assert str(tmp_path / "step-00000002") in messages[0]
-    assert told in messages[0]
+    assert sentence in messages[0]
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_may_not_be_read_is_passed_over(tmp_path, monkeypatch, file):
+def test_a_checkpoint_without_read_permission_is_skipped(tmp_path, monkeypatch, file):
     checkpoints = saved(tmp_path, 1, 2)
     real = builtins.open
 
@@ -303,7 +303,7 @@ def test_what_may_not_be_read_is_passed_over(tmp_path, monkeypatch, file):
     assert "Permission denied" in messages[0]
 
 
-def test_where_none_is_whole_each_is_told(tmp_path):
+def test_if_no_checkpoint_is_complete_the_reasons_are_listed(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     delete(tmp_path / "step-00000001" / "manifest.json")
     delete(tmp_path / "step-00000002" / "state.json")
@@ -313,10 +313,10 @@ def test_where_none_is_whole_each_is_told(tmp_path):
         checkpoints.newest()
 
 
-# What is claimed.
+# Preparation of the folder
 
 
-def test_a_folder_that_holds_checkpoints_is_gone_on_from_or_refused(tmp_path):
+def test_a_folder_with_checkpoints_needs_resume(tmp_path):
     saved(tmp_path, 1, 2)
     with pytest.raises(
         CheckpointError, match=r"already holds checkpoints, the newest step-00000002: resume .* resume=True"
@@ -326,7 +326,7 @@ def test_a_folder_that_holds_checkpoints_is_gone_on_from_or_refused(tmp_path):
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_claiming_clears_away_what_was_cut_off(tmp_path):
+def test_preparing_removes_the_leftovers_of_interrupted_saves(tmp_path):
     saved(tmp_path, 1)
     for name in ("partial-step-00000002", "partial-fault-00000001"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
@@ -336,7 +336,7 @@ def test_claiming_clears_away_what_was_cut_off(tmp_path):
 
 
 @pytest.mark.parametrize("whole", ["both", "replaced", "target", "only replaced"])
-def test_a_replacement_that_was_cut_off_is_settled_for_what_is_whole(tmp_path, whole):
+def test_after_an_interrupted_replacement_the_complete_checkpoint_remains(tmp_path, whole):
     checkpoints = saved(tmp_path, 3)
     target, replaced = tmp_path / "step-00000003", tmp_path / "replaced-step-00000003"
     shutil.copytree(target, replaced)
@@ -355,19 +355,19 @@ def test_a_replacement_that_was_cut_off_is_settled_for_what_is_whole(tmp_path, w
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "sentence"),
     [
         ("file", "File exists .*; a file has that name"),
         ("file/under", "Not a directory .*; a file is where a folder should be"),
     ],
 )
-def test_a_file_where_the_folder_should_be_is_told(tmp_path, path, told):
+def test_a_file_in_place_of_the_folder_is_reported(tmp_path, path, sentence):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=f"checkpoints cannot be written to .*: {told}"):
+    with pytest.raises(CheckpointError, match=f"checkpoints cannot be written to .*: {sentence}"):
         Checkpoints(tmp_path / path).prepare(resume=False)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_reported_in_advance(tmp_path, monkeypatch):
     def read_only(path, mode="r", *arguments):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -380,7 +380,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp
 
 
 @pytest.mark.parametrize("path", [".", "under"])
-def test_a_folder_without_permission_is_told(tmp_path, path):
+def test_a_folder_without_permission_is_reported(tmp_path, path):
     tmp_path.chmod(0o500)
     if os.access(tmp_path, os.W_OK):
         pytest.skip("permissions do not bind this user")

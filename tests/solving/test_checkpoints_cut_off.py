@@ -1,4 +1,4 @@
-"""Whatever fails or cuts off a save, there is a whole checkpoint to go on from."""
+"""After any failure or interruption of a save, a complete checkpoint remains to resume from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CALLS = [(os, "rename"), (os, "fsync"), (os, "mkdir"), (os, "open"), (os, "unlin
 
 
 def failing(monkeypatch, n, error, calls=CALLS, forever=False):
-    """Have the n-th call to the system raise, and with `forever` every later one; return how many there were."""
+    """Let the n-th system call raise, and with `forever` every later one too; return the count of calls."""
     count = [0]
 
     def wrapped(real):
@@ -41,8 +41,8 @@ def failing(monkeypatch, n, error, calls=CALLS, forever=False):
 @pytest.mark.parametrize(
     ("step", "code"), [(2, errno.ENOSPC), (3, errno.EIO)], ids=["the same step again", "a new step"]
 )
-def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, code):
-    """Writing must fail with a sentence; removing what is old may fail with a warning."""
+def test_if_any_call_fails_the_earlier_checkpoints_are_complete(tmp_path, step, code):
+    """A failed write raises one sentence; a failed removal of an old checkpoint may only warn."""
     failed = 0
     for n in range(1, 200):
         folder = tmp_path / str(n)
@@ -54,8 +54,8 @@ def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, c
             try:
                 checkpoints.save(step, {"step": "new"})
                 error = None
-            except CheckpointError as told:
-                error = str(told)
+            except CheckpointError as raised:
+                error = str(raised)
         if error is None:
             state = checkpoints.newest()[2]
             assert state == {"step": "new"}
@@ -67,10 +67,10 @@ def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, c
         assert f"step-0000000{step} cannot be saved: {os.strerror(code)} (a place); " in error
         assert "the newest complete checkpoint is step-0000000" in error
         assert not list(folder.glob("partial-*"))
-        found = checkpoints.newest()
-        if found[2] == {"step": "new"}:
-            # Its name could not be flushed to the disk; what it replaces is still there too.
-            assert found[0] == step
+        newest_step, _, state = checkpoints.newest()
+        if state == {"step": "new"}:
+            # Its name could not be flushed to the disk; the checkpoint that it replaces is still there too.
+            assert newest_step == step
             assert "is step-0000000" + str(step) in error
             assert (folder / "step-00000001").is_dir()
             assert step == 3 or is_of(serialization.read(folder / "replaced-step-00000002"), 2)
@@ -86,13 +86,13 @@ def test_whichever_call_fails_the_checkpoints_before_are_whole(tmp_path, step, c
 
 
 class PowerCutError(BaseException):
-    """What nothing handles."""
+    """An exception that no handler catches."""
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["the same step again", "a new step"])
 @pytest.mark.parametrize("whole", [True, False], ids=["all whole", "the only whole one replaced"])
-def test_wherever_a_save_is_cut_off_a_whole_one_is_found(tmp_path, step, whole):
-    """As if the process had died before any one of its calls: none that follows is made, none that clears up either."""
+def test_after_an_interruption_at_any_call_a_complete_checkpoint_remains(tmp_path, step, whole):
+    """Simulate the end of the process before each call: no later call is made, not even to clean up."""
     for n in range(1, 200):
         folder = tmp_path / str(n)
         checkpoints = saved(folder, 1, 2, keep=2)
@@ -107,18 +107,18 @@ def test_wherever_a_save_is_cut_off_a_whole_one_is_found(tmp_path, step, whole):
             else:
                 assert count[0] < n
                 break
-        # `newest` holds what it reads against the number of its step.
-        found = newest(checkpoints)[0]
-        assert found in (2, step)
+        # `newest` compares the content with the number of its step.
+        remaining = newest(checkpoints)[0]
+        assert remaining in (2, step)
         checkpoints.prepare(resume=True)
-        assert newest(checkpoints) == (found, [])
+        assert newest(checkpoints) == (remaining, [])
         assert all(name.startswith("step-") for name in names(folder))
     else:
         pytest.fail("the number of calls was not reached")
     assert n > 15
 
 
-def test_where_the_first_save_fails_it_says_that_there_is_nothing_to_go_on_from(tmp_path, monkeypatch):
+def test_a_failed_first_save_reports_that_there_is_no_checkpoint(tmp_path, monkeypatch):
     failing(monkeypatch, 1, OSError(errno.EDQUOT, "Disk quota exceeded"))
     with pytest.raises(
         CheckpointError, match=r"Disk quota exceeded; free some of your quota.*; there is no complete checkpoint"
@@ -126,7 +126,7 @@ def test_where_the_first_save_fails_it_says_that_there_is_nothing_to_go_on_from(
         Checkpoints(tmp_path).save(1, state_of(1))
 
 
-def test_what_cannot_be_saved_leaves_no_trace(tmp_path):
+def test_an_unsaveable_state_leaves_no_files(tmp_path):
     checkpoints = saved(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"levels\.x is a object; a checkpoint holds"):
         checkpoints.save(2, {"levels": {"x": object()}})
@@ -134,7 +134,7 @@ def test_what_cannot_be_saved_leaves_no_trace(tmp_path):
 
 
 def in_a_child(code, folder):
-    """Run code in a process of its own, which is free to limit itself and to kill its children."""
+    """Run code in a separate process, which may limit its resources and kill its children."""
     head = """
 import os, random, resource, signal, sys, time
 from pathlib import Path
@@ -165,7 +165,7 @@ for k in range(20):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        # Each step twice: now going on, now replacing what is there.
+        # Each step is saved twice: first new, then in place of itself.
         for count in range(1, 10_000):
             step = first + count // 2
             checkpoints.save(step, state_of(step, 20_000))
@@ -184,10 +184,10 @@ for k in range(20):
 """
 
 
-def test_killed_at_any_moment_the_newest_is_whole(tmp_path):
+def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_complete(tmp_path):
     rows = [line.split() for line in in_a_child(KILLED, tmp_path).splitlines()]
     assert len(rows) == 20
-    # Saves went on, and some were cut off half-way.
+    # Saves succeeded between the kills, and some were interrupted.
     assert int(rows[-1][0]) > 0
     assert any(left == "True" for _, left in rows)
 
@@ -204,8 +204,8 @@ print(names(folder), newest(checkpoints))
 """
 
 
-def test_a_file_that_does_not_fit_is_told(tmp_path):
-    told, left = in_a_child(FULL, tmp_path).splitlines()
-    assert "step-00000002 cannot be saved: File too large; raise the limit on the size of a file" in told
-    assert told.endswith("the newest complete checkpoint is step-00000001")
+def test_a_file_above_the_size_limit_is_reported(tmp_path):
+    message, left = in_a_child(FULL, tmp_path).splitlines()
+    assert "step-00000002 cannot be saved: File too large; raise the limit on the size of a file" in message
+    assert message.endswith("the newest complete checkpoint is step-00000001")
     assert left == "['step-00000001'] (1, [])"

@@ -1,4 +1,4 @@
-"""Data of any kind reach their level as they are, in an order of the level's own, and go on where a checkpoint says."""
+"""Data of any kind reach their level unchanged, in the level's own order, and resume where a checkpoint says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from callback_cases import callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class Augmented(Dataset[Any]):
-    """Rows with noise of all three kinds, drawn on access."""
+    """Rows with noise from all three kinds of generators, drawn on access."""
 
     def __len__(self) -> int:
         return 7
@@ -46,7 +47,7 @@ class Pair(NamedTuple):
 
 @attrs.frozen(eq=False)
 class Moving:
-    """A batch that knows how to move."""
+    """A batch with a method `to`."""
 
     inputs: Tensor
 
@@ -54,21 +55,25 @@ class Moving:
         return Moving(self.inputs.to(device))
 
 
-class Told(Sampler[int]):
-    """An order that depends on the epoch that it is told of alone, as that of DistributedSampler."""
+class EpochSampler(Sampler[int]):
+    """A sampler whose order depends only on the epoch set, like that of DistributedSampler."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.epoch, self.told = count, 0, []  # type: int, int, list[int]
+        self.count, self.epoch, self.epochs = count, 0, []  # type: int, int, list[int]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.told.append(epoch)
+        self.epochs.append(epoch)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
         return iter(torch.randperm(self.count, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+def shuffled(batch_size: int, **arguments: Any) -> DataLoader[Any]:
+    return DataLoader(Augmented(), batch_size, shuffle=True, **arguments)
 
 
 def own_generator(seed: int = 7) -> torch.Generator:
@@ -109,19 +114,17 @@ KINDS: dict[str, Callable[[], Any]] = {
     "list of named tuples": lambda: [Pair(torch.ones(2), "a"), Pair(torch.zeros(2), "b")],
     "list of mappings": lambda: [{"x": torch.ones(2), "more": [torch.zeros(1), ("text", 3)]}],
     "list of mappings of other types": lambda: [OrderedDict(x=torch.ones(2)), defaultdict(list, x=torch.zeros(2))],
-    "list of what moves itself": lambda: [Moving(torch.ones(2)), Moving(torch.zeros(2))],
+    "list of batches that move themselves": lambda: [Moving(torch.ones(2)), Moving(torch.zeros(2))],
     "list of token batches": token_batches,
     "list of graphs": graphs,
-    "loader": lambda: DataLoader(Augmented(), 2, shuffle=True),
-    "loader with a generator": lambda: DataLoader(Augmented(), 2, shuffle=True, generator=own_generator()),
+    "loader": lambda: shuffled(2),
+    "loader with a generator": lambda: shuffled(2, generator=own_generator()),
     "loader with a sampler's generator": lambda: DataLoader(
         Augmented(), batch_sampler=BatchSampler(RandomSampler(Augmented(), generator=own_generator()), 2, True)
     ),
-    "loader with workers": lambda: DataLoader(Augmented(), 2, shuffle=True, num_workers=1),
-    "loader with workers that persist": lambda: DataLoader(
-        Augmented(), 2, shuffle=True, num_workers=1, persistent_workers=True
-    ),
-    "loader with a told sampler": lambda: DataLoader(Augmented(), 2, sampler=Told(7)),
+    "loader with workers": lambda: shuffled(2, num_workers=1),
+    "loader with workers that persist": lambda: shuffled(2, num_workers=1, persistent_workers=True),
+    "loader with an epoch sampler": lambda: DataLoader(Augmented(), 2, sampler=EpochSampler(7)),
     "loader of graphs": graph_loader,
     "data set": lambda: hugging_face(streaming=False),
     "loader of a data set": lambda: DataLoader(hugging_face(streaming=False), 2, shuffle=True),
@@ -133,7 +136,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def plain(batch: Any) -> Any:
-    """Return what a batch holds, to be compared; of the device, the kind."""
+    """Return the content of a batch, for comparison; a device is represented by its type."""
     if isinstance(batch, Tensor):
         return "tensor", batch.device.type, str(batch.dtype), batch.shape, None if batch.is_meta else batch.tolist()
     if isinstance(batch, Moving):
@@ -151,8 +154,8 @@ def take(stream: Stream, count: int) -> list[Any]:
 
 
 @kinds
-def test_batches_reach_the_level_as_they_are(kind: str) -> None:
-    """In the order of plain iteration, where that draws nothing; what the stream holds is what the loss is given."""
+def test_batches_reach_the_level_unchanged(kind: str) -> None:
+    """The loss receives the batches of the stream, in the order of plain iteration if that draws nothing."""
     data, given_to_loss = KINDS[kind](), []
 
     def loss(own: Any, batch: Any) -> Tensor:
@@ -169,8 +172,8 @@ def test_batches_reach_the_level_as_they_are(kind: str) -> None:
 
 
 @kinds
-def test_batches_move_to_the_levels_device_and_the_data_stay(kind: str) -> None:
-    """To `meta`, which every machine has. Some batches move in place: the level moves a copy."""
+def test_batches_move_to_the_device_of_the_level_and_the_data_do_not(kind: str) -> None:
+    """The device is `meta`, which every machine has. Some batches move in place: the level moves a copy."""
     data = KINDS[kind]()
     before = [plain(batch) for batch in data] if isinstance(data, list) else []
     moved = Stream("x", data, 0, META).next()
@@ -182,8 +185,8 @@ def test_batches_move_to_the_levels_device_and_the_data_stay(kind: str) -> None:
     assert "'meta'" not in str(plain(here))
 
 
-@pytest.mark.parametrize("kind", ["stream", "loader of a stream", "loader with a told sampler"])
-def test_data_that_shuffle_by_epoch_are_told_of_it(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["stream", "loader of a stream", "loader with an epoch sampler"])
+def test_data_that_shuffle_by_epoch_receive_the_epoch(kind: str) -> None:
     length = len(list(KINDS[kind]()))
     epochs = [take(stream, length) for stream in [Stream("x", KINDS[kind](), 0, CPU)] for _ in range(3)]
     held = [sorted(str(epoch)) for epoch in epochs] if kind == "stream" else []
@@ -193,19 +196,19 @@ def test_data_that_shuffle_by_epoch_are_told_of_it(kind: str) -> None:
     assert [take(again, length) for _ in range(3)] == epochs
 
 
-def test_a_sampler_is_told_of_each_epoch_before_it_begins() -> None:
-    sampler = Told(4)
+def test_a_sampler_receives_each_epoch_before_it_begins() -> None:
+    sampler = EpochSampler(4)
     stream = Stream("x", DataLoader(torch.arange(4), sampler=sampler, batch_size=None), 0, CPU)
     rows = [int(stream.next()) for _ in range(12)]
-    assert list(dict.fromkeys(sampler.told)) == [0, 1, 2]
+    assert list(dict.fromkeys(sampler.epochs)) == [0, 1, 2]
     for epoch in range(3):
         sampler.epoch = epoch
         assert rows[4 * epoch : 4 * epoch + 4] == list(sampler)
 
 
 @pytest.mark.parametrize("disturbance", ["level", "dropout", "estimator", "callback", "evaluation", "nothing"])
-def test_an_order_is_its_levels_own(disturbance: str) -> None:
-    """Whatever else draws: another level, the network, an estimator, a callback, an evaluation."""
+def test_the_order_of_a_level_ignores_other_draws(disturbance: str) -> None:
+    """The order does not depend on draws of another level, the network, an estimator, a callback or an evaluation."""
     seen: dict[str, list[Any]] = {"outer": [], "inner": []}
 
     def drawing(*_: Any) -> None:
@@ -227,47 +230,29 @@ def test_an_order_is_its_levels_own(disturbance: str) -> None:
                 drawing()
             return inner(torch.ones(1)).sum() + own().square().sum()
 
-        class Restless(mlopt.Callback):
-            def on_step_begin(self, run):
-                if disturbed == "callback":
-                    drawing()
-
         rule = mlopt.Neumann(terms=2) if disturbed == "estimator" else mlopt.Identity()
         slow = partial(SGD, lr=0.01)
         batches = 5 if disturbed == "level" else 2
         problem = Problem(
-            Level(
-                "outer",
-                variables(torch.ones(1)),
-                outer,
-                data=DataLoader(Augmented(), batches, shuffle=True),
-                optimizer=slow,
-            ),
-            Level(
-                "inner",
-                module,
-                inner,
-                data=DataLoader(Augmented(), 2, shuffle=True),
-                optimizer=slow,
-                steps=3,
-                estimator=rule,
-            ),
+            Level("outer", variables(torch.ones(1)), outer, data=shuffled(batches), optimizer=slow),
+            Level("inner", module, inner, data=shuffled(2), optimizer=slow, steps=3, estimator=rule),
         )
+        callbacks = [callback(on_step_begin=drawing)] if disturbed == "callback" else []
         evaluate = (lambda problem: drawing() or {}) if disturbed == "evaluation" else None
-        mlopt.solve(problem, 4, seed=9, callbacks=[Restless()], evaluate=evaluate, progress=False)
-        # A pullback's evaluations repeat the batch before.
+        mlopt.solve(problem, 4, seed=9, callbacks=callbacks, evaluate=evaluate, progress=False)
+        # The evaluations of a pullback repeat the previous batch.
         return [batch for k, batch in enumerate(seen["inner"]) if k == 0 or batch != seen["inner"][k - 1]]
 
     orders = run("nothing"), run(disturbance)
-    assert orders[0] == orders[1] == take(Stream("inner", DataLoader(Augmented(), 2, shuffle=True), 9, CPU), 12)
+    assert orders[0] == orders[1] == take(Stream("inner", shuffled(2), 9, CPU), 12)
 
 
 @settings(max_examples=6, deadline=None)
 @kinds
 @given(taken=st.integers(0, 11), seed=st.integers(0, 100), more=st.integers(1, 8))
-def test_a_stream_goes_on_where_its_state_says(kind: str, taken: int, seed: int, more: int) -> None:
-    """Bit-equally, across ends of epochs, through the files of a checkpoint, and again from there."""
-    if "workers" in kind:  # which take their time
+def test_a_stream_resumes_at_its_saved_position(kind: str, taken: int, seed: int, more: int) -> None:
+    """It resumes bit-equally across epochs, from the files of a checkpoint, and again from that stream."""
+    if "workers" in kind:  # they are slow
         taken, more = taken % 5, 3
 
     def saved(state: dict[str, Any]) -> Any:
@@ -284,35 +269,35 @@ def test_a_stream_goes_on_where_its_state_says(kind: str, taken: int, seed: int,
     np.random.seed(more)
     torch.manual_seed(seed + more)
     before = torch.get_rng_state()
-    resumed = Stream("x", KINDS[kind](), seed + 1, CPU)  # whose seed is that of the state
+    resumed = Stream("x", KINDS[kind](), seed + 1, CPU)  # the state replaces its seed
     resumed.load_state_dict(state)
     split = more // 2
-    found = take(resumed, split)
+    rows = take(resumed, split)
     last = Stream("x", KINDS[kind](), 0, CPU)
     last.load_state_dict(saved(resumed.state_dict()))
-    assert found + take(last, more - split) == expected
+    assert rows + take(last, more - split) == expected
     assert (last.epoch, last.position) == (stream.epoch, stream.position)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_levels_may_share_a_loader(persistent: bool) -> None:
-    """Each has an order and a place of its own, and so has whoever else iterates."""
+    """Each level has its own order and position, and so has any other iterator."""
 
     def loader() -> DataLoader[Any]:
-        return DataLoader(Augmented(), 2, shuffle=True, num_workers=int(persistent), persistent_workers=persistent)
+        return shuffled(2, num_workers=int(persistent), persistent_workers=persistent)
 
     alone = {name: take(Stream(name, loader(), 3, CPU), 6) for name in "ab"}
     shared = loader()
-    streams, found = {name: Stream(name, shared, 3, CPU) for name in "ab"}, {"a": [], "b": []}  # type: Any, Any
+    streams, rows = {name: Stream(name, shared, 3, CPU) for name in "ab"}, {"a": [], "b": []}  # type: Any, Any
     for _ in range(2):
         for name, stream in streams.items():
-            found[name] += take(stream, 3)
+            rows[name] += take(stream, 3)
         assert len(list(shared)) == 4
-    assert found == alone
+    assert rows == alone
 
 
-def test_data_that_are_too_short_to_go_on_with_are_named() -> None:
+def test_data_too_short_to_resume_are_named() -> None:
     stream = Stream("x", [torch.ones(1)] * 4, 0, CPU)
     take(stream, 3)
     with pytest.raises(mlopt.ProblemError, match=r"level 'x': its data end after 2 batches.*had taken 3"):

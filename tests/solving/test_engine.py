@@ -1,4 +1,4 @@
-"""What a step refuses, what it logs, and streamed pullbacks beside other terms and arguments."""
+"""Refusals and logs of a step, and streamed pullbacks together with other terms and arguments."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from option_cases import F64, vector
 from torch import nn
 from torch.optim import LBFGS, SGD
 
 import mlopt
 from mlopt import Level, Problem, variables
 
-F64 = torch.float64
 still = partial(SGD, lr=0.0)
-
-
-class Weights(nn.Module):
-    """Two weights, the variables themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor([0.7, -0.4], dtype=F64))
-
-    def forward(self):
-        return self.value
 
 
 def mixture(own, batch, *, weights):
@@ -36,26 +25,20 @@ def outer(own, batch, *, net):
 
 
 def gradient_of_second_step(problem):
-    """Return the outer gradient at the second of two steps that move nothing: the first one that is streamed."""
+    """Return the outer gradient at the second of two steps that move nothing; it is the first streamed one."""
     mlopt.solve(problem, 2, progress=False)
     return problem["weights"].module.value.grad.clone()
 
 
 def problem(streamed, loss=mixture, regularizer=None, top=outer):
+    rule = mlopt.Identity(streamed=streamed)
     return Problem(
-        Level("weights", Weights(), top, optimizer=still),
-        Level(
-            "net",
-            variables(torch.tensor([0.5, -1.0, 2.0], dtype=F64)),
-            loss,
-            regularizer=regularizer,
-            optimizer=still,
-            estimator=mlopt.Identity(streamed=streamed),
-        ),
+        Level("weights", vector(0.7, -0.4), top, optimizer=still),
+        Level("net", vector(0.5, -1.0, 2.0), loss, regularizer=regularizer, optimizer=still, estimator=rule),
     )
 
 
-def test_a_streamed_pullback_keeps_the_regularizers_part():
+def test_a_streamed_pullback_includes_the_regularizer():
     def regularizer(own, *, weights):
         return (weights()[0] * own().square()).sum()
 
@@ -66,7 +49,7 @@ def test_a_streamed_pullback_keeps_the_regularizers_part():
 
 
 def test_only_the_weights_are_streamed():
-    """A level inside whose mixture is weighed by the outermost, and depends on the level that steps: b's gradient is exact."""
+    """The outermost level weights the mixture, which also depends on b: the gradient of b is exact."""
 
     def inner(own, batch, *, weights, b):
         return mlopt.Mixture([lambda: (own() - b()).square().sum(), lambda: (own() * b()).sum()], weights="weights")
@@ -78,18 +61,11 @@ def test_only_the_weights_are_streamed():
         return b().sum() + own().square().sum()
 
     def build(streamed):
+        rule = mlopt.Identity(streamed=streamed)
         return Problem(
-            Level("weights", Weights(), top, optimizer=still),
-            Level(
-                "b", variables(torch.tensor([0.3, 1.2], dtype=F64)), middle, optimizer=still, estimator=mlopt.Dense()
-            ),
-            Level(
-                "net",
-                variables(torch.tensor([1.0, 2.0], dtype=F64)),
-                inner,
-                optimizer=still,
-                estimator=mlopt.Identity(streamed=streamed),
-            ),
+            Level("weights", vector(0.7, -0.4), top, optimizer=still),
+            Level("b", vector(0.3, 1.2), middle, optimizer=still, estimator=mlopt.Dense()),
+            Level("net", vector(1.0, 2.0), inner, optimizer=still, estimator=rule),
         )
 
     def gradient_of_b(made):
@@ -103,7 +79,7 @@ def test_rows_of_the_history_are_copies():
     def loss(own, batch):
         return {"loss": own().square().sum(), "x": own()}
 
-    level = Level("x", variables(torch.ones(1, dtype=F64)), loss, optimizer=partial(SGD, lr=0.1))
+    level = Level("x", vector(1.0), loss, optimizer=partial(SGD, lr=0.1))
     solution = mlopt.solve(Problem(level), 3, progress=False)
     assert solution.history.column("x/x") == pytest.approx([1.0, 0.8, 0.64])
 
@@ -131,7 +107,7 @@ def test_given_batches_move_to_their_level():
     assert moved == [torch.device("cpu")]
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
+def test_a_nonfinite_gradient_moves_nothing():
     def loss(own, batch):
         return own().square().sum().sqrt()
 
@@ -153,10 +129,10 @@ def plain(own, batch):
             "leaves out 2 of the level's 4 trainable tensors",
         ),
         (lambda net: {"optimizer": partial(LBFGS, lr=0.1)}, "LBFGS needs a closure"),
-        (lambda net: {"optimizer": still, "steps": 5}, "steps=5, but the outermost level is solved inside none"),
+        (lambda net: {"optimizer": still, "steps": 5}, "steps=5, but the outermost level is not solved inside another"),
     ],
 )
-def test_optimizers_and_steps_that_cannot_be(make, sentence):
+def test_invalid_optimizers_and_steps_are_refused(make, sentence):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(mlopt.ProblemError, match=sentence):
         mlopt.solve(Problem(Level("x", net, plain, **make(net))), 1)
@@ -174,13 +150,13 @@ def test_losses_without_a_gradient_are_named(loss, sentence):
         mlopt.solve(Problem(Level("x", variables(torch.ones(2)), loss, optimizer=still)), 1)
 
 
-def test_a_mixture_may_not_call_a_loss_loss():
+def test_a_mixture_may_not_name_a_loss_loss():
     with pytest.raises(mlopt.ProblemError, match="named 'loss'"):
         mlopt.Mixture({"loss": torch.ones(())}, weights="weights")
 
 
-def test_persistent_workers_are_left_alone_by_hypergradient():
-    """What iterates over the loader goes on where it was."""
+def test_hypergradient_does_not_disturb_persistent_workers():
+    """An iteration over the loader continues at its position."""
     loader = torch.utils.data.DataLoader(torch.arange(4.0), num_workers=1, persistent_workers=True)
 
     def loss(own, batch):
@@ -194,9 +170,9 @@ def test_persistent_workers_are_left_alone_by_hypergradient():
 
 
 def test_one_warm_neumann_term_is_one_update_of_soba():
-    """q <- q + alpha (v - H q), and nothing more."""
+    """The update is q <- q + alpha (v - H q)."""
     matrix, right, start = torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 2.0]), torch.tensor([0.4, -0.2])
     solver = mlopt.linear.Neumann(terms=1, step_size=0.1)
-    found = solver.solve(lambda v: (matrix @ v[0],), (right,), initial=(start,))
-    torch.testing.assert_close(found.value[0], start + 0.1 * (right - matrix @ start))
-    assert found.products == 1
+    solution = solver.solve(lambda v: (matrix @ v[0],), (right,), initial=(start,))
+    torch.testing.assert_close(solution.value[0], start + 0.1 * (right - matrix @ start))
+    assert solution.products == 1

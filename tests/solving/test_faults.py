@@ -1,4 +1,4 @@
-"""What is not finite is raised with what is known, left out, or taken back; and nothing waits for a device to find out."""
+"""Non-finite values raise with their context, or their step is skipped or rolled back, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from callback_cases import callback
+from option_cases import F64, solve, vector
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,11 +22,9 @@ from mlopt.finiteness import DeferredChecks, deferred, require_finite
 from mlopt.solving import serialization
 from mlopt.solving.loop import Loop
 
-F64 = torch.float64
-
 
 def build(values: list[float], *, outer_values: list[float] | None = None, **options: Any) -> Problem:
-    """Return two levels on scalars; what the batches hold is multiplied into their losses, and may be nan."""
+    """Return two levels on scalars; their losses are multiplied by the batches, which may be nan."""
 
     def outer(own, batch, *, x):
         return {"loss": batch * ((x() - 2).square().sum() + own().square().sum()), "own": own()[0]}
@@ -35,29 +35,20 @@ def build(values: list[float], *, outer_values: list[float] | None = None, **opt
     def batches(factors: list[float]) -> list[torch.Tensor]:
         return [torch.tensor(factor, dtype=F64) for factor in factors]
 
-    given = {"estimator": mlopt.ConjugateGradient(iterations=3, warm_start=True), **options}
+    sgd, adam, decay = (
+        partial(SGD, lr=0.1, momentum=0.9),
+        partial(Adam, lr=0.1),
+        partial(StepLR, step_size=1, gamma=0.9),
+    )
+    options = {"estimator": mlopt.ConjugateGradient(iterations=3, warm_start=True), "scheduler": decay, **options}
     return Problem(
-        Level(
-            "weights",
-            variables(torch.zeros(1, dtype=F64)),
-            outer,
-            data=batches(outer_values or [1.0]),
-            optimizer=partial(SGD, lr=0.1, momentum=0.9),
-        ),
-        Level(
-            "x",
-            variables(torch.ones(1, dtype=F64)),
-            inner,
-            data=batches(values),
-            optimizer=partial(Adam, lr=0.1),
-            scheduler=partial(StepLR, step_size=1, gamma=0.9),
-            **given,
-        ),
+        Level("weights", vector(0.0), outer, data=batches(outer_values or [1.0]), optimizer=sgd),
+        Level("x", vector(1.0), inner, data=batches(values), optimizer=adam, **options),
     )
 
 
-class Told(mlopt.Callback):
-    """Keeps the rows that it is handed."""
+class Recorder(mlopt.Callback):
+    """Records the rows that it receives."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -68,10 +59,6 @@ class Told(mlopt.Callback):
 
     def on_train_end(self, run: Any) -> None:
         self.ended += 1
-
-
-def solve(problem: Problem, steps: int, **options: Any) -> mlopt.Solution:
-    return mlopt.solve(problem, steps, **{"seed": 0, "progress": False, **options})
 
 
 NAN, INF = math.nan, math.inf
@@ -85,47 +72,45 @@ NAN, INF = math.nan, math.inf
         (lambda: build([1e200, 1e200], estimator=mlopt.Neumann(terms=9, step_size=1.0)), 1, "outer step 1: .*Neumann"),
     ],
 )
-def test_raised_with_level_step_estimator_and_state(
+def test_a_fault_is_raised_with_level_step_estimator_and_state(
     made: Callable[[], Problem], step: int, sentence: str, tmp_path: Path
 ) -> None:
-    told = Told()
+    recorder = Recorder()
     with pytest.raises(mlopt.NonFiniteError, match=sentence) as raised:
-        solve(made(), 5, checkpoint=mlopt.Checkpoints(tmp_path, every=1), callbacks=[told])
+        solve(made(), 5, tmp_path, callbacks=[recorder])
     assert raised.value.step == step
     assert f"estimators: x: {made()['x'].estimator}" in str(raised.value)
     fault = tmp_path / f"fault-{step:08d}"
     assert str(fault) in str(raised.value)
-    # The row of the step that failed is there, with what it has.
-    assert [row["step"] for row in told.rows] == list(range(1, step + 1))
-    assert told.ended == 1
+    # The rows include that of the failed step, with its values so far.
+    assert [row["step"] for row in recorder.rows] == list(range(1, step + 1))
+    assert recorder.ended == 1
     saved = serialization.read(fault)
     assert saved["history"][-1]["step"] == step
-    assert repr(saved["history"]) == repr(told.rows)
-    # What is resumed from is the state before, and the data go on to fail: they are what failed.
+    assert repr(saved["history"]) == repr(recorder.rows)
+    # A resumed run starts from the state before the step and fails on the same data.
     whole = solve(made(), step - 1) if step > 1 else None
     with pytest.raises(mlopt.NonFiniteError):
-        solve(made(), 5, checkpoint=mlopt.Checkpoints(tmp_path, every=1), resume=True)
+        solve(made(), 5, tmp_path, resume=True)
     if whole is not None:
         assert repr(saved["history"][:-1]) == repr(list(whole.history))
 
 
 def test_nan_is_in_the_logged_row() -> None:
-    told = Told()
+    recorder = Recorder()
     with pytest.raises(mlopt.NonFiniteError):
-        solve(build([NAN]), 3, callbacks=[told])
-    assert math.isnan(told.rows[-1]["x/loss"])
+        solve(build([NAN]), 3, callbacks=[recorder])
+    assert math.isnan(recorder.rows[-1]["x/loss"])
 
 
-def test_a_skipped_step_moves_nothing_of_its_level_and_the_others_go_on() -> None:
-    """The inner steps are those of a plain loop over the batches that are finite; the row says nan."""
+def test_a_skipped_step_moves_only_the_other_levels() -> None:
+    """The inner steps match a plain loop over the finite batches; the logged loss is nan."""
     problem = build([1.0, NAN, 3.0, 0.5], estimator=mlopt.Identity())
-    states = []
-
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run: Any) -> None:
-            states.append((problem["x"].module.value.item(), problem["weights"].module.value.item()))
-
-    solution = solve(problem, 4, on_nonfinite="skip", callbacks=[Watch()])
+    states: list[tuple[float, ...]] = []
+    watch = callback(
+        on_step_end=lambda run: states.append(tuple(problem[k].module.value.item() for k in ("x", "weights")))
+    )
+    solution = solve(problem, 4, on_nonfinite="skip", callbacks=[watch])
     x, w = (torch.tensor([v], dtype=F64, requires_grad=True) for v in (1.0, 0.0))
     inner, outer = Adam([x], lr=0.1), SGD([w], lr=0.1, momentum=0.9)
     scheduler = StepLR(inner, step_size=1, gamma=0.9)
@@ -135,20 +120,20 @@ def test_a_skipped_step_moves_nothing_of_its_level_and_the_others_go_on() -> Non
             x.grad = (2 * factor * (x - w)).detach()
             inner.step()
             scheduler.step()
-            # -(d2f/dw dx) v, v = 2 (x - 2), and the own part
+            # -(d2f/dw dx) v with v = 2 (x - 2), plus the direct derivative
             w.grad = (2 * factor * 2 * (x - 2) + 2 * w).detach()
             outer.step()
         expected.append((x.item(), w.item()))
     torch.testing.assert_close(torch.tensor(states), torch.tensor(expected), rtol=1e-12, atol=0)
-    # The outer step would be pulled back through the one that was left out: it is left out with it, and not counted.
+    # The pullback of the outer step would use the skipped step: the outer step is skipped too, and is not counted.
     assert solution.history.column("skipped") == [0, 1, 1, 1]
     assert [math.isnan(loss) for loss in solution.history.column("x/loss")] == [False, True, False, False]
 
 
-def test_a_step_that_is_rolled_back_leaves_variables_and_optimizers_and_the_next_one_sees_new_data() -> None:
+def test_a_rollback_restores_variables_and_optimizers_and_the_next_step_has_new_data() -> None:
     rolled = build([1.0, 3.0, NAN, 1.0, 0.5, 2.0], steps=2)
     solution = solve(rolled, 3, on_nonfinite="rollback")
-    # What failed was the first of two inner steps: the second one's batch was not drawn.
+    # The first of two inner steps failed: the batch of the second one was not drawn.
     plain = build([1.0, 3.0, 1.0, 0.5], steps=2)
     solve(plain, 2)
     for name in ("weights", "x"):
@@ -159,29 +144,28 @@ def test_a_step_that_is_rolled_back_leaves_variables_and_optimizers_and_the_next
 
 @pytest.mark.parametrize(
     ("policy", "sentence"),
-    [("skip", "3 such steps were left out already"), ("rollback", "3 outer steps were already rolled back")],
+    [("skip", "3 such steps were already skipped"), ("rollback", "3 outer steps were already rolled back")],
 )
-def test_both_are_bounded(policy: str, sentence: str) -> None:
+def test_skips_and_rollbacks_are_limited(policy: str, sentence: str) -> None:
     with pytest.raises(mlopt.NonFiniteError, match=sentence):
         solve(build([NAN]), 20, on_nonfinite=policy, nonfinite_limit=3)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_both_count_on_through_a_resume(policy: str, tmp_path: Path) -> None:
+def test_counts_of_skips_and_rollbacks_survive_a_resume(policy: str, tmp_path: Path) -> None:
     values = [1.0, NAN, 2.0, 3.0, NAN, 0.5]
-    checkpoint = mlopt.Checkpoints(tmp_path, every=1)
     whole, cut = build(values), build(values)
     expected = solve(whole, 6, on_nonfinite=policy)
-    solve(build(values), 3, on_nonfinite=policy, checkpoint=checkpoint)
-    solution = solve(cut, 6, on_nonfinite=policy, checkpoint=checkpoint, resume=True)
+    solve(build(values), 3, tmp_path, on_nonfinite=policy)
+    solution = solve(cut, 6, tmp_path, on_nonfinite=policy, resume=True)
     assert repr(list(solution.history)) == repr(list(expected.history))
     assert torch.equal(cut["x"].module.value, whole["x"].module.value)
     with pytest.raises(mlopt.NonFiniteError, match="already"):
-        solve(build(values), 12, on_nonfinite=policy, checkpoint=checkpoint, resume=True, nonfinite_limit=3)
+        solve(build(values), 12, tmp_path, on_nonfinite=policy, resume=True, nonfinite_limit=3)
 
 
 class Waits(TorchDispatchMode):
-    """Counts what a host waits for a device with: reading a number, or how many entries there are."""
+    """Counts the operations that make the host wait for a device: reads of a number or of a count of entries."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -195,7 +179,7 @@ class Waits(TorchDispatchMode):
 
 
 def two_levels(estimator: mlopt.Estimator, *, mixture: bool) -> Problem:
-    """Return a problem whose losses make no host wait."""
+    """Return a problem whose losses do not make the host wait."""
 
     def outer(own, batch, *, net):
         return {"loss": net(batch).square().mean() + own().square().sum(), "first": own()[0]}
@@ -231,12 +215,12 @@ def two_levels(estimator: mlopt.Estimator, *, mixture: bool) -> Problem:
     ],
     ids=str,
 )
-def test_an_outer_step_makes_no_host_wait(
+def test_an_outer_step_does_not_make_the_host_wait(
     estimator: mlopt.Estimator, mixture: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a device: what is not finite is noted, and looked at when rows are logged."""
+    """As on a device, non-finite values are recorded, and checked when rows are logged."""
     counts = count_waits(two_levels(estimator, mixture=mixture), monkeypatch)
-    # In the first step each pure function is held against its live module.
+    # The first step compares each pure function with its live module.
     assert counts[1:] == [0, 0, 0]
 
 
@@ -245,43 +229,42 @@ def test_a_solver_that_stops_by_residual_waits(monkeypatch: pytest.MonkeyPatch) 
 
 
 def count_waits(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return how often each outer step waits, where what is not finite is noted."""
+    """Return how often each outer step waits if checks for non-finite values are deferred."""
     counts, waits = [], Waits()
     monkeypatch.setattr(Loop, "_deferring_checks", lambda loop: deferred(loop._checks))
 
-    class Count(mlopt.Callback):
-        def on_step_begin(self, run: Any) -> None:
-            waits.count = 0
-            waits.__enter__()
+    def begin(run: Any) -> None:
+        waits.count = 0
+        waits.__enter__()
 
-        def on_step_end(self, run: Any) -> None:
-            waits.__exit__(None, None, None)
-            counts.append(waits.count)
+    def end(run: Any) -> None:
+        waits.__exit__(None, None, None)
+        counts.append(waits.count)
 
-    solve(problem, 4, callbacks=[Count()], log_every=4)
+    solve(problem, 4, callbacks=[callback(on_step_begin=begin, on_step_end=end)], log_every=4)
     return counts
 
 
-def test_what_was_noted_raises_at_the_next_log_and_names_its_step(
+def test_a_deferred_fault_raises_at_the_next_log_and_names_its_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Loop, "_deferring_checks", lambda loop: deferred(loop._checks))
-    told = Told()
+    recorder = Recorder()
     values = [1.0, 1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0]
     with pytest.raises(mlopt.NonFiniteError, match="outer step 4: the loss of level 'x' is nan") as raised:
         solve(
-            build(values, estimator=mlopt.Identity()), 20, log_every=5, callbacks=[told],
+            build(values, estimator=mlopt.Identity()), 20, log_every=5, callbacks=[recorder],
             checkpoint=mlopt.Checkpoints(tmp_path, every=3),
         )  # fmt: skip
     assert raised.value.step == 4
-    assert len(told.rows) == 5
-    # What is whole is from before.
+    assert len(recorder.rows) == 5
+    # The newest checkpoint is from before the fault.
     step, _, state = mlopt.Checkpoints(tmp_path).newest()
     assert step == 3
     assert math.isfinite(state["engine"]["levels"]["x"]["module"]["state"]["value"].item())
 
 
-def test_a_watch_reads_once_and_starts_anew() -> None:
+def test_deferred_checks_run_once_and_start_again() -> None:
     checks = DeferredChecks()
     with deferred(checks):
         require_finite((torch.ones(3), torch.ones(2)), lambda _: "fine")
@@ -297,27 +280,24 @@ def test_a_watch_reads_once_and_starts_anew() -> None:
         require_finite((torch.tensor([NAN]),), lambda value: f"it is {value}")
 
 
-def test_a_skipped_step_leaves_the_levels_buffers_and_no_gradient() -> None:
+def test_a_skipped_step_keeps_the_buffers_and_removes_the_gradient() -> None:
     norm = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
-    seen = []
+    seen: list[bool] = []
 
     def loss(own, batch):
         return own(batch).square().mean()
 
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run: Any) -> None:
-            seen.append(norm[1].weight.grad is None)
-
     batches = [torch.randn(4, 2), torch.full((4, 2), NAN), torch.randn(4, 2)]
     problem = Problem(Level("x", norm, loss, data=batches, optimizer=partial(SGD, lr=0.1)))
-    solution = solve(problem, 3, on_nonfinite="skip", callbacks=[Watch()])
+    watch = callback(on_step_end=lambda run: seen.append(norm[1].weight.grad is None))
+    solution = solve(problem, 3, on_nonfinite="skip", callbacks=[watch])
     assert norm[0].running_mean.isfinite().all()
     assert norm[0].num_batches_tracked.item() == 2
     assert solution.history.column("skipped") == [0, 1, 1]
     assert seen == [False, True, False]
 
 
-def test_warm_up_is_rolled_back_too_and_named() -> None:
+def test_warm_up_is_rolled_back_and_named_too() -> None:
     values = [NAN, 1.0, 2.0, 0.5]
     rolled, plain = build(values, warmup=2), build(values[1:], warmup=1)
     solve(rolled, 1, on_nonfinite="rollback")
@@ -328,50 +308,43 @@ def test_warm_up_is_rolled_back_too_and_named() -> None:
     assert raised.value.step == 0
 
 
-def test_half_precision_that_overflows_is_no_fault_of_an_estimator_that_looks_at_the_step() -> None:
-    """The first scaled gradients overflow; the optimiser's last gradient is then that of no step."""
+def test_an_overflow_in_half_precision_is_not_a_fault_of_sama() -> None:
+    """The scaled gradients of every second step overflow; the last gradient of the optimizer then has no step."""
 
     def inner(own, batch, *, weights):
-        return (1e4 * (own() - weights())).square().sum()
+        # Under autocast the product is in half precision, where its gradient of 4 times batch and scale may overflow.
+        return (batch * (own() - weights())[None] @ torch.ones(2, 1)).float().square().sum()
 
     def outer(own, batch, *, x):
         return (x() - 2).square().sum() + own().square().sum()
 
+    options = {"data": [torch.tensor(0.1), torch.tensor(1.0)], "precision": "fp16", "estimator": mlopt.SAMA()}
     problem = Problem(
         Level("weights", variables(torch.zeros(2)), outer, optimizer=partial(SGD, lr=0.1)),
-        Level(
-            "x",
-            variables(torch.ones(2)),
-            inner,
-            optimizer=partial(Adam, lr=0.1),
-            precision="fp16",
-            estimator=mlopt.SAMA(),
-        ),
+        Level("x", variables(torch.ones(2)), inner, optimizer=partial(Adam, lr=0.1), **options),
     )
     scales = solve(problem, 4).history.column("x/loss_scale")
-    assert min(scales) >= 1
+    assert scales == [2.0**16, 2.0**15, 2.0**15, 2.0**14]
+    assert all(level.module.value.isfinite().all() for level in problem)
 
 
-def test_callbacks_and_evaluations_look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callbacks_and_evaluations_check_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loop, "_deferring_checks", lambda loop: deferred(loop._checks))
     caught = []
 
-    def probe(problem: Problem) -> dict[str, float]:
+    def evaluate(problem: Problem) -> dict[str, float]:
         try:
             mlopt.hypergradient(problem, {"x": torch.tensor(NAN, dtype=F64)})
         except mlopt.NonFiniteError:
             caught.append(1)
         return {}
 
-    class Probe(mlopt.Callback):
-        def on_step_end(self, run: Any) -> None:
-            probe(run.problem)
-
-    solve(build([1.0], estimator=mlopt.Identity()), 3, callbacks=[Probe()], evaluate=probe)
+    watch = callback(on_step_end=lambda run: evaluate(run.problem))
+    solve(build([1.0], estimator=mlopt.Identity()), 3, callbacks=[watch], evaluate=evaluate)
     assert len(caught) == 6
 
 
-def test_a_watch_keeps_the_range_of_double_precision() -> None:
+def test_deferred_checks_keep_the_range_of_double_precision() -> None:
     checks = DeferredChecks()
     with deferred(checks):
         require_finite((), lambda value: f"it is {value}", size=torch.tensor(1e200, dtype=F64))

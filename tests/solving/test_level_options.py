@@ -1,4 +1,4 @@
-"""What a level can be told, against loops in plain torch: accumulation, clipping, schedulers, warm-up, device."""
+"""Options of a level, compared with loops in plain torch: accumulation, clipping, schedulers, warm-up, device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from callback_cases import after_each_step, callback
+from core_cases import Counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from option_cases import F64, by_identity, data, decay, make, network, training, validation
+from option_cases import Weights, by_identity, data, decay, end, make, network, training, validation
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
@@ -23,32 +25,16 @@ adam = partial(Adam, lr=0.05)
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
 
 
-def end(problem: Problem) -> list[torch.Tensor]:
-    """Return copies of all variables."""
-    return [p.detach().clone() for level in problem for p in level.parameters]
-
-
 def joined(batches: list[Any], count: int) -> list[Any]:
     """Join each `count` batches to one."""
     groups = [batches[k : k + count] for k in range(0, len(batches), count)]
     return [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
 
 
-class Counting(mlopt.Estimator):
-    """The identity; counts how often it linearises."""
-
-    def __init__(self):
-        self.inner, self.count = mlopt.Identity(), 0
-
-    def linearize(self, point, level):
-        self.count += 1
-        return self.inner.linearize(point, level)
-
-
 @settings(max_examples=8, deadline=None)
 @given(inner=st.integers(1, 3), outer=st.integers(1, 3), seed=st.integers(0, 1000))
 def test_accumulated_batches_equal_one_large_batch(inner: int, outer: int, seed: int) -> None:
-    """The mixed product looks at no batch here, so that the one which a pullback replays does not matter."""
+    """The mixed product here does not depend on the batch, so it does not matter which one a pullback replays."""
 
     def regularizer(own, *, decay):
         return 0.3 * own[2].weight.square().sum() + 0.1 * (decay() * own[0].weight).sum()
@@ -56,46 +42,28 @@ def test_accumulated_batches_equal_one_large_batch(inner: int, outer: int, seed:
     rules = []
 
     def run(small: bool):
-        rules.append(Counting())
+        rules.append(Counting(mlopt.Identity()))
         lower, upper = data(2 * inner, 4, seed=seed), data(2 * outer, 3, seed=seed + 1)
-        problem = make(
-            {
-                "data": lower if small else joined(lower, inner),
-                "accumulate": inner if small else 1,
-                "optimizer": adam,
-                "steps": 2,
-                "regularizer": regularizer,
-                "estimator": rules[-1],
-            },
-            {
-                "data": upper if small else joined(upper, outer),
-                "accumulate": outer if small else 1,
-                "optimizer": adam,
-            },
-        )
+        batches = (lower, upper) if small else (joined(lower, inner), joined(upper, outer))
+        options = [
+            {"data": rows, "accumulate": count if small else 1, "optimizer": adam}
+            for rows, count in zip(batches, (inner, outer), strict=True)
+        ]
+        problem = make({**options[0], "steps": 2, "regularizer": regularizer, "estimator": rules[-1]}, options[1])
         return mlopt.solve(problem, 3, progress=False).history, end(problem)
 
-    (found, reached), (expected, aim) = run(small=True), run(small=False)
+    (history, reached), (expected, aim) = run(small=True), run(small=False)
     close(reached, aim)
-    assert found.names == expected.names
+    assert history.names == expected.names
     for name in ("net/loss", "net/error", "decay/loss"):
-        assert found.column(name) == pytest.approx(expected.column(name), rel=1e-12)
-    assert [rule.count for rule in rules] == [3, 3]  # once an outer step, however many batches
-
-
-class Weights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor([0.3, -0.2], dtype=F64))
-
-    def forward(self):
-        return self.logits.softmax(0)
+        assert history.column(name) == pytest.approx(expected.column(name), rel=1e-12)
+    assert [rule.linearizations["net"] for rule in rules] == [3, 3]  # once per outer step for any number of batches
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("lazy", [True, False])
 def test_accumulated_mixtures_equal_one_large_batch(streamed: bool, lazy: bool) -> None:
-    """Signals of streamed pullbacks included; those that are not streamed replay the last batch alone."""
+    """So do the signals of streamed pullbacks; other pullbacks replay only the last batch."""
 
     def mixture(own, batch, *, weights):
         losses = {
@@ -114,7 +82,7 @@ def test_accumulated_mixtures_equal_one_large_batch(streamed: bool, lazy: bool) 
     def run(small: bool):
         lower = data(6, 4)
         problem = Problem(
-            # Without streams, only the path of the inner level can be compared.
+            # Without streaming, only the path of the inner level can be compared.
             Level("weights", Weights(), outer, data=data(1, 9), optimizer=partial(SGD, lr=0.3 if streamed else 0.0)),
             Level(
                 "net",
@@ -129,28 +97,27 @@ def test_accumulated_mixtures_equal_one_large_batch(streamed: bool, lazy: bool) 
         )
         gradients = []
 
-        class Watch(mlopt.Callback):
-            def on_step_end(self, run):
-                gradients.append(problem["weights"].module.logits.grad.clone())
-                if run.step == 1:
-                    # The first pullback is not streamed: it replays one batch, and the runs part.
-                    problem["weights"].module.logits.data.copy_(torch.tensor([0.3, -0.2], dtype=F64))
+        def watch(run):
+            gradients.append(problem["weights"].module.logits.grad.clone())
+            if run.step == 1:
+                # The first pullback is not streamed and replays one batch, so the two runs would diverge.
+                problem["weights"].module.load_state_dict(Weights().state_dict())
 
-        history = mlopt.solve(problem, 4, callbacks=[Watch()], progress=False).history
+        history = mlopt.solve(problem, 4, callbacks=[callback(on_step_end=watch)], progress=False).history
         return history, end(problem), gradients[1:]
 
-    (found, reached, signals), (expected, aim, aims) = run(small=True), run(small=False)
+    (history, reached, signals), (expected, aim, aims) = run(small=True), run(small=False)
     close(reached, aim)
     if streamed:
         close(signals, aims)
-    assert {"net/near", "net/far", "net/size", "net/loss"} <= set(found.names)
+    assert {"net/near", "net/far", "net/size", "net/loss"} <= set(history.names)
     for name in expected.names:
-        assert found.column(name) == pytest.approx(expected.column(name), rel=1e-12), name
+        assert history.column(name) == pytest.approx(expected.column(name), rel=1e-12), name
 
 
 @settings(max_examples=8, deadline=None)
 @given(limits=st.tuples(st.floats(0.05, 2.0), st.floats(0.01, 2.0)), inner=st.integers(1, 3))
-def test_clipping_is_torchs(limits: tuple[float, float], inner: int) -> None:
+def test_clipping_matches_torch(limits: tuple[float, float], inner: int) -> None:
     lower, upper = data(3, 4), data(2, 5, seed=1)
     problem = make(
         {"data": lower, "optimizer": adam, "steps": inner, "clip": limits[0]},
@@ -175,7 +142,7 @@ def test_clipping_is_torchs(limits: tuple[float, float], inner: int) -> None:
         sizes.append((float(size), float(nn.utils.clip_grad_norm_(own.parameters(), limits[1]))))
         optimizers[1].step()
     close(end(problem), [p.detach() for p in (*own.parameters(), *net.parameters())])
-    # Of an inner level, a row has the last step's.
+    # For an inner level, a row has the norm of the last step.
     assert history.column("net/gradient_norm") == pytest.approx([s for s, _ in sizes], rel=1e-12)
     assert history.column("decay/gradient_norm") == pytest.approx([s for _, s in sizes], rel=1e-12)
 
@@ -189,19 +156,18 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("lower", SCHEDULERS)
 @pytest.mark.parametrize("upper", SCHEDULERS)
-def test_schedulers_step_once_a_step_of_their_level(lower: str, upper: str) -> None:
+def test_schedulers_step_once_per_step_of_their_level(lower: str, upper: str) -> None:
     batch, held_out = data(1, 6)[0], data(1, 6, seed=1)[0]
     rates = []
 
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run):
-            rates.append([run.engine.optimizers[name].param_groups[0]["lr"] for name in ("decay", "net")])
+    def watch(run):
+        rates.append([run.engine.optimizers[name].param_groups[0]["lr"] for name in ("decay", "net")])
 
     problem = make(
         {"data": [batch], "optimizer": adam, "steps": 2, "warmup": 1, "scheduler": SCHEDULERS[lower]},
         {"data": [held_out], "optimizer": adam, "scheduler": SCHEDULERS[upper]},
     )
-    mlopt.solve(problem, 6, callbacks=[Watch()], progress=False)
+    mlopt.solve(problem, 6, callbacks=[callback(on_step_end=watch)], progress=False)
 
     net, own = network(), decay()
     inner, outer = adam(net.parameters()), adam(own.parameters())
@@ -235,22 +201,18 @@ def test_schedulers_step_once_a_step_of_their_level(lower: str, upper: str) -> N
     close(end(problem), [p.detach() for p in (*own.parameters(), *net.parameters())])
 
 
-def test_warm_up_is_taken_once_and_its_optimiser_goes_on() -> None:
-    """Three steps of warm-up and one of the solve are the four that Adam takes in a row."""
+def test_warm_up_runs_once_with_the_optimizer_of_the_solve() -> None:
+    """Three warm-up steps and one step of the solve are four consecutive steps of Adam."""
     batches, steps = data(3, 4), Counter()
 
-    class Watch(mlopt.Callback):
-        def on_train_begin(self, run):
-            for name, optimizer in run.engine.optimizers.items():
-                optimizer.register_step_post_hook(lambda *_, name=name: steps.update([name]))
-
-        def on_step_begin(self, run):
-            seen.append(dict(steps))
-
     seen: list[dict[str, int]] = []
+    callbacks = [
+        after_each_step(lambda name, run: steps.update([name])),
+        callback(on_step_begin=lambda run: seen.append(dict(steps))),
+    ]
     still = {"data": data(1, 4, seed=1), "optimizer": partial(SGD, lr=0.0)}
     problem = make({"data": batches, "optimizer": adam, "warmup": 3}, still)
-    mlopt.solve(problem, 1, callbacks=[Watch()], progress=False)
+    mlopt.solve(problem, 1, callbacks=callbacks, progress=False)
     assert seen == [{"net": 3}]
     assert steps == {"net": 4, "decay": 1}
 
@@ -263,7 +225,7 @@ def test_warm_up_is_taken_once_and_its_optimiser_goes_on() -> None:
     close(end(problem)[1:], [p.detach() for p in net.parameters()])
 
 
-def test_no_outer_step_no_warm_up() -> None:
+def test_without_outer_steps_there_is_no_warm_up() -> None:
     problem = make({"data": data(1, 4), "optimizer": adam, "warmup": 3}, {"data": data(1, 4), "optimizer": adam})
     before = end(problem)
     mlopt.solve(problem, 0, progress=False)
@@ -276,7 +238,7 @@ def test_the_outermost_level_has_no_warm_up() -> None:
 
 
 def test_a_level_moves_its_module_and_its_batches() -> None:
-    """To `meta`, which every machine has, and where nothing can be solved."""
+    """The device is `meta`, which every machine has."""
     module, batch = nn.Linear(2, 1), torch.ones(3, 2)
     level = Level("net", module, lambda own, batch: own(batch).mean(), data=[batch], device="meta")
     assert {p.device.type for p in module.parameters()} == {level.device.type} == {"meta"}
@@ -310,15 +272,15 @@ def test_a_level_moves_its_module_and_its_batches() -> None:
         ({"clip": float("inf")}, r"level 'x': clip=inf"),
         ({"clip": "1"}, r"level 'x': clip='1'"),
         ({"precision": "float16"}, r"level 'x': precision='float16'; it must be 'bf16', 'fp16' or None"),
-        ({"device": "gpu"}, r"Level: device='gpu' is no device"),
-        ({"device": 1.5}, r"Level: device=1\.5 is no device"),
-        ({"device": "ipu"}, r"level 'x': device='ipu', where its module cannot be moved"),
+        ({"device": "gpu"}, r"Level: device='gpu' is not a device"),
+        ({"device": 1.5}, r"Level: device=1\.5 is not a device"),
+        ({"device": "ipu"}, r"level 'x': device='ipu'; its module cannot be moved there"),
         ({"estimator": "identity"}, r"level 'x': estimator='identity' is a str; give an estimator"),
         ({"regularizer": 0.1}, r"the regularizer of level 'x' is 0\.1, which cannot be called"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_argument_of_a_level_that_is_wrong_is_named(arguments: dict[str, Any], sentence: str) -> None:
+def test_an_invalid_argument_of_a_level_is_named(arguments: dict[str, Any], sentence: str) -> None:
     good = {"name": "x", "module": variables(torch.ones(1)), "loss": lambda own, batch: own().sum()}
     with pytest.raises(mlopt.ProblemError, match=sentence):
         Level(**{**good, **arguments})

@@ -1,4 +1,4 @@
-"""Autocast and loss scales of levels, against the same loops written out with torch.autocast and GradScaler."""
+"""Autocast and loss scales of levels, compared with loops that use torch.autocast and GradScaler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from option_cases import by_identity, data, decay, make, network, training, validation
+from callback_cases import callback
+from option_cases import Weights, by_identity, data, decay, end, make, network, training, validation
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
@@ -20,20 +21,22 @@ F32 = torch.float32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 adam = partial(Adam, lr=0.05)
 halving = partial(StepLR, step_size=1, gamma=0.5)
-#: The scale begins at 65536. In half precision, the gradients of losses that are so much larger overflow at first.
+#: Factor of the losses. The scale begins at 65536, so in half precision the first gradients overflow.
 LARGE = 300.0
-
-
-def end(problem: Problem) -> list[torch.Tensor]:
-    return [p.detach().clone() for level in problem for p in level.parameters]
 
 
 def large(own: Any, batch: Any, *, decay: Any) -> torch.Tensor:
     return LARGE * training(own, batch, decay=decay)["loss"]
 
 
+def still(inner: dict[str, Any], size: int = 4, seed: int = 0) -> Problem:
+    """Return the problem in float32 with an outer level that does not move."""
+    outer = {"data": data(1, size, seed=seed, dtype=F32), "optimizer": partial(SGD, lr=0.0)}
+    return make(inner, outer, dtype=F32)
+
+
 class ByHand:
-    """An optimiser of a level by hand: a step in a precision, with the scale of the loss and a scheduler."""
+    """The optimizer of a level, by hand: a step in a precision, with a loss scale and a scheduler."""
 
     def __init__(self, module: nn.Module, precision: str | None) -> None:
         self.variables = list(module.parameters())
@@ -58,20 +61,10 @@ class ByHand:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_level_in_low_precision_is_torchs_loop(precision: str, accumulate: int) -> None:
+def test_a_level_in_low_precision_matches_the_loop_of_torch(precision: str, accumulate: int) -> None:
     batches = data(4, 8, dtype=F32)
-    problem = make(
-        {
-            "loss": large,
-            "data": batches,
-            "optimizer": adam,
-            "scheduler": halving,
-            "precision": precision,
-            "accumulate": accumulate,
-        },
-        {"data": data(1, 4, dtype=F32), "optimizer": partial(SGD, lr=0.0)},
-        dtype=F32,
-    )
+    options = {"loss": large, "data": batches, "optimizer": adam, "scheduler": halving}
+    problem = still({**options, "precision": precision, "accumulate": accumulate})
     history = mlopt.solve(problem, 12, progress=False).history
 
     net, own = network(F32), decay(F32)
@@ -85,12 +78,8 @@ def test_a_level_in_low_precision_is_torchs_loop(precision: str, accumulate: int
             (hand.scaler.scale(loss) / accumulate).backward(inputs=hand.variables)
         hand.step()
     torch.testing.assert_close(end(problem)[1:], [p.detach() for p in net.parameters()], rtol=1e-6, atol=1e-7)
-    # That the loop is in low precision at all: one that is not ends elsewhere.
-    exact = make(
-        {"loss": large, "data": batches, "optimizer": adam, "scheduler": halving},
-        {"data": data(1, 4, dtype=F32), "optimizer": partial(SGD, lr=0.0)},
-        dtype=F32,
-    )
+    # The precision has an effect: a loop in full precision ends elsewhere.
+    exact = still(options)
     mlopt.solve(exact, 12, progress=False)
     assert not torch.allclose(end(exact)[1], end(problem)[1], rtol=1e-5)
     if precision == "fp16":
@@ -102,18 +91,9 @@ def test_a_level_in_low_precision_is_torchs_loop(precision: str, accumulate: int
         assert "net/loss_scale" not in history.names
 
 
-class Weights(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor([0.3, -0.2]))
-
-    def forward(self) -> torch.Tensor:
-        return self.logits.softmax(0)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_mixture_in_low_precision_is_torchs_loop(precision: str) -> None:
-    """Its signals for a streamed pullback are those of the losses, not of the scaled ones; none where these overflowed."""
+def test_a_mixture_in_low_precision_matches_the_loop_of_torch(precision: str) -> None:
+    """The signals of a streamed pullback are those of the unscaled losses; there are none if the scaled ones overflowed."""
     batch = data(1, 8, dtype=F32)[0]
 
     def losses(own):
@@ -132,13 +112,9 @@ def test_a_mixture_in_low_precision_is_torchs_loop(precision: str) -> None:
         return (net(batch[0]) - 0.5).square().mean()
 
     signals = []
-
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run):
-            signals.append(problem["weights"].module.logits.grad.clone())
-
+    watch = callback(on_step_end=lambda run: signals.append(problem["weights"].module.logits.grad.clone()))
     problem = Problem(
-        Level("weights", Weights(), outer, data=[batch], optimizer=partial(SGD, lr=0.0)),
+        Level("weights", Weights(dtype=F32), outer, data=[batch], optimizer=partial(SGD, lr=0.0)),
         Level(
             "net",
             network(F32),
@@ -150,9 +126,9 @@ def test_a_mixture_in_low_precision_is_torchs_loop(precision: str) -> None:
             estimator=mlopt.Identity(streamed=True),
         ),
     )
-    history = mlopt.solve(problem, 12, callbacks=[Watch()], progress=False).history
+    history = mlopt.solve(problem, 12, callbacks=[watch], progress=False).history
 
-    net, weights = network(F32), Weights()
+    net, weights = network(F32), Weights(dtype=F32)
     hand, held, expected, recomputed = ByHand(net, precision), None, [], 0
     for _ in range(12):
         hand.optimizer.zero_grad()
@@ -171,9 +147,9 @@ def test_a_mixture_in_low_precision_is_torchs_loop(precision: str) -> None:
         hand.step()
         before, held = held, torch.autograd.grad((net(batch[0]) - 0.5).square().mean(), hand.variables)
         if before is None or not torch.stack(shares).isfinite().all():
-            # Nothing is streamed: the pullback takes the losses anew, outside of autocast.
-            found = [torch.autograd.grad(losses(net)[k](), hand.variables) for k in range(2)]
-            shares = [sum((g * p).sum() for g, p in zip(gradient, held, strict=True)) for gradient in found]
+            # Nothing is streamed: the pullback evaluates the losses again, without autocast.
+            gradients = [torch.autograd.grad(losses(net)[k](), hand.variables) for k in range(2)]
+            shares = [sum((g * p).sum() for g, p in zip(gradient, held, strict=True)) for gradient in gradients]
             recomputed += 1
         expected.append(-torch.autograd.grad(weights(), weights.logits, torch.stack(shares))[0])
     torch.testing.assert_close(end(problem)[1:], [p.detach() for p in net.parameters()], rtol=1e-5, atol=1e-6)
@@ -185,8 +161,8 @@ def test_a_mixture_in_low_precision_is_torchs_loop(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_an_outermost_level_in_low_precision(precision: str) -> None:
-    """Its own derivatives are of the loss under autocast, scaled; the pullback and the products in it are outside."""
+def test_an_outermost_level_in_low_precision_matches_the_loop_of_torch(precision: str) -> None:
+    """The direct derivatives are of the scaled loss under autocast; the pullback and its products are not."""
     batches, held_out = data(3, 8, dtype=F32), data(2, 6, seed=1, dtype=F32)
 
     def outer(own, batch, *, net):
@@ -227,27 +203,19 @@ def test_an_outermost_level_in_low_precision(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("estimator", [mlopt.Identity(), mlopt.ConjugateGradient(iterations=5)], ids=["identity", "cg"])
-def test_products_are_outside_of_autocast(precision: str, estimator: mlopt.Estimator) -> None:
-    """With an inner level that stays where it is, its precision changes nothing in the hypergradient."""
+def test_products_are_computed_without_autocast(precision: str, estimator: mlopt.Estimator) -> None:
+    """If the inner level does not move, its precision does not change the hypergradient."""
 
     def gradient(chosen: str | None) -> torch.Tensor:
-        problem = make(
-            {
-                "data": data(1, 8, dtype=F32),
-                "optimizer": partial(SGD, lr=0.0),
-                "precision": chosen,
-                "estimator": estimator,
-            },
-            {"data": data(1, 6, seed=1, dtype=F32), "optimizer": partial(SGD, lr=0.0)},
-            dtype=F32,
-        )
+        inner = {"data": data(1, 8, dtype=F32), "optimizer": partial(SGD, lr=0.0)}
+        problem = still({**inner, "precision": chosen, "estimator": estimator}, size=6, seed=1)
         mlopt.solve(problem, 1, progress=False)
         return problem["decay"].module.value.grad
 
     assert torch.equal(gradient(precision), gradient(None))
 
 
-def test_a_gradient_that_overflowed_is_logged_before_clipping_and_not_stepped_on() -> None:
+def test_an_overflowed_gradient_is_logged_before_clipping_and_its_step_is_skipped() -> None:
     x = variables(torch.full((2,), 3.0))
     level = Level("x", x, lambda own, batch: 1e35 * own().square().sum(), optimizer=adam, precision="fp16", clip=1.0)
     history = mlopt.solve(Problem(level), 1, progress=False).history
@@ -256,18 +224,10 @@ def test_a_gradient_that_overflowed_is_logged_before_clipping_and_not_stepped_on
     assert torch.equal(x.value, torch.full((2,), 3.0))
 
 
-def test_the_scale_goes_on_after_a_look_ahead() -> None:
-    """Steps that are taken back take their overflow with them: each one's scale is halved once an outer step, not twice."""
-    problem = make(
-        {"loss": large, "data": data(1, 8, dtype=F32), "optimizer": adam, "precision": "fp16"},
-        {"data": data(1, 4, dtype=F32), "optimizer": partial(SGD, lr=0.0)},
-        dtype=F32,
-    )
-    plain = make(
-        {"loss": large, "data": data(1, 8, dtype=F32), "optimizer": adam, "precision": "fp16"},
-        {"data": data(1, 4, dtype=F32), "optimizer": partial(SGD, lr=0.0)},
-        dtype=F32,
-    )
+def test_look_ahead_does_not_change_the_scale() -> None:
+    """A retaken step does not count its overflow twice: the scale is halved once per outer step."""
+    inner = {"loss": large, "data": data(1, 8, dtype=F32), "optimizer": adam, "precision": "fp16"}
+    problem, plain = still(inner), still(inner)
     ahead = mlopt.solve(problem, 5, lookahead=True, progress=False).history
     expected = mlopt.solve(plain, 5, progress=False).history
     assert ahead.column("net/loss_scale") == expected.column("net/loss_scale")

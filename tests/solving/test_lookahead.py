@@ -1,4 +1,4 @@
-"""Look-ahead: the inner steps before an outer step are taken back once its hypergradient is formed, and taken anew after it."""
+"""Look-ahead: after the hypergradient is formed, the inner steps are undone; after the outer step they are retaken."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from option_cases import F64, decay
+from option_cases import F64, decay, nest, steps_of, training, validation, vector
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import mlopt
-from mlopt import Level, Problem, variables
+from mlopt import Level, Problem
 from mlopt.problem import Stream
 
 adam = partial(Adam, lr=0.05)
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Counted(nn.Module):
-    """Counts its calls in a buffer that it binds anew each time, as running averages often are."""
+    """Counts its calls in a buffer that it replaces on each call, as running averages often do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,17 +49,9 @@ def loader(seed: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*rows), batch_size=4, shuffle=True)
 
 
-def training(own: Any, batch: Any, *, decay: Any) -> Tensor:
-    return (own(batch[0]) - batch[1]).square().mean() + (decay().exp() * own[0].weight.square()).sum()
-
-
-def validation(own: Any, batch: Any, *, net: Any) -> Tensor:
-    return (net(batch[0]) - batch[1]).square().mean() + 0.1 * own().square().mean()
-
-
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("warmup", [0, 2])
-def test_look_ahead_is_the_loop_written_out(steps: int, warmup: int) -> None:
+def test_look_ahead_matches_a_plain_loop(steps: int, warmup: int) -> None:
     problem = Problem(
         Level("decay", decay(), validation, data=loader(0), optimizer=adam, scheduler=halving),
         Level(
@@ -84,7 +76,7 @@ def test_look_ahead_is_the_loop_written_out(steps: int, warmup: int) -> None:
 
     def step(moved: nn.Module, optimizer: Adam, scheduler: StepLR, batch: Any) -> None:
         optimizer.zero_grad()
-        training(moved, batch, decay=own).backward(inputs=list(moved.parameters()))
+        training(moved, batch, decay=own)["loss"].backward(inputs=list(moved.parameters()))
         nn.utils.clip_grad_norm_(moved.parameters(), 0.5)
         optimizer.step()
         scheduler.step()
@@ -102,66 +94,23 @@ def test_look_ahead_is_the_loop_written_out(steps: int, warmup: int) -> None:
             step(ahead, optimizer, scheduler, batch)
         loss = validation(own, upper.next(), net=ahead)
         *cotangent, direct = torch.autograd.grad(loss, [*ahead.parameters(), own.value])
-        # The first layer's weight is all that meets the outer variables, so that its product needs no pass of the network.
+        # Only the weight of the first layer meets the outer variables: the mixed product needs no pass of the network.
         own.value.grad = direct + by_weight(ahead, own, cotangent)
         outer.step()
         schedulers[1].step()
         for batch in batches:
             step(net, inner, schedulers[0], batch)
-    found = problem["net"].module
+    solved = problem["net"].module
     torch.testing.assert_close(problem["decay"].module.value, own.value, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(found.state_dict(), net.state_dict(), rtol=1e-12, atol=1e-14)
-    assert found[2].calls.item() == warmup + 6 * steps
+    torch.testing.assert_close(solved.state_dict(), net.state_dict(), rtol=1e-12, atol=1e-14)
+    assert solved[2].calls.item() == warmup + 6 * steps
 
 
 def by_weight(net: nn.Sequential, own: Any, cotangent: list[Tensor]) -> Tensor:
     return -2 * own.value.detach().exp() * net[0].weight.detach() * cotangent[0]
 
 
-def steps_of(problem: Problem, steps: int, **arguments: Any) -> list[tuple[str, Any]]:
-    """Return the level and the batch of each step."""
-    taken: list[tuple[str, Any]] = []
-
-    class Watch(mlopt.Callback):
-        def on_train_begin(self, run):
-            for name, optimizer in run.engine.optimizers.items():
-                optimizer.register_step_post_hook(
-                    lambda *_, name=name: taken.append((name, run.engine.gradients.batches[name]))
-                )
-
-    mlopt.solve(problem, steps, callbacks=[Watch()], progress=False, **arguments)
-    return taken
-
-
-def nest(rule: mlopt.Estimator, seen: list[float | None] | None = None) -> Problem:
-    """Return x(y), y(z, x), z(y) on scalars, z solved inside y; `seen` gets those batches of z that are >= 100."""
-
-    def top(own, batch, *, y):
-        return (y() - batch).square().sum() + own().square().sum()
-
-    def middle(own, batch, *, z, x):
-        return (own() - x()).square().sum() + (z() * own()).sum() + 0.1 * batch * own().sum()
-
-    def bottom(own, batch, *, y):
-        if seen is not None and batch >= 100:
-            seen.append(batch.item())
-        return (own() - y()).square().sum() + 0.1 * batch * own().sum()
-
-    def make() -> Any:
-        return variables(torch.ones(1, dtype=F64))
-
-    def rows() -> DataLoader[Any]:
-        return DataLoader(torch.arange(7.0, dtype=F64), batch_size=None, shuffle=True)
-
-    slow = partial(SGD, lr=0.01)
-    return Problem(
-        Level("x", make(), top, data=rows(), optimizer=slow),
-        Level("y", make(), middle, data=rows(), optimizer=slow, steps=2, estimator=mlopt.Dense()),
-        Level("z", make(), bottom, data=rows(), optimizer=slow, steps=2, estimator=rule),
-    )
-
-
-def test_a_solve_that_is_repeated_sees_the_same_batches_and_the_order_is_that_without_look_ahead() -> None:
+def test_a_repeated_solve_sees_the_same_batches_in_the_order_without_look_ahead() -> None:
     plain = steps_of(nest(mlopt.Dense()), 4, seed=5)
     ahead = steps_of(nest(mlopt.Dense()), 4, seed=5, lookahead=True)
     assert len(plain) == 4 * 7
@@ -171,8 +120,8 @@ def test_a_solve_that_is_repeated_sees_the_same_batches_and_the_order_is_that_wi
         assert ahead[13 * k : 13 * k + 13] == [*solve, outer, *solve]
 
 
-def test_curvature_batches_of_a_solve_that_is_repeated_are_the_same_too() -> None:
-    """z's rule draws one for each of the two steps of y, and one for that of x."""
+def test_a_repeated_solve_has_the_same_curvature_batches() -> None:
+    """The estimator of z draws a batch for each of the two steps of y, and one for the step of x."""
 
     def curvature(lookahead: bool) -> list[float | None]:
         seen: list[float | None] = []
@@ -190,8 +139,8 @@ def test_curvature_batches_of_a_solve_that_is_repeated_are_the_same_too() -> Non
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_after_a_rollback_the_data_go_on(second: bool) -> None:
-    """A batch on which the loss is not finite is passed over, whether the solve that looks ahead meets it, or the other one."""
+def test_after_a_rollback_the_data_continue(second: bool) -> None:
+    """A batch with a non-finite loss is skipped, whether the solve that looks ahead meets it, or the second one."""
     batches = [torch.full((1,), float(k), dtype=F64) for k in range(12)]
     seen: list[float] = []
 
@@ -204,16 +153,8 @@ def test_after_a_rollback_the_data_go_on(second: bool) -> None:
         return y().square().sum() + own().square().sum()
 
     problem = Problem(
-        Level("x", variables(torch.ones(1, dtype=F64)), outer, optimizer=adam),
-        Level(
-            "y",
-            variables(torch.ones(1, dtype=F64)),
-            inner,
-            data=batches,
-            optimizer=adam,
-            steps=2,
-            estimator=Forgetful(),
-        ),
+        Level("x", vector(1.0), outer, optimizer=adam),
+        Level("y", vector(1.0), inner, data=batches, optimizer=adam, steps=2, estimator=Forgetful()),
     )
     history = mlopt.solve(problem, 3, lookahead=True, on_nonfinite="rollback", progress=False).history
     assert history.column("rollbacks") == [0, 1, 1]
@@ -221,7 +162,7 @@ def test_after_a_rollback_the_data_go_on(second: bool) -> None:
 
 
 class Forgetful(mlopt.Estimator):
-    """Evaluates no loss: gives no cotangent to anyone."""
+    """An estimator that evaluates no loss and returns no cotangents."""
 
     def linearize(self, point: Any, level: str) -> Any:
         return _Forgetting()

@@ -1,4 +1,4 @@
-"""What goes on around the steps: evaluation, logs, the time that there is, and arguments of solve that are wrong."""
+"""Everything around the steps: evaluation, logs, the time limit, and invalid arguments of solve."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from callback_cases import callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from option_cases import F64
+from option_cases import F64, vector
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import mlopt
-from mlopt import Level, Problem, variables
+from mlopt import Level, Problem
 
 
 def noisy() -> Problem:
-    """Return a problem whose steps draw: dropout, and a shuffling loader."""
+    """Return a problem whose steps draw random numbers: dropout, and a shuffling loader."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(2, 4, dtype=F64), nn.Dropout(0.5), nn.Linear(4, 1, dtype=F64))
 
@@ -37,11 +38,11 @@ def noisy() -> Problem:
 
 def still(**arguments: Any) -> Problem:
     level = {"loss": lambda own, batch: own().square().sum(), "optimizer": partial(SGD, lr=0.1), **arguments}
-    return Problem(Level("x", variables(torch.ones(1, dtype=F64)), **level))
+    return Problem(Level("x", vector(1.0), **level))
 
 
 class Rows(mlopt.Callback):
-    """Keeps the steps of the rows that each call hands over."""
+    """Records the steps of the rows that each call receives."""
 
     def __init__(self) -> None:
         self.calls: list[list[float]] = []
@@ -57,27 +58,16 @@ class Rows(mlopt.Callback):
 
 @settings(max_examples=15, deadline=None)
 @given(steps=st.integers(0, 9), every=st.integers(1, 5), shown=st.integers(1, 4), stop=st.integers(1, 12))
-def test_rows_are_handed_over_once_and_metrics_are_in_theirs(steps: int, every: int, shown: int, stop: int) -> None:
-    class Stop(mlopt.Callback):
-        def on_step_end(self, run):
-            if run.step == stop:
-                run.stop("enough")
-
+def test_each_row_is_passed_once_with_its_metrics(steps: int, every: int, shown: int, stop: int) -> None:
+    ending = callback(on_step_end=lambda run: run.stop("enough") if run.step == stop else None)
     problem, rows = still(), Rows()
 
     def evaluate(given_problem: Problem) -> dict[str, Any]:
         assert given_problem is problem
         return {"x": problem["x"].module.value.sum().detach(), "twice": 2}
 
-    solution = mlopt.solve(
-        problem,
-        steps,
-        callbacks=[rows, Stop()],
-        log_every=shown,
-        evaluate=evaluate,
-        evaluate_every=every,
-        progress=False,
-    )
+    options: dict[str, Any] = {"log_every": shown, "evaluate": evaluate, "evaluate_every": every, "progress": False}
+    solution = mlopt.solve(problem, steps, callbacks=[rows, ending], **options)
     taken = min(steps, stop)
     assert solution.status == ("enough" if stop <= steps else "completed")
     full = taken // shown * shown
@@ -85,14 +75,14 @@ def test_rows_are_handed_over_once_and_metrics_are_in_theirs(steps: int, every: 
     assert rows.calls == [list(range(k + 1, k + 1 + shown)) for k in range(0, full, shown)] + last
     for row in solution.history:
         step = int(row["step"])
-        # x is 0.8 of what it was, each step.
+        # Each step multiplies x by 0.8.
         metrics = {"x": pytest.approx(0.8**step, rel=1e-12), "twice": 2.0}
         expected = {f"evaluation/{name}": value for name, value in metrics.items()} if step % every == 0 else {}
         assert {name: value for name, value in row.items() if name.startswith("evaluation/")} == expected
     assert [step for step, _ in rows.evaluations] == list(range(every, taken + 1, every))
 
 
-def test_what_an_evaluation_draws_is_not_trainings() -> None:
+def test_draws_of_an_evaluation_do_not_change_training() -> None:
     problem = noisy()
     mlopt.solve(problem, 5, seed=2, progress=False)
     expected = problem["net"].module.state_dict()
@@ -123,13 +113,13 @@ def test_what_an_evaluation_draws_is_not_trainings() -> None:
         ({"accuracy": torch.ones(2)}, r"evaluate returned \{'accuracy': tensor"),
     ],
 )
-def test_an_evaluation_that_returns_no_numbers_is_refused(returned: object, sentence: str) -> None:
+def test_an_evaluation_that_does_not_return_numbers_is_refused(returned: object, sentence: str) -> None:
     with pytest.raises(mlopt.ProblemError, match=sentence):
         mlopt.solve(still(), 2, evaluate=lambda problem: returned, progress=False)  # type: ignore[arg-type, return-value]
 
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Let time stand still, but for what the function that is returned adds to it."""
+    """Stop the clock; return a function that advances it."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -140,7 +130,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 class Slow(mlopt.Callback):
-    """Lets every outer step take two seconds; keeps what the run says of why it ended."""
+    """Makes every outer step take two seconds; records the final status of the run."""
 
     def __init__(self, pass_by: Callable[[float], None]) -> None:
         self.pass_by, self.status = pass_by, ""
@@ -153,22 +143,21 @@ class Slow(mlopt.Callback):
 
 
 @pytest.mark.parametrize("limit", [5, 5.0, timedelta(seconds=5)])
-def test_when_time_is_up_no_step_is_begun(limit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_begins_after_the_time_limit(limit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(clock(monkeypatch))
     solution = mlopt.solve(still(), 10, callbacks=[slow], max_time=limit, progress=False)
     assert len(solution.history) == 3  # begun after 0, 2 and 4 seconds
     assert solution.status == slow.status == "max_time of 5 s reached"
-    # A run that is done when its time is up is done.
+    # A run that completes at its time limit counts as completed.
     solution = mlopt.solve(still(), 3, callbacks=[slow], max_time=limit, progress=False)
     assert solution.status == slow.status == "completed"
 
 
-def test_a_run_whose_time_was_up_can_be_gone_on_with(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_reached_its_time_limit_can_be_resumed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, problem = Slow(clock(monkeypatch)), noisy()
     arguments: dict[str, Any] = {"max_time": 5, "seed": 3, "progress": False, "callbacks": [slow]}
     lengths = []
     for _ in range(3):
-        # What the modules hold comes from the checkpoint.
         problem = noisy()
         solution = mlopt.solve(problem, 8, checkpoint=tmp_path, resume=True, **arguments)
         lengths.append(len(solution.history))
@@ -181,7 +170,7 @@ def test_a_run_whose_time_was_up_can_be_gone_on_with(tmp_path: Any, monkeypatch:
         assert torch.equal(tensor, expected["net"].module.state_dict()[name])
 
 
-def test_time_passes_in_the_warm_up_too(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_applies_to_the_warm_up_too(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pass_by = clock(monkeypatch)
     evaluations: list[int] = []
 
@@ -194,10 +183,10 @@ def test_time_passes_in_the_warm_up_too(tmp_path: Any, monkeypatch: pytest.Monke
         return y().square().sum() + own().square().sum()
 
     def problem() -> Problem:
-        sgd, one = partial(SGD, lr=0.1), torch.ones(1, dtype=F64)
+        sgd = partial(SGD, lr=0.1)
         return Problem(
-            Level("x", variables(one), outer, optimizer=sgd),
-            Level("y", variables(one), inner, optimizer=sgd, warmup=5, estimator=mlopt.Identity()),
+            Level("x", vector(1.0), outer, optimizer=sgd),
+            Level("y", vector(1.0), inner, optimizer=sgd, warmup=5, estimator=mlopt.Identity()),
         )
 
     def run(limit: float) -> mlopt.Solution:
@@ -208,7 +197,7 @@ def test_time_passes_in_the_warm_up_too(tmp_path: Any, monkeypatch: pytest.Monke
     assert len(evaluations) == 3
     assert len(stopped.history) == 0
     assert run(100).status == "completed"
-    assert len(evaluations) == 2 + 1 + 1  # what was left of the warm-up, the inner step, its pullback
+    assert len(evaluations) == 2 + 1 + 1  # the rest of the warm-up, the inner step, its pullback
 
 
 @pytest.mark.parametrize(
@@ -241,7 +230,7 @@ def test_time_passes_in_the_warm_up_too(tmp_path: Any, monkeypatch: pytest.Monke
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_argument_of_solve_that_is_wrong_is_named(arguments: dict[str, Any], sentence: str) -> None:
+def test_an_invalid_argument_of_solve_is_named(arguments: dict[str, Any], sentence: str) -> None:
     problem = still()
     before = torch.get_rng_state()
     with pytest.raises(mlopt.ProblemError, match=sentence):

@@ -1,4 +1,4 @@
-"""A run that is gone on with from any of its checkpoints is, to the last bit, the run that was not interrupted."""
+"""A run resumed from any of its checkpoints equals the uninterrupted run to the last bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from callback_cases import callback
+from option_cases import Weights, solve
+from saving_cases import flip
 from states import assert_same_state
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
@@ -24,7 +27,7 @@ STEPS = 7
 
 
 class Augmented(Dataset):
-    """Examples that draw from torch's and numpy's generators when they are read."""
+    """Examples that draw from the generators of torch and numpy when they are read."""
 
     def __init__(self, count: int) -> None:
         self.inputs = torch.linspace(-1, 1, 3 * count).reshape(count, 3)
@@ -37,7 +40,7 @@ class Augmented(Dataset):
 
 
 class Net(nn.Module):
-    """A network whose steps draw (dropout), change buffers (batch normalisation), and leave a buffer out of its state_dict."""
+    """A network with dropout, with batch normalisation, and with a buffer that is not in its state_dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,33 +53,24 @@ class Net(nn.Module):
         return self.last(nn.functional.dropout(self.norm(self.first(x)).tanh(), 0.3, self.training)).squeeze(1)
 
 
-class Weights(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(2))
-
-    def forward(self) -> torch.Tensor:
-        return self.logits.softmax(0)
-
-
-class Probe(mlopt.Callback):
-    """Calls `hypergradient`, which draws batches of its own, and keeps what it got."""
+class Gradients(mlopt.Callback):
+    """Calls `hypergradient`, which draws batches of its own, and records the gradients."""
 
     def __init__(self) -> None:
-        self.found: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
 
     def on_step_end(self, run: Any) -> None:
-        self.found.append(mlopt.hypergradient(run.problem).gradient["logits"])
+        self.gradients.append(mlopt.hypergradient(run.problem).gradient["logits"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found}
+        return {"gradients": self.gradients}
 
     def load_state_dict(self, state: Any) -> None:
-        self.found = list(state["found"])
+        self.gradients = list(state["gradients"])
 
 
 def build(kind: str) -> Problem:
-    """Return a problem of two or three levels with much that carries over from step to step."""
+    """Return a problem with many kinds of state that carry over from step to step."""
     torch.manual_seed(5)
 
     def outer(own, batch, *, net):
@@ -92,6 +86,7 @@ def build(kind: str) -> Problem:
 
     generator = torch.Generator().manual_seed(11)
     loader = DataLoader(Augmented(11), batch_size=3, shuffle=True, generator=generator)
+    held_out = DataLoader(Augmented(6), batch_size=4)
     estimators = {
         "streamed": mlopt.Identity(streamed=True),
         "warm": mlopt.ConjugateGradient(iterations=2, warm_start=True, damping=1.0),
@@ -103,9 +98,7 @@ def build(kind: str) -> Problem:
     }
     decay = partial(AdamW, lr=0.02, weight_decay=0.1)
     return Problem(
-        Level(
-            "weights", Weights(), outer, data=DataLoader(Augmented(6), batch_size=4), optimizer=partial(Adam, lr=0.05)
-        ),
+        Level("weights", Weights((0.0, 0.0), torch.float32), outer, data=held_out, optimizer=partial(Adam, lr=0.05)),
         Level(
             "net",
             Net(),
@@ -132,8 +125,8 @@ def evaluate(problem: Problem) -> dict[str, float]:
 
 
 def play(kind: str, folder: Path, steps: int, *, resume: bool, every: int = 1) -> dict[str, Any]:
-    """Return all that a run leaves behind."""
-    problem, probe = build(kind), Probe()
+    """Solve a problem; return all its results."""
+    problem, recording = build(kind), Gradients()
     stopping = mlopt.EarlyStopping("evaluation/size", patience=100)
     log = mlopt.CSVLogger(folder / "log.csv")
     solution = mlopt.solve(
@@ -142,7 +135,7 @@ def play(kind: str, folder: Path, steps: int, *, resume: bool, every: int = 1) -
         seed=3,
         checkpoint=mlopt.Checkpoints(folder, every=every, keep=100),
         resume=resume,
-        callbacks=[probe, stopping, log],
+        callbacks=[recording, stopping, log],
         evaluate=evaluate,
         evaluate_every=2,
         log_every=3,
@@ -150,7 +143,7 @@ def play(kind: str, folder: Path, steps: int, *, resume: bool, every: int = 1) -
     )
     return {
         "modules": [t for level in problem for t in (*level.module.parameters(), *level.module.buffers())],
-        "probe": probe.found,
+        "gradients": recording.gradients,
         "history": list(solution.history),
         "log": (folder / "log.csv").read_text(),
         "drawn next": torch.rand(()),
@@ -160,13 +153,12 @@ def play(kind: str, folder: Path, steps: int, *, resume: bool, every: int = 1) -
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return what an uninterrupted run of each kind leaves behind, and its folder; each is run once."""
+    """Return a function that returns the results of an uninterrupted run of a kind; each is run once."""
     runs: dict[str, Any] = {}
 
     def get(kind: str) -> Any:
         if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind)
-            runs[kind] = play(kind, folder, STEPS, resume=False), folder
+            runs[kind] = play(kind, tmp_path_factory.mktemp(kind), STEPS, resume=False)
         return runs[kind]
 
     return get
@@ -174,8 +166,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("kind", ["streamed", "warm", "curvature", "unrolled", "fp16"])
 @pytest.mark.parametrize("cut", [0, 3, STEPS])
-def test_gone_on_with_from_a_checkpoint_is_the_same_run(kind: str, cut: int, whole: Any, tmp_path: Path) -> None:
-    expected, _ = whole(kind)
+def test_a_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(
+    kind: str, cut: int, whole: Any, tmp_path: Path
+) -> None:
+    expected = whole(kind)
     if cut:
         play(kind, tmp_path, cut, resume=False)
     assert_same_state(play(kind, tmp_path, STEPS, resume=True), expected)
@@ -198,9 +192,7 @@ def quadratic(size: int = 3, **arguments: Any) -> Problem:
 
 
 def run(folder: Path, steps: int, problem: Problem | None = None, **options: Any) -> mlopt.Solution:
-    """Solve a problem with checkpoints at each step."""
-    saving = {"checkpoint": mlopt.Checkpoints(folder, every=1), "seed": 0, "progress": False}
-    return mlopt.solve(problem or quadratic(), steps, **{**saving, **options})
+    return solve(problem or quadratic(), steps, folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +224,15 @@ def test_a_checkpoint_of_another_problem_is_refused(other: Any, sentence: str, t
         ({"steps": 1}, "is of step 2, beyond steps=1"),
     ],
 )
-def test_a_run_is_gone_on_with_as_it_was_begun(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_another_seed_or_fewer_steps(
+    options: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
     run(tmp_path, 2)
     with pytest.raises(mlopt.CheckpointError, match=sentence):
         run(tmp_path, **{"steps": 3, "resume": True, **options})
 
 
-def test_another_setting_is_told(tmp_path: Path) -> None:
+def test_a_changed_setting_is_reported(tmp_path: Path) -> None:
     run(tmp_path, 2)
     with pytest.warns(
         mlopt.CheckpointWarning, match="steps of level 'x' was 2 in the checkpoint, and is 5 from this step on"
@@ -246,7 +240,7 @@ def test_another_setting_is_told(tmp_path: Path) -> None:
         run(tmp_path, 3, quadratic(steps=5), resume=True)
 
 
-def test_without_a_seed_the_first_one_is_kept(tmp_path: Path) -> None:
+def test_without_a_seed_the_original_seed_is_kept(tmp_path: Path) -> None:
     torch.manual_seed(8)
     run(tmp_path / "whole", 4, seed=None)
     torch.manual_seed(8)
@@ -257,64 +251,53 @@ def test_without_a_seed_the_first_one_is_kept(tmp_path: Path) -> None:
     assert_same_state(cut, whole)
 
 
-def test_a_folder_that_holds_a_run_is_not_begun_in(tmp_path: Path) -> None:
+def test_a_new_run_needs_a_folder_without_checkpoints(tmp_path: Path) -> None:
     run(tmp_path, 2)
     with pytest.raises(mlopt.CheckpointError, match="resume=True"):
         run(tmp_path, 2)
 
 
-def test_resume_needs_a_folder_and_begins_in_an_empty_one(tmp_path: Path) -> None:
+def test_resume_needs_a_folder_and_starts_in_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(mlopt.ProblemError, match="resume=True without checkpoint"):
         mlopt.solve(quadratic(), 1, resume=True)
     assert len(run(tmp_path, 2, resume=True).history) == 2
 
 
-def test_a_finished_run_is_read_and_a_stopped_one_stays_stopped(tmp_path: Path) -> None:
-    class Stop(mlopt.Callback):
-        def on_step_end(self, run: Any) -> None:
-            assert not resumed
-            if run.step == 2:
-                run.stop("enough")
+def test_a_finished_or_stopped_run_takes_no_further_steps(tmp_path: Path) -> None:
+    def fail(run: Any) -> None:
+        pytest.fail("a step was taken")
 
-    resumed = False
-    run(tmp_path / "stopped", 5, callbacks=[Stop()])
+    stop = callback(on_step_end=lambda run: run.stop("enough") if run.step == 2 else None)
+    run(tmp_path / "stopped", 5, callbacks=[stop])
     run(tmp_path / "finished", 5)
-    resumed = True
-    problem = quadratic()
-    stopped = run(tmp_path / "stopped", 5, problem, callbacks=[Stop()], resume=True)
+    problem, ended = quadratic(), {"callbacks": [callback(on_step_end=fail)], "resume": True}
+    stopped = run(tmp_path / "stopped", 5, problem, **ended)
     assert (stopped.status, len(stopped.history)) == ("enough", 2)
     assert problem["weights"].module.value.abs().min() > 0
-    finished = run(tmp_path / "finished", 5, callbacks=[Stop()], resume=True)
+    finished = run(tmp_path / "finished", 5, **ended)
     assert (finished.status, len(finished.history)) == ("completed", 5)
 
 
-def test_a_run_that_is_stopped_when_it_was_saved_stays_stopped(tmp_path: Path) -> None:
-    class Stop(mlopt.Callback):
-        def on_save(self, run: Any, folder: Path) -> None:
-            if run.step == 2:
-                run.stop("saved enough")
-
-    assert run(tmp_path, 5, callbacks=[Stop()]).status == "saved enough"
+def test_a_run_stopped_by_on_save_stays_stopped(tmp_path: Path) -> None:
+    stop = callback(on_save=lambda run, folder: run.stop("saved enough") if run.step == 2 else None)
+    assert run(tmp_path, 5, callbacks=[stop]).status == "saved enough"
     again = run(tmp_path, 5, resume=True)
     assert (again.status, len(again.history)) == ("saved enough", 2)
 
 
-def test_more_steps_can_be_asked_for(tmp_path: Path) -> None:
+def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     whole, longer = quadratic(), quadratic()
-    mlopt.solve(whole, 6, seed=0, progress=False)
+    solve(whole, 6)
     run(tmp_path, 3)
     run(tmp_path, 6, longer, resume=True)
     assert torch.equal(whole["x"].module.value, longer["x"].module.value)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path) -> None:
     whole = quadratic()
     run(tmp_path / "whole", 4, whole)
     run(tmp_path / "cut", 3)
-    tensors = tmp_path / "cut" / "step-00000003" / "tensors.safetensors"
-    damaged = bytearray(tensors.read_bytes())
-    damaged[-1] ^= 1
-    tensors.write_bytes(damaged)
+    flip(tmp_path / "cut" / "step-00000003" / "tensors.safetensors", 1, 1)
     resumed = quadratic()
     with pytest.warns(mlopt.CheckpointWarning, match=r"skipped .*step-00000003: .*damaged"):
         solution = run(tmp_path / "cut", 4, resumed, resume=True)
@@ -322,17 +305,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert [row["step"] for row in solution.history] == [1, 2, 3, 4]
 
 
-def test_data_that_end_too_early_are_named(tmp_path: Path) -> None:
+def test_data_too_short_to_resume_are_named(tmp_path: Path) -> None:
     def with_batches(count: int) -> Problem:
-        return Problem(
-            Level(
-                "x",
-                mlopt.variables(torch.zeros(1)),
-                lambda own, batch: (own() - batch).square().sum(),
-                data=[torch.ones(1)] * count,
-                optimizer=partial(SGD, lr=0.1),
-            )
-        )
+        def loss(own, batch):
+            return (own() - batch).square().sum()
+
+        data = [torch.ones(1)] * count
+        return Problem(Level("x", mlopt.variables(torch.zeros(1)), loss, data=data, optimizer=partial(SGD, lr=0.1)))
 
     run(tmp_path, 3, with_batches(5))
     with (
@@ -343,7 +322,7 @@ def test_data_that_end_too_early_are_named(tmp_path: Path) -> None:
 
 
 class Filling(mlopt.Callback):
-    """Lets every save from the second step on fail, as a full disk does, until there is room again."""
+    """Makes every save from the second step on fail, like a full disk, until step `until`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, until: int) -> None:
         self._patch, self._until = monkeypatch, until
@@ -360,24 +339,24 @@ class Filling(mlopt.Callback):
             self._patch.setattr(serialization, "write", full)
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(
         mlopt.CheckpointWarning, match="No space left on device.*the newest complete checkpoint is step-00000001"
-    ) as told:
+    ) as warned:
         solution = run(tmp_path, 5, callbacks=[Filling(monkeypatch, until=4)])
-    assert len(told) == 2
+    assert len(warned) == 2
     assert len(solution.history) == 5
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
 
 
 @pytest.mark.filterwarnings("ignore::mlopt.CheckpointWarning")
-def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = quadratic()
     with pytest.raises(mlopt.CheckpointError, match="No space left on device"):
         run(tmp_path, 5, problem, callbacks=[Filling(monkeypatch, until=100)])
-    # What was computed is in the modules all the same.
+    # The modules hold the results nevertheless.
     expected = quadratic()
-    mlopt.solve(expected, 5, seed=0, progress=False)
+    solve(expected, 5)
     assert torch.equal(problem["x"].module.value, expected["x"].module.value)
 
 
@@ -388,7 +367,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
-def test_a_column_that_is_not_logged_is_told_and_one_that_is_to_come_is_not(tmp_path: Path) -> None:
+def test_a_missing_column_is_reported_but_not_one_logged_later(tmp_path: Path) -> None:
     later = {"evaluate": lambda problem: {"accuracy": 1.0}, "evaluate_every": 3}
     for column in ("evaluation/acuracy", "weights/los"):
         checkpoints = mlopt.Checkpoints(tmp_path / column, every=1, best=column)

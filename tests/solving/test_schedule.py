@@ -1,4 +1,4 @@
-"""Which level steps when, and on which batches: drawn schedules against an interpreter that is short enough to be believed."""
+"""The order of steps and their batches: random schedules, compared with a short interpreter of the rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Step = tuple[str, tuple[tuple[int, int], ...]]
 
 @attrs.frozen
 class Drawn:
-    """A level as it is drawn: the levels that its loss names, and its counts; `length` is of an epoch, in batches."""
+    """A random level: the levels that its loss names, and its counts; `length` is the number of batches in an epoch."""
 
     references: tuple[str, ...]
     steps: int
@@ -32,7 +32,7 @@ class Drawn:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> dict[str, Drawn]:
-    """Return 2 to 5 levels by name, outermost first. Each inner one is named by one listed before it, and names any others."""
+    """Return 2 to 5 levels by name, outermost first; an earlier level names each inner one, which names any others."""
     names = [f"level_{k}" for k in range(draw(st.integers(2, 5)))]
     named_by = {name: draw(st.sampled_from(names[:k])) for k, name in enumerate(names) if k}
     most = 3 if len(names) < 4 else 2
@@ -53,12 +53,12 @@ def schedules(draw: st.DrawFn) -> dict[str, Drawn]:
 
 
 def interpreted(levels: dict[str, Drawn], outer_steps: int, lookahead: bool) -> list[Step]:
-    """Return the steps in their order, from the rules alone."""
+    """Return the steps in order, as the rules define them."""
     names = list(levels)
     outermost, taken, done = names[0], dict.fromkeys(names, 0), []
 
     def host(name: str) -> str:
-        """The innermost outer level that the loss depends on, directly or through inner levels' losses; else the outermost."""
+        """Return the innermost outer level that the loss depends on, directly or through inner levels; else the outermost."""
         outer, seen, pending = {outermost}, set(), list(levels[name].references)
         while pending:
             other = pending.pop()
@@ -95,13 +95,13 @@ def interpreted(levels: dict[str, Drawn], outer_steps: int, lookahead: bool) -> 
         before = dict(taken)
         solve_inside(outermost)
         own(outermost)
-        taken |= {name: before[name] for name in names[1:]}  # which are solved once more, on the same batches
+        taken |= {name: before[name] for name in names[1:]}  # they are solved again, on the same batches
         solve_inside(outermost)
     return done
 
 
 class Numbered:
-    """Batches that are their epoch and position."""
+    """Batches that consist of their epoch and position."""
 
     def __init__(self, length: int) -> None:
         self.length, self.epoch = length, -1
@@ -112,7 +112,7 @@ class Numbered:
 
 
 class Recorder:
-    """Notes the steps of a problem; and holds that pullbacks see each level at the last batch of its latest step."""
+    """Records the steps of a problem; asserts that pullbacks use the last batch of the latest step of each level."""
 
     def __init__(self, levels: dict[str, Drawn]) -> None:
         self.steps: list[Step] = []
@@ -148,7 +148,7 @@ class Recorder:
         return made
 
     def _note(self, name: str) -> None:
-        """What was evaluated since the last step: the level, for its own step, and those that its pullbacks replayed."""
+        """Record a step from the evaluations since the last one; those of other levels are replayed by pullbacks."""
         self.steps.append((name, tuple(batch for level, batch in self._evaluations if level == name)))
         assert all(self._latest[level] == batch for level, batch in self._evaluations if level != name)
         self._latest[name] = self.steps[-1][1][-1]
@@ -157,7 +157,7 @@ class Recorder:
 
 @settings(max_examples=25, deadline=None)
 @given(levels=schedules(), outer_steps=st.integers(0, 2), lookahead=st.booleans())
-def test_steps_and_batches_are_those_of_the_rules(levels: dict[str, Drawn], outer_steps: int, lookahead: bool) -> None:
+def test_steps_and_batches_follow_the_rules(levels: dict[str, Drawn], outer_steps: int, lookahead: bool) -> None:
     try:
         recorder = Recorder(levels)
     except mlopt.ProblemError as error:

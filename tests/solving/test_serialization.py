@@ -1,4 +1,4 @@
-"""A state comes back from its two files bit for bit, or is refused by the place of what cannot."""
+"""A state is restored from its two files bit for bit; a value that cannot be is refused, with its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saving_cases import same, through
+from saving_cases import through
+from states import assert_same_state
 from torch import nn
 
 from mlopt import MloptError
@@ -87,20 +88,26 @@ states = st.dictionaries(names, st.recursive(leaves, containers, max_leaves=12),
 
 @settings(max_examples=150, deadline=None)
 @given(states)
-def test_a_state_comes_back_bit_for_bit(state):
-    assert same(state, through(state))
+def test_a_state_is_restored_bit_for_bit(state):
+    assert_same_state(through(state), state)
 
 
-def test_bits_are_compared():
-    """The comparison above can tell what must not be confused."""
+def test_the_comparison_of_states_compares_types_order_shapes_and_bits():
     nan = struct.unpack("d", b"\1\0\0\0\0\0\xf8\x7f")[0]
-    apart = [(0.0, -0.0), (float("nan"), nan), (1, True), (1, 1.0), ((), []), (torch.zeros(1), -torch.zeros(1))]
-    apart += [(torch.zeros(1), torch.zeros(())), (np.float64(1), 1.0), ({1: 2, 3: 4}, {3: 4, 1: 2}), ({1: 2}, {"1": 2})]
-    apart += [(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.5], dtype=torch.bfloat16))]
-    assert not any(same(*pair) for pair in apart)
+    different = [(0.0, -0.0), (float("nan"), nan), (1, True), (1, 1.0), ((), []), (torch.zeros(1), -torch.zeros(1))]
+    different += [
+        (torch.zeros(1), torch.zeros(())),
+        (np.float64(1), 1.0),
+        ({1: 2, 3: 4}, {3: 4, 1: 2}),
+        ({1: 2}, {"1": 2}),
+    ]
+    different += [(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.5], dtype=torch.bfloat16))]
+    for pair in different:
+        with pytest.raises(AssertionError):
+            assert_same_state(*pair)
 
 
-def test_integers_of_any_length_and_generators_come_back():
+def test_integers_of_any_length_and_generators_are_restored():
     state = {
         "long": -(7**9000),
         "python": random.getstate(),
@@ -108,42 +115,41 @@ def test_integers_of_any_length_and_generators_come_back():
         "bits": np.random.default_rng(3).bit_generator.state,
         "torch": torch.get_rng_state(),
     }
-    found = through(state)
-    assert same(state, found)
+    loaded = through(state)
+    assert_same_state(loaded, state)
     draws = random.random(), np.random.rand(), torch.rand(3)
-    random.setstate(found["python"])
-    np.random.set_state(found["numpy"])
-    torch.set_rng_state(found["torch"])
-    assert same(draws, (random.random(), np.random.rand(), torch.rand(3)))
+    random.setstate(loaded["python"])
+    np.random.set_state(loaded["numpy"])
+    torch.set_rng_state(loaded["torch"])
+    assert_same_state((random.random(), np.random.rand(), torch.rand(3)), draws)
 
 
-def test_a_tensor_in_two_places_comes_back_as_one_and_views_come_back_apart(tmp_path):
+def test_a_tensor_in_two_places_is_restored_as_one_and_views_separately(tmp_path):
     tensor = torch.arange(6.0, dtype=torch.float64)
     state = {"one": tensor, "other": [tensor], "view": tensor.view(2, 3).T, "parameter": nn.Parameter(tensor)}
     serialization.write(tmp_path, state)
-    found = serialization.read(tmp_path)
-    assert found["one"] is found["other"][0]
+    loaded = serialization.read(tmp_path)
+    assert loaded["one"] is loaded["other"][0]
     assert len(safetensors.torch.load_file(tmp_path / serialization.TENSORS)) == 3
-    found["view"].zero_()
-    assert same(state["parameter"].detach(), found["parameter"])
-    assert type(found["parameter"]) is torch.Tensor
+    loaded["view"].zero_()
+    assert_same_state(loaded["parameter"], tensor)
 
 
-def test_tensors_whose_places_read_alike_are_kept_apart():
+def test_tensors_with_ambiguous_names_are_not_confused():
     values = iter(torch.arange(7.0).split(1))
     state = {"a.b": next(values), "a": {"b": next(values)}, "__metadata__": next(values), "": next(values)}
     state["\ud83d"], state["x"] = next(values), {1: next(values), "1": next(values)}
-    assert same(state, through(state))
+    assert_same_state(through(state), state)
 
 
-def test_lazily_conjugated_numbers_are_written_as_they_read():
+def test_lazily_conjugated_tensors_are_written_resolved():
     tensor = torch.complex(torch.arange(3.0), torch.ones(3))
-    found = through({"conjugate": tensor.conj(), "imaginary": tensor.conj().imag})
-    assert torch.equal(found["conjugate"], tensor.conj())
-    assert torch.equal(found["imaginary"], tensor.conj().imag)
+    loaded = through({"conjugate": tensor.conj(), "imaginary": tensor.conj().imag})
+    assert torch.equal(loaded["conjugate"], tensor.conj())
+    assert torch.equal(loaded["imaginary"], tensor.conj().imag)
 
 
-def test_the_files_are_readable_by_place_and_by_whom_the_umask_lets(tmp_path):
+def test_tensors_are_named_by_their_place_and_files_follow_the_umask(tmp_path):
     serialization.write(tmp_path, {"modules": {"classifier": {"0.weight": torch.ones(2)}}, "step": 3})
     assert list(safetensors.torch.load_file(tmp_path / serialization.TENSORS)) == ["modules.classifier.0.weight"]
     assert json.loads((tmp_path / serialization.STATE).read_text())["state"]["step"] == 3
@@ -151,12 +157,12 @@ def test_the_files_are_readable_by_place_and_by_whom_the_umask_lets(tmp_path):
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
-def test_what_is_read_does_not_change_with_the_file(tmp_path):
+def test_a_restored_state_does_not_change_with_the_file(tmp_path):
     serialization.write(tmp_path, {"weights": torch.ones(10_000)})
-    found = serialization.read(tmp_path)
+    loaded = serialization.read(tmp_path)
     with open(tmp_path / serialization.TENSORS, "r+b") as file:
         file.write(bytes(40_000))
-    assert torch.equal(found["weights"], torch.ones(10_000))
+    assert torch.equal(loaded["weights"], torch.ones(10_000))
 
 
 class Foo:
@@ -172,7 +178,7 @@ cyclic.append(cyclic)
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "sentence"),
     [
         (Foo(), "state.3.foo is a test_serialization.Foo; a checkpoint holds"),
         (Named(), "state.3.foo is a test_serialization.Named"),
@@ -191,11 +197,11 @@ cyclic.append(cyclic)
         (cyclic, "state.3.foo... is nested deeper than 100 levels, or contains itself"),
     ],
 )
-def test_what_would_not_come_back_is_refused_by_its_place(tmp_path, value, told):
+def test_a_value_that_cannot_be_restored_is_refused_by_its_place(tmp_path, value, sentence):
     with pytest.raises(CheckpointError) as caught:
         serialization.write(tmp_path, {"fine": torch.ones(3), "state": {3: {"foo": value}}})
     assert isinstance(caught.value, MloptError)
-    assert told in str(caught.value).replace(f"{__name__}.", "test_serialization.")
+    assert sentence in str(caught.value).replace(f"{__name__}.", "test_serialization.")
     assert not list(tmp_path.iterdir())
 
 
@@ -213,7 +219,7 @@ def test_what_would_not_come_back_is_refused_by_its_place(tmp_path, value, told)
         '{"version": 1, "state": ' + "[" * 100_000,
     ],
 )
-def test_what_write_does_not_write_is_refused(tmp_path, text):
+def test_files_of_another_format_are_refused(tmp_path, text):
     serialization.write(tmp_path, {"a": torch.ones(3)})
     (tmp_path / serialization.STATE).write_text(text)
     with pytest.raises(CheckpointError, match="cannot be read as a state"):

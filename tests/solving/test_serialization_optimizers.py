@@ -1,4 +1,4 @@
-"""Optimisers, schedulers and the like that were saved half-way go on bit-equally to those that were not."""
+"""Optimizers, schedulers and the like resume from a saved state bit-equally."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from saving_cases import same, through
+from saving_cases import through
+from states import assert_same_state
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -29,10 +30,41 @@ def train(parameters, optimizer, steps, after=lambda: None):
         after()
 
 
-#: Every optimiser that takes a gradient.
+def states(parts):
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def assert_resumes_bit_equally(make):
+    """Train, save, train on; train new parts from the saved state too, and compare.
+
+    `make` returns the parts that have a state, by name, and a function that trains them for a number of steps.
+    """
+    parts, train_parts = make()
+    train_parts(3)
+    saved = through(states(parts))
+    assert_same_state(saved, states(parts))
+    train_parts(5)
+    resumed, train_resumed = make()
+    for name, part in resumed.items():
+        part.load_state_dict(saved[name])
+    train_resumed(5)
+    del parts["optimizer"], resumed["optimizer"]  # torch converts some of its state to the dtype of the parameters
+    assert_same_state(states(resumed), states(parts))
+    return saved
+
+
+class NAdam(torch.optim.NAdam):
+    def load_state_dict(self, state):
+        """Restore `mu_product`, which torch converts to the dtype of the parameters."""
+        super().load_state_dict(state)
+        for entry, saved in zip(self.state.values(), state["state"].values(), strict=True):
+            entry["mu_product"] = saved["mu_product"]
+
+
+#: Every optimizer that takes a gradient.
 OPTIMIZERS = {
     name: kind
-    for name, kind in vars(torch.optim).items()
+    for name, kind in {**vars(torch.optim), "NAdam": NAdam}.items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
 }
 VARIANTS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
@@ -40,34 +72,21 @@ VARIANTS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": T
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_goes_on_bit_equally(name, dtype):
-    def made():
+def test_an_optimizer_resumes_bit_equally(name, dtype):
+    def make():
         parameters = quadratic(dtype)
         chosen = [parameters[0]] if name == "Muon" else list(parameters)
-        return parameters, chosen, OPTIMIZERS[name](chosen, lr=1e-2, **VARIANTS.get(name, {}))
+        optimizer = OPTIMIZERS[name](chosen, lr=1e-2, **VARIANTS.get(name, {}))
+        return {"module": parameters, "optimizer": optimizer}, lambda count: train(chosen, optimizer, count)
 
-    parameters, chosen, optimizer = made()
-    train(chosen, optimizer, 3)
-    state = {"optimizer": optimizer.state_dict(), "module": parameters.state_dict()}
-    found = through(state)
-    assert same(state, found)
-    train(chosen, optimizer, 3)
-    others, chosen, optimizer = made()
-    others.load_state_dict(found["module"])
-    optimizer.load_state_dict(found["optimizer"])
-    if name == "NAdam":
-        # Its own load_state_dict turns a float32 product of its into the parameters' dtype.
-        for entry, kept in zip(optimizer.state.values(), found["optimizer"]["state"].values(), strict=True):
-            entry["mu_product"] = kept["mu_product"]
-    train(chosen, optimizer, 3)
-    assert same(parameters.state_dict(), others.state_dict())
+    assert_resumes_bit_equally(make)
 
 
-def test_an_optimizer_whose_learning_rate_is_a_tensor_goes_on():
+def test_an_optimizer_whose_learning_rate_is_a_tensor_is_saved():
     parameters = quadratic()
     optimizer = torch.optim.Adam(parameters, lr=torch.tensor(1e-2), capturable=False, foreach=False)
     train(parameters, optimizer, 2)
-    assert same(optimizer.state_dict(), through(optimizer.state_dict()))
+    assert_same_state(through(optimizer.state_dict()), optimizer.state_dict())
 
 
 S = lr_scheduler
@@ -116,103 +135,73 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_goes_on_bit_equally(name):
-    def made():
+def test_a_scheduler_resumes_bit_equally(name):
+    rates = []
+
+    def make():
         parameters = quadratic()
         optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
         scheduler = SCHEDULERS[name](optimizer)
-        rates = []
         losses = itertools.count()
 
         def after():
             scheduler.step(*[float(next(losses))] * isinstance(scheduler, S.ReduceLROnPlateau))
             rates.append(optimizer.param_groups[0]["lr"])
 
-        return parameters, optimizer, scheduler, rates, after
+        parts = {"module": parameters, "optimizer": optimizer, "scheduler": scheduler}
+        return parts, lambda count: train(parameters, optimizer, count, after)
 
-    parameters, optimizer, scheduler, rates, after = made()
-    train(parameters, optimizer, 3, after)
-    parts = {"module": parameters, "optimizer": optimizer, "scheduler": scheduler}
-    state = {key: part.state_dict() for key, part in parts.items()}
-    found = through(state)
-    assert same(state, found)
-    train(parameters, optimizer, 5, after)
-    others, optimizer, scheduler, others_rates, after = made()
-    for key, part in {"module": others, "optimizer": optimizer, "scheduler": scheduler}.items():
-        part.load_state_dict(found[key])
-    train(others, optimizer, 5, after)
-    assert same(rates[3:], others_rates)
-    assert same(parameters.state_dict(), others.state_dict())
+    assert_resumes_bit_equally(make)
+    # Three steps before the save, five after it, and five in the resumed run.
+    assert rates[3:8] == rates[8:]
     assert len(set(rates)) > 1 or name == "ReduceLROnPlateau"
 
 
-def test_a_gradient_scaler_goes_on_bit_equally():
-    def step(scaler, weight):
-        optimizer = torch.optim.SGD([weight], lr=0.1)
-        scaler.scale(weight.square().sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+def test_a_gradient_scaler_resumes_bit_equally():
+    def make():
+        weight = nn.ParameterList([torch.ones(3)])
+        scaler, optimizer = torch.amp.GradScaler("cpu", growth_interval=2), torch.optim.SGD(weight, lr=0.1)
 
-    weight = nn.Parameter(torch.ones(3))
-    scaler, fresh = (torch.amp.GradScaler("cpu", growth_interval=2) for _ in range(2))
-    for _ in range(3):
-        step(scaler, weight)
-    found = through({"scaler": scaler.state_dict(), "weight": weight})
-    assert same(scaler.state_dict(), found["scaler"])
-    fresh.load_state_dict(found["scaler"])
-    other = nn.Parameter(found["weight"])
-    for _ in range(3):
-        step(scaler, weight)
-        weight.grad = None
-    for _ in range(3):
-        step(fresh, other)
-        other.grad = None
-    assert same(scaler.state_dict(), fresh.state_dict())
+        def steps(count):
+            for _ in range(count):
+                optimizer.zero_grad()
+                scaler.scale(weight[0].square().sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+        return {"scaler": scaler, "weight": weight, "optimizer": optimizer}, steps
+
+    assert_resumes_bit_equally(make)
 
 
-def test_an_averaged_model_goes_on_bit_equally():
-    def made():
+def test_an_averaged_model_resumes_bit_equally():
+    def make():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         averaged = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
         )
-        return model, averaged, torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def steps(model, averaged, optimizer):
-        for k in range(3):
-            optimizer.zero_grad()
-            model(torch.arange(8.0).reshape(4, 2).cos() + k).square().mean().backward()
-            optimizer.step()
-            averaged.update_parameters(model)
+        def steps(count):
+            for k in range(count):
+                optimizer.zero_grad()
+                model(torch.arange(8.0).reshape(4, 2).cos() + k).square().mean().backward()
+                optimizer.step()
+                averaged.update_parameters(model)
 
-    parts = made()
-    steps(*parts)
-    found = through({str(k): part.state_dict() for k, part in enumerate(parts)})
-    steps(*parts)
-    others = made()
-    for k, part in enumerate(others):
-        part.load_state_dict(found[str(k)])
-    steps(*others)
-    assert same(parts[1].state_dict(), others[1].state_dict())
+        return {"model": model, "averaged": averaged, "optimizer": optimizer}, steps
+
+    assert_resumes_bit_equally(make)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_is_on_a_device_comes_back_on_the_cpu_and_goes_on_there():
-    def made():
+def test_tensors_of_a_device_are_loaded_on_the_cpu_and_training_resumes_on_the_device():
+    def make():
         parameters = quadratic().to("cuda")
-        return parameters, torch.optim.Adam(parameters, lr=1e-2)
+        optimizer = torch.optim.Adam(parameters, lr=1e-2)
+        return {"module": parameters, "optimizer": optimizer}, lambda count: train(parameters, optimizer, count)
 
-    parts = made()
-    train(*parts, 3)
-    state = {str(k): part.state_dict() for k, part in enumerate(parts)}
-    found = through(state)
-    assert found["0"]["1"].device.type == "cpu"
-    assert torch.equal(found["0"]["1"], parts[0][1].cpu())
-    train(*parts, 3)
-    others = made()
-    for k, part in enumerate(others):
-        part.load_state_dict(found[str(k)])
-    train(*others, 3)
-    assert all(map(torch.equal, parts[0], others[0]))
+    saved = assert_resumes_bit_equally(make)
+    assert {tensor.device.type for tensor in saved["module"].values()} == {"cpu"}

@@ -1,4 +1,4 @@
-"""The schedule of solve: which levels step when, on what gradient, and that nothing else moves."""
+"""The schedule of solve: the order of the steps and their gradients; nothing else moves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from callback_cases import callback
+from option_cases import F64, Weights, nest, steps_of, vector
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
@@ -13,18 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 import mlopt
 from mlopt import Level, Problem, variables
 
-F64 = torch.float64
 sgd = partial(SGD, lr=0.1)
-
-
-def recording(name, calls, loss):
-    """Return the loss, noting the level's name in `calls` whenever it is evaluated by a step of its own."""
-
-    def wrapped(own, batch, **others):
-        calls.append(name)
-        return loss(own, batch, **others)
-
-    return wrapped
 
 
 def tapweight_like(calls, steps=(1, 2)):
@@ -42,73 +33,35 @@ def tapweight_like(calls, steps=(1, 2)):
         calls.append("pretraining")
         return (own() - reweighting()).square().sum()
 
-    def make():
-        return variables(torch.ones(1, dtype=F64))
-
     return Problem(
-        Level("reweighting", make(), outer, optimizer=sgd),
-        Level("finetuning", make(), middle, optimizer=sgd, steps=steps[0], estimator=mlopt.Identity()),
-        Level("pretraining", make(), inner, optimizer=sgd, steps=steps[1], estimator=mlopt.Identity()),
+        Level("reweighting", vector(1.0), outer, optimizer=sgd),
+        Level("finetuning", vector(1.0), middle, optimizer=sgd, steps=steps[0], estimator=mlopt.Identity()),
+        Level("pretraining", vector(1.0), inner, optimizer=sgd, steps=steps[1], estimator=mlopt.Identity()),
     )
 
 
-def test_innermost_listed_first_each_for_its_steps():
+def test_the_last_listed_level_steps_first():
     calls = []
     problem = tapweight_like(calls, steps=(3, 2))
     order = []
 
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run):
-            order.append(tuple(calls))
-            calls.clear()
+    def watch(run):
+        order.append(tuple(calls))
+        calls.clear()
 
-    mlopt.solve(problem, 2, callbacks=[Watch()])
-    # The steps of the levels, then the outer loss; what follows are the evaluations of the pullbacks.
+    mlopt.solve(problem, 2, callbacks=[callback(on_step_end=watch)])
+    # The steps of the levels, then the outer loss, then the evaluations of the pullbacks.
     for step in order:
         assert step[:6] == ("pretraining",) * 2 + ("finetuning",) * 3 + ("reweighting",)
         assert set(step[6:]) == {"finetuning", "pretraining"}
 
 
 def test_a_nested_level_is_solved_before_each_step_of_its_host():
-    calls = []
-
-    def top(own, batch, *, y):
-        calls.append("x")
-        return (y() - 1).square().sum() + own().square().sum()
-
-    def middle(own, batch, *, z, x):
-        calls.append("y")
-        return (own() - x()).square().sum() + z().square().sum()
-
-    def bottom(own, batch, *, y):
-        calls.append("z")
-        return (own() - y()).square().sum()
-
-    def make():
-        return variables(torch.ones(1, dtype=F64))
-
-    steps = []
-    problem = Problem(
-        Level("x", make(), top, optimizer=sgd),
-        Level("y", make(), middle, optimizer=sgd, steps=2, estimator=mlopt.Dense()),
-        Level("z", make(), bottom, optimizer=sgd, steps=3, estimator=mlopt.Dense()),
-    )
-    for level in problem:
-        level.module.value.register_post_accumulate_grad_hook(lambda p: None)
-    engine_steps = {level.name: 0 for level in problem}
-
-    class Count(mlopt.Callback):
-        def on_train_begin(self, run):
-            for name, optimizer in run.engine.optimizers.items():
-                optimizer.register_step_post_hook(lambda *_, name=name: steps.append(name))
-
-    mlopt.solve(problem, 1, callbacks=[Count()])
-    assert steps == ["z", "z", "z", "y"] * 2 + ["x"]
-    assert engine_steps == {"x": 0, "y": 0, "z": 0}
+    assert [name for name, _ in steps_of(nest(mlopt.Dense()), 1)] == ["z", "z", "y"] * 2 + ["x"]
 
 
 def test_a_step_follows_the_total_gradient():
-    """One step of the middle of a nest, by hand: y's own derivative plus what flows back through z."""
+    """Compare a step of the middle level with one by hand: the direct derivative of y plus that through z."""
     a, b, c = 2.0, 0.7, 1.3
 
     def bottom(own, batch, *, y):
@@ -122,9 +75,9 @@ def test_a_step_follows_the_total_gradient():
 
     z0, y0, x0 = 0.4, 0.9, -0.3
     problem = Problem(
-        Level("x", variables(torch.tensor([x0], dtype=F64)), top, optimizer=partial(SGD, lr=0.0)),
-        Level("y", variables(torch.tensor([y0], dtype=F64)), middle, optimizer=sgd, estimator=mlopt.Dense()),
-        Level("z", variables(torch.tensor([z0], dtype=F64)), bottom, optimizer=sgd, estimator=mlopt.Dense()),
+        Level("x", vector(x0), top, optimizer=partial(SGD, lr=0.0)),
+        Level("y", vector(y0), middle, optimizer=sgd, estimator=mlopt.Dense()),
+        Level("z", vector(z0), bottom, optimizer=sgd, estimator=mlopt.Dense()),
     )
     mlopt.solve(problem, 1)
     z1 = z0 - 0.1 * (a * z0 - b * y0)
@@ -133,7 +86,7 @@ def test_a_step_follows_the_total_gradient():
 
 
 def test_the_outer_step_follows_the_hypergradient_of_the_latest_batches():
-    """Against the same loop written out, dropout included: masks and batch are those of the inner level's latest step."""
+    """Compare with a plain loop with dropout: masks and batch are those of the latest inner step."""
     torch.manual_seed(0)
     batches = [torch.randn(8, 3, dtype=F64) for _ in range(4)]
 
@@ -182,7 +135,7 @@ def test_the_outer_step_follows_the_hypergradient_of_the_latest_batches():
 
 @pytest.mark.parametrize("estimator", [mlopt.Identity(), mlopt.FiniteDifference(), mlopt.Neumann(terms=3)])
 def test_training_does_not_depend_on_the_estimator(estimator):
-    """With an outer optimiser that does not move, the inner level's path is the same under every estimator."""
+    """If the outer level does not move, the inner level takes the same path with every estimator."""
 
     def run(chosen):
         torch.manual_seed(3)
@@ -202,13 +155,13 @@ def test_training_does_not_depend_on_the_estimator(estimator):
         mlopt.solve(problem, 6, seed=0)
         return net.state_dict()
 
-    expected, found = run(mlopt.Dense(damping=1.0)), run(estimator)
+    expected, state = run(mlopt.Dense(damping=1.0)), run(estimator)
     for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+        assert torch.equal(tensor, state[name]), name
 
 
 def test_only_own_steps_move_buffers():
-    """The outer loss runs the inner module in train mode; its BatchNorm statistics are those of its own steps."""
+    """The outer loss runs the inner module in train mode, but only its own steps update the BatchNorm statistics."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
 
     def training(own, batch, *, shift):
@@ -227,7 +180,7 @@ def test_only_own_steps_move_buffers():
     assert net[1].running_mean.abs().max() < 10
 
 
-def test_a_solve_is_repeatable_by_its_seed_or_by_torchs():
+def test_a_solve_is_reproducible_by_its_seed_or_that_of_torch():
     def run(seed, manual):
         torch.manual_seed(manual)
         weights = variables(torch.zeros(16))
@@ -245,17 +198,8 @@ def test_a_solve_is_repeatable_by_its_seed_or_by_torchs():
     assert run(None, 4) != run(None, 5)
 
 
-class TwoWeights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor([0.3, -0.2], dtype=F64))
-
-    def forward(self):
-        return self.logits.softmax(0)
-
-
 @pytest.mark.parametrize("lazy", [True, False])
-def test_a_mixtures_step_is_the_weighted_sums(lazy):
+def test_a_step_on_a_mixture_equals_that_on_the_weighted_sum(lazy):
     def pretraining(own, batch, *, weights):
         losses = [lambda: (own() - 1).square().sum(), lambda: (own() + 2).abs().sum()]
         return mlopt.Mixture(losses if lazy else [loss() for loss in losses], weights="weights")
@@ -268,7 +212,7 @@ def test_a_mixtures_step_is_the_weighted_sums(lazy):
         return net().square().sum()
 
     def run(loss):
-        net, weights = variables(torch.linspace(-3, 3, 5, dtype=F64)), TwoWeights()
+        net, weights = variables(torch.linspace(-3, 3, 5, dtype=F64)), Weights()
         problem = Problem(
             Level("weights", weights, outer, optimizer=sgd),
             Level("net", net, loss, optimizer=sgd, steps=3, estimator=mlopt.Identity()),
@@ -282,7 +226,7 @@ def test_a_mixtures_step_is_the_weighted_sums(lazy):
     assert mixture[2] == pytest.approx(expected[2], rel=1e-12)
 
 
-def test_streaming_uses_the_cotangent_of_the_step_before():
+def test_streaming_uses_the_cotangent_of_the_previous_step():
     """The streamed derivative at step t is -(dw/da)^T <grad L_k(theta_t), p_(t-1)>; the first one is recomputed."""
     targets = torch.tensor([[1.0, 0.0, 2.0], [-1.0, 3.0, 0.5]], dtype=F64)
 
@@ -294,17 +238,16 @@ def test_streaming_uses_the_cotangent_of_the_step_before():
 
     gradients, ages = [], []
 
-    class Watch(mlopt.Callback):
-        def on_step_end(self, run):
-            gradients.append(weights.logits.grad.clone())
-            ages.append(run.engine.gradients.reports["net"].age)
+    def watch(run):
+        gradients.append(weights.logits.grad.clone())
+        ages.append(run.engine.gradients.reports["net"].age)
 
-    weights, net = TwoWeights(), variables(torch.zeros(3, dtype=F64))
+    weights, net = Weights(), variables(torch.zeros(3, dtype=F64))
     problem = Problem(
         Level("weights", weights, outer, optimizer=partial(SGD, lr=0.3)),
         Level("net", net, pretraining, optimizer=partial(SGD, lr=0.01), estimator=mlopt.Identity(streamed=True)),
     )
-    mlopt.solve(problem, 4, callbacks=[Watch()])
+    mlopt.solve(problem, 4, callbacks=[callback(on_step_end=watch)])
 
     theta, a, held = torch.zeros(3, dtype=F64), torch.tensor([0.3, -0.2], dtype=F64), None
     for step in range(4):
@@ -320,19 +263,13 @@ def test_streaming_uses_the_cotangent_of_the_step_before():
     assert ages == [0, 1, 1, 1]
 
 
-def test_history_stop_and_scheduler():
-    class Stop(mlopt.Callback):
-        def on_step_end(self, run):
-            if run.step == 3:
-                run.stop("enough")
-
+def test_a_callback_stops_the_run_and_the_scheduler_steps():
     def loss(own, batch):
         return {"loss": own().square().sum(), "size": own().norm()}
 
-    level = Level(
-        "x", variables(torch.full((1,), 4.0, dtype=F64)), loss, optimizer=sgd, scheduler=partial(StepLR, step_size=1)
-    )
-    solution = mlopt.solve(Problem(level), 10, callbacks=[Stop()])
+    level = Level("x", vector(4.0), loss, optimizer=sgd, scheduler=partial(StepLR, step_size=1))
+    stop = callback(on_step_end=lambda run: run.stop("enough") if run.step == 3 else None)
+    solution = mlopt.solve(Problem(level), 10, callbacks=[stop])
     assert solution.status == "enough"
     assert [row["step"] for row in solution.history] == [1, 2, 3]
     # lr 0.1, 0.01: x = 4, 4 * 0.8, 4 * 0.8 * 0.98
@@ -350,7 +287,7 @@ def test_history_stop_and_scheduler():
         ({"optimizer": sgd, "scheduler": lambda optimizer: 3}, "scheduler returned a int"),
     ],
 )
-def test_what_is_missing_is_named(arguments, sentence):
+def test_missing_or_invalid_optimizers_are_named(arguments, sentence):
     def loss(own, batch):
         return own().sum()
 
@@ -358,7 +295,7 @@ def test_what_is_missing_is_named(arguments, sentence):
         mlopt.solve(Problem(Level("x", variables(torch.ones(1)), loss, **arguments)), 1)
 
 
-def test_a_loss_that_is_not_finite_is_named_and_nothing_steps():
+def test_a_nonfinite_loss_is_named_and_nothing_steps():
     def loss(own, batch):
         return own().log().sum()
 

@@ -1,4 +1,4 @@
-"""What trackers are sent: every row once under its outer step, in resumed runs too, NaN included."""
+"""Trackers receive every row once under its outer step, also in resumed runs, NaN included."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS[4] |= {"evaluation/m": math.inf}
 
 
 class Recorder:
-    """Stands in for the modules wandb, trackio and mlflow: notes what it is given, run by run."""
+    """Replaces the modules wandb, trackio and mlflow; records the rows of each run."""
 
     def __init__(self):
         self.runs, self.begun, self.ended, self.online = {}, [], [], True
@@ -64,7 +64,7 @@ EXPECTED = [(step, repr(row)) for step, row in enumerate(ROWS, 1)]
 
 @pytest.fixture(params=list(LOGGERS))
 def recorded(request, monkeypatch):
-    """Give a stand-in for the module, and how its logger is made, begins and is resumed."""
+    """Return a replacement of the module, a function that makes the logger, and the arguments of `init` at first and later."""
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, request.param, recorder)
     kind, arguments, resumed = LOGGERS[request.param]
@@ -81,7 +81,7 @@ def test_every_row_is_sent_under_its_step(recorded, log_every):
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 20])
-def test_a_resumed_run_goes_on_in_the_trackers_run_with_the_first_row_that_was_not_sent(recorded, log_every):
+def test_a_resumed_run_continues_in_the_same_tracker_run_with_the_first_unsent_row(recorded, log_every):
     recorder, make, arguments, resumed = recorded
     play(ROWS, make, log_every=log_every, save_at=6, killed_at=8)
     assert recorder.begun == [arguments, resumed]
@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_in_the_trackers_run_with_the_first_row_that_was_n
     assert recorder.runs == {"run 1": EXPECTED[:before] + EXPECTED[at_checkpoint:]}
 
 
-def test_a_run_resumed_from_its_warm_up_goes_on_in_the_trackers_run(recorded):
+def test_a_run_resumed_from_its_warm_up_continues_in_the_same_tracker_run(recorded):
     recorder, make, arguments, resumed = recorded
     play(ROWS, make, save_at=0, killed_at=2)
     assert recorder.begun == [arguments, resumed]
@@ -106,8 +106,8 @@ def test_rows_that_an_error_leaves_unlogged_are_sent_at_the_end(recorded):
     assert recorder.runs == {"run 1": EXPECTED}
 
 
-def test_wandb_offline_gets_every_row_again(monkeypatch):
-    """The files of the two parts are synchronised later, and what the first one lacks is not known."""
+def test_wandb_offline_receives_every_row_again(monkeypatch):
+    """The files of both parts are synchronised later, so the second part cannot know which rows the first one has."""
     recorder = Recorder()
     recorder.online = False
     monkeypatch.setitem(sys.modules, "wandb", recorder)
@@ -115,7 +115,7 @@ def test_wandb_offline_gets_every_row_again(monkeypatch):
     assert recorder.runs == {"run 1": EXPECTED[:8] + EXPECTED}
 
 
-def test_another_run_is_another_run_of_the_tracker(recorded):
+def test_another_run_starts_another_tracker_run(recorded):
     recorder, make, arguments, _ = recorded
     logger = make()
     play(ROWS, lambda: logger)
@@ -144,7 +144,7 @@ def test_a_missing_package_is_named_when_the_logger_is_made(make, module, comman
 
 
 def scalars(folder):
-    """Return what TensorBoard shows of a folder: for each name, values by step."""
+    """Return the values by step that TensorBoard shows of a folder, by name."""
     accumulators = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )
@@ -155,19 +155,18 @@ def scalars(folder):
 
 @pytest.mark.parametrize("log_every", [1, 2, 4, 20])
 @pytest.mark.parametrize("killed_at", [6, 8])
-def test_tensorboard_shows_a_resumed_run_as_an_uninterrupted_one(tmp_path, log_every, killed_at):
+def test_tensorboard_shows_a_resumed_run_like_an_uninterrupted_one(tmp_path, log_every, killed_at):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     play(ROWS, lambda: mlopt.TensorBoardLogger(tmp_path / "whole"), log_every=log_every)
-    found = scalars(tmp_path / "whole")
-    assert [step for step, _ in found["net/loss"]] == list(range(1, 10))
-    assert [value for _, value in found["net/loss"]] == pytest.approx(
-        [row["net/loss"] for row in ROWS], rel=1e-7, nan_ok=True
-    )
-    assert found["evaluation/m"] == [(5, math.inf)]
-    assert set(found) == {"net/loss", "evaluation/m"}
+    shown = scalars(tmp_path / "whole")
+    assert [step for step, _ in shown["net/loss"]] == list(range(1, 10))
+    losses = [row["net/loss"] for row in ROWS]
+    assert [value for _, value in shown["net/loss"]] == pytest.approx(losses, rel=1e-7, nan_ok=True)
+    assert shown["evaluation/m"] == [(5, math.inf)]
+    assert set(shown) == {"net/loss", "evaluation/m"}
     make = lambda: mlopt.TensorBoardLogger(tmp_path / "resumed")  # noqa: E731
     play(ROWS, make, log_every=log_every, save_at=6, killed_at=killed_at)
-    assert repr(scalars(tmp_path / "resumed")) == repr(found)
+    assert repr(scalars(tmp_path / "resumed")) == repr(shown)
 
 
 def test_tensorboard_shows_rows_as_soon_as_they_are_logged(tmp_path):
@@ -183,8 +182,8 @@ def test_tensorboard_shows_rows_as_soon_as_they_are_logged(tmp_path):
     assert shown == [4, 8, 9]
 
 
-def test_tensorboard_shows_the_steps_of_the_resumed_run_only(tmp_path):
-    """Steps after the checkpoint had other values, and there were more of them."""
+def test_tensorboard_shows_only_the_steps_of_the_resumed_run(tmp_path):
+    """The first run had other values after the checkpoint, and more of them."""
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     play([{"a": 1.0}] * 8, lambda: mlopt.TensorBoardLogger(tmp_path))
     state = {"id": "", "sent": 3}
@@ -193,7 +192,7 @@ def test_tensorboard_shows_the_steps_of_the_resumed_run_only(tmp_path):
         def load_state_dict(self, saved):
             super().load_state_dict(state)
 
-    # `play` begins a run of its own: only its second part is written to this folder, as the first one is to another.
+    # Only the second part of this run is written to the folder; the first part goes to another one.
     folders = iter([tmp_path / "other", tmp_path])
     play([{"a": 2.0}] * 5, lambda: Resumed(next(folders)), save_at=3, killed_at=3)
     assert scalars(tmp_path)["a"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
@@ -222,7 +221,7 @@ REAL = {
 
 @pytest.fixture
 def killed_and_resumed(tmp_path):
-    """Give a function that logs ROWS to a tracker from two processes, of which the first is killed; it returns the folder."""
+    """Return a function that logs ROWS to a tracker from two processes, kills the first one, and returns the folder."""
 
     def play_twice(name):
         own = {"WANDB_MODE": "offline", "TRACKIO_DIR": "trackio", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
@@ -245,9 +244,9 @@ def test_mlflow_keeps_one_run(killed_and_resumed):
         assert store.execute("SELECT value FROM tags WHERE key = 'status'").fetchall() == [("enough",)]
         rows = store.execute("SELECT step, value, is_nan FROM metrics WHERE key = 'net/loss' ORDER BY step").fetchall()
         evaluations = store.execute("SELECT step, value FROM metrics WHERE key = 'evaluation/m'").fetchall()
-    found = [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
+    logged = [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
     expected = [(step, ROWS[step - 1]["net/loss"]) for step in (1, 2, 3, 4, 5, 6, 7, 7, 8, 8, 9)]
-    assert repr(found) == repr(expected)
+    assert repr(logged) == repr(expected)
     assert evaluations == [(5, sys.float_info.max)]
 
 
@@ -267,21 +266,21 @@ def test_wandb_keeps_one_run_and_its_second_file_has_all_rows(killed_and_resumed
     files = sorted(killed_and_resumed("wandb").glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1
-    found = []
+    logged = []
     for data in log_records(files[1].read_bytes()[7:]):
         record = records.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             values = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             row = {name: float(json.loads(values[name])) for name in ROWS[4] if name in values}
-            found.append((int(values["_step"]), repr(row)))
-    assert found == EXPECTED
+            logged.append((int(values["_step"]), repr(row)))
+    assert logged == EXPECTED
 
 
 def log_records(data):
-    """Yield the records of a log in LevelDB's format, whose pieces lie in blocks of 32 KiB."""
+    """Yield the records of a log in the format of LevelDB, which splits them over blocks of 32 KiB."""
     position, record = 0, b""
     while position + 7 <= len(data):
-        # The file's header of seven bytes counts in the first block.
+        # The header of seven bytes is part of the first block.
         left = 32768 - (position + 7) % 32768
         if left < 7:
             position += left

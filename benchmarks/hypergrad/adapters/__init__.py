@@ -71,8 +71,8 @@ def alternate(case: Any, hypergradient: Callable[[], Tensor], steps: int, watch:
         inner.zero_grad()
         case.f().backward(inputs=case.x)
         inner.step()
-        found = hypergradient().split([variable.numel() for variable in case.u])
-        for variable, gradient in zip(case.u, found, strict=True):
+        gradients = hypergradient().split([variable.numel() for variable in case.u])
+        for variable, gradient in zip(case.u, gradients, strict=True):
             variable.grad = gradient.view_as(variable)
         outer.step()
 

@@ -20,8 +20,8 @@ def _unrolled(case: Case, iterations: int) -> Callable[[], Tensor]:
         with higher.innerloop_ctx(case.inner, optimizer) as (inner, stepper):
             for _ in range(iterations):
                 stepper.step(case.inner_loss(inner, case.outer, case.data))
-            found = torch.autograd.grad(case.outer_loss(inner, case.outer, case.data), case.u)
-        return flat_or_zero(found, case.u)
+            gradients = torch.autograd.grad(case.outer_loss(inner, case.outer, case.data), case.u)
+        return flat_or_zero(gradients, case.u)
 
     return call
 

@@ -23,8 +23,8 @@ def _step(case: Case, x: list[Tensor], u: list[Tensor]) -> list[Tensor]:
 
 def _implicit(method: Callable[..., Any], case: Case, iterations: int) -> Callable[[], Tensor]:
     def call() -> Tensor:
-        found = method(case.x, case.u, iterations, partial(_step, case), case.F_of, tol=0.0, set_grad=False)
-        return flat_or_zero(found, case.u)
+        gradients = method(case.x, case.u, iterations, partial(_step, case), case.F_of, tol=0.0, set_grad=False)
+        return flat_or_zero(gradients, case.u)
 
     return call
 
@@ -34,7 +34,7 @@ def _warm(case: Case, iterations: int) -> Callable[[], Tensor]:
     kept: list[list[Tensor] | None] = [None]
 
     def call() -> Tensor:
-        found, kept[0] = hypergrad.stoch_AID(
+        gradients, kept[0] = hypergrad.stoch_AID(
             case.x,
             case.u,
             case.F_of,
@@ -44,7 +44,7 @@ def _warm(case: Case, iterations: int) -> Callable[[], Tensor]:
             set_grad=False,
             verbose=False,
         )
-        return flat_or_zero(found, case.u)
+        return flat_or_zero(gradients, case.u)
 
     return call
 
@@ -57,8 +57,8 @@ def _unrolled(case: Case, iterations: int) -> Callable[[], Tensor]:
         for _ in range(iterations):
             slopes = torch.autograd.grad(case.f_of(*_live(history[-1]), case.u), history[-1])
             history.append([v.detach() - case.step_size * s for v, s in zip(history[-1], slopes, strict=True)])
-        found = hypergrad.reverse(history, case.u, [partial(_step, case)] * iterations, case.F_of, set_grad=False)
-        return flat_or_zero(found, case.u)
+        gradients = hypergrad.reverse(history, case.u, [partial(_step, case)] * iterations, case.F_of, set_grad=False)
+        return flat_or_zero(gradients, case.u)
 
     return call
 

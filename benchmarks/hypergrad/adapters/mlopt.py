@@ -70,16 +70,16 @@ _PLAIN: dict[str, Callable[[Case, int], Any]] = {
 
 
 def _estimators() -> dict[str, Callable[[Case, int], Callable[[], Tensor]]]:
-    found: dict[str, Callable[[Case, int], Any]] = {}
+    estimators: dict[str, Callable[[Case, int], Any]] = {}
     for name, make in _TABLE.items():
-        found[name] = make
+        estimators[name] = make
         # The kinds of products are an axis of their own, measured with one solver.
         if name == "ConjugateGradient":
-            found |= {f"{name} {spelling}": partial(make, products=kind) for kind, spelling in SPELLING.items()}
+            estimators |= {f"{name} {spelling}": partial(make, products=kind) for kind, spelling in SPELLING.items()}
     # FiniteDifference is the identity with differences; the identity takes no product with H, so Gauss-Newton does not apply.
-    found["Identity forward"] = partial(_TABLE["Identity"], products="forward")
-    found |= _PLAIN
-    return {name: partial(_hypergradient, make) for name, make in found.items()}
+    estimators["Identity forward"] = partial(_TABLE["Identity"], products="forward")
+    estimators |= _PLAIN
+    return {name: partial(_hypergradient, make) for name, make in estimators.items()}
 
 
 ESTIMATORS = _estimators()
@@ -96,8 +96,8 @@ class _GraphLoss:
         self._graph, self._name = graph, name
 
     def __call__(self, module: nn.Module, batch: Any, /, **others: nn.Module) -> Tensor:
-        found = {self._name: module, **others}
-        return self._graph.loss(self._name, lambda name: found[name]())
+        modules = {self._name: module, **others}
+        return self._graph.loss(self._name, lambda name: modules[name]())
 
 
 def _graph(estimator: Callable[[int], Any], graph: Graph, iterations: int) -> Callable[[], Tensor]:

@@ -42,9 +42,9 @@ def _unrolled(case: Case, iterations: int) -> Callable[[], Tensor]:
         optimizer = torchopt.MetaSGD(case.inner, lr=case.step_size)
         for _ in range(iterations):
             optimizer.step(case.f())
-        found = torch.autograd.grad(case.F(), case.u)
+        gradients = torch.autograd.grad(case.F(), case.u)
         torchopt.recover_state_dict(case.inner, before)
-        return flat_or_zero(found, case.u)
+        return flat_or_zero(gradients, case.u)
 
     return call
 

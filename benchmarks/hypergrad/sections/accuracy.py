@@ -58,10 +58,10 @@ def _accuracy(library: Library, key: str, estimator: str, k: int) -> dict[str, A
         answer = library.ask(method, key=key, **arguments)
         if "result" not in answer:
             return {"note": answer.get("unsupported") or f"failed: {answer['failed']}"}
-    found: dict[str, Any] = answer["result"]
-    return found
+    measured: dict[str, Any] = answer["result"]
+    return measured
 
 
 def _cost(library: Library, key: str) -> dict[str, float]:
     plain, own = library.result("cost", key="plain"), library.result("cost", key=key)
-    return {what: own[what] / plain[what] for what in own if plain[what]}
+    return {quantity: own[quantity] / plain[quantity] for quantity in own if plain[quantity]}

@@ -41,8 +41,8 @@ def run(place: Workplace) -> list[dict[str, Any]]:
     for library, row in rows:
         library.result("load", file=place.case(DROPOUT))
         library.result("build", key="call", estimator=row["estimator"], iterations=0)
-        found = torch.tensor(library.result("repeats_of", key="call", count=repeats), dtype=torch.float64)
-        row["deviation"] = _deviation(found, mean)
+        gradients = torch.tensor(library.result("repeats_of", key="call", count=repeats), dtype=torch.float64)
+        row["deviation"] = _deviation(gradients, mean)
     exact_row = {"library": "exact", "estimator": "one set of masks", "case": DROPOUT, "deviation": floor}
     return [row for _, row in rows] + [exact_row]
 
@@ -69,13 +69,13 @@ def _time(place: Workplace, rows: list[tuple[Library, dict[str, Any]]]) -> None:
 def _masked(file: str, count: int) -> tuple[Tensor, float]:
     """Return the mean of exact products with one set of masks each, and their deviation from it."""
     case = cases.load(file)
-    found = []
+    exact_products = []
     for seed in range(count):
         torch.manual_seed(10_000 + seed)
-        found.append(exact.hypergradient(case, identity=True)[0])
-    products = torch.stack(found)
+        exact_products.append(exact.hypergradient(case, identity=True)[0])
+    products = torch.stack(exact_products)
     return products.mean(0), _deviation(products, products.mean(0))
 
 
-def _deviation(found: Tensor, mean: Tensor) -> float:
-    return float((found - mean).square().sum(1).mean().sqrt() / mean.norm())
+def _deviation(gradients: Tensor, mean: Tensor) -> float:
+    return float((gradients - mean).square().sum(1).mean().sqrt() / mean.norm())

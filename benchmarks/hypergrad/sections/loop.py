@@ -68,12 +68,12 @@ def _fewest(library: Library, setting: str, file: str, most: int) -> int | None:
 
 def _promising(library: Library, estimator: str) -> list[int]:
     """Return the numbers of iterations whose error at the first point is at most three times the target."""
-    found = []
+    counts = []
     for iterations in (5, 10, 20, 40, 80):
         library.result("build", key="call", estimator=estimator, iterations=iterations)
         if library.result("error", key="call")["error"] <= 3 * TRACKING:
-            found.append(iterations)
-    return found
+            counts.append(iterations)
+    return counts
 
 
 def _in_turn(timed: list[tuple[Library, dict[str, Any]]], steps: int) -> None:

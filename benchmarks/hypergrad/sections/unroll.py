@@ -47,8 +47,8 @@ def run(place: Workplace) -> list[dict[str, Any]]:
                     continue
                 row["memory"] = answer["result"] / plain
                 if count == steps[0]:
-                    found = torch.tensor(library.result("repeats_of", key=key, count=1)[0], dtype=torch.float64)
-                    row["error"] = float((found - truth).norm() / truth.norm())
+                    gradient = torch.tensor(library.result("repeats_of", key=key, count=1)[0], dtype=torch.float64)
+                    row["error"] = float((gradient - truth).norm() / truth.norm())
                 timed.append((library, key, row))
     ratios = place.ratios([(library, key) for library, key, _ in timed], 2 if place.quick else 5)
     for (_, _, row), ratio in zip(timed, ratios, strict=True):

@@ -34,10 +34,11 @@ def write_csv(history: History, file: str | os.PathLike[str]) -> None:
 
     Example:
         >>> from mlopt.solving import write_csv
+        >>> from pathlib import Path
         >>> from mlopt.testing import quadratic
         >>> problem = quadratic("two", mlopt.Identity()).problem
         >>> write_csv(mlopt.solve(problem, steps=10).history, "history.csv")
-        >>> open("history.csv").readline().strip()
+        >>> Path("history.csv").read_text().splitlines()[0]
         'step,y/loss,x/loss'
     """
     with replacing(Path(file)) as staged, open(staged, "w", encoding="utf-8", newline="") as stream:
@@ -95,10 +96,11 @@ class CSVLogger(_FileLogger):
         OSError: the file cannot be written; the error names it.
 
     Example:
+        >>> from pathlib import Path
         >>> from mlopt.testing import quadratic
         >>> problem = quadratic("two", mlopt.Identity()).problem
         >>> solution = mlopt.solve(problem, steps=10, callbacks=[mlopt.CSVLogger("history.csv")])
-        >>> len(open("history.csv").readlines())
+        >>> len(Path("history.csv").read_text().splitlines())
         11
     """
 
@@ -133,10 +135,11 @@ class JSONLLogger(_FileLogger):
 
     Example:
         >>> import json
+        >>> from pathlib import Path
         >>> from mlopt.testing import quadratic
         >>> problem = quadratic("two", mlopt.Identity()).problem
         >>> solution = mlopt.solve(problem, steps=10, callbacks=[mlopt.JSONLLogger("history.jsonl")])
-        >>> [json.loads(line) for line in open("history.jsonl")] == list(solution.history)
+        >>> [json.loads(line) for line in Path("history.jsonl").read_text().splitlines()] == list(solution.history)
         True
     """
 

@@ -19,7 +19,8 @@ __all__ = ["MLflowLogger", "TensorBoardLogger", "TrackioLogger", "WandbLogger"]
 class _Tracker(Callback):
     """Sends each row with its outer step; a resumed run starts with the first row that was not sent before its checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str, requirement: str) -> None:
+        self._package = import_optional(module, type(self).__name__, requirement)
         self._tracked: Any = None
         #: The name of the run in the tracker; empty before the run starts.
         self._id = ""
@@ -78,8 +79,7 @@ class TensorBoardLogger(_Tracker):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        super().__init__()
-        self._package = import_optional("torch.utils.tensorboard", type(self).__name__, "'mlopt-torch[tracking]'")
+        super().__init__("torch.utils.tensorboard", "'mlopt-torch[tracking]'")
         self._folder = str(folder)
 
     def _begin(self) -> Any:
@@ -114,8 +114,7 @@ class WandbLogger(_Tracker):
     """
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__()
-        self._package = import_optional("wandb", type(self).__name__, "wandb")
+        super().__init__("wandb", "wandb")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -150,8 +149,7 @@ class TrackioLogger(_Tracker):
     """
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__()
-        self._package = import_optional("trackio", type(self).__name__, "trackio")
+        super().__init__("trackio", "trackio")
         self._arguments = arguments
 
     def _begin(self) -> Any:
@@ -184,8 +182,7 @@ class MLflowLogger(_Tracker):
     """
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__()
-        self._package = import_optional("mlflow", type(self).__name__, "mlflow")
+        super().__init__("mlflow", "mlflow")
         self._arguments = arguments
 
     def _begin(self) -> Any:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from mlopt.errors import ArgumentError
 from mlopt.imports import import_optional
 from mlopt.validation import shown
 
-from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggestion, table_of
+from ..examples import Examples, UnusableError, check_limit, gather
+from ..files import DataError, column_of, lines_of, suffix_of, table_of
+from ..names import suggestion
 
 if TYPE_CHECKING:
     import os
@@ -30,68 +32,34 @@ _LISTS = (".smi", ".txt")
 import_extra = partial(import_optional, user="TapWeight on molecules", requirement="'mlopt-torch[molecules]'")
 
 
-@attrs.frozen
-class Skipped:
-    """A row that was left out.
-
-    Args:
-        row: 1-based line of the file, the header counted.
-        smiles: the SMILES found there.
-        reason: why it is no molecule.
-    """
-
-    row: int
-    smiles: str
-    reason: str
-
-
-@attrs.frozen(eq=False, repr=False)
-class Molecules(Sequence[Any]):
+@attrs.frozen(eq=False, repr=False, kw_only=True)
+class Molecules(Examples["Data"]):
     """Molecular graphs of one file, in the order of the file.
 
     Each graph has `x` (atoms, 9) and `edge_attr` (bonds counted in both directions, 3) of integers, the features of
-    `torch_geometric.utils.from_rdmol`, `edge_index` (2, bonds counted in both directions), `smiles`, and where there
-    are labels `y` (1, tasks) in float32 with NaN for a missing label.
+    `torch_geometric.utils.from_rdmol`, `edge_index` (2, bonds counted in both directions), `smiles`, and, if there are labels,
+    `y` (1, tasks) in float32 with NaN for a missing label.
 
     Args:
-        graphs: the graphs.
+        examples: the graphs.
         rows: 1-based line of each graph in the file, the header counted.
         label_names: the columns of `y`; empty for an unlabelled corpus.
         skipped: the rows left out.
         source: the file.
     """
 
-    graphs: tuple[Data, ...]
-    rows: tuple[int, ...]
-    label_names: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-    source: str
+    label_names: tuple[str, ...] = ()
+
+    noun = "molecules"
 
     @property
     def smiles(self) -> tuple[str, ...]:
         """The SMILES of each graph, as they stand in the file."""
-        return tuple(graph.smiles for graph in self.graphs)
+        return tuple(graph.smiles for graph in self.examples)
 
-    def __len__(self) -> int:
-        return len(self.graphs)
-
-    @overload
-    def __getitem__(self, index: int) -> Data: ...
-    @overload
-    def __getitem__(self, index: slice) -> Molecules: ...
-    def __getitem__(self, index: int | slice) -> Data | Molecules:
-        return self.subset(range(len(self))[index]) if isinstance(index, slice) else self.graphs[index]
-
-    def subset(self, indices: Iterable[int]) -> Molecules:
-        """Return the molecules at the 0-based `indices`, in that order; `skipped` stays with the whole."""
-        chosen = tuple(indices)
-        return attrs.evolve(
-            self, graphs=tuple(self.graphs[i] for i in chosen), rows=tuple(self.rows[i] for i in chosen), skipped=()
-        )
-
-    def summary(self) -> str:
-        """Say in one sentence how many molecules there are, and which rows were left out and why."""
-        return f"{len(self)} molecules of {Path(self.source).name}{left_out(self.skipped)}"
+    def copy(self) -> Molecules:
+        """Return the same molecules in graphs of their own, to which objectives may attach targets."""
+        return attrs.evolve(self, examples=tuple(copy.copy(graph) for graph in self.examples))
 
     def __repr__(self) -> str:
         labels = f", labels {', '.join(self.label_names)}" if self.label_names else ""
@@ -114,8 +82,7 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
         DataError: naming the file, the row, what was found there and the remedy.
         FileNotFoundError: where there is no such file.
     """
-    if limit is not None and limit < 2:
-        raise ArgumentError(f"limit={limit!r}: a corpus needs at least 2 molecules; raise the limit or leave it out")
+    check_limit(limit, "molecules")
     path = Path(path)
     if suffix_of(path, _TABLES + _LISTS) in _TABLES:
         header, records = table_of(path)
@@ -123,10 +90,9 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
         lines = ((row, cells[column]) for row, cells in records)
     else:
         lines = ((row, (line.split() or [""])[0]) for row, line in enumerate(lines_of(path), start=1) if line.strip())
-    molecules = _molecules(path, ((row, smiles, ()) for row, smiles in lines), (), strict=strict, limit=limit)
-    if len(molecules) < 2:
-        raise DataError(f"{path}: a corpus of one molecule is too small to pretrain on; give at least 2")
-    return molecules
+    unlabelled: list[str] = []
+    rows = ((row, (smiles, unlabelled)) for row, smiles in lines)
+    return _molecules(path, rows, (), strict=strict, limit=limit, least=2)
 
 
 def read_table(
@@ -163,7 +129,7 @@ def read_table(
     if smiles in columns or len(set(columns)) < len(columns):
         raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
     names = tuple(header[column] for column in columns)
-    rows = ((row, cells[smiles], [cells[column] for column in columns]) for row, cells in records)
+    rows = ((row, (cells[smiles], [cells[column] for column in columns])) for row, cells in records)
     return _molecules(path, rows, names, strict=strict)
 
 
@@ -208,54 +174,42 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
 
 
 def _molecules(
-    path: Path,
-    rows: Iterable[tuple[int, str, Sequence[str]]],
-    names: tuple[str, ...],
-    *,
-    strict: bool,
-    limit: int | None = None,
+    path: Path, records: Iterable[tuple[int, tuple[str, list[str]]]], names: tuple[str, ...], **options: Any
 ) -> Molecules:
-    """Turn rows (line, SMILES, label cells) into graphs, at least one, up to `limit`."""
-    graphs: list[Data] = []
-    kept: list[int] = []
-    skipped: list[Skipped] = []
-    for row, smiles, cells in rows:
+    """Turn records (line, SMILES and label cells) into molecules; `options` are those of `gather`."""
+
+    def example(row: int, record: tuple[str, list[str]]) -> Data:
+        smiles, cells = record
         graph = graph_of(smiles.strip())
-        if isinstance(graph, str):
-            if strict:
-                raise DataError(
-                    f"{path}, row {row}: {shown(smiles)} is no molecule: {graph}; mend it, or read with strict=False"
-                )
-            skipped.append(Skipped(row, smiles.strip(), graph))
-            continue
         if names:
             labels = [_label(path, row, name, cell) for name, cell in zip(names, cells, strict=True)]
             graph.y = torch.tensor([labels], dtype=torch.float32)
-        graphs.append(graph)
-        kept.append(row)
-        if len(graphs) == limit:
-            break
-    if not graphs:
-        found = f"; row {skipped[0].row}, {shown(skipped[0].smiles)}: {skipped[0].reason}" if skipped else ""
-        raise DataError(f"{path}: no molecule in {len(skipped)} rows{found}; give at least one valid SMILES")
-    return Molecules(tuple(graphs), tuple(kept), names, tuple(skipped), str(path))
+        return graph
+
+    graphs, rows, skipped = gather(records, example, str(path), noun="molecule", **options)
+    return Molecules(examples=graphs, rows=rows, label_names=names, skipped=skipped, source=str(path))
 
 
-def graph_of(smiles: str) -> Data | str:
-    """Return the graph of a molecule, or the reason why there is none."""
+def graph_of(smiles: str) -> Data:
+    """Return the graph of a molecule.
+
+    Raises:
+        UnusableError: the SMILES is not that of a molecule that has a graph.
+    """
+    subject = f"{shown(smiles)} is no molecule: "
     chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
-    with base.BlockLogs():  # the reason is returned, not printed
+    with base.BlockLogs():  # the reason is raised, not printed
         molecule = chem.MolFromSmiles(smiles)
         if molecule is None:
             unchecked = chem.MolFromSmiles(smiles, sanitize=False)
             problems = chem.DetectChemistryProblems(unchecked) if unchecked is not None else ()
-            return " ".join(problems[0].Message().split()) if problems else "not valid SMILES"
+            raise UnusableError(" ".join(problems[0].Message().split()) if problems else "not valid SMILES", subject)
     if not molecule.GetNumAtoms():
-        return "the SMILES is empty"
+        raise UnusableError("the SMILES is empty", subject)
     try:
         graph: Data = import_extra("torch_geometric.utils").from_rdmol(molecule)
     except ValueError as error:  # its feature tables are finite: charges from -5 to 6, at most 10 neighbours, ...
-        return f"an atom or bond has no code in the graph features ({error})"
+        raise UnusableError(f"an atom or bond has no code in the graph features ({error})", subject) from error
     graph.smiles = smiles
     return graph
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..demonstration import Known, show
-from ..recipe import Settings, TapWeight
+from ..recipe import TapWeight
+from ..settings import Settings
 from .data import Molecules, graph_of
 from .encoder import GINE
 from .objectives import make_objective
@@ -59,7 +60,8 @@ def _molecules(smiles: Sequence[str], *, labelled: bool) -> Molecules:
     if labelled:
         for graph, one in zip(graphs, smiles, strict=True):
             graph.y = torch.tensor([[solubility(one)]])
-    return Molecules(graphs, tuple(range(len(graphs))), ("solubility",) if labelled else (), (), "the demonstration")
+    names = ("solubility",) if labelled else ()
+    return Molecules(examples=graphs, rows=tuple(range(len(graphs))), label_names=names, source="the demonstration")
 
 
 def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo") -> None:

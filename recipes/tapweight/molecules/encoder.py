@@ -16,6 +16,7 @@ from mlopt.errors import ArgumentError
 from mlopt.files import replacing
 from mlopt.validation import is_whole
 
+from ..encoder import Encoder
 from ..files import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class FeatureEmbedding(nn.Module):
             )
         if features.device.type == "cpu" and len(features):
             self._check(features)
-        total = self.tables[0](features[:, 0])
+        total: Tensor = self.tables[0](features[:, 0])
         for column, table in enumerate(self.tables[1:], start=1):
             total = total + table(features[:, column])
         return total
@@ -78,7 +79,7 @@ class FeatureEmbedding(nn.Module):
                 )
 
 
-class GINE(nn.Module):
+class GINE(Encoder):
     """Graph isomorphism network with edge features, over the atoms and bonds of `torch_geometric.utils.from_smiles`.
 
     Each layer computes
@@ -140,7 +141,7 @@ class GINE(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the embeddings of all atoms of a batch, (N, width)."""
-        nodes = self.atoms(batch.x)
+        nodes: Tensor = self.atoms(batch.x)
         last = len(self.convolutions) - 1
         for layer, (bonds, convolve, norm) in enumerate(zip(self.bonds, self.convolutions, self.norms, strict=True)):
             update = norm(convolve(nodes, batch.edge_index, bonds(batch.edge_attr)))
@@ -150,7 +151,8 @@ class GINE(nn.Module):
 
     def pool(self, batch: Batch) -> Tensor:
         """Return the representations of all molecules of a batch, (B, width)."""
-        return self._pooling(self(batch), batch.batch, size=batch.num_graphs)
+        pooled: Tensor = self._pooling(self(batch), batch.batch, size=batch.num_graphs)
+        return pooled
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json`, which `GINE.load` reads, into `folder` (made if missing)."""

@@ -34,17 +34,17 @@ def solubility(smiles: str) -> float:
 
     Source: Delaney 2004 (doi 10.1021/ci034243x); logP is Crippen's, computed by RDKit.
     """
-    import_extra("rdkit")
-    from rdkit import Chem
-    from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
-
-    molecule = Chem.MolFromSmiles(smiles)
+    chem = import_extra("rdkit.Chem")
+    crippen, descriptors, counts = (
+        import_extra(f"rdkit.Chem.{name}") for name in ("Crippen", "Descriptors", "rdMolDescriptors")
+    )
+    molecule = chem.MolFromSmiles(smiles)
     aromatic = sum(atom.GetIsAromatic() for atom in molecule.GetAtoms()) / molecule.GetNumHeavyAtoms()
-    rotatable = rdMolDescriptors.CalcNumRotatableBonds(molecule)
+    rotatable = counts.CalcNumRotatableBonds(molecule)
     return float(
         0.16
-        - 0.63 * Crippen.MolLogP(molecule)
-        - 0.0062 * Descriptors.MolWt(molecule)
+        - 0.63 * crippen.MolLogP(molecule)
+        - 0.0062 * descriptors.MolWt(molecule)
         + 0.066 * rotatable
         - 0.74 * aromatic
     )
@@ -65,16 +65,13 @@ def recombined(count: int, seed: int) -> list[str]:
 
     Source: BRICS, Degen et al. 2008 (doi 10.1002/cmdc.200800178).
     """
-    import_extra("rdkit")
-    from rdkit import Chem
-
-    halves = _halves()
+    chem, halves = import_extra("rdkit.Chem"), _halves()
     pairs = [(left, right) for lefts, rights in halves.values() for left in lefts for right in rights]
     random.Random(seed).shuffle(pairs)
     found: dict[str, None] = {}
     for left, right in pairs:
         if left.GetNumHeavyAtoms() + right.GetNumHeavyAtoms() in _HEAVY_ATOMS:
-            found[Chem.MolToSmiles(Chem.molzip(left, right))] = None
+            found[chem.MolToSmiles(chem.molzip(left, right))] = None
         if len(found) == count:
             return list(found)
     raise ArgumentError(f"recombined: count={count}; the halves make {len(found)} distinct molecules")
@@ -82,17 +79,15 @@ def recombined(count: int, seed: int) -> list[str]:
 
 def _halves() -> dict[tuple[str, str], tuple[list[Any], list[Any]]]:
     """Return, by the BRICS types of a bond's ends, the halves on either side of it, an open end marked in each."""
-    from rdkit import Chem
-    from rdkit.Chem import BRICS
-
+    chem, brics = import_extra("rdkit.Chem"), import_extra("rdkit.Chem.BRICS")
     halves: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
     for smiles in drugs():
-        molecule = Chem.MolFromSmiles(smiles)
-        for (begin, end), types in BRICS.FindBRICSBonds(molecule):
+        molecule = chem.MolFromSmiles(smiles)
+        for (begin, end), types in brics.FindBRICSBonds(molecule):
             bond = molecule.GetBondBetweenAtoms(begin, end).GetIdx()
             atoms: list[tuple[int, ...]] = []
-            cut = Chem.FragmentOnBonds(molecule, [bond], dummyLabels=[(0, 0)])
-            pieces = Chem.GetMolFrags(cut, asMols=True, fragsMolAtomMapping=atoms)
+            cut = chem.FragmentOnBonds(molecule, [bond], dummyLabels=[(0, 0)])
+            pieces = chem.GetMolFrags(cut, asMols=True, fragsMolAtomMapping=atoms)
             for piece in pieces:
                 next(atom for atom in piece.GetAtoms() if atom.GetAtomicNum() == 0).SetAtomMapNum(1)
             first = 0 if begin in atoms[0] else 1

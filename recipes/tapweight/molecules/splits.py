@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from ..files import DataError
 from ..splits import EIGHT_ONE_ONE, NAMES, check_fractions, ends_of, random_split
-from .data import DataError, import_extra
+from .data import import_extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 import torch
@@ -15,8 +15,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from mlopt.errors import ArgumentError
 
+from ..files import DataError
 from ..task import Split, Task
-from .data import DataError, Molecules, import_extra, read_table
+from .data import Molecules, import_extra, read_table
 from .splits import random_split, scaffold_split
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch_geometric.data import Batch, Data
+
+    from ..encoder import Encoder
 
 Kind = Literal["classification", "regression"]
 
@@ -133,6 +136,7 @@ class MoleculeTask(Task):
     """
 
     splits: Mapping[Split, Sequence[Data]]
+    noun = "molecules"
 
     def __init__(
         self,
@@ -261,15 +265,13 @@ class MoleculeTask(Task):
         """Join graphs into one disconnected graph."""
         return import_extra("torch_geometric.data").Batch.from_data_list(examples)
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear layer from the encoder's graph representation (B, width) to the tasks (B, T)."""
-        width: Any = encoder.width
-        return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(width, len(self.label_names)))
+        return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(encoder.width, len(self.label_names)))
 
-    def outputs(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+    def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits, or standardised predictions, (B, T)."""
-        pool: Any = encoder.pool
-        outputs: Tensor = head(pool(batch))
+        outputs: Tensor = head(encoder.pool(batch))
         return outputs
 
     def targets(self, batch: Batch) -> Tensor:
@@ -307,7 +309,11 @@ class MoleculeTask(Task):
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
-        return f"MoleculeTask({self.kind} of {', '.join(self.label_names)}; {self.metric_name}; {sizes})"
+        return f"MoleculeTask({self.subject()}; {self.metric_name}; {sizes})"
+
+    def subject(self) -> str:
+        """Return the kind of the task and the names of the labels."""
+        return f"{self.kind} of {', '.join(self.label_names)}"
 
     def _coverage(self, labels: Mapping[Split, Tensor]) -> list[str]:
         """Check that each split can be scored, and return a sentence on each task that has to be left out."""

@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from mlopt.errors import ArgumentError
-
-from ..files import DataError, column_of, left_out, lines_of, suffix_of, suggestion, table_of
+from ..examples import Examples, UnusableError, check_limit, gather
+from ..files import DataError, column_of, lines_of, suffix_of, table_of
+from ..names import suggestion
 
 if TYPE_CHECKING:
     import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .batches import Example
 
-__all__ = ["DataError", "Skipped", "Texts", "from_dataset", "read_corpus", "read_table"]
+__all__ = ["Texts", "from_dataset", "read_corpus", "read_table"]
 
 _TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
@@ -32,58 +32,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentence2"))
 
 
-@attrs.frozen
-class Skipped:
-    """A row that was left out.
-
-    Args:
-        row: 1-based line of the file, a header counted; of a data set, 0-based.
-        reason: why it is no example.
-    """
-
-    row: int
-    reason: str
-
-
-@attrs.frozen(eq=False, repr=False)
-class Texts(Sequence[Any]):
+@attrs.frozen(eq=False, repr=False, kw_only=True)
+class Texts(Examples["Example"]):
     """The texts of one file or data set, in its order.
 
-    Each example has "text", for a pair of texts also "text_b", and where there are labels "label", as it stands there.
-
-    Args:
-        examples: the examples.
-        rows: where each is: 1-based line of the file, a header counted; of a data set, 0-based.
-        skipped: the rows left out.
-        source: the file or the data set.
+    Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label", as it stands there.
     """
 
-    examples: tuple[Example, ...]
-    rows: tuple[int, ...]
-    skipped: tuple[Skipped, ...]
-    source: str
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Texts: ...
-    def __getitem__(self, index: int | slice) -> Example | Texts:
-        return self.subset(range(len(self))[index]) if isinstance(index, slice) else self.examples[index]
-
-    @property
-    def name(self) -> str:
-        """The file's name, or the data set."""
-        return Path(self.source).name
-
-    def subset(self, indices: Iterable[int]) -> Texts:
-        """Return the examples at the 0-based `indices`, in that order; `skipped` stays with the whole."""
-        chosen = tuple(indices)
-        return attrs.evolve(
-            self, examples=tuple(self.examples[i] for i in chosen), rows=tuple(self.rows[i] for i in chosen), skipped=()
-        )
+    noun = "texts"
 
     def copy(self) -> Texts:
         """Return the same texts in examples of their own, to which objectives may attach targets."""
@@ -91,15 +47,8 @@ class Texts(Sequence[Any]):
 
     def unlabelled(self) -> Texts:
         """Return every text once, each of a pair on its own, without labels: a corpus for the task that it is the data of."""
-        found = {text: row for example, row in zip(self.examples, self.rows, strict=True) for text in _texts(example)}
-        return Texts(tuple({"text": text} for text in found), tuple(found.values()), (), self.source)
-
-    def summary(self) -> str:
-        """Say in one sentence how many texts there are, and which rows were left out and why."""
-        return f"{len(self)} texts of {self.name}{left_out(self.skipped)}"
-
-    def __repr__(self) -> str:
-        return f"Texts({self.summary()})"
+        rows = {text: row for example, row in zip(self.examples, self.rows, strict=True) for text in _texts(example)}
+        return Texts(examples=tuple({"text": text} for text in rows), rows=tuple(rows.values()), source=self.source)
 
 
 def read_corpus(
@@ -121,18 +70,14 @@ def read_corpus(
         DataError: naming the file, the row, what was found there and the remedy.
         FileNotFoundError: where there is no such file.
     """
-    if limit is not None and limit < 2:
-        raise ArgumentError(f"limit={limit!r}: a corpus needs at least 2 texts; raise the limit or leave it out")
+    check_limit(limit, "texts")
     path = Path(path)
     records: Iterable[tuple[int, Example]]
     if suffix_of(path, _TABLES + _LISTS) in _LISTS:
         records = ((row, {"text": line.strip()}) for row, line in enumerate(lines_of(path), start=1) if line.strip())
     else:
         records = _records(path, {"text": column})
-    texts = _gathered(records, str(path), strict=strict, limit=limit)
-    if len(texts) < 2:
-        raise DataError(f"{path}: a corpus of one text is too small to pretrain on; give at least 2")
-    return texts
+    return _gathered(records, str(path), strict=strict, limit=limit, least=2)
 
 
 def read_table(
@@ -250,29 +195,21 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield row, content
 
 
-def _gathered(records: Iterable[tuple[int, Example]], source: str, *, strict: bool, limit: int | None = None) -> Texts:
-    """Check the examples, and leave out those of which a text is empty or no Unicode."""
-    examples: list[Example] = []
-    rows: list[int] = []
-    skipped: list[Skipped] = []
-    for row, example in records:
+def _gathered(records: Iterable[tuple[int, Example]], source: str, **options: Any) -> Texts:
+    """Check the examples, and leave out those of which a text is empty or not Unicode; `options` are those of `gather`."""
+
+    def example(row: int, record: Example) -> Example:
         for key in ("text", "text_b"):
-            if key in example and not isinstance(example[key], str | None):
-                raise DataError(f"{source}, row {row}: {example[key]!r} is no text; give strings")
-        if fault := _fault(_texts(example)):
-            if strict:
-                raise DataError(f"{source}, row {row}: {fault}; mend it, or read with strict=False")
-            skipped.append(Skipped(row, fault))
-            continue
-        if "label" in example and _is_missing(example["label"]):
+            if key in record and not isinstance(record[key], str | None):
+                raise DataError(f"{source}, row {row}: {record[key]!r} is no text; give strings")
+        if fault := _fault(_texts(record)):
+            raise UnusableError(fault)
+        if "label" in record and _is_missing(record["label"]):
             raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
-        examples.append(example)
-        rows.append(row)
-        if len(examples) == limit:
-            break
-    if not examples:
-        raise DataError(f"{source}: no text in {len(skipped)} rows; give at least one that is not empty")
-    return Texts(tuple(examples), tuple(rows), tuple(skipped), source)
+        return record
+
+    examples, rows, skipped = gather(records, example, source, noun="text", **options)
+    return Texts(examples=examples, rows=rows, skipped=skipped, source=source)
 
 
 def _texts(example: Example) -> list[Any]:

@@ -13,7 +13,8 @@ from mlopt.rng import seed_everything
 
 from ..demonstration import Known, show
 from ..objective import Objective
-from ..recipe import Settings, TapWeight
+from ..recipe import TapWeight
+from ..settings import Settings
 from .data import Texts
 from .encoder import TextEncoder
 from .heads import LinearHead
@@ -24,6 +25,7 @@ from .task import TextTask
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..encoder import Encoder
     from .batches import Batch, Example
 
 __all__ = ["KNOWN", "SETTINGS", "STEPS", "ModuleOf", "demonstration", "main"]
@@ -66,11 +68,11 @@ class ModuleOf(Objective):
         for example in corpus:
             example["module_number"] = self.modules.index(example["module"])
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to modules."""
         return LinearHead(encoder.width, len(self.modules))
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the texts."""
         return cross_entropy(head(encoder.pool(view)), view["module_number"])
 
@@ -126,4 +128,4 @@ def _corpus(found: Sequence[Docstring]) -> Texts:
 
 
 def _texts(examples: list[Example], source: str) -> Texts:
-    return Texts(tuple(examples), tuple(range(len(examples))), (), source)
+    return Texts(examples=tuple(examples), rows=tuple(range(len(examples))), source=source)

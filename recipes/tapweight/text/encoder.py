@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from mlopt.errors import MloptError
 
+from ..encoder import Encoder
 from .batches import Collate
 from .heads import OwnHead, TiedHead
 
@@ -42,7 +43,7 @@ class ModelError(MloptError, ValueError):
     """A model or a tokenizer that cannot be used; the message says what was found, and the remedy."""
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Encoder):
     """An encoder of transformers, whose outputs are at least float32 whatever the dtype of its weights.
 
     Args:
@@ -55,7 +56,6 @@ class TextEncoder(nn.Module):
 
     Attributes:
         width: the number of features of a token, and of a text.
-        card: what heads the card of the adapted encoder.
 
     Raises:
         ModelError: the model has no encoder of this kind, or it and the tokenizer do not fit.
@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
         self._own_head = (head,)
         self.tokenizer = tokenizer
         self.width = int(config.hidden_size)
-        self.card: dict[str, str] = {"library_name": "transformers"}
+        self.card["library_name"] = "transformers"
         self.max_length = _max_length(self.model, tokenizer, max_length)
         self._inputs = _inputs(self.model)
         _check_vocabulary(self.embeddings, tokenizer)
@@ -155,10 +155,10 @@ class TextEncoder(nn.Module):
 
     def pool(self, batch: Batch) -> Tensor:
         """Return the representations of all texts, (B, width)."""
-        hidden = self(batch)
+        hidden: Tensor = self(batch)
         if self.pooling == "cls":
             return hidden[:, 0]
-        mask = batch["attention_mask"].to(hidden)[..., None]
+        mask: Tensor = batch["attention_mask"].to(hidden)[..., None]
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def masked_token_head(self) -> nn.Module:
@@ -184,7 +184,8 @@ class TextEncoder(nn.Module):
 
     def recompute_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
-        self.model.config.use_cache = False  # an encoder keeps none, and transformers would warn of it
+        config: Any = self.model.config
+        config.use_cache = False  # an encoder keeps none, and transformers would warn of it
         # Its name from 5.24 on, and the older one.
         enable: Any = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)()  # type: ignore[operator]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import datasets
 
-from ..files import suggestion
+from ..files import DataError
+from ..names import suggestion
 from ..splits import random_split
-from .data import DataError, from_dataset
+from .data import from_dataset
 
 if TYPE_CHECKING:
     import os

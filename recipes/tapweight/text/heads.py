@@ -37,7 +37,8 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs (..., outputs) of features (..., width)."""
-        return self.factor * self.linear(features)
+        outputs: Tensor = self.linear(features)
+        return self.factor * outputs
 
 
 class TiedHead(nn.Module):

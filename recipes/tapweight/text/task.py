@@ -21,14 +21,16 @@ from torchmetrics.utilities import dim_zero_cat
 from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
+from ..files import DataError
 from ..task import Split, Task
-from .data import DataError, Texts, read_table
+from .data import Texts, read_table
 from .heads import LinearHead
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
 
+    from ..encoder import Encoder
     from .batches import Batch, Collate, Example
 
 __all__ = ["METRICS", "SplitScore", "TextTask"]
@@ -129,6 +131,7 @@ class TextTask(Task):
     """
 
     splits: Mapping[Split, Sequence[Example]]
+    noun = "texts"
 
     def __init__(
         self,
@@ -200,15 +203,13 @@ class TextTask(Task):
         """Join texts into a batch."""
         return self.collate_texts(examples)
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear layer from a text's representation (B, width) to logits (B, C), or one number (B, 1)."""
-        width: Any = encoder.width
-        return nn.Sequential(nn.Dropout(self.dropout), LinearHead(width, len(self.classes) or 1))
+        return nn.Sequential(nn.Dropout(self.dropout), LinearHead(encoder.width, len(self.classes) or 1))
 
-    def outputs(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+    def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, C), or standardised predictions (B,)."""
-        pool: Any = encoder.pool
-        outputs: Tensor = head(pool(batch))
+        outputs: Tensor = head(encoder.pool(batch))
         return outputs if self.classes else outputs.squeeze(1)
 
     def targets(self, batch: Batch) -> Tensor:
@@ -236,6 +237,10 @@ class TextTask(Task):
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
         what = f"{len(self.classes)} classes" if self.classes else "a number"
         return f"TextTask({self.kind}: {what}; {self.metric_name}; {sizes})"
+
+    def subject(self) -> str:
+        """Return the kind of the task and the names of the classes."""
+        return f"{self.kind} into {', '.join(self.classes)}" if self.classes else self.kind
 
     def _class(self, label: Any) -> int:
         name = _name(label)
@@ -278,7 +283,8 @@ def _shared(splits: Mapping[Split, Texts]) -> list[str]:
 def _check_numbers(texts: Texts) -> None:
     """Refuse a label that is missing or not finite among numbers: it would make a class, and a class of every number."""
     values = [_value(example["label"]) for example in texts]
-    if None not in values and any(map(math.isfinite, values)):
+    numbers = [value for value in values if value is not None]
+    if len(numbers) == len(values) and any(map(math.isfinite, numbers)):
         _labelled(texts, _number)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import attrs
 from hypothesis import strategies as st
 
-from mlopt.recipes.tapweight.molecules.configuration import Configuration, Data, Encoder
+from mlopt.recipes.tapweight.molecules.modality import Data, EncoderSettings
+from mlopt.recipes.tapweight.molecules.modality import MoleculeConfiguration as Configuration
 from mlopt.recipes.tapweight.molecules.objectives import OBJECTIVES
-from mlopt.recipes.tapweight.recipe import Settings
+from mlopt.recipes.tapweight.settings import Settings
 
 Draw = Any
 Strategy = st.SearchStrategy[Any]
@@ -71,11 +72,11 @@ VALUES: dict[str, tuple[Strategy, Strategy]] = {
     "scale": _choice("gradient", "none"),
     "seeds": _list(*SEED, least=1),
     "objectives": _list(*_choice(*OBJECTIVES), least=1),
-    "baselines": _list(*_choice("direct", "equal"), least=0),
+    "methods": _list(*_choice("direct", "equal", "tapweight"), least=1),
     "labels": _list(WORDS, st.integers() | HUGE | st.none(), least=0),
 }  # fmt: skip
 OPTIONAL = ("output", "corpus", "corpus_limit", "train", "valid", "test", "dataset", "labels", "kind", "metric")
-SECTIONS = {"": Configuration, "data": Data, "settings": Settings, "encoder": Encoder}
+SECTIONS = {"": Configuration, "data": Data, "settings": Settings, "encoder": EncoderSettings}
 PLACES = [(part, name) for part, kind in SECTIONS.items() for name in attrs.fields_dict(kind) if name not in SECTIONS]
 
 

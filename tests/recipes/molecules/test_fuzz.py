@@ -30,8 +30,11 @@ from fuzz_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlopt.recipes.tapweight.molecules.configuration import Configuration, ConfigurationError, parse, read, write
-from mlopt.recipes.tapweight.molecules.data import DataError, Molecules, read_corpus, read_table
+from mlopt.recipes.tapweight import configuration as reader
+from mlopt.recipes.tapweight.configuration import ConfigurationError, write
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus, read_table
+from mlopt.recipes.tapweight.molecules.modality import MoleculeConfiguration as Configuration
 from mlopt.recipes.tapweight.molecules.task import MoleculeTask
 
 TOML = b"""# All sections.
@@ -54,7 +57,7 @@ warmup = 0.25
 [encoder]
 dropout = 1e-1
 """
-JSON = b"""{"output": "o", "steps": 500, "seeds": [1], "baselines": [],
+JSON = b"""{"output": "o", "steps": 500, "seeds": [1], "methods": ["equal"],
  "data": {"corpus": "a.csv.gz", "kind": null, "labels": ["\\ud83d\\ude00"]},
  "settings": {"gamma": 0.5, "freeze_encoder": false},
  "encoder": {"width": 8, "norm": "layer"}}"""
@@ -76,6 +79,10 @@ def sentence(error: BaseException, *places: object) -> str:
     assert text.isprintable()
     assert 2 < len(text.split()) < len(text) < 1_500
     return text
+
+
+def read(file: Path) -> Configuration:
+    return reader.read(file, Configuration)
 
 
 def configuration_file(folder: Path, name: str, content: bytes) -> Configuration | str:
@@ -131,7 +138,7 @@ def command_line(folder: Path, drawn: tuple[list[str], bool]) -> str:
         written(folder, name, content)
     with contextlib.chdir(folder), contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
         try:
-            parse(words, prog="mlopt tapweight molecules")
+            reader.parse(words, Configuration, prog="mlopt tapweight molecules", description="")
         except ConfigurationError as error:
             assert not right
             config = [word.removeprefix("--config=") for word in words][-1::-1]
@@ -338,7 +345,7 @@ def test_an_integer_beyond_all_numbers_is_refused_with_its_key(
 )
 def test_an_option_beyond_all_numbers_is_refused(option: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
-        parse([option, "9" * 400], prog="mlopt")
+        reader.parse([option, "9" * 400], Configuration, prog="mlopt", description="")
     assert status.value.code == 2
     assert place in capsys.readouterr().err
 
@@ -362,7 +369,7 @@ def test_a_path_that_no_file_system_takes_is_refused(path: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["x" * 300, "folder", "train.csv/under"])
 def test_a_path_that_cannot_be_opened_is_refused(name: str, tmp_path: Path) -> None:
     written(tmp_path, "train.csv", CSV)
-    for suffix, reader, kind in (
+    for suffix, opener, kind in (
         (".json", read, ConfigurationError),
         (".csv", read_table, DataError),
         (".smi", read_corpus, DataError),
@@ -372,7 +379,7 @@ def test_a_path_that_cannot_be_opened_is_refused(name: str, tmp_path: Path) -> N
         with pytest.raises(
             kind, match=r"(File name too long|Is a directory|Not a directory); give the path of a"
         ) as error:
-            reader(path)
+            opener(path)
         sentence(error.value, path)
 
 

@@ -22,18 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlopt import cli
-from mlopt.recipes.tapweight.molecules.configuration import (
-    Configuration,
-    ConfigurationError,
-    Data,
-    Encoder,
-    parse,
-    read,
-    write,
-)
+from mlopt.recipes.tapweight import configuration as reader
+from mlopt.recipes.tapweight.configuration import ConfigurationError, write
 from mlopt.recipes.tapweight.molecules.encoder import GINE
+from mlopt.recipes.tapweight.molecules.modality import Data, EncoderSettings
+from mlopt.recipes.tapweight.molecules.modality import MoleculeConfiguration as Configuration
 from mlopt.recipes.tapweight.molecules.objectives import OBJECTIVES
-from mlopt.recipes.tapweight.recipe import Settings
+from mlopt.recipes.tapweight.settings import Settings
 from mlopt.solving.engine import Engine
 
 if TYPE_CHECKING:
@@ -61,7 +56,7 @@ SMALL = [
     "--device",
     "cpu",
 ]
-FAST = [*SMALL, "--steps", "4", "--objectives", "masked_atoms", "fingerprint_clusters", "--baselines"]
+FAST = [*SMALL, "--steps", "4", "--objectives", "masked_atoms", "fingerprint_clusters", "--methods", "tapweight"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -138,7 +133,7 @@ def test_a_run_leaves_its_weights_history_scores_and_picture(finished: Path) -> 
 
 def test_the_saved_encoder_loads_and_was_trained(finished: Path, tmp_path: Path) -> None:
     encoder = GINE.load(finished / "encoder")
-    assert encoder.config == attrs.asdict(Encoder(width=8, layers=2))
+    assert encoder.config == attrs.asdict(EncoderSettings(width=8, layers=2))
     encoder.save(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (finished / "encoder" / "model.safetensors").read_bytes()
     torch.manual_seed(3)
@@ -235,7 +230,7 @@ def test_three_files_of_classes_and_a_gzipped_corpus_in_a_process_of_its_own(fol
         "molecules: 20 train, 10 valid, 10 test.",
         "Note: 10 molecules of valid.csv; 1 skipped: row 12 (not valid SMILES).",
         "Note: fingerprint_clusters: 1000 clusters reduced to 2",
-        "Learned weights",
+        "Weights of TapWeight",
         "roc_auc (higher is better)",
         load(tmp_path, "output", "weights.json")["verdict"],
         "Saved in output.",
@@ -267,8 +262,8 @@ def test_a_data_set_of_molecule_net(folder: Path) -> None:
             "--labels lenght",
             "train.csv: no column 'lenght'; there are 'smiles', 'length', 'nitrogen' - did you mean 'length'?",
         ),
-        ("--valid train.csv", "valid is given without test; give both"),
-        ("--dataset ESOL", "give either --train FILE.csv (`train` in [data]) or --dataset NAME"),
+        ("--valid train.csv", "--valid is given without --test; give both"),
+        ("--dataset ESOL", "give either --train FILE (`train` in [data]) or --dataset NAME"),
         ("--metric roc_auc", "metric='roc_auc' does not fit regression; give 'rmse' or 'mae'"),
         ("--kind classification", "the label 0.4 of task 'length' is not 0 or 1"),
         ("--strict", "corpus.smi, row 41: 'C1CC' is no molecule"),
@@ -299,7 +294,7 @@ def test_a_run_that_is_not_finite_says_where_and_leaves_its_state(
     told = capsys.readouterr().err
     assert "the loss of level 'finetuning' is inf (estimators: finetuning: Identity()" in told
     assert told.count("\n") == 1
-    (fault,) = (folder / "infinite" / "checkpoints" / "adaptation").glob("fault-*")
+    (fault,) = (folder / "infinite" / "checkpoints" / "tapweight").glob("fault-*")
     assert str(fault) in told
 
 
@@ -324,14 +319,14 @@ def test_an_interrupted_run_is_gone_on_with(
     step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, cut = f"whole-{step}", f"cut-{step}"
-    more = ("--baselines", "direct", "equal", "--checkpoint-every", "3")
+    more = ("--methods", "direct", "equal", "tapweight", "--checkpoint-every", "3")
     succeed(options(folder, whole, *more))
     interrupted_at(step, options(folder, cut, *more), monkeypatch)
     assert re.search(r"mlopt: SIGTERM: step \d+ of \d+ is finished and saved in", capsys.readouterr().err)
     assert cli.main(options(folder, cut, *more)) == 2
-    assert "holds a run that was begun; go on with it by --resume" in capsys.readouterr().err
+    assert "holds an unfinished run; resume it with --resume" in capsys.readouterr().err
     assert cli.main(options(folder, cut, *more, "--resume", "--every", "2")) == 2
-    assert "has settings.every=1, not 2; go on with the same configuration" in capsys.readouterr().err
+    assert "has settings.every=1, not 2; resume with the same configuration" in capsys.readouterr().err
     assert cli.main(options(folder, cut, *more, "--resume", "--overwrite")) == 2
     assert "--overwrite and --resume do not go together" in capsys.readouterr().err
     succeed(options(folder, cut, *more, "--resume"))
@@ -354,6 +349,10 @@ def test_a_gpu_that_is_not_there_is_refused(folder: Path, capsys: pytest.Capture
     assert "PyTorch finds no GPU here; give 'cpu' or 'auto'" in capsys.readouterr().err
 
 
+def read(file: Path) -> Configuration:
+    return reader.read(file, Configuration)
+
+
 def written(folder: Path, text: str, suffix: str) -> Path:
     file = folder / f"run{suffix}"
     file.write_text(text)
@@ -369,14 +368,15 @@ def test_toml_and_json_say_the_same_and_the_command_line_overrides_them(tmp_path
         seeds=(4,), data=Data(corpus=Path("a.smi"), strict=True), settings=Settings(gamma=2.0, every=3)
     )
     assert read(toml) == read(written(tmp_path, json.dumps(content), ".json")) == expected
-    given = parse(["--gamma", "0.5", "--config", str(toml), "--no-strict", "--seeds", "1", "2"], prog="mlopt")
+    line = ["--gamma", "0.5", "--config", str(toml), "--no-strict", "--seeds", "1", "2"]
+    given = reader.parse(line, Configuration, prog="mlopt", description="").run
     assert (given.settings.gamma, given.settings.every, given.data.strict, given.seeds) == (0.5, 3, False, (1, 2))
     assert given.data.corpus == Path("a.smi")
 
 
 def test_a_configuration_that_is_written_reads_as_itself(tmp_path: Path) -> None:
     data = Data(corpus=Path("a b.smi"), labels=("x", "ü"), kind="regression", corpus_limit=7)
-    configuration = Configuration(output=Path("o"), data=data, baselines=(), encoder=Encoder(dropout=0.1))
+    configuration = Configuration(output=Path("o"), data=data, methods=("equal",), encoder=EncoderSettings(dropout=0.1))
     write(configuration, tmp_path / "config.json")
     assert read(tmp_path / "config.json") == configuration
 
@@ -413,7 +413,7 @@ def test_a_wrong_configuration_is_refused_with_its_place(text: str, sentence: st
     assert sentence in str(error.value)
 
 
-FIELDS = [field.name for part in (Configuration, Data, Settings, Encoder) for field in attrs.fields(part)]
+FIELDS = [field.name for part in (Configuration, Data, Settings, EncoderSettings) for field in attrs.fields(part)]
 VALUES = st.recursive(
     st.none()
     | st.booleans()

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mlopt.recipes.tapweight.demonstration import summary, told
+from mlopt.recipes.tapweight.demonstration import conclusion, summary
 from mlopt.recipes.tapweight.molecules import demo
 from mlopt.recipes.tapweight.molecules.sample import drugs, recombined, solubility
-from mlopt.recipes.tapweight.signals import Signal
+from mlopt.recipes.tapweight.significance import Signal
 
 
 def test_every_drug_is_a_molecule():
@@ -65,10 +65,10 @@ def results():
 
 def test_the_page_reports_the_runs(results):
     page = " ".join((Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text().split())
-    sentence = told(results, demo.KNOWN)
+    sentence = conclusion(results, demo.KNOWN)
     for part in ("0.167 in 10 of 10 runs", "on top in 6 of 10", "equal weights in 10 of 10", "finetuning in 10 of 10"):
         assert part in sentence
-    assert "told from noise in 0 of 10" in sentence
+    assert "significant in 0 of 10" in sentence
     assert "below its equal share in 10 of 10 runs, `descriptors` on top in 6 of 10" in page
     console = Console(file=io.StringIO(), width=120)
     for table in summary(results):

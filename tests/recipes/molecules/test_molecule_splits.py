@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mlopt.recipes.tapweight.molecules.data import DataError, read_table
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.molecules.data import read_table
 from mlopt.recipes.tapweight.molecules.splits import random_split, scaffold_split
 
 if TYPE_CHECKING:

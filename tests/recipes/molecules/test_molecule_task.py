@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import global_add_pool
 from torch_geometric.utils import from_smiles
 
-from mlopt.recipes.tapweight.molecules.data import DataError, read_corpus, read_table
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.molecules.data import read_corpus, read_table
 from mlopt.recipes.tapweight.molecules.task import MoleculeTask
 
 if TYPE_CHECKING:

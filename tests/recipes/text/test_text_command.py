@@ -19,7 +19,9 @@ from text_cases import encoder, laid, sentences
 from transformers import AutoModel, AutoTokenizer
 
 from mlopt import cli
-from mlopt.recipes.tapweight.text.configuration import Configuration, ConfigurationError, Settings, parse, read, write
+from mlopt.recipes.tapweight.configuration import ConfigurationError, parse, read, write
+from mlopt.recipes.tapweight.text.modality import Settings
+from mlopt.recipes.tapweight.text.modality import TextConfiguration as Configuration
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ SMALL = [
     "--steps",
     "4",
 ]
-FAST = [*SMALL, "--objectives", "masked_tokens", "contrastive", "--baselines"]
+FAST = [*SMALL, "--objectives", "masked_tokens", "contrastive", "--methods", "tapweight"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,7 +123,7 @@ def test_a_run_leaves_its_weights_history_scores_picture_and_encoder(finished: P
 def test_a_run_is_repeated_bit_for_bit_from_its_configuration_and_from_any_folder(
     finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    saved = read(finished / "config.json")
+    saved = read(finished / "config.json", Configuration)
     assert (saved.seeds, saved.steps, saved.device, saved.data.metric) == ((3,), 4, "cpu", "macro_f1")
     assert saved.settings == Settings(batch_size=8, epochs=2, measurements=2)
     monkeypatch.chdir(tmp_path)
@@ -153,7 +155,7 @@ def test_the_corpus_is_by_default_the_tasks_own_texts_and_one_file_is_split(
     for told in (
         "texts of train.jsonl.\nTask: classification into kind, unkind, scored by accuracy; texts: 32 train, 4 valid, 4 test.",
         "Note: masked_tokens: the checkpoint has no head for masked tokens; a new one, tied to the embeddings, is trained.",
-        "Learned weights",
+        "Weights of TapWeight",
         "accuracy (higher is better)",
         load("own", "weights.json")["verdict"],
         "Saved in own.",
@@ -178,7 +180,7 @@ def test_a_task_of_glue_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_cut_off_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    succeed(options(folder, "cut", "--max-length", "6", "--baselines"))
+    succeed(options(folder, "cut", "--max-length", "6"))
     told = capsys.readouterr().out
     assert "texts of train.jsonl are longer than 6 tokens and are cut off" in told.splitlines()[0]
     assert "of 16 texts of dev.jsonl are longer than 6 tokens and are cut off" in told
@@ -216,7 +218,7 @@ def test_half_precision_eager_attention_recomputation_and_fewer_layers(folder: P
         ("--train empty.jsonl --strict", "empty.jsonl, row 1: the text is empty; mend it"),
         ("--metric pearson", "metric='pearson' does not fit classification"),
         ("--kind regression", "train.jsonl, row 1: the label 'kind' is not a number"),
-        ("--dataset cola", "give either --train FILE.jsonl (`train` in [data]) or --dataset NAME"),
+        ("--dataset cola", "give either --train FILE (`train` in [data]) or --dataset NAME"),
         ("--max-length 33", "max_length=33; the model takes from 3 to 32 tokens"),
         ("--model maskless", "masked_tokens hides tokens behind a mask token, and this tokenizer has none"),
         ("--model larger", "the tokenizer has 36 tokens, but the model embeds 35"),
@@ -277,22 +279,22 @@ def test_valid_and_test_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--model=a", "--train=a.csv", "--output=a", "--valid=b.csv"]) == 2
     assert "--valid is given without --test; give both, or neither" in capsys.readouterr().err
     assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--text=b"]) == 2
-    assert "--text goes with --train; a task of GLUE has its own" in capsys.readouterr().err
+    assert "--text goes with --train; a data set that is named has its own" in capsys.readouterr().err
 
 
 def test_a_configuration_is_written_and_read_and_its_missing_keys_are_the_texts_defaults(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('seeds = [4]\n[settings]\ngamma = 2\n[encoder]\nmodel = "x"\nlayers = 2\n')
-    given = read(tmp_path / "a.toml")
+    given = read(tmp_path / "a.toml", Configuration)
     assert given.settings == Settings(gamma=2.0)
     assert given.settings.batch_size == 16
     assert (given.encoder.model, given.encoder.layers, given.seeds) == ("x", 2, (4,))
     write(given, tmp_path / "b.json")
-    assert read(tmp_path / "b.json") == given
-    line = parse(["--config", str(tmp_path / "a.toml"), "--gamma", "3"], prog="x")
+    assert read(tmp_path / "b.json", Configuration) == given
+    line = parse(["--config", str(tmp_path / "a.toml"), "--gamma", "3"], Configuration, prog="x", description="").run
     assert (line.settings.gamma, line.encoder.layers) == (3.0, 2)
     assert attrs.asdict(Configuration())["data"]["corpus"] is None
     (tmp_path / "a.toml").write_text("[settings]\nmax_length = 3\n")
     with pytest.raises(
         ConfigurationError, match=r"settings has no key 'max_length'; did you mean 'encoder\.max_length'"
     ):
-        read(tmp_path / "a.toml")
+        read(tmp_path / "a.toml", Configuration)

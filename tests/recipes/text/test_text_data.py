@@ -12,7 +12,8 @@ import datasets
 import pytest
 from text_cases import laid
 
-from mlopt.recipes.tapweight.text.data import DataError, from_dataset, read_corpus, read_table
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.text.data import from_dataset, read_corpus, read_table
 from mlopt.recipes.tapweight.text.glue_tasks import GLUE, glue
 
 
@@ -117,7 +118,7 @@ def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> N
         ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is no text; give strings"),
         ("a.jsonl", objects({"text": "a", "label": None}), "a.jsonl, row 1: the label is missing"),
         ("a.csv", "text,label\na,\n", "a.csv, row 2: the label is missing"),
-        ("a.csv", "text,label\n,1\n", "no text in 1 rows; give at least one"),
+        ("a.csv", "text,label\n,1\n", "no text in 1 rows; row 2: the text is empty; give at least 1"),
         ("a.csv", "text,label\n", "no text in 0 rows"),
         ("a.csv", "text,label\na,1,2\n", "a.csv, row 2: 3 cells, but the header has 2"),
         ("a.csv", b"text,label\n\xff\xfe,1\n", "row 2: byte 0xff is not UTF-8"),

@@ -57,16 +57,16 @@ def test_the_demonstration_goes_through_the_recipe(found: list[Docstring], monke
     for name, value in (("_TRAIN", 12), ("_VALID", 8), ("_TEST", 8), ("_LAYERS", 1), ("_TOKENS", 12)):
         monkeypatch.setattr(demo, name, value)
     made = demo.demonstration(0)
-    corpus = {example["text"] for example in made.corpus}
+    corpus = {example["text"] for example in made.experiment(3).corpus}
     labelled = {example["text"] for examples in made.task.splits.values() for example in examples}
     assert len(labelled) == 28
     assert not corpus & labelled
-    assert len(made.corpus) > 6_000
+    assert len(made.experiment(3).corpus) > 6_000
     assert {example["text"] for example in demo.demonstration(1).task.splits["test"]} & labelled != labelled
     result = made.fit(3, progress=False)
     assert result.weights.keys() == {*demo.BUILT_IN, "module_of"}
     assert {demo.KNOWN.control, demo.KNOWN.suited} <= result.weights.keys()
-    assert torch.equal(result.encoder.embeddings.weight, made.encoder.embeddings.weight)
+    assert torch.equal(result.encoder.embeddings.weight, made.experiment(3).encoder.embeddings.weight)
 
 
 def test_the_small_encoder_tells_alike_from_unlike() -> None:

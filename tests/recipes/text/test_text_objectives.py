@@ -244,7 +244,7 @@ def test_random_labels_need_a_corpus_that_keeps_them() -> None:
     [
         (
             lambda: make_objective("masked_token", tokenizer()),
-            "no objective 'masked_token'. Did you mean 'masked_tokens'?",
+            "no objective 'masked_token'; there are 'masked_tokens', 'contrastive'",
         ),
         (
             lambda: make_objective("masked_tokens", tokenizer(mask_token=None)),

@@ -17,7 +17,9 @@ from torch.optim import SGD
 from transformers import AutoModel, AutoTokenizer
 
 import mlopt
-from mlopt.recipes.tapweight.levels import Pretraining, three_levels
+from mlopt.recipes.tapweight.methods import ThreeLevels
+from mlopt.recipes.tapweight.methods.levels import three_levels
+from mlopt.recipes.tapweight.models import Pretraining
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
@@ -42,7 +44,7 @@ def _double() -> Iterator[None]:
 def test_every_encoder_goes_through_the_whole_recipe(kind: str, masked: bool, tmp_path: Path) -> None:
     own = encoder(kind, masked=masked)
     before = copy.deepcopy(own.state_dict())
-    result = tapweight(own).fit(4, baselines=("direct",), progress=False)
+    result = tapweight(own).fit(4, methods=["direct", "tapweight"], progress=False)
     assert list(result.weights) == list(OBJECTIVES)
     assert sum(result.weights.values()) == pytest.approx(1, abs=1e-6)
     assert all(0 <= score["test"] <= 1 for score in result.scores.values())
@@ -57,7 +59,7 @@ def test_every_encoder_goes_through_the_whole_recipe(kind: str, masked: bool, tm
 
 
 def test_the_card_tells_data_weights_scores_and_settings(tmp_path: Path) -> None:
-    result = tapweight(encoder()).fit(4, baselines=(), progress=False)
+    result = tapweight(encoder()).fit(4, methods=["tapweight"], progress=False)
     result.save(tmp_path)
     card = (tmp_path / "encoder" / "README.md").read_text()
     assert card.startswith('---\nlibrary_name: "transformers"\ntags: ["tapweight", "task-adaptive-pretraining"]\n---\n')
@@ -69,7 +71,7 @@ def test_the_card_tells_data_weights_scores_and_settings(tmp_path: Path) -> None
         f"| TapWeight | {result.scores['tapweight']['valid']:.3f} | {result.scores['tapweight']['test']:.3f} |",
         "- gamma: 100.0",
         "- seed: 0",
-        "pretrained further in 4 steps",
+        "Steps: 4.",
     ):
         assert told.lower() in card.lower()
 
@@ -200,7 +202,7 @@ def test_second_order_in_float32_runs_through_fit(training: bool) -> None:
     own = encoder(hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
     assert own.model.config._attn_implementation == "sdpa"
     made = tapweight(own, NAMES[:2], estimator=mlopt.ConjugateGradient(iterations=3))
-    result = made.fit(3, baselines=(), progress=False)
+    result = made.fit(3, methods=["tapweight"], progress=False)
     assert math.isfinite(result.scores["tapweight"]["test"])
 
 
@@ -277,7 +279,8 @@ def test_forward_products_do_not_go_silently_wrong_with_gradient_checkpointing()
 
 def test_embeddings_stay_tied_through_training() -> None:
     made = tapweight(encoder(masked=True), NAMES)
-    problem, _ = made.problem(4)
+    experiment = made.experiment(4)
+    problem = ThreeLevels().problem(experiment, experiment.model())
     mlopt.solve(problem, 3, seed=0, progress=False)
     theta = problem["pretraining"].module
     head = theta.heads["masked_tokens"].model
@@ -365,7 +368,7 @@ def test_steps_under_autocast_are_nearly_those_of_full_precision(precision: str)
     """The first losses differ by the rounding of half precision, and by no more."""
     full, half = (
         tapweight(encoder(), NAMES, settings=attrs.evolve(SETTINGS, precision=kind))
-        .fit(4, progress=False, baselines=())
+        .fit(4, progress=False, methods=["tapweight"])
         .history
         for kind in ("none", precision)
     )

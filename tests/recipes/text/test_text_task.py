@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from text_cases import encoder, sentences, splits, task, texts
 from torch.nn.functional import cross_entropy
 
-from mlopt.recipes.tapweight.text.data import DataError, Texts
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.text.data import Texts
 from mlopt.recipes.tapweight.text.task import METRICS, SplitScore, TextTask
 
 

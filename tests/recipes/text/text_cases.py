@@ -18,7 +18,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from mlopt.recipes.tapweight.recipe import Settings, TapWeight
+from mlopt.recipes.tapweight.recipe import TapWeight
+from mlopt.recipes.tapweight.settings import Settings
 from mlopt.recipes.tapweight.text.data import Texts
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.glue_tasks import GLUE
@@ -116,7 +117,7 @@ def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def texts(examples: Sequence[dict[str, Any]], source: str = "made") -> Texts:
-    return Texts(tuple(examples), tuple(range(len(examples))), (), source)
+    return Texts(examples=tuple(examples), rows=tuple(range(len(examples))), source=source)
 
 
 def corpus(count: int = 24, seed: int = 9) -> Texts:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
-from mlopt.errors import ArgumentError
-
+from ...names import chosen
 from .contrastive import ContrastiveViews
 from .descriptors import Descriptors
 from .fingerprint_clusters import FingerprintClusters
@@ -50,8 +48,4 @@ def make_objective(name: str) -> Objective:
     Raises:
         ValueError: no objective has that name; the message lists those there are.
     """
-    if name not in OBJECTIVES:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ArgumentError(f"there is no objective {name!r}.{hint} There are: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]()
+    return chosen("objective", name, OBJECTIVES)()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch
 
+    from ...encoder import Encoder
+
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Return the normalised temperature-scaled cross entropy of two views.
@@ -56,7 +58,7 @@ class ContrastiveViews(Objective):
     Intelligence 2022 (rates and temperature); the loss is `nt_xent`.
     """
 
-    name = "contrastive"
+    name, passes = "contrastive", 2
 
     def __init__(self, mask_rate: float = 0.25, drop_rate: float = 0.25, temperature: float = 0.1) -> None:
         if temperature <= 0:
@@ -65,7 +67,7 @@ class ContrastiveViews(Objective):
         self.drop_rate = check_rate("drop_rate", drop_rate)
         self.temperature = temperature
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build the projection head."""
         width = encoder.width
         return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
@@ -83,7 +85,7 @@ class ContrastiveViews(Objective):
             )
         return self._corrupt(batch), self._corrupt(batch)
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: tuple[Batch, Batch]) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: tuple[Batch, Batch]) -> Tensor:
         """Return the mean over both views of all molecules."""
         first, second = (head(encoder.pool(one)) for one in view)
         return nt_xent(first, second, self.temperature)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch, Data
 
+    from ...encoder import Encoder
+
 #: RDKit's names of: molecular weight, logP and molar refractivity (Crippen), polar surface, hydrogen bond donors and
 #: acceptors, rotatable bonds, rings, aromatic rings, share of sp3 carbons.
 PROPERTIES = (
@@ -54,13 +56,14 @@ class Descriptors(Objective):
         varying = table[:, self.columns].double()
         self.mean, self.deviation = varying.mean(0), varying.std(0, correction=0)
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to one number a descriptor."""
         return nn.Linear(encoder.width, len(prepared(self.columns, self)))
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over descriptors and molecules."""
-        predicted = head(encoder.pool(view))
+        predicted: Tensor = head(encoder.pool(view))
         raw = view.descriptors[:, self.columns].to(predicted)
         # Not mse_loss: torch 2.13 cannot take a forward-mode derivative of the gradient of its mean.
-        return (predicted - (raw - self.mean.to(raw)) / self.deviation.to(raw)).square().mean()
+        expected: Tensor = (raw - self.mean.to(raw)) / self.deviation.to(raw)
+        return (predicted - expected).square().mean()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch, Data
 
+    from ...encoder import Encoder
+
 _BITS = 1024
 _MOLECULES_PER_CLUSTER = 10
 
@@ -86,15 +88,15 @@ class FingerprintClusters(Objective):
 
             self.classes.append(int(attach(corpus, f"clusters_{number}", compute).max()) + 1)
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to clusters for each number of clusters."""
         return nn.ModuleList(nn.Linear(encoder.width, classes) for classes in prepared(self.classes, self))
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over numbers of clusters and molecules."""
         pooled = encoder.pool(view)
         losses = [
             cross_entropy(linear(pooled), view[f"clusters_{number}"])
-            for number, linear in zip(self.clusters, head, strict=True)
+            for number, linear in zip(self.clusters, head.children(), strict=True)
         ]
         return torch.stack(losses).mean()

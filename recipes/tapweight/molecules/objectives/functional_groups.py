@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch, Data
 
+    from ...encoder import Encoder
+
 
 def functional_groups(corpus: Sequence[Data]) -> Tensor:
     """Return whether each molecule has each of RDKit's fragments (`fr_*`, in alphabetical order), uint8 (M, F)."""
@@ -43,11 +45,11 @@ class FunctionalGroups(Objective):
         table = attach(corpus, "functional_groups", lambda: functional_groups(corpus))
         self.columns = varying_columns(table, "functional groups")
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to one logit a group."""
         return nn.Linear(encoder.width, len(prepared(self.columns, self)))
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over groups and molecules."""
         logits = head(encoder.pool(view))
         return binary_cross_entropy_with_logits(logits, view.functional_groups[:, self.columns].to(logits.dtype))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch
 
+    from ...encoder import Encoder
+
 
 class MaskedAtoms(Objective):
     """Cross entropy of the atomic numbers of hidden atoms, given the rest of the molecule.
@@ -35,7 +37,7 @@ class MaskedAtoms(Objective):
     def __init__(self, rate: float = 0.15) -> None:
         self.rate = check_rate("rate", rate)
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map from an atom's embedding to atomic numbers."""
         return nn.Linear(encoder.width, ATOM_SIZES["atomic_num"])
 
@@ -48,6 +50,6 @@ class MaskedAtoms(Objective):
         view.masked_atoms, view.atomic_numbers = masked, batch.x[masked, 0]
         return view
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the hidden atoms."""
         return cross_entropy(head(encoder(view)[view.masked_atoms]), view.atomic_numbers)

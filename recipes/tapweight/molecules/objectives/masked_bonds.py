@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch
 
+    from ...encoder import Encoder
+
 # With the number of hydrogens or the degree, the type of a single hidden bond is the valence that is left: arithmetic.
 # Hybridisation, aromaticity and chirality all but name it.
 _REVEALING = [[*ATOM_SIZES].index(name) for name in ("chirality", "degree", "num_hs", "hybridization", "is_aromatic")]
@@ -42,7 +44,7 @@ class MaskedBonds(Objective):
     def __init__(self, rate: float = 0.15) -> None:
         self.rate = check_rate("rate", rate)
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a map from the sum of two atoms' embeddings to bond types."""
         width = encoder.width
         return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, BOND_SIZES["bond_type"]))
@@ -59,7 +61,7 @@ class MaskedBonds(Objective):
         view.masked_bonds, view.bond_types = ends, batch.edge_attr[chosen, 0]
         return view
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the hidden bonds, zero where there are none."""
         logits = head(encoder(view)[view.masked_bonds].sum(0))
         return cross_entropy(logits, view.bond_types, reduction="sum") / max(1, len(logits))

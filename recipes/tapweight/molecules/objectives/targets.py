@@ -39,7 +39,7 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> 
     if all(name in graph for graph in graphs):
         return torch.cat([graph[name] for graph in graphs])
     table = compute()
-    for graph, row in zip(graphs, table.split(1), strict=True):
+    for graph, row in zip(graphs, torch.split(table, 1), strict=True):
         graph[name] = row.clone()  # a row of its own: a slice would carry the whole table when it is pickled
     if name not in corpus[0]:
         raise ArgumentError(f"{type(corpus).__name__} makes its graphs anew at each access: give a list of graphs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from ...objective import Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...encoder import Encoder
     from ..batches import Batch
+    from ..encoder import TextEncoder
 
 
 class Contrastive(Objective):
@@ -34,7 +36,7 @@ class Contrastive(Objective):
     Source: Gao, Yao & Chen, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", EMNLP 2021, eq. 4.
     """
 
-    name = "contrastive"
+    name, passes = "contrastive", 2
 
     def __init__(self, temperature: float = 0.05) -> None:
         if temperature <= 0:
@@ -42,9 +44,9 @@ class Contrastive(Objective):
         self.temperature = temperature
         self.remarks: list[str] = []
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build the projection, a layer with a tanh."""
-        if not encoder.has_dropout:
+        if not cast("TextEncoder", encoder).has_dropout:
             self.remarks = ["the encoder has no dropout, so that its two passes over a text are the same"]
         return nn.Sequential(nn.Linear(encoder.width, encoder.width), nn.Tanh())
 
@@ -61,7 +63,7 @@ class Contrastive(Objective):
             )
         return {key: torch.cat([value, value]) for key, value in batch.items()}
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the texts."""
         first, second = normalize(head(encoder.pool(view)), dim=1).chunk(2)
         return cross_entropy(first @ second.T / self.temperature, torch.arange(len(first), device=first.device))

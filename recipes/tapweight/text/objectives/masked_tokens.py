@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForLanguageModeling
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from ...encoder import Encoder
     from ..batches import Batch
+    from ..encoder import TextEncoder
 
 
 class MaskedTokens(Objective):
@@ -46,14 +48,14 @@ class MaskedTokens(Objective):
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=check_rate("rate", rate))
         self.remarks: list[str] = []
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Return the encoder's head from tokens to the vocabulary."""
-        if not encoder.has_masked_token_head:
+        own = cast("TextEncoder", encoder)
+        if not own.has_masked_token_head:
             self.remarks = [
                 "the checkpoint has no head for masked tokens; a new one, tied to the embeddings, is trained"
             ]
-        head: nn.Module = encoder.masked_token_head()
-        return head
+        return own.masked_token_head()
 
     def view(self, batch: Batch) -> Batch:
         """Hide tokens: `masked` (B, S) says which, `hidden_tokens` (K,) what they were."""
@@ -64,7 +66,7 @@ class MaskedTokens(Objective):
         masked = labels != -100
         return {**batch, "input_ids": ids, "masked": masked, "hidden_tokens": labels[masked]}
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the hidden tokens; 0 where none is."""
         logits = head(encoder(view)[view["masked"]])
         return cross_entropy(logits, view["hidden_tokens"], reduction="sum") / max(len(logits), 1)

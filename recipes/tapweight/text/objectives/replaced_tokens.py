@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from ...encoder import Encoder
     from ..batches import Batch, Example
 
 _SAMPLE = 20_000
@@ -56,7 +57,7 @@ class ReplacedTokens(Objective):
             raise DataError(f"{self.name}: the corpus has fewer than two different tokens, so none can be replaced")
         self._frequencies = counts / counts.sum()
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to one logit a token."""
         return LinearHead(encoder.width, 1)
 
@@ -68,7 +69,7 @@ class ReplacedTokens(Objective):
         replaced = torch.where(chosen, drawn, ids)
         return {**batch, "input_ids": replaced, "replaced": torch.where(own, (replaced != ids).long(), -1)}
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the tokens; 0 where there is none."""
         counted = view["replaced"] >= 0
         logits = head(encoder(view)[counted]).squeeze(1)

@@ -13,6 +13,7 @@ from ..heads import LinearHead
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ...encoder import Encoder
     from ..batches import Batch
 
 
@@ -28,7 +29,7 @@ class SentenceOrder(Objective):
 
     name = "sentence_order"
 
-    def head(self, encoder: nn.Module) -> nn.Module:
+    def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to the two orders."""
         return LinearHead(encoder.width, 2)
 
@@ -46,8 +47,9 @@ class SentenceOrder(Objective):
         moved = torch.where(own, ids.gather(1, order.gather(1, source)), ids)
         return {**batch, "input_ids": moved, "swapped": torch.where(counts < 2, -100, swapped)}
 
-    def loss(self, encoder: nn.Module, head: nn.Module, view: Batch) -> Tensor:
+    def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the texts that count; 0 where none does."""
         logits = head(encoder.pool(view))
-        losses = cross_entropy(logits, view["swapped"], reduction="sum", ignore_index=-100)
-        return losses / (view["swapped"] != -100).sum().clamp(min=1)
+        loss = cross_entropy(logits, view["swapped"], reduction="sum", ignore_index=-100)
+        count: Tensor = (view["swapped"] != -100).sum().clamp(min=1)
+        return loss / count

@@ -10,7 +10,9 @@ from torch.nn.functional import mse_loss
 from mlopt.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from ..encoder import Encoder
 
 __all__ = ["Proximal"]
 
@@ -29,7 +31,7 @@ class Proximal:
         ValueError: the encoder has no trainable parameter.
     """
 
-    def __init__(self, encoder: nn.Module, gamma: float) -> None:
+    def __init__(self, encoder: Encoder, gamma: float) -> None:
         self.gamma = gamma
         # Read once: within the transforms of torch.func no parameter says that it requires a gradient.
         self._names = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
@@ -38,7 +40,7 @@ class Proximal:
                 "Proximal: the encoder has no trainable parameter, so nothing couples the two; unfreeze some"
             )
 
-    def __call__(self, encoder: nn.Module, anchor: nn.Module) -> Tensor:
+    def __call__(self, encoder: Encoder, anchor: Encoder) -> Tensor:
         """Return the coupling of omega, held by `encoder`, and theta, held by `anchor`; a scalar."""
         own, other = dict(encoder.named_parameters()), dict(anchor.named_parameters())
         squares = [mse_loss(own[name], other[name], reduction="sum") for name in self._names]

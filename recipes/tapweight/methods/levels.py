@@ -7,8 +7,6 @@ reweighting   min_lambda  L_valid(omega*(theta*(lambda)))
 
 from __future__ import annotations
 
-import copy
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,82 +15,35 @@ from torch.utils.checkpoint import checkpoint
 
 import mlopt
 
+from ..models import Finetuning, objective_losses, task_losses
+from ..task import evaluation
 from .proximal import Proximal
-from .task import evaluation
 from .weights import SimplexWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from .objective import Objective
-    from .task import Task
+    from ..models import Pretraining
+    from ..objective import Objective
+    from ..task import Task
 
-__all__ = ["Finetuning", "Parts", "Pretraining", "objective_losses", "task_loss", "three_levels"]
-
-
-class Pretraining(nn.Module):
-    """theta: the encoder, and one head for each objective.
-
-    Args:
-        encoder: the encoder; used itself, not a copy.
-        objectives: in the order of their weights.
-    """
-
-    def __init__(self, encoder: nn.Module, objectives: Sequence[Objective]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleDict({objective.name: objective.head(encoder) for objective in objectives})
+__all__ = ["Chunks", "three_levels"]
 
 
-class Finetuning(nn.Module):
-    """omega: a copy of the encoder of its own, and the task's head.
-
-    Args:
-        encoder: what is copied.
-        task: makes the head.
-    """
-
-    def __init__(self, encoder: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.encoder = copy.deepcopy(encoder)
-        self.head = task.head(encoder)
-
-
-class Parts(tuple[Any, ...]):
+class Chunks(tuple[Any, ...]):
     """Batches of validation examples that count as one, whose gradient takes the memory of one of them."""
-
-
-def objective_losses(
-    model: Pretraining, batch: Any, objectives: Sequence[Objective], scales: Mapping[str, float]
-) -> dict[str, Callable[[], Tensor]]:
-    """Return, by name, functions that compute each objective's loss on its own view of the batch, over its scale."""
-
-    def loss(objective: Objective) -> Tensor:
-        value = objective.loss(model.encoder, model.heads[objective.name], objective.view(batch))
-        return value / scales[objective.name]
-
-    return {objective.name: partial(loss, objective) for objective in objectives}
-
-
-def task_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
-    """Return the mean loss of the task on a batch."""
-    return _losses(model, batch, task).mean()
-
-
-def _losses(model: Finetuning, batch: Any, task: Task) -> Tensor:
-    return task.losses(task.outputs(model.encoder, model.head, batch), batch)
 
 
 def _validation_loss(model: Finetuning, batch: Any, task: Task) -> Tensor:
     """Return the mean loss of the task on validation examples, without dropout."""
 
-    def losses(part: Any) -> Tensor:
+    def losses(chunk: Any) -> Tensor:
         with evaluation(model):
-            return _losses(model, part, task)
+            return task_losses(model, chunk, task)
 
-    if not isinstance(batch, Parts):
+    if not isinstance(batch, Chunks):
         return losses(batch).mean()
-    return torch.cat([checkpoint(losses, part, use_reentrant=False) for part in batch]).mean()
+    return torch.cat([checkpoint(losses, chunk, use_reentrant=False) for chunk in batch]).mean()
 
 
 def three_levels(
@@ -133,7 +84,7 @@ def three_levels(
         return mlopt.Mixture(objective_losses(own, batch, objectives, scales), weights="reweighting")
 
     def finetuning_loss(own: Finetuning, batch: Any) -> Tensor:
-        return task_loss(own, batch, task)
+        return task_losses(own, batch, task).mean()
 
     def coupling(own: Finetuning, *, pretraining: Pretraining) -> Tensor:
         return proximal(own.encoder, pretraining.encoder)

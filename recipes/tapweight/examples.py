@@ -1,0 +1,158 @@
+"""Examples read from a file or a data set, with the rows that were left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar, overload
+
+import attrs
+
+from mlopt.errors import ArgumentError
+
+from .files import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["Examples", "Skipped", "UnusableError", "check_limit", "gather"]
+
+R = TypeVar("R")
+T = TypeVar("T")
+_NAMED = 3
+
+
+class UnusableError(DataError):
+    """A row that is not an example.
+
+    Args:
+        reason: why.
+        subject: the content of the row, for an error that does not leave it out.
+    """
+
+    def __init__(self, reason: str, subject: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.subject = reason, subject
+
+
+@attrs.frozen
+class Skipped:
+    """A row that was left out.
+
+    Args:
+        row: 1-based line of the file, a header counted; 0-based in a data set.
+        reason: why it is not an example.
+    """
+
+    row: int
+    reason: str
+
+
+@attrs.frozen(eq=False, repr=False, kw_only=True)
+class Examples(Sequence[T], Generic[T]):
+    """The examples of one file or data set, in its order.
+
+    Args:
+        examples: the examples.
+        rows: the place of each: 1-based line of the file, a header counted; 0-based in a data set.
+        skipped: the rows left out.
+        source: the file or the data set.
+    """
+
+    examples: tuple[T, ...]
+    rows: tuple[int, ...]
+    skipped: tuple[Skipped, ...] = ()
+    source: str
+
+    #: The examples, in a word.
+    noun: ClassVar[str]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> T | Self:
+        return self.subset(range(len(self))[index]) if isinstance(index, slice) else self.examples[index]
+
+    @property
+    def name(self) -> str:
+        """The file's name, or the data set."""
+        return Path(self.source).name
+
+    def subset(self, indices: Iterable[int]) -> Self:
+        """Return the examples at the 0-based `indices`, in that order; `skipped` stays with the whole."""
+        chosen = tuple(indices)
+        return attrs.evolve(
+            self, examples=tuple(self.examples[i] for i in chosen), rows=tuple(self.rows[i] for i in chosen), skipped=()
+        )
+
+    def summary(self) -> str:
+        """Return in one sentence how many examples there are, and which rows were left out and why."""
+        named = [f"row {one.row} ({one.reason})" for one in self.skipped[:_NAMED]]
+        more = f" and {len(self.skipped) - _NAMED} more" if len(self.skipped) > _NAMED else ""
+        skipped = f"; {len(self.skipped)} skipped: {', '.join(named)}{more}" if self.skipped else ""
+        return f"{len(self)} {self.noun} of {self.name}{skipped}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.summary()})"
+
+
+def check_limit(limit: int | None, noun: str) -> None:
+    """Refuse a limit under which a corpus is too small to pretrain on."""
+    if limit is not None and limit < 2:
+        raise ArgumentError(f"limit={limit!r}: a corpus needs at least 2 {noun}; raise the limit or leave it out")
+
+
+def gather(
+    records: Iterable[tuple[int, R]],
+    example: Callable[[int, R], T],
+    source: str,
+    *,
+    noun: str,
+    strict: bool,
+    limit: int | None = None,
+    least: int = 1,
+) -> tuple[tuple[T, ...], tuple[int, ...], tuple[Skipped, ...]]:
+    """Turn records into examples.
+
+    Args:
+        records: the contents of each row, with its place.
+        example: turns a place and its contents into an example, or raises `UnusableError`.
+        source: the file or the data set, for errors.
+        noun: an example, in a word.
+        strict: refuse a row that is not an example, instead of leaving it out.
+        limit: stop after so many examples.
+        least: the fewest examples.
+
+    Returns:
+        The examples, the place of each, and the rows left out.
+
+    Raises:
+        DataError: a row that is not an example, or too few examples.
+    """
+    examples: list[T] = []
+    rows: list[int] = []
+    skipped: list[Skipped] = []
+    first = ""
+    for row, record in records:
+        try:
+            examples.append(example(row, record))
+        except UnusableError as fault:
+            if strict:
+                raise DataError(
+                    f"{source}, row {row}: {fault.subject}{fault.reason}; mend it, or read with strict=False"
+                ) from None
+            first = first or f"; row {row}: {fault.subject}{fault.reason}"
+            skipped.append(Skipped(row, fault.reason))
+            continue
+        rows.append(row)
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise DataError(f"{source}: no {noun} in {len(skipped)} rows{first}; give at least {least}")
+    if len(examples) < least:
+        raise DataError(f"{source}: a corpus of one {noun} is too small to pretrain on; give at least {least}")
+    return tuple(examples), tuple(rows), tuple(skipped)

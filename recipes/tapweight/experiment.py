@@ -1,0 +1,149 @@
+"""The common ground of the methods of a run: the same start, batches, settings and number of pretraining steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch.utils.data import DataLoader
+
+import mlopt
+from mlopt.problem import Stream
+from mlopt.rng import seed_everything
+
+from .models import Pretraining, gradient_norms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from .encoder import Encoder
+    from .objective import Objective
+    from .settings import Settings
+    from .task import Task
+
+__all__ = ["Experiment"]
+
+_SCALING_BATCHES = 4
+
+
+@attrs.define(kw_only=True, eq=False)
+class Experiment:
+    """The common ground of the methods that a run compares.
+
+    Args:
+        encoder: the encoder before adaptation; not changed.
+        objectives: in the order of their weights.
+        task: the downstream task.
+        corpus: unlabelled examples.
+        collate: joins unlabelled examples into a batch.
+        settings: the numbers of the run.
+        estimator: how methods that differentiate through finetuning pull cotangents back through it.
+        seed: of everything random.
+        steps: pretraining steps.
+        checkpoints: where phases are saved, each in a folder of its own; nothing is saved when None.
+        resume: whether each phase continues from its newest checkpoint.
+        progress: whether to show progress bars.
+    """
+
+    encoder: Encoder
+    objectives: tuple[Objective, ...]
+    task: Task
+    corpus: Sequence[Any]
+    collate: Callable[[list[Any]], Any]
+    settings: Settings
+    estimator: mlopt.Estimator
+    seed: int
+    steps: int = 0
+    checkpoints: mlopt.Checkpoints | None = None
+    resume: bool = False
+    progress: bool = True
+    _start: tuple[Pretraining, dict[str, float]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives' names, in the order of their weights."""
+        return tuple(objective.name for objective in self.objectives)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the encoder."""
+        return next(self.encoder.parameters()).device
+
+    @property
+    def pretraining_steps(self) -> int:
+        """The steps of pretraining: the largest multiple of `settings.every` that `steps` holds, the same for every method."""
+        return self.steps // self.settings.every * self.settings.every
+
+    def prepare(self) -> tuple[Pretraining, dict[str, float]]:
+        """Prepare the objectives on the corpus, once.
+
+        Returns:
+            The encoder and the objectives' heads at the start, and the number that each objective's loss is divided by.
+
+        Raises:
+            ValueError: an objective cannot be prepared, or gives the encoder no gradient.
+        """
+        if self._start is None:
+            for objective in self.objectives:
+                objective.prepare(self.corpus, self.seed)
+            seed_everything(self.seed)
+            model = Pretraining(copy.deepcopy(self.encoder), self.objectives).to(self.device)
+            model.train()
+            stream = self.stream("prepare")
+            batches = [stream.next() for _ in range(_SCALING_BATCHES)]
+            norms = gradient_norms(model, self.objectives, batches, self.seed)
+            self._start = model, norms if self.settings.scale == "gradient" else dict.fromkeys(norms, 1.0)
+        return self._start
+
+    def model(self) -> Pretraining:
+        """Return a new copy of the encoder and the objectives' heads at the start."""
+        return copy.deepcopy(self.prepare()[0])
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The number that each objective's loss is divided by."""
+        return self.prepare()[1]
+
+    def batches(self) -> DataLoader[Any]:
+        """Return batches of the corpus."""
+        size = min(self.settings.batch_size, len(self.corpus))
+        corpus: Any = self.corpus
+        return DataLoader(corpus, batch_size=size, shuffle=True, drop_last=True, collate_fn=self.collate)
+
+    def stream(self, purpose: str) -> Stream:
+        """Return batches of the corpus without end, in an order that depends on the purpose and the seed."""
+        return Stream(purpose, self.batches(), self.seed, self.device)
+
+    def solve(
+        self,
+        phase: str,
+        problem: mlopt.Problem,
+        steps: int,
+        *,
+        callbacks: Sequence[mlopt.Callback] = (),
+        seed: int | None = None,
+    ) -> mlopt.Solution:
+        """Solve a problem as one phase of the run; a phase that had ended before a resume is read from its last checkpoint.
+
+        Args:
+            phase: the name of the phase, and of its folder of checkpoints.
+            problem: the problem.
+            steps: outer steps.
+            callbacks: see `mlopt.Callback`.
+            seed: the seed of the experiment when None.
+        """
+        own = self.checkpoints
+        if own is not None:
+            own = attrs.evolve(own, folder=own.folder / phase.replace(":", "-"))
+        return mlopt.solve(
+            problem,
+            steps,
+            callbacks=callbacks,
+            checkpoint=own,
+            seed=self.seed if seed is None else seed,
+            resume=self.resume,
+            progress=self.progress,
+        )

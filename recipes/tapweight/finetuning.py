@@ -1,0 +1,123 @@
+"""The final finetuning of an adapted encoder: the epoch is chosen on the validation split, the test split is scored once."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+import mlopt
+from mlopt.rng import seed_everything
+
+from .models import Finetuning, task_losses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from .encoder import Encoder
+    from .settings import Settings
+    from .task import Task
+
+__all__ = ["Finetuned", "Score", "finetune"]
+
+
+@attrs.frozen
+class Score:
+    """The task's metric of a finetuned encoder.
+
+    Attributes:
+        valid: on the validation split, by which the epoch was chosen.
+        test: on the test split, computed once, at that epoch.
+        epoch: the epoch chosen, from 1.
+    """
+
+    valid: float
+    test: float
+    epoch: int
+
+
+@attrs.frozen(eq=False)
+class Finetuned:
+    """A finetuned model and its score.
+
+    Attributes:
+        model: the encoder and the task's head, at the epoch chosen.
+        score: the task's metric of this model.
+    """
+
+    model: Finetuning
+    score: Score
+
+
+class _BestEpoch(mlopt.Callback):
+    """Scores the validation split after each epoch, and keeps the variables of the best one."""
+
+    def __init__(self, model: Finetuning, task: Task, interval: int) -> None:
+        self._model, self._task, self._interval = model, task, interval
+        self.valid, self.epoch = math.nan, 0
+        self._state: dict[str, Tensor] = {}
+
+    def on_step_end(self, run: mlopt.solving.Run) -> None:
+        if run.step % self._interval:
+            return
+        valid = self._task.score(self._model.encoder, self._model.head, "valid")
+        better = valid > self.valid if self._task.greater_is_better else valid < self.valid
+        if math.isnan(self.valid) or better:
+            self.valid, self.epoch = valid, run.step // self._interval
+            self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"valid": self.valid, "epoch": self.epoch, "state": self._state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.valid, self.epoch, self._state = state["valid"], state["epoch"], dict(state["state"])
+
+    def restore(self) -> None:
+        """Load the variables of the best epoch."""
+        self._model.load_state_dict(self._state)
+
+
+def finetune(
+    encoder: Encoder, task: Task, settings: Settings, *, seed: int, solve: Callable[..., mlopt.Solution]
+) -> Finetuned:
+    """Finetune a copy of the encoder on the task.
+
+    Args:
+        encoder: not changed.
+        task: the task.
+        settings: the epochs, the learning rate of Adam, the batch size, the precision, and whether only the head is trained.
+        seed: of the head and the order of batches.
+        solve: `mlopt.solve`, or what solves the problem as a phase of an experiment.
+
+    Returns:
+        The model of the epoch with the best validation score, and its scores.
+    """
+    seed_everything(seed)
+    model = Finetuning(encoder, task).to(next(encoder.parameters()).device)
+    # The encoders of all methods are finetuned in the same mode.
+    model.train()
+    if settings.freeze_encoder:
+        model.encoder.requires_grad_(False).eval()
+    interval = max(1, len(task.splits["train"]) // settings.task_batch_size)
+    level = mlopt.Level(
+        "finetuning",
+        model,
+        partial(_loss, task),
+        data=task.loader("train", settings.task_batch_size, shuffle=True),
+        optimizer=partial(torch.optim.Adam, lr=settings.finetune_lr),
+        precision=settings.autocast,
+    )
+    best = _BestEpoch(model, task, interval)
+    solve(mlopt.Problem(level), settings.epochs * interval, callbacks=[best], seed=seed)
+    best.restore()
+    test = task.score(model.encoder, model.head, "test")
+    return Finetuned(model, Score(valid=best.valid, test=test, epoch=best.epoch))
+
+
+def _loss(task: Task, model: Finetuning, batch: Any) -> Tensor:
+    return task_losses(model, batch, task).mean()

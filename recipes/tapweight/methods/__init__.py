@@ -1,0 +1,40 @@
+"""The methods that a run can compare, by name."""
+
+from __future__ import annotations
+
+from ..names import chosen
+from .fixed import Direct, Equal, FixedWeights, Given, Single
+from .method import Adapted, Method
+from .tapweight import ThreeLevels
+
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "Adapted",
+    "Direct",
+    "Equal",
+    "FixedWeights",
+    "Given",
+    "Method",
+    "Single",
+    "ThreeLevels",
+    "make_method",
+]
+
+METHODS: dict[str, type[Direct] | type[Equal] | type[ThreeLevels]] = {
+    "direct": Direct,
+    "equal": Equal,
+    "tapweight": ThreeLevels,
+}
+#: The methods that a run compares by default; the result holds the encoder and the weights of the last.
+DEFAULT = tuple(METHODS)
+
+
+def make_method(name: str) -> Method:
+    """Return the method of a name: one of `METHODS`, or "single:OBJECTIVE" for pretraining on one objective.
+
+    Raises:
+        ValueError: there is no method of that name.
+    """
+    kind, _, objective = name.partition(":")
+    return Single(objective) if kind == "single" and objective else chosen("method", name, METHODS)()

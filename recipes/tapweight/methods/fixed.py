@@ -1,0 +1,157 @@
+"""Methods that do not learn weights: no pretraining, and pretraining at weights that are given."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mlopt
+from mlopt.errors import ArgumentError
+
+from ..models import objective_losses
+from .method import Adapted, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from ..experiment import Experiment
+    from ..models import Pretraining
+    from ..settings import Settings
+
+__all__ = ["Direct", "Equal", "FixedWeights", "Given", "Single"]
+
+
+class Direct(Method):
+    """No adaptation: the encoder is finetuned as it is."""
+
+    name, title = "direct", "direct finetuning"
+    summary = "Not pretrained further."
+
+    def passes(self, experiment: Experiment) -> int:
+        """Return 0."""
+        return 0
+
+    def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
+        """Return the encoder of the start."""
+        return Adapted(encoder=experiment.model().encoder)
+
+
+class FixedWeights(Method):
+    """Pretraining at weights that do not change: min sum_k w_k L_k."""
+
+    @abstractmethod
+    def weights(self, objectives: Sequence[str]) -> dict[str, float]:
+        """Return the weight of each objective; objectives of weight zero are not evaluated.
+
+        Raises:
+            ValueError: the weights do not fit the objectives.
+        """
+
+    def check(self, settings: Settings, steps: int, objectives: Sequence[str]) -> None:
+        """Refuse weights that do not fit the objectives."""
+        self.weights(objectives)
+
+    def passes(self, experiment: Experiment) -> int:
+        """Return one pass for each view of each objective of positive weight, at each step."""
+        weights = self.weights(experiment.names)
+        views = sum(one.passes for one in experiment.objectives if weights[one.name])
+        return experiment.pretraining_steps * views
+
+    def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:
+        """Return the pretraining as a problem of one level, which trains `model` in place."""
+        weights, settings = self.weights(experiment.names), experiment.settings
+        used = [objective for objective in experiment.objectives if weights[objective.name]]
+        scales = experiment.scales
+
+        def loss(own: Pretraining, batch: Any) -> dict[str, Any]:
+            losses = {name: value() for name, value in objective_losses(own, batch, used, scales).items()}
+            total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+            return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+        level = mlopt.Level(
+            "pretraining",
+            model,
+            loss,
+            data=experiment.batches(),
+            optimizer=settings.adam(settings.pretraining_lr),
+            scheduler=settings.scheduler(experiment.pretraining_steps),
+            precision=settings.autocast,
+        )
+        return mlopt.Problem(level)
+
+    def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
+        """Pretrain the encoder further."""
+        model = experiment.model()
+        problem = self.problem(experiment, model)
+        solution = experiment.solve(self.name, problem, experiment.pretraining_steps, callbacks=callbacks)
+        return Adapted(encoder=model.encoder, weights=self.weights(experiment.names), history=solution.history)
+
+
+class Equal(FixedWeights):
+    """Pretraining at equal weights."""
+
+    name, title = "equal", "equal weights"
+    summary = "Pretrained further with several objectives at equal weights."
+
+    def weights(self, objectives: Sequence[str]) -> dict[str, float]:
+        """Return 1 / K for each of K objectives."""
+        return dict.fromkeys(objectives, 1 / len(objectives))
+
+
+class Single(FixedWeights):
+    """Pretraining on one objective.
+
+    Args:
+        objective: the name of the objective.
+    """
+
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
+        self.name, self.title = f"single:{objective}", f"{objective} alone"
+        self.summary = f"Pretrained further with the objective {objective} alone."
+
+    def weights(self, objectives: Sequence[str]) -> dict[str, float]:
+        """Return 1 for the objective and 0 for the others."""
+        if self.objective not in objectives:
+            raise ArgumentError(
+                f"{self.name}: {self.objective!r} is not one of the objectives, {', '.join(objectives)}"
+            )
+        return {name: float(name == self.objective) for name in objectives}
+
+
+class Given(FixedWeights):
+    """Pretraining at given weights, such as those that an earlier run learned.
+
+    Args:
+        weights: a weight for each objective, not negative; they are divided by their sum.
+        name: the key of the method in scores.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or none is positive.
+    """
+
+    title = "given weights"
+    summary = "Pretrained further with several objectives at given weights."
+
+    def __init__(self, weights: Mapping[str, float], name: str = "given") -> None:
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+            raise ArgumentError(
+                f"{name}: weights={dict(weights)!r}; give finite numbers >= 0, at least one of them positive"
+            )
+        self.name = name
+        total = sum(weights.values())
+        self._weights = {objective: weight / total for objective, weight in weights.items()}
+
+    def weights(self, objectives: Sequence[str]) -> dict[str, float]:
+        """Return the weights in the order of the objectives."""
+        if set(objectives) != set(self._weights):
+            raise ArgumentError(
+                f"{self.name}: weights of {', '.join(self._weights)}, but the objectives are {', '.join(objectives)}; give a "
+                "weight for each"
+            )
+        return {name: self._weights[name] for name in objectives}

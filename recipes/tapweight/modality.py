@@ -1,0 +1,225 @@
+"""The contract of a modality: its configuration, and how it builds TapWeight from data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import attrs
+from tyro.conf import arg
+
+from mlopt.validation import at_least, shown
+
+from .configuration import ConfigurationError
+from .methods import DEFAULT, METHODS, make_method
+from .names import suggestion
+from .recipe import TapWeight
+from .settings import Settings
+
+__all__ = ["Configuration", "Device", "LabelledData", "Modality", "objectives_field", "objectives_option"]
+
+_FILE, _FOLDER = "FILE", "FOLDER"
+Device = Literal["auto", "cpu", "cuda"]
+_LARGEST_SEED = 2**32 - 1  # numpy's
+#: The objective that should get little weight. It is not among the objectives of a run unless it is named.
+_CONTROL = "random_labels"
+
+
+def _distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
+    """Validate that there is at least one entry, and each once."""
+    if not value or len(set(value)) < len(value):
+        raise ConfigurationError(f"{attribute.name}={shown(list(value))}; give at least one, and each once")
+
+
+def _seeds(instance: object, attribute: attrs.Attribute[Any], value: tuple[int, ...]) -> None:
+    _distinct(instance, attribute, value)
+    if not 0 <= min(value) <= max(value) <= _LARGEST_SEED:
+        raise ConfigurationError(
+            f"{attribute.name}={shown(list(value))}; seeds are whole numbers from 0 to {_LARGEST_SEED}"
+        )
+
+
+def _methods(instance: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    _distinct(instance, attribute, value)
+    for name in value:
+        try:
+            make_method(name)
+        except ValueError as error:
+            raise ConfigurationError(f"{attribute.name}: {error}") from None
+
+
+def objectives_option(names: Sequence[str]) -> Any:
+    """Return the option on the command line that takes some of these objectives."""
+    text = (
+        f"what to pretrain on, at least two; their weights are learned. There are {', '.join(names)} "
+        "(a control that should get little weight)."
+    )
+    return arg(metavar="NAME [NAME ...]", help=text)
+
+
+def objectives_field(names: Sequence[str]) -> Any:
+    """Return the field of a configuration that holds some of these objectives; by default all but the control."""
+
+    def known(instance: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+        _distinct(instance, attribute, value)
+        for name in value:
+            if name not in names:
+                raise ConfigurationError(
+                    f"{attribute.name}: there is no objective {shown(name)}{suggestion(name, names)}"
+                )
+
+    return attrs.field(default=tuple(name for name in names if name != _CONTROL), validator=known)
+
+
+@attrs.frozen(kw_only=True)
+class LabelledData:
+    """The files of every modality: an unlabelled corpus, and the labelled examples of a task."""
+
+    corpus: Path | None = None
+    corpus_limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = attrs.field(
+        default=None, validator=attrs.validators.optional(at_least(2))
+    )
+    train: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(required, or --dataset)")] = None
+    valid: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: split --train)")] = None
+    test: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: split --train)")] = None
+    dataset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
+    kind: Annotated[
+        Literal["classification", "regression"] | None,
+        arg(metavar="{classification,regression}", help_behavior_hint="(default: as the labels are)"),
+    ] = None
+    strict: bool = False
+
+    #: The options that belong to --train.
+    file_options: ClassVar[tuple[str, ...]] = ("valid", "test")
+
+    def check(self) -> None:
+        """Refuse options that exclude one another.
+
+        Raises:
+            ConfigurationError: naming the options.
+        """
+        if (self.train is None) == (self.dataset is None):
+            raise ConfigurationError(
+                "give either --train FILE (`train` in [data]) or --dataset NAME (`dataset` in [data])"
+            )
+        unused = [name for name in self.file_options if getattr(self, name) is not None]
+        if self.dataset is not None and unused:
+            raise ConfigurationError(f"--{unused[0]} goes with --train; a data set that is named has its own")
+        if (self.valid is None) != (self.test is None):
+            given, lacking = ("test", "valid") if self.valid is None else ("valid", "test")
+            raise ConfigurationError(
+                f"--{given} is given without --{lacking}; give both, or neither to split the training file 8:1:1"
+            )
+
+
+D = TypeVar("D", bound=LabelledData)
+E = TypeVar("E", bound=attrs.AttrsInstance)
+
+
+@attrs.frozen(kw_only=True)
+class Configuration(Generic[D, E]):
+    """A whole run: the contents of `config.json` in a result's folder.
+
+    Args:
+        output: where the result is written: weights, scores, history, picture, encoder and configuration.
+        steps: pretraining steps, each on one batch of the corpus.
+        seeds: of everything random, also of a random split. With several, each is a run of its own, in a folder seed-N inside the
+            output folder, and means and standard deviations over the runs are reported as well.
+        methods: the methods to compare. The last is the main one, whose encoder and weights are saved. "single:OBJECTIVE"
+            pretrains on one objective.
+        device: where to compute; auto is a GPU if there is one.
+        checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
+        objectives: at least two; their weights are learned.
+        data: an unlabelled corpus to pretrain on, and labelled examples, the task.
+        settings: Training: how the weights are learned, and how the result is finetuned and scored.
+        encoder: the encoder that is pretrained.
+    """
+
+    output: Annotated[Path | None, arg(metavar=_FOLDER, help_behavior_hint="(required)")] = None
+    steps: int = attrs.field(default=2_000, validator=at_least(1))
+    seeds: Annotated[tuple[int, ...], arg(metavar="N [N ...]", aliases=["--seed"])] = attrs.field(
+        default=(0,), validator=_seeds
+    )
+    methods: Annotated[tuple[str, ...], arg(metavar=f"{{{','.join(METHODS)},single:OBJECTIVE}} [...]")] = attrs.field(
+        default=DEFAULT, validator=_methods
+    )
+    device: Device = "auto"
+    checkpoint_every: int = attrs.field(default=100, validator=at_least(1))
+    objectives: tuple[str, ...]
+    data: D
+    settings: Settings
+    encoder: E
+
+    #: The options that must be given, as paths of keys.
+    required: ClassVar[tuple[str, ...]] = ("output",)
+
+    def check(self) -> None:
+        """Refuse a run that is not possible, before any data are read: reading a corpus takes a while.
+
+        Raises:
+            ConfigurationError: a required key is missing, or two keys exclude one another.
+            ValueError: there are too few steps.
+        """
+        for path in self.required:
+            section, _, name = path.rpartition(".")
+            if getattr(getattr(self, section) if section else self, name) is None:
+                place = f" in [{section}]" if section else ""
+                raise ConfigurationError(f"--{name} is missing; give it, or `{name}`{place} in --config")
+        self.data.check()
+        if len(self.objectives) < 2:
+            raise ConfigurationError(f"objectives={list(self.objectives)}; there is something to weigh from two on")
+        for name in self.methods:
+            make_method(name).check(self.settings, self.steps, self.objectives)
+
+    def resolved(self, *, output: Path, seeds: tuple[int, ...], device: Device) -> Self:
+        """Return the configuration of a run as it was, with absolute paths, to be repeated from any folder."""
+        changed: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in ("data", "encoder")}
+        return attrs.evolve(self, **changed, output=output.absolute(), seeds=seeds, device=device)
+
+
+def _absolute(section: Any) -> Any:
+    """Return a section of a configuration with absolute paths."""
+    values = {field.name: getattr(section, field.name) for field in attrs.fields(type(section))}
+    return attrs.evolve(section, **{name: path.absolute() for name, path in values.items() if isinstance(path, Path)})
+
+
+C = TypeVar("C", bound=Configuration[Any, Any])
+
+
+class Modality(ABC, Generic[C]):
+    """A kind of examples, such as molecules or text.
+
+    The class says what the modality is. An object of it holds the data of one configuration.
+
+    Args:
+        configuration: of the run; checked.
+        say: prints a sentence.
+
+    Attributes:
+        name: the name of the modality on the command line.
+        extra: the optional dependencies that it needs.
+        summary: a sentence for the help of the command.
+        configuration_class: the class of its configurations; its objectives are those that `build` can make.
+
+    Raises:
+        ValueError: the data cannot be used.
+    """
+
+    name: ClassVar[str]
+    extra: ClassVar[str]
+    summary: ClassVar[str]
+    configuration_class: type[C]
+
+    def __init__(self, configuration: C, say: Callable[[str], None]) -> None:
+        self.configuration = configuration
+        self.read(say)
+
+    @abstractmethod
+    def read(self, say: Callable[[str], None]) -> None:
+        """Read the data of the configuration. The labelled ones come first: they are few, and an error in them shows at once."""
+
+    @abstractmethod
+    def build(self, seed: int, device: str) -> TapWeight:
+        """Return the recipe of a seed, as a run of this seed alone would have it."""

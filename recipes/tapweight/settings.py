@@ -1,0 +1,97 @@
+"""The numbers of a run, and what follows from them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from mlopt.errors import ArgumentError
+from mlopt.validation import at_least, one_of, positive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Settings"]
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """The numbers of a TapWeight run.
+
+    Args:
+        gamma: strength of the coupling gamma ||omega - theta||^2 of the finetuned encoder to the pretrained one. Small values let
+            finetuning overfit its training labels, and the validation gradient then says little of the pretrained encoder.
+        every: pretraining steps for each step on the weights.
+        batch_size: unlabelled examples in a batch.
+        task_batch_size: labelled training examples in a batch.
+        valid_batch_size: validation examples in a batch for the weights; all of them if there are fewer.
+        pretraining_lr: learning rate of AdamW on the encoder and the objectives' heads.
+        finetuning_lr: learning rate of AdamW on the finetuning level.
+        weight_decay: share of the variables that AdamW takes off them at each step, times the learning rate, on both.
+        lr_schedule: what becomes of the learning rates of both over the run: they stay, or fall to zero on a line or a cosine.
+        precision: "bf16" or "fp16" evaluates the losses under autocast, "none" as they are.
+        warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
+        weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.
+        scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
+            equal weights mean equal pull; "none" takes the losses as they are, as the authors' release does.
+        epochs: passes over the training labels in the final finetuning.
+        finetune_lr: learning rate of Adam in the final finetuning.
+        freeze_encoder: whether the final finetuning trains the head only.
+        finetunings: final finetunings, each with its own seed; scores are their means.
+        measurements: how often the signals of the objectives are measured on two halves of the validation labels.
+    """
+
+    gamma: float = attrs.field(default=100.0, validator=positive)
+    every: int = attrs.field(default=1, validator=at_least(1))
+    batch_size: int = attrs.field(default=64, validator=at_least(2))
+    task_batch_size: int = attrs.field(default=64, validator=at_least(1))
+    valid_batch_size: int = attrs.field(default=128, validator=at_least(1))
+    pretraining_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    finetuning_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    weight_decay: float = attrs.field(default=0.0, validator=at_least(0.0))
+    lr_schedule: str = attrs.field(default="constant", validator=one_of("constant", "linear", "cosine"))
+    precision: str = attrs.field(default="none", validator=one_of("none", "bf16", "fp16"))
+    warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
+    weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
+    scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
+    epochs: int = attrs.field(default=30, validator=at_least(1))
+    finetune_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
+    freeze_encoder: bool = False
+    finetunings: int = attrs.field(default=1, validator=at_least(1))
+    measurements: int = attrs.field(default=20, validator=at_least(2))
+
+    def schedule(self, steps: int) -> tuple[int, int]:
+        """Return how many outer steps a run takes, and during how many of them the weights wait.
+
+        Raises:
+            ValueError: the weights move too few times to be judged.
+        """
+        outer = steps // self.every
+        delay = int(self.warmup * outer)
+        if outer - delay < self.measurements:
+            raise ArgumentError(
+                f"steps={steps} at every={self.every} and warmup={self.warmup} moves the weights {outer - delay} times; at least "
+                f"measurements={self.measurements} are needed to judge them: take more steps"
+            )
+        return outer, delay
+
+    @property
+    def autocast(self) -> str | None:
+        """The precision of the levels' steps, as `mlopt.Level` has it."""
+        return None if self.precision == "none" else self.precision
+
+    def adam(self, lr: float) -> Callable[..., AdamW]:
+        """Return the factory of the optimisers of pretraining and finetuning."""
+        return partial(AdamW, lr=lr, weight_decay=self.weight_decay, fused=True)
+
+    def scheduler(self, steps: int) -> Callable[..., Any] | None:
+        """Return what makes the scheduler of an optimiser that takes so many steps."""
+        if self.lr_schedule == "constant":
+            return None
+        if self.lr_schedule == "linear":
+            return partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps)
+        return partial(CosineAnnealingLR, T_max=steps)

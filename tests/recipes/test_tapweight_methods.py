@@ -1,0 +1,164 @@
+"""The methods of a run: a new one is compared, each costs what it says, and the result holds the encoder of the last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+import torch
+from tapweight_cases import F64, Encoder, Reconstruct, Sum
+from torch import nn
+
+from mlopt.recipes import TapWeight
+from mlopt.recipes.tapweight.methods import Adapted, Direct, Equal, Given, Method, Single, ThreeLevels, make_method
+from mlopt.recipes.tapweight.settings import Settings
+
+SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
+
+
+def recipe(encoder: Any = Encoder, **changes: Any) -> TapWeight:
+    torch.manual_seed(1)
+    splits = {split: list(torch.randn(24, 3, dtype=F64)) for split in ("train", "valid", "test")}
+    corpus = list(torch.randn(40, 3, dtype=F64))
+    objectives = [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
+    return TapWeight(encoder(), objectives, Sum(splits), corpus, settings=attrs.evolve(SETTINGS, **changes))
+
+
+class Halved(Method):
+    name, title, summary = "halved", "half of the weights", "Pretrained to halve its weights."
+
+    def passes(self, experiment):
+        return 7
+
+    def adapt(self, experiment, callbacks=()):
+        model = experiment.model()
+        with torch.no_grad():
+            model.encoder.layer.weight.mul_(0.5)
+        return Adapted(encoder=model.encoder)
+
+
+def test_a_new_method_is_compared_with_the_others(tmp_path: Path) -> None:
+    result = recipe().fit(8, methods=["direct", "equal", Halved()], progress=False)
+    assert list(result.scores) == ["direct", "equal", "halved"]
+    assert len({score["test"] for score in result.scores.values()}) == 3
+    start = recipe().experiment(8).encoder.layer.weight
+    torch.testing.assert_close(result.encoder.layer.weight, start / 2, rtol=1e-15, atol=0)
+    (scores,) = result.tables()
+    assert list(scores.columns[0].cells) == ["direct finetuning", "equal weights", "half of the weights"]
+    assert list(scores.columns[3].cells) == ["0", "16", "7"]
+    result.save(tmp_path)
+    assert list(json.loads((tmp_path / "scores.json").read_text())["scores"]) == ["direct", "equal", "halved"]
+    assert json.loads((tmp_path / "weights.json").read_text())["weights"] == {}
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert "# Encoder adapted by half of the weights\n\nPretrained to halve its weights." in card
+    assert f"| half of the weights | {result.scores['halved']['valid']:.3f} |" in card
+    assert not (tmp_path / "weights.png").exists()
+    with pytest.raises(ValueError, match="half of the weights did not learn weights"):
+        result.plot(tmp_path / "weights.png")
+
+
+def test_the_scores_are_those_of_the_finetuned_models_in_the_result() -> None:
+    made = recipe(finetunings=2, epochs=6, finetune_lr=2.0)
+    result = made.fit(8, progress=False)
+    task = made.experiment(8).task
+    again = {
+        split: [task.score(one.model.encoder, one.model.head, split) for one in result.finetuned]
+        for split in ("valid", "test")
+    }
+    assert min(one.score.epoch for one in result.finetuned) < 6  # so that the last epoch is not always the best
+    assert [one.score.test for one in result.finetuned] == again["test"]
+    assert result.scores["tapweight"] == {split: sum(scores) / 2 for split, scores in again.items()}
+    # Finetuning changed the encoder.
+    assert not torch.equal(result.finetuned[0].model.encoder.layer.weight, result.encoder.layer.weight)
+
+
+class Counting(Encoder):
+    """An encoder that counts how often it is evaluated, its copies included."""
+
+    calls: ClassVar[list[int]] = []
+
+    def forward(self, batch):
+        self.calls.append(len(batch))
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    "method", [Direct(), Equal(), Single("square"), Given({"linear": 3, "square": 1}), ThreeLevels()]
+)
+def test_a_method_costs_what_it_says(method: Method, every: int) -> None:
+    experiment = recipe(Counting, every=every, valid_batch_size=5, measurements=2).experiment(14, progress=False)
+    Counting.calls.clear()
+    method.adapt(experiment)
+    assert len(Counting.calls) == method.passes(experiment)
+
+
+def test_weights_that_are_given_are_those_of_the_loss() -> None:
+    """Of one objective alone and of all the weight on it: the same; of equal weights by name and given: the same."""
+    names = [
+        "single:square",
+        Given({"linear": 0, "square": 2}),
+        "equal",
+        Given({"square": 1, "linear": 1}, name="halves"),
+    ]
+    result = recipe().fit(6, methods=names, progress=False)
+    assert list(result.scores) == ["single:square", "given", "equal", "halves"]
+    assert result.scores["single:square"] == result.scores["given"]
+    assert result.scores["equal"] == result.scores["halves"] != result.scores["given"]
+    assert result.outcomes["given"].weights == {"linear": 0.0, "square": 1.0}
+    assert result.weights == {"linear": 0.5, "square": 0.5}
+    assert result.verdict == "This run did not measure how the objectives compare."
+    assert result.outcomes["single:square"].title == "square alone"
+
+
+def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None:
+    methods = ["single:square", "equal", "tapweight"]
+    whole = recipe().fit(6, methods=methods, checkpoint=tmp_path, progress=False)
+    names = ("single-square", "equal", "tapweight")
+    phases = [*names, *(f"finetuning-{name}-0" for name in names)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(phases)
+    again = recipe().fit(6, methods=methods, checkpoint=tmp_path, resume=True, progress=False)
+    assert (again.scores, again.weights) == (whole.scores, whole.weights)
+
+
+@pytest.mark.parametrize(
+    ("methods", "sentence"),
+    [
+        (["equals"], "there is no method 'equals'; there are 'direct', 'equal', 'tapweight' - did you mean 'equal'"),
+        (["single:"], "there is no method 'single:'"),
+        (["single:cube"], "single:cube: 'cube' is not one of the objectives, linear, square"),
+        ([Given({"linear": 1})], "given: weights of linear, but the objectives are linear, square"),
+        ([], r"methods=\[\]; give at least one"),
+        (["equal", Equal()], "give at least one, and each once"),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_refused(methods: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        recipe().fit(8, methods=methods, progress=False)
+
+
+@pytest.mark.parametrize("weights", [{"a": -1.0, "b": 2.0}, {"a": 0.0}, {"a": float("nan")}, {}])
+def test_weights_that_are_no_shares_are_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="give finite numbers >= 0, at least one of them positive"):
+        Given(weights)
+
+
+def test_only_methods_that_measure_need_steps_enough_for_it() -> None:
+    assert recipe().fit(2, methods=["direct", "equal"], progress=False).scores.keys() == {"direct", "equal"}
+    with pytest.raises(ValueError, match="moves the weights 2 times"):
+        recipe().fit(2, methods=["direct", "equal", "tapweight"], progress=False)
+
+
+def test_a_method_of_a_name_is_that_method() -> None:
+    assert [type(make_method(name)) for name in ("direct", "equal", "tapweight")] == [Direct, Equal, ThreeLevels]
+    assert make_method("single:a:b").objective == "a:b"
+
+
+def test_a_module_that_is_not_an_encoder_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"encoder is a Linear; derive its class from mlopt\.recipes\.tapweight\.encoder"
+    ):
+        recipe(lambda: nn.Linear(3, 4))
