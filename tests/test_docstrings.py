@@ -20,7 +20,7 @@ EXTRAS = {"mlopt.estimators.unrolled": "torchopt", "mlopt.recipes.tapweight.reci
 
 
 def module_names() -> list[str]:
-    """Return every module of the package; recipes whose extras are not installed are left out."""
+    """Return every module of the package, without recipes whose extras are missing."""
     walked = pkgutil.walk_packages(mlopt.__path__, "mlopt.", onerror=lambda _: None)
     return [mlopt.__name__, *(module.name for module in walked)]
 

@@ -24,6 +24,7 @@ class Encoder(nn.Module):
         card: entries for the head of the card that is saved beside an adapted encoder.
 
     Example:
+        >>> import torch
         >>> from mlopt.recipes.tapweight.encoder import Encoder
         >>> class Linear(Encoder):
         ...     def __init__(self):
