@@ -11,7 +11,17 @@ import attrs
 
 from .errors import ArgumentError
 
-__all__ = ["at_least", "is_positive", "is_whole", "must_be", "one_of", "positive", "positive_or_none", "shown"]
+__all__ = [
+    "at_least",
+    "boolean",
+    "is_positive",
+    "is_whole",
+    "must_be",
+    "one_of",
+    "positive",
+    "positive_or_none",
+    "shown",
+]
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -72,6 +82,7 @@ def at_least(bound: float) -> Validator:
     return check
 
 
+boolean = must_be(lambda value: isinstance(value, bool), "True or False")
 positive = must_be(is_positive, "a finite number > 0")
 positive_or_none = must_be(lambda value: value is None or is_positive(value), "a finite number > 0, or None")
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import attrs
+from torch import Tensor
 
 from .. import linear
 from ..errors import ArgumentError, EstimatorError
 from ..problem import Linearization, Point
-from ..validation import one_of, shown
+from ..validation import boolean, must_be, one_of, shown
 from .implicit import Implicit, Stationarity
 from .products import PRODUCTS
 from .streamed import Streamed
@@ -38,7 +39,7 @@ class Identity(Implicit):
     """
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
-    streamed: bool = False
+    streamed: bool = attrs.field(default=False, validator=boolean)
 
     @property
     def solver(self) -> linear.Identity:
@@ -83,13 +84,19 @@ def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], valu
         )
 
 
+_batches_or_none = must_be(
+    lambda value: value is None or (isinstance(value, Iterable) and not isinstance(value, (Iterator, Tensor))),
+    "batches that can be iterated repeatedly, such as a DataLoader or a list, or None",
+)
+
+
 @attrs.frozen(kw_only=True)
 class _HessianProducts(Implicit):
     """The options of every estimator that takes products with the Hessian."""
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
-    compile: bool = attrs.field(default=False, validator=_require_forward)
-    curvature_data: Iterable[Any] | None = attrs.field(default=None, repr=False)
+    compile: bool = attrs.field(default=False, validator=[boolean, _require_forward])
+    curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=_batches_or_none, repr=False)
 
     def __attrs_post_init__(self) -> None:
         _ = self.solver  # which checks the arguments that it takes
@@ -116,7 +123,7 @@ class LinearSolve(_HessianProducts):
     """
 
     solver: linear.LinearSolver
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.solver, linear.LinearSolver):
@@ -158,7 +165,7 @@ class Neumann(_HessianProducts):
     step_size: float | None = None
     rtol: float = 0.0
     damping: float = 0.0
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
     @property
     def solver(self) -> linear.Neumann:
@@ -195,7 +202,7 @@ class ConjugateGradient(_HessianProducts):
     damping: float = 0.0
     preconditioner: linear.Preconditioner | None = None
     negative_curvature: str = "stop"
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
     @property
     def solver(self) -> linear.ConjugateGradient:
@@ -234,7 +241,7 @@ class MINRES(_HessianProducts):
     iterations: int = 10
     rtol: float = 1e-10
     damping: float = 0.0
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
     @property
     def solver(self) -> linear.MINRES:

@@ -35,7 +35,7 @@ class ConjugateGradient(LinearSolver):
             or "continue" with the recurrences and add a remark (they end at <p, A p> = 0).
 
     Raises:
-        TypeError: the preconditioner is not a `Preconditioner`.
+        ArgumentError: the preconditioner is not a `Preconditioner`.
 
     Example:
         >>> solution = mlopt.linear.ConjugateGradient().solve(lambda v: (4.0 * v[0],), (torch.ones(2),))

@@ -124,3 +124,18 @@ def test_a_function_that_is_differentiable_once_is_refused(products: str) -> Non
     torch.manual_seed(0)
     with pytest.raises(mlopt.SecondDerivativeError, match="once_differentiable"):
         mlopt.hypergradient(problem_of(Squared(), mlopt.ConjugateGradient(products=products)), seed=0)
+
+
+def test_forward_products_have_the_dtype_of_the_variables() -> None:
+    """The tangent of a Python number times a scalar of float32 is a scalar of float64 in torch's forward mode."""
+
+    def inner(y: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
+        value: Tensor = 0.01 * y().square().sum() * x().exp().sum()
+        return value
+
+    rule = mlopt.ConjugateGradient(products="forward")
+    problem = mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(torch.ones(2).float()), lambda x, batch, *, y: y().sum()),
+        mlopt.Level("y", mlopt.variables(torch.ones(3).float()), inner, estimator=rule),
+    )
+    assert mlopt.hypergradient(problem).gradient["value"].dtype == torch.float32
