@@ -24,6 +24,7 @@ class Encoder(nn.Module):
         card: entries for the head of the card that is saved beside an adapted encoder.
 
     Example:
+        >>> import torch
         >>> class Linear(Encoder):
         ...     def __init__(self):
         ...         super().__init__()
@@ -31,6 +32,8 @@ class Encoder(nn.Module):
         ...
         ...     def forward(self, batch):
         ...         return self.layer(batch)
+        >>> Linear().pool(torch.zeros(2, 3)).shape
+        torch.Size([2, 4])
     """
 
     width: int

@@ -98,35 +98,30 @@ def three_levels(
     names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
     finetuned = Finetuning(model.encoder, task).to(device)
+
+    def training(level: str) -> dict[str, Any]:
+        return {"optimizer": optimizers[level], "scheduler": schedulers.get(level), "precision": precision}
+
+    weights = SimplexWeights(len(objectives)).to(device)
+    identity = mlopt.Identity(streamed=True)
     return mlopt.Problem(
-        mlopt.Level(
-            "reweighting",
-            SimplexWeights(len(objectives)).to(device),
-            reweighting_loss,
-            data=valid,
-            optimizer=optimizers["reweighting"],
-            precision=precision,
-        ),
+        mlopt.Level("reweighting", weights, reweighting_loss, data=valid, **training("reweighting")),
         mlopt.Level(
             "finetuning",
             finetuned,
             finetuning_loss,
             data=train,
-            optimizer=optimizers["finetuning"],
-            scheduler=schedulers.get("finetuning"),
-            precision=precision,
             regularizer=coupling,
             estimator=estimator,
+            **training("finetuning"),
         ),
         mlopt.Level(
             "pretraining",
             model,
             pretraining_loss,
             data=corpus,
-            optimizer=optimizers["pretraining"],
-            scheduler=schedulers.get("pretraining"),
-            precision=precision,
             steps=every,
-            estimator=mlopt.Identity(streamed=True),
+            estimator=identity,
+            **training("pretraining"),
         ),
     )

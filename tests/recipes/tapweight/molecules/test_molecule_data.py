@@ -307,7 +307,7 @@ def test_without_rdkit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def run(code: str, *arguments: str) -> tuple[str, str]:
     """Return what a new interpreter prints and complains of."""
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=root
     )

@@ -98,7 +98,7 @@ def same_run(first: Path, second: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
-    """Return the output of a run with the default objectives and baselines."""
+    """Return the output of a run with the default objectives and methods."""
     succeed(options(folder, "finished", "--steps", "6", "--every", "2", "--seed", "3", small=SMALL))
     return folder / "finished"
 

@@ -120,7 +120,7 @@ def modality(request: pytest.FixtureRequest) -> type[Modality]:
 def test_a_modality_keeps_to_the_contract(modality: type[Modality], tmp_path: Path) -> None:
     folder = Path(importlib.import_module(modality.__module__).__file__).parent
     assert modality.name == folder.name
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     assert modality.extra in project["optional-dependencies"]
     assert modality.summary.endswith(".")
     configuration = modality.configuration_class()

@@ -91,7 +91,7 @@ def same_run(first: Path, second: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
-    """Return the output of a run with the default objectives and baselines."""
+    """Return the output of a run with the default objectives and methods."""
     more = ["--corpus", str(folder / "corpus.txt.gz"), "--seed", "3", "--metric", "macro_f1"]
     succeed(options(folder, "finished", *more, small=SMALL))
     return folder / "finished"
