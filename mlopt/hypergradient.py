@@ -29,6 +29,7 @@ from .problem import (
 )
 from .rng import GeneratorState, derive_seed
 from .tensors import Tensors, zeros_like
+from .validation import is_whole, require
 
 __all__ = [
     "Hypergradient",
@@ -90,6 +91,7 @@ def hypergradient(
         The gradient by parameter name, the loss, and a report for each level pulled back.
 
     Raises:
+        ArgumentError: `problem` or `seed` has a wrong type.
         ProblemError: `batches` names a level that does not exist.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
 
@@ -103,6 +105,8 @@ def hypergradient(
         >>> case.error(result.gradient) < 1e-8, result.reports["regression"].converged
         (True, True)
     """
+    require("hypergradient", "problem", problem, isinstance(problem, Problem), "an mlopt.Problem")
+    require("hypergradient", "seed", seed, seed is None or is_whole(seed), "a whole number, or None")
     return standalone(problem, batches, level, seed, problem.workspace)
 
 

@@ -137,6 +137,7 @@ def test_evolve_checks_and_leaves_the_original(kind: type[Any]) -> None:
 def test_evolve_reaches_the_solver() -> None:
     estimator = attrs.evolve(mlopt.ConjugateGradient(iterations=3), iterations=5)
     assert estimator.solver == linear.ConjugateGradient(iterations=5)
+    assert estimator.solver is estimator.solver  # made and checked once
     with pytest.raises(ValueError, match="ConjugateGradient: iterations=0"):
         attrs.evolve(estimator, iterations=0)
 
