@@ -24,17 +24,21 @@ from .problem import (
     Report,
     Workspace,
     add_into,
+    call_solver,
+    cloned_buffers,
     derivatives,
+    restored,
     to_device,
 )
 from .rng import GeneratorState, derive_seed
-from .tensors import Tensors, zeros_like
+from .tensors import Tensors, norm, zeros_like
 
 __all__ = [
     "Hypergradient",
     "at_solutions",
     "hypergradient",
     "partial_derivatives",
+    "run_solvers",
     "seeded_generators",
     "standalone",
     "total_derivative",
@@ -74,7 +78,8 @@ def hypergradient(
     """Return the hypergradient of a level at the present point, without stepping.
 
     With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. The
-    present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there.
+    present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there, and
+    that a level with a solver of its own is first solved.
     Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
     bit-identical afterwards.
 
@@ -158,17 +163,43 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
 def at_solutions(point: Point, level: Level) -> Iterator[None]:
     """Move the variables of the levels inside to the solutions that their estimators assume; restore them on exit.
 
-    Each level is moved after those that its objective refers to.
+    Each level is moved after those that its objective refers to. In a run, levels with solvers of their own are already solved.
     """
     problem = point.problem
     with contextlib.ExitStack() as moved:
         for part in reversed(problem.graph[level.name].parts):
+            for name in _with_solvers(problem, part) if point.carryover is None else ():
+                moved.enter_context(restored(problem[name].parameters))
+                _run_solver(point, problem[name])
             estimator = point.estimator(part)
             if estimator is not None and problem.graph[part].arguments:
                 begin = time.perf_counter()
                 moved.enter_context(estimator.at_solution(point, part))
                 point.seconds[part] = time.perf_counter() - begin
         yield
+
+
+def run_solvers(point: Point, level: Level) -> None:
+    """Solve the levels inside that have solvers of their own. Variables and generators move; the caller restores them."""
+    for part in reversed(point.problem.graph[level.name].parts):
+        for name in _with_solvers(point.problem, part):
+            _run_solver(point, point.problem[name])
+
+
+def _with_solvers(problem: Problem, part: str) -> list[str]:
+    """Return the levels with solvers of their own, of a level and those inside it; each after those that it depends on."""
+    inside = [name for inner in reversed(problem.graph[part].parts) for name in _with_solvers(problem, inner)]
+    return inside if problem[part].solver is None else [*inside, part]
+
+
+def _run_solver(point: Point, level: Level) -> None:
+    """Solve a level by its own solver, and keep the norm of its gradient there."""
+    modules = {name: point.problem[name].module for name in (level.name, *level.references)}
+    point.generators[level.name].restore()
+    with cloned_buffers(modules.values()):
+        call_solver(level, modules, point.batches[level.name])
+    gradient = Objective.of(level, point).derivatives([level.name])[level.name]
+    point.stationarity[level.name] = norm(gradient)
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
@@ -214,7 +245,9 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             require_finite(vector, partial(_not_finite, part, block, estimator))
             add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
-        point.reports |= linearization.reports()
+        for name, report in linearization.reports().items():
+            report.stationarity = point.stationarity.get(name)
+            point.reports[name] = report
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)

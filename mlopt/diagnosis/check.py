@@ -224,6 +224,7 @@ def _against_resolved(
     shapes = problem[estimate.level].parameters
     axes = [_direction(shapes, generator) for _ in range(directions)]
     with put_back(problem), preserved(problem.devices):
+        resolver.run_solvers()
         stationarity = resolver.gradient_norms()
         before = {name: flatten(problem[name].parameters).detach().clone() for name in stationarity}
         resolver.solve_inside(estimate.level)

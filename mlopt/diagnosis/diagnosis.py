@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import linear
 from ..estimators import Implicit, LinearSolve
-from ..hypergradient import seeded_generators
+from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
 from ..tensors import Tensors
@@ -127,6 +127,8 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
     with put_back(problem), preserved(problem.devices):
+        start = Point(problem, batches, seeded_generators(problem, "seed", seed), workspace=workspace)
+        run_solvers(start, problem.outermost)
         cotangents = _cotangents(problem, workspace, batches, seed)
         for level in reversed(problem.levels):
             if problem.needs_estimator(name := level.name):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import ConjugateGradient, Estimator, Implicit
-from ..hypergradient import seeded_generators
+from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
 from .evaluation import evaluate
@@ -76,6 +76,10 @@ class Resolver:
         self.reached[level.name] = minimum.gradient_norm
         if level.name in self._problem.graph[self._target.name].parts and minimum.gradient_norm > tolerance:
             self.unsolved = max(self.unsolved, minimum.gradient_norm / before)
+
+    def run_solvers(self) -> None:
+        """Move the levels inside that have solvers of their own to where these take the solutions to be."""
+        run_solvers(self._point, self._target)
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""

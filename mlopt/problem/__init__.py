@@ -7,6 +7,7 @@ from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .objective import Objective, add_into, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .problem import Problem
+from .solver import call_solver
 from .stream import Stream, to_device
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
 from .workspace import Workspace
@@ -33,6 +34,7 @@ __all__ = [
     "Vectors",
     "Workspace",
     "add_into",
+    "call_solver",
     "cloned_buffers",
     "cut",
     "derivatives",

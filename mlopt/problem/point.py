@@ -60,6 +60,7 @@ class Carryover:
         variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
         cotangents: the state of each streamed pullback.
+        stationarity: by level with a solver of its own, the norm of its gradient after the latest solve.
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
@@ -67,6 +68,7 @@ class Carryover:
     variables: Mapping[str, Tensors] = attrs.field(factory=dict)
     warm: dict[str, Tensors] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
+    stationarity: dict[str, Tensor] = attrs.field(factory=dict)
 
 
 class Point:
@@ -109,6 +111,8 @@ class Point:
         self.ahead: dict[str, Any] = {}
         #: By level, the time that `at_solution` took.
         self.seconds: dict[str, float] = {}
+        #: By level with a solver of its own, the norm of its gradient at the solution.
+        self.stationarity: dict[str, Tensor] = {} if carryover is None else carryover.stationarity
         self.reports: dict[str, Report] = {}
 
     def estimator(self, name: str) -> Estimator | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -43,8 +43,8 @@ class Engine:
 
     def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0) -> None:
         self.problem, self._lookahead, self._skip_limit = problem, lookahead, skip_limit
-        self.optimizers = {level.name: make_optimizer(level) for level in problem}
-        self.schedulers = {level.name: make_scheduler(level, self.optimizers[level.name]) for level in problem}
+        self.optimizers = {level.name: make_optimizer(level) for level in problem if level.solver is None}
+        self.schedulers = {name: make_scheduler(problem[name], own) for name, own in self.optimizers.items()}
         self.precisions = {level.name: Precision(level) for level in problem}
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
         self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
@@ -102,12 +102,15 @@ class Engine:
         if self._just_skipped and self._just_skipped.intersection(self.problem.graph[level.name].interior):
             self._just_skipped.add(level.name)
             return
-        buffers = self._buffers(level) if self._skip_limit else ()
+        kept = self._kept(level) if self._skip_limit else ()
         try:
-            self._apply_gradient(level, self._differentiate(level, last))
+            if level.solver is None:
+                self._apply_gradient(level, self._differentiate(level, last))
+            else:
+                self._solve_alone(level)
             self._just_skipped.discard(level.name)
         except NonFiniteError as error:
-            self._skip(level, error, buffers)
+            self._skip(level, error, kept)
 
     def _solve_inside(self, level: Level) -> None:
         for name in self.problem.graph[level.name].guests:
@@ -125,17 +128,17 @@ class Engine:
             self._solve_inside(level)
         loss: Tensor | None = None
         if not self._just_skipped.intersection(inside):
-            buffers = self._buffers(level)
+            kept = self._kept(level)
             try:
                 loss = self._differentiate(level, last=True)
             except NonFiniteError as error:
-                self._skip(level, error, buffers)
+                self._skip(level, error, kept)
         before.restore()
         if loss is not None:
             try:
                 self._apply_gradient(level, loss)
             except NonFiniteError as error:
-                self._skip(level, error, buffers)
+                self._skip(level, error, kept)
         with contextlib.ExitStack() as stack:
             for stream, batches in zip(streams, recorded, strict=True):
                 stack.enter_context(stream.replaying(batches))
@@ -144,11 +147,19 @@ class Engine:
     def _stateful(self, name: str) -> dict[str, Any]:
         """Return the optimiser, the scheduler and the loss scaler of a level; those that it has."""
         parts = {
-            "optimizer": self.optimizers[name],
-            "scheduler": self.schedulers[name],
+            "optimizer": self.optimizers.get(name),
+            "scheduler": self.schedulers.get(name),
             "scaler": self.precisions[name].scaler,
         }
         return {kind: part for kind, part in parts.items() if part is not None}
+
+    def _solve_alone(self, level: Level) -> None:
+        """Let the solver of a level move its variables; measure the gradient there."""
+        self._clear_gradient(level)
+        self.gradients.solve_alone(level, self.streams[level.name].next())
+        size = norm(self._gradient(level))
+        require_finite((), _not_finite(level), size=size)
+        self.logs[f"{level.name}/stationarity"] = self.gradients.carryover.stationarity[level.name] = size
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
@@ -180,32 +191,39 @@ class Engine:
 
     def _check_and_clip(self, level: Level, *, overflow_expected: bool) -> None:
         """Clip the gradient of a level; raise if it is missing or not finite."""
+        gradient = self._gradient(level)
+        if overflow_expected and level.clip is None:
+            return
+        size = norm(gradient)
+        if level.clip is not None:
+            self.logs[f"{level.name}/gradient_norm"] = size
+            variables = self.gradients.carryover.variables[level.name]
+            torch.nn.utils.clip_grads_with_norm_(variables, level.clip, size)
+        if not overflow_expected:
+            require_finite((), _not_finite(level), size=size)
+
+    def _gradient(self, level: Level) -> list[Tensor]:
+        """Return `.grad` of the variables of a level that have one; raise if none has."""
         variables = self.gradients.carryover.variables[level.name]
         gradient = [variable.grad for variable in variables if variable.grad is not None]
         if not gradient:
             raise ProblemError(
                 f"the loss of level {level.name!r} does not depend on its own variables; does it use its first argument?"
             )
-        if overflow_expected and level.clip is None:
-            return
-        size = norm(gradient)
-        if level.clip is not None:
-            self.logs[f"{level.name}/gradient_norm"] = size
-            torch.nn.utils.clip_grads_with_norm_(variables, level.clip, size)
-        if not overflow_expected:
-            require_finite((), lambda _: f"the gradient of level {level.name!r} is not finite", size=size)
+        return gradient
 
     def _clear_gradient(self, level: Level) -> None:
         """Clear the gradient of a skipped step, so that callbacks do not read it."""
         for parameter in self._parameters[level.name]:
             parameter.grad = None
 
-    def _buffers(self, level: Level) -> list[tuple[Tensor, Tensor]]:
-        """Return the buffers of a level, each with a copy."""
-        return [(buffer, buffer.clone()) for buffer in level.module.buffers()]
+    def _kept(self, level: Level) -> list[tuple[Tensor, Tensor]]:
+        """Return what a skipped step of a level has changed, each with a copy: its buffers; after a solver, its variables."""
+        variables = [] if level.solver is None else self.gradients.carryover.variables[level.name]
+        return [(t, t.clone()) for t in (*level.module.buffers(), *(variable.data for variable in variables))]
 
-    def _skip(self, level: Level, error: NonFiniteError, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Count a skipped step and restore the buffers of the level.
+    def _skip(self, level: Level, error: NonFiniteError, kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Count a skipped step, and restore what the level had before it.
 
         Raises:
             NonFiniteError: no step may be skipped, or too many were.
@@ -217,8 +235,8 @@ class Engine:
             raise NonFiniteError(f"{error}; {self._skip_limit} such steps were already skipped") from error
         self._just_skipped.add(level.name)
         self._clear_gradient(level)
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+        for tensor, saved in kept:
+            tensor.copy_(saved)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that steps change, except positions of data and generators."""
@@ -280,3 +298,7 @@ class Engine:
         self.skipped |= state["skipped"]
         self.warmed |= state["warmed"]
         problem.workspace.load_state_dict(state["standalone"])
+
+
+def _not_finite(level: Level) -> Callable[[float], str]:
+    return lambda _: f"the gradient of level {level.name!r} is not finite"

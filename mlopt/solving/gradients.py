@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ProblemError
-from ..finiteness import require_finite
+from ..finiteness import immediate, require_finite
 from ..hypergradient import at_solutions, partial_derivatives, total_derivative
 from ..problem import (
     Block,
@@ -24,6 +24,7 @@ from ..problem import (
     Stream,
     StreamedCotangent,
     add_into,
+    call_solver,
     cloned_buffers,
     evaluate_loss,
     evaluate_regularizer,
@@ -101,6 +102,21 @@ class Gradients:
                     f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all or for none"
                 )
         return loss
+
+    def solve_alone(self, level: Level, batch: Any) -> None:
+        """Let the solver of a level move its variables; set `.grad` to the gradient there, and log the loss.
+
+        The solver starts from the same random numbers as the evaluation, and as the evaluations of a pullback.
+        """
+        others = [self.problem[name].module for name in level.references]
+        before = GeneratorState.capture(self._devices)
+        with cloned_buffers(others, apart=level.module) if others else _NOTHING, immediate():
+            call_solver(level, self._modules[level.name], batch)
+        after = GeneratorState.capture(self._devices)
+        before.restore()
+        with cloned_buffers([level.module]):
+            self.differentiate(level, [batch], last=True)
+        after.restore()
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         streamed = self.carryover.cotangents.get(level.name) if last else None
