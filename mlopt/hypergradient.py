@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from .problem import (
     Point,
     Problem,
     Report,
+    Stream,
     Workspace,
     add_into,
     call_solver,
@@ -123,12 +124,17 @@ def standalone(
     target = problem.outermost if level is None else problem[level]
     workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
-    batches |= {other.name: workspace.next_batch(other, other.data) for other in problem if other.name not in batches}
+    response = target.response if estimators is None else None
+    given = dict(batches)
+    # A response draws the batches of the levels inside from streams.
+    solved = [name for part in problem.graph[target.name].parts for name in _with_solvers(problem, part)]
+    evaluated = [problem[name] for name in (target.name, *solved)] if response is not None else problem.levels
+    batches |= {other.name: workspace.next_batch(other, other.data) for other in evaluated if other.name not in given}
     rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
         name: workspace.next_batch(problem[name], rule.curvature_data, "curvature data")
         for name in problem.graph[target.name].interior
-        if (rule := rules[name]) is not None and rule.curvature_data is not None
+        if response is None and (rule := rules[name]) is not None and rule.curvature_data is not None
     }
     chosen = ("call", workspace.calls) if seed is None else ("seed", seed)
     point = Point(
@@ -139,15 +145,40 @@ def standalone(
         workspace=workspace,
         estimators=estimators,
     )
-    with point.generators_preserved(), at_solutions(point, target):
-        loss = Objective.of(target, point).value()
-        cotangents = partial_derivatives(problem, target, loss)
-        gradient = total_derivative(point, target, cotangents)
+    if response is None:
+        with point.generators_preserved(), at_solutions(point, target):
+            loss = Objective.of(target, point).value()
+            cotangents = partial_derivatives(problem, target, loss)
+            gradient = total_derivative(point, target, cotangents)
+    else:
+        with point.generators_preserved():
+            loss = _value_at_solvers(point, target, solved)
+            gradient = response.total_derivative(point, target, _streams(problem, given, workspace))
     for name, report in point.reports.items():
         if report.doubtful:
             warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=3)
     named = dict(zip(target.parameter_names, gradient, strict=True))
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
+
+
+def _value_at_solvers(point: Point, target: Level, solved: Sequence[str]) -> Tensor:
+    """Return a level's objective with the levels that have solvers of their own at their solutions; raise if it is not finite."""
+    with contextlib.ExitStack() as moved:
+        for name in solved:
+            moved.enter_context(_at_own_solution(point, point.problem[name]))
+        loss = Objective.of(target, point).value().detach()
+    require_finite((), lambda value: f"the loss of level {target.name!r} is {value}", size=loss)
+    return loss
+
+
+def _streams(problem: Problem, given: Mapping[str, Any], workspace: Workspace) -> dict[str, Stream]:
+    """Return a stream for each inner level: its given batch, again and again, or a stream for standalone calls."""
+    return {
+        level.name: Stream(level.name, [given[level.name]], 0, level.device)
+        if level.name in given
+        else workspace.stream(level, level.data, "response")
+        for level in problem.levels[1:]
+    }
 
 
 def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorState]:
@@ -169,8 +200,7 @@ def at_solutions(point: Point, level: Level) -> Iterator[None]:
     with contextlib.ExitStack() as moved:
         for part in reversed(problem.graph[level.name].parts):
             for name in _with_solvers(problem, part) if point.carryover is None else ():
-                moved.enter_context(restored(problem[name].parameters))
-                _run_solver(point, problem[name])
+                moved.enter_context(_at_own_solution(point, problem[name]))
             estimator = point.estimator(part)
             if estimator is not None and problem.graph[part].arguments:
                 begin = time.perf_counter()
@@ -190,6 +220,14 @@ def _with_solvers(problem: Problem, part: str) -> list[str]:
     """Return the levels with solvers of their own, of a level and those inside it; each after those that it depends on."""
     inside = [name for inner in reversed(problem.graph[part].parts) for name in _with_solvers(problem, inner)]
     return inside if problem[part].solver is None else [*inside, part]
+
+
+@contextlib.contextmanager
+def _at_own_solution(point: Point, level: Level) -> Iterator[None]:
+    """Solve a level by its own solver; restore its variables on exit."""
+    with restored(level.parameters):
+        _run_solver(point, level)
+        yield
 
 
 def _run_solver(point: Point, level: Level) -> None:

@@ -143,7 +143,7 @@ def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, An
     tapped = {name: LinearSolve(solver=tap, products="finite_difference") for name, tap in taps.items()}
     generators = seeded_generators(problem, "seed", seed)
     for level in problem:
-        if problem.graph[level.name].parts:
+        if problem.graph[level.name].parts and level.response is None:
             evaluate(Point(problem, batches, generators, workspace=workspace, estimators=tapped), level)
     return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 

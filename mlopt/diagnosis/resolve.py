@@ -41,7 +41,7 @@ class Resolver:
     """
 
     def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
-        exact = {level.name: _exact(level.estimator) for level in problem if problem.needs_estimator(level.name)}
+        exact = {level.name: _exact(level.estimator) for level in problem if problem.responds(level.name)}
         self._problem, self._target = problem, problem[target]
         generators = seeded_generators(problem, "seed", seed)
         self._point = Point(problem, batches, generators, workspace=Workspace(), estimators=exact)

@@ -30,12 +30,13 @@ class Report:
     Attributes:
         estimator: the estimator, as it prints.
         residual: largest ||v - H q|| / ||v|| of the linear solves, as the solver computes it; None if it was not measured.
-        iterations: total iterations of the linear solves.
+        iterations: total iterations of the linear solves, or total steps of the levels inside.
         products: total products with second derivatives of the linear solves.
-        solves: number of linear solves: one, or more for a level inside another whose Hessian needs them.
+        solves: number of linear solves: one, or more for a level inside another whose Hessian needs them. Or the number of times
+            that the levels inside were stepped again.
         converged: True if every solve reached its tolerance; None if that was not measured.
         curvature: the smallest and largest Rayleigh quotients of the Hessian in the solves, or None.
-        step: the last finite-difference step, in units of the vector it was taken along, or None.
+        step: the last finite-difference step, in units of the vector it was taken along, or None. For `RealSteps`, h.
         age: age of the cotangent in outer steps; zero unless streamed.
         stationarity: for a level with a solver of its own, the norm of the gradient of its objective where the solver left its
             variables; None for other levels, because it would take another evaluation.

@@ -17,6 +17,7 @@ from ..errors import ProblemError
 from ..tensors import Tensors
 from ..validation import is_positive, is_whole
 from .estimator import Estimator
+from .response import Response
 
 __all__ = ["Level", "Variables", "references", "variables"]
 
@@ -195,6 +196,8 @@ class Level:
         device: the device to move the module to, in place; None leaves it where it is. The level's batches follow; a loss
             must move the values it takes from levels on other devices.
         estimator: the rule that pulls cotangents back through the level's solution. Every level but the outermost needs one.
+        response: for the outermost level, a rule for its whole hypergradient in place of pullbacks by the estimators of the
+            levels inside, such as `mlopt.RealSteps(steps=300)`. Those levels then need no estimator.
         regularizer: a term of the objective that uses no batch: weight decay, a proximal coupling. Products
             that concern only levels named here need no pass over the data. It must not draw random numbers.
 
@@ -251,6 +254,11 @@ class Level:
     )
     regularizer: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
     solver: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
+    response: Response | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(_check_type(Response, "give one, such as mlopt.RealSteps(steps=300)")),
+        kw_only=True,
+    )
     _device: torch.device | None = attrs.field(
         default=None, converter=attrs.converters.optional(_read_device), kw_only=True, repr=False
     )
@@ -278,6 +286,12 @@ class Level:
     def __attrs_post_init__(self) -> None:
         if self.solver is not None:
             self._check_solver()
+        if self.response is not None and (self.accumulate != 1 or self.precision is not None):
+            option = "accumulate" if self.accumulate != 1 else "precision"
+            raise ProblemError(
+                f"level {self.name!r}: {option}={getattr(self, option)!r} next to response, which evaluates the loss once for "
+                f"each displacement, in its own precision; leave {option} out, and give larger batches if need be"
+            )
         if self._device is None:
             return
         try:

@@ -56,6 +56,7 @@ class Carryover:
 
     Attributes:
         optimizers: the levels' optimisers, with their state.
+        engine: the engine of the run, with which a response takes steps.
         devices: the devices of the levels' variables; read from the modules if None.
         variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
@@ -64,6 +65,7 @@ class Carryover:
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
+    engine: Any = None
     devices: Sequence[torch.device] | None = None
     variables: Mapping[str, Tensors] = attrs.field(factory=dict)
     warm: dict[str, Tensors] = attrs.field(factory=dict)

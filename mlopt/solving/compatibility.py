@@ -14,7 +14,7 @@ from ..problem import Level, Problem
 __all__ = ["describe", "require_compatible"]
 
 #: Entries of a level that may change when a run resumes, with a warning.
-_SETTINGS = ("estimator", "scheduler", "steps", "warmup", "accumulate", "clip", "precision", "batches")
+_SETTINGS = ("estimator", "response", "scheduler", "steps", "warmup", "accumulate", "clip", "precision", "batches")
 
 
 def describe(
@@ -39,6 +39,7 @@ def _describe_level(level: Level, optimizer: Optimizer | None, scheduler: Any) -
         ],
         **{key: getattr(level, key) for key in ("steps", "warmup", "accumulate", "clip", "precision")},
         "estimator": None if level.estimator is None else str(level.estimator),
+        "response": None if level.response is None else str(level.response),
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "batches": _length(level.data),
     }

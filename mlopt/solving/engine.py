@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ class Engine:
         lookahead: whether to undo the inner steps once the hypergradient is computed, and to repeat them on the same batches
             after the outer step.
         skip_limit: number of non-finite steps that may be skipped; 0 to skip none.
+        aside: whether the steps are taken outside a run: the outermost level takes none, and an optimiser that a level provides
+            is copied.
 
     Attributes:
         skipped: number of skipped steps of each level.
@@ -41,13 +44,17 @@ class Engine:
         ProblemError: a level has no optimiser, or one that does not train exactly the level's variables.
     """
 
-    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0, aside: bool = False
+    ) -> None:
         self.problem, self._lookahead, self._skip_limit = problem, lookahead, skip_limit
-        self.optimizers = {level.name: make_optimizer(level) for level in problem if level.solver is None}
+        stepped = [level for level in problem.levels[1 if aside else 0 :] if level.solver is None]
+        self.optimizers = {level.name: make_optimizer(level, copied=aside) for level in stepped}
         self.schedulers = {name: make_scheduler(problem[name], own) for name, own in self.optimizers.items()}
         self.precisions = {level.name: Precision(level) for level in problem}
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
         self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
+        self.gradients.carryover.engine = self
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
         #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
@@ -112,11 +119,31 @@ class Engine:
         except NonFiniteError as error:
             self._skip(level, error, kept)
 
-    def _solve_inside(self, level: Level) -> None:
+    def _solve_inside(self, level: Level, steps: int | None = None) -> None:
+        """Solve the levels directly inside, innermost listed first, each for its own number of steps, or for another."""
         for name in self.problem.graph[level.name].guests:
             guest = self.problem[name]
-            for k in range(guest.steps):
-                self._step(guest, last=k == guest.steps - 1)
+            count = guest.steps if steps is None or guest.solver is not None else steps
+            for k in range(count):
+                self._step(guest, last=k == count - 1)
+
+    def rehearsal(self, streams: Mapping[str, Stream]) -> Engine:
+        """Return an engine for steps that will be rolled back.
+
+        It steps the same variables with the same optimisers; it has its own logs and counts, and skips no step.
+
+        Args:
+            streams: batches of the levels that it steps.
+        """
+        other = copy.copy(self)
+        other.gradients, other.streams = self.gradients.rehearsal(), dict(streams)
+        other.skipped, other.warmed, other._just_skipped, other._skip_limit = {}, {}, set(), 0
+        return other
+
+    def rehearse(self, level: Level, steps: int | None) -> None:
+        """Solve the levels inside a level, those directly inside for a number of steps; their own if None."""
+        self._begin_step()
+        self._solve_inside(level, steps)
 
     def _lookahead_step(self, level: Level) -> None:
         """Solve the levels inside, compute the hypergradient, undo the inner steps, step the level, and solve inside again."""
@@ -256,6 +283,7 @@ class Engine:
         return {
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
+            "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
             "warm": dict(carryover.warm),
             "cotangents": {
                 name: attrs.asdict(cotangent, recurse=False) for name, cotangent in carryover.cotangents.items()
@@ -287,9 +315,10 @@ class Engine:
                     "checkpoint, or another folder"
                 ) from error
             self.streams[level.name].load_state_dict(saved["stream"])
-        for name, stream in gradients.curvature_streams.items():
-            if name in state["curvature"]:
-                stream.load_state_dict(state["curvature"][name])
+        for kind, streams in {"curvature": gradients.curvature_streams, "response": gradients.response_streams}.items():
+            for name, stream in streams.items():
+                if name in state[kind]:
+                    stream.load_state_dict(state[kind][name])
         for name, vectors in state["warm"].items():
             carryover.warm[name] = to_device(vectors, problem[name].device)
         for name, fields in state["cotangents"].items():

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ..problem import (
     Point,
     Problem,
     Report,
+    Response,
     Stream,
     StreamedCotangent,
     add_into,
@@ -54,6 +56,7 @@ class Gradients:
         batches: the latest batch of each level.
         generators: for each level with an estimator, the state of the generators before its latest evaluation.
         curvature_streams: for each estimator with curvature data, the stream of these data.
+        response_streams: if the outermost level has a response, its stream for each level inside.
         logs: the values that the levels logged in the current outer step.
         reports: the last report of each level.
         doubts: for each level whose pullback was doubtful, the number of such steps and the latest remarks.
@@ -62,7 +65,7 @@ class Gradients:
     def __init__(
         self, problem: Problem, optimizers: Mapping[str, Any], precisions: Mapping[str, Precision], seed: int
     ) -> None:
-        self.problem, self._precisions = problem, precisions
+        self.problem, self._precisions, self._seed = problem, precisions, seed
         self._devices = problem.devices
         self._modules = {
             level.name: {name: problem[name].module for name in (level.name, *level.references)} for level in problem
@@ -73,6 +76,11 @@ class Gradients:
             for level in problem
             if level.estimator is not None and level.estimator.curvature_data is not None
         }
+        self.response_streams = {
+            level.name: Stream(f"{level.name}/response", level.data, seed, level.device)
+            for level in problem.levels[1:]
+            if problem.outermost.response is not None
+        }
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
         self.logs: dict[str, Any] = {}
@@ -80,6 +88,13 @@ class Gradients:
         self._log_counts: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
+
+    def rehearsal(self) -> Gradients:
+        """Return gradients for steps that will be rolled back: from the same state of pullbacks, with logs of their own."""
+        other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
+        other.carryover.warm = dict(self.carryover.warm)
+        other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
+        return other
 
     def differentiate(self, level: Level, batches: Sequence[Any], *, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level to its total gradient, the mean over batches; return the loss, detached.
@@ -94,8 +109,11 @@ class Gradients:
         # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
             self._log_counts = {}
-            nested = bool(self.problem.graph[level.name].parts)
-            loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
+            if level.response is not None:
+                loss = self._response_gradient(level, level.response, variables, batches)
+            else:
+                nested = bool(self.problem.graph[level.name].parts)
+                loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
         for key, count in self._log_counts.items():
             if count != len(batches):
                 raise ProblemError(
@@ -228,6 +246,23 @@ class Gradients:
             variable.grad = derivative.detach()
         self._keep_reports(point)
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _response_gradient(
+        self, level: Level, response: Response, variables: Tensors, batches: Sequence[Any]
+    ) -> Tensor:
+        """Set `.grad` to the total derivative by the response of a level; log and return the loss at the present point."""
+        self.batches[level.name] = batches[-1]
+        self.generators[level.name] = GeneratorState.capture(self._devices)
+        value = self._evaluate(level)
+        loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
+        self._log(level, loss, value.logs, 1.0, first=True)
+        point = Point(self.problem, self.batches, self.generators, carryover=self.carryover)
+        with point.generators_preserved():
+            gradient = response.total_derivative(point, level, self.response_streams)
+        for variable, derivative in zip(variables, gradient, strict=True):
+            variable.grad = derivative
+        self._keep_reports(point)
+        return loss
 
     def _keep_reports(self, point: Point) -> None:
         self.reports |= point.reports
