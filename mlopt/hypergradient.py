@@ -33,6 +33,7 @@ from .problem import (
 )
 from .rng import GeneratorState, derive_seed
 from .tensors import Tensors, norm, zeros_like
+from .validation import is_whole, require
 
 __all__ = [
     "Hypergradient",
@@ -96,6 +97,7 @@ def hypergradient(
         The gradient by parameter name, the loss, and a report for each level pulled back.
 
     Raises:
+        ArgumentError: `problem` or `seed` has a wrong type.
         ProblemError: `batches` names a level that does not exist.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
 
@@ -109,6 +111,8 @@ def hypergradient(
         >>> case.error(result.gradient) < 1e-8, result.reports["regression"].converged
         (True, True)
     """
+    require("hypergradient", "problem", problem, isinstance(problem, Problem), "an mlopt.Problem")
+    require("hypergradient", "seed", seed, seed is None or is_whole(seed), "a whole number, or None")
     return standalone(problem, batches, level, seed, problem.workspace)
 
 
@@ -127,7 +131,7 @@ def standalone(
     response = target.response if estimators is None else None
     given = dict(batches)
     # A response draws the batches of the levels inside from streams.
-    solved = [name for part in problem.graph[target.name].parts for name in _with_solvers(problem, part)]
+    solved = _inside_with_solvers(problem, target.name)
     evaluated = [problem[name] for name in (target.name, *solved)] if response is not None else problem.levels
     batches |= {other.name: workspace.next_batch(other, other.data) for other in evaluated if other.name not in given}
     rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
@@ -211,14 +215,18 @@ def at_solutions(point: Point, level: Level) -> Iterator[None]:
 
 def run_solvers(point: Point, level: Level) -> None:
     """Solve the levels inside that have solvers of their own. Variables and generators move; the caller restores them."""
-    for part in reversed(point.problem.graph[level.name].parts):
-        for name in _with_solvers(point.problem, part):
-            _run_solver(point, point.problem[name])
+    for name in _inside_with_solvers(point.problem, level.name):
+        _run_solver(point, point.problem[name])
+
+
+def _inside_with_solvers(problem: Problem, host: str) -> list[str]:
+    """Return the levels inside a level that have solvers of their own, each after those that it depends on."""
+    return [name for part in reversed(problem.graph[host].parts) for name in _with_solvers(problem, part)]
 
 
 def _with_solvers(problem: Problem, part: str) -> list[str]:
-    """Return the levels with solvers of their own, of a level and those inside it; each after those that it depends on."""
-    inside = [name for inner in reversed(problem.graph[part].parts) for name in _with_solvers(problem, inner)]
+    """Return the same, and the level itself if it has a solver."""
+    inside = _inside_with_solvers(problem, part)
     return inside if problem[part].solver is None else [*inside, part]
 
 

@@ -11,7 +11,18 @@ import attrs
 
 from .errors import ArgumentError
 
-__all__ = ["at_least", "is_positive", "is_whole", "must_be", "one_of", "positive", "positive_or_none", "shown"]
+__all__ = [
+    "at_least",
+    "boolean",
+    "is_positive",
+    "is_whole",
+    "must_be",
+    "one_of",
+    "positive",
+    "positive_or_none",
+    "require",
+    "shown",
+]
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -38,6 +49,12 @@ def is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
+def require(owner: str, name: str, value: object, accepted: bool, description: str) -> None:
+    """Raise an ArgumentError if an argument of a class or function was not accepted; `description` is what it must be."""
+    if not accepted:
+        raise ArgumentError(f"{owner}: {name}={shown(value)}; it must be {description}")
+
+
 def must_be(accepts: Callable[[Any], bool], description: str) -> Validator:
     """Return a validator that accepts some values.
 
@@ -47,14 +64,9 @@ def must_be(accepts: Callable[[Any], bool], description: str) -> Validator:
     """
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not accepts(value):
-            raise _refusal(instance, attribute, value, description)
+        require(type(instance).__name__, attribute.name, value, accepts(value), description)
 
     return check
-
-
-def _refusal(instance: object, attribute: attrs.Attribute[Any], value: Any, description: str) -> ArgumentError:
-    return ArgumentError(f"{type(instance).__name__}: {attribute.name}={shown(value)}; it must be {description}")
 
 
 def at_least(bound: float) -> Validator:
@@ -64,14 +76,14 @@ def at_least(bound: float) -> Validator:
         whole = isinstance(bound, int) and attribute.type in (int, "int")
         number = is_whole(value) if whole else isinstance(value, (int, float)) and not isinstance(value, bool)
         most = _LARGEST_WHOLE if whole else sys.float_info.max
-        if not number or not bound <= value <= most:
-            limit = " and < 2**63" if whole and number and value > most else ""
-            kind = "a whole number" if whole else "a finite number"
-            raise _refusal(instance, attribute, value, f"{kind} >= {bound}{limit}")
+        limit = " and < 2**63" if whole and number and value > most else ""
+        description = f"a {'whole' if whole else 'finite'} number >= {bound}{limit}"
+        require(type(instance).__name__, attribute.name, value, number and bound <= value <= most, description)
 
     return check
 
 
+boolean = must_be(lambda value: isinstance(value, bool), "True or False")
 positive = must_be(is_positive, "a finite number > 0")
 positive_or_none = must_be(lambda value: value is None or is_positive(value), "a finite number > 0, or None")
 

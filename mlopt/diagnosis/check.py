@@ -12,13 +12,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import ArgumentError, EstimatorError, SecondDerivativeError
+from ..errors import EstimatorError, SecondDerivativeError
 from ..estimators import Dense, Implicit
 from ..hypergradient import Hypergradient, standalone
 from ..problem import Problem, Report, Workspace
 from ..rng import preserved
 from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
-from ..validation import is_whole
+from ..validation import is_positive, is_whole, require
 from .evaluation import fixed_batches, put_back, rendered
 from .resolve import Resolver
 
@@ -160,7 +160,7 @@ def check_hypergradient(
     Raises:
         DisagreementError: estimator and oracle differ by more than the tolerance; the error holds the comparison.
         EstimatorError: the oracle does not apply to this problem, or is not accurate to this tolerance.
-        ValueError: an argument is invalid.
+        ArgumentError: an argument is invalid.
 
     Example:
         >>> from mlopt.testing import logistic_regression
@@ -168,12 +168,11 @@ def check_hypergradient(
         >>> mlopt.check_hypergradient(case.problem, oracle="resolve", tolerance=1e-6).error < 1e-6
         True
     """
-    if oracle not in ("dense", "resolve"):
-        raise ArgumentError(f"check_hypergradient: oracle={oracle!r}; it must be 'dense' or 'resolve'")
-    if not tolerance > 0:
-        raise ArgumentError(f"check_hypergradient: tolerance={tolerance!r}; it must be a number > 0")
-    if not is_whole(directions, 1):
-        raise ArgumentError(f"check_hypergradient: directions={directions!r}; it must be a whole number >= 1")
+    own = "check_hypergradient"
+    require(own, "oracle", oracle, oracle in ("dense", "resolve"), "'dense' or 'resolve'")
+    require(own, "tolerance", tolerance, is_positive(tolerance), "a finite number > 0")
+    require(own, "directions", directions, is_whole(directions, 1), "a whole number >= 1")
+    require(own, "seed", seed, is_whole(seed), "a whole number")
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)
     estimate = standalone(problem, batches, name, seed, Workspace())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -57,14 +57,19 @@ def load_problem(place: str) -> Problem:
         ProblemError: the module or attribute does not exist, or is not a problem.
     """
     module_name, separator, attribute = place.partition(":")
-    if not (module_name and separator and attribute):
+    if not (all(name.isidentifier() for name in module_name.split(".")) and separator and attribute):
         raise ProblemError(f"diagnose: {place!r}; give MODULE:ATTRIBUTE, such as experiment:problem for experiment.py")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    if importlib.util.find_spec(module_name.partition(".")[0]) is None:
-        raise ProblemError(f"diagnose: there is no module {module_name!r} in {folder} or among the installed packages")
-    value = importlib.import_module(module_name)
+    try:
+        value: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module exists, and imports one that does not
+        raise ProblemError(
+            f"diagnose: there is no module {module_name!r} in {folder} or among the installed packages"
+        ) from error
     for name in attribute.split("."):
         if not hasattr(value, name):
             raise ProblemError(f"diagnose: module {module_name!r} has no attribute {attribute!r}")

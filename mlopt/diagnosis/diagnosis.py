@@ -17,6 +17,7 @@ from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
 from ..tensors import Tensors
+from ..validation import is_whole, require
 from .evaluation import evaluate, fixed_batches, put_back, rendered
 from .finding import Finding
 from .measurements import Measurements, Tap, Trial, measure, normalises
@@ -124,6 +125,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
         >>> diagnosis.safe, diagnosis.levels["regression"].products["forward"].severity
         (True, 'ok')
     """
+    require("diagnose", "seed", seed, is_whole(seed), "a whole number")
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
     with put_back(problem), preserved(problem.devices):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any, final
 
 import attrs
+from torch import Tensor
 
 from .. import linear
-from ..errors import ArgumentError, EstimatorError
+from ..errors import EstimatorError
 from ..problem import Linearization, Point
-from ..validation import one_of, shown
+from ..validation import boolean, must_be, one_of
 from .implicit import Implicit, Stationarity
 from .products import PRODUCTS
 from .streamed import Streamed
@@ -38,7 +40,7 @@ class Identity(Implicit):
     """
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
-    streamed: bool = False
+    streamed: bool = attrs.field(default=False, validator=boolean)
 
     @property
     def solver(self) -> linear.Identity:
@@ -83,16 +85,22 @@ def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], valu
         )
 
 
+_batches_or_none = must_be(
+    lambda value: value is None or (isinstance(value, Iterable) and not isinstance(value, (Iterator, Tensor))),
+    "batches that can be iterated repeatedly, such as a DataLoader or a list, or None",
+)
+
+
 @attrs.frozen(kw_only=True)
 class _HessianProducts(Implicit):
     """The options of every estimator that takes products with the Hessian."""
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
-    compile: bool = attrs.field(default=False, validator=_require_forward)
-    curvature_data: Iterable[Any] | None = attrs.field(default=None, repr=False)
+    compile: bool = attrs.field(default=False, validator=[boolean, _require_forward])
+    curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=_batches_or_none, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        _ = self.solver  # which checks the arguments that it takes
+        _ = self.solver  # it checks its arguments
 
 
 @final
@@ -115,14 +123,14 @@ class LinearSolve(_HessianProducts):
         MINRES(iterations=5) with forward products
     """
 
-    solver: linear.LinearSolver
-    warm_start: bool = False
+    solver: linear.LinearSolver = attrs.field(
+        validator=must_be(
+            lambda value: isinstance(value, linear.LinearSolver), "a linear solver, such as mlopt.linear.MINRES()"
+        )
+    )
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.solver, linear.LinearSolver):
-            raise ArgumentError(
-                f"LinearSolve: solver={shown(self.solver)}; it must be a linear solver, such as mlopt.linear.MINRES()"
-            )
         if self.curvature_data is not None and isinstance(self.solver, linear.AssumedInverse):
             raise EstimatorError(
                 f"curvature_data with {self.solver}, which takes no product with the Hessian; leave it out"
@@ -158,9 +166,9 @@ class Neumann(_HessianProducts):
     step_size: float | None = None
     rtol: float = 0.0
     damping: float = 0.0
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
-    @property
+    @cached_property
     def solver(self) -> linear.Neumann:
         return linear.Neumann(terms=self.terms, step_size=self.step_size, rtol=self.rtol, damping=self.damping)
 
@@ -195,9 +203,9 @@ class ConjugateGradient(_HessianProducts):
     damping: float = 0.0
     preconditioner: linear.Preconditioner | None = None
     negative_curvature: str = "stop"
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
-    @property
+    @cached_property
     def solver(self) -> linear.ConjugateGradient:
         return linear.ConjugateGradient(
             iterations=self.iterations,
@@ -234,9 +242,9 @@ class MINRES(_HessianProducts):
     iterations: int = 10
     rtol: float = 1e-10
     damping: float = 0.0
-    warm_start: bool = False
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
-    @property
+    @cached_property
     def solver(self) -> linear.MINRES:
         return linear.MINRES(iterations=self.iterations, rtol=self.rtol, damping=self.damping)
 
@@ -269,7 +277,7 @@ class Nystrom(_HessianProducts):
     rtol: float = 1e-3
     seed: int = 0
 
-    @property
+    @cached_property
     def solver(self) -> linear.Nystrom:
         return linear.Nystrom(rank=self.rank, damping=self.damping, rtol=self.rtol, seed=self.seed)
 
@@ -296,6 +304,6 @@ class Dense(_HessianProducts):
     damping: float = 0.0
     limit: int = 5_000
 
-    @property
+    @cached_property
     def solver(self) -> linear.Dense:
         return linear.Dense(damping=self.damping, limit=self.limit)

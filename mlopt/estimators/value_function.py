@@ -12,7 +12,7 @@ from ..errors import NonFiniteError
 from ..linear.neumann import largest_eigenvalue
 from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
-from ..validation import at_least, positive_or_none
+from ..validation import at_least, boolean, positive_or_none
 from .products import FiniteDifferenceProduct, SecondDerivatives, relative_step
 
 __all__ = ["ValueFunction"]
@@ -57,7 +57,7 @@ class ValueFunction(Estimator):
     step_size: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
     perturbation: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
     rtol: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
-    warm_start: bool = attrs.field(default=False, kw_only=True)
+    warm_start: bool = attrs.field(default=False, validator=boolean, kw_only=True)
 
     def linearize(self, point: Point, level: str) -> Linearization:
         self._refuse_levels_inside(point, level)

@@ -7,9 +7,9 @@ import math
 import attrs
 import torch
 
-from ..errors import ArgumentError, EstimatorError, NonFiniteError
+from ..errors import EstimatorError, NonFiniteError
 from ..tensors import Tensors
-from ..validation import at_least, one_of
+from ..validation import at_least, must_be, one_of
 from .krylov import Stopping, begin, dots
 from .preconditioner import Preconditioner
 from .solver import LinearSolution, LinearSolver, MatVec
@@ -35,7 +35,7 @@ class ConjugateGradient(LinearSolver):
             or "continue" with the recurrences and add a remark (they end at <p, A p> = 0).
 
     Raises:
-        TypeError: the preconditioner is not a `Preconditioner`.
+        ArgumentError: the preconditioner is not a `Preconditioner`.
 
     Example:
         >>> solution = mlopt.linear.ConjugateGradient().solve(lambda v: (4.0 * v[0],), (torch.ones(2),))
@@ -46,14 +46,11 @@ class ConjugateGradient(LinearSolver):
     iterations: int = attrs.field(default=10, validator=at_least(1))
     rtol: float = attrs.field(default=1e-10, validator=at_least(0))
     damping: float = attrs.field(default=0.0, validator=at_least(0))
-    preconditioner: Preconditioner | None = None
+    preconditioner: Preconditioner | None = attrs.field(
+        default=None,
+        validator=must_be(lambda value: isinstance(value, Preconditioner | None), "a Preconditioner, or None"),
+    )
     negative_curvature: str = attrs.field(default="stop", validator=one_of("stop", "raise", "continue"))
-
-    def __attrs_post_init__(self) -> None:
-        if not isinstance(self.preconditioner, Preconditioner | None):
-            raise ArgumentError(
-                f"ConjugateGradient: preconditioner={self.preconditioner}; it must be a Preconditioner, or None"
-            )
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         # Solution, residual and direction are overwritten in place; arguments and products never are.

@@ -54,6 +54,13 @@ class Workspace:
                 self._streams[key].load_state_dict(self._states.pop(key))
         return self._streams[key]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the state alone: loaders' iterators refuse it, and compiled products hold the original's modules."""
+        return Workspace, (), self.state_dict()
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the standalone calls; caches are not part of it."""
         streams = {key: stream.state_dict() for key, stream in self._streams.items()}

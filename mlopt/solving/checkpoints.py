@@ -19,7 +19,7 @@ import attrs
 
 from ..errors import CheckpointError, CheckpointWarning
 from ..files import flush_folder
-from ..validation import at_least, must_be
+from ..validation import at_least, boolean, must_be
 from . import serialization
 
 __all__ = ["Checkpoints"]
@@ -90,7 +90,7 @@ class Checkpoints:
             lambda value: value is None or isinstance(value, str), "the name of a column of the history, or None"
         ),
     )
-    greater_is_better: bool = False
+    greater_is_better: bool = attrs.field(default=False, validator=boolean)
 
     def due(self, step: int) -> bool:
         """Return whether the run is saved after this outer step."""

@@ -6,14 +6,15 @@ import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 import attrs
 import torch
 
-from ..errors import ProblemError, TrustWarning
+from ..errors import ArgumentError, TrustWarning
 from ..problem import Problem, Report
 from ..rng import seed_everything
-from ..validation import is_whole
+from ..validation import is_whole, require
 from .callbacks import Callback, ProgressDisplay
 from .checkpoints import Checkpoints
 from .history import History
@@ -21,6 +22,8 @@ from .loop import Evaluate, Loop
 from .run import Run
 
 __all__ = ["Solution", "solve"]
+
+_require = partial(require, "solve")
 
 
 @attrs.frozen(eq=False)
@@ -96,7 +99,8 @@ def solve(
         The history, the status and the last reports.
 
     Raises:
-        ProblemError: an argument is wrong, or a level has no optimizer.
+        ArgumentError: an argument is wrong.
+        ProblemError: a level has no optimizer.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
         CheckpointError: the folder cannot be written, holds checkpoints although `resume` is False, or holds checkpoints of
             another problem or no complete one.
@@ -128,7 +132,7 @@ def solve(
     folders = (str, os.PathLike, Checkpoints, type(None))
     _require("checkpoint", checkpoint, isinstance(checkpoint, folders), "a folder, an mlopt.Checkpoints, or None")
     if resume and checkpoint is None:
-        raise ProblemError("solve: resume=True without checkpoint; give the folder of the run")
+        raise ArgumentError("solve: resume=True without checkpoint; give the folder of the run")
     seconds = _seconds(max_time)
     valid = isinstance(callbacks, Sequence) and all(isinstance(callback, Callback) for callback in callbacks)
     _require("callbacks", callbacks, valid, "a sequence of mlopt.Callback objects")
@@ -154,11 +158,6 @@ def solve(
             f"level {name!r}, doubtful in {count} steps, most recently: {remarks}", TrustWarning, stacklevel=2
         )
     return Solution(history=run.history, status=status, reports=run.engine.gradients.reports)
-
-
-def _require(name: str, value: object, valid: bool, description: str) -> None:
-    if not valid:
-        raise ProblemError(f"solve: {name}={value!r}; it must be {description}")
 
 
 def _seconds(limit: float | timedelta | None) -> float | None:

@@ -26,9 +26,9 @@ from .spread import Spread
 __all__ = ["command"]
 
 _CHECKPOINTS = "checkpoints"
-#: A file that says, also to a run that is resumed, that the first result replaces the earlier one in the folder.
+#: A marker file: the first result replaces the earlier one in the folder, also after a resume.
 _OVERWRITES = "overwrites"
-#: Keys that a resumed run may change, since the result does not depend on them.
+#: Keys that a resumed run may change: the result does not depend on them.
 _FREE = ("output", "device", "checkpoint_every")
 _FILES = (
     "weights.json",
@@ -47,7 +47,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     Args:
         kind: the modality.
         arguments: the options.
-        prog: how the command was called.
+        prog: the name of the command.
 
     Raises:
         ConfigurationError: the options, or their file, cannot be used; the output folder holds a result, or, with `--resume`, a
@@ -69,7 +69,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
             console.rule(f"seed {seed}")
         recipe = modality.build(seed, device)
         _introduce(console, recipe)
-        # Only now, so that a run that cannot begin leaves nothing behind.
+        # Only now: a run that cannot start leaves nothing behind.
         _note(whole, output / _CHECKPOINTS / "config.json")
         if line.overwrite and not results:
             (output / _CHECKPOINTS / _OVERWRITES).touch()
@@ -121,7 +121,7 @@ def _device(name: Device) -> Device:
 
 
 def _claim(output: Path, overwrite: bool, resume: bool) -> None:
-    """Make the output folder before anything is computed, and refuse one that holds a result, or a run that was begun."""
+    """Create the output folder before any computation; refuse one that holds a result or an unfinished run."""
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
     if overwrite and resume:
@@ -143,14 +143,14 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
 
 
 def _note(configuration: Configuration[Any, Any], file: Path) -> None:
-    """Write the configuration of a run that begins; compare it with that of a run to resume.
+    """Write the configuration of a new run; compare it with that of a run to resume.
 
     Raises:
         ConfigurationError: they differ in something that the result depends on.
     """
     if file.is_file():
         before = read(file, type(configuration))
-        own, other = (_flat(attrs.asdict(one)) for one in (configuration, before))
+        own, other = (_flat(attrs.asdict(whole)) for whole in (configuration, before))
         differ = [key for key in own if own[key] != other[key] and key not in _FREE]
         if differ:
             raise ConfigurationError(
@@ -172,7 +172,7 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def _held(output: Path) -> Iterator[Path]:
-    """Yield what earlier runs left in a folder."""
+    """Yield the files and folders that earlier runs left in a folder."""
     yield from (output / name for name in _FILES if (output / name).is_file())
     if (output / "encoder" / "model.safetensors").is_file():
         yield output / "encoder"
@@ -180,13 +180,13 @@ def _held(output: Path) -> Iterator[Path]:
 
 
 def _clear(output: Path) -> None:
-    """Remove what earlier runs left, once there is a new result: one of fewer seeds would mix with the old."""
+    """Remove earlier results once there is a new one: a result of fewer seeds would mix with them."""
     for old in list(_held(output)):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequence[int], output: Path) -> None:
-    """Tell, and write to `summary.json`, means and standard deviations over the seeds."""
+    """Print means and standard deviations over the seeds, and write them to `summary.json`."""
     first = results[0]
     weights = {name: Spread.of([result.weights[name] for result in results]) for name in first.weights}
     scores = {
@@ -211,5 +211,5 @@ def _summarise(console: Console, results: Sequence[TapWeightResult], seeds: Sequ
 
 
 def _say(console: Console, sentence: str) -> None:
-    """Print a sentence as it is: to rich, brackets would be markup."""
+    """Print a sentence literally: rich would read brackets as markup."""
     console.print(sentence, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Reading configurations of any attrs class from TOML and JSON files and from the command line, and writing them."""
+"""Read configurations of any attrs class from TOML and JSON files and from the command line, and write them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ C = TypeVar("C")
 
 
 class ConfigurationError(MloptError, ValueError):
-    """A configuration that cannot be run; the message says the key, its value and the values that it may have."""
+    """A configuration that cannot be run; the message names the key, its value and the allowed values."""
 
 
 @attrs.frozen(kw_only=True)
 class CommandLine(Generic[C]):
-    """A command line: a run, and options that are not part of it.
+    """A command line: a run, and options that are not part of the run.
 
     Args:
         config: a TOML or JSON file with any of these options, such as the config.json of an earlier result; the command line
@@ -55,8 +55,8 @@ def parse(arguments: Sequence[str], kind: type[C], *, prog: str, description: st
     Args:
         arguments: the options.
         kind: the class of configurations.
-        prog: how the command was called.
-        description: what the command does, for `--help`.
+        prog: the name of the command.
+        description: a sentence on the command, for `--help`.
 
     Raises:
         ConfigurationError: the file cannot be used, or an option has a wrong value.
@@ -84,7 +84,7 @@ def read(file: Path, kind: type[C]) -> C:
         kind: the class of configurations: an attrs class whose sections are attrs classes.
 
     Raises:
-        ConfigurationError: the file cannot be read, it is not in its format, it has a key that there is not, or a wrong value.
+        ConfigurationError: the file cannot be read or parsed, or it has an unknown key or a wrong value.
     """
     if file.suffix not in (".toml", ".json"):
         raise ConfigurationError(f"{file}: a configuration is a .toml or a .json file")
@@ -119,7 +119,7 @@ def _expect(good: bool, value: Any, kind: str) -> Any:
 
 
 def _converter() -> cattrs.Converter:
-    """Return a converter that takes values as they stand: cattrs alone would read "3" as 3, and "ab" as ("a", "b")."""
+    """Return a converter that does not coerce values: cattrs alone would read "3" as 3, and "ab" as ("a", "b")."""
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind, accepted, name in (
         (bool, (bool,), "true or false"),
@@ -159,7 +159,7 @@ def _scalar(kind: Any, accepted: tuple[type, ...], name: str) -> Any:
 
 
 def _is_path(value: Any) -> bool:
-    """Say whether a value is text that the file system can take: JSON can write half a character, and a NUL."""
+    """Return True if a value is text that the file system accepts: JSON can write half a character, and a NUL."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -167,7 +167,7 @@ def _is_path(value: Any) -> bool:
 
 
 def _complaints(error: Exception, kind: type) -> list[str]:
-    """Return what is wrong with a file, each with its place in it."""
+    """Return the faults of a file, each with its key."""
     complaints = []
     for line in cattrs.transform_error(error, path="", format_exception=partial(_complaint, kind)):
         text, _, path = line.rpartition(" @ ")

@@ -1,4 +1,4 @@
-"""The control: labels by hash, which can only be learned by heart."""
+"""The control: labels by hash, which can only be memorised."""
 
 from __future__ import annotations
 

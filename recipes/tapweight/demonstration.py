@@ -1,4 +1,4 @@
-"""Showing a demonstration: a run for each seed, what became of what is known beforehand, and the spread over the seeds."""
+"""Run a demonstration: one run for each seed, the outcome against the known facts, and the spread over the seeds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Known:
     Attributes:
         control: the objective that is useless.
         suited: the objective that suits the task.
-        why: in a clause, why it does.
-        examples: what the examples are, in a word.
+        why: a clause on why it suits the task.
+        examples: a word for the examples.
     """
 
     control: str
@@ -52,9 +52,9 @@ def show(
         demonstration: returns the recipe of a seed.
         known: what is known beforehand.
         steps: pretraining steps.
-        introduction: says what it is.
-        output: folder for the results by default.
-        prog: how the command was called.
+        introduction: a paragraph on the demonstration.
+        output: the default folder for the results.
+        prog: the name of the command.
     """
     parser = argparse.ArgumentParser(prog=prog, description=introduction)
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the results (default: {output})")
@@ -78,7 +78,7 @@ def show(
 
 
 def conclusion(results: Sequence[TapWeightResult], known: Known) -> str:
-    """Say what became of the control and of the objective that suits the task, and how the ways compare."""
+    """Return how the control and the suited objective fared, and how the methods compare."""
     share, count = 1 / len(results[0].weights), len(results)
     below = sum(result.weights[known.control] < share for result in results)
     top = sum(max(result.weights, key=result.weights.__getitem__) == known.suited for result in results)

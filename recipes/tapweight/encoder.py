@@ -24,13 +24,17 @@ class Encoder(nn.Module):
         card: entries for the head of the card that is saved beside an adapted encoder.
 
     Example:
+        >>> import torch
+        >>> from mlopt.recipes.tapweight.encoder import Encoder
         >>> class Linear(Encoder):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.width, self.layer = 4, nn.Linear(3, 4)
+        ...         self.width, self.layer = 4, torch.nn.Linear(3, 4)
         ...
         ...     def forward(self, batch):
         ...         return self.layer(batch)
+        >>> Linear().pool(torch.ones(2, 3)).shape
+        torch.Size([2, 4])
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""Examples read from a file or a data set, with the rows that were left out and why."""
+"""Examples read from a file or a data set, with the rows that were left out and the reasons."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class UnusableError(DataError):
     """A row that is not an example.
 
     Args:
-        reason: why.
-        subject: the content of the row, for an error that does not leave it out.
+        reason: why the row is not an example.
+        subject: the content of the row, for an error if the row is not left out.
     """
 
     def __init__(self, reason: str, subject: str = "") -> None:
@@ -64,7 +64,7 @@ class Examples(Sequence[T], Generic[T]):
     skipped: tuple[Skipped, ...] = ()
     source: str
 
-    #: The examples, in a word.
+    #: A word for the examples.
     noun: ClassVar[str]
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class Examples(Sequence[T], Generic[T]):
         )
 
     def summary(self) -> str:
-        """Return in one sentence how many examples there are, and which rows were left out and why."""
-        named = [f"row {one.row} ({one.reason})" for one in self.skipped[:_NAMED]]
+        """Return a sentence with the number of examples, the rows left out and the reasons."""
+        named = [f"row {skipped.row} ({skipped.reason})" for skipped in self.skipped[:_NAMED]]
         more = f" and {len(self.skipped) - _NAMED} more" if len(self.skipped) > _NAMED else ""
         skipped = f"; {len(self.skipped)} skipped: {', '.join(named)}{more}" if self.skipped else ""
         return f"{len(self)} {self.noun} of {self.name}{skipped}"
@@ -122,9 +122,9 @@ def gather(
         records: the contents of each row, with its place.
         example: turns a place and its contents into an example, or raises `UnusableError`.
         source: the file or the data set, for errors.
-        noun: an example, in a word.
+        noun: a word for an example.
         strict: refuse a row that is not an example, instead of leaving it out.
-        limit: stop after so many examples.
+        limit: the most examples.
         least: the fewest examples.
 
     Returns:
@@ -143,7 +143,7 @@ def gather(
         except UnusableError as fault:
             if strict:
                 raise DataError(
-                    f"{source}, row {row}: {fault.subject}{fault.reason}; mend it, or read with strict=False"
+                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read with strict=False"
                 ) from None
             first = first or f"; row {row}: {fault.subject}{fault.reason}"
             skipped.append(Skipped(row, fault.reason))

@@ -41,11 +41,11 @@ class Experiment:
         collate: joins unlabelled examples into a batch.
         settings: the numbers of the run.
         estimator: how methods that differentiate through finetuning pull cotangents back through it.
-        seed: of everything random.
+        seed: the seed of everything random.
         steps: pretraining steps.
-        checkpoints: where phases are saved, each in a folder of its own; nothing is saved when None.
-        resume: whether each phase continues from its newest checkpoint.
-        progress: whether to show progress bars.
+        checkpoints: each phase is saved in a folder of its own; nothing is saved if None.
+        resume: if True, each phase resumes from its newest checkpoint.
+        progress: if True, show progress bars.
     """
 
     encoder: Encoder
@@ -126,7 +126,7 @@ class Experiment:
         callbacks: Sequence[mlopt.Callback] = (),
         seed: int | None = None,
     ) -> mlopt.Solution:
-        """Solve a problem as one phase of the run; a phase that had ended before a resume is read from its last checkpoint.
+        """Solve a problem as one phase of the run; on resume, a phase that ended is read from its last checkpoint.
 
         Args:
             phase: the name of the phase, and of its folder of checkpoints.

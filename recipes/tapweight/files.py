@@ -1,4 +1,4 @@
-"""Reading text files and tables: gzipped or not, and where one cannot be read, the file, the row and the remedy."""
+"""Read text files and tables, gzipped or not; errors name the file, the row and the remedy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def suffix_of(path: Path, known: Sequence[str]) -> str:
     """Return the suffix of a file, `.gz` apart, after checking that it is a known one."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in known:
-        names = ", ".join(f"{one}, {one}.gz" for one in known)
+        names = ", ".join(f"{name}, {name}.gz" for name in known)
         raise DataError(f"{path}: the suffix {suffix!r} is not one of {names}; rename or convert the file")
     return suffix
 
 
 def text_of(path: Path) -> str:
-    """Return the text of a file that may be gzipped, or say in which line it is no text."""
+    """Return the text of a file that may be gzipped; an error names the line that is not text."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, ValueError):  # ValueError: a NUL in the path
@@ -53,7 +53,7 @@ def text_of(path: Path) -> str:
         raise DataError(f"{path}, row {row}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 text") from error
     if "\0" in text:
         row = _row(content[: content.index(b"\0")])
-        raise DataError(f"{path}, row {row}: a NUL byte, so this is no text file; save the file as UTF-8 text")
+        raise DataError(f"{path}, row {row}: a NUL byte, so this is not a text file; save the file as UTF-8 text")
     if not text.strip():
         raise DataError(f"{path}: the file is empty; give a file with at least one example")
     return text
@@ -70,11 +70,11 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def table_of(path: Path, longest: int = 2**17) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a CSV file, and its further records with the line that each starts at.
+    """Return the header of a CSV file, and its further records, each with its first line.
 
     Args:
         path: the file.
-        longest: the most characters of a cell: more are those of an open quote.
+        longest: the most characters of a cell; a longer one has an open quote.
     """
     records = _records(path, longest)
     _, header = next(records)
@@ -85,12 +85,12 @@ def table_of(path: Path, longest: int = 2**17) -> tuple[list[str], Iterator[tupl
 
 
 def _records(path: Path, longest: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV file, all of one length, each with the line that it starts at; skip blank lines."""
+    """Yield the records of a CSV file, all of one length, each with its first line; skip blank lines."""
     reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     width = None
     while True:
         row = reader.line_num + 1
-        # The limit is one for the whole process.
+        # The limit is global to the process.
         limit = csv.field_size_limit(longest)
         try:
             cells = next(reader)

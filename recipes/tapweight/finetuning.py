@@ -55,7 +55,7 @@ class Finetuned:
 
 
 class _BestEpoch(mlopt.Callback):
-    """Scores the validation split after each epoch, and keeps the variables of the best one."""
+    """Score the validation split after each epoch, and keep the variables of the best one."""
 
     def __init__(self, model: Finetuning, task: Task, interval: int) -> None:
         self._model, self._task, self._interval = model, task, interval
@@ -90,9 +90,9 @@ def finetune(
     Args:
         encoder: not changed.
         task: the task.
-        settings: the epochs, the learning rate of Adam, the batch size, the precision, and whether only the head is trained.
-        seed: of the head and the order of batches.
-        solve: `mlopt.solve`, or what solves the problem as a phase of an experiment.
+        settings: the epochs, the learning rate of Adam, the batch size, the precision, and `freeze_encoder`.
+        seed: the seed of the head and of the order of batches.
+        solve: `mlopt.solve`, or a function that solves the problem as a phase of an experiment.
 
     Returns:
         The model of the epoch with the best validation score, and its scores.

@@ -28,7 +28,7 @@ _CONTROL = "random_labels"
 
 
 def _distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
-    """Validate that there is at least one entry, and each once."""
+    """Validate that there is at least one entry, and no entry twice."""
     if not value or len(set(value)) < len(value):
         raise ConfigurationError(f"{attribute.name}={shown(list(value))}; give at least one, and each once")
 
@@ -53,7 +53,7 @@ def _methods(instance: object, attribute: attrs.Attribute[Any], value: tuple[str
 def objectives_option(names: Sequence[str]) -> Any:
     """Return the option on the command line that takes some of these objectives."""
     text = (
-        f"what to pretrain on, at least two; their weights are learned. There are {', '.join(names)} "
+        f"the objectives to pretrain on, at least two; their weights are learned. There are {', '.join(names)} "
         "(a control that should get little weight)."
     )
     return arg(metavar="NAME [NAME ...]", help=text)
@@ -98,7 +98,7 @@ class LabelledData:
         """Refuse options that exclude one another.
 
         Raises:
-            ConfigurationError: naming the options.
+            ConfigurationError: two options exclude one another; the message names them.
         """
         if (self.train is None) == (self.dataset is None):
             raise ConfigurationError(
@@ -106,11 +106,11 @@ class LabelledData:
             )
         unused = [name for name in self.file_options if getattr(self, name) is not None]
         if self.dataset is not None and unused:
-            raise ConfigurationError(f"--{unused[0]} goes with --train; a data set that is named has its own")
+            raise ConfigurationError(f"--{unused[0]} requires --train; the data set of --dataset has its own")
         if (self.valid is None) != (self.test is None):
-            given, lacking = ("test", "valid") if self.valid is None else ("valid", "test")
+            present, missing = ("test", "valid") if self.valid is None else ("valid", "test")
             raise ConfigurationError(
-                f"--{given} is given without --{lacking}; give both, or neither to split the training file 8:1:1"
+                f"--{present} is given without --{missing}; give both, or neither to split the training file 8:1:1"
             )
 
 
@@ -123,17 +123,17 @@ class Configuration(Generic[D, E]):
     """A whole run: the contents of `config.json` in a result's folder.
 
     Args:
-        output: where the result is written: weights, scores, history, picture, encoder and configuration.
+        output: the folder of the result: weights, scores, history, picture, encoder and configuration.
         steps: pretraining steps, each on one batch of the corpus.
-        seeds: of everything random, also of a random split. With several, each is a run of its own, in a folder seed-N inside the
-            output folder, and means and standard deviations over the runs are reported as well.
+        seeds: seeds of everything random, also of a random split. Each of several is a run of its own, in a folder seed-N inside
+            the output folder, and means and standard deviations over the runs are reported as well.
         methods: the methods to compare. The last is the main one, whose encoder and weights are saved. "single:OBJECTIVE"
             pretrains on one objective.
-        device: where to compute; auto is a GPU if there is one.
+        device: the device to compute on; auto is a GPU if there is one.
         checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
         objectives: at least two; their weights are learned.
         data: an unlabelled corpus to pretrain on, and labelled examples, the task.
-        settings: Training: how the weights are learned, and how the result is finetuned and scored.
+        settings: Training: the learning of the weights, and the finetuning and scoring of the result.
         encoder: the encoder that is pretrained.
     """
 
@@ -169,12 +169,12 @@ class Configuration(Generic[D, E]):
                 raise ConfigurationError(f"--{name} is missing; give it, or `{name}`{place} in --config")
         self.data.check()
         if len(self.objectives) < 2:
-            raise ConfigurationError(f"objectives={list(self.objectives)}; there is something to weigh from two on")
+            raise ConfigurationError(f"objectives={list(self.objectives)}; give at least two")
         for name in self.methods:
             make_method(name).check(self.settings, self.steps, self.objectives)
 
     def resolved(self, *, output: Path, seeds: tuple[int, ...], device: Device) -> Self:
-        """Return the configuration of a run as it was, with absolute paths, to be repeated from any folder."""
+        """Return the configuration with absolute paths, which repeats the run from any folder."""
         changed: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in ("data", "encoder")}
         return attrs.evolve(self, **changed, output=output.absolute(), seeds=seeds, device=device)
 
@@ -191,11 +191,11 @@ C = TypeVar("C", bound=Configuration[Any, Any])
 class Modality(ABC, Generic[C]):
     """A kind of examples, such as molecules or text.
 
-    The class says what the modality is. An object of it holds the data of one configuration.
+    The class describes the modality; an object of it holds the data of one configuration.
 
     Args:
-        configuration: of the run; checked.
-        say: prints a sentence.
+        configuration: the checked configuration of the run.
+        say: a function that prints a sentence.
 
     Attributes:
         name: the name of the modality on the command line.
@@ -218,7 +218,7 @@ class Modality(ABC, Generic[C]):
 
     @abstractmethod
     def read(self, say: Callable[[str], None]) -> None:
-        """Read the data of the configuration. The labelled ones come first: they are few, and an error in them shows at once."""
+        """Read the data of the configuration: the labelled ones first, since they are few and their errors show at once."""
 
     @abstractmethod
     def build(self, seed: int, device: str) -> TapWeight:

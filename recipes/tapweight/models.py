@@ -54,7 +54,7 @@ class Finetuning(nn.Module):
 def objective_losses(
     model: Pretraining, batch: Any, objectives: Sequence[Objective], scales: Mapping[str, float]
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return, by name, functions that compute each objective's loss on its own view of the batch, over its scale."""
+    """Return functions by name that compute each objective's loss on its own view of the batch, over its scale."""
 
     def loss(objective: Objective) -> Tensor:
         value = objective.loss(model.encoder, model.heads[objective.name], objective.view(batch))
@@ -87,7 +87,7 @@ def gradient_norms(
                 loss = objective_losses(perturbed, batch, [objective], {name: 1.0})[name]()
                 if not loss.requires_grad:
                     raise ArgumentError(
-                        f"objective {name!r}: its loss has no gradient (was it detached?); mend it or leave it out"
+                        f"objective {name!r}: its loss has no gradient (was it detached?); correct it or leave it out"
                     )
                 gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
                 squares.append(sum(float(g.square().sum()) for g in gradient))
@@ -95,7 +95,7 @@ def gradient_norms(
             if norm == 0.0:
                 raise ArgumentError(
                     f"objective {name!r} gives the encoder no gradient, so its weight would mean nothing; does its loss use the "
-                    "encoder? mend it or leave it out"
+                    "encoder? correct it or leave it out"
                 )
             if not math.isfinite(norm):
                 raise ArgumentError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")

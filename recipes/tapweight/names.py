@@ -1,4 +1,4 @@
-"""Choosing by name, and errors that suggest the closest name there is."""
+"""Look up entries by name; errors list the known names and suggest the closest."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def chosen(kind: str, name: str, known: Mapping[str, T]) -> T:
     """Return the entry of a name.
 
     Args:
-        kind: what the entries are, for the error.
+        kind: a word for the entries, for the error.
         name: the name.
         known: the entries by name.
 
     Raises:
-        ValueError: there is no such name; the message lists the names there are.
+        ValueError: the name is unknown; the message lists the known names.
     """
     if name not in known:
         raise ArgumentError(f"there is no {kind} {shown(name)}{suggestion(name, known)}")
@@ -33,7 +33,7 @@ def chosen(kind: str, name: str, known: Mapping[str, T]) -> T:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error about an unknown name: the names there are, and the closest."""
+    """Return the end of an error about an unknown name: the known names, and the closest."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"; there are {', '.join(map(shown, known))}{f' - did you mean {shown(close[0])}?' if close else ''}"

@@ -52,18 +52,18 @@ class Objective(ABC):
     name: str
     #: Sentences that a user should read, once the objective is prepared and its head is built.
     remarks: Sequence[str] = ()
-    #: How often `loss` evaluates the encoder, in batches.
+    #: The number of evaluations of the encoder by `loss`, in batches.
     passes: int = 1
 
     def prepare(self, corpus: Sequence[Any], seed: int) -> None:  # noqa: B027 (most objectives need no preparation)
-        """Look at the whole corpus once, before training: attach targets to its examples, fit clusters, and so on."""
+        """Read the whole corpus once, before training: attach targets to its examples, fit clusters, and so on."""
 
     @abstractmethod
     def head(self, encoder: Encoder) -> nn.Module:
         """Build this objective's own head, for an encoder of `encoder.width` features."""
 
     def view(self, batch: Any) -> Any:
-        """Turn a batch of the corpus into what this objective looks at, without changing `batch`."""
+        """Turn a batch of the corpus into the input of this objective, without changing `batch`."""
         return batch
 
     @abstractmethod

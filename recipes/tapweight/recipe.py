@@ -44,17 +44,28 @@ class TapWeight:
         settings: the numbers of the run.
         collate: joins unlabelled examples into a batch; the task's when None.
         estimator: how cotangents are pulled back through the finetuning level. The identity needs no network pass; an estimator
-            that solves with the level's Hessian, such as `mlopt.ConjugateGradient(iterations=5)`, is closer to the truth.
-        seed: of everything random.
+            that solves with the level's Hessian, such as `mlopt.ConjugateGradient(iterations=5)`, is more accurate.
+        seed: the seed of everything random.
 
     Raises:
         ArgumentError: the encoder is not an `Encoder`; fewer than two objectives, or two of one name; a corpus, or a split of the
             task, of fewer than two examples.
 
     Example:
+        >>> import csv
         >>> from mlopt.recipes import TapWeight
-        >>> result = TapWeight(encoder, objectives, task, corpus).fit(steps=2_000)
-        >>> result.weights, result.scores, result.verdict
+        >>> from mlopt.recipes.tapweight.molecules import GINE, MoleculeTask, make_objective, read_corpus
+        >>> from mlopt.recipes.tapweight.settings import Settings
+        >>> rows = [("C" * length + end, length) for length in range(1, 13) for end in ("", "O", "N")]
+        >>> with open("chains.csv", "w", newline="") as file:
+        ...     csv.writer(file).writerows([("smiles", "length"), *rows])
+        >>> task, corpus = MoleculeTask.from_csv("chains.csv", split="random"), read_corpus("chains.csv")
+        >>> objectives = [make_objective("masked_atoms"), make_objective("contrastive")]
+        >>> settings = Settings(batch_size=8, epochs=1, measurements=2)
+        >>> recipe = TapWeight(GINE(width=8, layers=1), objectives, task, corpus, settings=settings)
+        >>> result = recipe.fit(steps=3, progress=False)
+        >>> list(result.weights), list(result.scores)
+        (['masked_atoms', 'contrastive'], ['direct', 'equal', 'tapweight'])
 
     Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006).
     """
@@ -78,7 +89,7 @@ class TapWeight:
             )
         names = [objective.name for objective in objectives]
         if len(names) < 2:
-            raise ArgumentError(f"TapWeight: {len(names)} objectives; there is something to weigh from two on")
+            raise ArgumentError(f"TapWeight: {len(names)} objectives; give at least two")
         if len(set(names)) < len(names):
             raise ArgumentError(
                 f"TapWeight: two objectives of one name among {', '.join(names)}; give each its own `name`"
@@ -112,7 +123,7 @@ class TapWeight:
         return self._experiment.task
 
     def prepare(self) -> None:
-        """Prepare the objectives on the corpus, once; `fit` does it otherwise."""
+        """Prepare the objectives on the corpus, once; `fit` does so if it has not been done."""
         self._experiment.prepare()
 
     def experiment(
@@ -123,7 +134,7 @@ class TapWeight:
         resume: bool = False,
         progress: bool = True,
     ) -> Experiment:
-        """Return what all methods of a run of so many steps have in common, prepared; see `fit` for the arguments."""
+        """Return the prepared experiment that all methods of a run share; see `fit` for the arguments."""
         self.prepare()
         if checkpoint is not None and not isinstance(checkpoint, mlopt.Checkpoints):
             checkpoint = mlopt.Checkpoints(checkpoint)
@@ -148,9 +159,8 @@ class TapWeight:
             callbacks: see `mlopt.Callback`; called while the main method adapts the encoder.
             checkpoint: a folder in which each phase of the run is saved, in a folder of its own, or
                 `mlopt.Checkpoints(folder, every=...)`.
-            resume: whether to resume from there: phases that had ended are read, and the others continue from their newest
-                checkpoint.
-            progress: whether to show progress bars.
+            resume: if True, read the phases that ended from the folder, and continue the others from their newest checkpoint.
+            progress: if True, show progress bars.
 
         Returns:
             The scores of each method; and of the main method the weights and their significance, the history, and the encoder.
@@ -194,13 +204,13 @@ class TapWeight:
         )
 
 
-def _methods(given: Sequence[str | Method]) -> tuple[Method, ...]:
-    """Return the methods that are given by name or as objects.
+def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
+    """Return the methods as objects.
 
     Raises:
         ValueError: a name is unknown, there is no method, or two have one name.
     """
-    methods = tuple(make_method(one) if isinstance(one, str) else one for one in given)
+    methods = tuple(make_method(method) if isinstance(method, str) else method for method in named)
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names):
         raise ArgumentError(f"fit: methods={names!r}; give at least one, and each once")
@@ -223,7 +233,7 @@ def _finetune(experiment: Experiment, method: Method, encoder: Encoder) -> tuple
 
 def _mean(finetuned: Sequence[Finetuned]) -> dict[str, float]:
     """Return the mean valid and test scores of several finetunings."""
-    return {split: statistics.fmean(getattr(one.score, split) for one in finetuned) for split in ("valid", "test")}
+    return {split: statistics.fmean(getattr(run.score, split) for run in finetuned) for split in ("valid", "test")}
 
 
 def _described(corpus: Sequence[Any]) -> str:

@@ -64,18 +64,17 @@ class TapWeightResult:
 
     Attributes:
         outcomes: the outcome of each method by its name. The last is that of the main method, whose encoder this result holds.
-        signals: for each objective, how it compares with the mixture, and whether that is significant; empty if the main method
-            does not measure it.
+        signals: how each objective compares with the mixture, and the significance; empty if the main method does not measure it.
         history: of the main method; for TapWeight the losses of the three levels, and the weights, at each step on the weights.
         encoder: the adapted encoder of the main method, before the final finetuning.
         finetuned: the finetuned models of the main method, one for each finetuning.
         metric: the metric's name.
-        greater_is_better: whether a larger metric is a better one.
+        greater_is_better: True if a larger metric is better.
         settings: the numbers of the run, see `Settings`.
         steps: pretraining steps.
-        seed: of everything random.
+        seed: the seed of everything random.
         estimator: how the finetuning level was pulled back, as it prints.
-        data: the "task" and the "corpus", in words.
+        data: descriptions of the "task" and the "corpus".
     """
 
     outcomes: dict[str, Outcome]
@@ -108,7 +107,7 @@ class TapWeightResult:
 
     @property
     def verdict(self) -> str:
-        """A sentence that says which weights mean something."""
+        """A sentence on the significant weights."""
         return verdict(self.signals)
 
     def tables(self) -> list[Table]:
@@ -185,10 +184,7 @@ class TapWeightResult:
             right.errorbar(mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
-        right.set(
-            xlabel="signal, with two standard errors",
-            title="Does more of it help? (filled: significant)",
-        )
+        right.set(xlabel="signal, with two standard errors", title="Does more of it help? (filled: significant)")
         figure.savefig(file, dpi=150)
 
 

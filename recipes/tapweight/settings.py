@@ -1,4 +1,4 @@
-"""The numbers of a run, and what follows from them."""
+"""The numbers of a run, and the optimisers and schedules that follow from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Settings:
 
     Args:
         gamma: strength of the coupling gamma ||omega - theta||^2 of the finetuned encoder to the pretrained one. Small values let
-            finetuning overfit its training labels, and the validation gradient then says little of the pretrained encoder.
+            finetuning overfit its training labels, and the validation gradient then says little about the pretrained encoder.
         every: pretraining steps for each step on the weights.
         batch_size: unlabelled examples in a batch.
         task_batch_size: labelled training examples in a batch.
@@ -32,17 +32,17 @@ class Settings:
         pretraining_lr: learning rate of AdamW on the encoder and the objectives' heads.
         finetuning_lr: learning rate of AdamW on the finetuning level.
         weight_decay: share of the variables that AdamW takes off them at each step, times the learning rate, on both.
-        lr_schedule: what becomes of the learning rates of both over the run: they stay, or fall to zero on a line or a cosine.
-        precision: "bf16" or "fp16" evaluates the losses under autocast, "none" as they are.
+        lr_schedule: course of both learning rates over the run: constant, or falling to zero on a line or a cosine.
+        precision: "bf16" or "fp16" evaluates the losses under autocast, "none" without it.
         warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
-        weights_lr: learning rate of Adam on the logits of the weights; Adam's step has no scale, so neither has this.
+        weights_lr: learning rate of Adam on the logits of the weights; like Adam's step, it does not depend on their scale.
         scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
-            equal weights mean equal pull; "none" takes the losses as they are, as the authors' release does.
+            equal weights mean equal pull; "none" does not scale the losses, like the authors' release.
         epochs: passes over the training labels in the final finetuning.
         finetune_lr: learning rate of Adam in the final finetuning.
-        freeze_encoder: whether the final finetuning trains the head only.
+        freeze_encoder: train only the head in the final finetuning.
         finetunings: final finetunings, each with its own seed; scores are their means.
-        measurements: how often the signals of the objectives are measured on two halves of the validation labels.
+        measurements: number of measurements of the objectives' signals on two halves of the validation labels.
     """
 
     gamma: float = attrs.field(default=100.0, validator=positive)
@@ -65,7 +65,7 @@ class Settings:
     measurements: int = attrs.field(default=20, validator=at_least(2))
 
     def schedule(self, steps: int) -> tuple[int, int]:
-        """Return how many outer steps a run takes, and during how many of them the weights wait.
+        """Return the number of outer steps of a run, and of those during which the weights wait.
 
         Raises:
             ValueError: the weights move too few times to be judged.
@@ -81,7 +81,7 @@ class Settings:
 
     @property
     def autocast(self) -> str | None:
-        """The precision of the levels' steps, as `mlopt.Level` has it."""
+        """The precision of the levels' steps, as `mlopt.Level` takes it."""
         return None if self.precision == "none" else self.precision
 
     def adam(self, lr: float) -> Callable[..., AdamW]:
@@ -89,7 +89,7 @@ class Settings:
         return partial(AdamW, lr=lr, weight_decay=self.weight_decay, fused=True)
 
     def scheduler(self, steps: int) -> Callable[..., Any] | None:
-        """Return what makes the scheduler of an optimiser that takes so many steps."""
+        """Return the factory of the scheduler of an optimiser that takes `steps` steps; None for a constant rate."""
         if self.lr_schedule == "constant":
             return None
         if self.lr_schedule == "linear":

@@ -19,13 +19,13 @@ __all__ = ["Signal", "judge", "verdict"]
 
 @attrs.frozen
 class Signal:
-    """How an objective compares with the mixture, over a run.
+    """The comparison of an objective with the mixture, over a run.
 
     Attributes:
-        mean: of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive where more of the objective helps.
+        mean: mean of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive if more of the objective helps.
         error: its standard error, the scatter between halves of the validation labels included.
         z: mean / error.
-        significant: whether |z| passes a two-sided t test at 5% for all objectives together (Bonferroni).
+        significant: True if |z| passes a two-sided t test at 5% for all objectives together (Bonferroni).
     """
 
     mean: float
@@ -44,8 +44,8 @@ def judge(names: Sequence[str], means: Sequence[Tensor], halves: Sequence[tuple[
 
     With m_t the mean signal of an interval's steps and a_t, b_t the signals of two halves of the labels at its end, the
     signal is mean_t m_t. Half the difference of two halves scatters as the mean over all labels does, and the labels are the
-    same at every t, so that part of the error does not shrink with T; what scatters from interval to interval (batches, masks,
-    the drift of the run) does: error^2 = mean_t ((a_t - b_t)/2)^2 + var_t(m_t) / T.
+    same at every t, so that part of the error does not shrink with T. The scatter from interval to interval (batches, masks,
+    the drift of the run) does shrink: error^2 = mean_t ((a_t - b_t)/2)^2 + var_t(m_t) / T.
 
     Args:
         names: K names.
@@ -75,7 +75,7 @@ def _student_quantile(probability: float, freedom: int) -> float:
 
 
 def verdict(signals: Mapping[str, Signal]) -> str:
-    """Return in words which objectives the validation labels prefer, or that they show no significant preference."""
+    """Return a sentence on the objectives that the validation labels significantly prefer, if any."""
     if not signals:
         return "This run did not measure how the objectives compare."
     helps = [name for name, signal in signals.items() if signal.significant and signal.mean > 0]
@@ -91,5 +91,5 @@ def verdict(signals: Mapping[str, Signal]) -> str:
     if harms:
         parts.append(f"{', '.join(harms)} helped significantly less")
     rest = [name for name in signals if name not in (*helps, *harms)]
-    tail = f"; {', '.join(rest)} cannot be told from the mixture" if rest else ""
+    tail = f"; {', '.join(rest)} cannot be distinguished from the mixture" if rest else ""
     return f"By the validation labels, {' and '.join(parts)}{tail}."

@@ -1,4 +1,4 @@
-"""Dividing examples into training, validation and test splits."""
+"""Divide examples into training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def random_split(n: int, fractions: Sequence[float] = EIGHT_ONE_ONE, seed: int =
     Args:
         n: number of examples.
         fractions: of train, valid and test; positive, with sum 1.
-        seed: of the permutation; torch's global generator is not touched.
+        seed: the seed of the permutation; torch's global generator is not used.
 
     Returns:
         0-based indices of train, valid and test, each in ascending order.
 
     Raises:
-        DataError: where the fractions are wrong or a split would be empty.
+        DataError: the fractions are wrong, or a split would be empty.
     """
     check_fractions(fractions)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -55,5 +55,5 @@ def check_fractions(fractions: Sequence[float]) -> None:
 
 
 def ends_of(n: int, fractions: Sequence[float]) -> list[int]:
-    """Return the largest sizes of train, train and valid, and all; the slack is for sums such as 0.7 + 0.1."""
+    """Return the largest sizes of train, train and valid, and all; the slack allows for sums such as 0.7 + 0.1."""
     return [*(math.floor(part * n + 1e-6) for part in list(accumulate(fractions))[:2]), n]

@@ -31,11 +31,11 @@ class Task(ABC):
 
     #: Name of the metric that `metric()` computes, as it appears in results ("roc_auc", "rmse", ...).
     metric_name: str
-    #: True if a larger metric is a better one.
+    #: True if a larger metric is better.
     greater_is_better: bool
     #: Sentences on the data that a user should read.
     remarks: Sequence[str] = ()
-    #: The examples, in a word.
+    #: A word for the examples.
     noun: str = "examples"
 
     def __init__(self, splits: Mapping[Split, Sequence[Any]]) -> None:
@@ -66,22 +66,22 @@ class Task(ABC):
         """Return the labels of a batch, in the shape that the metric takes."""
 
     def introduction(self) -> str:
-        """Return in a clause what is predicted, the metric and the sizes of the splits."""
+        """Return a clause on the target, the metric and the sizes of the splits."""
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
         return f"{self.subject()}, scored by {self.metric_name}; {self.noun}: {sizes}"
 
     def subject(self) -> str:
-        """Return in a phrase what is predicted."""
+        """Return a phrase for the target of the prediction."""
         return type(self).__name__
 
     def loader(self, split: Split, batch_size: int, *, shuffle: bool = False) -> Iterable[Any]:
-        """Return batches of one split; a last batch that is not full is left out where the order is shuffled."""
+        """Return batches of one split; if the order is shuffled, a last batch that is not full is left out."""
         examples: Any = self.splits[split]
         drop = shuffle and len(examples) > batch_size
         return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, drop_last=drop, collate_fn=self.collate)
 
     def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256) -> float:
-        """Return the metric of one split, in eval mode and without gradients; the modes are put back afterwards."""
+        """Return the metric of one split, in eval mode and without gradients; the modes are restored."""
         parameters = (parameter for module in (encoder, head) for parameter in module.parameters())
         device = next(parameters).device
         metric = self.metric().to(device)
@@ -94,7 +94,7 @@ class Task(ABC):
 
 @contextlib.contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its parts back in its own mode on leaving."""
+    """Put a module in eval mode; on exit, restore the mode of each of its parts."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

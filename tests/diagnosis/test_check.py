@@ -283,13 +283,25 @@ def test_the_error_for_a_large_level_names_the_other_oracle() -> None:
     ("arguments", "sentence"),
     [
         ({"oracle": "exact"}, "oracle='exact'; it must be 'dense' or 'resolve'"),
-        ({"tolerance": 0}, "tolerance=0; it must be a number > 0"),
+        ({"tolerance": 0}, "tolerance=0; it must be a finite number > 0"),
+        ({"tolerance": "1%"}, "tolerance='1%'; it must be a finite number > 0"),
         ({"directions": 0}, "directions=0; it must be a whole number >= 1"),
+        ({"seed": None}, "seed=None; it must be a whole number"),
     ],
 )
 def test_arguments(arguments: Mapping[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(mlopt.ArgumentError, match=sentence):
         mlopt.check_hypergradient(quadratic("two", mlopt.Dense()).problem, **arguments)
+
+
+def test_arguments_of_other_calls() -> None:
+    problem = quadratic("two", mlopt.Dense()).problem
+    with pytest.raises(mlopt.ArgumentError, match="diagnose: seed='0'; it must be a whole number"):
+        mlopt.diagnose(problem, seed="0")  # type: ignore[arg-type]
+    with pytest.raises(mlopt.ArgumentError, match=r"hypergradient: seed=0\.5; it must be a whole number, or None"):
+        mlopt.hypergradient(problem, seed=0.5)  # type: ignore[arg-type]
+    with pytest.raises(mlopt.ArgumentError, match=r"hypergradient: problem=\(Level.*; it must be an mlopt\.Problem"):
+        mlopt.hypergradient(problem.levels)  # type: ignore[arg-type]
 
 
 @drawn(8)

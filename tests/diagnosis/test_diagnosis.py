@@ -398,7 +398,10 @@ class inside:
         ("experiment_of_mine:number", 2, "is a int; it must be a mlopt.Problem"),
         ("experiment_of_mine:nothing", 2, "has no attribute 'nothing'"),
         ("experiment_of_yours:healthy", 2, "there is no module 'experiment_of_yours'"),
+        ("experiment_of_mine.part:healthy", 2, "there is no module 'experiment_of_mine.part'"),
+        ("xml.part:healthy", 2, "there is no module 'xml.part'"),
         ("experiment_of_mine", 2, "give MODULE:ATTRIBUTE"),
+        (".experiment_of_mine:healthy", 2, "give MODULE:ATTRIBUTE"),
     ],
 )
 def test_the_command(

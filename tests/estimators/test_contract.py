@@ -178,10 +178,10 @@ def take_inverse_for_identity(case: ClosedForm, factor: float = 1.0) -> dict[str
     outer = problem.outermost.name
     cotangents[outer] = zeros_like(problem.outermost.parameters)
     for name in cotangents:
-        found = torch.autograd.grad(
+        pulled = torch.autograd.grad(
             losses[outer], problem[name].parameters, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        cotangents[name] = add(cotangents[name], found)
+        cotangents[name] = add(cotangents[name], pulled)
     for part in problem.graph[outer].parts:
         slope = torch.autograd.grad(losses[part], problem[part].parameters, create_graph=True)
         inner = dot(slope, cotangents[part])
@@ -246,9 +246,9 @@ class Faulty(mlopt.Estimator):
         pullback = rule.pullback
 
         def broken(cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
-            found = pullback(self.distort(cotangent, point), wanted)
+            pulled = pullback(self.distort(cotangent, point), wanted)
             self.finish(point, level, rule)
-            return {block: self.spoil(vectors) for block, vectors in found.items()}
+            return {block: self.spoil(vectors) for block, vectors in pulled.items()}
 
         rule.pullback = broken  # type: ignore[method-assign]
         return rule
@@ -394,9 +394,9 @@ class Boasts(Faulty):
         pullback = rule.pullback
 
         def boasting(cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
-            found = pullback(cotangent, wanted)
+            pulled = pullback(cotangent, wanted)
             rule.report.residual = 0.0
-            return found
+            return pulled
 
         rule.pullback = boasting  # type: ignore[method-assign]
         return rule

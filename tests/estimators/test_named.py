@@ -6,6 +6,8 @@ import copy
 import inspect
 import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -135,6 +137,7 @@ def test_evolve_checks_and_leaves_the_original(kind: type[Any]) -> None:
 def test_evolve_reaches_the_solver() -> None:
     estimator = attrs.evolve(mlopt.ConjugateGradient(iterations=3), iterations=5)
     assert estimator.solver == linear.ConjugateGradient(iterations=5)
+    assert estimator.solver is estimator.solver  # made and checked once
     with pytest.raises(ValueError, match="ConjugateGradient: iterations=0"):
         attrs.evolve(estimator, iterations=0)
 
@@ -144,6 +147,28 @@ def test_a_base_class_cannot_be_made() -> None:
         mlopt.Implicit()  # type: ignore[abstract]
     with pytest.raises(mlopt.ArgumentError, match=r"LinearSolve: solver=.*; it must be a linear solver"):
         mlopt.LinearSolve(solver=mlopt.MINRES())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        (mlopt.Neumann, "warm_start", "no"),
+        (mlopt.ConjugateGradient, "warm_start", None),
+        (mlopt.MINRES, "warm_start", 1),
+        (mlopt.ValueFunction, "warm_start", "no"),
+        (mlopt.Identity, "streamed", "no"),
+        (mlopt.Dense, "compile", "no"),
+        (mlopt.Dense, "curvature_data", 3),
+        (mlopt.Dense, "curvature_data", torch.ones(2)),
+        (mlopt.Dense, "curvature_data", iter([torch.ones(2)])),
+        (partial(mlopt.Checkpoints, "folder"), "greater_is_better", "no"),
+    ],
+)
+def test_switches_and_data_are_checked(kind: Callable[..., Any], option: str, value: object) -> None:
+    with pytest.raises(
+        mlopt.ArgumentError, match=f"{option}=.*; it must be (True or False|batches that can be iterated)"
+    ):
+        kind(**{option: value})
 
 
 def test_options_exist_only_where_they_have_a_meaning() -> None:

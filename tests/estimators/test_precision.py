@@ -76,7 +76,7 @@ def test_differences_are_taken_outside_autocast() -> None:
     exact = gradient_of(cleaning(torch.float64, mlopt.Identity()))
     problem = cleaning(torch.float32, mlopt.FiniteDifference())
     with torch.autocast("cpu", torch.bfloat16):
-        found = gradient_of(problem)
+        gradient = gradient_of(problem)
         assert torch.is_autocast_enabled("cpu")
     # The cotangent is still that of the autocast forward pass, right to bfloat16's rounding.
-    assert distance(found.double(), exact) < 0.01
+    assert distance(gradient.double(), exact) < 0.01

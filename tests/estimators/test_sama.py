@@ -62,15 +62,15 @@ def test_the_diagonal_is_the_derivative_of_the_step(name: str, steps: int, seed:
         live.step()
     # Adam's coupled decay is of the variables that the step began at.
     level.module.value.data.copy_(before)
-    found = step_derivative(level, None if steps == 1 else live, [gradients[-1]])[0]
-    assert distance(found, (below - above) / (2 * size)) < 1e-5
+    derivative = step_derivative(level, None if steps == 1 else live, [gradients[-1]])[0]
+    assert distance(derivative, (below - above) / (2 * size)) < 1e-5
 
 
 def test_components_that_never_had_a_gradient() -> None:
     level = level_of(partial(Adam, lr=0.1))
-    found = step_derivative(level, None, [torch.tensor([0.0, 1.0, 0.0, 2.0])])[0]
-    assert torch.isfinite(found).all()
-    assert found[0] == pytest.approx(0.1 / 1e-8)  # the step is lr g / eps there
+    derivative = step_derivative(level, None, [torch.tensor([0.0, 1.0, 0.0, 2.0])])[0]
+    assert torch.isfinite(derivative).all()
+    assert derivative[0] == pytest.approx(0.1 / 1e-8)  # the step is lr g / eps there
 
 
 def test_with_sgd_it_is_the_identity_times_the_learning_rate() -> None:

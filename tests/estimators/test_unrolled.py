@@ -124,8 +124,8 @@ def test_virtual_steps_are_those_of_torch(name: str, seed: int, steps: int) -> N
         with at_solutions(point, problem.outermost):
             virtual = [p.detach().clone() for p in problem["net"].parameters]
         real_steps(problem, optimizer, steps)
-        for found, expected in zip(virtual, problem["net"].parameters, strict=True):
-            torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+        for value, expected in zip(virtual, problem["net"].parameters, strict=True):
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -133,10 +133,10 @@ def test_virtual_steps_are_those_of_torch(name: str, seed: int, steps: int) -> N
 @given(seed=seeds, steps=st.integers(1, 6), every=st.sampled_from([1, 2, None]))
 def test_the_hypergradient_is_the_derivative_through_the_steps(name: str, seed: int, steps: int, every: Any) -> None:
     problem = build(seed, mlopt.Unrolled(steps, checkpoint_every=every), OPTIMIZERS[name])
-    found = mlopt.hypergradient(problem)
-    torch.testing.assert_close(found.loss, outer_value(problem, steps), rtol=1e-12, atol=0)
+    result = mlopt.hypergradient(problem)
+    torch.testing.assert_close(result.loss, outer_value(problem, steps), rtol=1e-12, atol=0)
     expected = differences(lambda: outer_value(problem, steps), problem["weights"].module.value)
-    assert distance(found.gradient["value"], expected) < 1e-6
+    assert distance(result.gradient["value"], expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["momentum", "dampened", "adam", "adamw"])
@@ -146,12 +146,12 @@ def test_an_optimizer_at_work_is_gone_on_from(name: str) -> None:
     real_steps(problem, optimizer, 3)
     optimizer.param_groups[0]["lr"] *= 0.5
     problem = build(3, mlopt.Unrolled(4), optimizer, net=problem["net"].module)
-    found, fresh = (
+    gradient, fresh = (
         gradient_of(problem),
         gradient_of(build(3, mlopt.Unrolled(4), OPTIMIZERS[name], net=problem["net"].module)),
     )
     expected = differences(lambda: outer_value(problem, 4), problem["weights"].module.value)
-    assert distance(found, expected) < 1e-6
+    assert distance(gradient, expected) < 1e-6
     assert distance(fresh, expected) > 1e-3
 
 
@@ -161,8 +161,8 @@ def test_products_and_checkpoints_change_nothing(name: str, products: str) -> No
     reference = gradient_of(build(1, mlopt.Unrolled(7, checkpoint_every=1), OPTIMIZERS[name]))
     for every in (1, 2, 3, 7, 20, None):
         estimator = mlopt.Unrolled(7, checkpoint_every=every, products=products)
-        found = gradient_of(build(1, estimator, OPTIMIZERS[name]))
-        assert distance(found, reference) < (1e-6 if products == "finite_difference" else 1e-12)
+        gradient = gradient_of(build(1, estimator, OPTIMIZERS[name]))
+        assert distance(gradient, reference) < (1e-6 if products == "finite_difference" else 1e-12)
 
 
 def solved_by_steps(problem: mlopt.Problem, steps: int) -> Tensor:
@@ -257,10 +257,10 @@ def test_steps_from_another_levels_variables_are_maml(seed: int, name: str) -> N
             optimizer.step()
         return query(initial, batches[0], adapted=adapted).detach()
 
-    found = mlopt.hypergradient(problem)
-    torch.testing.assert_close(found.loss, value(), rtol=1e-12, atol=0)
-    for parameter_name, parameter in zip(found.gradient, problem["initial"].parameters, strict=True):
-        torch.testing.assert_close(found.gradient[parameter_name], differences(value, parameter), rtol=1e-6, atol=1e-7)
+    result = mlopt.hypergradient(problem)
+    torch.testing.assert_close(result.loss, value(), rtol=1e-12, atol=0)
+    for parameter_name, parameter in zip(result.gradient, problem["initial"].parameters, strict=True):
+        torch.testing.assert_close(result.gradient[parameter_name], differences(value, parameter), rtol=1e-6, atol=1e-7)
 
 
 def two(estimator: mlopt.Estimator, optimizer: Any, inner: Callable[..., Tensor]) -> mlopt.Problem:
@@ -377,8 +377,8 @@ def test_zero_in_zero_out_without_an_evaluation() -> None:
     assert not rule.pullback({"y": (torch.zeros(2),)})["x"][0].any()
     assert rule.report.iterations == 0
     # And by itself, without virtual steps, it is the same derivative.
-    found = rule.pullback({"y": (torch.tensor([1.0, 2.0]),)})["x"][0]
-    assert distance(found, gradient_of(problem)) < 1e-12
+    pulled = rule.pullback({"y": (torch.tensor([1.0, 2.0]),)})["x"][0]
+    assert distance(pulled, gradient_of(problem)) < 1e-12
     assert torch.equal(problem["y"].module.value.detach(), torch.tensor([0.3, -0.2]))
 
 
@@ -420,11 +420,11 @@ def test_inside_solve_the_steps_go_on_from_the_momenta(name: str) -> None:
     problem = build(1, mlopt.Unrolled(3), factory)
     before = problem["weights"].module.value.detach().clone()
     mlopt.solve(problem, 1, seed=0, progress=False)
-    found = problem["weights"].module.value.grad.clone()
+    gradient = problem["weights"].module.value.grad.clone()
     problem["weights"].module.value.data.copy_(before)
     problem = mlopt.Problem(problem["weights"], attrs.evolve(problem["net"], optimizer=made[0]))
     expected = differences(lambda: outer_value(problem, 3), problem["weights"].module.value)
-    assert distance(found, expected) < 1e-6
+    assert distance(gradient, expected) < 1e-6
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

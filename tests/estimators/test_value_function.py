@@ -42,7 +42,7 @@ def test_quadratics_agree_with_the_closed_form_by_default(seed: int, condition: 
 @given(seed=seeds, steps=st.integers(2, 6), away=st.booleans())
 def test_a_few_steps_on_a_quadratic_are_a_neumann_series(seed: int, steps: int, away: bool) -> None:
     """Also away from the solution: the way there is common to both sides."""
-    found = []
+    gradients = []
     for rule in (
         mlopt.ValueFunction(steps, step_size=0.1, perturbation=0.3),
         mlopt.Neumann(terms=steps - 1, step_size=0.1),
@@ -50,8 +50,8 @@ def test_a_few_steps_on_a_quadratic_are_a_neumann_series(seed: int, steps: int, 
         problem = quadratic("two", rule, seed=seed).problem
         with torch.no_grad():
             problem["y"].module.weight.add_(0.7 * away)
-        found.append(gradient_of(problem))
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+        gradients.append(gradient_of(problem))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 @drawn(5)
@@ -143,12 +143,12 @@ def test_a_warm_start_goes_on_from_the_displacement() -> None:
     residuals = []
     for _ in range(3):
         rule = problem["y"].estimator.linearize(point, "y")
-        found = rule.pullback(load)["x"][0]
+        pulled = rule.pullback(load)["x"][0]
         residuals.append(rule.report.residual)
     assert residuals == pytest.approx([0.8**2, 0.8**4, 0.8**6], abs=1e-8)
     whole = two(mlopt.ValueFunction(6, step_size=0.1))
     expected = whole["y"].estimator.linearize(point_of(whole), "y").pullback(load)["x"][0]
-    assert distance(found, expected) < 1e-8
+    assert distance(pulled, expected) < 1e-8
 
 
 @pytest.mark.parametrize("level", ["y", "z"])
@@ -208,11 +208,11 @@ def test_nothing_moves_even_when_a_loss_raises(fatal: int) -> None:
 
 def test_all_evaluations_see_the_same_masks() -> None:
     """Else the difference would be of masks, over a small perturbation. A few steps from one point are a Neumann series."""
-    found = gradient_of(restless(mlopt.ValueFunction(4, step_size=0.05, perturbation=1e-5), Restless()), seed=0)
+    gradient = gradient_of(restless(mlopt.ValueFunction(4, step_size=0.05, perturbation=1e-5), Restless()), seed=0)
     # Off the minimum, each side's descent leaves the point; the differences of gradients follow it, to first order in the step.
     series = gradient_of(restless(mlopt.Neumann(terms=3, step_size=0.05), Restless()), seed=0)
-    assert distance(found, series) < 0.3
-    assert found.norm() < 10 * series.norm()
+    assert distance(gradient, series) < 0.3
+    assert gradient.norm() < 10 * series.norm()
 
 
 def test_training_inside_solve_does_not_depend_on_the_estimator() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -80,3 +82,21 @@ def test_a_loaded_workspace_continues_the_draws(loads: int) -> None:
         resumed.workspace.load_state_dict(state)
         state = resumed.workspace.state_dict()
     assert torch.equal(drawn(resumed), drawn(problem))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda workspace: pickle.loads(pickle.dumps(workspace))])
+def test_a_copy_continues_the_draws_without_the_caches(copied: Callable[[Workspace], Workspace]) -> None:
+    problem = build()
+    drawn(problem)
+    # A compiled product holds the modules of the problem that it was compiled for, with their train or eval mode.
+    problem.workspace.compiled["network", "loss"] = drawn
+    other = build()
+    other.workspace = copied(problem.workspace)
+    assert not other.workspace.compiled
+    assert torch.equal(drawn(other), drawn(problem))
+
+
+def test_a_used_problem_can_be_copied() -> None:
+    problem = build()
+    drawn(problem)
+    assert torch.equal(drawn(copy.deepcopy(problem)), drawn(problem))

@@ -233,7 +233,7 @@ def test_the_time_limit_applies_to_the_warm_up_too(tmp_path: Any, monkeypatch: p
 def test_an_invalid_argument_of_solve_is_named(arguments: dict[str, Any], sentence: str) -> None:
     problem = still()
     before = torch.get_rng_state()
-    with pytest.raises(mlopt.ProblemError, match=sentence):
+    with pytest.raises(mlopt.ArgumentError, match=sentence):
         mlopt.solve(**{"problem": problem, "steps": 1, **arguments})
     assert torch.equal(before, torch.get_rng_state())
     assert problem["x"].module.value.item() == 1.0

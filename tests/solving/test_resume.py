@@ -258,7 +258,7 @@ def test_a_new_run_needs_a_folder_without_checkpoints(tmp_path: Path) -> None:
 
 
 def test_resume_needs_a_folder_and_starts_in_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(mlopt.ProblemError, match="resume=True without checkpoint"):
+    with pytest.raises(mlopt.ArgumentError, match="resume=True without checkpoint"):
         mlopt.solve(quadratic(), 1, resume=True)
     assert len(run(tmp_path, 2, resume=True).history) == 2
 

@@ -54,8 +54,8 @@ def _compile(term: LevelTerm) -> Callable[..., Tensors]:
         def loss(moved: Tensors) -> Tensor:
             return function(moved, rest, batch)
 
-        image: Tensors = torch.func.jvp(torch.func.grad(loss), (own,), (along,))[1]
-        return image
+        image = torch.func.jvp(torch.func.grad(loss), (own,), (along,))[1]
+        return tuple(x.to(v) for x, v in zip(image, own, strict=True))
 
     # Random numbers come from eager generators: all products of a pullback, and the training step, see the same masks.
     compiled: Callable[..., Tensors] = torch.compile(product, fullgraph=True, options={"fallback_random": True})

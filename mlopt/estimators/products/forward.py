@@ -41,7 +41,8 @@ class ForwardProduct(Product):
             origin = {block: start[block] for block in along}
             (_, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
             verify(self.term, value)
-        return {block: tuple(vectors) for block, vectors in product.items()}
+        # In float32, torch's forward mode takes a Python number times a scalar to float64.
+        return {block: tuple(x.to(v) for x, v in zip(product[block], start[block], strict=True)) for block in wanted}
 
 
 def verify(term: Term, value: Tensor) -> None:

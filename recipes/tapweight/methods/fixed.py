@@ -1,4 +1,4 @@
-"""Methods that do not learn weights: no pretraining, and pretraining at weights that are given."""
+"""Methods that do not learn weights: no pretraining, and pretraining at given weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Direct(Method):
         return 0
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
-        """Return the encoder of the start."""
+        """Return the encoder without adaptation."""
         return Adapted(encoder=experiment.model().encoder)
 
 
@@ -59,7 +59,7 @@ class FixedWeights(Method):
     def passes(self, experiment: Experiment) -> int:
         """Return one pass for each view of each objective of positive weight, at each step."""
         weights = self.weights(experiment.names)
-        views = sum(one.passes for one in experiment.objectives if weights[one.name])
+        views = sum(objective.passes for objective in experiment.objectives if weights[objective.name])
         return experiment.pretraining_steps * views
 
     def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:

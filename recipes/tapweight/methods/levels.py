@@ -68,7 +68,7 @@ def three_levels(
         model: theta, trained in place.
         objectives: in the order of the model's heads.
         task: the downstream task.
-        scales: what each objective's loss is divided by.
+        scales: the number that each objective's loss is divided by.
         gamma: strength of the coupling of the two encoders.
         corpus: batches of unlabelled examples.
         train: batches of labelled examples for finetuning.
@@ -76,8 +76,8 @@ def three_levels(
         optimizers: by level name.
         every: pretraining steps for each step on the weights.
         estimator: how finetuning is pulled back; with the identity, no network pass is needed.
-        schedulers: by level name, of levels whose learning rate does not stay.
-        precision: of the levels' steps, see `mlopt.Level`.
+        schedulers: by level name, for levels whose learning rate is not constant.
+        precision: the precision of the levels' steps, see `mlopt.Level`.
     """
 
     def pretraining_loss(own: Pretraining, batch: Any, *, reweighting: nn.Module) -> mlopt.Mixture:
@@ -98,35 +98,30 @@ def three_levels(
     names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
     finetuned = Finetuning(model.encoder, task).to(device)
+
+    def training(level: str) -> dict[str, Any]:
+        return {"optimizer": optimizers[level], "scheduler": schedulers.get(level), "precision": precision}
+
+    weights = SimplexWeights(len(objectives)).to(device)
+    identity = mlopt.Identity(streamed=True)
     return mlopt.Problem(
-        mlopt.Level(
-            "reweighting",
-            SimplexWeights(len(objectives)).to(device),
-            reweighting_loss,
-            data=valid,
-            optimizer=optimizers["reweighting"],
-            precision=precision,
-        ),
+        mlopt.Level("reweighting", weights, reweighting_loss, data=valid, **training("reweighting")),
         mlopt.Level(
             "finetuning",
             finetuned,
             finetuning_loss,
             data=train,
-            optimizer=optimizers["finetuning"],
-            scheduler=schedulers.get("finetuning"),
-            precision=precision,
             regularizer=coupling,
             estimator=estimator,
+            **training("finetuning"),
         ),
         mlopt.Level(
             "pretraining",
             model,
             pretraining_loss,
             data=corpus,
-            optimizer=optimizers["pretraining"],
-            scheduler=schedulers.get("pretraining"),
-            precision=precision,
             steps=every,
-            estimator=mlopt.Identity(streamed=True),
+            estimator=identity,
+            **training("pretraining"),
         ),
     )

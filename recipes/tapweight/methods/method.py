@@ -51,6 +51,7 @@ class Method(ABC):
         summary: for the card of the encoder: how the method adapted it.
 
     Example:
+        >>> from mlopt.recipes.tapweight.methods import Adapted, Equal, Method
         >>> class TwiceTheSteps(Method):
         ...     name, title = "twice", "equal weights, twice the steps"
         ...     summary = "Pretrained further at equal weights, in twice the steps."

@@ -33,7 +33,7 @@ class Proximal:
 
     def __init__(self, encoder: Encoder, gamma: float) -> None:
         self.gamma = gamma
-        # Read once: within the transforms of torch.func no parameter says that it requires a gradient.
+        # Read once: within the transforms of torch.func, `requires_grad` is False for every parameter.
         self._names = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
         if not self._names:
             raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Measuring the signals of the objectives during a run, on disjoint halves of the validation labels."""
+"""Measure the signals of the objectives during a run, on disjoint halves of the validation labels."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["SignalMeter"]
 
 
 class SignalMeter(mlopt.Callback):
-    """Collects every objective's signal at each step, and now and then measures it on two halves of the validation examples.
+    """Collect every objective's signal at each step, and measure it at intervals on two halves of the validation examples.
 
     A step's signal comes from the gradient that the weights move by. A half's signal is the hypergradient with that half as
     the validation batch; both halves see the same pretraining and finetuning batches and the same masks, so that only
     the labels differ. New halves are drawn each time.
 
     Args:
-        names: of the objectives, in the order of their weights.
+        names: the objectives' names, in the order of their weights.
         valid: the validation examples.
         collate: joins examples into a batch.
         streams: pretraining and finetuning batches of the meter's own, by level name.
@@ -38,7 +38,7 @@ class SignalMeter(mlopt.Callback):
         interval: outer steps between measurements.
         limit: the most examples in a half.
         batch_size: validation examples that are taken at once, which bounds the memory.
-        seed: of the halves.
+        seed: the seed of the halves.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SignalMeter(mlopt.Callback):
         if elapsed <= 0:
             return
         gradient = run.problem["reweighting"].module.logits.grad
-        if gradient is not None:  # of a step that was taken
+        if gradient is not None:  # None if the step was not taken
             weights = torch.stack([run.engine.logs[f"reweighting/weight/{name}"] for name in self.names])
             self._steps.append(relative_signals(gradient, weights))
         if elapsed % self._interval == 0 and self._steps:

@@ -1,4 +1,4 @@
-"""TapWeight on molecules: graphs from SMILES, objectives, tasks. Names are imported when they are asked for."""
+"""TapWeight on molecules: graphs from SMILES, objectives, tasks. Names are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading molecules: SMILES files and labelled tables become graphs, and every row left out is accounted for."""
+"""Read molecules: SMILES files and labelled tables become graphs; every row left out is reported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Molecules(Examples["Data"]):
 
     @property
     def smiles(self) -> tuple[str, ...]:
-        """The SMILES of each graph, as they stand in the file."""
+        """The SMILES of each graph, as in the file."""
         return tuple(graph.smiles for graph in self.examples)
 
     def copy(self) -> Molecules:
@@ -71,16 +71,16 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
 
     Args:
         path: `.csv` with a column `smiles` (in any case; other columns are ignored), or `.smi` or `.txt` with one
-            SMILES a line, followed or not by a blank and a name; each may be gzipped and end in `.gz`.
+            SMILES a line, with or without a blank and a name after it; each may be gzipped and end in `.gz`.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
-        limit: stop after so many molecules; at least 2.
+        limit: the most molecules; at least 2.
 
     Returns:
         At least two molecules, without labels.
 
     Raises:
-        DataError: naming the file, the row, what was found there and the remedy.
-        FileNotFoundError: where there is no such file.
+        DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
+        FileNotFoundError: there is no such file.
     """
     check_limit(limit, "molecules")
     path = Path(path)
@@ -114,8 +114,8 @@ def read_table(
         Molecules with labels `y` (1, tasks).
 
     Raises:
-        DataError: naming the file, the row, what was found there and the remedy.
-        FileNotFoundError: where there is no such file.
+        DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     suffix_of(path, _TABLES)
@@ -136,37 +136,37 @@ def read_table(
 def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
     """Read a MoleculeNet data set (Wu et al., 2018), fetched by `torch_geometric.datasets.MoleculeNet`.
 
-    The raw file is read by `read_table`, so that rows left out are accounted for and quoted cells are read as such.
+    `read_table` reads the raw file, so rows left out are reported and quoted cells are read correctly.
 
     Args:
         name: "ESOL", "FreeSolv", "Lipo", "PCBA", "MUV", "HIV", "BACE", "BBBP", "Tox21", "ToxCast", "SIDER" or
             "ClinTox", in any case.
-        root: the folder of the data sets. Nothing is downloaded where `root/<name in lower case>/raw/` has the file.
+        root: the folder of the data sets. Nothing is downloaded if `root/<name in lower case>/raw/` has the file.
 
     Returns:
         Molecules with the labels of the data set.
 
     Raises:
-        DataError: where the name is unknown, the file cannot be fetched or cannot be read.
+        DataError: the name is unknown, or the file cannot be fetched or read.
     """
     dataset_class: Any = import_extra("torch_geometric.datasets").MoleculeNet
 
     class RawFile(dataset_class):  # type: ignore[misc]
-        """The data set's fetching alone: its own parser drops rows without saying which."""
+        """The download of the data set only: its own parser drops rows silently."""
 
         has_process = False
 
         def load(self, path: str) -> None:
-            """Load nothing, as nothing was processed."""
+            """Load nothing: nothing was processed."""
 
     key = name.lower()
     if key not in dataset_class.names:
-        raise DataError(f"name={name!r} is no MoleculeNet data set{suggestion(key, dataset_class.names)}")
+        raise DataError(f"name={name!r} is not a MoleculeNet data set{suggestion(key, dataset_class.names)}")
     try:
         raw = Path(RawFile(str(root), key).raw_paths[0])
     except OSError as error:
         place = Path(root) / key / "raw" / f"{dataset_class.names[key][2]}.csv"
-        raise DataError(f"MoleculeNet {name} cannot be fetched ({error}); lay its raw file at {place}") from error
+        raise DataError(f"MoleculeNet {name} cannot be fetched ({error}); put its raw file at {place}") from error
     smiles, labels = dataset_class.names[key][3:]
     header, _ = table_of(raw)
     chosen = header[labels] if isinstance(labels, slice) else [header[labels]]
@@ -194,9 +194,9 @@ def graph_of(smiles: str) -> Data:
     """Return the graph of a molecule.
 
     Raises:
-        UnusableError: the SMILES is not that of a molecule that has a graph.
+        UnusableError: the SMILES is not a molecule, or the molecule does not have a graph.
     """
-    subject = f"{shown(smiles)} is no molecule: "
+    subject = f"{shown(smiles)} is not a molecule: "
     chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
     with base.BlockLogs():  # the reason is raised, not printed
         molecule = chem.MolFromSmiles(smiles)
@@ -215,12 +215,12 @@ def graph_of(smiles: str) -> Data:
 
 
 def _label(path: Path, row: int, column: str, cell: str) -> float:
-    """Return a label, NaN where it is missing."""
+    """Return a label, NaN if it is missing."""
     text = cell.strip()
     if not text:
         return math.nan
     try:
-        if "_" in text:  # float() takes digits grouped by underscores, which no table means
+        if "_" in text:  # float() accepts digits grouped by underscores
             raise ValueError(text)
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`mlopt tapweight demo`: which of six objectives suits a task, where the answer is known beforehand."""
+"""`mlopt tapweight demo`: weigh six objectives for a task, with the answer known beforehand."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ SETTINGS = Settings(valid_batch_size=500, weights_lr=3e-2, epochs=15, finetune_l
 _CORPUS, _TRAIN, _VALID, _TEST = 2_000, 500, 1_000, 500
 
 _INTRODUCTION = (
-    "Molecules: fragments of about 130 well-known drugs, joined anew. Labels: solubility in water by Delaney's equation, "
-    "computed by RDKit. This is a demonstration, not a benchmark: the equation is made of molecular descriptors, so that "
+    "Molecules: recombined fragments of about 130 well-known drugs. Labels: solubility in water by Delaney's equation, "
+    "computed by RDKit. This is a demonstration, not a benchmark: the equation is made of molecular descriptors, so "
     "the objective that predicts those is known to suit the task, and the control (labels by hash) is known to be useless."
 )
 
 
 def demonstration(seed: int) -> TapWeight:
-    """Return the recipe of the demonstration: which molecules are labelled, and all else that is random, by the seed."""
+    """Return the recipe of the demonstration. The seed determines the labelled molecules and everything else that is random."""
     smiles = recombined(_CORPUS + _TRAIN + _VALID + _TEST, 0)
     random.Random(seed).shuffle(smiles)
     corpus = _molecules(smiles[:_CORPUS], labelled=False)
@@ -56,10 +56,10 @@ def demonstration(seed: int) -> TapWeight:
 
 
 def _molecules(smiles: Sequence[str], *, labelled: bool) -> Molecules:
-    graphs = tuple(graph_of(one) for one in smiles)
+    graphs = tuple(map(graph_of, smiles))
     if labelled:
-        for graph, one in zip(graphs, smiles, strict=True):
-            graph.y = torch.tensor([[solubility(one)]])
+        for graph in graphs:
+            graph.y = torch.tensor([[solubility(graph.smiles)]])
     names = ("solubility",) if labelled else ()
     return Molecules(examples=graphs, rows=tuple(range(len(graphs))), label_names=names, source="the demonstration")
 
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo") -> Non
 
     Args:
         arguments: the options.
-        prog: how the command was called.
+        prog: the name of the command.
     """
-    # The batches are small: a second thread costs more than it brings.
+    # The batches are small: a second thread costs more than it saves.
     torch.set_num_threads(1)
     show(arguments, demonstration, KNOWN, steps=STEPS, introduction=_INTRODUCTION, output="runs/demo", prog=prog)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch
 
-#: How many values each of the 9 atom features, and each of the 3 bond features, of `from_smiles` can take.
+#: The number of values of each of the 9 atom features, and of each of the 3 bond features, of `from_smiles`.
 ATOM_SIZES: dict[str, int] = {name: len(values) for name, values in x_map.items()}
 BOND_SIZES: dict[str, int] = {name: len(values) for name, values in e_map.items()}
 #: The mask token of each feature: the index after its last value.

@@ -34,17 +34,17 @@ class Data(LabelledData):
     Args:
         corpus: unlabelled molecules to pretrain on: .csv with a column "smiles", or .smi or .txt with a SMILES a line; also
             gzipped (.gz).
-        corpus_limit: how many molecules of the corpus to read, from its start.
+        corpus_limit: the number of molecules of the corpus to read, from its start.
         train: labelled molecules: .csv or .csv.gz with a column "smiles" and columns of labels. It is split 8:1:1 into training,
             validation and test unless --valid and --test are given.
-        valid: labelled molecules for validation; with --test.
-        test: labelled molecules for the final score; with --valid.
+        valid: labelled molecules for validation; requires --test.
+        test: labelled molecules for the final score; requires --valid.
         dataset: a MoleculeNet data set in place of --train, such as ESOL, BACE or Tox21; fetched if it is missing.
         root: the folder of MoleculeNet's data sets.
         labels: the columns to predict.
-        kind: whether the labels are classes 0 and 1, or numbers.
+        kind: classification if the labels are the classes 0 and 1, regression if they are numbers.
         metric: the score: roc_auc for classification, rmse or mae for regression, in the labels' unit.
-        split: how to split --train or --dataset: so that no scaffold is in two splits, or at random by the seed.
+        split: the split of --train or --dataset: no scaffold is in two splits, or at random by the seed.
         chirality: distinguish scaffolds that differ in stereochemistry only.
         strict: stop at a SMILES that cannot be read in --corpus or the labelled files, instead of leaving its row out.
     """
@@ -70,10 +70,10 @@ class EncoderSettings:
 
     Args:
         width: numbers that represent an atom, and a molecule.
-        layers: message-passing layers: how many bonds far an atom sees.
+        layers: message-passing layers, each of which extends an atom's view by one bond.
         dropout: share of the features dropped after each layer in training, from 0 to below 1.
         norm: normalisation after each layer: over the batch, or over the features of an atom.
-        pooling: how the atoms of a molecule are joined.
+        pooling: the representation of a molecule, from those of its atoms.
         residual: add each layer's input to its output.
     """
 

@@ -1,4 +1,4 @@
-"""Molecules that ship with the project: well-known drugs, and their fragments put together anew."""
+"""Molecules that ship with the project: well-known drugs, and recombinations of their fragments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEAVY_ATOMS = range(12, 38)
 
 
 def drugs() -> tuple[str, ...]:
-    """Return the SMILES of about 130 drugs and relatives of theirs."""
+    """Return the SMILES of about 130 drugs and related molecules."""
     text = (resources.files(__package__) / "drugs.smi").read_text()
     return tuple(line.split()[0] for line in text.splitlines())
 
@@ -54,31 +54,33 @@ def recombined(count: int, seed: int) -> list[str]:
     """Return distinct molecules of 12 to 37 heavy atoms: halves of two drugs, cut at bonds of one BRICS type and joined.
 
     Args:
-        count: how many.
-        seed: of the choice.
+        count: the number of molecules.
+        seed: the seed of the choice.
 
     Returns:
         Canonical SMILES; the same ones for the same arguments and the same release of RDKit.
 
     Raises:
-        ValueError: the halves do not make that many.
+        ValueError: the halves make fewer molecules.
 
     Source: BRICS, Degen et al. 2008 (doi 10.1002/cmdc.200800178).
     """
     chem, halves = import_extra("rdkit.Chem"), _halves()
     pairs = [(left, right) for lefts, rights in halves.values() for left in lefts for right in rights]
     random.Random(seed).shuffle(pairs)
-    found: dict[str, None] = {}
+    molecules: dict[str, None] = {}
     for left, right in pairs:
         if left.GetNumHeavyAtoms() + right.GetNumHeavyAtoms() in _HEAVY_ATOMS:
-            found[chem.MolToSmiles(chem.molzip(left, right))] = None
-        if len(found) == count:
-            return list(found)
-    raise ArgumentError(f"recombined: count={count}; the halves make {len(found)} distinct molecules")
+            molecules[chem.MolToSmiles(chem.molzip(left, right))] = None
+        if len(molecules) == count:
+            return list(molecules)
+    raise ArgumentError(
+        f"recombined: count={count}, but the halves make {len(molecules)} distinct molecules; give a smaller count"
+    )
 
 
 def _halves() -> dict[tuple[str, str], tuple[list[Any], list[Any]]]:
-    """Return, by the BRICS types of a bond's ends, the halves on either side of it, an open end marked in each."""
+    """Return the halves on either side of each bond by the BRICS types of its ends; each half has a marked open end."""
     chem, brics = import_extra("rdkit.Chem"), import_extra("rdkit.Chem.BRICS")
     halves: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
     for smiles in drugs():

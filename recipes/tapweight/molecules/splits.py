@@ -1,4 +1,4 @@
-"""Dividing molecules into training, validation and test splits."""
+"""Divide molecules into training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def scaffold_split(
 ) -> dict[Split, list[int]]:
     """Split molecules so that no Bemis-Murcko scaffold is in two splits.
 
-    Groups of one scaffold, the largest first (of equally large ones, the one that starts last first), go whole into
-    train while it keeps to its fraction, else into valid while train and valid keep to theirs, else into test.
+    The molecules of a scaffold stay together. The largest group comes first (among equals, the one that starts last). A
+    group goes into train if train keeps to its fraction, else into valid if train and valid keep to theirs, else into test.
 
     Args:
         smiles: SMILES that RDKit can parse.
         fractions: of train, valid and test; positive, with sum 1.
-        chirality: tell scaffolds apart that differ in stereochemistry (Hu et al., 2020: Strategies for pre-training
+        chirality: distinguish scaffolds that differ in stereochemistry (Hu et al., 2020: Strategies for pre-training
             graph neural networks), or not (MoleculeNet's custom, Wu et al., 2018).
 
     Returns:
         0-based indices of train, valid and test, group by group.
 
     Raises:
-        DataError: where the fractions are wrong, a SMILES cannot be parsed, or a split would be empty.
+        DataError: the fractions are wrong, a SMILES cannot be parsed, or a split would be empty.
     """
     check_fractions(fractions)
     groups: dict[str, list[int]] = defaultdict(list)
-    for index, one in enumerate(smiles):
-        groups[_scaffold(index, one, chirality=chirality)].append(index)
+    for index, molecule in enumerate(smiles):
+        groups[_scaffold(index, molecule, chirality=chirality)].append(index)
     train_end, valid_end, _ = ends_of(len(smiles), fractions)
     splits: dict[Split, list[int]] = {name: [] for name in NAMES}
     for group in sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True):
@@ -54,7 +54,7 @@ def scaffold_split(
         if not indices:
             raise DataError(
                 f"{len(smiles)} molecules of {len(groups)} scaffolds leave the {name} split empty: a scaffold is never "
-                "divided; take a random split, other fractions or more molecules"
+                "divided; use a random split, other fractions or more molecules"
             )
     return splits
 
@@ -65,6 +65,6 @@ def _scaffold(index: int, smiles: str, *, chirality: bool) -> str:
     with import_extra("rdkit.rdBase").BlockLogs():
         molecule = import_extra("rdkit.Chem").MolFromSmiles(smiles)
         if molecule is None:
-            raise DataError(f"smiles[{index}]={smiles!r} is no molecule; leave it out before splitting")
+            raise DataError(f"smiles[{index}]={smiles!r} is not a molecule; leave it out before splitting")
         scaffold: str = murcko.MurckoScaffoldSmiles(mol=molecule, includeChirality=chirality)
     return scaffold

@@ -1,4 +1,4 @@
-"""Predicting properties of molecules: a downstream task on graphs, with missing labels."""
+"""A downstream task on molecules: predict properties, some of whose labels may be missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _rmse(outputs: Tensor, labels: Tensor) -> Tensor:
 
 @attrs.frozen
 class _Measure:
-    """A metric of one task: its function, the kind of task, and how many distinct labels it needs to be defined."""
+    """A metric of one task: its function, the kind of task, and the number of distinct labels that define it."""
 
     function: Callable[[Tensor, Tensor], Tensor]
     kind: Kind
@@ -86,10 +86,10 @@ class TaskMean(Metric):
 
         Args:
             outputs: (B, T) logits, or standardised predictions.
-            labels: (B, T) in the labels' unit, NaN where missing.
+            labels: (B, T) in the labels' unit, NaN if missing.
 
         Raises:
-            ValueError: where the shapes differ or an output is not finite.
+            ValueError: the shapes differ, or an output is not finite.
         """
         _check_shapes(outputs, labels)
         if not outputs.isfinite().all():
@@ -107,20 +107,20 @@ class TaskMean(Metric):
             if len(labels[present].unique()) >= measure.distinct:
                 scores.append(measure.function(outputs[present], labels[present]))
         if not scores:
-            raise DataError(f"{self.name} is defined for no task: each needs {measure.distinct} distinct labels")
+            raise DataError(f"{self.name} is undefined for every task: each needs {measure.distinct} distinct labels")
         return torch.stack(scores).mean()
 
 
 class MoleculeTask(Task):
-    """Predict one or several properties of molecules, where labels may be missing.
+    """Predict one or several properties of molecules; labels may be missing.
 
     Regression labels are standardised, task by task, by the mean and the (population) standard deviation of the
     training split; the head predicts standardised values, and metrics are in the labels' unit.
 
     Args:
-        splits: labelled molecules of "train", "valid" and "test"; each graph has `y` (1, T), NaN where missing.
+        splits: labelled molecules of "train", "valid" and "test"; each graph has `y` (1, T), NaN if missing.
         label_names: the T tasks.
-        kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification where all
+        kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification if all
             labels are 0 or 1.
         metric: "roc_auc" for classification; "rmse" (the default) or "mae" for regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
@@ -132,7 +132,7 @@ class MoleculeTask(Task):
         std: (T,) float64, of the training labels; 1 for classification.
 
     Raises:
-        DataError: where a split has no label of a task, a label is not one of its kind, or the metric is undefined.
+        DataError: a split has no label of a task, a label does not fit the kind, or the metric is undefined.
     """
 
     splits: Mapping[Split, Sequence[Data]]
@@ -184,15 +184,15 @@ class MoleculeTask(Task):
         Args:
             molecules: labelled molecules, from `read_table` or `molecule_net`.
             split: by Bemis-Murcko scaffold, or at random.
-            chirality: tell scaffolds apart that differ in stereochemistry.
-            seed: of the random split.
+            chirality: distinguish scaffolds that differ in stereochemistry.
+            seed: the seed of the random split.
             kind, metric, dropout: as in the constructor.
 
         Returns:
             The task.
 
         Raises:
-            DataError: where a split is empty, or as in the constructor.
+            DataError: a split is empty, or as in the constructor.
         """
         if split == "scaffold":
             indices = scaffold_split(molecules.smiles, chirality=chirality)
@@ -232,7 +232,7 @@ class MoleculeTask(Task):
             valid, test: as `train`; both or neither.
             labels: the label columns; by default all but `smiles`, of the training file.
             split, chirality, seed: as in `from_molecules`; for one file only.
-            strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out and saying so in `remarks`.
+            strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out and reporting it in `remarks`.
             kind, metric, dropout: as in the constructor.
 
         Returns:
@@ -247,9 +247,9 @@ class MoleculeTask(Task):
                 molecules, kind=kind, split=split, chirality=chirality, seed=seed, metric=metric, dropout=dropout
             )
         if valid is None or test is None:
-            given, missing = ("test", "valid") if valid is None else ("valid", "test")
+            present, missing = ("test", "valid") if valid is None else ("valid", "test")
             raise DataError(
-                f"{given} is given without {missing}; give both, or neither to split the training file 8:1:1"
+                f"{present} is given without {missing}; give both, or neither to split the training file 8:1:1"
             )
         files = [molecules, *(read_table(path, labels=molecules.label_names, strict=strict) for path in (valid, test))]
         return cls(
@@ -258,7 +258,7 @@ class MoleculeTask(Task):
             kind=kind,
             metric=metric,
             dropout=dropout,
-            remarks=[one.summary() for one in files if one.skipped],
+            remarks=[table.summary() for table in files if table.skipped],
         )
 
     def collate(self, examples: list[Data]) -> Batch:
@@ -275,7 +275,7 @@ class MoleculeTask(Task):
         return outputs
 
     def targets(self, batch: Batch) -> Tensor:
-        """Return the labels (B, T) in their unit, NaN where missing."""
+        """Return the labels (B, T) in their unit, NaN if missing."""
         labels: Tensor = batch.y
         return labels
 
@@ -291,7 +291,7 @@ class MoleculeTask(Task):
             (B,) losses, in float32 at least.
 
         Raises:
-            ValueError: where the outputs are not (B, T).
+            ValueError: the outputs are not (B, T).
         """
         labels = self.targets(batch)
         _check_shapes(outputs, labels)
@@ -316,11 +316,11 @@ class MoleculeTask(Task):
         return f"{self.kind} of {', '.join(self.label_names)}"
 
     def _coverage(self, labels: Mapping[Split, Tensor]) -> list[str]:
-        """Check that each split can be scored, and return a sentence on each task that has to be left out."""
+        """Check that each split can be scored, and return a sentence on each task that is left out."""
         remarks = []
         for split, table in labels.items():
-            found = [column[~column.isnan()].unique() for column in table.T]
-            for name, values in zip(self.label_names, found, strict=True):
+            distinct = [column[~column.isnan()].unique() for column in table.T]
+            for name, values in zip(self.label_names, distinct, strict=True):
                 if not len(values):
                     raise DataError(
                         f"task {name!r} has no label in the {split} split; leave it out by `labels`, or split otherwise"
@@ -330,7 +330,7 @@ class MoleculeTask(Task):
                         f"task {name!r} has only the label {values[0]:g} in the {split} split, "
                         f"and is left out of its {self.metric_name}"
                     )
-            if all(len(values) < _MEASURES[self.metric_name].distinct for values in found):
+            if all(len(values) < _MEASURES[self.metric_name].distinct for values in distinct):
                 raise DataError(
                     f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; "
                     "split otherwise, or give more molecules"
@@ -354,7 +354,7 @@ class MoleculeTask(Task):
 
 
 def _check_shapes(outputs: Tensor, labels: Tensor) -> None:
-    """Check that outputs and labels have one shape: broadcasting would give a number all the same."""
+    """Check that outputs and labels have one shape: broadcasting would hide a difference."""
     if outputs.shape != labels.shape:
         raise ArgumentError(
             f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; both must be (B, T)"
@@ -381,18 +381,18 @@ def _check_classes(split: Split, examples: Sequence[Data], labels: Tensor, names
         index, task = wrong[0]
         raise DataError(
             f"{_place(split, examples, index)}: the label {labels[index, task]:g} of task {names[task]!r} is not 0 or "
-            "1; mend it, leave it empty where it is missing, or take kind='regression'"
+            "1; correct it, leave it empty if it is missing, or use kind='regression'"
         )
 
 
 def _place(split: Split, examples: Sequence[Data], index: int) -> str:
-    """Say where an example comes from: its file and row, where they are known."""
+    """Return the place of an example: its file and row, if they are known."""
     if isinstance(examples, Molecules):
         return f"{examples.source}, row {examples.rows[index]}"
     return f"example {index} of the {split} split"
 
 
 def _infer_kind(labels: Iterable[Tensor]) -> Kind:
-    """Return "classification" where all labels are 0 or 1, else "regression"."""
+    """Return "classification" if all labels are 0 or 1, else "regression"."""
     classes = all(((table == 0) | (table == 1) | table.isnan()).all() for table in labels)
     return "classification" if classes else "regression"

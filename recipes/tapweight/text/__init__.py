@@ -1,4 +1,4 @@
-"""TapWeight on text: any transformers encoder, objectives, tasks. Names are imported when they are asked for."""
+"""TapWeight on text: any transformers encoder, objectives, tasks. Names are imported on first use."""
 
 from __future__ import annotations
 

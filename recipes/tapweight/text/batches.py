@@ -1,4 +1,4 @@
-"""From texts to batches: tokenised, cut to the length that the encoder takes, padded."""
+"""Join texts into batches: tokenise them, cut them to the length that the encoder takes, and pad them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Collate", "Example"]
 
-#: A text: "text", for a pair also "text_b", for a labelled one "label", and what objectives attach to it.
+#: A text: "text", for a pair also "text_b", for a labelled one "label", and the entries that objectives attach.
 Example = dict[str, Any]
-#: What the tokenizer gives for B texts of at most S tokens, all (B, S): "input_ids", "attention_mask", "special_tokens_mask"
-#: (padding counts as special), for some encoders "token_type_ids"; and (B, ...) tensors of what else the examples hold.
+#: The tokens of B texts of at most S tokens, all (B, S): "input_ids", "attention_mask", "special_tokens_mask" (padding counts
+#: as special), for some encoders "token_type_ids"; and (B, ...) tensors of the other entries of the examples.
 Batch = dict[str, Any]
 
 _CHUNK = 1_000
@@ -56,11 +56,11 @@ class Collate:
             count += sum(len(ids) > self.max_length for ids in tokens)
         return count
 
-    def remark(self, examples: Sequence[Example], where: str) -> list[str]:
-        """Return a sentence that tells how many of the examples are cut, where some are."""
+    def remark(self, examples: Sequence[Example], source: str) -> list[str]:
+        """Return a sentence with the number of examples that are cut off, or none if all are whole."""
         count = self.cut(examples)
         return [
-            f"{count} of {len(examples)} texts of {where} are longer than {self.max_length} tokens and are cut off"
+            f"{count} of {len(examples)} texts of {source} are longer than {self.max_length} tokens and are cut off"
         ] * (count > 0)
 
     def _tokenise(self, examples: Sequence[Example], length: int, **options: Any) -> Any:

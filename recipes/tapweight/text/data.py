@@ -1,4 +1,4 @@
-"""Reading text: files of documents, labelled tables and data sets; every row left out is accounted for."""
+"""Read text from files of documents, labelled tables and data sets; report every row that is left out."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["Texts", "from_dataset", "read_corpus", "read_table"]
 _TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
 _LONGEST = 2**31 - 1  # characters of a document
-#: What JSON can say of a character in two parts, one of which a text that was cut off lacks; no tokenizer takes it.
+#: JSON can write a character in two parts; a truncated text may hold one of them, which no tokenizer accepts.
 _SURROGATE = re.compile("[\ud800-\udfff]")
-#: The columns of text that are looked for where none are named.
+#: The columns of text to look for if none are named.
 _USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentence2"))
 
 
@@ -36,7 +36,7 @@ _USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentenc
 class Texts(Examples["Example"]):
     """The texts of one file or data set, in its order.
 
-    Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label", as it stands there.
+    Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label", as the file has it.
     """
 
     noun = "texts"
@@ -46,7 +46,7 @@ class Texts(Examples["Example"]):
         return attrs.evolve(self, examples=tuple(dict(example) for example in self.examples))
 
     def unlabelled(self) -> Texts:
-        """Return every text once, each of a pair on its own, without labels: a corpus for the task that it is the data of."""
+        """Return every distinct text without labels, the two of a pair separately: a corpus of the task's own texts."""
         rows = {text: row for example, row in zip(self.examples, self.rows, strict=True) for text in _texts(example)}
         return Texts(examples=tuple({"text": text} for text in rows), rows=tuple(rows.values()), source=self.source)
 
@@ -57,18 +57,18 @@ def read_corpus(
     """Read an unlabelled corpus.
 
     Args:
-        path: `.txt` with a document a line, blank lines apart; or `.csv` or `.jsonl` with a column of text (others are
+        path: `.txt` with a document a line (blank lines are skipped), or `.csv` or `.jsonl` with a column of text (others are
             ignored). Each may be gzipped and end in `.gz`.
         column: the column of the texts.
-        strict: refuse a text in a table that is empty or no Unicode, instead of leaving it out.
+        strict: refuse a text of a table that is empty or not Unicode, instead of leaving it out.
         limit: stop after so many texts; at least 2.
 
     Returns:
         At least two texts.
 
     Raises:
-        DataError: naming the file, the row, what was found there and the remedy.
-        FileNotFoundError: where there is no such file.
+        DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
+        FileNotFoundError: there is no such file.
     """
     check_limit(limit, "texts")
     path = Path(path)
@@ -81,27 +81,23 @@ def read_corpus(
 
 
 def read_table(
-    path: str | os.PathLike[str],
-    *,
-    text: Sequence[str] | None = None,
-    label: str = "label",
-    strict: bool = False,
+    path: str | os.PathLike[str], *, text: Sequence[str] | None = None, label: str = "label", strict: bool = False
 ) -> Texts:
     """Read labelled texts, or pairs of texts, from columns whose names may be in any case.
 
     Args:
         path: `.csv` with a header row, or `.jsonl` with an object a line; each may be gzipped and end in `.gz`.
         text: the column of the text, or the two columns of a pair; by default "text", "text_a" and "text_b", "sentence", or
-            "sentence1" and "sentence2", the first that there are.
+            "sentence1" and "sentence2", the first that the file has.
         label: the column of the label.
-        strict: refuse a text that is empty or no Unicode, instead of leaving its row out and saying so.
+        strict: refuse a text that is empty or not Unicode, instead of leaving its row out and reporting it.
 
     Returns:
         At least one example.
 
     Raises:
-        DataError: naming the file, the row, what was found there and the remedy.
-        FileNotFoundError: where there is no such file.
+        DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     suffix_of(path, _TABLES)
@@ -120,17 +116,17 @@ def from_dataset(
     """Read a `datasets.Dataset`.
 
     Args:
-        dataset: one split. A column of classes gives their names.
+        dataset: one split. Labels of a column of classes become their names.
         text: as in `read_table`.
         label: the column of the label; None for an unlabelled corpus.
-        name: what messages call it.
+        name: its name in messages.
         strict: as in `read_table`.
 
     Returns:
         At least one example.
 
     Raises:
-        DataError: naming the row, what was found there and the remedy.
+        DataError: the data cannot be used; the message names the row, its content and the remedy.
     """
     header = list(dataset.column_names)
     columns = _text_columns(name, text, header)
@@ -143,23 +139,24 @@ def from_dataset(
         for row, record in enumerate(dataset):
             example = {key: record[column] for key, column in columns.items()}
             if names is not None and example["label"] is not None:
-                # -1 stands for no label, as in test splits whose labels are not public.
+                # -1 means that there is no label, as in test splits whose labels are not public.
                 example["label"] = names[example["label"]] if example["label"] >= 0 else None
             yield row, example
 
     return _gathered(records(), name, strict=strict)
 
 
-def _text_columns(source: str, asked: Sequence[str] | None, header: Sequence[str]) -> dict[str, str]:
+def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[str]) -> dict[str, str]:
     """Return the columns of the texts, by their keys in an example."""
-    if asked is None:
+    remedy = "give the column of the text, or the two columns of a pair"
+    if columns is None:
         known = {name.casefold() for name in header}
-        asked = next((usual for usual in _USUAL if known >= set(usual)), None)
-        if asked is None:
-            raise DataError(f"{source}: no column 'text'{suggestion('text', header)}; name the text's, or a pair's two")
-    if isinstance(asked, str) or not 1 <= len(asked) <= 2 or len(set(asked)) < len(asked):
-        raise DataError(f"{source}: text={asked!r}; give the column of the text, or the two columns of a pair")
-    return dict(zip(("text", "text_b"), asked, strict=False))
+        columns = next((usual for usual in _USUAL if known >= set(usual)), None)
+        if columns is None:
+            raise DataError(f"{source}: no column 'text'{suggestion('text', header)}; {remedy}")
+    if isinstance(columns, str) or not 1 <= len(columns) <= 2 or len(set(columns)) < len(columns):
+        raise DataError(f"{source}: text={columns!r}; {remedy}")
+    return dict(zip(("text", "text_b"), columns, strict=False))
 
 
 def _columns(path: Path) -> list[str]:
@@ -168,7 +165,7 @@ def _columns(path: Path) -> list[str]:
 
 
 def _records(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
-    """Yield the examples of a table with the line that each starts at."""
+    """Yield the examples of a table, each with its first line."""
     if suffix_of(path, _TABLES) == ".csv":
         header, rows = table_of(path, _LONGEST)
         indices = {key: column_of(path, header, name) for key, name in columns.items()}
@@ -189,19 +186,19 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, row {row}: not valid JSON ({error}); each line is an object") from error
+            raise DataError(f"{path}, row {row}: not valid JSON ({error}); write an object on each line") from error
         if not isinstance(content, dict):
-            raise DataError(f"{path}, row {row}: {line.strip()[:40]!r} is no JSON object; each line is one")
+            raise DataError(f"{path}, row {row}: {line.strip()[:40]!r} is not a JSON object; write one on each line")
         yield row, content
 
 
 def _gathered(records: Iterable[tuple[int, Example]], source: str, **options: Any) -> Texts:
-    """Check the examples, and leave out those of which a text is empty or not Unicode; `options` are those of `gather`."""
+    """Check the examples; leave out those with a text that is empty or not Unicode. `options` are those of `gather`."""
 
     def example(row: int, record: Example) -> Example:
         for key in ("text", "text_b"):
             if key in record and not isinstance(record[key], str | None):
-                raise DataError(f"{source}, row {row}: {record[key]!r} is no text; give strings")
+                raise DataError(f"{source}, row {row}: {record[key]!r} is not text; give strings")
         if fault := _fault(_texts(record)):
             raise UnusableError(fault)
         if "label" in record and _is_missing(record["label"]):
@@ -217,7 +214,7 @@ def _texts(example: Example) -> list[Any]:
 
 
 def _fault(texts: Sequence[str | None]) -> str | None:
-    """Return why texts are no example, or None where they are one."""
+    """Return why the texts cannot be used, or None if they can."""
     if not all((text or "").strip() for text in texts):
         return "the text is empty"
     half = _SURROGATE.search("\n".join(filter(None, texts)))

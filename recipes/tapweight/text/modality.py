@@ -38,15 +38,15 @@ class Data(LabelledData):
     Args:
         corpus: unlabelled texts to pretrain on: .txt with a document a line, or .csv or .jsonl with a column "text"; also gzipped
             (.gz).
-        corpus_limit: how many texts of the corpus to read, from its start.
+        corpus_limit: the number of texts of the corpus to read, from its start.
         train: labelled texts: .csv or .jsonl, also gzipped, with a column "text" (or "text_a" and "text_b") and a column
             "label". They are split 8:1:1 into training, validation and test at random unless --valid and --test are given.
-        valid: labelled texts for validation; with --test.
-        test: labelled texts for the final score; with --valid.
+        valid: labelled texts for validation; requires --test.
+        test: labelled texts for the final score; requires --valid.
         dataset: a task of GLUE in place of --train, such as cola, mrpc or stsb; fetched if it is missing.
         text: the column of the text, or the two columns of a pair.
         label: the column of the label.
-        kind: whether the labels are classes, or numbers.
+        kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: accuracy, macro_f1, micro_f1 or matthews for classification, pearson or spearman for regression.
         strict: stop at an empty text in --corpus or the labelled files, instead of leaving its row out.
     """
@@ -70,12 +70,12 @@ class EncoderSettings:
     """The encoder that is pretrained further, and its tokenizer.
 
     Args:
-        model: an encoder of transformers, such as BERT, RoBERTa or DeBERTa: a folder, or a name on the Hugging Face hub. Code
-            that it brings is never run.
+        model: an encoder of transformers, such as BERT, RoBERTa or DeBERTa: a folder, or a name on the Hugging Face hub. Its own
+            code is never run.
         pooling: the representation of a text: the mean over its tokens, or its first token.
         max_length: tokens of a text, special ones counted; the rest is cut off.
-        layers: how many of the encoder's layers to keep, from the first.
-        dtype: of the weights. Adam's steps on bfloat16 weights are rounded.
+        layers: the number of the encoder's layers to keep, from the first.
+        dtype: the dtype of the weights. Adam's steps on bfloat16 weights are rounded.
         attention: how attention is computed: sdpa if the encoder has it, or eager.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
@@ -118,7 +118,7 @@ class TextConfiguration(Configuration[Data, EncoderSettings]):
     encoder: EncoderSettings = attrs.field(factory=EncoderSettings)
 
     def resolved(self, *, output: Path, seeds: tuple[int, ...], device: Device) -> Self:
-        """Return the configuration of a run as it was; a model that is a folder has an absolute path, too."""
+        """Return the configuration with absolute paths, also that of a model that is a folder."""
         whole = super().resolved(output=output, seeds=seeds, device=device)
         folder = Path(self.encoder.model or "")
         if not folder.is_dir():
@@ -134,7 +134,7 @@ class TextModality(Modality[TextConfiguration]):
     configuration_class = TextConfiguration
 
     def read(self, say: Callable[[str], None]) -> None:
-        """Read the labelled texts and the corpus, and check that the encoder and the tasks can be made of them."""
+        """Read the labelled texts and the corpus, and check that the encoder and the tasks can be built."""
         data, seeds = self.configuration.data, self.configuration.seeds
         self._splits = {seed: self._split(seed) for seed in seeds}
         self._corpus = None
@@ -187,16 +187,16 @@ class TextModality(Modality[TextConfiguration]):
 
     def _encoder(self, seed: int) -> TextEncoder:
         """Return the encoder; weights that its checkpoint lacks, such as a pooler's, are drawn by the seed."""
-        given = self.configuration.encoder
-        assert given.model is not None  # checked
-        options: dict[str, Any] = {"dtype": getattr(torch, given.dtype)}
-        if given.layers is not None:
-            options["num_hidden_layers"] = given.layers
-        if given.attention is not None:
-            options["attn_implementation"] = given.attention
+        section = self.configuration.encoder
+        assert section.model is not None  # checked
+        options: dict[str, Any] = {"dtype": getattr(torch, section.dtype)}
+        if section.layers is not None:
+            options["num_hidden_layers"] = section.layers
+        if section.attention is not None:
+            options["attn_implementation"] = section.attention
         seed_everything(seed)
-        encoder = TextEncoder.load(given.model, pooling=given.pooling, max_length=given.max_length, **options)
-        if given.gradient_checkpointing:
+        encoder = TextEncoder.load(section.model, pooling=section.pooling, max_length=section.max_length, **options)
+        if section.gradient_checkpointing:
             encoder.recompute_activations()
         return encoder
 

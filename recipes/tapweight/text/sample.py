@@ -1,4 +1,4 @@
-"""Text that is there wherever Python is: the docstrings of its standard library, and the pages of its own help."""
+"""Text that comes with Python: the docstrings of its standard library and its help pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Docstring", "docstrings", "help_pages"]
 
-#: What a module of the standard library is for, for those that the demonstration asks about.
+#: Modules of the standard library by their purpose, the classes of the demonstration.
 KINDS: dict[str, tuple[str, ...]] = {
     "concurrency": (
         *("asyncio", "concurrent", "contextvars", "multiprocessing", "queue", "sched", "selectors", "socketserver"),
@@ -69,7 +69,7 @@ class Docstring:
     Attributes:
         text: its words, in one line.
         module: the top-level module that it is from; "help" for the help pages.
-        kind: what that module is for, one of `KINDS`; None for one that they leave out.
+        kind: the purpose of that module, one of `KINDS`; None if they do not list the module.
     """
 
     text: str
@@ -80,16 +80,16 @@ class Docstring:
 def docstrings() -> list[Docstring]:
     """Return the docstrings of 6 to 199 words of the standard library, each once, in the order of the files.
 
-    The sources are parsed, not imported. Which there are depends on the release of Python, and on what is installed of it.
+    The sources are parsed, not imported. The texts depend on the release of Python, and on its installed parts.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
         if not _LEFT_OUT & set(parts):
             for text in _texts(file):
-                found.setdefault(text, parts[0].removesuffix(".py"))
-    return [Docstring(text, module, _KIND.get(module)) for text, module in found.items()]
+                modules.setdefault(text, parts[0].removesuffix(".py"))
+    return [Docstring(text, module, _KIND.get(module)) for text, module in modules.items()]
 
 
 def help_pages() -> list[Docstring]:
@@ -101,7 +101,7 @@ def help_pages() -> list[Docstring]:
 
 def _texts(file: Path) -> Iterator[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in the strings of others
+        warnings.simplefilter("ignore")  # invalid escapes in their strings
         try:
             tree = ast.parse(file.read_bytes())
         except SyntaxError:

@@ -1,4 +1,4 @@
-"""Classifying texts and pairs of texts, and predicting a number for them: a downstream task on text."""
+"""A downstream task on text: predict a class or a number for each text or pair of texts."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "SplitScore", "TextTask"]
 
 Kind = Literal["classification", "regression"]
-#: What is written for a missing number, in any case; among names each is a name.
+#: Spellings of a missing number, in any case. Among the names of classes they are names.
 _MISSING = ("na", "n/a", "nan", "null")
 
 
 def _correlation(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Return a correlation of predictions with labels that is 0 where one of the two is constant."""
+    """Return a correlation of predictions with labels that is 0 if one of the two is constant."""
 
     def correlation(outputs: Tensor, labels: Tensor, _: int) -> Tensor:
         if (outputs == outputs[0]).all() or (labels == labels[0]).all():
@@ -52,15 +52,15 @@ def _correlation(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tens
 
 
 def _matthews(outputs: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Return the correlation of two classes or more, 0 where all predictions or all labels are one class."""
+    """Return the correlation of two classes or more, 0 if all predictions or all labels are one class."""
     predicted = outputs.argmax(1)
-    # For two classes torchmetrics puts a small number in place of the 0 / 0, and the constant guess beats a real one.
+    # For two classes torchmetrics returns a small number for 0 / 0, and a constant guess would beat a real one.
     if (predicted == predicted[0]).all() or (labels == labels[0]).all():
         return outputs.new_zeros(())
     return multiclass_matthews_corrcoef(outputs, labels, count)
 
 
-#: By name, of outputs (N, C) or (N,), labels (N,) and the number of classes. The first of a kind is its default.
+#: Functions of outputs (N, C) or (N,), labels (N,) and the number of classes. The first of a kind is its default.
 METRICS: dict[Kind, dict[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
     "classification": {
         "accuracy": lambda outputs, labels, count: multiclass_accuracy(outputs, labels, count, average="micro"),
@@ -76,8 +76,8 @@ class SplitScore(Metric):
     """A metric of a whole split, from the outputs of all its batches.
 
     Args:
-        function: of outputs, labels and the number of classes.
-        classes: that number; 0 for regression.
+        function: the metric of outputs, labels and the number of classes.
+        classes: the number of classes; 0 for regression.
     """
 
     full_state_update = False
@@ -94,7 +94,7 @@ class SplitScore(Metric):
         """Add a batch: outputs (B, C) or (B,), and labels (B,).
 
         Raises:
-            ValueError: where the shapes do not fit or an output is not finite.
+            ValueError: the shapes do not fit, or an output is not finite.
         """
         _check_shapes(outputs, labels, self._classes)
         if not outputs.isfinite().all():
@@ -115,7 +115,7 @@ class TextTask(Task):
     Args:
         splits: labelled texts of "train", "valid" and "test".
         collate: of the encoder: joins texts into batches.
-        kind: "classification", or "regression"; by default regression where the training labels are numbers and not all whole.
+        kind: "classification", or "regression"; by default regression if the training labels are numbers and not all whole.
         metric: "accuracy" (the default), "macro_f1", "micro_f1" or "matthews" for classification; "pearson" (the default) or
             "spearman" for regression.
         classes: the names of the classes, in the order of the logits; by default those of the training labels.
@@ -126,8 +126,8 @@ class TextTask(Task):
         remarks: sentences that a user should read: rows left out, texts of two splits, texts cut off.
 
     Raises:
-        DataError: where a label is none of the classes, is no number, is missing, or all are the same; or where some texts are
-            pairs and some are not.
+        DataError: a label is not one of the classes, not a number, or missing; all labels are the same; or some texts are pairs
+            and others are not.
     """
 
     splits: Mapping[Split, Sequence[Example]]
@@ -221,7 +221,7 @@ class TextTask(Task):
         """Return the loss of each example (B,): the cross entropy, or the squared error of standardised labels.
 
         Raises:
-            ValueError: where the outputs are not (B, C) or (B,): a (B, 1) against (B,) would broadcast to (B, B).
+            ValueError: the outputs are not (B, C) or (B,): a (B, 1) against (B,) would broadcast to (B, B).
         """
         labels = self.targets(batch)
         _check_shapes(outputs, labels, len(self.classes))
@@ -235,8 +235,8 @@ class TextTask(Task):
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
-        what = f"{len(self.classes)} classes" if self.classes else "a number"
-        return f"TextTask({self.kind}: {what}; {self.metric_name}; {sizes})"
+        target = f"{len(self.classes)} classes" if self.classes else "a number"
+        return f"TextTask({self.kind}: {target}; {self.metric_name}; {sizes})"
 
     def subject(self) -> str:
         """Return the kind of the task and the names of the classes."""
@@ -245,7 +245,7 @@ class TextTask(Task):
     def _class(self, label: Any) -> int:
         name = _name(label)
         if name not in self.classes:
-            raise DataError(f"the label {name!r} is none of the classes, {', '.join(self.classes)}")
+            raise DataError(f"the label {name!r} is not one of the classes, {', '.join(self.classes)}")
         return self.classes.index(name)
 
 
@@ -270,7 +270,7 @@ def _labelled(texts: Texts, read: Callable[[Any], int | float]) -> Texts:
 
 
 def _shared(splits: Mapping[Split, Texts]) -> list[str]:
-    """Return a sentence for each other split that tells how many of its texts the training split has too, where it has some."""
+    """Return a sentence for each other split that shares texts with the training split."""
     train = {(example["text"], example.get("text_b")) for example in splits["train"]}
     remarks = []
     for split in ("valid", "test"):
@@ -281,7 +281,7 @@ def _shared(splits: Mapping[Split, Texts]) -> list[str]:
 
 
 def _check_numbers(texts: Texts) -> None:
-    """Refuse a label that is missing or not finite among numbers: it would make a class, and a class of every number."""
+    """Refuse a missing or non-finite label among numbers, which would make a class of every number."""
     values = [_value(example["label"]) for example in texts]
     numbers = [value for value in values if value is not None]
     if len(numbers) == len(values) and any(map(math.isfinite, numbers)):
@@ -289,7 +289,7 @@ def _check_numbers(texts: Texts) -> None:
 
 
 def _infer_kind(texts: Texts) -> Kind:
-    """Return "regression" where the labels are numbers and not all whole, else "classification"."""
+    """Return "regression" if the labels are numbers and not all whole, else "classification"."""
     try:
         numbers = [_number(example["label"]) for example in texts.examples]
     except DataError:
@@ -298,7 +298,7 @@ def _infer_kind(texts: Texts) -> Kind:
 
 
 def _classes(texts: Texts) -> tuple[str, ...]:
-    """Return the names of the classes: in order of size where they are numbers, else of the alphabet."""
+    """Return the names of the classes, in numerical order if all are whole numbers, else in alphabetical order."""
     names = sorted({_name(example["label"]) for example in texts.examples})
     if len(names) < 2:
         raise DataError(
@@ -310,17 +310,17 @@ def _classes(texts: Texts) -> tuple[str, ...]:
 
 
 def _name(label: Any) -> str:
-    """Return the name of a class; 1, 1.0 and "1" are one."""
+    """Return the name of a class; 1, 1.0 and "1" have the same name."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return str(label).strip()
 
 
 def _value(label: Any) -> float | None:
-    """Return the number that a label stands for: NaN where that is missing, None where it is a name."""
+    """Return the number that a label stands for: NaN if it is missing, None if it is a name."""
     if isinstance(label, str) and label.strip().casefold() in _MISSING:
         return math.nan
-    # float() takes digits grouped by underscores.
+    # float() accepts digits grouped by underscores.
     if isinstance(label, bool) or (isinstance(label, str) and "_" in label):
         return None
     try:

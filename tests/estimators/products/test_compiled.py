@@ -58,8 +58,8 @@ def test_compiled_products_are_those_of_eager_code() -> None:
     buffers = [buffer.clone() for buffer in network.buffers()]
     seen = []
     for seed in range(len(BATCHES)):
-        found, expected = gradient_of(compiled, seed=seed), gradient_of(eager, seed=seed)
-        assert distance(found, expected) < 1e-12
+        gradient, expected = gradient_of(compiled, seed=seed), gradient_of(eager, seed=seed)
+        assert distance(gradient, expected) < 1e-12
         seen.append(expected)
     assert distance(seen[0], seen[1]) > 1e-2
     assert all(map(torch.equal, network.buffers(), buffers))

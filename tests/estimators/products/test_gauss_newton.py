@@ -75,14 +75,14 @@ def test_the_product_is_that_of_the_matrix(seed: int) -> None:
     vector = torch.randn(len(matrix))
     parameters = problem["classifier"].parameters
     for _ in range(2):  # the second one walks the graphs that the first one left
-        found = rule.product({"classifier": unflatten(vector, parameters)}, ["classifier"])["classifier"]
-        assert distance(flatten(found), matrix @ vector) < 1e-12
+        product = rule.product({"classifier": unflatten(vector, parameters)}, ["classifier"])["classifier"]
+        assert distance(flatten(product), matrix @ vector) < 1e-12
 
 
 @drawn(4)
 @given(seed=seeds)
 def test_the_hypergradient_has_the_matrix_in_place_of_the_hessian_and_the_exact_mixed_product(seed: int) -> None:
-    found = gradient_of(cleaning(seed, mlopt.Dense(products="gauss_newton")))
+    gradient = gradient_of(cleaning(seed, mlopt.Dense(products="gauss_newton")))
     problem = cleaning(seed, mlopt.Dense())
     exact = problem["classifier"].estimator.linearize(point_of(problem), "classifier")
     parameters = problem["classifier"].parameters
@@ -90,8 +90,8 @@ def test_the_hypergradient_has_the_matrix_in_place_of_the_hessian_and_the_exact_
     cotangent = flatten(torch.autograd.grad(outer, parameters))
     q = torch.linalg.solve(written_out(problem), cotangent)
     mixed = exact.product({"classifier": unflatten(q, parameters)}, ["weights"])["weights"]
-    assert distance(found, -flatten(mixed)) < 1e-9
-    assert distance(found, gradient_of(problem)) > 1e-3
+    assert distance(gradient, -flatten(mixed)) < 1e-9
+    assert distance(gradient, gradient_of(problem)) > 1e-3
 
 
 @drawn(6)

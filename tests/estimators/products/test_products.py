@@ -84,15 +84,15 @@ def problem_of(network: nn.Module, estimator: mlopt.Estimator) -> mlopt.Problem:
 def test_kinds_of_products_agree(name: str, solver: str) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]()
-    found = {}
+    gradients = {}
     for products in ("autograd", "forward", "finite_difference"):
         rules = {
             "identity": mlopt.Identity(products=products),
             "neumann": mlopt.Neumann(terms=3, step_size=0.05, products=products),
         }
-        found[products] = gradient_of(problem_of(network, rules[solver]), seed=0)
-    assert distance(found["forward"], found["autograd"]) < 1e-9
-    assert distance(found["finite_difference"], found["autograd"]) < 1e-5
+        gradients[products] = gradient_of(problem_of(network, rules[solver]), seed=0)
+    assert distance(gradients["forward"], gradients["autograd"]) < 1e-9
+    assert distance(gradients["finite_difference"], gradients["autograd"]) < 1e-5
 
 
 @pytest.mark.parametrize("rule", [mlopt.Identity, mlopt.ConjugateGradient])
@@ -124,3 +124,18 @@ def test_a_function_that_is_differentiable_once_is_refused(products: str) -> Non
     torch.manual_seed(0)
     with pytest.raises(mlopt.SecondDerivativeError, match="once_differentiable"):
         mlopt.hypergradient(problem_of(Squared(), mlopt.ConjugateGradient(products=products)), seed=0)
+
+
+def test_forward_products_have_the_dtype_of_the_variables() -> None:
+    """The tangent of a Python number times a scalar of float32 is a scalar of float64 in torch's forward mode."""
+
+    def inner(y: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
+        value: Tensor = 0.01 * y().square().sum() * x().exp().sum()
+        return value
+
+    rule = mlopt.ConjugateGradient(products="forward")
+    problem = mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(torch.ones(2).float()), lambda x, batch, *, y: y().sum()),
+        mlopt.Level("y", mlopt.variables(torch.ones(3).float()), inner, estimator=rule),
+    )
+    assert mlopt.hypergradient(problem).gradient["value"].dtype == torch.float32

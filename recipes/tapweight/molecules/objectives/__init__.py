@@ -46,6 +46,6 @@ def make_objective(name: str) -> Objective:
     """Return the objective of that name, with its default settings.
 
     Raises:
-        ValueError: no objective has that name; the message lists those there are.
+        ValueError: no objective has that name; the message lists the names.
     """
     return chosen("objective", name, OBJECTIVES)()

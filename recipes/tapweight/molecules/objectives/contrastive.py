@@ -1,4 +1,4 @@
-"""Contrastive views: two corrupted copies of a molecule belong together."""
+"""Contrastive views: match two corrupted copies of a molecule."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ContrastiveViews(Objective):
         """Return two corrupted copies.
 
         Raises:
-            ValueError: a batch of one molecule, which has nothing to be told apart from.
+            ValueError: the batch holds one molecule, which has nothing to be compared with.
         """
         if batch.num_graphs < 2:
             raise ArgumentError(
@@ -87,7 +87,7 @@ class ContrastiveViews(Objective):
 
     def loss(self, encoder: Encoder, head: nn.Module, view: tuple[Batch, Batch]) -> Tensor:
         """Return the mean over both views of all molecules."""
-        first, second = (head(encoder.pool(one)) for one in view)
+        first, second = (head(encoder.pool(corrupted)) for corrupted in view)
         return nt_xent(first, second, self.temperature)
 
     def _corrupt(self, batch: Batch) -> Batch:

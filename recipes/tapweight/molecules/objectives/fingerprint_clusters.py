@@ -47,8 +47,8 @@ def cluster(fingerprints: Any, clusters: int, seed: int) -> Tensor:
 class FingerprintClusters(Objective):
     """Cross entropy of a molecule's k-means clusters of Morgan fingerprints, a mean over numbers of clusters.
 
-    A corpus of M molecules gets at most M / 10 clusters; `remarks` says where a number was reduced. Clusters that the
-    graphs already have are taken as they are, whatever the seed.
+    A corpus of M molecules gets at most M / 10 clusters; `remarks` reports a reduction. Clusters that the graphs already have
+    are used as they are, whatever the seed.
 
     Args:
         clusters: the numbers of clusters, one head each.
@@ -71,7 +71,7 @@ class FingerprintClusters(Objective):
         """Attach `clusters_K` (1,) to each graph, for each number of clusters K.
 
         Raises:
-            ValueError: a corpus of fewer than 20 molecules.
+            ValueError: the corpus has fewer than 20 molecules.
         """
         fingerprints, self.classes, self.remarks = None, [], []
         most = len(corpus) // _MOLECULES_PER_CLUSTER

@@ -1,4 +1,4 @@
-"""Functional groups: predict which of them a molecule has."""
+"""Functional groups: predict their presence in a molecule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def functional_groups(corpus: Sequence[Data]) -> Tensor:
-    """Return whether each molecule has each of RDKit's fragments (`fr_*`, in alphabetical order), uint8 (M, F)."""
+    """Return the presence of RDKit's fragments (`fr_*`, in alphabetical order) in each molecule, uint8 (M, F)."""
     fragments = import_extra("rdkit.Chem.Fragments")
     counts = [getattr(fragments, name) for name in sorted(vars(fragments)) if name.startswith("fr_")]
     return torch.tensor([[count(molecule) > 0 for count in counts] for molecule in parse(corpus)], dtype=torch.uint8)

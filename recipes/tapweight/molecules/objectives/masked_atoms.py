@@ -27,7 +27,7 @@ class MaskedAtoms(Objective):
     hydrogens, stay: they are the context to predict from.
 
     Args:
-        rate: the share of a batch's atoms to hide; at least one is.
+        rate: the share of a batch's atoms to hide; at least one.
 
     Source: Hu et al., "Strategies for Pre-training Graph Neural Networks", ICLR 2020, section 3.1.2.
     """
@@ -42,7 +42,7 @@ class MaskedAtoms(Objective):
         return nn.Linear(encoder.width, ATOM_SIZES["atomic_num"])
 
     def view(self, batch: Batch) -> Batch:
-        """Hide atoms: `masked_atoms` (K,) says which, `atomic_numbers` (K,) what they were."""
+        """Hide atoms: `masked_atoms` (K,) holds their indices, `atomic_numbers` (K,) their elements."""
         masked = choose(torch.arange(len(batch.x), device=batch.x.device), self.rate)
         view = copy.copy(batch)
         view.x = batch.x.clone()

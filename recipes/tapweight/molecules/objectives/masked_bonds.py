@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from ...encoder import Encoder
 
-# With the number of hydrogens or the degree, the type of a single hidden bond is the valence that is left: arithmetic.
-# Hybridisation, aromaticity and chirality all but name it.
+# The number of hydrogens or the degree leaves a single hidden bond no choice: its type is the remaining valence.
+# Hybridisation, aromaticity and chirality nearly determine it.
 _REVEALING = [[*ATOM_SIZES].index(name) for name in ("chirality", "degree", "num_hs", "hybridization", "is_aromatic")]
 
 
@@ -27,14 +27,13 @@ class MaskedBonds(Objective):
     """Cross entropy of the types of hidden bonds, given their two atoms' embeddings, h_i + h_j.
 
     A hidden bond has the mask token in its 3 features, in both directions, and its two atoms have it in chirality,
-    degree, number of hydrogens, hybridisation and aromaticity. What still tells: the elements and charges, whether the
-    atoms are in a ring, and the features of other atoms and bonds (a ring whose other bonds are aromatic, say); that is
-    the context to predict from.
+    degree, number of hydrogens, hybridisation and aromaticity. The context to predict from is the rest: the elements and
+    charges, the membership in rings, and the features of other atoms and bonds (a ring whose other bonds are aromatic, say).
 
     A batch without bonds (methane, single ions) has loss zero, with zero gradients.
 
     Args:
-        rate: the share of a batch's bonds to hide; at least one is, where there is one.
+        rate: the share of a batch's bonds to hide; at least one if the batch has any.
 
     Source: Hu et al., "Strategies for Pre-training Graph Neural Networks", ICLR 2020, section 3.1.2.
     """
@@ -50,7 +49,7 @@ class MaskedBonds(Objective):
         return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, BOND_SIZES["bond_type"]))
 
     def view(self, batch: Batch) -> Batch:
-        """Hide bonds: `masked_bonds` (2, K) gives the atoms at their ends, `bond_types` (K,) what they were."""
+        """Hide bonds: `masked_bonds` (2, K) holds the atoms at their ends, `bond_types` (K,) their types."""
         chosen, edges = choose_bonds(batch.edge_index, len(batch.x), self.rate)
         ends = batch.edge_index[:, chosen]
         view = copy.copy(batch)
@@ -62,6 +61,6 @@ class MaskedBonds(Objective):
         return view
 
     def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
-        """Return the mean over the hidden bonds, zero where there are none."""
+        """Return the mean over the hidden bonds, zero if there are none."""
         logits = head(encoder(view)[view.masked_bonds].sum(0))
         return cross_entropy(logits, view.bond_types, reduction="sum") / max(1, len(logits))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def choose(candidates: Tensor, rate: float) -> Tensor:
-    """Return a random share `rate` of `candidates` (M,): at least one of them, where there is one."""
+    """Return a random share `rate` of `candidates` (M,); at least one if there are any."""
     count = max(1, round(rate * len(candidates)))
     return candidates[torch.randperm(len(candidates), device=candidates.device)[:count]]
 
@@ -21,7 +21,7 @@ def choose_bonds(ends: Tensor, nodes: int, rate: float) -> tuple[Tensor, Tensor]
         rate: the share.
 
     Returns:
-        The chosen bonds, one edge of each (K,), and which edges belong to them (E,), boolean.
+        The chosen bonds, one edge of each (K,), and a mask of the edges that belong to them (E,), boolean.
     """
     low, high = ends.amin(0), ends.amax(0)
     bonds = low * nodes + high  # the same number in both directions

@@ -31,7 +31,7 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> 
 
     Raises:
         ValueError: the corpus is empty.
-        TypeError: the corpus makes its graphs anew at each access, so that nothing can be attached.
+        ArgumentError: the corpus creates its graphs at each access, so nothing can be attached.
     """
     if not len(corpus):
         raise DataError("the corpus is empty")
@@ -42,7 +42,7 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> 
     for graph, row in zip(graphs, torch.split(table, 1), strict=True):
         graph[name] = row.clone()  # a row of its own: a slice would carry the whole table when it is pickled
     if name not in corpus[0]:
-        raise ArgumentError(f"{type(corpus).__name__} makes its graphs anew at each access: give a list of graphs")
+        raise ArgumentError(f"{type(corpus).__name__} creates its graphs at each access; give a list of graphs")
     return table
 
 
@@ -61,7 +61,7 @@ def parse(corpus: Sequence[Data]) -> list[Any]:
     return molecules
 
 
-def varying_columns(table: Tensor, what: str) -> list[int]:
+def varying_columns(table: Tensor, noun: str) -> list[int]:
     """Return the columns of `table` (M, F) that are not constant.
 
     Raises:
@@ -69,5 +69,5 @@ def varying_columns(table: Tensor, what: str) -> list[int]:
     """
     columns = (table != table[0]).any(0).nonzero().squeeze(1).tolist()
     if not columns:
-        raise DataError(f"all {what} are the same for the {len(table)} molecules of the corpus: nothing to predict")
+        raise DataError(f"all {noun} are the same for the {len(table)} molecules of the corpus: nothing to predict")
     return columns

@@ -42,9 +42,9 @@ def make_objective(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
 
     Args:
         name: one of `OBJECTIVES`.
-        tokenizer: of the encoder.
+        tokenizer: the tokenizer of the encoder.
 
     Raises:
-        ValueError: no objective has that name (the message lists those there are), or it cannot be had with this tokenizer.
+        ValueError: no objective has that name (the message lists the names), or the objective does not support this tokenizer.
     """
     return chosen("objective", name, OBJECTIVES)(tokenizer)

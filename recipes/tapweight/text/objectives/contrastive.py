@@ -1,4 +1,4 @@
-"""Contrast: two passes over a text, with dropout masks of their own, belong together."""
+"""Contrast: match two passes over a text, each with its own dropout masks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Contrastive(Objective):
 
         loss = - mean_i log( exp(z_i . z'_i / temperature) / sum_j exp(z_i . z'_j / temperature) )
 
-    Dropout alone tells the passes apart; without any, `remarks` says that there is little to learn. The same text twice in
-    one batch counts as two different ones.
+    Only dropout makes the passes differ; `remarks` reports an encoder without it. The same text twice in one batch counts as
+    two different texts.
 
     Args:
         temperature: the scale of the similarities.
@@ -47,14 +47,14 @@ class Contrastive(Objective):
     def head(self, encoder: Encoder) -> nn.Module:
         """Build the projection, a layer with a tanh."""
         if not cast("TextEncoder", encoder).has_dropout:
-            self.remarks = ["the encoder has no dropout, so that its two passes over a text are the same"]
+            self.remarks = ["the encoder has no dropout, so its two passes over a text are the same"]
         return nn.Sequential(nn.Linear(encoder.width, encoder.width), nn.Tanh())
 
     def view(self, batch: Batch) -> Batch:
         """Return each text twice, all first passes before all second ones.
 
         Raises:
-            ValueError: a batch of one text, which has nothing to be told apart from.
+            ValueError: the batch holds one text, which has nothing to be compared with.
         """
         count = len(batch["input_ids"])
         if count < 2:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class MaskedTokens(Objective):
     """Cross entropy of hidden tokens, given the rest of the text: masked language modelling.
 
-    Of the tokens chosen 80% become the mask token, 10% a random one, 10% stay. The head is the checkpoint's own where it has
-    one; a new one, tied to the embeddings, needs a while to be of use: `remarks` says so.
+    80% of the chosen tokens become the mask token, 10% a random token, and 10% stay. The head is the checkpoint's own, if it
+    has one. A new head, tied to the embeddings, needs a while to become useful; `remarks` reports it.
 
     Args:
-        tokenizer: of the encoder.
+        tokenizer: the tokenizer of the encoder.
         rate: the share of the tokens to choose.
 
     Raises:
@@ -43,7 +43,7 @@ class MaskedTokens(Objective):
         if tokenizer.mask_token is None:
             raise ArgumentError(
                 f"{self.name} hides tokens behind a mask token, and this tokenizer has none; leave the objective out, or "
-                "take an encoder that was trained with one"
+                "use an encoder that was trained with one"
             )
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=check_rate("rate", rate))
         self.remarks: list[str] = []
@@ -58,15 +58,15 @@ class MaskedTokens(Objective):
         return own.masked_token_head()
 
     def view(self, batch: Batch) -> Batch:
-        """Hide tokens: `masked` (B, S) says which, `hidden_tokens` (K,) what they were."""
-        given = batch["input_ids"]
-        # On the CPU, where the collator draws; it writes into what it is given.
-        ids, labels = self._collator.torch_mask_tokens(given.cpu().clone(), batch["special_tokens_mask"].cpu())
-        ids, labels = ids.to(given.device), labels.to(given.device)
+        """Hide tokens: `masked` (B, S) marks them, and `hidden_tokens` (K,) holds the originals."""
+        original = batch["input_ids"]
+        # The collator draws on the CPU, and writes into its argument.
+        ids, labels = self._collator.torch_mask_tokens(original.cpu().clone(), batch["special_tokens_mask"].cpu())
+        ids, labels = ids.to(original.device), labels.to(original.device)
         masked = labels != -100
         return {**batch, "input_ids": ids, "masked": masked, "hidden_tokens": labels[masked]}
 
     def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
-        """Return the mean over the hidden tokens; 0 where none is."""
+        """Return the mean over the hidden tokens; 0 if there are none."""
         logits = head(encoder(view)[view["masked"]])
         return cross_entropy(logits, view["hidden_tokens"], reduction="sum") / max(len(logits), 1)

@@ -25,14 +25,14 @@ class RandomLabels(HashedLabels):
         """Attach a label to each example.
 
         Raises:
-            ValueError: the corpus does not keep what is attached to its examples.
+            ValueError: the corpus does not keep the labels that are attached to its examples.
         """
         for example in corpus:
             example[self.key] = self.label(example["text"])
         if self.key not in corpus[0]:
             raise ArgumentError(
-                f"{self.name} attaches a label to each example, but this corpus, a {type(corpus).__name__}, makes its examples "
-                "anew each time; give a list of them, of a datasets.Dataset by from_dataset(dataset, label=None)"
+                f"{self.name} attaches a label to each example, but this corpus, a {type(corpus).__name__}, creates its examples "
+                "at each access; give a list of examples, for a datasets.Dataset that of from_dataset(dataset, label=None)"
             )
 
     def head(self, encoder: Encoder) -> nn.Module:

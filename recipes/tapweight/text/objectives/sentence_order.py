@@ -1,4 +1,4 @@
-"""Sentence order: tell whether the halves of a text were swapped."""
+"""Sentence order: detect the texts whose halves were swapped."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class SentenceOrder(Objective):
-    """Cross entropy of whether the halves of a text stand in their order.
+    """Cross entropy of detecting swapped halves of a text.
 
-    A text's tokens are cut in half, and the halves swapped with probability 1/2, drawn anew each time. The label of a text of
-    fewer than two tokens says nothing: it does not count.
+    A text's tokens are cut in half, and the halves are swapped with probability 1/2, drawn again each time. A text of fewer
+    than two tokens does not count.
 
-    Source: Lan et al., "ALBERT", ICLR 2020, section 3.1 (of two consecutive segments there); of the halves of one text in
-    TapWeight's release.
+    Source: Lan et al., "ALBERT", ICLR 2020, section 3.1, which orders two consecutive segments; TapWeight's release orders
+    the halves of one text.
     """
 
     name = "sentence_order"
@@ -34,11 +34,11 @@ class SentenceOrder(Objective):
         return LinearHead(encoder.width, 2)
 
     def view(self, batch: Batch) -> Batch:
-        """Swap halves: `swapped` (B,) says in which texts, -100 for those too short."""
+        """Swap halves: `swapped` (B,) is 1 for a swapped text, 0 for another, -100 for one that is too short."""
         ids, own = batch["input_ids"], batch["special_tokens_mask"] == 0
         counts = own.sum(1)
         swapped = torch.bernoulli(torch.full(counts.shape, 0.5)).to(counts)
-        # Where swapped, the place of rank r among a text's n tokens gets the token of rank (r + n // 2) mod n.
+        # In a swapped text, the place of rank r among its n tokens gets the token of rank (r + n // 2) mod n.
         ranks = own.cumsum(1) - 1
         source = (ranks + (counts // 2 * swapped)[:, None]) % counts.clamp(min=1)[:, None]
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -48,7 +48,7 @@ class SentenceOrder(Objective):
         return {**batch, "input_ids": moved, "swapped": torch.where(counts < 2, -100, swapped)}
 
     def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
-        """Return the mean over the texts that count; 0 where none does."""
+        """Return the mean over the texts that count; 0 if none does."""
         logits = head(encoder.pool(view))
         loss = cross_entropy(logits, view["swapped"], reduction="sum", ignore_index=-100)
         count: Tensor = (view["swapped"] != -100).sum().clamp(min=1)

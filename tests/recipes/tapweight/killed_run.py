@@ -1,11 +1,11 @@
-"""A short run of TapWeight with all that a resume must carry: dropout, warm starts, AdamW, schedulers, evaluation, files."""
+"""A short run of TapWeight with the state that a resume must restore: dropout, warm starts, AdamW, schedulers, files."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  # imported once, and not by each process that is forked: with the picture
+import matplotlib.figure  # noqa: F401  # imported once, not by each process that is forked: with the picture
 import torch
 import torch._dynamo  # with the first optimiser
 from tapweight_cases import F64, Reconstruct, Sum
@@ -31,7 +31,7 @@ class Dropping(Encoder):
 
 
 def main(folder: Path, began: Path) -> None:
-    """Run to the end, from wherever the folder's checkpoints are; save the result there."""
+    """Run to the end from the folder's newest checkpoints; save the result there."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     splits = {split: list(torch.randn(24, 3, dtype=F64)) for split in ("train", "valid", "test")}

@@ -1,4 +1,4 @@
-"""The methods of a run: a new one is compared, each costs what it says, and the result holds the encoder of the last."""
+"""The methods of a run: a new one is compared, costs are as stated, and the result holds the encoder of the last."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
-from tapweight_cases import F64, Encoder, Reconstruct, Sum
+from tapweight_cases import SETTINGS, Encoder, recipe
 from torch import nn
 
-from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.methods import Adapted, Direct, Equal, Given, Method, Single, ThreeLevels, make_method
-from mlopt.recipes.tapweight.settings import Settings
-
-SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
-
-
-def recipe(encoder: Any = Encoder, **changes: Any) -> TapWeight:
-    torch.manual_seed(1)
-    splits = {split: list(torch.randn(24, 3, dtype=F64)) for split in ("train", "valid", "test")}
-    corpus = list(torch.randn(40, 3, dtype=F64))
-    objectives = [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
-    return TapWeight(encoder(), objectives, Sum(splits), corpus, settings=attrs.evolve(SETTINGS, **changes))
 
 
 class Halved(Method):
@@ -61,15 +49,15 @@ def test_a_new_method_is_compared_with_the_others(tmp_path: Path) -> None:
 
 
 def test_the_scores_are_those_of_the_finetuned_models_in_the_result() -> None:
-    made = recipe(finetunings=2, epochs=6, finetune_lr=2.0)
+    made = recipe(settings=attrs.evolve(SETTINGS, finetunings=2, epochs=6, finetune_lr=2.0))
     result = made.fit(8, progress=False)
     task = made.experiment(8).task
     again = {
-        split: [task.score(one.model.encoder, one.model.head, split) for one in result.finetuned]
+        split: [task.score(run.model.encoder, run.model.head, split) for run in result.finetuned]
         for split in ("valid", "test")
     }
-    assert min(one.score.epoch for one in result.finetuned) < 6  # so that the last epoch is not always the best
-    assert [one.score.test for one in result.finetuned] == again["test"]
+    assert min(run.score.epoch for run in result.finetuned) < 6  # the last epoch is not always the best
+    assert [run.score.test for run in result.finetuned] == again["test"]
     assert result.scores["tapweight"] == {split: sum(scores) / 2 for split, scores in again.items()}
     # Finetuning changed the encoder.
     assert not torch.equal(result.finetuned[0].model.encoder.layer.weight, result.encoder.layer.weight)
@@ -89,15 +77,16 @@ class Counting(Encoder):
 @pytest.mark.parametrize(
     "method", [Direct(), Equal(), Single("square"), Given({"linear": 3, "square": 1}), ThreeLevels()]
 )
-def test_a_method_costs_what_it_says(method: Method, every: int) -> None:
-    experiment = recipe(Counting, every=every, valid_batch_size=5, measurements=2).experiment(14, progress=False)
+def test_a_method_states_its_cost(method: Method, every: int) -> None:
+    settings = attrs.evolve(SETTINGS, every=every, valid_batch_size=5, measurements=2)
+    experiment = recipe(Counting, settings=settings).experiment(14, progress=False)
     Counting.calls.clear()
     method.adapt(experiment)
     assert len(Counting.calls) == method.passes(experiment)
 
 
-def test_weights_that_are_given_are_those_of_the_loss() -> None:
-    """Of one objective alone and of all the weight on it: the same; of equal weights by name and given: the same."""
+def test_given_weights_are_those_of_the_loss() -> None:
+    """One objective alone equals all weight on it; equal weights by name equal the given ones."""
     names = [
         "single:square",
         Given({"linear": 0, "square": 2}),
@@ -141,18 +130,18 @@ def test_methods_that_cannot_be_compared_are_refused(methods: Any, sentence: str
 
 
 @pytest.mark.parametrize("weights", [{"a": -1.0, "b": 2.0}, {"a": 0.0}, {"a": float("nan")}, {}])
-def test_weights_that_are_no_shares_are_refused(weights: dict[str, float]) -> None:
+def test_weights_that_are_not_shares_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="give finite numbers >= 0, at least one of them positive"):
         Given(weights)
 
 
-def test_only_methods_that_measure_need_steps_enough_for_it() -> None:
+def test_only_methods_that_measure_need_enough_steps() -> None:
     assert recipe().fit(2, methods=["direct", "equal"], progress=False).scores.keys() == {"direct", "equal"}
     with pytest.raises(ValueError, match="moves the weights 2 times"):
         recipe().fit(2, methods=["direct", "equal", "tapweight"], progress=False)
 
 
-def test_a_method_of_a_name_is_that_method() -> None:
+def test_methods_are_found_by_name() -> None:
     assert [type(make_method(name)) for name in ("direct", "equal", "tapweight")] == [Direct, Equal, ThreeLevels]
     assert make_method("single:a:b").objective == "a:b"
 

@@ -1,4 +1,4 @@
-"""A run of TapWeight that is killed at a random moment and gone on with ends bit-equal to the run that was not."""
+"""A run of TapWeight that is killed at a random moment and resumed ends bit-equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from states import assert_same_state
 
 from mlopt.solving import serialization
 
-#: What has wall-clock times in it, or a picture's.
+#: Files that hold wall-clock times, or a picture.
 _FREE = {"weights.png", "environment.json", "began"}
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def play(folder: Path) -> Any:
-    """Return the process of a run, started."""
+    """Start the process of a run."""
     import killed_run
 
     process = _CONTEXT.Process(target=killed_run.main, args=(folder, folder / "began"))
@@ -38,7 +38,7 @@ def finish(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """Return the folder of a run that nothing interrupts, and how long it took."""
+    """Return the folder of an uninterrupted run, and its seconds."""
     # One process imports everything once, and the runs are forked from it.
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -52,7 +52,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
 
 
 def begin(folder: Path) -> Any:
-    """Return the process of a run that has begun to step."""
+    """Return the process of a run that has started to step."""
     process = play(folder)
     while not (folder / "began").exists():
         assert process.is_alive()
@@ -62,7 +62,7 @@ def begin(folder: Path) -> Any:
 
 
 def interrupt(folder: Path, seconds: float) -> bool:
-    """Kill a run so many seconds after it began to step; say whether it was still going."""
+    """Kill a run some seconds after it started to step; return False if it had ended."""
     process = begin(folder)
     process.join(timeout=seconds)
     alive = process.is_alive()
@@ -72,7 +72,7 @@ def interrupt(folder: Path, seconds: float) -> bool:
 
 
 def assert_equal(folder: Path, other: Path) -> None:
-    """Hold two finished runs against each other: results, logs, and all that the last checkpoint of each phase holds."""
+    """Compare two finished runs: results, logs, and the whole last checkpoint of each phase."""
     names = {file.name for file in other.iterdir() if file.is_file()} - _FREE
     assert {"history.csv", "log.csv", "weights.json", "scores.json"} <= names
     for name in names:
@@ -97,7 +97,7 @@ def killed_once(moments: int, seed: int) -> Callable[..., None]:
                 folder.mkdir()
                 if interrupt(folder, moment):
                     break
-                # It had ended already: machines are not equally fast at all times.
+                # It had ended already: the speed of a machine varies.
                 shutil.rmtree(folder)
                 moment *= 0.7
             finish(folder)

@@ -1,4 +1,4 @@
-"""Scaffold splits equal the published ones; random splits are partitions of the sizes asked for."""
+"""Scaffold splits equal the published ones; random splits are partitions of the requested sizes."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def test_an_empty_split_is_refused() -> None:
         random_split(2, (0.5, 0.25, 0.25))
 
 
-def test_a_smiles_that_is_none_is_named() -> None:
-    with pytest.raises(DataError, match=r"smiles\[1\]='C1CC' is no molecule"):
+def test_an_invalid_smiles_is_named() -> None:
+    with pytest.raises(DataError, match=r"smiles\[1\]='C1CC' is not a molecule"):
         scaffold_split(["CC", "C1CC", "CO"])

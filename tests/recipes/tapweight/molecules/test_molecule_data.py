@@ -1,4 +1,4 @@
-"""Files of molecules are read as they are, and what cannot be read is named with its row and a remedy."""
+"""Files of molecules are read as they are; an unreadable one is refused with its row and a remedy."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_reasons(tmp_path: Path, smiles: str, reason: str) -> None:
     (skipped,) = read_table(path).skipped
     assert skipped.row == 3
     assert reason in skipped.reason
-    with pytest.raises(DataError, match=r"a\.csv, row 3: .* is no molecule: .*strict=False"):
+    with pytest.raises(DataError, match=r"a\.csv, row 3: .* is not a molecule: .*strict=False"):
         read_table(path, strict=True)
 
 
@@ -158,7 +158,7 @@ TABLE_ERRORS: dict[str, tuple[str | bytes, str]] = {
     "blank file": ("\n \n", "the file is empty"),
     "only commas": (",,\n", "the header names '' more than once"),
     "header only": ("smiles,y\n", "no molecule in 0 rows"),
-    "no molecule": ("smiles,y\nzzz,1\n", "no molecule in 1 rows; row 2: 'zzz' is no molecule: not valid SMILES"),
+    "no molecule": ("smiles,y\nzzz,1\n", "no molecule in 1 rows; row 2: 'zzz' is not a molecule: not valid SMILES"),
     "short row": ("smiles,y\nC,1\nCC\n", "row 3: 1 cells, but the header has 2"),
     "long row": ("smiles,y\nC,1\n\nCC,1,2\n", "row 4: 3 cells, but the header has 2"),
     "duplicate columns": ("smiles,y,y\nC,1,1\n", "the header names 'y' more than once"),
@@ -211,7 +211,7 @@ def test_file_errors(tmp_path: Path) -> None:
 
 
 def is_missing_or_number(cell: str) -> float | None:
-    """Say what a label cell means: NaN for a missing one, None where it must be refused."""
+    """Return the number of a label cell: NaN if it is missing, None if it must be refused."""
     cell = cell.strip()
     if not cell:
         return math.nan
@@ -284,14 +284,14 @@ def test_molecule_net_of_several_tasks(tmp_path: Path) -> None:
 
 
 def test_molecule_net_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"name='BBPB' is no MoleculeNet data set; .* did you mean 'bbbp'"):
+    with pytest.raises(DataError, match=r"name='BBPB' is not a MoleculeNet data set; .* did you mean 'bbbp'"):
         molecule_net("BBPB", tmp_path)
 
     def offline(*_: Any, **__: Any) -> None:
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", offline)
-    with pytest.raises(DataError, match=r"cannot be fetched .* lay its raw file at .*bbbp/raw/BBBP\.csv"):
+    with pytest.raises(DataError, match=r"cannot be fetched .* put its raw file at .*bbbp/raw/BBBP\.csv"):
         molecule_net("BBBP", tmp_path)
 
 
@@ -306,8 +306,8 @@ def test_without_rdkit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def run(code: str, *arguments: str) -> tuple[str, str]:
-    """Return what a new interpreter prints and complains of."""
-    root = Path(__file__).resolve().parents[3]
+    """Return the output and the errors of a new interpreter."""
+    root = Path(__file__).resolve().parents[4]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=root
     )

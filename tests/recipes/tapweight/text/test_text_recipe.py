@@ -1,4 +1,4 @@
-"""The whole recipe on text: every encoder, second derivatives, and what transformers' users do to their models."""
+"""The whole recipe on text: every encoder, second derivatives, and the usual changes to models of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 import torch
-from text_cases import CONFIGS, SETTINGS, corpus, encoder, model, splits, tapweight, task, texts, tokenizer
+from tapweight_cases import weights_gradient
+from text_cases import KINDS, SETTINGS, corpus, encoder, model, save, splits, tapweight, task, texts, tokenizer
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import AutoModel, AutoTokenizer
@@ -20,6 +21,7 @@ import mlopt
 from mlopt.recipes.tapweight.methods import ThreeLevels
 from mlopt.recipes.tapweight.methods.levels import three_levels
 from mlopt.recipes.tapweight.models import Pretraining
+from mlopt.recipes.tapweight.result import TapWeightResult
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
@@ -40,8 +42,8 @@ def _double() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", list(CONFIGS))
-def test_every_encoder_goes_through_the_whole_recipe(kind: str, masked: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_encoder_runs_the_whole_recipe(kind: str, masked: bool, tmp_path: Path) -> None:
     own = encoder(kind, masked=masked)
     before = copy.deepcopy(own.state_dict())
     result = tapweight(own).fit(4, methods=["direct", "tapweight"], progress=False)
@@ -58,12 +60,12 @@ def test_every_encoder_goes_through_the_whole_recipe(kind: str, masked: bool, tm
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(own.tokenizer)
 
 
-def test_the_card_tells_data_weights_scores_and_settings(tmp_path: Path) -> None:
+def test_the_card_reports_data_weights_scores_and_settings(tmp_path: Path) -> None:
     result = tapweight(encoder()).fit(4, methods=["tapweight"], progress=False)
     result.save(tmp_path)
     card = (tmp_path / "encoder" / "README.md").read_text()
     assert card.startswith('---\nlibrary_name: "transformers"\ntags: ["tapweight", "task-adaptive-pretraining"]\n---\n')
-    for told in (
+    for line in (
         "- task: TextTask(classification: 2 classes; accuracy; train 24, valid 24, test 24)",
         "- corpus: 24 texts of made",
         result.verdict,
@@ -73,14 +75,14 @@ def test_the_card_tells_data_weights_scores_and_settings(tmp_path: Path) -> None
         "- seed: 0",
         "Steps: 4.",
     ):
-        assert told.lower() in card.lower()
+        assert line.lower() in card.lower()
 
 
-def test_pairs_and_numbers_go_through_the_whole_recipe() -> None:
+def test_pairs_and_numbers_run_the_whole_recipe() -> None:
     own = encoder()
     made = {
-        split: texts([{**e, "text_b": "the thing1 is good", "label": k / 3} for k, e in enumerate(one)], split)
-        for split, one in splits(16).items()
+        split: texts([{**e, "text_b": "the thing1 is good", "label": k / 3} for k, e in enumerate(examples)], split)
+        for split, examples in splits(16).items()
     }
     result = tapweight(own, NAMES[:2], task=TextTask(made, own.collate, metric="spearman")).fit(4, progress=False)
     assert result.metric == "spearman"
@@ -130,7 +132,7 @@ def chain(
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in problem["finetuning"].module.named_parameters():
-            if parameter.requires_grad:  # the head multiplies what it holds by 20
+            if parameter.requires_grad:  # the head multiplies its parameters by 20
                 parameter.add_((0.0025 if name.startswith("head") else 0.05) * torch.randn_like(parameter))
         problem["reweighting"].module.logits.add_(torch.tensor([0.4, -0.3, 0.1, 0.2]))
     return problem, batches, objectives
@@ -150,29 +152,26 @@ def validation_gradient(problem: mlopt.Problem, batch: Any) -> tuple[Tensor, ...
 def test_the_hypergradient_is_the_closed_form(kind: str, products: str) -> None:
     """dL/da = -2 gamma (diag(lambda) - lambda lambda^T) s with s_k = <grad L_k, v>, from plain torch, dropout on."""
     problem, batches, objectives = chain(mlopt.Identity(products=products), kind)
-    found = mlopt.hypergradient(problem, batches, seed=3).gradient["logits"]
+    gradient = mlopt.hypergradient(problem, batches, seed=3).gradient["logits"]
     v = validation_gradient(problem, batches["reweighting"])
-    theta = problem["pretraining"].module
+    theta, scales = problem["pretraining"].module, (1.0, 2.0, 0.5, 1.5)
     GeneratorState.seeded(derive_seed("hypergradient", "seed", 3, "pretraining")).restore()
-    signals = []
-    for objective, scale in zip(objectives, (1.0, 2.0, 0.5, 1.5), strict=True):
-        loss = objective.loss(theta.encoder, theta.heads[objective.name], objective.view(batches["pretraining"]))
-        g = torch.autograd.grad(
-            loss / scale, list(theta.encoder.parameters()), allow_unused=True, materialize_grads=True
-        )
-        signals.append(sum((a * b).sum() for a, b in zip(g, v, strict=True)))
-    s, weights = torch.stack(signals), problem["reweighting"].module.logits.detach().softmax(0)
-    expected = -2 * 0.5 * (torch.diag(weights) - weights[:, None] * weights) @ s
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    losses = (
+        objective.loss(theta.encoder, theta.heads[objective.name], objective.view(batches["pretraining"])) / scale
+        for objective, scale in zip(objectives, scales, strict=True)
+    )
+    weights = problem["reweighting"].module.logits.detach().softmax(0)
+    expected = weights_gradient(weights, losses, list(theta.encoder.parameters()), v, gamma=0.5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.usefixtures("_double")
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_second_order_goes_through_fused_attention(kind: str) -> None:
-    """Conjugate gradient, by traced graphs and by differences, gives on sdpa what it gives on eager attention."""
-    # Damped for the head, which nothing couples; embeddings as small as usual make the curvature of a LayerNorm huge.
+def test_second_order_works_with_fused_attention(kind: str) -> None:
+    """Conjugate gradient, by traced graphs and by differences, agrees on sdpa and on eager attention."""
+    # Damping is for the uncoupled head; with embeddings as small as usual, the curvature of a LayerNorm is huge.
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.5}
-    found = {}
+    gradients = {}
     for attention in ("sdpa", "eager"):
         for name, estimator in (
             ("cg", mlopt.ConjugateGradient(iterations=200, rtol=1e-10, damping=400.0)),
@@ -186,18 +185,18 @@ def test_second_order_goes_through_fused_attention(kind: str) -> None:
                 problem[level].module.encoder.model.set_attn_implementation(attention)
             result = mlopt.hypergradient(problem, batches, seed=3)
             assert result.reports["finetuning"].converged
-            found[attention, name] = result.gradient["logits"]
-    reference = found["eager", "cg"]
+            gradients[attention, name] = result.gradient["logits"]
+    reference = gradients["eager", "cg"]
     identity, _, _ = chain(None, kind, gamma=20.0, **still)
     first_order = mlopt.hypergradient(identity, batches, seed=3).gradient["logits"]
     assert (first_order - reference).norm() > 1e-3 * reference.norm()
-    for key, gradient in found.items():
+    for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, reference, rtol=2e-2 if key[1] == "differences" else 1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_second_order_in_float32_runs_through_fit(training: bool) -> None:
-    """The kernel without a second derivative is chosen by dtype, mask and dropout: the whole run, dropout on and off."""
+    """Dtype, mask and dropout choose the kernel without a second derivative: do a whole run with dropout on and off."""
     rate = 0.1 if training else 0.0
     own = encoder(hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
     assert own.model.config._attn_implementation == "sdpa"
@@ -208,10 +207,10 @@ def test_second_order_in_float32_runs_through_fit(training: bool) -> None:
 
 @pytest.mark.usefixtures("_double")
 def test_common_masks_leave_the_weights_gradient_a_twentieth_of_the_spread() -> None:
-    """Against the same chain as released: differences of the losses at theta + e v and theta - e v, masks drawn anew."""
+    """Compare with the released chain: differences of the losses at theta + e v and theta - e v, each with its own masks."""
     problem, batches, objectives = chain(hidden_size=64, intermediate_size=128)
     v = validation_gradient(problem, batches["reweighting"])
-    radius = 0.01 / torch.stack([one.square().sum() for one in v]).sum().sqrt()
+    radius = 0.01 / torch.stack([gradient.square().sum() for gradient in v]).sum().sqrt()
     theta = problem["pretraining"].module
     weights = problem["reweighting"].module.logits.detach().softmax(0)
     jacobian = -2 * 0.5 * (torch.diag(weights) - weights[:, None] * weights)
@@ -232,13 +231,13 @@ def test_common_masks_leave_the_weights_gradient_a_twentieth_of_the_spread() -> 
     runs = range(8)
     ours = torch.stack([mlopt.hypergradient(problem, batches, seed=seed).gradient["logits"] for seed in runs])
     common = torch.stack([difference(seed, seed) for seed in runs])
-    anew = torch.stack([difference(seed, 1000 + seed) for seed in runs])
+    independent = torch.stack([difference(seed, 1000 + seed) for seed in runs])
 
     def spread(gradients: Tensor) -> Tensor:
         return gradients.var(0).sum().sqrt()
 
-    assert spread(ours) < spread(anew) / 20
-    # What is left is what another mask, the same on both sides, changes.
+    assert spread(ours) < spread(independent) / 20
+    # The rest is the effect of another mask, the same on both sides.
     assert float(spread(ours) / spread(common)) == pytest.approx(1, abs=0.6)
 
 
@@ -266,12 +265,12 @@ def test_second_order_with_gradient_checkpointing_is_right(products: str) -> Non
     plain, batches, _ = chain(mlopt.ConjugateGradient(iterations=3))
     memory, _, _ = chain(mlopt.ConjugateGradient(iterations=3, products=products), recompute=True)
     expected = mlopt.hypergradient(plain, batches, seed=3).gradient["logits"]
-    found = mlopt.hypergradient(memory, batches, seed=3).gradient["logits"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    gradient = mlopt.hypergradient(memory, batches, seed=3).gradient["logits"]
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
 
 
-def test_forward_products_do_not_go_silently_wrong_with_gradient_checkpointing() -> None:
-    """What is recomputed would be of the live parameters, not of those that stand in for them."""
+def test_forward_products_are_refused_with_gradient_checkpointing() -> None:
+    """The recomputation would use the live parameters, not those that stand in for them."""
     problem, batches, _ = chain(mlopt.ConjugateGradient(iterations=3, products="forward"), recompute=True)
     with pytest.raises(mlopt.SecondDerivativeError, match=r"gradient checkpointing.*use products='autograd'"):
         mlopt.hypergradient(problem, batches)
@@ -292,20 +291,25 @@ def test_embeddings_stay_tied_through_training() -> None:
     assert omega.encoder.embeddings.weight is not theta.encoder.embeddings.weight
 
 
+def changed(start: dict[str, Tensor], result: TapWeightResult) -> set[str]:
+    """Return the names of the tensors that differ between the start and the adapted encoder."""
+    end = result.encoder.state_dict()
+    return {name for name in start if not torch.equal(start[name], end[name])}
+
+
 def test_frozen_layers_stay_and_the_rest_is_trained() -> None:
     own = encoder()
     own.model.embeddings.requires_grad_(False)
     own.model.encoder.layer[0].requires_grad_(False)
     start = copy.deepcopy(own.state_dict())
     result = tapweight(own, NAMES).fit(4, progress=False)
-    end = result.encoder.state_dict()
-    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    moved = changed(start, result)
     assert moved
     assert all(name.startswith("model.encoder.layer.1") for name in moved)
 
 
 class Adapter(nn.Module):
-    """A low-rank change to a frozen layer, as adapters make it: y = W x + B A x."""
+    """A low-rank change to a frozen layer, as of an adapter: y = W x + B A x."""
 
     def __init__(self, base: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -329,8 +333,7 @@ def test_adapters_alone_are_trained(estimator: mlopt.Estimator | None) -> None:
     result = tapweight(own, NAMES, estimator=estimator, settings=attrs.evolve(SETTINGS, pretraining_lr=1e-2)).fit(
         4, progress=False
     )
-    end = result.encoder.state_dict()
-    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    moved = changed(start, result)
     assert moved
     assert all(".up." in name or ".down." in name for name in moved)
 
@@ -339,24 +342,21 @@ def test_adapters_alone_are_trained(estimator: mlopt.Estimator | None) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_of_peft_are_trained_saved_and_loaded(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft, which no extra installs")
-    for part in (model(), tokenizer()):
-        part.save_pretrained(tmp_path / "base")
+    save(tmp_path / "base", model())
     base = AutoModel.from_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"]))
     own = TextEncoder(adapted, tokenizer(), max_length=16)
     start = copy.deepcopy(own.state_dict())
     result = tapweight(own, NAMES, settings=attrs.evolve(SETTINGS, pretraining_lr=1e-2)).fit(4, progress=False)
-    end = result.encoder.state_dict()
-    moved = {name for name in start if not torch.equal(start[name], end[name])}
-    assert moved == {name for name in start if ".lora_" in name}
+    assert changed(start, result) == {name for name in start if ".lora_" in name}
     result.save(tmp_path / "result")
-    found = TextEncoder.load(tmp_path / "result" / "encoder", max_length=16).eval()
-    batch = found.collate(list(corpus(3)))
-    torch.testing.assert_close(found.pool(batch), result.encoder.eval().pool(batch))
+    loaded = TextEncoder.load(tmp_path / "result" / "encoder", max_length=16).eval()
+    batch = loaded.collate(list(corpus(3)))
+    torch.testing.assert_close(loaded.pool(batch), result.encoder.eval().pool(batch))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_weights_of_half_precision_go_through_the_recipe(kind: str) -> None:
+def test_weights_of_half_precision_run_the_recipe(kind: str) -> None:
     own = TextEncoder(model(kind, masked=True).bfloat16(), tokenizer(), max_length=16)
     result = tapweight(own, NAMES).fit(4, progress=False)
     assert all(p.dtype == torch.bfloat16 for p in result.encoder.parameters())
@@ -365,7 +365,7 @@ def test_weights_of_half_precision_go_through_the_recipe(kind: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_steps_under_autocast_are_nearly_those_of_full_precision(precision: str) -> None:
-    """The first losses differ by the rounding of half precision, and by no more."""
+    """The first losses differ by no more than the rounding of half precision."""
     full, half = (
         tapweight(encoder(), NAMES, settings=attrs.evolve(SETTINGS, precision=kind))
         .fit(4, progress=False, methods=["tapweight"])
@@ -374,7 +374,7 @@ def test_steps_under_autocast_are_nearly_those_of_full_precision(precision: str)
     )
     names = [name for name in full.names if name.endswith("/loss")]
     assert len(names) == 3
-    # In half precision the first gradient overflows at the loss scale that it begins with, and moves nothing.
+    # In half precision the first gradient overflows at the initial loss scale, and the step is skipped.
     for name in names if precision == "bf16" else ["pretraining/loss"]:
         assert half[0][name] == pytest.approx(full[0][name], rel=0.05)
     assert any(half[0][name] != full[0][name] for name in names)
@@ -394,6 +394,6 @@ def test_autocast_inside_the_losses_gives_nearly_the_same_weights_gradient() -> 
         twin = type("Cast", (TextEncoder,), {"forward": autocast})
         cast[name].module.encoder.__class__ = twin
     expected = mlopt.hypergradient(plain, batches, seed=3).gradient["logits"]
-    found = mlopt.hypergradient(cast, batches, seed=3).gradient["logits"]
-    assert not torch.equal(found, expected)
-    assert torch.cosine_similarity(found, expected, dim=0) > 0.95
+    gradient = mlopt.hypergradient(cast, batches, seed=3).gradient["logits"]
+    assert not torch.equal(gradient, expected)
+    assert torch.cosine_similarity(gradient, expected, dim=0) > 0.95

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from second_derivatives import by_double_backward, by_forward_over_reverse, random_tangent
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch_geometric.data import Batch, Data, Dataset
@@ -125,7 +126,7 @@ def test_the_loss_falls_under_adam(name: str, corpus: list[Data], batch: Batch) 
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=3e-3)
 
     def mean_loss() -> float:
-        """Return the mean over fixed views, so that chance plays no part in the comparison."""
+        """Return the mean over fixed views, which keeps chance out of the comparison."""
         torch.manual_seed(1)
         with torch.no_grad():
             return sum(float(objective.loss(encoder, head, objective.view(batch))) for _ in range(4)) / 4
@@ -143,30 +144,14 @@ def test_second_derivatives_agree_on_both_routes(name: str, corpus: list[Data]) 
     objective, encoder, head = ready(name, corpus, width=8)
     network = nn.ModuleList([encoder, head]).double()
     view = objective.view(Batch.from_data_list(corpus[:8]))
+    tangent = random_tangent(network)
 
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
+    def loss(network: nn.ModuleList) -> Tensor:
+        return objective.loss(network[0], network[1], view)
 
-        def forward(self) -> Tensor:
-            return objective.loss(self.network[0], self.network[1], view)
-
-    module = Loss()
-    point = dict(module.named_parameters())
-    tangent = {key: torch.randn_like(parameter) for key, parameter in point.items()}
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(module, parameters, ())
-
-    gradients = torch.autograd.grad(loss(point), tuple(point.values()), create_graph=True)
-    inner = sum((g * t).sum() for g, t in zip(gradients, tangent.values(), strict=True))
-    products = torch.autograd.grad(inner, tuple(point.values()), allow_unused=True)
-    _, forward = torch.func.jvp(torch.func.grad(loss), (point,), (tangent,))
-    assert sum(value.detach().abs().sum() for value in forward.values()) > 1e-3
-    for key, product in zip(point, products, strict=True):
-        expected = torch.zeros_like(point[key]) if product is None else product
-        torch.testing.assert_close(forward[key], expected, rtol=1e-9, atol=1e-11)
+    product = by_double_backward(network, loss, tangent)
+    assert product.abs().sum() > 1e-3
+    torch.testing.assert_close(by_forward_over_reverse(network, loss, tangent), product, rtol=1e-9, atol=1e-11)
 
 
 def test_masked_atoms_are_hidden_and_their_targets_are_their_elements(batch: Batch) -> None:
@@ -180,7 +165,7 @@ def test_masked_atoms_are_hidden_and_their_targets_are_their_elements(batch: Bat
     assert torch.equal(MaskedAtoms().view(Batch.from_data_list([from_smiles("O")])).atomic_numbers, torch.tensor([8]))
 
 
-def test_masked_bonds_are_hidden_in_both_directions_with_what_reveals_them(batch: Batch) -> None:
+def test_masked_bonds_are_hidden_in_both_directions_with_the_features_that_reveal_them(batch: Batch) -> None:
     view = MaskedBonds().view(batch)
     number = batch.edge_index.shape[1] // 2
     hidden = {frozenset(pair) for pair in view.masked_bonds.T.tolist()}
@@ -204,7 +189,7 @@ def test_masked_bonds_see_the_two_atoms_alike(corpus: list[Data], batch: Batch) 
     torch.testing.assert_close(objective.loss(encoder, head, turned), objective.loss(encoder, head, view))
 
 
-def test_a_batch_without_bonds_gives_masked_bonds_a_zero_that_can_be_differentiated(corpus: list[Data]) -> None:
+def test_the_loss_of_masked_bonds_without_bonds_is_a_zero_with_a_gradient(corpus: list[Data]) -> None:
     objective, encoder, head = ready("masked_bonds", corpus)
     loss = objective.loss(encoder, head, objective.view(Batch.from_data_list([from_smiles("C"), from_smiles("[K+]")])))
     assert loss == 0
@@ -312,7 +297,7 @@ def test_random_labels_are_even_and_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in RANDOM_VIEWS])
-def test_targets_that_are_there_need_no_chemistry(
+def test_attached_targets_need_no_chemistry(
     name: str, corpus: list[Data], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in [*sys.modules]:
@@ -329,7 +314,7 @@ def test_targets_that_are_there_need_no_chemistry(
             make_objective(name).prepare(bare, seed=0)
 
 
-def test_what_cannot_be_prepared_says_why() -> None:
+def test_a_corpus_that_cannot_be_prepared_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="molecule 1 of the corpus is not a SMILES that RDKit reads: 'c1cc'"):
         FunctionalGroups().prepare([Data(smiles="C"), Data(smiles="c1cc")], seed=0)
     for objective in (FunctionalGroups(), Descriptors()):
@@ -347,7 +332,7 @@ def test_what_cannot_be_prepared_says_why() -> None:
         def get(self, idx: int) -> Data:
             return Data(smiles="C" * (idx + 1))
 
-    with pytest.raises(mlopt.ArgumentError, match="Fleeting makes its graphs anew at each access"):
+    with pytest.raises(mlopt.ArgumentError, match="Fleeting creates its graphs at each access"):
         RandomLabels().prepare(Fleeting(), seed=0)
 
 
@@ -372,7 +357,7 @@ def test_wrong_arguments(make: Any, message: str) -> None:
 
 
 class RingCount(Objective):
-    """An objective as a user writes it: regress the number of rings, bonds - atoms + fragments, for whole molecules."""
+    """An objective of a user: regress the number of rings, bonds - atoms + fragments, for whole molecules."""
 
     name = "ring_count"
 
@@ -390,7 +375,7 @@ class RingCount(Objective):
         return (head(encoder.pool(view)).squeeze(1) - view.rings).square().mean()
 
 
-def test_an_objective_of_ones_own(batch: Batch) -> None:
+def test_an_objective_of_a_user(batch: Batch) -> None:
     torch.manual_seed(0)
     objective, encoder = RingCount(), GINE(width=24, layers=2)
     head = objective.head(encoder)

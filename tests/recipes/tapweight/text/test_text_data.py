@@ -1,4 +1,4 @@
-"""Reading text: files, data sets and GLUE, and what cannot be read."""
+"""Reading text: files, data sets and GLUE, and refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from text_cases import laid
+from text_cases import write_glue
 
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.text.data import from_dataset, read_corpus, read_table
@@ -72,32 +72,29 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     ]
 
 
-def test_empty_texts_are_left_out_and_told_or_refused(tmp_path: Path) -> None:
+def test_empty_texts_are_left_out_and_reported_or_refused(tmp_path: Path) -> None:
     file = write(tmp_path, "a.csv", "text,label\na,1\n,1\n  ,0\nb,0\n")
     texts = read_table(file)
     assert [example["text"] for example in texts] == ["a", "b"]
     assert texts.summary() == "2 texts of a.csv; 2 skipped: row 3 (the text is empty), row 4 (the text is empty)"
-    with pytest.raises(DataError, match=r"a\.csv, row 3: the text is empty; mend it"):
+    with pytest.raises(DataError, match=r"a\.csv, row 3: the text is empty; correct it"):
         read_table(file, strict=True)
     pairs = write(tmp_path, "b.jsonl", objects(*({"text_a": "a", "text_b": b, "label": 1} for b in ("b", "", None))))
     assert len(read_table(pairs)) == 1
 
 
-def test_half_a_character_is_left_out_and_told_or_refused(tmp_path: Path) -> None:
-    """JSON says a character beyond the first 65,536 in two parts; a text that was cut off has one of them."""
-    lines = [
-        '{"text": "a", "label": 1}',
-        '{"text": "b \\ud83d", "label": 1}',
-        '{"text": "c \\ud83d\\ude00", "label": 0}',
-    ]
-    file = write(tmp_path, "a.jsonl", "\n".join(lines))
+def test_half_a_character_is_left_out_and_reported_or_refused(tmp_path: Path) -> None:
+    """JSON writes a character beyond the first 65,536 in two parts; a truncated text has one of them."""
+    file = write(
+        tmp_path, "a.jsonl", "\n".join(f'{{"text": "{x}", "label": 1}}' for x in ("a", r"b \ud83d", r"c \ud83d\ude00"))
+    )
     fault = r"the text has '\ud83d', half of a character"
     for texts in (read_table(file), read_corpus(file)):
         assert [example["text"] for example in texts] == ["a", "c \U0001f600"]
         assert texts.summary() == f"2 texts of a.jsonl; 1 skipped: row 2 ({fault})"
     with pytest.raises(DataError) as error:
         read_table(file, strict=True)
-    assert str(error.value) == f"{file}, row 2: {fault}; mend it, or read with strict=False"
+    assert str(error.value) == f"{file}, row 2: {fault}; correct it, or read with strict=False"
 
 
 def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
@@ -114,8 +111,8 @@ def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> N
         ("a.csv", "texts,label\na,1\n", "no column 'text'; there are 'texts', 'label' - did you mean 'texts'?"),
         ("a.jsonl", objects({"text": "a", "label": 1}, {"text": "b"}), "a.jsonl, row 2: no column 'label'"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "a.jsonl, row 2: not valid JSON"),
-        ("a.jsonl", '["a", 1]\n', "a.jsonl, row 1: '[\"a\", 1]' is no JSON object"),
-        ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is no text; give strings"),
+        ("a.jsonl", '["a", 1]\n', "a.jsonl, row 1: '[\"a\", 1]' is not a JSON object"),
+        ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is not text; give strings"),
         ("a.jsonl", objects({"text": "a", "label": None}), "a.jsonl, row 1: the label is missing"),
         ("a.csv", "text,label\na,\n", "a.csv, row 2: the label is missing"),
         ("a.csv", "text,label\n,1\n", "no text in 1 rows; row 2: the text is empty; give at least 1"),
@@ -126,7 +123,7 @@ def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> N
         ("a.parquet", "x", "the suffix '.parquet' is not one of .csv, .csv.gz, .jsonl, .jsonl.gz"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_a_sentence(
+def test_an_unreadable_file_is_refused_in_a_sentence(
     name: str, content: str | bytes, sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as error:
@@ -136,7 +133,7 @@ def test_what_cannot_be_read_is_said_in_a_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_a_corpus_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
+def test_an_unusable_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a corpus of one text is too small"):
         read_corpus(write(tmp_path, "a.txt", "one\n"))
     with pytest.raises(FileNotFoundError, match=r"b\.txt: no such file"):
@@ -148,47 +145,50 @@ def test_a_corpus_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
         read_corpus(tmp_path / "a.txt", limit=1)
 
 
-def test_a_tasks_own_texts_are_each_there_once(tmp_path: Path) -> None:
+def test_the_corpus_of_a_task_has_each_of_its_texts_once(tmp_path: Path) -> None:
     records = [{"text_a": a, "text_b": b, "label": 1} for a, b in (("x", "y"), ("y", "z"), ("x", "x"))]
     own = read_table(write(tmp_path, "a.jsonl", objects(*records))).unlabelled()
     assert sorted(example["text"] for example in own) == ["x", "y", "z"]
     assert all(example.keys() == {"text"} for example in own)
 
 
-def test_a_data_set_gives_the_names_of_its_classes() -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    dataset = datasets.Dataset.from_dict({"text": ["a", "", "c"], "label": [1, 0, 0]}, features=features)
-    texts = from_dataset(dataset, name="made")
+def dataset(texts: list[str], labels: list[int], names: tuple[str, str] = ("text", "label")) -> datasets.Dataset:
+    text, label = names
+    features = {text: datasets.Value("string"), label: datasets.ClassLabel(names=["no", "yes"])}
+    return datasets.Dataset.from_dict({text: texts, label: labels}, features=datasets.Features(features))
+
+
+def test_labels_of_a_data_set_become_the_names_of_its_classes() -> None:
+    made = dataset(["a", "", "c"], [1, 0, 0])
+    texts = from_dataset(made, name="made")
     assert list(texts) == [{"text": "a", "label": "yes"}, {"text": "c", "label": "no"}]
     assert texts.summary() == "2 texts of made; 1 skipped: row 1 (the text is empty)"
-    assert list(from_dataset(dataset, label=None)) == [{"text": "a"}, {"text": "c"}]
+    assert list(from_dataset(made, label=None)) == [{"text": "a"}, {"text": "c"}]
     with pytest.raises(DataError, match="made: no column 'gold'; there are 'text', 'label'"):
-        from_dataset(dataset, label="gold", name="made")
+        from_dataset(made, label="gold", name="made")
 
 
 def test_the_columns_of_a_data_set_are_found_in_any_case() -> None:
-    features = datasets.Features({"Text": datasets.Value("string"), "Label": datasets.ClassLabel(names=["no", "yes"])})
-    dataset = datasets.Dataset.from_dict({"Text": ["a", "b"], "Label": [1, 0]}, features=features)
-    assert list(from_dataset(dataset)) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
+    texts = from_dataset(dataset(["a", "b"], [1, 0], names=("Text", "Label")))
+    assert list(texts) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
 
 
-def test_a_class_below_zero_of_a_data_set_is_none() -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+def test_a_negative_class_of_a_data_set_is_a_missing_label() -> None:
+    made = dataset(["a", "b"], [1, -1])
     with pytest.raises(DataError, match="made, row 1: the label is missing; give one, or leave the row out"):
-        from_dataset(dataset, name="made")
-    assert len(from_dataset(dataset, label=None)) == 2
+        from_dataset(made, name="made")
+    assert len(from_dataset(made, label=None)) == 2
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])
-def test_a_task_of_glue_is_read_from_where_datasets_keeps_it(name: str, tmp_path: Path) -> None:
+def test_a_task_of_glue_is_read_from_the_cache_of_datasets(name: str, tmp_path: Path) -> None:
     task, count = GLUE[name], 40
     numbers = name == "stsb"
     label = datasets.Value("float32") if numbers else datasets.ClassLabel(names=["a", "b", "c"])
     features = datasets.Features({**{column: datasets.Value("string") for column in task.text}, "label": label})
     columns: dict[str, list[Any]] = {column: [f"{column} {k}" for k in range(count)] for column in task.text}
     columns["label"] = [k / 8 for k in range(count)] if numbers else [k % 3 for k in range(count)]
-    laid(tmp_path, name, columns, features)
+    write_glue(tmp_path, name, columns, features)
     splits, metric = glue(name, cache_dir=tmp_path)
     assert metric == task.metric
     assert {split: len(texts) for split, texts in splits.items()} == {"train": 36, "valid": 4, "test": 40}
@@ -204,8 +204,8 @@ def test_a_task_of_glue_is_read_from_where_datasets_keeps_it(name: str, tmp_path
     ]
 
 
-def test_what_is_no_task_of_glue_or_cannot_be_fetched_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dataset='coal' is no task of GLUE; there are .* did you mean 'cola'"):
+def test_an_unknown_task_of_glue_or_one_that_cannot_be_fetched_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset='coal' is not a task of GLUE; there are .* did you mean 'cola'"):
         glue("coal")
-    with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; give the files by --train instead"):
+    with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; pass the files with --train instead"):
         glue("rte", cache_dir=tmp_path)

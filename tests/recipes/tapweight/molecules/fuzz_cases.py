@@ -1,4 +1,4 @@
-"""Inputs for the readers, drawn: nearly right configurations, tables whose reading is known, valid files with bytes changed."""
+"""Random inputs for the readers: nearly right configurations, tables with a known reading, valid files with changed bytes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ Strategy = st.SearchStrategy[Any]
 
 QUOTE = '"'
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-HUGE = st.sampled_from(
-    [10**400, -(10**400), 10**4_000]
-)  # the last stands for an integer that Python reads, but does not write
+#: The last is an integer that Python reads, but does not write.
+HUGE = st.sampled_from([10**400, -(10**400), 10**4_000])
 WRONG = st.none() | st.floats() | WORDS | st.just([[]]) | st.dictionaries(WORDS, st.integers(), max_size=2)
 
 
@@ -39,7 +38,7 @@ def _choice(*values: str) -> tuple[Strategy, Strategy]:
 
 def _list(right: Strategy, wrong: Strategy, least: int) -> tuple[Strategy, Strategy]:
     broken = st.tuples(st.lists(right, max_size=2), wrong).map(lambda pair: [*pair[0], pair[1]])
-    few = [st.just([]), right.map(lambda one: [one, one])] if least else []
+    few = [st.just([]), right.map(lambda value: [value, value])] if least else []
     return st.lists(right, min_size=least, max_size=4, unique=True), st.one_of(broken, st.integers(), WORDS, *few)
 
 
@@ -78,6 +77,17 @@ VALUES: dict[str, tuple[Strategy, Strategy]] = {
 OPTIONAL = ("output", "corpus", "corpus_limit", "train", "valid", "test", "dataset", "labels", "kind", "metric")
 SECTIONS = {"": Configuration, "data": Data, "settings": Settings, "encoder": EncoderSettings}
 PLACES = [(part, name) for part, kind in SECTIONS.items() for name in attrs.fields_dict(kind) if name not in SECTIONS]
+#: Any content that JSON can write, with keys and values of configurations in it.
+KEYS = st.sampled_from([*VALUES, "data", "settings", "encoder"])
+CONTENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | KEYS | st.sampled_from([*OBJECTIVES]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+SECTION = st.dictionaries(KEYS, CONTENTS, max_size=5)
+ANY_JSON = CONTENTS | st.fixed_dictionaries({}, optional=dict.fromkeys(("data", "settings", "encoder"), SECTION))
+LINE = st.tuples(KEYS, CONTENTS.map(json.dumps)).map(" = ".join)
+ANY_TOML = st.text(max_size=60) | st.lists(LINE, max_size=4).map("\n".join)
 
 
 @attrs.frozen
@@ -106,7 +116,7 @@ class DrawnConfiguration:
 
 @st.composite
 def configurations(draw: Draw) -> DrawnConfiguration:
-    """Draw a configuration in which all is right, or all but one entry."""
+    """Draw a configuration with at most one wrong entry."""
     entries: dict[tuple[str, str], Any] = {}
     wrong = []
     places = draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=6, unique=True))
@@ -137,7 +147,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(key)} = {_toml(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
     if value == 10**4_000:
         return f"0x{'f' * 9_000}"
     return "null" if value is None else repr(value)
@@ -145,7 +155,7 @@ def _toml(value: Any) -> str:
 
 @st.composite
 def arguments(draw: Draw, files: tuple[str, ...]) -> tuple[list[str], bool]:
-    """Draw a command line, and whether all of it is right."""
+    """Draw a command line; return True with it if all of it is right."""
     words: list[str] = []
     right = True
     for _, key in draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=4, unique=True)):
@@ -157,9 +167,9 @@ def arguments(draw: Draw, files: tuple[str, ...]) -> tuple[list[str], bool]:
         if isinstance(value, bool):
             words.append(option if value else f"--no-{option[2:]}")
             continue
-        values = [_word(one) for one in value] if isinstance(value, list) else [_word(value)]
+        values = [_word(entry) for entry in value] if isinstance(value, list) else [_word(value)]
         # A value that looks like an option, or "None", means something else to every command line.
-        right &= not any(re.match(r"-|None\Z|\Z", one) for one in values)
+        right &= not any(re.match(r"-|None\Z|\Z", entry) for entry in values)
         if flaw == "key":
             option = draw(st.sampled_from([option[:-1], f"{option}s", option[1:], option.upper(), "--", "-", ""]))
         if flaw == "missing":
@@ -181,57 +191,25 @@ def _word(value: Any) -> str:
 
 
 MOLECULES = (
-    "C",
-    "CCO",
-    "c1ccccc1",
-    "[Na+].[Cl-]",
-    "C/C=C/[C@H](N)O",
-    "*",
-    " CC ",
-    "CC(=O)Oc1ccccc1C(=O)O",
-    "[2H]C",
-    "[999C]",
-    "C\nC",
-)
+    "C", "CCO", "c1ccccc1", "[Na+].[Cl-]", "C/C=C/[C@H](N)O", "*", " CC ", "CC(=O)Oc1ccccc1C(=O)O", "[2H]C", "[999C]", "C\nC",
+)  # fmt: skip
 NONSENSE = (
     "", " ", "C1CC", "xyz", "C[N](C)(C)(C)C", "[C-7]", "c1cccc1", "(", "C(", "[", "naïve", "1", "nan", 'C"', "C,C",
     "C%", "[*:1", "C.", "->", "CC |$;", "#", "[H][H][H]", "'", "C;C", "C" * 9 + "(" * 300, "C" + ")" * 9,
 )  # fmt: skip
 NUMBERS = {
-    "1": 1.0,
-    "0": 0.0,
-    "-2.5e1": -25.0,
-    " 3 ": 3.0,
-    ".5": 0.5,
-    "+7.": 7.0,
-    "1e38": 1e38,
-    "1e-50": 1e-50,
-    "": math.nan,
-}
-NUMBERS |= {" ": math.nan, "nan": math.nan, "NaN": math.nan, "-nan": math.nan, "\u00a02": 2.0}
+    "1": 1.0, "0": 0.0, "-2.5e1": -25.0, " 3 ": 3.0, ".5": 0.5, "+7.": 7.0, "1e38": 1e38, "1e-50": 1e-50, "\u00a02": 2.0,
+    **dict.fromkeys(("", " ", "nan", "NaN", "-nan"), math.nan),
+}  # fmt: skip
 NO_NUMBERS = (
-    "high",
-    "1,5",
-    "1_0",
-    "inf",
-    "-Infinity",
-    "1e400",
-    "1e39",
-    "0x1",
-    "1 2",
-    "1\n2",
-    '"',
-    "True",
-    "None",
-    "½",
-    "--1",
-)
+    "high", "1,5", "1_0", "inf", "-Infinity", "1e400", "1e39", "0x1", "1 2", "1\n2", '"', "True", "None", "½", "--1",
+)  # fmt: skip
 NAMES = ("y", "Y2", "logS", "naïve", " padded ", "two words", "measured, in mol/l", "")
 
 
 @attrs.frozen
 class DrawnTable:
-    """A file, how it is read, and what a plain reading gives: rows kept with SMILES and labels, or the row that is refused."""
+    """A file, the options to read it with, and its expected rows, with SMILES and labels, or the row that is refused."""
 
     name: str
     content: bytes
@@ -244,13 +222,13 @@ class DrawnTable:
 
 
 def line_of(text: str, end: int) -> int:
-    """Return the number, from 1, of the line that an editor shows a place in."""
+    """Return the number, from 1, of the line of a place in an editor."""
     return len(re.findall(r"\r\n|\r|\n", text[:end])) + 1
 
 
 @st.composite
 def tables(draw: Draw, labelled: bool) -> DrawnTable:
-    """Draw a table with at most a few flaws, and read it from what was drawn."""
+    """Draw a table with at most a few flaws, and its expected reading."""
     rare = st.integers(0, 24).map(lambda drawn: drawn == 13)  # hypothesis draws the ends more often
     names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
     header = draw(st.permutations([draw(st.sampled_from(["smiles", "SMILES", " Smiles"])), *names]))
@@ -292,9 +270,7 @@ def tables(draw: Draw, labelled: bool) -> DrawnTable:
     if draw(st.booleans()):
         text = text.removesuffix(end)
     return _encoded(
-        draw,
-        text,
-        DrawnTable("", b"", strict, labels, rows, tuple(skipped), refusal is not None, refusal or None),
+        draw, text, DrawnTable("", b"", strict, labels, rows, tuple(skipped), refusal is not None, refusal or None)
     )
 
 
@@ -303,7 +279,7 @@ def _cell(cell: str, delimiter: str, quoted: bool) -> str:
 
 
 def _encoded(draw: Draw, text: str, table: DrawnTable) -> DrawnTable:
-    """Write a table's text as bytes, now and then such as cannot be read."""
+    """Write a table's text as bytes, some of which cannot be read."""
     encoding = draw(st.sampled_from(["utf-8"] * 9 + ["utf-8-sig"] * 9 + ["latin-1", "utf-16", "nul"]))
     if encoding == "nul":
         place = draw(st.integers(0, len(text)))
@@ -326,6 +302,30 @@ def _encoded(draw: Draw, text: str, table: DrawnTable) -> DrawnTable:
     if damage:
         table = attrs.evolve(table, refused=True, row=None)
     return attrs.evolve(table, name="drawn.csv.gz", content=content)
+
+
+@st.composite
+def tasks(draw: Any) -> tuple[list[bytes], dict[str, Any]]:
+    """Draw one labelled table or three, and the options of a task."""
+    classes = draw(st.booleans())
+    label = st.sampled_from((["0", "1"] * 8 if classes else ["0.5", "-1", "2e3", "1", "3.4e38"]) + [""])
+    longer = [f"{ring}{'C' * size}" for ring in ("", "c1ccccc1", "C1CC1", "c1ccncc1") for size in range(1, 7)]
+    row = st.tuples(st.sampled_from([*longer, "C1CC", "[Na+]", "*"]), label, label).map(",".join)
+    files = draw(st.sampled_from([1, 1, 1, 2, 3, 3, 3]))
+    content = []
+    for _ in range(files):
+        rows = draw(st.lists(row, min_size=(size := draw(st.sampled_from([1, 10, 30, 30]))), max_size=size + 10))
+        content.append("\n".join([draw(st.sampled_from(["smiles,y,z"] * 15 + ["smiles,y,x"])), *rows]).encode())
+    options = {
+        "labels": draw(st.sampled_from([None] * 4 + [["y"]] * 4 + [["z", "y"], ["w"], []])),
+        "kind": draw(st.sampled_from([None] * 6 + ["classification", "regression"])),
+        "metric": draw(st.sampled_from([None] * 6 + ["roc_auc", "rmse", "mae"])),
+        "split": draw(st.sampled_from(["random", "scaffold"])),
+        "chirality": draw(st.booleans()),
+        "strict": draw(st.sampled_from([False] * 6 + [True])),
+        "seed": draw(st.integers(0, 9)),
+    }
+    return content, options
 
 
 PIECES = (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
-from tapweight_cases import Encoder, Reconstruct, Sum
-from torch import Tensor
+from tapweight_cases import F64, Encoder, Reconstruct, Sum, weights_gradient
+from torch import Tensor, nn
 from torch.optim import SGD
 
 import mlopt
@@ -16,8 +17,6 @@ from mlopt.recipes.tapweight.methods.levels import Chunks, three_levels
 from mlopt.recipes.tapweight.methods.proximal import Proximal
 from mlopt.recipes.tapweight.models import Pretraining
 from mlopt.recipes.tapweight.significance import judge, verdict
-
-F64 = torch.float64
 
 
 def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple[mlopt.Problem, dict[str, Tensor]]:
@@ -50,25 +49,22 @@ def chain(gamma: float = 0.5, estimator: mlopt.Estimator | None = None) -> tuple
     return problem, batches
 
 
-def closed_form(problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float, masks: mlopt.rng.GeneratorState):
-    """Return dL/da = -2 gamma (diag(lambda) - lambda lambda^T) s with s_k = <grad_theta L_k, v>, from plain torch."""
-    own, theta = problem["reweighting"].module, problem["pretraining"].module
-    omega = problem["finetuning"].module
-    logits = own.logits.detach()
-    weights = logits.softmax(0).double()
-    valid = (
-        (omega.head(omega.encoder(batches["reweighting"])).squeeze(1) - batches["reweighting"].sum(1)).square().mean()
-    )
-    v = torch.autograd.grad(valid, list(omega.encoder.parameters()))
-    masks.restore()
-    signals = []
+def objective_losses(problem: mlopt.Problem, batches: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the scaled loss of each objective, from plain torch."""
+    theta = problem["pretraining"].module
     for (name, head), power, scale in zip(theta.heads.items(), (1.0, 2.0, 0.5), (1.0, 2.0, 0.5), strict=True):
-        view = Reconstruct(name, power).view(batches["pretraining"])
-        loss = Reconstruct(name, power).loss(theta.encoder, head, view) / scale
-        g = torch.autograd.grad(loss, list(theta.encoder.parameters()))
-        signals.append(sum((a * b).sum() for a, b in zip(g, v, strict=True)))
-    s = torch.stack(signals)
-    return -2 * gamma * (torch.diag(weights) - weights[:, None] * weights) @ s
+        objective = Reconstruct(name, power)
+        yield objective.loss(theta.encoder, head, objective.view(batches["pretraining"])) / scale
+
+
+def task_loss(problem: mlopt.Problem, batch: Tensor) -> Tensor:
+    omega = problem["finetuning"].module
+    return (omega.head(omega.encoder(batch)).squeeze(1) - batch.sum(1)).square().mean()
+
+
+def validation_gradient(problem: mlopt.Problem, batches: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    loss = task_loss(problem, batches["reweighting"])
+    return torch.autograd.grad(loss, list(problem["finetuning"].module.encoder.parameters()))
 
 
 @pytest.mark.parametrize("products", ["autograd", "forward"])
@@ -76,26 +72,29 @@ def closed_form(problem: mlopt.Problem, batches: dict[str, Tensor], gamma: float
 def test_the_hypergradient_is_the_closed_form(products, gamma):
     problem, batches = chain(gamma, mlopt.Identity(products=products))
     result = mlopt.hypergradient(problem, batches, seed=3)
-    devices = problem.devices
-    masks = mlopt.rng.GeneratorState.seeded(mlopt.rng.derive_seed("hypergradient", "seed", 3, "pretraining"), devices)
-    expected = closed_form(problem, batches, gamma, masks)
+    v = validation_gradient(problem, batches)
+    seed = mlopt.rng.derive_seed("hypergradient", "seed", 3, "pretraining")
+    mlopt.rng.GeneratorState.seeded(seed, problem.devices).restore()
+    weights = problem["reweighting"].module.logits.detach().softmax(0).double()
+    parameters = list(problem["pretraining"].module.encoder.parameters())
+    expected = weights_gradient(weights, objective_losses(problem, batches), parameters, v, gamma)
     torch.testing.assert_close(result.gradient["logits"].double(), expected, rtol=1e-6, atol=1e-8 * gamma)
 
 
-def test_parts_of_a_batch_count_as_the_whole_and_go_through_the_encoder_one_by_one():
+def test_chunks_of_a_batch_count_as_the_whole_and_pass_the_encoder_one_by_one():
     problem, batches = chain(100.0)
     module = problem["finetuning"].module
     rows = []
 
     def note(encoder, inputs, _):
-        if not encoder.training:  # of the validation examples
+        if not encoder.training:  # the validation examples
             rows.append(len(inputs[0]))
 
     module.encoder.register_forward_hook(note)
     whole = mlopt.hypergradient(problem, batches, seed=3)
     assert set(rows) == {6}
     rows.clear()
-    # Of sizes that differ: a mean of means would be another number.
+    # The sizes differ: a mean of means would be another number.
     parts = Chunks(batches["reweighting"].split([2, 4]))
     cut = mlopt.hypergradient(problem, {**batches, "reweighting": parts}, seed=3)
     assert set(rows) == {2, 4}
@@ -116,53 +115,35 @@ def test_the_streamed_gradient_is_the_closed_form_with_the_cotangent_of_the_step
 
     mlopt.solve(problem, 2, callbacks=[Watch()], seed=1)
     theta, omega = reference["pretraining"].module, reference["finetuning"].module
-    own = reference["reweighting"].module
-    # By hand: two outer steps of the same levels; the second gradient uses g_k at the second step and v of the first.
-    scales, powers = (1.0, 2.0, 0.5), (1.0, 2.0, 0.5)
-
-    def losses():
-        return [
-            Reconstruct(name, power).loss(theta.encoder, head, Reconstruct(name, power).view(batches["pretraining"]))
-            / scale
-            for (name, head), power, scale in zip(theta.heads.items(), powers, scales, strict=True)
-        ]
-
-    held = None
+    own, parameters = reference["reweighting"].module, list(theta.encoder.parameters())
+    # Two outer steps of the same levels by hand; the second gradient uses g_k at the second step and v of the first.
+    v = None
     for step in range(2):
-        states[step].restore()
         weights = own.logits.detach().softmax(0)
-        values = losses()
-        parameters = list(theta.parameters())
-        gs = [torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True) for x in values]
-        count = len(list(theta.encoder.parameters()))
-        s = None
-        if held is not None:
-            s = torch.stack([sum((a * b).sum() for a, b in zip(g[:count], held, strict=True)) for g in gs])
-        with torch.no_grad():
-            for i, parameter in enumerate(parameters):
-                parameter -= 0.01 * sum(w * g[i] for w, g in zip(weights, gs, strict=True))
-        batch = batches["finetuning"]
-        loss = (omega.head(omega.encoder(batch)).squeeze(1) - batch.sum(1)).square().mean()
-        loss = loss + Proximal(theta.encoder, 0.5)(omega.encoder, theta.encoder)
-        gradient = torch.autograd.grad(loss, list(omega.parameters()))
-        with torch.no_grad():
-            for parameter, g in zip(omega.parameters(), gradient, strict=True):
-                parameter -= 0.01 * g
-        batch = batches["reweighting"]
-        valid = (omega.head(omega.encoder(batch)).squeeze(1) - batch.sum(1)).square().mean()
-        v = torch.autograd.grad(valid, list(omega.encoder.parameters()))
-        if s is None:
+        states[step].restore()
+        if v is not None:
+            expected = weights_gradient(weights.double(), objective_losses(reference, batches), parameters, v, 0.5)
             states[step].restore()
-            recomputed = [torch.autograd.grad(x, list(theta.encoder.parameters())) for x in losses()]
-            s = torch.stack([sum((a * b).sum() for a, b in zip(g, v, strict=True)) for g in recomputed])
-        weights = weights.double()
-        expected = -2 * 0.5 * (torch.diag(weights) - weights[:, None] * weights) @ s if held is None else None
-        if held is not None:
-            expected = -(torch.diag(weights) - weights[:, None] * weights) @ s
+        mixture = sum(weight * loss for weight, loss in zip(weights, objective_losses(reference, batches), strict=True))
+        gradient_step(mixture, theta)
+        loss = task_loss(reference, batches["finetuning"])
+        gradient_step(loss + Proximal(theta.encoder, 0.5)(omega.encoder, theta.encoder), omega)
+        last, v = v, validation_gradient(reference, batches)
+        if last is None:
+            # The first step has no cotangent of an earlier one: it evaluates the objectives at the new theta.
+            states[step].restore()
+            expected = weights_gradient(weights.double(), objective_losses(reference, batches), parameters, v, 0.5)
         torch.testing.assert_close(gradients[step].double(), expected, rtol=1e-5, atol=1e-9)
         with torch.no_grad():
             own.logits -= 0.1 * gradients[step]
-        held = [2 * 0.5 * x for x in v]
+
+
+def gradient_step(loss: Tensor, module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter -= 0.01 * gradient
 
 
 def test_the_pullback_through_finetuning_needs_no_network_pass():
@@ -173,8 +154,8 @@ def test_the_pullback_through_finetuning_needs_no_network_pass():
     assert len(passes) == 1  # the validation loss
 
 
-def test_the_couplings_products_are_exact():
-    """2 gamma I and -2 gamma I, whatever the encoders hold."""
+def test_the_products_of_the_coupling_are_exact():
+    """The products are 2 gamma I and -2 gamma I for any encoders."""
     a, b = Encoder(), Encoder()
     value = Proximal(a, 0.7)(a, b)
     v = [torch.randn_like(p) for p in a.parameters()]
@@ -198,7 +179,7 @@ def test_halves_that_disagree_are_not_significant_however_many_batches():
     label_noise = 1.0
     halves = []
     for _ in range(200):
-        # Both halves' signals scatter about a mean that is itself within the labels' error of zero.
+        # The signals of both halves scatter about a mean that is within the labels' error of zero.
         draw = torch.randn(2, 1, generator=generator, dtype=F64) * label_noise * 2**0.5
         halves.append((0.8 + draw[0] - draw.mean(0), 0.8 + draw[1] - draw.mean(0)))
     signal = judge(["one"], [(a + b) / 2 for a, b in halves], halves)["one"]
@@ -207,7 +188,7 @@ def test_halves_that_disagree_are_not_significant_however_many_batches():
     assert signal.error == pytest.approx(1.0, rel=0.2)
 
 
-def test_a_clear_signal_is_significant_and_said():
+def test_a_clear_signal_is_significant_and_reported():
     generator = torch.Generator().manual_seed(0)
     halves = [
         (torch.tensor([1.0, -1.0, 0.0]) + 0.1 * torch.randn(3, generator=generator), torch.tensor([1.0, -1.0, 0.0]))
@@ -220,12 +201,12 @@ def test_a_clear_signal_is_significant_and_said():
     sentence = verdict(signals)
     assert "good helped significantly" in sentence
     assert "bad helped significantly less" in sentence
-    assert "neither cannot be told" in sentence
+    assert "neither cannot be distinguished" in sentence
     assert "no significant preference" in verdict({"neither": signals["neither"]})
 
 
 def test_false_alarms_are_as_rare_as_they_should_be():
-    """Signals that are noise of labels alone: some objective is called significant in about 5% of runs, not in most."""
+    """With signals of label noise alone, some objective is significant in about 5% of runs, not in most."""
     generator = torch.Generator().manual_seed(1)
     alarms = 0
     for _ in range(300):

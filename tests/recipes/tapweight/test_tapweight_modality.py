@@ -1,4 +1,4 @@
-"""The contract of a modality: a new one of a few lines has the whole command, and those there are keep to the contract."""
+"""The contract of a modality: a new one of a few lines has the whole command, and the existing ones keep the contract."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scaling:
     """The encoder.
 
     Args:
-        factor: what its weights are multiplied by.
+        factor: the factor of its weights.
     """
 
     factor: float = 1.0
@@ -103,11 +103,11 @@ def test_means_over_seeds_need_no_signals(options: list[str], tmp_path: Path) ->
         (["--dataset", "x"], "give either --train FILE"),
         (["--valid", "x"], "--valid is given without --test"),
         (["--objectives", "cube", "linear"], "there is no objective 'cube'; there are 'linear'"),
-        (["--objectives", "linear"], "there is something to weigh from two on"),
+        (["--objectives", "linear"], "give at least two"),
         (["--methods", "single:cube"], "single:cube: 'cube' is not one of the objectives, linear, square"),
     ],
 )
-def test_every_modality_refuses_what_none_can_run(more: list[str], sentence: str, options: list[str]) -> None:
+def test_every_modality_refuses_an_impossible_run(more: list[str], sentence: str, options: list[str]) -> None:
     with pytest.raises(ValueError, match=sentence):
         main([*options, *more])
 
@@ -120,7 +120,7 @@ def modality(request: pytest.FixtureRequest) -> type[Modality]:
 def test_a_modality_keeps_to_the_contract(modality: type[Modality], tmp_path: Path) -> None:
     folder = Path(importlib.import_module(modality.__module__).__file__).parent
     assert modality.name == folder.name
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     assert modality.extra in project["optional-dependencies"]
     assert modality.summary.endswith(".")
     configuration = modality.configuration_class()

@@ -1,4 +1,4 @@
-"""TapWeight end to end on a small encoder: what it refuses, what it returns, and that ways are compared on equal terms."""
+"""TapWeight end to end on a small encoder: refusals, results, and the comparison of methods on equal terms."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
-from tapweight_cases import F64, Encoder, Reconstruct, Sum
+from tapweight_cases import F64, SETTINGS, Encoder, Reconstruct, Sum, recipe
 from torch import nn
 
 import mlopt
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.finetuning import Score, finetune
 from mlopt.recipes.tapweight.settings import Settings
-
-SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=4)
 
 
 class Kept(Encoder):
@@ -27,22 +25,6 @@ class Kept(Encoder):
     def save(self, folder):
         folder.mkdir()
         torch.save(self.state_dict(), folder / "state.pt")
-
-
-class Task(Sum):
-    """The sum of the inputs; an example is a tensor (3,)."""
-
-
-def task(count=24):
-    torch.manual_seed(1)
-    return Task({split: list(torch.randn(count, 3, dtype=F64)) for split in ("train", "valid", "test")})
-
-
-def tapweight(objectives=None, corpus=None, encoder=Kept, **arguments):
-    torch.manual_seed(2)
-    objectives = objectives or [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
-    corpus = list(torch.randn(40, 3, dtype=F64)) if corpus is None else corpus
-    return TapWeight(encoder(), objectives, task(), corpus, **{"settings": SETTINGS, **arguments})
 
 
 class Constant(Reconstruct):
@@ -76,35 +58,31 @@ class Infinite(Reconstruct):
 )
 def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tapweight([Reconstruct("linear", 1.0), objective]).fit(8, progress=False)
+        recipe(objectives=[Reconstruct("linear", 1.0), objective]).fit(8, progress=False)
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: tapweight([Reconstruct("linear", 1.0)]), "1 objectives"),
-        (lambda: tapweight([Reconstruct("a", 1.0), Reconstruct("a", 2.0)]), "two objectives of one name"),
-        (lambda: tapweight(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
-        (lambda: tapweight().fit(3, progress=False), "moves the weights 3 times"),
-        (
-            lambda: tapweight().fit(4, methods=["none"], progress=False),
-            "there is no method 'none'; there are 'direct', 'equal'",
-        ),
+        (lambda: recipe(objectives=[Reconstruct("linear", 1.0)]), "1 objectives"),
+        (lambda: recipe(objectives=[Reconstruct("a", 1.0), Reconstruct("a", 2.0)]), "two objectives of one name"),
+        (lambda: recipe(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
+        (lambda: recipe().fit(3, progress=False), "moves the weights 3 times"),
         (lambda: Settings(gamma=0.0), "gamma=0.0; it must be a finite number > 0"),
         (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),
         (lambda: Settings(scale="norm"), "scale='norm'; it must be one of 'gradient', 'none'"),
     ],
 )
-def test_what_cannot_be_run_is_said(make, sentence):
+def test_an_impossible_run_is_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
 
 
-def test_a_run_returns_and_saves_what_it_learned(tmp_path):
+def test_a_run_returns_and_saves_its_results(tmp_path):
     torch.manual_seed(2)
     start = Kept()
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
-    result = tapweight(encoder=lambda: start).fit(8, progress=False)
+    result = recipe(encoder=lambda: start).fit(8, progress=False)
     assert sum(result.weights.values()) == pytest.approx(1.0, abs=1e-6)
     assert all(weight > 0 for weight in result.weights.values())
     assert set(result.scores) == {"direct", "equal", "tapweight"}
@@ -119,7 +97,7 @@ def test_a_run_returns_and_saves_what_it_learned(tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert not [name for name in rows[0] if "second" in name or "time" in name]
-    # The first row holds the weights that the first step was taken with, equal ones.
+    # The first row holds the weights of the first step, equal ones.
     assert float(rows[0]["reweighting/weight/linear"]) == 0.5
     assert float(rows[-1]["reweighting/weight/linear"]) != 0.5
     state = torch.load(tmp_path / "encoder" / "state.pt", weights_only=True)
@@ -127,16 +105,16 @@ def test_a_run_returns_and_saves_what_it_learned(tmp_path):
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another():
-    first, second = (tapweight().fit(6, progress=False) for _ in range(2))
+def test_the_same_seed_repeats_a_run_and_another_does_not():
+    first, second = (recipe().fit(6, progress=False) for _ in range(2))
     assert first.weights == second.weights
     assert first.scores == second.scores
-    assert tapweight(seed=1).fit(6, progress=False).weights != first.weights
+    assert recipe(seed=1).fit(6, progress=False).weights != first.weights
 
 
 def test_a_run_depends_on_its_seed_and_on_nothing_drawn_before():
-    first = tapweight().fit(6, progress=False)
-    again = tapweight()
+    first = recipe().fit(6, progress=False)
+    again = recipe()
     again.prepare()
     torch.rand(3)
     assert [again.fit(6, progress=False).weights for _ in range(2)] == [first.weights] * 2
@@ -145,13 +123,13 @@ def test_a_run_depends_on_its_seed_and_on_nothing_drawn_before():
 def test_a_measurement_takes_no_more_examples_at_once_than_a_step():
     rows = []
 
-    class Noting(Kept):
+    class Noting(Encoder):
         def forward(self, batch):
             if not self.training and torch.is_grad_enabled():  # the validation examples, not those that are scored
                 rows.append(len(batch))
             return super().forward(batch)
 
-    made = tapweight(encoder=Noting, settings=attrs.evolve(SETTINGS, valid_batch_size=5))
+    made = recipe(encoder=Noting, settings=attrs.evolve(SETTINGS, valid_batch_size=5))
     made.fit(6, methods=["tapweight"], progress=False)
     # Steps on batches of 5; measurements on halves of 12, in parts of 5, 5 and 2.
     assert set(rows) == {5, 2}
@@ -160,42 +138,41 @@ def test_a_measurement_takes_no_more_examples_at_once_than_a_step():
 def test_equal_weights_see_the_batches_that_tapweight_sees():
     """At a learning rate of zero for the weights, TapWeight is equal weights, to rounding."""
     settings = attrs.evolve(SETTINGS, weights_lr=0.0)
-    result = tapweight(settings=settings).fit(6, progress=False)
+    result = recipe(settings=settings).fit(6, progress=False)
     equal, learned = result.scores["equal"], result.scores["tapweight"]
     assert equal["test"] == pytest.approx(learned["test"], rel=1e-6)
     assert result.weights == {"linear": 0.5, "square": 0.5}
 
 
-def test_equal_weights_take_as_many_steps_as_tapweight():
-    """With `every` that does not divide the steps, both take the whole multiples."""
-    made = tapweight(settings=attrs.evolve(SETTINGS, every=3, measurements=2, weights_lr=0.0))
+def test_equal_weights_take_as_many_steps_as_recipe():
+    """If `every` does not divide the steps, both take the whole multiples."""
+    made = recipe(settings=attrs.evolve(SETTINGS, every=3, measurements=2, weights_lr=0.0))
     result = made.fit(14, progress=False)
     assert result.scores["equal"]["test"] == pytest.approx(result.scores["tapweight"]["test"], rel=1e-6)
 
 
 def test_an_encoder_without_save_is_written_as_safetensors(tmp_path):
-    made = tapweight(encoder=Encoder)
-    result = made.fit(8, methods=["tapweight"], progress=False)
+    result = recipe().fit(8, methods=["tapweight"], progress=False)
     result.save(tmp_path)
     state = load_file(tmp_path / "encoder" / "model.safetensors")
     assert torch.equal(state["layer.weight"], result.encoder.layer.weight)
 
 
 def test_weights_move_at_every_nth_step_only():
-    result = tapweight(settings=attrs.evolve(SETTINGS, every=3, measurements=2)).fit(12, progress=False)
+    result = recipe(settings=attrs.evolve(SETTINGS, every=3, measurements=2)).fit(12, progress=False)
     assert len(result.history) == 4
 
 
 def fixed_head(encoder):
-    """Return a head that is the same for everyone and is not trained: what helps one loss then helps the other."""
+    """Return a fixed head that all losses share: a step that helps one loss then helps the other."""
     head = nn.Linear(encoder.width, 1, dtype=F64).requires_grad_(False)
     torch.nn.init.constant_(head.weight, 1.0)
     torch.nn.init.zeros_(head.bias)
     return head
 
 
-class FixedTask(Task):
-    """The sum of the inputs, read off the features by a head that is not trained."""
+class FixedTask(Sum):
+    """The sum of the inputs, predicted from the features by a fixed head."""
 
     def head(self, encoder):
         return fixed_head(encoder)
@@ -215,21 +192,21 @@ class Itself(Reconstruct):
 
 
 class Unpredictable(Itself):
-    """Ask for what cannot be predicted."""
+    """An objective that cannot be predicted."""
 
     def loss(self, encoder, head, view):
         return (head(encoder(view)).squeeze(1) - 3 * (1e4 * view).sin().sum(1)).square().mean()
 
 
-def test_a_useful_objective_gains_and_the_measurement_says_so():
-    """One objective is the task itself, the other cannot be learned: it is known which should win."""
+def test_a_useful_objective_gains_weight_and_is_significant():
+    """One objective is the task itself and should win; the other cannot be learned."""
     settings = Settings(batch_size=32, task_batch_size=32, valid_batch_size=200, gamma=10.0, weights_lr=0.05, epochs=1)
     generator = torch.Generator().manual_seed(3)
     splits = {split: list(torch.randn(200, 3, dtype=F64, generator=generator)) for split in ("train", "valid", "test")}
     corpus = list(torch.randn(200, 3, dtype=F64, generator=generator))
     torch.manual_seed(0)
     objectives = [Itself("itself", 1.0), Unpredictable("unpredictable", 1.0)]
-    result = TapWeight(Kept(), objectives, FixedTask(splits), corpus, settings=settings).fit(
+    result = TapWeight(Encoder(), objectives, FixedTask(splits), corpus, settings=settings).fit(
         100, methods=["tapweight"], progress=False
     )
     assert result.weights["itself"] > 0.7
@@ -239,30 +216,30 @@ def test_a_useful_objective_gains_and_the_measurement_says_so():
 
 
 def test_the_weights_wait_while_the_heads_warm_up():
-    result = tapweight(settings=attrs.evolve(SETTINGS, warmup=0.5)).fit(12, progress=False)
+    result = recipe(settings=attrs.evolve(SETTINGS, warmup=0.5)).fit(12, progress=False)
     path = result.history.column("reweighting/weight/linear")
-    # A row holds the weights that its step was taken with: the first step that moves them is the seventh.
+    # A row holds the weights of its step: the first step that moves them is the seventh.
     assert path[:7] == [0.5] * 7
     assert 0.5 not in path[7:]
 
 
 @pytest.mark.parametrize(("greater", "chosen"), [(False, 2), (True, 3)])
 def test_the_epoch_is_chosen_on_validation_and_the_test_split_scored_once_at_it(greater, chosen):
-    """Validation scores are made up; the state of the chosen epoch is what the test split is scored with."""
-    made, states = [2.0, 1.0, 3.0], []
+    """Validation scores are scripted; the test split is scored with the state of the chosen epoch."""
+    scores, states = [2.0, 1.0, 3.0], []
 
-    class Told(Task):
+    class Scripted(Sum):
         greater_is_better = greater
 
         def score(self, encoder, head, split, batch_size=256):
             states.append((split, head.weight.detach().clone()))
-            return made[len(states) - 1] if split == "valid" else 7.0
+            return scores[len(states) - 1] if split == "valid" else 7.0
 
     torch.manual_seed(0)
     splits = {split: list(torch.randn(16, 3, dtype=F64)) for split in ("train", "valid", "test")}
     settings = attrs.evolve(SETTINGS, epochs=3, finetune_lr=0.1)
-    finetuned = finetune(Encoder(), Told(splits), settings, seed=0, solve=partial(mlopt.solve, progress=False))
+    finetuned = finetune(Encoder(), Scripted(splits), settings, seed=0, solve=partial(mlopt.solve, progress=False))
     assert [split for split, _ in states] == ["valid"] * 3 + ["test"]
-    assert finetuned.score == Score(valid=made[chosen - 1], test=7.0, epoch=chosen)
+    assert finetuned.score == Score(valid=scores[chosen - 1], test=7.0, epoch=chosen)
     assert torch.equal(states[-1][1], states[chosen - 1][1])
     assert not torch.equal(states[0][1], states[1][1])

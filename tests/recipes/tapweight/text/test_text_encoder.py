@@ -1,4 +1,4 @@
-"""Encoders of transformers: pooling, heads for masked tokens, lengths, saving, and what does not fit."""
+"""Encoders of transformers: pooling, heads for masked tokens, lengths, saving, and refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sentencepiece import SentencePieceTrainer
-from text_cases import CONFIGS, VOCABULARY, corpus, encoder, model, tokenizer
+from text_cases import KINDS, VOCABULARY, corpus, encoder, model, save, tokenizer
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -29,7 +29,6 @@ from transformers import (
 from mlopt.recipes.tapweight.text.encoder import ModelError, TextEncoder
 from mlopt.recipes.tapweight.text.heads import LinearHead, TiedHead
 
-KINDS = list(CONFIGS)
 SIZE: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 16,
@@ -44,8 +43,8 @@ def batch_of(own: TextEncoder, *texts: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_is_represented_alike_alone_and_beside_a_longer_one(kind: str) -> None:
-    """Padding counts neither in attention nor in the mean."""
+def test_padding_does_not_change_the_representation_of_a_text(kind: str) -> None:
+    """A text has the same representation alone and beside a longer one."""
     own = encoder(kind).eval()
     text, longer = "the thing1 is good", "the thing2 is not bad and the thing3 is fine and great"
     with torch.no_grad():
@@ -84,7 +83,7 @@ def test_the_checkpoints_own_head_gives_its_own_logits(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_heads_output_layer_is_the_embeddings_of_the_encoder_that_it_was_made_for(kind: str, masked: bool) -> None:
+def test_the_output_layer_of_a_head_is_the_embeddings_of_its_encoder(kind: str, masked: bool) -> None:
     own = copy.deepcopy(encoder(kind, masked=masked))
     heads = [own.masked_token_head() for _ in range(2)]
     tied = {id(p) for p in own.parameters()}
@@ -99,7 +98,7 @@ def test_a_heads_output_layer_is_the_embeddings_of_the_encoder_that_it_was_made_
     assert isinstance(heads[0], TiedHead) is not masked
 
 
-def test_a_head_is_no_part_of_the_encoder() -> None:
+def test_a_head_is_not_part_of_the_encoder() -> None:
     plain, masked = encoder(), encoder(masked=True)
     assert [n for n, _ in plain.named_parameters() if "pooler" not in n] == [n for n, _ in masked.named_parameters()]
 
@@ -115,7 +114,7 @@ def test_a_copy_has_parameters_of_its_own_and_the_same_tokenizer() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_is_saved_is_read_by_transformers_and_by_us(kind: str, masked: bool, tmp_path: Path) -> None:
+def test_a_saved_encoder_is_read_by_transformers_and_by_us(kind: str, masked: bool, tmp_path: Path) -> None:
     own = encoder(kind, masked=masked).eval()
     own.save(tmp_path)
     batch = batch_of(own, "the thing1 is good", "bad")
@@ -136,10 +135,9 @@ def test_what_is_saved_is_read_by_transformers_and_by_us(kind: str, masked: bool
 def test_a_checkpoint_with_a_head_is_loaded_with_it(kind: str, tmp_path: Path) -> None:
     whole = model(kind, masked=True)
     with torch.no_grad():
-        for parameter in whole.parameters():  # away from what any initialisation would give
+        for parameter in whole.parameters():  # away from any initialisation
             parameter.add_(0.1 * torch.randn_like(parameter))
-    whole.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, whole)
     own = TextEncoder.load(tmp_path, max_length=16).eval()
     assert own.has_masked_token_head
     batch = batch_of(own, "the thing1 is good")
@@ -151,9 +149,8 @@ def test_a_checkpoint_with_a_head_is_loaded_with_it(kind: str, tmp_path: Path) -
         torch.testing.assert_close(head(own(batch)[0]), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_that_a_checkpoint_claims_but_lacks_is_made_anew(tmp_path: Path) -> None:
-    model().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+def test_a_head_that_a_checkpoint_claims_but_lacks_is_a_new_one(tmp_path: Path) -> None:
+    save(tmp_path, model())
     config = (tmp_path / "config.json").read_text()
     assert "BertModel" in config
     (tmp_path / "config.json").write_text(config.replace("BertModel", "BertForMaskedLM"))
@@ -190,29 +187,27 @@ def test_a_checkpoint_that_lacks_weights_of_the_encoder_is_refused(tmp_path: Pat
     ids=lambda config: config.model_type,
 )
 def test_a_checkpoint_without_a_pooler_is_loaded(config: Any, tmp_path: Path) -> None:
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, AutoModelForMaskedLM.from_config(config))
     assert TextEncoder.load(tmp_path).has_masked_token_head
 
 
-def test_an_encoder_of_which_transformers_has_no_head_for_masked_tokens_gets_a_new_one(tmp_path: Path) -> None:
+def test_an_encoder_without_a_head_for_masked_tokens_in_transformers_gets_a_new_one(tmp_path: Path) -> None:
     config = SplinterConfig(question_token_id=4, **SIZE)
-    SplinterForPreTraining(config).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, SplinterForPreTraining(config))
     own = TextEncoder.load(tmp_path)
     assert isinstance(own.masked_token_head(), TiedHead)
 
 
-def test_the_encoder_of_a_model_with_another_head_is_taken() -> None:
-    whole = BertForSequenceClassification(CONFIGS["bert"]())
+def test_the_encoder_of_a_model_with_another_head_is_used() -> None:
+    whole = BertForSequenceClassification(model().config)
     own = TextEncoder(whole, tokenizer())
     assert own.model is whole.bert
     assert not own.has_masked_token_head
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bert", 32), ("roberta", 31), ("deberta-v2", 32), ("modernbert", 32)])
-def test_the_length_is_what_the_model_takes(kind: str, most: int) -> None:
-    """RoBERTa's positions begin after the padding's."""
+def test_the_length_is_the_limit_of_the_model(kind: str, most: int) -> None:
+    """RoBERTa's positions start after that of the padding."""
     own = TextEncoder(model(kind), tokenizer())
     assert own.max_length == most
     batch = batch_of(own, " ".join(["good"] * 50))
@@ -221,8 +216,8 @@ def test_the_length_is_what_the_model_takes(kind: str, most: int) -> None:
     assert batch["input_ids"][0, -1] == own.tokenizer.sep_token_id
 
 
-def test_a_model_without_a_limit_is_given_one() -> None:
-    """XLNet's relative positions have none: its configuration says -1."""
+def test_a_model_without_a_limit_needs_one() -> None:
+    """XLNet's relative positions do not have a limit: its configuration has -1."""
     own = AutoModel.from_config(XLNetConfig(vocab_size=len(VOCABULARY), d_model=16, n_layer=1, n_head=2, d_inner=16))
     assert TextEncoder(own, tokenizer(model_max_length=24)).max_length == 24
     assert TextEncoder(own, tokenizer(), max_length=1_000).max_length == 1_000
@@ -236,7 +231,7 @@ def test_a_model_without_a_limit_is_given_one() -> None:
 
 def test_the_first_token_of_a_text_is_not_its_padding() -> None:
     left = tokenizer(padding_side="left")
-    with pytest.raises(ModelError, match=r"'cls' takes the first token, which is padding where .* give pooling='mean'"):
+    with pytest.raises(ModelError, match=r"'cls' takes the first token, which is padding if .* give pooling='mean'"):
         TextEncoder(model(), left, pooling="cls")
     own = TextEncoder(model(), left).eval()
     batch = batch_of(own, "good", "the thing1 is bad")
@@ -255,7 +250,7 @@ def test_a_tokenizer_is_saved_without_the_lengths_of_its_last_batch(tmp_path: Pa
     assert own.tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_texts_that_are_cut_off_are_counted_and_told() -> None:
+def test_truncated_texts_are_counted_and_reported() -> None:
     collate = encoder().collate
     examples = [{"text": " ".join(["good"] * count)} for count in (13, 14, 15, 16)]
     assert collate.cut(examples) == 2
@@ -264,8 +259,8 @@ def test_texts_that_are_cut_off_are_counted_and_told() -> None:
     assert collate.cut([{"text": "good", "text_b": " ".join(["bad"] * 13)}, {"text": "good", "text_b": "bad"}]) == 1
 
 
-@pytest.mark.parametrize(("kind", "told"), [("bert", True), ("roberta", False)])
-def test_pairs_are_told_apart_where_the_model_can(kind: str, told: bool) -> None:
+@pytest.mark.parametrize(("kind", "distinguishes"), [("bert", True), ("roberta", False)])
+def test_token_types_are_used_if_the_model_distinguishes_them(kind: str, distinguishes: bool) -> None:
     own = TextEncoder(
         model(kind), tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     ).eval()
@@ -273,10 +268,10 @@ def test_pairs_are_told_apart_where_the_model_can(kind: str, told: bool) -> None
     assert batch["input_ids"].tolist() == [[2, 25, 3, 28, 3]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
     swapped = {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
-    assert torch.equal(own(batch), own(swapped)) is not told
+    assert torch.equal(own(batch), own(swapped)) is not distinguishes
 
 
-def test_a_batch_holds_what_the_examples_hold() -> None:
+def test_a_batch_holds_the_entries_of_its_examples() -> None:
     batch = encoder().collate([{"text": "good", "a": 1, "b": 0.5, "c": torch.ones(2)} for _ in range(3)])
     assert batch["a"].dtype == torch.int64
     assert batch["b"].dtype == torch.float32
@@ -292,7 +287,7 @@ def test_outputs_of_half_precision_weights_are_float32(kind: str) -> None:
     assert TiedHead(own.width, own.embeddings)(own(batch)[0]).dtype == torch.float32
 
 
-def test_dropout_is_seen() -> None:
+def test_dropout_is_detected() -> None:
     assert encoder().has_dropout
     assert not encoder(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).has_dropout
 
@@ -309,10 +304,7 @@ def larger(words: int) -> list[str]:
             f"the tokenizer has {len(VOCABULARY) + 3} tokens, but the model embeds {len(VOCABULARY)}; give the tokenizer of this",
         ),
         (lambda: TextEncoder(model(), tokenizer(pad_token=None)), "no padding token, which batches need"),
-        (
-            lambda: TextEncoder(model(), tokenizer(), max_length=33),
-            "max_length=33; the model takes from 3 to 32 tokens",
-        ),
+        (lambda: TextEncoder(model(), tokenizer(), max_length=33), "max_length=33; the model takes from 3 to 32"),
         (lambda: TextEncoder(model(), tokenizer(), max_length=2), "max_length=2; the model takes from 3 to 32"),
         (lambda: TextEncoder(model(), tokenizer(), pooling="max"), "pooling='max'; give 'mean' or 'cls'"),
         (lambda: TextEncoder.load("nobody/no-such-model"), "model='nobody/no-such-model' cannot be loaded: "),
@@ -320,7 +312,7 @@ def larger(words: int) -> list[str]:
         (lambda: TextEncoder.load(Path(__file__).parent), "cannot be loaded: "),
     ],
 )
-def test_what_does_not_fit_is_said_in_a_sentence(act, sentence: str) -> None:
+def test_a_model_that_does_not_fit_is_refused_in_a_sentence(act, sentence: str) -> None:
     with pytest.raises(ModelError) as error:
         act()
     assert sentence in str(error.value)
@@ -334,7 +326,7 @@ def test_a_decoder_is_refused() -> None:
         TextEncoder(own, tokenizer())
 
 
-def test_a_model_without_a_given_number_of_layers_is_cut_when_it_is_loaded(tmp_path: Path) -> None:
+def test_layers_are_dropped_when_a_model_is_loaded(tmp_path: Path) -> None:
     own = encoder()
     own.save(tmp_path)
     cut = TextEncoder.load(tmp_path, num_hidden_layers=1)
@@ -344,7 +336,7 @@ def test_a_model_without_a_given_number_of_layers_is_cut_when_it_is_loaded(tmp_p
 
 
 def test_a_tokenizer_that_is_a_model_of_sentencepiece_is_read(tmp_path: Path) -> None:
-    """As DeBERTa-v3's is."""
+    """DeBERTa-v3 has such a tokenizer."""
     (tmp_path / "corpus.txt").write_text("\n".join(text["text"] for text in corpus(50)))
     SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=40, hard_vocab_limit=False,
@@ -360,7 +352,7 @@ def test_a_tokenizer_that_is_a_model_of_sentencepiece_is_read(tmp_path: Path) ->
     assert own.pool(batch).isfinite().all()
 
 
-def test_code_that_a_checkpoint_brings_is_not_run(tmp_path: Path) -> None:
+def test_the_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     own = encoder()
     own.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -371,7 +363,7 @@ def test_code_that_a_checkpoint_brings_is_not_run(tmp_path: Path) -> None:
         TextEncoder.load(tmp_path)
 
 
-def test_the_corpus_is_left_as_it_is() -> None:
+def test_collating_does_not_change_the_corpus() -> None:
     texts = corpus(3)
     before = copy.deepcopy(list(texts))
     encoder().collate([texts[0], texts[1]])
@@ -379,8 +371,8 @@ def test_the_corpus_is_left_as_it_is() -> None:
     assert isinstance(encoder().embeddings, nn.Embedding)
 
 
-def test_a_linear_heads_outputs_move_by_its_factor_at_adams_rate() -> None:
-    """Its start is that of a linear layer; one step of Adam moves the outputs f times as far as that layer's."""
+def test_adam_moves_the_outputs_of_a_linear_head_by_its_factor() -> None:
+    """The head starts like a linear layer; one step of Adam moves its outputs f times as far."""
     features = torch.randn(8, 5)
     moved = {}
     for factor in (1.0, 20.0):

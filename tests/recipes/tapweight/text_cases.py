@@ -1,4 +1,4 @@
-"""Tiny encoders of text with random weights, a tokenizer of a few words, and texts made of them; nothing is fetched."""
+"""Tiny encoders of text with random weights, a tokenizer of a few words, and texts of these words; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     DebertaV2Config,
     ModernBertConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
@@ -37,42 +38,21 @@ VOCABULARY = [*SPECIAL, *THINGS, *GOOD, *BAD, "is", "not", "the", "and"]
 
 SETTINGS = Settings(batch_size=8, task_batch_size=8, valid_batch_size=8, epochs=2, measurements=2)
 _SIZE: dict[str, Any] = {
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
-CONFIGS: dict[str, Any] = {
-    "bert": lambda **more: BertConfig(**{**_SIZE, **more}),
-    "roberta": lambda **more: RobertaConfig(**{**_SIZE, "type_vocab_size": 1, **more}),
-    "deberta-v2": lambda **more: DebertaV2Config(
-        **{
-            **_SIZE,
-            "relative_attention": True,
-            "position_buckets": 8,
-            "pos_att_type": ["p2c", "c2p"],
-            "share_att_key": True,
-            "norm_rel_ebd": "layer_norm",
-            "position_biased_input": False,
-            "type_vocab_size": 0,
-            **more,
-        }
-    ),
-    "modernbert": lambda **more: ModernBertConfig(
-        **{
-            **_SIZE,
-            "cls_token_id": 2,
-            "sep_token_id": 3,
-            "bos_token_id": 2,
-            "eos_token_id": 3,
-            "mlp_dropout": 0.1,
-            **more,
-        }
-    ),
-}
+    "vocab_size": len(VOCABULARY), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0,
+}  # fmt: skip
+_KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "bert": (BertConfig, {}),
+    "roberta": (RobertaConfig, {"type_vocab_size": 1}),
+    "deberta-v2": (DebertaV2Config, {
+        "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+    }),
+    "modernbert": (ModernBertConfig, {
+        "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3, "mlp_dropout": 0.1,
+    }),
+}  # fmt: skip
+KINDS = list(_KINDS)
 
 
 def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **options: Any) -> PreTrainedTokenizerFast:
@@ -82,20 +62,21 @@ def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **options: Any) -> PreTrai
     words.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     return PreTrainedTokenizerFast(tokenizer_object=words, **{k: v for k, v in {**names, **options}.items() if v})
 
 
 def model(kind: str = "bert", *, masked: bool = False, seed: int = 0, **more: Any) -> Any:
     """Return a tiny model with random weights."""
     torch.manual_seed(seed)
-    return (AutoModelForMaskedLM if masked else AutoModel).from_config(CONFIGS[kind](**more))
+    config, options = _KINDS[kind]
+    return (AutoModelForMaskedLM if masked else AutoModel).from_config(config(**{**_SIZE, **options, **more}))
+
+
+def save(folder: Path, own: Any) -> None:
+    """Write a model with the tokenizer as a checkpoint."""
+    for part in (own, tokenizer()):
+        part.save_pretrained(folder)
 
 
 def encoder(kind: str = "bert", **more: Any) -> TextEncoder:
@@ -104,7 +85,7 @@ def encoder(kind: str = "bert", **more: Any) -> TextEncoder:
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Return texts with labels: whether the adjectives are kind."""
+    """Return texts, labelled by the kindness of their adjectives."""
     draw = random.Random(seed)
     made = []
     for k in range(count):
@@ -142,8 +123,8 @@ def tapweight(own: TextEncoder, objectives: Sequence[str] = tuple(OBJECTIVES), *
     )
 
 
-def laid(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
-    """Lay a task of GLUE where `datasets` keeps what it has fetched."""
+def write_glue(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
+    """Write a task of GLUE into the cache of `datasets`."""
     folder = cache / "nyu-mll___glue" / name / "0.0.0" / "0123456789abcdef"
     folder.mkdir(parents=True)
     splits = {}

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from second_derivatives import by_differences, by_double_backward, by_forward_over_reverse, random_tangent
 from torch_geometric.data import Batch
 from torch_geometric.utils import from_smiles
 
 from mlopt.recipes.tapweight.molecules.encoder import ATOM_MASK, BOND_MASK, GINE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "C", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "C[N+](C)(C)CC(=O)[O-]", "[Na+].[Cl-]", "C#N"]
@@ -93,7 +93,7 @@ def test_bonds_and_their_features_matter(batch: Batch) -> None:
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("smiles", [["C"], ["C", "[Na+]", "O"]])
 def test_molecules_without_bonds(smiles: list[str], norm: Any) -> None:
-    batch = Batch.from_data_list([from_smiles(one) for one in smiles])
+    batch = Batch.from_data_list([from_smiles(molecule) for molecule in smiles])
     assert batch.edge_attr.shape == (0, 3)
     network = GINE(width=8, layers=2, norm=norm)
     pooled = network.pool(batch)
@@ -102,78 +102,34 @@ def test_molecules_without_bonds(smiles: list[str], norm: Any) -> None:
     pooled.sum().backward()
 
 
-def scalar(network: GINE, batch: Batch) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
-    """Return a loss of the parameters, curved in all of them."""
-    names = [name for name, _ in network.named_parameters()]
-    target = torch.randn(batch.num_graphs, network.width, dtype=torch.float64)
-
-    class Pool(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self) -> torch.Tensor:
-            return (self.network.pool(batch) - target).square().mean()
-
-    def loss(parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        named = {f"network.{name}": parameter for name, parameter in zip(names, parameters, strict=True)}
-        return torch.func.functional_call(Pool(), named, ())
-
-    return loss
-
-
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_second_derivatives(batch: Batch, norm: Any) -> None:
     torch.manual_seed(0)
     network = randomised(GINE(width=12, layers=3, norm=norm).double())
     if norm == "batch":  # in training mode it counts batches in place, which torch.func refuses
         network.eval()
-    loss = scalar(network, batch)
-    point = tuple(parameter.detach().clone().requires_grad_() for parameter in network.parameters())
-    tangent = tuple(torch.randn_like(parameter) for parameter in point)
+    target = torch.randn(batch.num_graphs, network.width, dtype=torch.float64)
+    tangent = random_tangent(network)
 
-    def gradient(shift: float) -> torch.Tensor:
-        moved = tuple((p.detach() + shift * t).requires_grad_() for p, t in zip(point, tangent, strict=True))
-        return flat(torch.autograd.grad(loss(moved), moved, allow_unused=True), moved)
+    def loss(network: GINE) -> torch.Tensor:
+        return (network.pool(batch) - target).square().mean()
 
-    gradients = torch.autograd.grad(loss(point), point, create_graph=True)
-    inner = sum((g * t).sum() for g, t in zip(gradients, tangent, strict=True))
-    double_backward = flat(torch.autograd.grad(inner, point, allow_unused=True), point)
-    _, forward = torch.func.jvp(torch.func.grad(loss), (tuple(p.detach() for p in point),), (tangent,))
-    # So small a step that (almost surely) no ReLU changes sides, yet far above float64's rounding.
-    step = 1e-6
-    difference = (gradient(step) - gradient(-step)) / (2 * step)
-
-    assert double_backward.norm() > 0.1
-    torch.testing.assert_close(flat(forward, point), double_backward, rtol=1e-10, atol=1e-12)
-    assert (difference - double_backward).norm() < 1e-6 * double_backward.norm()
-
-
-def flat(tensors: tuple[torch.Tensor | None, ...], like: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    filled = [torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True)]
-    return torch.cat([tensor.flatten() for tensor in filled])
+    product = by_double_backward(network, loss, tangent)
+    assert product.norm() > 0.1
+    torch.testing.assert_close(by_forward_over_reverse(network, loss, tangent), product, rtol=1e-10, atol=1e-12)
+    assert (by_differences(network, loss, tangent) - product).norm() < 1e-6 * product.norm()
 
 
 def test_batch_norm_in_training_mode_has_a_double_backward(batch: Batch) -> None:
     torch.manual_seed(0)
     network = randomised(GINE(width=12, layers=2).double())
-    parameters = tuple(network.parameters())
-    tangent = tuple(torch.randn_like(parameter) for parameter in parameters)
+    tangent = random_tangent(network)
 
-    def gradients(create_graph: bool) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(network.pool(batch).square().mean(), parameters, create_graph=create_graph)
+    def loss(network: GINE) -> torch.Tensor:
+        return network.pool(batch).square().mean()
 
-    inner = sum((g * t).sum() for g, t in zip(gradients(True), tangent, strict=True))
-    product = flat(torch.autograd.grad(inner, parameters, allow_unused=True), parameters)
-    step, sides = 1e-6, []
-    start = [parameter.detach().clone() for parameter in parameters]
-    for sign in (1, -1):
-        with torch.no_grad():
-            for parameter, origin, t in zip(parameters, start, tangent, strict=True):
-                parameter.copy_(origin + sign * step * t)
-        sides.append(flat(gradients(False), parameters))
-    difference = (sides[0] - sides[1]) / (2 * step)
-    assert (difference - product).norm() < 1e-6 * product.norm()
+    product = by_double_backward(network, loss, tangent)
+    assert (by_differences(network, loss, tangent) - product).norm() < 1e-6 * product.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -224,14 +180,14 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"layers": 2}, "model.safetensors does not fit"),
     ],
 )
-def test_load_refuses_what_it_does_not_know(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_load_refuses_an_unknown_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     GINE(width=8, layers=1).save(tmp_path)
     edit(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         GINE.load(tmp_path)
 
 
-def test_load_refuses_a_config_that_is_not_json_or_no_mapping(tmp_path: Path) -> None:
+def test_load_refuses_a_config_that_is_not_a_json_mapping(tmp_path: Path) -> None:
     GINE(width=8, layers=1).save(tmp_path)
     for text, message in (("{", "is not JSON"), ("[1]", "is not the config of a GINE")):
         (tmp_path / "config.json").write_text(text)

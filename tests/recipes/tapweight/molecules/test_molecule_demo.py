@@ -1,4 +1,4 @@
-"""The demonstration: its molecules, its label, and what it says of its results."""
+"""The demonstration: its molecules, its label, and its report of the results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_solubility_is_delaneys_equation():
 @pytest.fixture
 def results():
     """The committed runs that the page on benchmarks reports."""
-    file = Path(__file__).parents[3] / "benchmarks" / "results" / "demo-2026-11-24.json"
+    file = Path(__file__).parents[4] / "benchmarks" / "results" / "demo-2026-11-24.json"
     rows = json.loads(file.read_text())["rows"]
     return [
         SimpleNamespace(
@@ -64,7 +64,7 @@ def results():
 
 
 def test_the_page_reports_the_runs(results):
-    page = " ".join((Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text().split())
+    page = " ".join((Path(__file__).parents[4] / "docs" / "benchmarks.md").read_text().split())
     sentence = conclusion(results, demo.KNOWN)
     for part in ("0.167 in 10 of 10 runs", "on top in 6 of 10", "equal weights in 10 of 10", "finetuning in 10 of 10"):
         assert part in sentence
