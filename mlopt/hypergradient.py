@@ -81,9 +81,9 @@ def hypergradient(
 
     With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. The
     present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there, and
-    that a level with a solver of its own is first solved.
-    Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
-    bit-identical afterwards.
+    that a level with a solver of its own is first solved. If the level has a `response`, this rule forms the whole derivative,
+    and its report has the name of the level. Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and
+    data that training draws from are bit-identical afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
@@ -157,7 +157,7 @@ def standalone(
     else:
         with point.generators_preserved():
             loss = _value_at_solvers(point, target, solved)
-            gradient = response.total_derivative(point, target, _streams(problem, given, workspace))
+            gradient = response.total_derivative(point, target.name, _streams(problem, given, workspace))
     for name, report in point.reports.items():
         if report.doubtful:
             warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=3)

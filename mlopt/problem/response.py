@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from ..tensors import Tensors
 
 if TYPE_CHECKING:
-    from .level import Level
     from .point import Point
     from .problem import Problem
     from .stream import Stream
@@ -28,14 +27,14 @@ class Response(ABC):
     """
 
     @abstractmethod
-    def total_derivative(self, point: Point, level: Level, streams: Mapping[str, Stream]) -> Tensors:
+    def total_derivative(self, point: Point, level: str, streams: Mapping[str, Stream]) -> Tensors:
         """Return the total derivative in the shapes of the level's variables; add its report to the point's.
 
         Nothing moves but the streams. The generators may move; the caller restores them.
 
         Args:
             point: the variables, the level's batch, and the state of the generators for its evaluation.
-            level: the level.
+            level: the name of the level.
             streams: batches of the levels inside.
         """
 

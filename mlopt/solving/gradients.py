@@ -258,7 +258,7 @@ class Gradients:
         self._log(level, loss, value.logs, 1.0, first=True)
         point = Point(self.problem, self.batches, self.generators, carryover=self.carryover)
         with point.generators_preserved():
-            gradient = response.total_derivative(point, level, self.response_streams)
+            gradient = response.total_derivative(point, level.name, self.response_streams)
         for variable, derivative in zip(variables, gradient, strict=True):
             variable.grad = derivative
         self._keep_reports(point)

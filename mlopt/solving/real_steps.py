@@ -80,18 +80,19 @@ class RealSteps(Response):
     differences: str = attrs.field(default="central", validator=one_of("central", "forward"), kw_only=True)
     limit: int = attrs.field(default=64, validator=at_least(1), kw_only=True)
 
-    def total_derivative(self, point: Point, level: Level, streams: Mapping[str, Stream]) -> Tensors:
+    def total_derivative(self, point: Point, level: str, streams: Mapping[str, Stream]) -> Tensors:
         begin = time.perf_counter()
-        count = sum(variable.numel() for variable in level.parameters)
+        outer = point.problem[level]
+        count = sum(variable.numel() for variable in outer.parameters)
         if count > self.limit:
             raise EstimatorError(
-                f"level {level.name!r}: it has {count:,} variables, and {self} are taken for each of at most {self.limit:,}; use "
+                f"level {level!r}: it has {count:,} variables, and {self} are taken for each of at most {self.limit:,}; use "
                 "the estimators of the levels inside, or a larger limit"
             )
         taken = self.cost(point.problem)
-        runs = _Runs(self, point, level, streams)
+        runs = _Runs(self, point, outer, streams)
         gradient = runs.gradient()
-        point.reports[level.name] = Report(
+        point.reports[level] = Report(
             estimator=str(self),
             iterations=sum(taken.values()),
             solves=self._runs(count),

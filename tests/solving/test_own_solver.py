@@ -190,6 +190,38 @@ def test_a_level_inside_a_nested_level_is_solved() -> None:
     assert distance(problem["outer"].module.value.detach(), torch.tensor([2.8], dtype=F64)) < 1e-8
 
 
+@pytest.mark.parametrize("response", [None, mlopt.RealSteps(1)])
+def test_solvers_run_in_the_order_of_dependence(response: mlopt.Response | None) -> None:
+    """Body* = u and head* = 2 body, so that the loss |head|^2 is 4 u^2; with them or by differences."""
+
+    def outer(own: Any, batch: Any, *, head: Any) -> Tensor:
+        return head().square().sum()
+
+    def head(own: Any, batch: Any, *, body: Any) -> Tensor:
+        return (own() - 2 * body()).square().sum()
+
+    def solve_head(own: Any, batch: Any, *, body: Any) -> None:
+        own.value.data.copy_(2 * body().detach())
+
+    def body(own: Any, batch: Any, *, outer: Any) -> Tensor:
+        return (own() - outer()).square().sum()
+
+    def solve_body(own: Any, batch: Any, *, outer: Any) -> None:
+        own.value.data.copy_(outer().detach())
+
+    problem = Problem(
+        Level("outer", vector(3.0), outer, optimizer=partial(SGD, lr=0.1), response=response),
+        Level("head", vector(0.0), head, solver=solve_head, estimator=mlopt.Dense()),
+        Level("body", vector(0.0), body, solver=solve_body, estimator=mlopt.Dense()),
+    )
+    result = mlopt.hypergradient(problem)
+    assert float(result.loss) == 36.0
+    assert distance(flat(result.gradient), torch.tensor([24.0], dtype=F64)) < 1e-8
+    assert mlopt.check_hypergradient(problem, oracle="dense", tolerance=1e-8).error < 1e-8
+    mlopt.solve(problem, 2, progress=False)
+    assert distance(problem["outer"].module.value.detach(), torch.tensor([3 * 0.2**2], dtype=F64)) < 1e-8
+
+
 def test_solver_and_loss_draw_the_same_numbers() -> None:
     """The solution for one draw of noise is stationary only for a loss, and a pullback, with the same draw."""
 
