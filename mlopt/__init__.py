@@ -31,7 +31,7 @@ from .estimators import (
     ValueFunction,
 )
 from .hypergradient import Hypergradient, hypergradient
-from .problem import Level, Mixture, Problem, Report, Variables, variables
+from .problem import Level, Mixture, Problem, Report, Response, Variables, variables
 from .solving import (
     Callback,
     Checkpoints,
@@ -40,6 +40,7 @@ from .solving import (
     JSONLLogger,
     MLflowLogger,
     ProgressDisplay,
+    RealSteps,
     Solution,
     TensorBoardLogger,
     TrackioLogger,
@@ -81,7 +82,9 @@ __all__ = [
     "Problem",
     "ProblemError",
     "ProgressDisplay",
+    "RealSteps",
     "Report",
+    "Response",
     "SecondDerivativeError",
     "Solution",
     "TensorBoardLogger",

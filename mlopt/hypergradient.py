@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,17 @@ from .problem import (
     Point,
     Problem,
     Report,
+    Stream,
     Workspace,
     add_into,
+    call_solver,
+    cloned_buffers,
     derivatives,
+    restored,
     to_device,
 )
 from .rng import GeneratorState, derive_seed
-from .tensors import Tensors, zeros_like
+from .tensors import Tensors, norm, zeros_like
 from .validation import is_whole, require
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "at_solutions",
     "hypergradient",
     "partial_derivatives",
+    "run_solvers",
     "seeded_generators",
     "standalone",
     "total_derivative",
@@ -75,9 +80,10 @@ def hypergradient(
     """Return the hypergradient of a level at the present point, without stepping.
 
     With x*(u) the solutions of the levels inside, d/du f(u, x*(u)) = f_u + sum over them of the pullback of f_x. The
-    present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there.
-    Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and data that training draws from are
-    bit-identical afterwards.
+    present variables are taken as the solutions, except that an `Unrolled` level first takes its virtual steps from there, and
+    that a level with a solver of its own is first solved. If the level has a `response`, this rule forms the whole derivative,
+    and its report has the name of the level. Nothing moves: parameters, buffers, optimisers, `.grad`, and the generators and
+    data that training draws from are bit-identical afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
@@ -122,12 +128,17 @@ def standalone(
     target = problem.outermost if level is None else problem[level]
     workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
-    batches |= {other.name: workspace.next_batch(other, other.data) for other in problem if other.name not in batches}
+    response = target.response if estimators is None else None
+    given = dict(batches)
+    # A response draws the batches of the levels inside from streams.
+    solved = _inside_with_solvers(problem, target.name)
+    evaluated = [problem[name] for name in (target.name, *solved)] if response is not None else problem.levels
+    batches |= {other.name: workspace.next_batch(other, other.data) for other in evaluated if other.name not in given}
     rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
         name: workspace.next_batch(problem[name], rule.curvature_data, "curvature data")
         for name in problem.graph[target.name].interior
-        if (rule := rules[name]) is not None and rule.curvature_data is not None
+        if response is None and (rule := rules[name]) is not None and rule.curvature_data is not None
     }
     chosen = ("call", workspace.calls) if seed is None else ("seed", seed)
     point = Point(
@@ -138,15 +149,40 @@ def standalone(
         workspace=workspace,
         estimators=estimators,
     )
-    with point.generators_preserved(), at_solutions(point, target):
-        loss = Objective.of(target, point).value()
-        cotangents = partial_derivatives(problem, target, loss)
-        gradient = total_derivative(point, target, cotangents)
+    if response is None:
+        with point.generators_preserved(), at_solutions(point, target):
+            loss = Objective.of(target, point).value()
+            cotangents = partial_derivatives(problem, target, loss)
+            gradient = total_derivative(point, target, cotangents)
+    else:
+        with point.generators_preserved():
+            loss = _value_at_solvers(point, target, solved)
+            gradient = response.total_derivative(point, target.name, _streams(problem, given, workspace))
     for name, report in point.reports.items():
         if report.doubtful:
             warnings.warn(f"level {name!r}: {'; '.join(report.remarks)}", TrustWarning, stacklevel=3)
     named = dict(zip(target.parameter_names, gradient, strict=True))
     return Hypergradient(level=target.name, gradient=named, loss=loss.detach(), reports=point.reports)
+
+
+def _value_at_solvers(point: Point, target: Level, solved: Sequence[str]) -> Tensor:
+    """Return a level's objective with the levels that have solvers of their own at their solutions; raise if it is not finite."""
+    with contextlib.ExitStack() as moved:
+        for name in solved:
+            moved.enter_context(_at_own_solution(point, point.problem[name]))
+        loss = Objective.of(target, point).value().detach()
+    require_finite((), lambda value: f"the loss of level {target.name!r} is {value}", size=loss)
+    return loss
+
+
+def _streams(problem: Problem, given: Mapping[str, Any], workspace: Workspace) -> dict[str, Stream]:
+    """Return a stream for each inner level: its given batch, again and again, or a stream for standalone calls."""
+    return {
+        level.name: Stream(level.name, [given[level.name]], 0, level.device)
+        if level.name in given
+        else workspace.stream(level, level.data, "response")
+        for level in problem.levels[1:]
+    }
 
 
 def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorState]:
@@ -162,17 +198,54 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
 def at_solutions(point: Point, level: Level) -> Iterator[None]:
     """Move the variables of the levels inside to the solutions that their estimators assume; restore them on exit.
 
-    Each level is moved after those that its objective refers to.
+    Each level is moved after those that its objective refers to. In a run, levels with solvers of their own are already solved.
     """
     problem = point.problem
     with contextlib.ExitStack() as moved:
         for part in reversed(problem.graph[level.name].parts):
+            for name in _with_solvers(problem, part) if point.carryover is None else ():
+                moved.enter_context(_at_own_solution(point, problem[name]))
             estimator = point.estimator(part)
             if estimator is not None and problem.graph[part].arguments:
                 begin = time.perf_counter()
                 moved.enter_context(estimator.at_solution(point, part))
                 point.seconds[part] = time.perf_counter() - begin
         yield
+
+
+def run_solvers(point: Point, level: Level) -> None:
+    """Solve the levels inside that have solvers of their own. Variables and generators move; the caller restores them."""
+    for name in _inside_with_solvers(point.problem, level.name):
+        _run_solver(point, point.problem[name])
+
+
+def _inside_with_solvers(problem: Problem, host: str) -> list[str]:
+    """Return the levels inside a level that have solvers of their own, each after those that it depends on."""
+    return [name for part in reversed(problem.graph[host].parts) for name in _with_solvers(problem, part)]
+
+
+def _with_solvers(problem: Problem, part: str) -> list[str]:
+    """Return the same, and the level itself if it has a solver."""
+    inside = _inside_with_solvers(problem, part)
+    return inside if problem[part].solver is None else [*inside, part]
+
+
+@contextlib.contextmanager
+def _at_own_solution(point: Point, level: Level) -> Iterator[None]:
+    """Solve a level by its own solver; restore its variables on exit."""
+    with restored(level.parameters):
+        _run_solver(point, level)
+        yield
+
+
+def _run_solver(point: Point, level: Level) -> None:
+    """Solve a level by its own solver, and keep the norm of its gradient there."""
+    modules = {name: point.problem[name].module for name in (level.name, *level.references)}
+    point.generators[level.name].restore()
+    with cloned_buffers(modules.values()):
+        call_solver(level, modules, point.batches[level.name])
+    gradient = Objective.of(level, point).derivatives([level.name])[level.name]
+    point.stationarity[level.name] = norm(gradient)
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
@@ -218,7 +291,9 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             require_finite(vector, partial(_not_finite, part, block, estimator))
             add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
-        point.reports |= linearization.reports()
+        for name, report in linearization.reports().items():
+            report.stationarity = point.stationarity.get(name)
+            point.reports[name] = report
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)

@@ -189,12 +189,12 @@ def _against_dense(
 ) -> Check:
     for pulled in problem:
         size = sum(variable.numel() for variable in pulled.parameters)
-        if problem.needs_estimator(pulled.name) and size > _DENSE_LIMIT:
+        if problem.responds(pulled.name) and size > _DENSE_LIMIT:
             raise EstimatorError(
                 f"check_hypergradient: level {pulled.name!r} has {size:,} variables, and the dense oracle writes out the "
                 f"Hessian of at most {_DENSE_LIMIT:,}; use oracle='resolve'"
             )
-    exact = {level.name: Dense(limit=_DENSE_LIMIT) for level in problem if problem.needs_estimator(level.name)}
+    exact = {level.name: Dense(limit=_DENSE_LIMIT) for level in problem if problem.responds(level.name)}
     try:
         truth = standalone(problem, batches, estimate.level, seed, Workspace(), exact)
     except SecondDerivativeError as error:
@@ -223,6 +223,7 @@ def _against_resolved(
     shapes = problem[estimate.level].parameters
     axes = [_direction(shapes, generator) for _ in range(directions)]
     with put_back(problem), preserved(problem.devices):
+        resolver.run_solvers()
         stationarity = resolver.gradient_norms()
         before = {name: flatten(problem[name].parameters).detach().clone() for name in stationarity}
         resolver.solve_inside(estimate.level)
@@ -289,7 +290,7 @@ def _judge(check: Check, approximate: list[str]) -> None:
 
 def _not_implicit(problem: Problem, estimate: Hypergradient) -> list[str]:
     return [
-        f"{name!r} has {problem[name].estimator}, which is not implicit."
+        f"{name!r} has {problem[name].response or problem[name].estimator}, which is not implicit."
         for name in estimate.reports
         if not isinstance(problem[name].estimator, Implicit)
     ]

@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import linear
 from ..estimators import Implicit, LinearSolve
-from ..hypergradient import seeded_generators
+from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
 from ..tensors import Tensors
@@ -129,6 +129,8 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
     with put_back(problem), preserved(problem.devices):
+        start = Point(problem, batches, seeded_generators(problem, "seed", seed), workspace=workspace)
+        run_solvers(start, problem.outermost)
         cotangents = _cotangents(problem, workspace, batches, seed)
         for level in reversed(problem.levels):
             if problem.needs_estimator(name := level.name):
@@ -143,7 +145,7 @@ def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, An
     tapped = {name: LinearSolve(solver=tap, products="finite_difference") for name, tap in taps.items()}
     generators = seeded_generators(problem, "seed", seed)
     for level in problem:
-        if problem.graph[level.name].parts:
+        if problem.graph[level.name].parts and level.response is None:
             evaluate(Point(problem, batches, generators, workspace=workspace, estimators=tapped), level)
     return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import ConjugateGradient, Estimator, Implicit
-from ..hypergradient import seeded_generators
+from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
 from .evaluation import evaluate
@@ -41,7 +41,7 @@ class Resolver:
     """
 
     def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
-        exact = {level.name: _exact(level.estimator) for level in problem if problem.needs_estimator(level.name)}
+        exact = {level.name: _exact(level.estimator) for level in problem if problem.responds(level.name)}
         self._problem, self._target = problem, problem[target]
         generators = seeded_generators(problem, "seed", seed)
         self._point = Point(problem, batches, generators, workspace=Workspace(), estimators=exact)
@@ -76,6 +76,10 @@ class Resolver:
         self.reached[level.name] = minimum.gradient_norm
         if level.name in self._problem.graph[self._target.name].parts and minimum.gradient_norm > tolerance:
             self.unsolved = max(self.unsolved, minimum.gradient_norm / before)
+
+    def run_solvers(self) -> None:
+        """Move the levels inside that have solvers of their own to where these take the solutions to be."""
+        run_solvers(self._point, self._target)
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import attrs
 import torch
@@ -42,6 +42,8 @@ class SAMA(Implicit):
         >>> print(mlopt.SAMA(products="autograd"))
         Identity() with autograd products, adapted
     """
+
+    needs_optimizer: ClassVar[bool] = True
 
     products: str = attrs.field(default="finite_difference", validator=one_of(*PRODUCTS))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -79,6 +79,8 @@ class Unrolled(Estimator):
         >>> mlopt.hypergradient(problem).gradient["value"]  # of x_2 = (1 - 0.5^2) u
         tensor([0.7500])
     """
+
+    needs_optimizer: ClassVar[bool] = True
 
     steps: int = attrs.field(default=10, validator=at_least(1))
     checkpoint_every: int | None = attrs.field(

@@ -7,6 +7,8 @@ from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .objective import Objective, add_into, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .problem import Problem
+from .response import Response
+from .solver import call_solver
 from .stream import Stream, to_device
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
 from .workspace import Workspace
@@ -26,6 +28,7 @@ __all__ = [
     "Point",
     "Problem",
     "Report",
+    "Response",
     "Stream",
     "StreamedCotangent",
     "Term",
@@ -33,6 +36,7 @@ __all__ = [
     "Vectors",
     "Workspace",
     "add_into",
+    "call_solver",
     "cloned_buffers",
     "cut",
     "derivatives",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import attrs
 from torch import Tensor
@@ -30,13 +30,16 @@ class Report:
     Attributes:
         estimator: the estimator, as it prints.
         residual: largest ||v - H q|| / ||v|| of the linear solves, as the solver computes it; None if it was not measured.
-        iterations: total iterations of the linear solves.
+        iterations: total iterations of the linear solves, or total steps of the levels inside.
         products: total products with second derivatives of the linear solves.
-        solves: number of linear solves: one, or more for a level inside another whose Hessian needs them.
+        solves: number of linear solves: one, or more for a level inside another whose Hessian needs them. Or the number of times
+            that the levels inside were stepped again.
         converged: True if every solve reached its tolerance; None if that was not measured.
         curvature: the smallest and largest Rayleigh quotients of the Hessian in the solves, or None.
-        step: the last finite-difference step, in units of the vector it was taken along, or None.
+        step: the last finite-difference step, in units of the vector it was taken along, or None. For `RealSteps`, h.
         age: age of the cotangent in outer steps; zero unless streamed.
+        stationarity: for a level with a solver of its own, the norm of the gradient of its objective where the solver left its
+            variables; None for other levels, because it would take another evaluation.
         seconds: wall-clock time spent.
         remarks: sentences about what went wrong, without repetition.
 
@@ -54,8 +57,18 @@ class Report:
     curvature: tuple[float, float] | None = None
     _step: float | Tensor | None = attrs.field(default=None, repr=False)
     age: int = 0
+    _stationarity: float | Tensor | None = attrs.field(default=None, repr=False)
     seconds: float = 0.0
     remarks: tuple[str, ...] = ()
+
+    @property
+    def stationarity(self) -> float | None:
+        """The norm of the gradient at the solution; reading it waits for its device."""
+        return None if self._stationarity is None else float(self._stationarity)
+
+    @stationarity.setter
+    def stationarity(self, stationarity: float | Tensor | None) -> None:
+        self._stationarity = stationarity
 
     @property
     def step(self) -> float | None:
@@ -112,6 +125,8 @@ class Estimator(ABC):
 
     Attributes:
         curvature_data: batches for the Hessian; None to use the level's.
+        needs_optimizer: True if the rule uses the steps of the level's optimiser, so that a level with a solver of its own
+            refuses it.
 
     Example:
         >>> from mlopt.testing import quadratic
@@ -124,6 +139,7 @@ class Estimator(ABC):
     """
 
     curvature_data: Iterable[Any] | None = None
+    needs_optimizer: ClassVar[bool] = False
 
     @abstractmethod
     def linearize(self, point: Point, level: str) -> Linearization:

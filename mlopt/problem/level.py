@@ -1,4 +1,4 @@
-"""A level: one optimisation problem, with its variables, loss, data, optimiser, number of steps and estimator."""
+"""A level: one optimisation problem, with its variables, loss, data, optimiser or solver, and estimator."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..errors import ProblemError
 from ..tensors import Tensors
 from ..validation import is_positive, is_whole
 from .estimator import Estimator
+from .response import Response
 
 __all__ = ["Level", "Variables", "references", "variables"]
 
@@ -181,6 +182,10 @@ class Level:
             that ignores its batch, which is then None.
         optimizer: an optimiser, or a function that takes parameters and returns one, such as
             `partial(torch.optim.SGD, lr=0.1)`. `solve` needs it, `hypergradient` does not.
+        solver: in place of an optimizer, a function `solver(module, batch, *, other_level, ...)` that moves the variables, in
+            place, to the solution: a closed form, L-BFGS, scikit-learn. It has the signature of a loss, refers to levels that
+            the objective refers to, and returns nothing. It is called once each time the level is solved, with gradients
+            enabled; it may draw random numbers, and the loss then draws the same. Not for a level with levels inside.
         scheduler: takes the optimiser and returns a learning-rate scheduler, stepped after each step of the level.
         steps: steps taken each time the level is solved.
         warmup: steps that `solve` takes once, before the first outer step.
@@ -191,6 +196,8 @@ class Level:
         device: the device to move the module to, in place; None leaves it where it is. The level's batches follow; a loss
             must move the values it takes from levels on other devices.
         estimator: the rule that pulls cotangents back through the level's solution. Every level but the outermost needs one.
+        response: for the outermost level, a rule for its whole hypergradient in place of pullbacks by the estimators of the
+            levels inside, such as `mlopt.RealSteps(steps=300)`. Those levels then need no estimator.
         regularizer: a term of the objective that uses no batch: weight decay, a proximal coupling. Products
             that concern only levels named here need no pass over the data. It must not draw random numbers.
 
@@ -204,6 +211,19 @@ class Level:
         ...                     estimator=mlopt.ConjugateGradient(iterations=10))
         >>> level.references, level.parameter_names
         (('weights',), ('weight', 'bias'))
+
+        A level with a solver of its own, here in closed form:
+
+        >>> def solver(module, batch, *, target):
+        ...     module.value.data.copy_(target().detach() / 2)
+        >>> def loss(module, batch, *, target):
+        ...     return (module() - target()).square().sum() + module().square().sum()
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("target", mlopt.variables(torch.ones(1)), lambda target, batch, *, inner: inner().square().sum()),
+        ...     mlopt.Level("inner", mlopt.variables(torch.zeros(1)), loss, solver=solver, estimator=mlopt.Dense()),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]  # of (u / 2)^2
+        tensor([0.5000])
     """
 
     name: str = attrs.field(validator=_check_name)
@@ -233,12 +253,19 @@ class Level:
         kw_only=True,
     )
     regularizer: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
+    solver: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
+    response: Response | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(_check_type(Response, "give one, such as mlopt.RealSteps(steps=300)")),
+        kw_only=True,
+    )
     _device: torch.device | None = attrs.field(
         default=None, converter=attrs.converters.optional(_read_device), kw_only=True, repr=False
     )
-    #: Names of the levels that the loss, and the regularizer, refer to.
+    #: Names of the levels that the loss, the regularizer and the solver refer to.
     loss_references: tuple[str, ...] = attrs.field(init=False, repr=False)
     regularizer_references: tuple[str, ...] = attrs.field(init=False, repr=False)
+    solver_references: tuple[str, ...] = attrs.field(init=False, repr=False)
 
     @loss_references.default
     def _read_loss(self) -> tuple[str, ...]:
@@ -250,7 +277,21 @@ class Level:
             return ()
         return references(self.regularizer, f"the regularizer of level {self.name!r}", positional=1)
 
+    @solver_references.default
+    def _read_solver(self) -> tuple[str, ...]:
+        if self.solver is None:
+            return ()
+        return references(self.solver, f"the solver of level {self.name!r}", positional=2)
+
     def __attrs_post_init__(self) -> None:
+        if self.solver is not None:
+            self._check_solver()
+        if self.response is not None and (self.accumulate != 1 or self.precision is not None):
+            option = "accumulate" if self.accumulate != 1 else "precision"
+            raise ProblemError(
+                f"level {self.name!r}: {option}={getattr(self, option)!r} next to response, which evaluates the loss once for "
+                f"each displacement, in its own precision; leave {option} out, and give larger batches if need be"
+            )
         if self._device is None:
             return
         try:
@@ -259,6 +300,26 @@ class Level:
             raise ProblemError(
                 f"level {self.name!r}: device={str(self._device)!r}; its module cannot be moved there ({error})"
             ) from error
+
+    def _check_solver(self) -> None:
+        for option in ("optimizer", "scheduler", "steps", "warmup", "accumulate", "clip", "precision"):
+            given, default = getattr(self, option), getattr(attrs.fields(Level), option).default
+            if given != default:
+                raise ProblemError(
+                    f"level {self.name!r}: {option}={given!r} next to solver, which takes the level to its solution in one call, "
+                    f"without optimiser steps; leave {option} out"
+                )
+        if self.estimator is not None and self.estimator.needs_optimizer:
+            raise ProblemError(
+                f"level {self.name!r}: estimator={self.estimator}, which uses the steps of an optimiser, next to solver, which "
+                "takes none; give an implicit estimator, such as mlopt.ConjugateGradient(iterations=10)"
+            )
+        for name in self.solver_references:
+            if name not in self.references:
+                raise ProblemError(
+                    f"the solver of level {self.name!r} refers to {name!r}, and its loss does not, so that the estimator could "
+                    f"not know of this dependence; let the loss refer to {name!r}, or leave it out of the solver"
+                )
 
     @property
     def references(self) -> tuple[str, ...]:

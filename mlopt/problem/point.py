@@ -56,17 +56,21 @@ class Carryover:
 
     Attributes:
         optimizers: the levels' optimisers, with their state.
+        engine: the engine of the run, with which a response takes steps.
         devices: the devices of the levels' variables; read from the modules if None.
         variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
         cotangents: the state of each streamed pullback.
+        stationarity: by level with a solver of its own, the norm of its gradient after the latest solve.
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
+    engine: Any = None
     devices: Sequence[torch.device] | None = None
     variables: Mapping[str, Tensors] = attrs.field(factory=dict)
     warm: dict[str, Tensors] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
+    stationarity: dict[str, Tensor] = attrs.field(factory=dict)
 
 
 class Point:
@@ -109,6 +113,8 @@ class Point:
         self.ahead: dict[str, Any] = {}
         #: By level, the time that `at_solution` took.
         self.seconds: dict[str, float] = {}
+        #: By level with a solver of its own, the norm of its gradient at the solution.
+        self.stationarity: dict[str, Tensor] = {} if carryover is None else carryover.stationarity
         self.reports: dict[str, Report] = {}
 
     def estimator(self, name: str) -> Estimator | None:

@@ -63,7 +63,12 @@ class Problem:
                 f"level {levels[0].name!r}: warmup={levels[0].warmup}, but only levels inside another are warmed up; leave it out"
             )
         self.graph = Graph({level.name: level.references for level in levels})
+        self._check_solvers()
+        self._check_responses()
         self._check_parameters()
+        pulling = [level.name for level in levels if level.response is None]
+        #: Levels that cotangents are pulled back through.
+        self._pulled = {name for host in pulling for name in self.graph[host].interior if self.responds(name)}
         for level in levels:
             if level.estimator is None and self.needs_estimator(level.name):
                 raise ProblemError(
@@ -96,8 +101,38 @@ class Problem:
         return len(self.levels)
 
     def needs_estimator(self, name: str) -> bool:
-        """True if cotangents are pulled back through the level: it is not the outermost, and its solution depends on others."""
+        """True if cotangents are pulled back through the level: it responds, and not only to a level that has a response."""
+        return name in self._pulled
+
+    def responds(self, name: str) -> bool:
+        """True if the level is solved inside another, and its solution depends on other levels."""
         return self.graph[name].host is not None and bool(self.graph[name].arguments)
+
+    def _check_solvers(self) -> None:
+        for level in self.levels:
+            if level.solver is None:
+                continue
+            if level is self.outermost:
+                raise ProblemError(
+                    f"level {level.name!r}: solver={level.solver!r}, but the outermost level is not solved: it steps with "
+                    "each hypergradient; give it an optimizer"
+                )
+            if interior := self.graph[level.name].interior:
+                raise ProblemError(
+                    f"level {level.name!r}: solver={level.solver!r}, but its objective depends on the solutions of "
+                    f"{', '.join(map(repr, interior))} inside it, which a solver cannot follow; give it an optimizer"
+                )
+
+    def _check_responses(self) -> None:
+        for level in self.levels:
+            if level.response is not None and (level is not self.outermost or len(self) == 1):
+                place = (
+                    "it has no level inside" if len(self) == 1 else f"the outermost level is {self.outermost.name!r}"
+                )
+                raise ProblemError(
+                    f"level {level.name!r}: response={level.response}, which is for an outermost level with levels inside, and "
+                    f"{place}; leave it out"
+                )
 
     def _check_parameters(self) -> None:
         owners: dict[int, tuple[str, str]] = {}
@@ -135,10 +170,15 @@ class Problem:
         text = Text.assemble((level.name, "bold"), f"  {count:,} variable{'s' if count != 1 else ''}")
         if level.references:
             text.append(f", refers to {', '.join(level.references)}")
-        if level is not self.outermost:
+        if level.solver is not None:
+            text.append(", a solver of its own")
+        elif level is not self.outermost:
             text.append(f", {level.steps} step{'s' if level.steps != 1 else ''} a solve")
         if level.estimator is not None:
             text.append(f", {level.estimator}")
+        if level.response is not None:
+            taken = sum(level.response.cost(self).values())
+            text.append(f", {level.response}: {taken:,} steps inside for each hypergradient")
         return text
 
     def __str__(self) -> str:

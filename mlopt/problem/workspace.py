@@ -36,19 +36,23 @@ class Workspace:
         self.verified: set[tuple[str, str]] = set()
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
-        """Return the next batch for a standalone call, from a stream that training does not draw from.
+        """Return the next batch for a standalone call; the arguments are those of `stream`."""
+        return self.stream(level, data, kind).next()
+
+    def stream(self, level: Level, data: Any, kind: str = "data") -> Stream:
+        """Return the stream of batches for standalone calls, from which training does not draw.
 
         Args:
             level: the level.
             data: the level's batches of that kind.
-            kind: "data" or "curvature data".
+            kind: "data", "curvature data" or "response".
         """
         key = level.name if kind == "data" else f"{level.name}/{kind}"
         if key not in self._streams:
             self._streams[key] = Stream(key, data, derive_seed("hypergradient", 0), level.device)
             if key in self._states:
                 self._streams[key].load_state_dict(self._states.pop(key))
-        return self._streams[key].next()
+        return self._streams[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the state alone: loaders' iterators refuse it, and compiled products hold the original's modules."""

@@ -14,6 +14,7 @@ from .callbacks import (
 )
 from .checkpoints import Checkpoints
 from .history import History
+from .real_steps import RealSteps
 from .run import Run
 from .solve import Solution, solve
 
@@ -26,6 +27,7 @@ __all__ = [
     "JSONLLogger",
     "MLflowLogger",
     "ProgressDisplay",
+    "RealSteps",
     "Run",
     "Solution",
     "TensorBoardLogger",

@@ -14,29 +14,32 @@ from ..problem import Level, Problem
 __all__ = ["describe", "require_compatible"]
 
 #: Entries of a level that may change when a run resumes, with a warning.
-_SETTINGS = ("estimator", "scheduler", "steps", "warmup", "accumulate", "clip", "precision", "batches")
+_SETTINGS = ("estimator", "response", "scheduler", "steps", "warmup", "accumulate", "clip", "precision", "batches")
 
 
 def describe(
     problem: Problem, optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any], *, lookahead: bool
 ) -> dict[str, Any]:
     """Return the levels of a problem with their parameters, optimisers and settings, as plain values."""
-    levels = {level.name: _describe_level(level, optimizers[level.name], schedulers[level.name]) for level in problem}
+    levels = {
+        level.name: _describe_level(level, optimizers.get(level.name), schedulers.get(level.name)) for level in problem
+    }
     return {"levels": levels, "lookahead": lookahead}
 
 
-def _describe_level(level: Level, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+def _describe_level(level: Level, optimizer: Optimizer | None, scheduler: Any) -> dict[str, Any]:
     return {
         "parameters": {
             name: [list(p.shape), str(p.dtype), p.requires_grad] for name, p in level.module.named_parameters()
         },
-        "optimizer": type(optimizer).__name__,
+        "optimizer": "a solver of its own" if optimizer is None else type(optimizer).__name__,
         "hyperparameters": [
             {key: value for key, value in group.items() if isinstance(value, (int, float, str))}
-            for group in optimizer.param_groups
+            for group in ([] if optimizer is None else optimizer.param_groups)
         ],
         **{key: getattr(level, key) for key in ("steps", "warmup", "accumulate", "clip", "precision")},
         "estimator": None if level.estimator is None else str(level.estimator),
+        "response": None if level.response is None else str(level.response),
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "batches": _length(level.data),
     }

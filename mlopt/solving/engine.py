@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -32,6 +33,8 @@ class Engine:
         lookahead: whether to undo the inner steps once the hypergradient is computed, and to repeat them on the same batches
             after the outer step.
         skip_limit: number of non-finite steps that may be skipped; 0 to skip none.
+        aside: whether the steps are taken outside a run: the outermost level takes none, and an optimiser that a level provides
+            is copied.
 
     Attributes:
         skipped: number of skipped steps of each level.
@@ -41,13 +44,17 @@ class Engine:
         ProblemError: a level has no optimiser, or one that does not train exactly the level's variables.
     """
 
-    def __init__(self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0, aside: bool = False
+    ) -> None:
         self.problem, self._lookahead, self._skip_limit = problem, lookahead, skip_limit
-        self.optimizers = {level.name: make_optimizer(level) for level in problem}
-        self.schedulers = {level.name: make_scheduler(level, self.optimizers[level.name]) for level in problem}
+        stepped = [level for level in problem.levels[1 if aside else 0 :] if level.solver is None]
+        self.optimizers = {level.name: make_optimizer(level, copied=aside) for level in stepped}
+        self.schedulers = {name: make_scheduler(problem[name], own) for name, own in self.optimizers.items()}
         self.precisions = {level.name: Precision(level) for level in problem}
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
         self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
+        self.gradients.carryover.engine = self
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
         #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
@@ -102,18 +109,41 @@ class Engine:
         if self._just_skipped and self._just_skipped.intersection(self.problem.graph[level.name].interior):
             self._just_skipped.add(level.name)
             return
-        buffers = self._buffers(level) if self._skip_limit else ()
+        kept = self._kept(level) if self._skip_limit else ()
         try:
-            self._apply_gradient(level, self._differentiate(level, last))
+            if level.solver is None:
+                self._apply_gradient(level, self._differentiate(level, last))
+            else:
+                self._solve_alone(level)
             self._just_skipped.discard(level.name)
         except NonFiniteError as error:
-            self._skip(level, error, buffers)
+            self._skip(level, error, kept)
 
-    def _solve_inside(self, level: Level) -> None:
+    def _solve_inside(self, level: Level, steps: int | None = None) -> None:
+        """Solve the levels directly inside, innermost listed first, each for its own number of steps, or for another."""
         for name in self.problem.graph[level.name].guests:
             guest = self.problem[name]
-            for k in range(guest.steps):
-                self._step(guest, last=k == guest.steps - 1)
+            count = guest.steps if steps is None or guest.solver is not None else steps
+            for k in range(count):
+                self._step(guest, last=k == count - 1)
+
+    def rehearsal(self, streams: Mapping[str, Stream]) -> Engine:
+        """Return an engine for steps that will be rolled back.
+
+        It steps the same variables with the same optimisers; it has its own logs and counts, and skips no step.
+
+        Args:
+            streams: batches of the levels that it steps.
+        """
+        other = copy.copy(self)
+        other.gradients, other.streams = self.gradients.rehearsal(), dict(streams)
+        other.skipped, other.warmed, other._just_skipped, other._skip_limit = {}, {}, set(), 0
+        return other
+
+    def rehearse(self, level: Level, steps: int | None) -> None:
+        """Solve the levels inside a level, those directly inside for a number of steps; their own if None."""
+        self._begin_step()
+        self._solve_inside(level, steps)
 
     def _lookahead_step(self, level: Level) -> None:
         """Solve the levels inside, compute the hypergradient, undo the inner steps, step the level, and solve inside again."""
@@ -125,17 +155,17 @@ class Engine:
             self._solve_inside(level)
         loss: Tensor | None = None
         if not self._just_skipped.intersection(inside):
-            buffers = self._buffers(level)
+            kept = self._kept(level)
             try:
                 loss = self._differentiate(level, last=True)
             except NonFiniteError as error:
-                self._skip(level, error, buffers)
+                self._skip(level, error, kept)
         before.restore()
         if loss is not None:
             try:
                 self._apply_gradient(level, loss)
             except NonFiniteError as error:
-                self._skip(level, error, buffers)
+                self._skip(level, error, kept)
         with contextlib.ExitStack() as stack:
             for stream, batches in zip(streams, recorded, strict=True):
                 stack.enter_context(stream.replaying(batches))
@@ -144,11 +174,19 @@ class Engine:
     def _stateful(self, name: str) -> dict[str, Any]:
         """Return the optimiser, the scheduler and the loss scaler of a level; those that it has."""
         parts = {
-            "optimizer": self.optimizers[name],
-            "scheduler": self.schedulers[name],
+            "optimizer": self.optimizers.get(name),
+            "scheduler": self.schedulers.get(name),
             "scaler": self.precisions[name].scaler,
         }
         return {kind: part for kind, part in parts.items() if part is not None}
+
+    def _solve_alone(self, level: Level) -> None:
+        """Let the solver of a level move its variables; measure the gradient there."""
+        self._clear_gradient(level)
+        self.gradients.solve_alone(level, self.streams[level.name].next())
+        size = norm(self._gradient(level))
+        require_finite((), _not_finite(level), size=size)
+        self.logs[f"{level.name}/stationarity"] = self.gradients.carryover.stationarity[level.name] = size
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
@@ -180,32 +218,39 @@ class Engine:
 
     def _check_and_clip(self, level: Level, *, overflow_expected: bool) -> None:
         """Clip the gradient of a level; raise if it is missing or not finite."""
+        gradient = self._gradient(level)
+        if overflow_expected and level.clip is None:
+            return
+        size = norm(gradient)
+        if level.clip is not None:
+            self.logs[f"{level.name}/gradient_norm"] = size
+            variables = self.gradients.carryover.variables[level.name]
+            torch.nn.utils.clip_grads_with_norm_(variables, level.clip, size)
+        if not overflow_expected:
+            require_finite((), _not_finite(level), size=size)
+
+    def _gradient(self, level: Level) -> list[Tensor]:
+        """Return `.grad` of the variables of a level that have one; raise if none has."""
         variables = self.gradients.carryover.variables[level.name]
         gradient = [variable.grad for variable in variables if variable.grad is not None]
         if not gradient:
             raise ProblemError(
                 f"the loss of level {level.name!r} does not depend on its own variables; does it use its first argument?"
             )
-        if overflow_expected and level.clip is None:
-            return
-        size = norm(gradient)
-        if level.clip is not None:
-            self.logs[f"{level.name}/gradient_norm"] = size
-            torch.nn.utils.clip_grads_with_norm_(variables, level.clip, size)
-        if not overflow_expected:
-            require_finite((), lambda _: f"the gradient of level {level.name!r} is not finite", size=size)
+        return gradient
 
     def _clear_gradient(self, level: Level) -> None:
         """Clear the gradient of a skipped step, so that callbacks do not read it."""
         for parameter in self._parameters[level.name]:
             parameter.grad = None
 
-    def _buffers(self, level: Level) -> list[tuple[Tensor, Tensor]]:
-        """Return the buffers of a level, each with a copy."""
-        return [(buffer, buffer.clone()) for buffer in level.module.buffers()]
+    def _kept(self, level: Level) -> list[tuple[Tensor, Tensor]]:
+        """Return what a skipped step of a level has changed, each with a copy: its buffers; after a solver, its variables."""
+        variables = [] if level.solver is None else self.gradients.carryover.variables[level.name]
+        return [(t, t.clone()) for t in (*level.module.buffers(), *(variable.data for variable in variables))]
 
-    def _skip(self, level: Level, error: NonFiniteError, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Count a skipped step and restore the buffers of the level.
+    def _skip(self, level: Level, error: NonFiniteError, kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Count a skipped step, and restore what the level had before it.
 
         Raises:
             NonFiniteError: no step may be skipped, or too many were.
@@ -217,8 +262,8 @@ class Engine:
             raise NonFiniteError(f"{error}; {self._skip_limit} such steps were already skipped") from error
         self._just_skipped.add(level.name)
         self._clear_gradient(level)
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+        for tensor, saved in kept:
+            tensor.copy_(saved)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that steps change, except positions of data and generators."""
@@ -238,6 +283,7 @@ class Engine:
         return {
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
+            "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
             "warm": dict(carryover.warm),
             "cotangents": {
                 name: attrs.asdict(cotangent, recurse=False) for name, cotangent in carryover.cotangents.items()
@@ -269,9 +315,10 @@ class Engine:
                     "checkpoint, or another folder"
                 ) from error
             self.streams[level.name].load_state_dict(saved["stream"])
-        for name, stream in gradients.curvature_streams.items():
-            if name in state["curvature"]:
-                stream.load_state_dict(state["curvature"][name])
+        for kind, streams in {"curvature": gradients.curvature_streams, "response": gradients.response_streams}.items():
+            for name, stream in streams.items():
+                if name in state[kind]:
+                    stream.load_state_dict(state[kind][name])
         for name, vectors in state["warm"].items():
             carryover.warm[name] = to_device(vectors, problem[name].device)
         for name, fields in state["cotangents"].items():
@@ -280,3 +327,7 @@ class Engine:
         self.skipped |= state["skipped"]
         self.warmed |= state["warmed"]
         problem.workspace.load_state_dict(state["standalone"])
+
+
+def _not_finite(level: Level) -> Callable[[float], str]:
+    return lambda _: f"the gradient of level {level.name!r} is not finite"

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from ..errors import ProblemError
-from ..finiteness import require_finite
+from ..finiteness import immediate, require_finite
 from ..hypergradient import at_solutions, partial_derivatives, total_derivative
 from ..problem import (
     Block,
@@ -21,9 +22,11 @@ from ..problem import (
     Point,
     Problem,
     Report,
+    Response,
     Stream,
     StreamedCotangent,
     add_into,
+    call_solver,
     cloned_buffers,
     evaluate_loss,
     evaluate_regularizer,
@@ -53,6 +56,7 @@ class Gradients:
         batches: the latest batch of each level.
         generators: for each level with an estimator, the state of the generators before its latest evaluation.
         curvature_streams: for each estimator with curvature data, the stream of these data.
+        response_streams: if the outermost level has a response, its stream for each level inside.
         logs: the values that the levels logged in the current outer step.
         reports: the last report of each level.
         doubts: for each level whose pullback was doubtful, the number of such steps and the latest remarks.
@@ -61,7 +65,7 @@ class Gradients:
     def __init__(
         self, problem: Problem, optimizers: Mapping[str, Any], precisions: Mapping[str, Precision], seed: int
     ) -> None:
-        self.problem, self._precisions = problem, precisions
+        self.problem, self._precisions, self._seed = problem, precisions, seed
         self._devices = problem.devices
         self._modules = {
             level.name: {name: problem[name].module for name in (level.name, *level.references)} for level in problem
@@ -72,6 +76,11 @@ class Gradients:
             for level in problem
             if level.estimator is not None and level.estimator.curvature_data is not None
         }
+        self.response_streams = {
+            level.name: Stream(f"{level.name}/response", level.data, seed, level.device)
+            for level in problem.levels[1:]
+            if problem.outermost.response is not None
+        }
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
         self.logs: dict[str, Any] = {}
@@ -79,6 +88,13 @@ class Gradients:
         self._log_counts: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
+
+    def rehearsal(self) -> Gradients:
+        """Return gradients for steps that will be rolled back: from the same state of pullbacks, with logs of their own."""
+        other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
+        other.carryover.warm = dict(self.carryover.warm)
+        other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
+        return other
 
     def differentiate(self, level: Level, batches: Sequence[Any], *, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level to its total gradient, the mean over batches; return the loss, detached.
@@ -93,14 +109,32 @@ class Gradients:
         # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
             self._log_counts = {}
-            nested = bool(self.problem.graph[level.name].parts)
-            loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
+            if level.response is not None:
+                loss = self._response_gradient(level, level.response, variables, batches)
+            else:
+                nested = bool(self.problem.graph[level.name].parts)
+                loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
         for key, count in self._log_counts.items():
             if count != len(batches):
                 raise ProblemError(
                     f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all or for none"
                 )
         return loss
+
+    def solve_alone(self, level: Level, batch: Any) -> None:
+        """Let the solver of a level move its variables; set `.grad` to the gradient there, and log the loss.
+
+        The solver starts from the same random numbers as the evaluation, and as the evaluations of a pullback.
+        """
+        others = [self.problem[name].module for name in level.references]
+        before = GeneratorState.capture(self._devices)
+        with cloned_buffers(others, apart=level.module) if others else _NOTHING, immediate():
+            call_solver(level, self._modules[level.name], batch)
+        after = GeneratorState.capture(self._devices)
+        before.restore()
+        with cloned_buffers([level.module]):
+            self.differentiate(level, [batch], last=True)
+        after.restore()
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         streamed = self.carryover.cotangents.get(level.name) if last else None
@@ -212,6 +246,23 @@ class Gradients:
             variable.grad = derivative.detach()
         self._keep_reports(point)
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _response_gradient(
+        self, level: Level, response: Response, variables: Tensors, batches: Sequence[Any]
+    ) -> Tensor:
+        """Set `.grad` to the total derivative by the response of a level; log and return the loss at the present point."""
+        self.batches[level.name] = batches[-1]
+        self.generators[level.name] = GeneratorState.capture(self._devices)
+        value = self._evaluate(level)
+        loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
+        self._log(level, loss, value.logs, 1.0, first=True)
+        point = Point(self.problem, self.batches, self.generators, carryover=self.carryover)
+        with point.generators_preserved():
+            gradient = response.total_derivative(point, level.name, self.response_streams)
+        for variable, derivative in zip(variables, gradient, strict=True):
+            variable.grad = derivative
+        self._keep_reports(point)
+        return loss
 
     def _keep_reports(self, point: Point) -> None:
         self.reports |= point.reports

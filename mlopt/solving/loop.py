@@ -252,7 +252,7 @@ class Loop:
                 self._append_row(step)
         self._log_rows()
         estimators = ", ".join(
-            f"{level.name}: {level.estimator}" for level in run.problem if level.estimator is not None
+            f"{level.name}: {rule}" for level in run.problem if (rule := level.response or level.estimator) is not None
         )
         message = f"{f'outer step {step}' if step else 'warm-up'}: {error}" + (
             f" (estimators: {estimators})" if estimators else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,8 +16,12 @@ __all__ = ["make_optimizer", "make_scheduler"]
 _OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
-def make_optimizer(level: Level) -> Optimizer:
+def make_optimizer(level: Level, *, copied: bool = False) -> Optimizer:
     """Return the optimiser of a level: an instance that the level provides, or the result of its factory.
+
+    Args:
+        level: the level.
+        copied: whether to return a copy of an instance, with a copy of its state, for the same variables.
 
     Raises:
         ProblemError: the level has no optimiser, or the optimiser does not train exactly the level's variables.
@@ -29,6 +34,9 @@ def make_optimizer(level: Level) -> Optimizer:
     optimizer: Any = level.optimizer
     if not isinstance(optimizer, Optimizer):
         optimizer = optimizer(list(level.parameters))
+    elif copied:
+        shared = {id(variable): variable for group in optimizer.param_groups for variable in group["params"]}
+        optimizer = copy.deepcopy(optimizer, shared)
     if not isinstance(optimizer, Optimizer):
         raise ProblemError(
             f"level {level.name!r}: optimizer returned a {type(optimizer).__name__}; it must take parameters and return a "

@@ -1,0 +1,56 @@
+"""Calls of the solver that a level provides in place of an optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import ProblemError
+from .level import Level
+
+__all__ = ["call_solver"]
+
+
+def call_solver(level: Level, modules: Mapping[str, nn.Module], batch: Any) -> None:
+    """Let the solver of a level move its variables. Every call of a solver in the library is made by this function.
+
+    Args:
+        level: a level with a solver.
+        modules: by name, the level's module and those of the levels that its solver refers to. Their `.grad` is as before
+            afterwards, although a solver may use it.
+        batch: the batch to solve on.
+
+    Raises:
+        ProblemError: the solver returned a value, or replaced parameters of the module.
+    """
+    assert level.solver is not None
+    before = level.parameters
+    with _gradients_preserved(modules.values()):
+        returned = level.solver(modules[level.name], batch, **{name: modules[name] for name in level.solver_references})
+    if returned is not None:
+        raise ProblemError(
+            f"the solver of level {level.name!r} returned a {type(returned).__name__}; it must move the variables of its module "
+            "in place, such as by module.weight.data.copy_(solution), and return nothing"
+        )
+    after = level.parameters
+    if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+        raise ProblemError(
+            f"the solver of level {level.name!r} replaced, froze or unfroze parameters of its module; it must move them in "
+            "place, such as by module.weight.data.copy_(solution)"
+        )
+
+
+@contextlib.contextmanager
+def _gradients_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let `.grad` of all parameters be None inside the context, and as before afterwards."""
+    kept = [(parameter, parameter.grad) for module in modules for parameter in module.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
