@@ -154,8 +154,9 @@ class Chained(Quartic):
 
 
 def converged(kind: type[Q], seed: int) -> Q:
-    """Return a problem whose middle level is solved: for a few draws Newton's method from zero diverges, which leaves no oracle."""
+    """Return a problem whose middle level is solved."""
     problem = kind(seed)
+    # For a few draws Newton's method from zero diverges, and there is no oracle.
     assume(grad(problem.total_middle)(problem.y, problem.x).norm() < 1e-10)
     return problem
 
