@@ -70,14 +70,14 @@ def must_be(accepts: Callable[[Any], bool], description: str) -> Validator:
 
 
 def at_least(bound: float) -> Validator:
-    """Return a validator that accepts finite numbers >= `bound`; only whole numbers where bound and attribute are integers."""
+    """Return a validator that accepts finite numbers >= `bound`; only whole numbers if the bound is an int."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        whole = isinstance(bound, int) and attribute.type in (int, "int")
+        whole = isinstance(bound, int)
         number = is_whole(value) if whole else isinstance(value, (int, float)) and not isinstance(value, bool)
         most = _LARGEST_WHOLE if whole else sys.float_info.max
         limit = " and < 2**63" if whole and number and value > most else ""
-        description = f"a {'whole' if whole else 'finite'} number >= {bound}{limit}"
+        description = f"a {'whole' if whole else 'finite'} number >= {bound:g}{limit}"
         require(type(instance).__name__, attribute.name, value, number and bound <= value <= most, description)
 
     return check

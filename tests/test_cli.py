@@ -202,10 +202,10 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
         ("--objectives masked_atom contrastive", "there is no objective 'masked_atom'; there are 'masked_atoms'"),
         (
             "--methods direct equals",
-            "there is no method 'equals'; there are 'direct', 'equal', 'tapweight' - did",
+            "there is no method 'equals'; there are 'direct', 'equal', 'tapweight', 'single:OBJECTIVE' - did",
         ),
         ("--methods equal equal", "methods=['equal', 'equal']; give at least one, and each once"),
-        ("--corpus-limit 1", "corpus_limit=1; it must be a finite number >= 2"),
+        ("--corpus-limit 1", "corpus_limit=1; it must be a whole number >= 2"),
     ],
 )
 def test_options_that_cannot_be_parsed_end_with_2(more: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,8 @@ class Unrolled(Estimator):
             loss names it. It receives the adjoint at x_0, and the optimiser starts without state: this is MAML.
 
     Raises:
-        EstimatorError: TorchOpt is not installed.
+        MissingDependencyError: TorchOpt is not installed.
+        EstimatorError: `optimizer` is neither a TorchOpt transformation nor None.
 
     Source: Maclaurin et al. 2015 (arXiv 1502.03492); Franceschi et al. 2017 (arXiv 1703.01785); Finn et al. 2017 (arXiv
     1703.03400) for `start`.

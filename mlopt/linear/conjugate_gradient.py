@@ -44,8 +44,8 @@ class ConjugateGradient(LinearSolver):
     """
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
-    rtol: float = attrs.field(default=1e-10, validator=at_least(0))
-    damping: float = attrs.field(default=0.0, validator=at_least(0))
+    rtol: float = attrs.field(default=1e-10, validator=at_least(0.0))
+    damping: float = attrs.field(default=0.0, validator=at_least(0.0))
     preconditioner: Preconditioner | None = attrs.field(
         default=None,
         validator=must_be(lambda value: isinstance(value, Preconditioner | None), "a Preconditioner, or None"),

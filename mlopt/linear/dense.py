@@ -34,7 +34,7 @@ class Dense(LinearSolver):
         (tensor([0.2500, 0.2500]),)
     """
 
-    damping: float = attrs.field(default=0.0, validator=at_least(0))
+    damping: float = attrs.field(default=0.0, validator=at_least(0.0))
     limit: int = attrs.field(default=5_000, validator=at_least(1))
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:

@@ -41,8 +41,8 @@ class MINRES(LinearSolver):
     """
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
-    rtol: float = attrs.field(default=1e-10, validator=at_least(0))
-    damping: float = attrs.field(default=0.0, validator=at_least(0))
+    rtol: float = attrs.field(default=1e-10, validator=at_least(0.0))
+    damping: float = attrs.field(default=0.0, validator=at_least(0.0))
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         # `vector` and `before` are Lanczos' last two vectors, `direction` and `older` the last two directions of the solution.

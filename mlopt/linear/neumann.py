@@ -44,8 +44,8 @@ class Neumann(LinearSolver):
 
     terms: int = attrs.field(default=10, validator=at_least(1))
     step_size: float | None = attrs.field(default=None, validator=positive_or_none)
-    rtol: float = attrs.field(default=0.0, validator=at_least(0))
-    damping: float = attrs.field(default=0.0, validator=at_least(0))
+    rtol: float = attrs.field(default=0.0, validator=at_least(0.0))
+    damping: float = attrs.field(default=0.0, validator=at_least(0.0))
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         alpha, spent = self.step_size, 0

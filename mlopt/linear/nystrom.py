@@ -48,7 +48,7 @@ class Nystrom(LinearSolver):
 
     rank: int = attrs.field(default=10, validator=at_least(1))
     damping: float = attrs.field(default=1e-2, validator=positive)
-    rtol: float = attrs.field(default=1e-3, validator=at_least(0))
+    rtol: float = attrs.field(default=1e-3, validator=at_least(0.0))
     seed: int = attrs.field(default=0, validator=at_least(0))
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:

@@ -1,4 +1,4 @@
-"""The objective of a level: the only place that sums its terms."""
+"""The objective of a level: a sum of terms."""
 
 from __future__ import annotations
 

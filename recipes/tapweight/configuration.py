@@ -66,14 +66,17 @@ def parse(arguments: Sequence[str], kind: type[C], *, prog: str, description: st
     first.add_argument("--config", type=Path)
     file = first.parse_known_args(arguments)[0].config
     default = CommandLine(run=kind() if file is None else read(file, kind))
-    return tyro.cli(
-        CommandLine[kind],  # type: ignore[valid-type]
-        args=arguments,
-        default=default,
-        config=(tyro.conf.OmitArgPrefixes,),
-        prog=prog,
-        description=description,
-    )
+    try:
+        return tyro.cli(
+            CommandLine[kind],  # type: ignore[valid-type]
+            args=arguments,
+            default=default,
+            config=(tyro.conf.OmitArgPrefixes,),
+            prog=prog,
+            description=description,
+        )
+    except ValueError as error:  # of the class of configurations; tyro reports those of its sections
+        raise ConfigurationError(str(error)) from error
 
 
 def read(file: Path, kind: type[C]) -> C:

@@ -11,6 +11,7 @@ import attrs
 import mlopt
 from mlopt.errors import ArgumentError
 from mlopt.rng import derive_seed
+from mlopt.validation import require
 
 from .encoder import Encoder
 from .experiment import Experiment
@@ -208,8 +209,10 @@ def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
     """Return the methods as objects.
 
     Raises:
-        ValueError: a name is unknown, there is no method, or two have one name.
+        ArgumentError: an entry is not a method, a name is unknown, there is no method, or two have one name.
     """
+    valid = not isinstance(named, str) and all(isinstance(method, (str, Method)) for method in named)
+    require("fit", "methods", named, valid, "a sequence of names or Method objects, such as ['direct', 'tapweight']")
     methods = tuple(make_method(method) if isinstance(method, str) else method for method in named)
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "recipes" / "tapweight" / "text"))
+sys.path.insert(0, str(ROOT / "tests" / "recipes" / "tapweight"))
 
 from text_cases import SETTINGS, corpus, encoder, task, texts  # noqa: E402
 

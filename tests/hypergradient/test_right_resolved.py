@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from core_cases import conjugate_gradient, distance, drawn, gradient_of, seeds
-from hypothesis import given
+from hypothesis import assume, given
 from torch import Tensor
 from torch.func import grad, hessian
 
@@ -103,6 +103,9 @@ class Quartic:
         )
 
 
+Q = TypeVar("Q", bound=Quartic)
+
+
 class Chained(Quartic):
     """The same with a second level inside the middle one that depends on the first, so that multipliers pass between them."""
 
@@ -150,11 +153,19 @@ class Chained(Quartic):
         )
 
 
+def converged(kind: type[Q], seed: int) -> Q:
+    """Return a problem whose middle level is solved."""
+    problem = kind(seed)
+    # For a few draws Newton's method from zero diverges, and there is no oracle.
+    assume(grad(problem.total_middle)(problem.y, problem.x).norm() < 1e-10)
+    return problem
+
+
 @pytest.mark.parametrize("products", ["autograd", "forward"])
 @drawn(2)
 @given(seed=seeds)
 def test_two_levels_inside_solved_again(products: str, seed: int) -> None:
-    chained = Chained(seed)
+    chained = converged(Chained, seed)
     problem = chained.problem(mlopt.Dense(products=products))
     assert problem.graph["y"].parts == ("w", "z")
     assert distance(gradient_of(problem), chained.gradient()) < 1e-6
@@ -163,9 +174,8 @@ def test_two_levels_inside_solved_again(products: str, seed: int) -> None:
 @drawn(5)
 @given(seed=seeds)
 def test_a_nested_problem_solved_again(seed: int) -> None:
-    quartic = Quartic(seed)
+    quartic = converged(Quartic, seed)
     expected = quartic.gradient()
-    assert grad(quartic.total_middle)(quartic.y, quartic.x).norm() < 1e-10
     estimators = {"dense": mlopt.Dense(), "forward": mlopt.Dense(products="forward"), "cg": conjugate_gradient()}
     for name, estimator in estimators.items():
         # The tolerance covers the oracle's own error: the square of its step, and rounding over it.
@@ -175,7 +185,7 @@ def test_a_nested_problem_solved_again(seed: int) -> None:
 @drawn(4)
 @given(seed=seeds)
 def test_differences_on_a_nested_problem_solved_again(seed: int) -> None:
-    quartic = Quartic(seed)
+    quartic = converged(Quartic, seed)
     estimator = mlopt.Dense(products="finite_difference")
     assert distance(gradient_of(quartic.problem(estimator)), quartic.gradient()) < 1e-6
 
@@ -184,7 +194,7 @@ def test_differences_on_a_nested_problem_solved_again(seed: int) -> None:
 @given(seed=seeds)
 def test_the_total_gradient_of_the_middle_level(seed: int) -> None:
     """Off the middle level's solution, a zero gradient does not hide a wrong multiplier."""
-    quartic = Quartic(seed)
+    quartic = converged(Quartic, seed)
     problem = quartic.problem(mlopt.Dense())
     y = problem["y"].module.value.detach() + 0.3
     problem["y"].module.value.data.copy_(y)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..names import chosen
+from mlopt.errors import ArgumentError
+from mlopt.validation import shown
+
+from ..names import suggestion
 from .fixed import Direct, Equal, FixedWeights, Given, Single
 from .method import Adapted, Method
 from .tapweight import ThreeLevels
@@ -37,4 +40,8 @@ def make_method(name: str) -> Method:
         ValueError: there is no method of that name.
     """
     kind, _, objective = name.partition(":")
-    return Single(objective) if kind == "single" and objective else chosen("method", name, METHODS)()
+    if kind == "single" and objective:
+        return Single(objective)
+    if name not in METHODS:
+        raise ArgumentError(f"there is no method {shown(name)}{suggestion(name, (*METHODS, 'single:OBJECTIVE'))}")
+    return METHODS[name]()

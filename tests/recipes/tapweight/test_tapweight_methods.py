@@ -116,8 +116,13 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("methods", "sentence"),
     [
-        (["equals"], "there is no method 'equals'; there are 'direct', 'equal', 'tapweight' - did you mean 'equal'"),
+        (
+            ["equals"],
+            "no method 'equals'; there are 'direct', 'equal', 'tapweight', 'single:OBJECTIVE' - did you mean 'equal'",
+        ),
         (["single:"], "there is no method 'single:'"),
+        ("direct", "fit: methods='direct'; it must be a sequence of names or Method objects"),
+        (["direct", 3], r"fit: methods=\['direct', 3\]; it must be a sequence of names or Method objects"),
         (["single:cube"], "single:cube: 'cube' is not one of the objectives, linear, square"),
         ([Given({"linear": 1})], "given: weights of linear, but the objectives are linear, square"),
         ([], r"methods=\[\]; give at least one"),
