@@ -25,6 +25,10 @@ from mlopt.validation import shown
 __all__ = ["CommandLine", "ConfigurationError", "parse", "read", "write"]
 
 C = TypeVar("C")
+#: Faults of one file that an error names; a file of another program can have hundreds.
+_MOST_COMPLAINTS = 3
+#: Between the faults of one section; `shown` escapes it.
+_SEPARATOR = "\x1f"
 
 
 class ConfigurationError(MloptError, ValueError):
@@ -170,19 +174,20 @@ def _is_path(value: Any) -> bool:
 
 
 def _complaints(error: Exception, kind: type) -> list[str]:
-    """Return the faults of a file, each with its key."""
+    """Return the first faults of a file, each with its key, and the number of the others."""
     complaints = []
     for line in cattrs.transform_error(error, path="", format_exception=partial(_complaint, kind)):
-        text, _, path = line.rpartition(" @ ")
-        complaints.append(f"{path.removeprefix('.') or 'the configuration'}{text}")
-    return complaints
+        texts, _, path = line.rpartition(" @ ")
+        complaints += [f"{path.removeprefix('.') or 'the configuration'}{text}" for text in texts.split(_SEPARATOR)]
+    more = len(complaints) - _MOST_COMPLAINTS
+    return [*complaints[:_MOST_COMPLAINTS], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _complaint(kind: type, error: BaseException, _: type | None) -> str:
     if isinstance(error, _UnexpectedError):
         return str(error)
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return "; ".join(_unknown(key, error.cl, kind) for key in sorted(error.extra_fields))
+        return _SEPARATOR.join(_unknown(key, error.cl, kind) for key in sorted(error.extra_fields))
     return f": {error}"
 
 

@@ -181,6 +181,8 @@ def test_a_configuration_that_is_written_reads_as_itself(tmp_path: Path) -> None
         ("seed = [1]", "the configuration has no key 'seed'; did you mean 'seeds'?"),
         ("[encoder]\nqqq = 1", "encoder has no key 'qqq'; it has width, layers, dropout, norm, pooling, residual"),
         ("overwrite = true", "the configuration has no key 'overwrite'"),
+        ("[data]\na = 1\nb = 1\nc = 1\nd = 1\ne = 1", "; data has no key 'b'"),
+        ("[data]\na = 1\nb = 1\nc = 1\nd = 1\ne = 1", "; and 2 more"),
         ("[settings]\nevery = '4'", "settings.every='4'; it must be a whole number"),
         ("steps = 4.0", "steps=4.0; it must be a whole number"),
         ("steps = true", "steps=True; it must be a whole number"),
