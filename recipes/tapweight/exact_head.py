@@ -84,6 +84,7 @@ def ridge_leave_one_out(features: Tensor, targets: Tensor) -> LeaveOneOut:
 
     Example:
         >>> import torch
+        >>> from mlopt.recipes.tapweight.exact_head import ridge_leave_one_out
         >>> features = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
         >>> bool(ridge_leave_one_out(features, 3 * features + 1).losses.mean() < 1e-4)
         True

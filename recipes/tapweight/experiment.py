@@ -76,6 +76,7 @@ class Experiment:
     resume: bool = False
     progress: bool = True
     _start: tuple[Pretraining, dict[str, float]] | None = None
+    _seconds_per_pass: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,6 +103,7 @@ class Experiment:
         Raises:
             ArgumentError: not even one step is affordable.
         """
+
         def cost(steps: int) -> int:
             return method.passes(attrs.evolve(self, steps=steps))
 
@@ -128,9 +130,21 @@ class Experiment:
             model.train()
             stream = self.stream("prepare")
             batches = [stream.next() for _ in range(_SCALING_BATCHES)]
+            begin = time.perf_counter()
             norms = gradient_norms(model, self.objectives, batches, self.seed)
+            views = sum(objective.passes for objective in self.objectives)
+            self._seconds_per_pass = (time.perf_counter() - begin) / (_SCALING_BATCHES * views)
             self._start = model, norms if self.settings.scale == "gradient" else dict.fromkeys(norms, 1.0)
         return self._start
+
+    def duration(self, passes: int) -> str:
+        """Return a rough time of some passes, from those of `prepare`, such as "7 minutes"."""
+        minutes = passes * self._seconds_per_pass / 60
+        number, unit = (
+            (minutes * 60, "second") if minutes < 1 else (minutes, "minute") if minutes < 60 else (minutes / 60, "hour")
+        )
+        count = max(1, round(number))
+        return f"{count} {unit}{'s' * (count != 1)}"
 
     def model(self) -> Pretraining:
         """Return a new copy of the encoder and the objectives' heads at the start."""

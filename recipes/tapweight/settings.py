@@ -9,6 +9,7 @@ import attrs
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
+from mlopt.errors import ArgumentError
 from mlopt.validation import at_least, one_of, positive
 
 if TYPE_CHECKING:
@@ -68,8 +69,16 @@ class Settings:
     measurements: int = attrs.field(default=20, validator=at_least(2))
 
     def schedule(self, steps: int) -> tuple[int, int]:
-        """Return the number of outer steps of a run, and of those during which the weights wait."""
+        """Return the number of outer steps of a run, and of those during which the weights wait.
+
+        Raises:
+            ValueError: there is not one outer step.
+        """
         outer = steps // self.every
+        if not outer:
+            raise ArgumentError(
+                f"steps={steps} at every={self.every}: the weights never move; take at least {self.every} steps"
+            )
         return outer, int(self.warmup * outer)
 
     @property

@@ -52,8 +52,10 @@ def shares_of_best(losses: Tensor, seed: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> shares_of_best(torch.tensor([[1.0, 2.0, 3.0], [1.1, 2.1, 3.1], [0.5, 0.5, 6.0]]), seed=0)[1]
-        tensor(0., dtype=torch.float64)
+        >>> from mlopt.recipes.tapweight.significance import shares_of_best
+        >>> losses = torch.tensor([[1.0, 2.0, 3.0], [1.1, 2.1, 3.1]])
+        >>> shares_of_best(losses, seed=0).tolist()
+        [1.0, 0.0]
 
     Source: Breiman, "Bagging predictors", Machine Learning 1996, of a choice by leave-one-out loss.
     """

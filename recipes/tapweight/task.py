@@ -59,7 +59,10 @@ class Task(ABC):
 
     @abstractmethod
     def columns(self, batch: Any) -> Tensor:
-        """Return the numbers (B, T) that a least-squares head predicts: standardised labels, or 1 and 0 for classes; NaN if missing."""
+        """Return the numbers (B, T) that a least-squares head predicts; NaN if missing.
+
+        They are standardised labels, or 1 and 0 for classes.
+        """
 
     @abstractmethod
     def metric(self) -> torchmetrics.Metric:
