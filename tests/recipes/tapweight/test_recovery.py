@@ -51,7 +51,7 @@ def learned(seed: int, response: mlopt.RealSteps | None) -> tuple[Tensor, Tensor
     weights = SimplexWeights(3).double()
     inside: dict[str, Any] = {} if response else {"estimator": mlopt.ConjugateGradient(iterations=4)}
     problem = mlopt.Problem(
-        mlopt.Level("reweighting", weights, validation_loss, optimizer=partial(Adam, lr=0.3), response=response),
+        mlopt.Level("reweighting", weights, validation_loss, optimizer=partial(Adam, lr=0.2), response=response),
         # At these learning rates one step ends at the solution.
         mlopt.Level(
             "finetuning",
@@ -63,7 +63,7 @@ def learned(seed: int, response: mlopt.RealSteps | None) -> tuple[Tensor, Tensor
         ),
         mlopt.Level("pretraining", Vector(), pretraining_loss, optimizer=partial(SGD, lr=1.0), **inside),
     )
-    mlopt.solve(problem, 60, progress=False)
+    mlopt.solve(problem, 100, progress=False)
     return weights().detach(), best
 
 
