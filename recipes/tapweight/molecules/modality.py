@@ -24,6 +24,8 @@ from .task import MoleculeTask
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_DEFAULT = ("masked_atoms", "masked_bonds", "contrastive", "functional_groups", "fingerprint_clusters", "descriptors")
+
 __all__ = ["Data", "EncoderSettings", "MoleculeConfiguration", "MoleculeModality", "main"]
 
 
@@ -91,7 +93,9 @@ class MoleculeConfiguration(Configuration[Data, EncoderSettings]):
 
     required: ClassVar[tuple[str, ...]] = ("output", "data.corpus")
 
-    objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(tuple(OBJECTIVES))
+    objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(
+        tuple(OBJECTIVES), _DEFAULT
+    )
     data: Data = attrs.field(factory=Data)
     settings: Settings = attrs.field(factory=Settings)
     encoder: EncoderSettings = attrs.field(factory=EncoderSettings)
