@@ -318,7 +318,7 @@ def test_a_corpus_that_cannot_be_prepared_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="molecule 1 of the corpus is not a SMILES that RDKit reads: 'c1cc'"):
         FunctionalGroups().prepare([Data(smiles="C"), Data(smiles="c1cc")], seed=0)
     for objective in (FunctionalGroups(), Descriptors()):
-        with pytest.raises(ValueError, match="are the same in (all but 1% of )?the corpus: nothing to predict"):
+        with pytest.raises(ValueError, match=r"are the same in (all but 1% of )?the corpus: nothing to predict"):
             objective.prepare([from_smiles("CCO") for _ in range(3)], seed=0)
     with pytest.raises(ValueError, match="the corpus is empty"):
         RandomLabels().prepare([], seed=0)
