@@ -60,7 +60,12 @@ def objectives_option(names: Sequence[str]) -> Any:
 
 
 def objectives_field(names: Sequence[str], default: Sequence[str] | None = None) -> Any:
-    """Return the field of a configuration that holds some of these objectives; by default all but the control."""
+    """Return the field of a configuration that holds some of these objectives.
+
+    Args:
+        names: the objectives that there are.
+        default: those of a run that names none; all but the control when None.
+    """
     if default is None:
         default = [name for name in names if name != _CONTROL]
 

@@ -18,13 +18,11 @@ from ..recipe import TapWeight
 from ..settings import Settings
 from .data import molecule_net, read_corpus
 from .encoder import GINE
-from .objectives import OBJECTIVES, make_objective
+from .objectives import DEFAULT, OBJECTIVES, make_objective
 from .task import MoleculeTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_DEFAULT = ("masked_atoms", "masked_bonds", "contrastive", "functional_groups", "fingerprint_clusters", "descriptors")
 
 __all__ = ["Data", "EncoderSettings", "MoleculeConfiguration", "MoleculeModality", "main"]
 
@@ -94,7 +92,7 @@ class MoleculeConfiguration(Configuration[Data, EncoderSettings]):
     required: ClassVar[tuple[str, ...]] = ("output", "data.corpus")
 
     objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(
-        tuple(OBJECTIVES), _DEFAULT
+        tuple(OBJECTIVES), DEFAULT
     )
     data: Data = attrs.field(factory=Data)
     settings: Settings = attrs.field(factory=Settings)

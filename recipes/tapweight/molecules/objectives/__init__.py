@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...objective import Objective
 
 __all__ = [
+    "DEFAULT",
     "FAMILIES",
     "OBJECTIVES",
     "Charges",
@@ -54,6 +55,8 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     **{name: partial(Descriptors, properties, name) for name, properties in FAMILIES.items()},
     "random_labels": RandomLabels,
 }
+#: The objectives of a run that names none.
+DEFAULT = ("masked_atoms", "masked_bonds", "contrastive", "functional_groups", "fingerprint_clusters", "descriptors")
 
 
 def make_objective(name: str) -> Objective:

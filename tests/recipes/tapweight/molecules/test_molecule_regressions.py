@@ -212,12 +212,16 @@ def test_fragments_are_counted_once_for_counts_and_presence() -> None:
 
 def test_presence_is_read_from_the_counts_on_the_graphs() -> None:
     corpus = [Data(smiles="C", fragment_counts=torch.tensor([[0, 3, 1, 2]])), *graphs("C")]
-    corpus[1].fragment_counts = torch.tensor([[2, 1, 1, 0]])
+    corpus[1].fragment_counts = torch.tensor([[1, 1, 1, 0]])
     groups = FunctionalGroups()
     groups.prepare(corpus, seed=0)
     assert groups.columns == [0, 3]
-    loss = at_zero(groups, corpus[1:])
-    assert float(loss) == pytest.approx(math.log(2))
+    encoder = GINE(width=8, layers=1)
+    head = groups.head(encoder)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    (gradient,) = torch.autograd.grad(groups.loss(encoder, head, Batch.from_data_list(corpus[1:])), [head.bias])
+    torch.testing.assert_close(gradient, torch.tensor([0.5 - 1, 0.5 - 0]) / 2)
 
 
 def test_environments_are_counted_in_the_order_of_the_molecules_that_have_them() -> None:
@@ -250,6 +254,10 @@ def test_rare_numbers_are_left_out() -> None:
     assert varying_columns(table, "numbers") == [0, 1]
     with pytest.raises(ValueError, match="all numbers are the same in all but 1% of the corpus"):
         varying_columns(table[:, :1], "numbers", 0.01)
+    corpus = graphs(*["CC", "CCO"] * 60, "NCC")
+    objective = FragmentCounts()
+    objective.prepare(corpus, seed=0)
+    assert {row.fragment_counts[0, objective.columns].sum().item() for row in corpus[::2]} == {0}
 
 
 def ring(graph: Data, start: int, inner: int, outer: int) -> tuple[list[int], list[int]]:
