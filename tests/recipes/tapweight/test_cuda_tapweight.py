@@ -35,8 +35,12 @@ def made(device: torch.device, kind: type[Reconstruct] = DrawnOnTheCPU, **argume
     "estimator", [mlopt.Identity(), mlopt.ConjugateGradient(iterations=2), mlopt.FiniteDifference()], ids=str
 )
 def test_weights_and_scores_are_those_of_the_cpu(estimator: mlopt.Estimator) -> None:
-    there, here = (made(device, estimator=estimator).fit(8, progress=False) for device in (DEVICE, CPU))
-    assert list(there.scores) == ["direct", "equal", "tapweight"]
+    methods = ["direct", "equal", "rehearsal", "tapweight"]
+    there, here = (
+        made(device, estimator=estimator).fit(8, methods=methods, progress=False) for device in (DEVICE, CPU)
+    )
+    assert list(there.scores) == methods
+    assert there.outcomes["rehearsal"].weights == pytest.approx(here.outcomes["rehearsal"].weights, abs=1e-2)
     assert there.encoder.layer.weight.device.type == DEVICE.type
     assert there.weights == pytest.approx(here.weights, rel=1e-5)
     for method, scores in there.scores.items():
