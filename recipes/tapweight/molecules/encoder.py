@@ -78,29 +78,34 @@ class FeatureEmbedding(nn.Module):
             raise ArgumentError(
                 f"features must be (N, {len(self.sizes)}): {[*self.sizes]}; got {tuple(features.shape)}"
             )
-        if features.device.type == "cpu":
-            self._check(features)
-        columns, rows = features.unbind(1), [table.num_embeddings for table in self.tables]
-        return [_number(columns[group], rows[group]) for group in self._groups]
+        columns, rows = features.unbind(1), [size + 1 for size in self.sizes.values()]
+        try:
+            return [_number(columns[group], rows[group]) for group in self._groups]
+        except IndexError as error:
+            raise self._refusal(features) from error
 
     def look_up(self, codes: Sequence[Tensor]) -> Tensor:
         """Embed what `encode` returned as (N, width)."""
-        tables = [table.weight for table in self.tables]
+        tables: list[Any] = [table.weight for table in self.tables]
         # The derivative of index_select costs a third of that of nn.functional.embedding.
-        rows = [reduce(_cross, tables[group]).index_select(0, code) for group, code in zip(self._groups, codes, strict=True)]
-        return reduce(torch.add, rows)
+        rows = [
+            reduce(_cross, tables[group]).index_select(0, code) for group, code in zip(self._groups, codes, strict=True)
+        ]
+        total: Tensor = reduce(torch.add, rows)
+        return total
 
-    def _check(self, features: Tensor) -> None:
-        """Name the feature and the value: the message of the lookup itself does not."""
-        if not ((features < 0) | (features > torch.tensor([*self.sizes.values()]))).any():
-            return
+    def _refusal(self, features: Tensor) -> ArgumentError:
+        """Name the feature and its values: the message of the lookup itself does not."""
         lowest, highest = features.amin(0).tolist(), features.amax(0).tolist()
-        for (name, size), low, high in zip(self.sizes.items(), lowest, highest, strict=True):
-            if low < 0 or high > size:
-                raise ArgumentError(
-                    f"feature {name!r} has values from {low} to {high}, but its vocabulary is 0 to {size - 1} "
-                    f"({size} is the mask token): build graphs with torch_geometric.utils.from_smiles"
-                )
+        name, size, low, high = next(
+            (name, size, low, high)
+            for (name, size), low, high in zip(self.sizes.items(), lowest, highest, strict=True)
+            if low < 0 or high > size
+        )
+        return ArgumentError(
+            f"feature {name!r} has values from {low} to {high}, but its vocabulary is 0 to {size - 1} "
+            f"({size} is the mask token): build graphs with torch_geometric.utils.from_smiles"
+        )
 
 
 def _group(rows: Sequence[int]) -> list[slice]:
@@ -120,14 +125,12 @@ def _group(rows: Sequence[int]) -> list[slice]:
 
 def _number(columns: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """Return the row of each combination in the table that `_cross` builds of tables with `rows` rows."""
-    if len(columns) == 1:
-        return columns[0]
-    stride, code = 1, torch.zeros_like(columns[0])
+    stride, parts = 1, []
     for column, count in zip(reversed(columns), reversed(rows), strict=True):
         # A lookup in place of a product: it fails on every device if the value is outside the vocabulary.
-        code = code + torch.arange(0, count * stride, stride, device=column.device).index_select(0, column)
+        parts.append(torch.arange(0, count * stride, stride, device=column.device).index_select(0, column))
         stride *= count
-    return code
+    return reduce(torch.add, parts)
 
 
 def _cross(table: Tensor, other: Tensor) -> Tensor:
@@ -136,16 +139,16 @@ def _cross(table: Tensor, other: Tensor) -> Tensor:
 
 
 class Convolution(GINEConv):  # type: ignore[misc]
-    """torch_geometric's GINEConv without the dispatch of its message passing, which costs more than the sums.
+    """torch_geometric's GINEConv, with the sum computed directly in place of general message passing.
 
-        MLP((1 + eps) h_i + sum_j relu(h_j + e_ij))
+    MLP((1 + eps) h_i + sum_j relu(h_j + e_ij))
     """
 
     def forward(self, nodes: Tensor, edges: Tensor, bonds: Tensor) -> Tensor:
         """Return the updates of `nodes` (N, width), given `edges` (2, E) and the embeddings of their bonds (E, width)."""
         messages = (nodes.index_select(0, edges[0]) + bonds).relu()
-        own = ((1 + self.eps) * nodes).to(messages.dtype)  # autocast may have computed the nodes in fewer bits
-        update: Tensor = self.nn(own.index_add(0, edges[1], messages))
+        # eps also promotes nodes that autocast computed in fewer bits to the type of the messages.
+        update: Tensor = self.nn(((1 + self.eps) * nodes).index_add(0, edges[1], messages))
         return update
 
 
@@ -204,7 +207,7 @@ class GINE(Encoder):
         self._pooling = _choose("pooling", pooling, {"mean": global_mean_pool, "sum": global_add_pool})
         normalise = _choose("norm", norm, {"batch": _batch_norm, "layer": nn.LayerNorm})
         self.atoms = FeatureEmbedding(ATOM_SIZES, width)
-        self.bonds = nn.ModuleList(FeatureEmbedding(BOND_SIZES, width) for _ in range(layers))
+        self.bonds: Any = nn.ModuleList(FeatureEmbedding(BOND_SIZES, width) for _ in range(layers))
         self.convolutions = nn.ModuleList(Convolution(_mlp(width)) for _ in range(layers))
         self.norms = nn.ModuleList(normalise(width) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)

@@ -19,24 +19,25 @@ _SPECIAL = ("index", "face", "batch", "adj", "ptr", "num_nodes")
 
 
 def join(graphs: Sequence[Data]) -> Batch:
-    """Return `Batch.from_data_list(graphs)`, in a quarter of the time for the graphs of molecules.
+    """Return `Batch.from_data_list(graphs)`, faster for the graphs of molecules.
 
     torch_geometric asks each graph how each attribute is joined. Here the answer is known: end to end, with `edge_index` shifted
-    by the atoms before. Graphs that hold anything else are left to torch_geometric.
+    by the atoms before. Graphs that hold anything else are left to torch_geometric; as there, the first graph decides.
 
     Args:
         graphs: one or more graphs with the same attributes.
     """
     own = import_extra("torch_geometric.data")
-    attributes = [graph.to_dict() for graph in graphs]
-    columns = {key: [held.get(key) for held in attributes] for key in attributes[0]}
-    if not _plain(own, graphs, columns):
+    if type(graphs[0]) is not own.Data or not _plain(graphs[0].to_dict()):
         batch: Batch = own.Batch.from_data_list(list(graphs))
         return batch
+    attributes = [graph.to_dict() for graph in graphs]
+    columns = {key: [held[key] for held in attributes] for key in attributes[0]}
     joined = own.Batch(_base_cls=own.Data)
     atoms = _counts(columns["x"])
     starts = _starts(atoms)
-    slices, shifts = {}, {}
+    slices: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor | None] = {}
     for key, values in columns.items():
         if isinstance(values[0], str):
             joined[key], slices[key], shifts[key] = values, torch.arange(len(values) + 1), None
@@ -52,21 +53,17 @@ def join(graphs: Sequence[Data]) -> Batch:
     return joined
 
 
-def _plain(own: Any, graphs: Sequence[Data], columns: dict[str, list[Any]]) -> bool:
+def _plain(attributes: dict[str, Any]) -> bool:
     """Return whether all attributes are those of a molecule: strings, and tensors on the CPU that are joined end to end."""
     return (
-        all(type(graph) is own.Data and len(graph.keys()) == len(columns) for graph in graphs)
-        and {"x", "edge_index"} <= columns.keys()
-        and not any(part in key for key in columns if key != "edge_index" for part in _SPECIAL)
-        and all(_alike(values) for values in columns.values())
+        {"x", "edge_index"} <= attributes.keys()
+        and not any(part in key for key in attributes if key != "edge_index" for part in _SPECIAL)
+        and all(isinstance(value, str) or _dense(value) for value in attributes.values())
     )
 
 
-def _alike(values: list[Any]) -> bool:
-    kinds = set(map(type, values))
-    if kinds == {str}:
-        return True
-    return kinds == {Tensor} and all(v.dim() and v.layout is torch.strided and v.device.type == "cpu" for v in values)
+def _dense(value: Any) -> bool:
+    return type(value) is Tensor and value.dim() > 0 and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _counts(values: list[Tensor], dim: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from mlopt.errors import ArgumentError
 
 from ..files import DataError
 from ..task import Split, Task
-from .data import Molecules, import_extra, read_table
+from .data import Molecules, read_table
 from .joining import join
 from .splits import random_split, scaffold_split
 
