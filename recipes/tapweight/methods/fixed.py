@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import mlopt
 from mlopt.errors import ArgumentError
 
 from ..models import objective_losses
 from .method import Adapted, Method
+from .one_level import one_level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    import mlopt
 
     from ..experiment import Experiment
     from ..models import Pretraining
@@ -64,7 +66,7 @@ class FixedWeights(Method):
 
     def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:
         """Return the pretraining as a problem of one level, which trains `model` in place."""
-        weights, settings = self.weights(experiment.names), experiment.settings
+        weights = self.weights(experiment.names)
         used = [objective for objective in experiment.objectives if weights[objective.name]]
         scales = experiment.scales
 
@@ -73,16 +75,7 @@ class FixedWeights(Method):
             total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
             return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-        level = mlopt.Level(
-            "pretraining",
-            model,
-            loss,
-            data=experiment.batches(),
-            optimizer=settings.adam(settings.pretraining_lr),
-            scheduler=settings.scheduler(experiment.pretraining_steps),
-            precision=settings.autocast,
-        )
-        return mlopt.Problem(level)
+        return one_level(experiment, model, loss)
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Pretrain the encoder further."""

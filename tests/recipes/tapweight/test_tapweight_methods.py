@@ -12,7 +12,18 @@ import torch
 from tapweight_cases import SETTINGS, Encoder, recipe
 from torch import nn
 
-from mlopt.recipes.tapweight.methods import Adapted, Direct, Equal, Given, Method, Single, ThreeLevels, make_method
+from mlopt.recipes.tapweight.methods import (
+    DEFAULT,
+    METHODS,
+    Adapted,
+    Direct,
+    Equal,
+    Given,
+    Method,
+    Single,
+    ThreeLevels,
+    make_method,
+)
 
 
 class Halved(Method):
@@ -75,7 +86,14 @@ class Counting(Encoder):
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(
-    "method", [Direct(), Equal(), Single("square"), Given({"linear": 3, "square": 1}), ThreeLevels()]
+    "method",
+    [
+        *map(make_method, METHODS),
+        Single("square"),
+        Given({"linear": 3, "square": 1}),
+        ThreeLevels(proximal="l1"),
+    ],
+    ids=lambda method: f"{method.name} {getattr(method, 'proximal', '')}",
 )
 def test_a_method_states_its_cost(method: Method, every: int) -> None:
     settings = attrs.evolve(SETTINGS, every=every, valid_batch_size=5, measurements=2)
@@ -118,7 +136,7 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
     [
         (
             ["equals"],
-            "no method 'equals'; there are 'direct', 'equal', 'tapweight', 'single:OBJECTIVE' - did you mean 'equal'",
+            "no method 'equals'; there are 'direct', 'equal', .* 'tapweight', .* 'single:OBJECTIVE' - did you mean 'equal'",
         ),
         (["single:"], "there is no method 'single:'"),
         ("direct", "fit: methods='direct'; it must be a sequence of names or Method objects"),
@@ -147,7 +165,8 @@ def test_only_methods_that_measure_need_enough_steps() -> None:
 
 
 def test_methods_are_found_by_name() -> None:
-    assert [type(make_method(name)) for name in ("direct", "equal", "tapweight")] == [Direct, Equal, ThreeLevels]
+    assert [type(make_method(name)) for name in DEFAULT] == [Direct, Equal, ThreeLevels]
+    assert [make_method(name).name for name in METHODS] == list(METHODS)
     assert make_method("single:a:b").objective == "a:b"
 
 
