@@ -11,6 +11,7 @@ from .bilevel import Bilevel
 from .fixed import Direct, Equal, FixedWeights, Given, Single
 from .frozen import Frozen
 from .method import Adapted, Method
+from .rehearsal import Rehearsal
 from .surgery import Surgery
 from .tapweight import ThreeLevels
 from .uncertainty import Uncertainty
@@ -27,6 +28,7 @@ __all__ = [
     "Frozen",
     "Given",
     "Method",
+    "Rehearsal",
     "Single",
     "Surgery",
     "ThreeLevels",
@@ -41,11 +43,12 @@ METHODS: dict[str, type[Method]] = {
     "pcgrad": Surgery,
     "alignment": Alignment,
     "bilevel": Bilevel,
+    "rehearsal": Rehearsal,
     "tapweight": ThreeLevels,
     "frozen": Frozen,
 }
 #: The methods that a run compares by default; the result holds the encoder and the weights of the last.
-DEFAULT = ("direct", "equal", "tapweight")
+DEFAULT = ("direct", "equal", "rehearsal")
 
 
 def make_method(name: str) -> Method:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import mlopt
 
     from ..experiment import Experiment
-    from ..settings import Settings
 
 __all__ = ["Frozen"]
 
@@ -39,10 +38,6 @@ class Frozen(Method):
     def __init__(self) -> None:
         # A name of its own: a run may compare the three levels as well, and each phase has a folder.
         self._learner = ThreeLevels(name=f"{self.name}-learning")
-
-    def check(self, settings: Settings, steps: int, objectives: Sequence[str]) -> None:
-        """Refuse a run that the three levels refuse."""
-        self._learner.check(settings, steps, objectives)
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of both phases."""

@@ -11,7 +11,7 @@ from mlopt.errors import ArgumentError
 
 from ..models import objective_losses
 from .method import Adapted, Method
-from .one_level import one_level
+from .pretraining import one_level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

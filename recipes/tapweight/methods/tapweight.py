@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..experiment import Experiment
     from ..models import Pretraining
-    from ..settings import Settings
 
 __all__ = ["ThreeLevels"]
 
@@ -37,7 +36,7 @@ class ThreeLevels(Method):
             `mlopt.FiniteDifference()`.
         proximal: the coupling of the two encoders: "l2", gamma ||omega - theta||^2, or "l1", gamma ||omega - theta||_1. The mixed
             derivative of "l1" is zero almost everywhere, so only finite differences that cross a kink move the weights.
-        name: the key of the method in scores.
+        name: the key of the method in scores; tables show it unless it is the default.
 
     Raises:
         ArgumentError: there is no such coupling, or no derivative passes through it.
@@ -45,7 +44,7 @@ class ThreeLevels(Method):
     Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006).
     """
 
-    title = "TapWeight"
+    title = "TapWeight as published"
     summary = (
         "Pretrained further with several objectives, whose weights were learned from the validation loss of a task (Zhang, "
         "Somayajula & Xie, TMLR 2025, arXiv 2410.10006)."
@@ -68,10 +67,8 @@ class ThreeLevels(Method):
                     "so the weights would not move; give mlopt.FiniteDifference(), or proximal='l2'"
                 )
         self.estimator, self.proximal, self.name = estimator, proximal, name
-
-    def check(self, settings: Settings, steps: int, objectives: Sequence[str]) -> None:
-        """Refuse a run in which the weights move too few times to be judged."""
-        settings.schedule(steps)
+        if name != "tapweight":
+            self.title = f"{self.title} ({name})"
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of pretraining, finetuning, validation and measurements; those inside a linear solver come on top."""

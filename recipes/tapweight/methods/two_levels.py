@@ -70,9 +70,9 @@ class TwoLevels(Method):
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of all objectives, of L_train and of L_valid."""
         each = experiment.views + 1
-        outer = experiment.pretraining_steps // experiment.settings.every
+        outer, _ = experiment.settings.schedule(experiment.steps)
         # The first outer step has no cotangent of an earlier step, and evaluates the losses of pretraining once more.
-        return experiment.pretraining_steps * each + outer + (each if outer else 0)
+        return experiment.pretraining_steps * each + outer + each
 
     def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:
         """Return the two levels, which train `model` in place."""
@@ -92,14 +92,14 @@ class TwoLevels(Method):
 
         # The task's head is drawn here, from the seed of the experiment, whatever was drawn before.
         seed_everything(derive_seed(experiment.seed, "finetuning"))
-        outer = experiment.pretraining_steps // settings.every
+        _, delay = settings.schedule(experiment.steps)
         return mlopt.Problem(
             mlopt.Level(
                 "reweighting",
                 _WithTask(len(objectives)).to(experiment.device),
                 reweighting_loss,
                 data=task.loader("valid", settings.valid_batch_size, shuffle=True),
-                optimizer=partial(DelayedAdam, lr=settings.weights_lr, delay=int(settings.warmup * outer)),
+                optimizer=partial(DelayedAdam, lr=settings.weights_lr, delay=delay),
                 precision=settings.autocast,
             ),
             mlopt.Level(
@@ -119,7 +119,7 @@ class TwoLevels(Method):
         """Pretrain the encoder further and learn the weights."""
         model = experiment.model()
         problem = self.problem(experiment, model)
-        outer = experiment.pretraining_steps // experiment.settings.every
+        outer, _ = experiment.settings.schedule(experiment.steps)
         solution = experiment.solve(self.name, problem, outer, callbacks=callbacks)
         weights = problem["reweighting"].module()[:-1].tolist()
         return Adapted(

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..models import objective_losses
 from .method import Adapted, Method
-from .one_level import one_level
+from .pretraining import one_level
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -325,4 +325,5 @@ def test_variants_of_the_three_levels_are_compared_under_names_of_their_own() ->
     variants = [ThreeLevels(), ThreeLevels(proximal="l1", name="absolute")]
     result = recipe().fit(8, methods=variants, progress=False)
     assert list(result.scores) == ["tapweight", "absolute"]
+    assert result.outcomes["absolute"].title == "TapWeight as published (absolute)"
     assert result.outcomes["tapweight"].weights != result.outcomes["absolute"].weights

@@ -13,13 +13,13 @@ from tapweight_cases import SETTINGS, Encoder, recipe
 from torch import nn
 
 from mlopt.recipes.tapweight.methods import (
-    DEFAULT,
     METHODS,
     Adapted,
     Direct,
     Equal,
     Given,
     Method,
+    Rehearsal,
     Single,
     ThreeLevels,
     make_method,
@@ -69,7 +69,7 @@ def test_the_scores_are_those_of_the_finetuned_models_in_the_result() -> None:
     }
     assert min(run.score.epoch for run in result.finetuned) < 6  # the last epoch is not always the best
     assert [run.score.test for run in result.finetuned] == again["test"]
-    assert result.scores["tapweight"] == {split: sum(scores) / 2 for split, scores in again.items()}
+    assert result.scores["rehearsal"] == {split: sum(scores) / 2 for split, scores in again.items()}
     # Finetuning changed the encoder.
     assert not torch.equal(result.finetuned[0].model.encoder.layer.weight, result.encoder.layer.weight)
 
@@ -158,14 +158,17 @@ def test_weights_that_are_not_shares_are_refused(weights: dict[str, float]) -> N
         Given(weights)
 
 
-def test_only_methods_that_measure_need_enough_steps() -> None:
+def test_one_or_two_steps_are_a_run() -> None:
     assert recipe().fit(2, methods=["direct", "equal"], progress=False).scores.keys() == {"direct", "equal"}
-    with pytest.raises(ValueError, match="moves the weights 2 times"):
-        recipe().fit(2, methods=["direct", "equal", "tapweight"], progress=False)
+    assert sum(recipe().fit(1, methods=["tapweight"], progress=False).weights.values()) == pytest.approx(1, abs=1e-6)
 
 
 def test_methods_are_found_by_name() -> None:
-    assert [type(make_method(name)) for name in DEFAULT] == [Direct, Equal, ThreeLevels]
+    assert [type(make_method(name)) for name in ("direct", "rehearsal", "tapweight")] == [
+        Direct,
+        Rehearsal,
+        ThreeLevels,
+    ]
     assert [make_method(name).name for name in METHODS] == list(METHODS)
     assert make_method("single:a:b").objective == "a:b"
 
