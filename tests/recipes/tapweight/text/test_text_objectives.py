@@ -31,9 +31,9 @@ SPECIAL = 5  # the first tokens of the vocabulary
 
 def made(name: str, own: Any) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     """Return an objective, its head and a batch."""
-    objective, texts = make_objective(name, own.tokenizer), corpus(8)
+    objective, texts = make_objective(name, own.tokenizer), corpus()
     objective.prepare(texts, 0)
-    return objective, objective.head(own), own.collate([dict(text) for text in texts])
+    return objective, objective.head(own), own.collate([dict(text) for text in texts[:8]])
 
 
 def copied(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
