@@ -20,7 +20,7 @@ from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.text.data import Texts, read_corpus, read_table
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.modality import Settings
-from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
+from mlopt.recipes.tapweight.text.objectives import DEFAULT, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 from mlopt.rng import seed_everything
 
@@ -96,7 +96,7 @@ def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWe
     corpus = read_corpus(folder / "unlabelled" / f"{task.corpus}.txt.gz") if task.corpus else read[0].unlabelled()
     return TapWeight(
         encoder,
-        [make_objective(objective, encoder.tokenizer) for objective in OBJECTIVES],
+        [make_objective(objective, encoder.tokenizer) for objective in (*DEFAULT, "random_labels")],
         TextTask(splits, encoder.collate, kind="classification", metric=task.metric, classes=classes),  # type: ignore[arg-type]
         corpus,
         settings=size.settings,
