@@ -115,9 +115,10 @@ def test_forward_mode_and_vmap_agree_with_the_reference(batch: Batch) -> None:
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-def test_autocast_computes_the_same_types_and_values(batch: Batch) -> None:
+@pytest.mark.parametrize(("norm", "residual"), [("layer", True), ("batch", False)])
+def test_autocast_computes_the_same_types_and_values(batch: Batch, norm: Any, residual: bool) -> None:
     torch.manual_seed(0)
-    network = GINE(width=16, layers=3, norm="layer", residual=True)
+    network = GINE(width=16, layers=3, norm=norm, residual=residual)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         nodes, expected = network(batch), reference(network, batch)
     assert nodes.dtype == expected.dtype
