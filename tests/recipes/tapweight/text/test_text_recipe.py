@@ -70,7 +70,7 @@ def test_the_card_reports_data_weights_scores_and_settings(tmp_path: Path) -> No
         "- corpus: 24 texts of made",
         result.verdict,
         f"| contrastive | {result.weights['contrastive']:.3f} | {result.signals['contrastive'].z:+.1f} | no |",
-        f"| TapWeight | {result.scores['tapweight']['valid']:.3f} | {result.scores['tapweight']['test']:.3f} |",
+        f"| TapWeight as published | {result.scores['tapweight']['valid']:.3f} | {result.scores['tapweight']['test']:.3f} |",
         "- gamma: 100.0",
         "- seed: 0",
         "Steps: 4.",
