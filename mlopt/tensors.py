@@ -73,7 +73,9 @@ def subtract(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
 
 
 def scale(alpha: float | Tensor, a: Sequence[Tensor]) -> Tensors:
-    """Return alpha a."""
+    """Return alpha a; a number on another device than `a` is copied to it."""
+    if isinstance(alpha, Tensor) and a and alpha.device != a[0].device:
+        alpha = alpha.to(a[0].device)
     return tuple(torch._foreach_mul(list(a), alpha)) if a else ()
 
 

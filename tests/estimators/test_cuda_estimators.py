@@ -69,7 +69,8 @@ def test_estimators_of_first_derivatives(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_unrolled_steps(optimizer: str) -> None:
     torchopt = pytest.importorskip("torchopt", reason="Unrolled takes TorchOpt's optimisers: the extra `unroll`")
-    transformation = {"sgd": torchopt.sgd(0.1), "adam": torchopt.adam(0.01)}[optimizer]
+    transformation = {"sgd": torchopt.sgd(0.1), "adam": torchopt.adam(0.01, eps=0.1)}[optimizer]
+    # Near a zero gradient the derivative of Adam's step is lr / eps; at the usual eps it amplifies rounding by 1e12.
     for rule in (mlopt.Unrolled(6, optimizer=transformation), mlopt.Unrolled(6)):
         assert differs(rule, "two", F64) < BOUNDS[F64], str(rule)
 

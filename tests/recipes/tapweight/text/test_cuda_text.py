@@ -37,4 +37,4 @@ def test_weights_and_scores_are_those_of_the_cpu(masked: bool, estimator: mlopt.
     assert there.scores["tapweight"] == pytest.approx(here.scores["tapweight"], rel=1e-5)
     for own, other in zip(there.encoder.parameters(), here.encoder.parameters(), strict=True):
         torch.testing.assert_close(own.cpu(), other, rtol=1e-4, atol=1e-6)
-    assert len(set(here.weights.values())) == 5  # the weights have moved
+    assert len(set(here.weights.values())) == len(here.weights)  # the weights have moved
