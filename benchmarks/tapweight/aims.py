@@ -59,7 +59,7 @@ def _weights(regime: Regime, method: str) -> list[tuple[str, str, bool]]:
         figure = f"{below} of {len(clear)}"
         checks.append(
             (
-                "the control below a quarter of its share in 9 of 10 runs with a significant objective",
+                "the control below a quarter of its share in 9 of 10 significant runs",
                 figure,
                 below >= 0.9 * len(clear),
             )

@@ -49,6 +49,18 @@ def _saved(figure: Any, file: Path) -> Path:
     return file
 
 
+def _grid(tasks: Sequence[str], bars: Sequence[str], *, sharex: bool) -> tuple[Any, Any]:
+    """Return a figure with axes for each task, whose bars are named from the top down."""
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    size = (3.6 * columns + 1.5, (0.9 + 0.24 * len(bars)) * lines)
+    figure, grid = _figure(lines, columns, figsize=size, sharex=sharex, sharey=True, squeeze=False)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    grid[0, 0].invert_yaxis()
+    return figure, grid
+
+
 def ranks(regime: Regime) -> Any:
     """Return the critical-difference diagram: a bar joins methods whose mean ranks are not significantly apart."""
     ranking = regime.ranking()
@@ -81,11 +93,7 @@ def headroom(regime: Regime) -> Any:
     tasks = [task for task in regime.tasks if regime.scores(REFERENCE, task)]
     if len(names) < 2 or not tasks:
         return None
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure, grid = _figure(
-        lines, columns, figsize=(3.6 * columns + 1.5, (0.9 + 0.24 * len(names)) * lines), sharey=True, squeeze=False
-    )
+    figure, grid = _grid(tasks, names, sharex=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         sign = 1 if regime.better[task] else -1
         base = regime.scores(REFERENCE, task)
@@ -99,9 +107,6 @@ def headroom(regime: Regime) -> Any:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names)), [name.removeprefix("single:") for name in names])
         axes.set_title(f"{task}, {regime.metrics[task]}")
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_visible(False)
-    grid[0, 0].invert_yaxis()
     figure.suptitle(f"Gain over equal weights, {regime.title}")
     return figure
 
@@ -112,10 +117,7 @@ def weights(regime: Regime, method: str) -> Any:
     if not tasks:
         return None
     objectives = list(dict.fromkeys(name for row in regime.rows for name in row["objectives"]))
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    size = (3.6 * columns + 1.5, (0.9 + 0.24 * len(objectives)) * lines)
-    figure, grid = _figure(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, grid = _grid(tasks, objectives, sharex=True)
     for axes, task in zip(grid.flat, tasks, strict=False):
         own = [row for row in regime.of(method, task) if row["weights"]]
         axes.axvline(1 / len(own[0]["weights"]), color="0.6", linestyle=":", label="equal share")
@@ -130,9 +132,6 @@ def weights(regime: Regime, method: str) -> Any:
                 axes.scatter(points, [place] * len(points), s=14, facecolor=face, edgecolor="tab:blue", zorder=3)
         axes.set_yticks(range(len(objectives)), objectives)
         axes.set_title(task)
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_visible(False)
-    grid[0, 0].invert_yaxis()
     grid[0, 0].legend(loc="lower right", fontsize=7)
     figure.suptitle(f"Weights of {regime.titles[method]}: a point for each seed, filled if significant\n{regime.title}")
     return figure

@@ -45,4 +45,4 @@ class Modality(ABC):
 
     @abstractmethod
     def plain_features(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Return features of the labelled (training, then validation) and of the test examples without an encoder, (n, F) each."""
+        """Return features (n, F) that need no encoder: of the training and validation examples, and of the test examples."""

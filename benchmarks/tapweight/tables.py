@@ -72,9 +72,9 @@ def _score_table(regime: Regime, corner: str, names: dict[str, str]) -> str:
         cells = []
         for task in regime.tasks:
             values = list(regime.scores(name, task).values())
-            text = str(Spread.of(values)) if values else "–"
+            text = str(Spread.of(values)) if values else "-"
             cells.append((f"**{text}**" if best[task] == name else text) + marks.get(task, ""))
-        body.append([title, *cells, f"{means[name]:.2f}" if name in means else "–"])
+        body.append([title, *cells, f"{means[name]:.2f}" if name in means else "-"])
     header = [f"{task}, {regime.metrics[task]} {'↑' if regime.better[task] else '↓'}" for task in regime.tasks]
     return table([corner, *header, "mean rank"], body)
 
@@ -98,7 +98,7 @@ def weights(regime: Regime, method: str) -> str:
 
 def _weight_cell(name: str, rows: Sequence[Row]) -> str:
     if not rows:
-        return "–"
+        return "-"
     judged = [row for row in rows if row["judged"]]
     tested = f"; {sum(name in row['significant'] for row in judged)} of {len(judged)}" if judged else ""
     return f"{Spread.of([row['weights'][name] for row in rows])}{tested}"
@@ -111,14 +111,14 @@ def _ratio(regime: Regime, method: str, task: str) -> str:
         for row in regime.of(method, task)
         if row["weights"] and row["control"]
     ]
-    return str(Spread.of(values)) if values else "–"
+    return str(Spread.of(values)) if values else "-"
 
 
 def _agreement(regime: Regime, method: str, task: str) -> str:
     """Return the mean correlation of the weights of two seeds."""
     own = [list(row["weights"].values()) for row in regime.of(method, task) if row["weights"]]
     pairs = [correlation(x, y) for x, y in combinations(own, 2)]
-    return f"{statistics.fmean(pairs):.2f}" if pairs else "–"
+    return f"{statistics.fmean(pairs):.2f}" if pairs else "-"
 
 
 def cost(regime: Regime) -> str:
@@ -135,7 +135,7 @@ def cost(regime: Regime) -> str:
                 f"{statistics.fmean(row['steps'] for row in rows):,.0f}",
                 f"{statistics.fmean(row['passes'] for row in rows):,.0f}",
                 f"{statistics.fmean(row['seconds'] for row in rows):,.1f}",
-                f"{statistics.fmean(memory):,.0f}" if memory else "–",
+                f"{statistics.fmean(memory):,.0f}" if memory else "-",
             ]
         )
     if not body:
