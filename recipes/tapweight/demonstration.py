@@ -86,14 +86,14 @@ def conclusion(results: Sequence[TapWeightResult], known: Known) -> str:
     clear = sum(any(signal.significant for signal in result.signals.values()) for result in results)
     return (
         f"The control, {known.control}, ended below its equal share of {share:.3f} in {below} of {count} runs; {known.suited}, "
-        f"{known.why}, came out on top in {top} of {count}. On the test {known.examples} TapWeight was better than equal weights "
-        f"in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. Within a single run some "
-        f"weight was significant in {clear} of {count}."
+        f"{known.why}, came out on top in {top} of {count}. On the test {known.examples} {results[0].main.title} was better "
+        f"than equal weights in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. "
+        f"Within a single run some weight was significant in {clear} of {count}."
     )
 
 
 def _better(result: TapWeightResult, method: str) -> bool:
-    ours, theirs = result.scores["tapweight"]["test"], result.scores[method]["test"]
+    ours, theirs = result.main.scores["test"], result.scores[method]["test"]
     return ours > theirs if result.greater_is_better else ours < theirs
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import time
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 from torch.utils.data import DataLoader
 
 import mlopt
+from mlopt.errors import ArgumentError
 from mlopt.problem import Stream
 from mlopt.rng import seed_everything
 
@@ -24,9 +27,18 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .task import Task
 
-__all__ = ["Experiment"]
+__all__ = ["Costly", "Experiment"]
 
 _SCALING_BATCHES = 4
+
+
+class Costly(Protocol):
+    """A method that states its cost."""
+
+    name: str
+
+    def passes(self, experiment: Experiment) -> int:
+        """Return how often the encoder is evaluated on a batch."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -44,6 +56,8 @@ class Experiment:
         seed: the seed of everything random.
         steps: pretraining steps.
         checkpoints: each phase is saved in a folder of its own; nothing is saved if None.
+        shared_checkpoints: the same for phases that depend on the corpus only, which experiments on other tasks can read;
+            `checkpoints` if None.
         resume: if True, each phase resumes from its newest checkpoint.
         progress: if True, show progress bars.
     """
@@ -58,9 +72,11 @@ class Experiment:
     seed: int
     steps: int = 0
     checkpoints: mlopt.Checkpoints | None = None
+    shared_checkpoints: mlopt.Checkpoints | None = None
     resume: bool = False
     progress: bool = True
     _start: tuple[Pretraining, dict[str, float]] | None = None
+    _seconds_per_pass: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,6 +92,26 @@ class Experiment:
     def pretraining_steps(self) -> int:
         """The steps of pretraining: the largest multiple of `settings.every` that `steps` holds, the same for every method."""
         return self.steps // self.settings.every * self.settings.every
+
+    def affordable(self, method: Costly, passes: int) -> Experiment:
+        """Return the experiment with the largest number of steps whose cost by a method is at most `passes`.
+
+        Args:
+            method: states its cost by `passes(experiment)`, which does not fall with the number of steps.
+            passes: the most evaluations of the encoder on a batch.
+
+        Raises:
+            ArgumentError: not even one step is affordable.
+        """
+
+        def cost(steps: int) -> int:
+            return method.passes(attrs.evolve(self, steps=steps))
+
+        # A step evaluates the encoder at least once, unless the method takes no steps.
+        steps = bisect_right(range(1, passes + 1), passes, key=cost)
+        if not steps:
+            raise ArgumentError(f"passes={passes}: one step of {method.name} takes {cost(1):,}; give at least as many")
+        return attrs.evolve(self, steps=steps)
 
     def prepare(self) -> tuple[Pretraining, dict[str, float]]:
         """Prepare the objectives on the corpus, once.
@@ -94,9 +130,21 @@ class Experiment:
             model.train()
             stream = self.stream("prepare")
             batches = [stream.next() for _ in range(_SCALING_BATCHES)]
+            begin = time.perf_counter()
             norms = gradient_norms(model, self.objectives, batches, self.seed)
+            views = sum(objective.passes for objective in self.objectives)
+            self._seconds_per_pass = (time.perf_counter() - begin) / (_SCALING_BATCHES * views)
             self._start = model, norms if self.settings.scale == "gradient" else dict.fromkeys(norms, 1.0)
         return self._start
+
+    def duration(self, passes: int) -> str:
+        """Return a rough time of some passes, from those of `prepare`, such as "7 minutes"."""
+        minutes = passes * self._seconds_per_pass / 60
+        number, unit = (
+            (minutes * 60, "second") if minutes < 1 else (minutes, "minute") if minutes < 60 else (minutes / 60, "hour")
+        )
+        count = max(1, round(number))
+        return f"{count} {unit}{'s' * (count != 1)}"
 
     def model(self) -> Pretraining:
         """Return a new copy of the encoder and the objectives' heads at the start."""
@@ -125,6 +173,7 @@ class Experiment:
         *,
         callbacks: Sequence[mlopt.Callback] = (),
         seed: int | None = None,
+        labels: bool = True,
     ) -> mlopt.Solution:
         """Solve a problem as one phase of the run; on resume, a phase that ended is read from its last checkpoint.
 
@@ -134,8 +183,9 @@ class Experiment:
             steps: outer steps.
             callbacks: see `mlopt.Callback`.
             seed: the seed of the experiment when None.
+            labels: False if the phase does not depend on the labelled examples.
         """
-        own = self.checkpoints
+        own = self.checkpoints if labels else self.shared_checkpoints or self.checkpoints
         if own is not None:
             own = attrs.evolve(own, folder=own.folder / phase.replace(":", "-"))
         return mlopt.solve(

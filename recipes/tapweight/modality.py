@@ -170,6 +170,7 @@ class Configuration(Generic[D, E]):
         self.data.check()
         if len(self.objectives) < 2:
             raise ConfigurationError(f"objectives={list(self.objectives)}; give at least two")
+        self.settings.schedule(self.steps)
         for name in self.methods:
             make_method(name).check(self.settings, self.steps, self.objectives)
 

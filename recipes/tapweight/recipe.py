@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from rich.console import Console
 
 import mlopt
 from mlopt.errors import ArgumentError
@@ -22,7 +23,7 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .objective import Objective
     from .task import Task
@@ -66,7 +67,7 @@ class TapWeight:
         >>> recipe = TapWeight(GINE(width=8, layers=1), objectives, task, corpus, settings=settings)
         >>> result = recipe.fit(steps=3, progress=False)
         >>> list(result.weights), list(result.scores)
-        (['masked_atoms', 'contrastive'], ['direct', 'equal', 'tapweight'])
+        (['masked_atoms', 'contrastive'], ['direct', 'equal', 'rehearsal'])
 
     Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006).
     """
@@ -143,18 +144,20 @@ class TapWeight:
 
     def fit(
         self,
-        steps: int,
+        steps: int | None = None,
         *,
+        passes: int | None = None,
         methods: Sequence[str | Method] = DEFAULT,
         callbacks: Sequence[mlopt.Callback] = (),
         checkpoint: mlopt.Checkpoints | str | os.PathLike[str] | None = None,
         resume: bool = False,
         progress: bool = True,
     ) -> TapWeightResult:
-        """Adapt the encoder by each method with the same number of steps, finetune and score each adapted encoder.
+        """Adapt the encoder by each method at the same budget, finetune and score each adapted encoder.
 
         Args:
-            steps: pretraining steps.
+            steps: pretraining steps, the same for every method; or
+            passes: evaluations of the encoder on a batch, the same for every method: each takes the most steps that it can.
             methods: the methods to compare, by name or as `Method` objects. The last one is the main method: the result holds its
                 encoder, its finetuned models, its weights and its history. It adapts the encoder first.
             callbacks: see `mlopt.Callback`; called while the main method adapts the encoder.
@@ -167,19 +170,31 @@ class TapWeight:
             The scores of each method; and of the main method the weights and their significance, the history, and the encoder.
 
         Raises:
-            ValueError: too few steps, an unknown method, no method or one given twice, an objective that gives the encoder no
-                gradient.
+            ValueError: both steps and passes, or neither; too few of them; an unknown method, no method or one given twice; an
+                objective that gives the encoder no gradient.
         """
         compared = _methods(methods)
+        if (steps is None) == (passes is None):
+            raise ArgumentError(f"fit: steps={steps} and passes={passes}; give one of them")
+        if steps is not None:
+            self._experiment.settings.schedule(steps)
         for method in compared:
-            method.check(self._experiment.settings, steps, self._experiment.names)
-        experiment = self.experiment(steps, checkpoint=checkpoint, resume=resume, progress=progress)
+            method.check(self._experiment.settings, steps or self._experiment.settings.every, self._experiment.names)
+        whole = self.experiment(
+            steps or self._experiment.settings.every, checkpoint=checkpoint, resume=resume, progress=progress
+        )
+        experiments = {
+            method.name: whole if passes is None else whole.affordable(method, passes) for method in compared
+        }
+        if progress:
+            Console().print(_plan(experiments, compared), highlight=False, soft_wrap=True)
         *others, main = compared
-        adapted = {main.name: main.adapt(experiment, callbacks)}
-        adapted |= {method.name: method.adapt(experiment) for method in others}
+        adapted = {main.name: main.adapt(experiments[main.name], callbacks)}
+        adapted |= {method.name: method.adapt(experiments[method.name]) for method in others}
         outcomes: dict[str, Outcome] = {}
         finetuned: tuple[Finetuned, ...] = ()
         for method in compared:
+            experiment = experiments[method.name]
             finetuned = _finetune(experiment, method, adapted[method.name].encoder)
             outcomes[method.name] = Outcome(
                 title=method.title,
@@ -198,7 +213,7 @@ class TapWeight:
             metric=self.task.metric_name,
             greater_is_better=self.task.greater_is_better,
             settings=attrs.asdict(experiment.settings),
-            steps=steps,
+            steps=experiment.steps,
             seed=experiment.seed,
             estimator=str(experiment.estimator),
             data={"task": repr(self.task), "corpus": _described(experiment.corpus)},
@@ -218,6 +233,14 @@ def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
     if not names or len(set(names)) < len(names):
         raise ArgumentError(f"fit: methods={names!r}; give at least one, and each once")
     return methods
+
+
+def _plan(experiments: Mapping[str, Experiment], methods: Sequence[Method]) -> str:
+    """Return a sentence on the cost of a run."""
+    costs = {method.name: method.passes(experiments[method.name]) for method in methods}
+    total, duration = sum(costs.values()), experiments[methods[-1].name].duration(sum(costs.values()))
+    parts = ", ".join(f"{name} {cost:,}" for name, cost in costs.items())
+    return f"Pretraining takes at most {total:,} encoder passes ({parts}): about {duration} on this machine, then finetuning."
 
 
 def _finetune(experiment: Experiment, method: Method, encoder: Encoder) -> tuple[Finetuned, ...]:

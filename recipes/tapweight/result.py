@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from .significance import Signal, verdict
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mlopt.solving import History
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "TapWeightResult"]
 
+#: The columns of a history that hold the weights at each step, but for the name of the objective.
+_PATH = "reweighting/weight/"
 _PACKAGES = (
     "mlopt-torch",
     "torch",
@@ -149,7 +152,7 @@ class TapWeightResult:
         (folder / "encoder" / "README.md").write_text(_card(self), encoding="utf-8")
 
     def plot(self, file: str | os.PathLike[str]) -> None:
-        """Draw the weights over the steps, and the signals with their errors.
+        """Draw the weights, over the steps if the history has them, and the signals with their errors.
 
         Args:
             file: the suffix names the format.
@@ -164,28 +167,48 @@ class TapWeightResult:
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         order = sorted(self.weights, key=lambda name: -self.weights[name])
-        steps = [step * self.settings["every"] for step in self.history.column("step")]
         colours = {name: f"C{k}" for k, name in enumerate(self.weights)}
-        for name in order:
-            style = "-" if self.signals[name].significant else "--"
-            path = self.history.column(f"reweighting/weight/{name}")
-            left.plot(steps, path, style, color=colours[name], label=f"{name}  {self.weights[name]:.3f}")
-        left.axhline(1 / len(order), color="grey", linewidth=0.8, linestyle=":", label="equal share")
-        left.set(
-            xlabel="pretraining step", ylabel="weight", title="Weights of the objectives (dashed: not significant)"
-        )
-        left.set_ylim(bottom=0)
+        if any(name.startswith(_PATH) for name in self.history.names):
+            self._draw_paths(left, order, colours)
+        else:
+            self._draw_bars(left, order, colours)
         left.legend(frameon=False, fontsize="small")
         rows = list(reversed(order))
-        means = [self.signals[name].mean for name in rows]
-        errors = [2 * self.signals[name].error if len(self.history) else 0.0 for name in rows]
-        for row, (name, mean, error) in enumerate(zip(rows, means, errors, strict=True)):
-            face = colours[name] if self.signals[name].significant else "white"
-            right.errorbar(mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
+        for row, name in enumerate(rows):
+            signal = self.signals[name]
+            error = 2 * signal.error if math.isfinite(signal.error) else 0.0
+            face = colours[name] if signal.significant else "white"
+            right.errorbar(signal.mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
         right.set(xlabel="signal, with two standard errors", title="Does more of it help? (filled: significant)")
         figure.savefig(file, dpi=150)
+
+    def _draw_paths(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:
+        """Draw the weights over the pretraining steps."""
+        steps = [step * self.settings["every"] for step in self.history.column("step")]
+        for name in order:
+            style = "-" if self.signals[name].significant else "--"
+            path = self.history.column(f"{_PATH}{name}")
+            axes.plot(steps, path, style, color=colours[name], label=f"{name}  {self.weights[name]:.3f}")
+        axes.axhline(1 / len(order), color="grey", linewidth=0.8, linestyle=":", label="equal share")
+        title = "Weights of the objectives (dashed: not significant)"
+        axes.set(xlabel="pretraining step", ylabel="weight", title=title)
+        axes.set_ylim(bottom=0)
+
+    def _draw_bars(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:
+        """Draw the weights as bars, the largest at the top."""
+        rows = range(len(order))
+        bars = axes.barh(rows, [self.weights[name] for name in order], color=[colours[name] for name in order])
+        axes.bar_label(bars, [f"{self.weights[name]:.2f}" for name in order], padding=3)
+        axes.axvline(1 / len(order), color="grey", linewidth=0.8, linestyle=":", label="equal share")
+        axes.set_yticks(rows, order)
+        axes.invert_yaxis()
+        axes.set(
+            xlabel="weight: share of the resamples of the labels in which it was best",
+            title=f"{self.main.title}: weights",
+        )
+        axes.set_xlim(0, 1)
 
 
 def _card(result: TapWeightResult) -> str:

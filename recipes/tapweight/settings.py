@@ -38,11 +38,13 @@ class Settings:
         weights_lr: learning rate of Adam on the logits of the weights; like Adam's step, it does not depend on their scale.
         scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
             equal weights mean equal pull; "none" does not scale the losses, like the authors' release.
+        rehearsal_steps: steps on each objective alone before the weights are chosen by rehearsal; at most those of the main run.
+        rehearsals: rehearsals of each objective, each with batches and heads of its own; their losses are averaged.
         epochs: passes over the training labels in the final finetuning.
         finetune_lr: learning rate of Adam in the final finetuning.
         freeze_encoder: train only the head in the final finetuning.
         finetunings: final finetunings, each with its own seed; scores are their means.
-        measurements: number of measurements of the objectives' signals on two halves of the validation labels.
+        measurements: the most measurements of the objectives' signals on two halves of the validation labels.
     """
 
     gamma: float = attrs.field(default=100.0, validator=positive)
@@ -58,6 +60,8 @@ class Settings:
     warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
     weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
     scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
+    rehearsal_steps: int = attrs.field(default=300, validator=at_least(1))
+    rehearsals: int = attrs.field(default=1, validator=at_least(1))
     epochs: int = attrs.field(default=30, validator=at_least(1))
     finetune_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     freeze_encoder: bool = False
@@ -68,16 +72,14 @@ class Settings:
         """Return the number of outer steps of a run, and of those during which the weights wait.
 
         Raises:
-            ValueError: the weights move too few times to be judged.
+            ValueError: there is not one outer step.
         """
         outer = steps // self.every
-        delay = int(self.warmup * outer)
-        if outer - delay < self.measurements:
+        if not outer:
             raise ArgumentError(
-                f"steps={steps} at every={self.every} and warmup={self.warmup} moves the weights {outer - delay} times; at least "
-                f"measurements={self.measurements} are needed to judge them: take more steps"
+                f"steps={steps} at every={self.every}: the weights never move; take at least {self.every} steps"
             )
-        return outer, delay
+        return outer, int(self.warmup * outer)
 
     @property
     def autocast(self) -> str | None:

@@ -58,6 +58,13 @@ class Task(ABC):
         """Return the loss of each example (B,); the mean of this is the training loss."""
 
     @abstractmethod
+    def columns(self, batch: Any) -> Tensor:
+        """Return the numbers (B, T) that a least-squares head predicts; NaN if missing.
+
+        They are standardised labels, or 1 and 0 for classes.
+        """
+
+    @abstractmethod
     def metric(self) -> torchmetrics.Metric:
         """Return a fresh metric whose `update(outputs, targets)` takes the outputs and `targets(batch)`."""
 

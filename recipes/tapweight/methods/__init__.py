@@ -8,6 +8,7 @@ from mlopt.validation import shown
 from ..names import suggestion
 from .fixed import Direct, Equal, FixedWeights, Given, Single
 from .method import Adapted, Method
+from .rehearsal import Rehearsal
 from .tapweight import ThreeLevels
 
 __all__ = [
@@ -19,18 +20,20 @@ __all__ = [
     "FixedWeights",
     "Given",
     "Method",
+    "Rehearsal",
     "Single",
     "ThreeLevels",
     "make_method",
 ]
 
-METHODS: dict[str, type[Direct] | type[Equal] | type[ThreeLevels]] = {
+METHODS: dict[str, type[Direct] | type[Equal] | type[Rehearsal] | type[ThreeLevels]] = {
     "direct": Direct,
     "equal": Equal,
+    "rehearsal": Rehearsal,
     "tapweight": ThreeLevels,
 }
 #: The methods that a run compares by default; the result holds the encoder and the weights of the last.
-DEFAULT = tuple(METHODS)
+DEFAULT = ("direct", "equal", "rehearsal")
 
 
 def make_method(name: str) -> Method:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-import mlopt
 from mlopt.errors import ArgumentError
 
-from ..models import objective_losses
 from .method import Adapted, Method
+from .pretraining import pretraining, weighted_passes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    import mlopt
 
     from ..experiment import Experiment
     from ..models import Pretraining
@@ -61,37 +58,17 @@ class FixedWeights(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return one pass for each view of each objective of positive weight, at each step."""
-        weights = self.weights(experiment.names)
-        views = sum(objective.passes for objective in experiment.objectives if weights[objective.name])
-        return experiment.pretraining_steps * views
+        return experiment.pretraining_steps * weighted_passes(experiment, self.weights(experiment.names))
 
     def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:
         """Return the pretraining as a problem of one level, which trains `model` in place."""
-        weights, settings = self.weights(experiment.names), experiment.settings
-        used = [objective for objective in experiment.objectives if weights[objective.name]]
-        scales = experiment.scales
-
-        def loss(own: Pretraining, batch: Any) -> dict[str, Any]:
-            losses = {name: value() for name, value in objective_losses(own, batch, used, scales).items()}
-            total: Tensor = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-            return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
-
-        level = mlopt.Level(
-            "pretraining",
-            model,
-            loss,
-            data=experiment.batches(),
-            optimizer=settings.adam(settings.pretraining_lr),
-            scheduler=settings.scheduler(experiment.pretraining_steps),
-            precision=settings.autocast,
-        )
-        return mlopt.Problem(level)
+        return pretraining(experiment, model, self.weights(experiment.names))
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Pretrain the encoder further."""
         model = experiment.model()
-        problem = self.problem(experiment, model)
-        solution = experiment.solve(self.name, problem, experiment.pretraining_steps, callbacks=callbacks)
+        problem, steps = self.problem(experiment, model), experiment.pretraining_steps
+        solution = experiment.solve(self.name, problem, steps, callbacks=callbacks, labels=False)
         return Adapted(encoder=model.encoder, weights=self.weights(experiment.names), history=solution.history)
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from ..experiment import Experiment
     from ..models import Pretraining
-    from ..settings import Settings
 
 __all__ = ["ThreeLevels"]
 
@@ -36,7 +35,7 @@ class ThreeLevels(Method):
     Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006).
     """
 
-    name, title = "tapweight", "TapWeight"
+    name, title = "tapweight", "TapWeight as published"
     summary = (
         "Pretrained further with several objectives, whose weights were learned from the validation loss of a task (Zhang, "
         "Somayajula & Xie, TMLR 2025, arXiv 2410.10006)."
@@ -44,10 +43,6 @@ class ThreeLevels(Method):
 
     def __init__(self, estimator: mlopt.Estimator | None = None) -> None:
         self.estimator = estimator
-
-    def check(self, settings: Settings, steps: int, objectives: Sequence[str]) -> None:
-        """Refuse a run in which the weights move too few times to be judged."""
-        settings.schedule(steps)
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of pretraining, finetuning, validation and measurements; those inside a linear solver come on top."""

@@ -279,6 +279,11 @@ class MoleculeTask(Task):
         labels: Tensor = batch.y
         return labels
 
+    def columns(self, batch: Batch) -> Tensor:
+        """Return standardised labels, or classes as 1 and 0, (B, T); NaN if missing."""
+        labels = self.targets(batch)
+        return (labels - self.mean.to(labels)) / self.std.to(labels)
+
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss over the labelled tasks of each molecule, 0 for a molecule without a label.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.functional.classification import (
@@ -216,6 +216,13 @@ class TextTask(Task):
         """Return the labels (B,): the numbers of classes, or numbers in their unit."""
         labels: Tensor = batch["label"]
         return labels
+
+    def columns(self, batch: Batch) -> Tensor:
+        """Return a 1 in the column of the class and 0 elsewhere (B, C), or standardised labels (B, 1)."""
+        labels = self.targets(batch)
+        if self.classes:
+            return one_hot(labels, len(self.classes)).double()
+        return ((labels.double() - self.mean) / self.std)[:, None]
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each example (B,): the cross entropy, or the squared error of standardised labels.

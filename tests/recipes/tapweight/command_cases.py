@@ -70,7 +70,7 @@ class Case:
         return self.folder / output
 
     def finished(self) -> Path:
-        """Return the output of a run with the default objectives and methods; only the first call runs it."""
+        """Return the output of a run with the default objectives, by all kinds of methods; only the first call runs it."""
         output = self.folder / "finished"
         return output if output.exists() else self.run("finished", *self.whole.split(), size=self.small)
 
@@ -88,7 +88,7 @@ def molecules(folder: Path) -> Case:
         ["--corpus", str(folder / "corpus.smi"), "--train", str(folder / "train.csv"), "--labels", "length"],
         small=small,
         fast=f"{small} --steps 4 --objectives masked_atoms fingerprint_clusters --methods tapweight",
-        whole="--steps 6 --every 2 --seed 3",
+        whole="--steps 6 --every 2 --seed 3 --methods direct equal rehearsal tapweight",
         metric="rmse",
         settings=Settings(every=2, epochs=2, measurements=2),
         rows=3,  # six steps, of which every second moves the weights
@@ -112,7 +112,7 @@ def text(folder: Path) -> Case:
         [part for name, file in files.items() for part in (f"--{name}", str(folder / file))],
         small=small,
         fast=f"{small} --objectives masked_tokens contrastive --methods tapweight",
-        whole=f"--corpus {folder / 'corpus.txt.gz'} --seed 3 --metric macro_f1",
+        whole=f"--corpus {folder / 'corpus.txt.gz'} --seed 3 --metric macro_f1 --methods direct equal rehearsal tapweight",
         metric="macro_f1",
         settings=TextSettings(batch_size=8, epochs=2, measurements=2),
         rows=4,

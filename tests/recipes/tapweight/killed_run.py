@@ -48,6 +48,7 @@ def main(folder: Path, began: Path) -> None:
             warmup=0.2,
             measurements=4,
             epochs=2,
+            rehearsal_steps=6,
             weight_decay=0.01,
             lr_schedule="cosine",
         ),
@@ -59,6 +60,7 @@ def main(folder: Path, began: Path) -> None:
     log = mlopt.CSVLogger(folder / "log.csv")
     result = recipe.fit(
         STEPS,
+        methods=["direct", "equal", "rehearsal", "tapweight"],
         checkpoint=mlopt.Checkpoints(folder / "checkpoints", every=1),
         resume=True,
         callbacks=[log],

@@ -32,7 +32,7 @@ def test_a_run_saves_its_weights_history_scores_and_picture(case: Case) -> None:
         assert all(float(row[f"{level}/loss"]) > 0 for level in ("pretraining", "finetuning", "reweighting"))
     scores = load(finished, "scores.json")
     assert scores["metric"] == case.metric
-    assert list(scores["scores"]) == ["direct", "equal", "tapweight"]
+    assert list(scores["scores"]) == ["direct", "equal", "rehearsal", "tapweight"]
     assert all(0 < score[split] < 10 for score in scores["scores"].values() for split in ("valid", "test"))
     assert (finished / "weights.png").read_bytes().startswith(b"\x89PNG")
     assert "torch" in load(finished, "environment.json")["packages"]
@@ -99,7 +99,7 @@ ERRORS = {
         ("--kind classification", "the label 0.4 of task 'length' is not 0 or 1"),
         ("--strict", "corpus.smi, row 41: 'C1CC' is not a molecule"),
         ("--objectives contrastive", "objectives=['contrastive']; give at least two"),
-        ("--steps 7 --every 4", "moves the weights 1 times; at least measurements=2 are needed"),
+        ("--steps 3 --every 4", "steps=3 at every=4: the weights never move; take at least 4 steps"),
         ("--dropout 1", "dropout must be at least 0 and below 1; got 1.0"),
         ("--corpus-limit 15", "fingerprint_clusters needs at least 20 molecules; the corpus has 15"),
         ("--config nothing.toml", "nothing.toml: no such file; give the path of a configuration"),
@@ -121,7 +121,7 @@ ERRORS = {
         ("--max-length 33", "max_length=33; the model takes from 3 to 32 tokens"),
         ("--model maskless", "masked_tokens hides tokens behind a mask token, and this tokenizer has none"),
         ("--model larger", "the tokenizer has 36 tokens, but the model embeds 35"),
-        ("--steps 3 --every 3", "moves the weights 1 times; at least measurements=2"),
+        ("--steps 2 --every 3", "steps=2 at every=3: the weights never move"),
     ],
 }
 

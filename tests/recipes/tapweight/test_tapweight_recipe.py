@@ -18,6 +18,9 @@ from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.finetuning import Score, finetune
 from mlopt.recipes.tapweight.settings import Settings
 
+#: The published form is the main method.
+GRADIENT = ("direct", "equal", "tapweight")
+
 
 class Kept(Encoder):
     """An encoder that saves itself in its own way."""
@@ -67,7 +70,10 @@ def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sent
         (lambda: recipe(objectives=[Reconstruct("linear", 1.0)]), "1 objectives"),
         (lambda: recipe(objectives=[Reconstruct("a", 1.0), Reconstruct("a", 2.0)]), "two objectives of one name"),
         (lambda: recipe(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
-        (lambda: recipe().fit(3, progress=False), "moves the weights 3 times"),
+        (lambda: recipe(settings=attrs.evolve(SETTINGS, every=4)).fit(3), "steps=3 at every=4: the weights never move"),
+        (lambda: recipe().fit(progress=False), "steps=None and passes=None; give one of them"),
+        (lambda: recipe().fit(3, passes=9, progress=False), "steps=3 and passes=9; give one of them"),
+        (lambda: recipe().fit(passes=1, progress=False), "passes=1: one step of equal takes 2; give at least as many"),
         (lambda: Settings(gamma=0.0), "gamma=0.0; it must be a finite number > 0"),
         (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),
         (lambda: Settings(scale="norm"), "scale='norm'; it must be one of 'gradient', 'none'"),
@@ -82,7 +88,7 @@ def test_a_run_returns_and_saves_its_results(tmp_path):
     torch.manual_seed(2)
     start = Kept()
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
-    result = recipe(encoder=lambda: start).fit(8, progress=False)
+    result = recipe(encoder=lambda: start).fit(8, methods=GRADIENT, progress=False)
     assert sum(result.weights.values()) == pytest.approx(1.0, abs=1e-6)
     assert all(weight > 0 for weight in result.weights.values())
     assert set(result.scores) == {"direct", "equal", "tapweight"}
@@ -106,10 +112,11 @@ def test_a_run_returns_and_saves_its_results(tmp_path):
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not():
-    first, second = (recipe().fit(6, progress=False) for _ in range(2))
-    assert first.weights == second.weights
-    assert first.scores == second.scores
-    assert recipe(seed=1).fit(6, progress=False).weights != first.weights
+    methods = ["rehearsal", "tapweight"]
+    first, second = (recipe().fit(6, methods=methods, progress=False) for _ in range(2))
+    assert first.outcomes == second.outcomes
+    other = recipe(seed=1).fit(6, methods=methods, progress=False)
+    assert all(other.outcomes[name].weights != first.outcomes[name].weights for name in methods)
 
 
 def test_a_run_depends_on_its_seed_and_on_nothing_drawn_before():
@@ -138,7 +145,7 @@ def test_a_measurement_takes_no_more_examples_at_once_than_a_step():
 def test_equal_weights_see_the_batches_that_tapweight_sees():
     """At a learning rate of zero for the weights, TapWeight is equal weights, to rounding."""
     settings = attrs.evolve(SETTINGS, weights_lr=0.0)
-    result = recipe(settings=settings).fit(6, progress=False)
+    result = recipe(settings=settings).fit(6, methods=GRADIENT, progress=False)
     equal, learned = result.scores["equal"], result.scores["tapweight"]
     assert equal["test"] == pytest.approx(learned["test"], rel=1e-6)
     assert result.weights == {"linear": 0.5, "square": 0.5}
@@ -147,7 +154,7 @@ def test_equal_weights_see_the_batches_that_tapweight_sees():
 def test_equal_weights_take_as_many_steps_as_recipe():
     """If `every` does not divide the steps, both take the whole multiples."""
     made = recipe(settings=attrs.evolve(SETTINGS, every=3, measurements=2, weights_lr=0.0))
-    result = made.fit(14, progress=False)
+    result = made.fit(14, methods=GRADIENT, progress=False)
     assert result.scores["equal"]["test"] == pytest.approx(result.scores["tapweight"]["test"], rel=1e-6)
 
 
@@ -159,7 +166,7 @@ def test_an_encoder_without_save_is_written_as_safetensors(tmp_path):
 
 
 def test_weights_move_at_every_nth_step_only():
-    result = recipe(settings=attrs.evolve(SETTINGS, every=3, measurements=2)).fit(12, progress=False)
+    result = recipe(settings=attrs.evolve(SETTINGS, every=3, measurements=2)).fit(12, methods=GRADIENT, progress=False)
     assert len(result.history) == 4
 
 
@@ -216,7 +223,7 @@ def test_a_useful_objective_gains_weight_and_is_significant():
 
 
 def test_the_weights_wait_while_the_heads_warm_up():
-    result = recipe(settings=attrs.evolve(SETTINGS, warmup=0.5)).fit(12, progress=False)
+    result = recipe(settings=attrs.evolve(SETTINGS, warmup=0.5)).fit(12, methods=GRADIENT, progress=False)
     path = result.history.column("reweighting/weight/linear")
     # A row holds the weights of its step: the first step that moves them is the seventh.
     assert path[:7] == [0.5] * 7

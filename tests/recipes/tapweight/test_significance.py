@@ -1,0 +1,73 @@
+"""Weights and verdicts from bootstrap resamples of losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tapweight_cases import F64
+
+from mlopt.recipes.tapweight.exact_head import ridge_leave_one_out
+from mlopt.recipes.tapweight.significance import compare, shares_of_best
+
+
+def test_the_share_of_resamples_is_the_probability_of_the_smaller_mean():
+    """For two candidates the mean difference of a resample is nearly normal, which gives the share in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(2, 400, dtype=F64, generator=generator)
+    losses[0] -= 0.02
+    difference = losses[0] - losses[1]
+    z = float(difference.mean() / (difference.std(correction=0) / math.sqrt(400)))
+    expected = 0.5 * math.erfc(z / math.sqrt(2))
+    share = float(shares_of_best(losses, seed=1)[0])
+    # 2,000 resamples have a standard error of at most 0.011; the rest is the normal approximation.
+    assert share == pytest.approx(expected, abs=0.045)
+    assert 0.6 < share < 0.99
+
+
+def test_equal_candidates_share_and_a_clear_winner_takes_all():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(4, 300, dtype=F64, generator=generator)
+    noise -= noise.mean(1, keepdim=True)
+    shares = shares_of_best(noise, seed=0)
+    assert bool(((shares - 0.25).abs() < 0.12).all())
+    noise[2] -= 1
+    assert shares_of_best(noise, seed=0).tolist() == [0, 0, 1, 0]
+
+
+def test_the_signal_is_the_paired_difference_from_the_mean_and_its_error():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(3, 200, dtype=F64, generator=generator) + torch.rand(200, dtype=F64, generator=generator) * 10
+    losses[1] -= 0.3
+    signals = compare(["a", "b", "c"], losses, seed=0)
+    differences = losses.mean(0) - losses
+    for k, name in enumerate("abc"):
+        assert signals[name].mean == pytest.approx(float(differences[k].mean()), rel=1e-12)
+        # 2,000 resamples know a standard deviation to 1.6%.
+        error = float(differences[k].std(correction=0)) / math.sqrt(200)
+        assert signals[name].error == pytest.approx(error, rel=0.08)
+    # The large spread that the candidates share does not hide the difference.
+    assert [name for name in "abc" if signals[name].significant and signals[name].mean > 0] == ["b"]
+
+
+def test_candidates_that_never_differ_are_not_significant():
+    losses = torch.rand(1, 50, dtype=F64).expand(3, 50)
+    assert not any(signal.significant or signal.z for signal in compare(["a", "b", "c"], losses, seed=0).values())
+
+
+def test_at_most_five_percent_of_runs_without_a_difference_have_a_significant_candidate():
+    """Features of seven random networks; labels that belong to none of the examples."""
+    generator = torch.Generator().manual_seed(0)
+    wrong, runs = 0, 300
+    for _ in range(runs):
+        inputs = torch.randn(120, 6, dtype=F64, generator=generator)
+        labels = torch.randn(120, 1, dtype=F64, generator=generator) ** 3  # heavy tails
+        losses = []
+        for _ in range(7):
+            features = (inputs @ torch.randn(6, 16, dtype=F64, generator=generator)).tanh()
+            losses.append(ridge_leave_one_out(features, labels).losses)
+        signals = compare([str(k) for k in range(7)], torch.stack(losses), seed=0)
+        wrong += any(signal.significant for signal in signals.values())
+    # 5% of 300 is 15; with the standard error of 3.8, up to 22 are within two of it.
+    assert wrong <= 22
