@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -103,7 +104,7 @@ class SeedRun:
 
     def __init__(self, modality: Modality, corpus: str, seed: int, rows: Rows) -> None:
         self.modality, self.plan, self.corpus, self.seed, self.rows = modality, modality.plan, corpus, seed, rows
-        #: Of methods that keep parts of their work for other tasks, such as the rehearsals.
+        #: Holds phases of methods that several tasks share.
         self.folder = rows.file.with_suffix(".work") / rows.key / f"{corpus}-{seed}"
         self._base: Experiment | None = None
 
@@ -145,8 +146,11 @@ class SeedRun:
         """Adapt the encoder within the budget."""
         budgeted = experiment.affordable(method, self.plan.passes)
         if method.uses_labels:
-            budgeted = attrs.evolve(budgeted, checkpoints=mlopt.Checkpoints(self.folder), resume=True)
-            _forget(self.folder)
+            # Rehearsals do not depend on the labels: the tasks share them, but for those of another length.
+            length = min(budgeted.settings.rehearsal_steps, budgeted.steps)
+            own, shared = (_ended_phases(self.folder / name) for name in (_OWN, f"{length}-steps"))
+            shutil.rmtree(own.folder, ignore_errors=True)
+            budgeted = attrs.evolve(budgeted, checkpoints=own, shared_checkpoints=shared, resume=True)
         method.check(budgeted.settings, budgeted.steps, budgeted.names)
         with measured(self.plan.device) as used:
             adapted = method.adapt(budgeted)
@@ -217,14 +221,13 @@ class _Run:
         }
 
 
-def _forget(folder: Path) -> None:
-    """Remove the phases of another task; rehearsals of objectives do not depend on labels, and stay."""
-    for phase in folder.iterdir() if folder.exists() else ():
-        if not phase.name.startswith(_SHARED):
-            shutil.rmtree(phase)
+#: The folder of the phases of one task.
+_OWN = "task"
 
 
-_SHARED = "rehearsal-"
+def _ended_phases(folder: Path) -> mlopt.Checkpoints:
+    """Return checkpoints of the ends of phases only: the study resumes by rows, and a text encoder has 50 MB."""
+    return mlopt.Checkpoints(folder, every=sys.maxsize, keep=1)
 
 
 def _control(experiment: Experiment) -> str | None:
