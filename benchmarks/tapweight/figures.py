@@ -105,9 +105,10 @@ def headroom(regime: Regime) -> Any:
                 mean = statistics.fmean(gains)
                 axes.barh(row, mean, xerr=deviation, color="tab:blue" if mean > 0 else "tab:red", ecolor="0.4")
         axes.axvline(0, color="black", linewidth=0.8)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(names)), [name.removeprefix("single:") for name in names])
         axes.set_title(f"{task}, {regime.metrics[task]}")
-    figure.suptitle(f"Gain over equal weights, {regime.title}")
+    figure.suptitle(f"Gain of each objective alone over equal weights (right is better)\n{regime.title}")
     return figure
 
 

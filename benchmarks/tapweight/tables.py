@@ -60,23 +60,27 @@ def headroom(regime: Regime) -> str:
 
 def _score_table(regime: Regime, corner: str, names: dict[str, str]) -> str:
     ranking = regime.ranking()
-    means = ranking.means if ranking else {}
-    best = {}
-    for task in regime.tasks:
-        pick = max if regime.better[task] else min
-        own = {name: statistics.fmean(values.values()) for name in names if (values := regime.scores(name, task))}
-        best[task] = pick(own, key=own.__getitem__) if own else None
-    body = []
-    for name, title in names.items():
-        marks = {task: one.mark for task, one in regime.differences(name).items()} if name != REFERENCE else {}
-        cells = []
-        for task in regime.tasks:
-            values = list(regime.scores(name, task).values())
-            text = str(Spread.of(values)) if values else "-"
-            cells.append((f"**{text}**" if best[task] == name else text) + marks.get(task, ""))
-        body.append([title, *cells, f"{means[name]:.2f}" if name in means else "-"])
+    mean_ranks = ranking.means if ranking else {}
+    columns = [_score_column(regime, task, list(names)) for task in regime.tasks]
+    body = [
+        [title, *(column[name] for column in columns), f"{mean_ranks[name]:.2f}" if name in mean_ranks else "-"]
+        for name, title in names.items()
+    ]
     header = [f"{task}, {regime.metrics[task]} {'↑' if regime.better[task] else '↓'}" for task in regime.tasks]
     return table([corner, *header, "mean rank"], body)
+
+
+def _score_column(regime: Regime, task: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the cell of each method on a task; the best means are bold."""
+    spreads = {name: Spread.of(list(values.values())) for name in names if (values := regime.scores(name, task))}
+    pick = max if regime.better[task] else min
+    best = pick((spread.mean for spread in spreads.values()), default=None)
+    cells = dict.fromkeys(names, "-")
+    for name, spread in spreads.items():
+        difference = regime.differences(name).get(task)
+        text = f"**{spread}**" if spread.mean == best else str(spread)
+        cells[name] = text + (difference.mark if difference is not None else "")
+    return cells
 
 
 def weights(regime: Regime, method: str) -> str:
