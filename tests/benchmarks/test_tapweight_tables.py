@@ -40,7 +40,7 @@ def test_scores_have_spreads_marks_and_ranks() -> None:
     text = markdown(study())
     # Differences 1.0, 1.2, 1.1 have t = 1.1 / (0.1 / sqrt 3) = 19 and p = .003, twice that after Holm's correction.
     assert cells(text, "REHEARSAL") == ["**4.900 (0.954)** ▲", "**0.700 (0.100)**", "1.25"]
-    assert cells(text, "EQUAL") == ["6.000 (1.000)", "0.700 (0.000)", "2.25"]
+    assert cells(text, "EQUAL") == ["6.000 (1.000)", "**0.700 (0.000)**", "2.25"]
     # One worse on each seed by the same amount, and by .2 on bbbp.
     assert cells(text, "DIRECT") == ["7.000 (1.000) ▼", "0.500 (0.000) ▼", "4.00"]
     assert "over 3 seeds" in text
