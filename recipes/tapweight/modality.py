@@ -59,8 +59,15 @@ def objectives_option(names: Sequence[str]) -> Any:
     return arg(metavar="NAME [NAME ...]", help=text)
 
 
-def objectives_field(names: Sequence[str]) -> Any:
-    """Return the field of a configuration that holds some of these objectives; by default all but the control."""
+def objectives_field(names: Sequence[str], default: Sequence[str] | None = None) -> Any:
+    """Return the field of a configuration that holds some of these objectives.
+
+    Args:
+        names: the objectives that there are.
+        default: those of a run that names none; all but the control when None.
+    """
+    if default is None:
+        default = [name for name in names if name != _CONTROL]
 
     def known(instance: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
         _distinct(instance, attribute, value)
@@ -70,7 +77,7 @@ def objectives_field(names: Sequence[str]) -> Any:
                     f"{attribute.name}: there is no objective {shown(name)}{suggestion(name, names)}"
                 )
 
-    return attrs.field(default=tuple(name for name in names if name != _CONTROL), validator=known)
+    return attrs.field(default=tuple(default), validator=known)
 
 
 @attrs.frozen(kw_only=True)

@@ -14,6 +14,7 @@ import attrs
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, column_of, lines_of, suffix_of, table_of
 from ..names import suggestion
+from .sentences import split_sentences
 
 if TYPE_CHECKING:
     import os
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from .batches import Example
 
-__all__ = ["Texts", "from_dataset", "read_corpus", "read_table"]
+__all__ = ["Sentences", "Texts", "from_dataset", "read_corpus", "read_table"]
 
 _TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
@@ -49,6 +50,35 @@ class Texts(Examples["Example"]):
         """Return every distinct text without labels, the two of a pair separately: a corpus of the task's own texts."""
         rows = {text: row for example, row in zip(self.examples, self.rows, strict=True) for text in _texts(example)}
         return Texts(examples=tuple({"text": text} for text in rows), rows=tuple(rows.values()), source=self.source)
+
+    def sentences(self) -> Sentences:
+        """Return the sentences of every text, in order: a corpus for objectives that need places in documents.
+
+        Example:
+            >>> from mlopt.recipes.tapweight.text import read_corpus
+            >>> with open("documents.txt", "w") as file:
+            ...     file.writelines(["Rates are high. We lower them.\\n", "Nets are deep.\\n"])
+            >>> read_corpus("documents.txt").sentences()[1]
+            {'text': 'We lower them.', 'document': 0, 'position': 1, 'count': 2}
+        """
+        examples: list[Example] = []
+        rows: list[int] = []
+        for document, (example, row) in enumerate(zip(self.examples, self.rows, strict=True)):
+            parts = split_sentences(example["text"])
+            for position, part in enumerate(parts):
+                examples.append({"text": part, "document": document, "position": position, "count": len(parts)})
+                rows.append(row)
+        return Sentences(examples=tuple(examples), rows=tuple(rows), skipped=self.skipped, source=self.source)
+
+
+class Sentences(Texts):
+    """The sentences of the texts of one file or data set, in its order.
+
+    Each example has "text"; "document", the index of its text in the file; "position", its index in that text; and "count", the
+    number of sentences of that text.
+    """
+
+    noun = "sentences"
 
 
 def read_corpus(

@@ -20,7 +20,7 @@ from ..recipe import TapWeight
 from ..splits import random_split
 from .data import Texts, read_corpus, read_table
 from .encoder import TextEncoder
-from .objectives import OBJECTIVES, make_objective
+from .objectives import DEFAULT, OBJECTIVES, make_objective
 from .task import TextTask
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Data(LabelledData):
         corpus: unlabelled texts to pretrain on: .txt with a document a line, or .csv or .jsonl with a column "text"; also gzipped
             (.gz).
         corpus_limit: the number of texts of the corpus to read, from its start.
+        sentences: split each text of the corpus into sentences, an example each; sentence_position and same_document require it.
         train: labelled texts: .csv or .jsonl, also gzipped, with a column "text" (or "text_a" and "text_b") and a column
             "label". They are split 8:1:1 into training, validation and test at random unless --valid and --test are given.
         valid: labelled texts for validation; requires --test.
@@ -54,6 +55,7 @@ class Data(LabelledData):
     file_options: ClassVar[tuple[str, ...]] = ("valid", "test", "text")
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the texts of --train)")] = None
+    sentences: bool = False
     text: Annotated[
         tuple[str, ...] | None,
         arg(metavar="COLUMN [COLUMN]", help_behavior_hint='(default: "text", or a pair\'s columns)'),
@@ -112,7 +114,9 @@ class TextConfiguration(Configuration[Data, EncoderSettings]):
 
     required: ClassVar[tuple[str, ...]] = ("output", "encoder.model")
 
-    objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(tuple(OBJECTIVES))
+    objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(
+        tuple(OBJECTIVES), DEFAULT
+    )
     data: Data = attrs.field(factory=Data)
     settings: Settings = attrs.field(factory=Settings)
     encoder: EncoderSettings = attrs.field(factory=EncoderSettings)
@@ -180,10 +184,12 @@ class TextModality(Modality[TextConfiguration]):
 
     def _corpus_of(self, seed: int) -> Texts:
         """Return the corpus, by default the task's own training texts, in examples that objectives may attach targets to."""
-        if self._corpus is not None:
-            return self._corpus.copy()
-        own = self._splits[seed][0]["train"].unlabelled()
-        return own.subset(range(len(own))[: self.configuration.data.corpus_limit])
+        data = self.configuration.data
+        corpus = self._corpus
+        if corpus is None:
+            own = self._splits[seed][0]["train"].unlabelled()
+            corpus = own.subset(range(len(own))[: data.corpus_limit])
+        return corpus.sentences() if data.sentences else corpus.copy()
 
     def _encoder(self, seed: int) -> TextEncoder:
         """Return the encoder; weights that its checkpoint lacks, such as a pooler's, are drawn by the seed."""

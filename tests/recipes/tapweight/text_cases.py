@@ -102,7 +102,12 @@ def texts(examples: Sequence[dict[str, Any]], source: str = "made") -> Texts:
 
 
 def corpus(count: int = 24, seed: int = 9) -> Texts:
-    return texts([{"text": text} for text, _ in sentences(count, seed)])
+    """Return texts with places, as if each three of them were the sentences of a document."""
+    made = [
+        {"text": text, "document": k // 3, "position": k % 3, "count": min(3, count - k // 3 * 3)}
+        for k, (text, _) in enumerate(sentences(count, seed))
+    ]
+    return texts(made)
 
 
 def splits(count: int = 24) -> dict[str, Texts]:

@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING
 
 from ...names import chosen
 from .contrastive import Contrastive
+from .keywords import Keywords
 from .masked_tokens import MaskedTokens
 from .random_labels import RandomLabels
 from .replaced_tokens import ReplacedTokens
+from .same_document import SameDocument
+from .sentence_length import SentenceLength
 from .sentence_order import SentenceOrder
+from .sentence_position import SentencePosition
+from .shuffled_words import ShuffledWords
+from .topic_clusters import TopicClusters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,12 +25,19 @@ if TYPE_CHECKING:
     from ...objective import Objective
 
 __all__ = [
+    "DEFAULT",
     "OBJECTIVES",
     "Contrastive",
+    "Keywords",
     "MaskedTokens",
     "RandomLabels",
     "ReplacedTokens",
+    "SameDocument",
+    "SentenceLength",
     "SentenceOrder",
+    "SentencePosition",
+    "ShuffledWords",
+    "TopicClusters",
     "make_objective",
 ]
 
@@ -33,8 +46,16 @@ OBJECTIVES: dict[str, Callable[[PreTrainedTokenizerBase], Objective]] = {
     Contrastive.name: lambda _: Contrastive(),
     SentenceOrder.name: lambda _: SentenceOrder(),
     ReplacedTokens.name: ReplacedTokens,
+    SentencePosition.name: lambda _: SentencePosition(),
+    SameDocument.name: lambda _: SameDocument(),
+    Keywords.name: lambda _: Keywords(),
+    TopicClusters.name: lambda _: TopicClusters(),
+    ShuffledWords.name: lambda _: ShuffledWords(),
+    SentenceLength.name: lambda _: SentenceLength(),
     RandomLabels.name: lambda _: RandomLabels(),
 }
+#: Those of a run that names none. They need no more of a corpus than its texts.
+DEFAULT = (MaskedTokens.name, Contrastive.name, SentenceOrder.name, ReplacedTokens.name)
 
 
 def make_objective(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlopt.errors import ArgumentError
-
 from ...control import HashedLabels
 from ..heads import LinearHead
+from .targets import attach
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +26,7 @@ class RandomLabels(HashedLabels):
         Raises:
             ValueError: the corpus does not keep the labels that are attached to its examples.
         """
-        for example in corpus:
-            example[self.key] = self.label(example["text"])
-        if self.key not in corpus[0]:
-            raise ArgumentError(
-                f"{self.name} attaches a label to each example, but this corpus, a {type(corpus).__name__}, creates its examples "
-                "at each access; give a list of examples, for a datasets.Dataset that of from_dataset(dataset, label=None)"
-            )
+        attach(corpus, self.key, (self.label(example["text"]) for example in corpus), self.name)
 
     def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to labels."""

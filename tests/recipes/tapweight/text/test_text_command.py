@@ -77,6 +77,24 @@ def test_half_precision_eager_attention_recomputation_and_fewer_layers(text: Cas
     assert adapted.config.num_hidden_layers == 1
 
 
+def test_objectives_on_documents_need_sentences(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled = [text for text, _ in sentences(40, 7)]
+    documents = [". ".join(map(str.capitalize, labelled[k : k + 4])) for k in range(0, 40, 4)]
+    corpus = text.folder / "documents.txt"
+    corpus.write_text("\n".join(documents))
+    more = f"--corpus {corpus} --objectives sentence_position same_document".split()
+    run = text.run("sentences", "--sentences", *more)
+    assert "Corpus: 40 sentences of documents.txt" in capsys.readouterr().out
+    assert "- corpus: 40 sentences of documents.txt" in (run / "encoder" / "README.md").read_text()
+    assert cli.main(text.options("documents", *more)) != 0
+    assert "sentence_position needs sentences with their places" in capsys.readouterr().err
+
+
+def test_the_default_objectives_need_no_more_than_texts() -> None:
+    default = Configuration().objectives
+    assert default == ("masked_tokens", "contrastive", "sentence_order", "replaced_tokens")
+
+
 @pytest.mark.parametrize("missing", ["train", "output", "model"])
 def test_a_missing_required_option_is_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"model": "a", "train": "a.csv", "output": "a"}
