@@ -18,7 +18,7 @@ from ..recipe import TapWeight
 from ..settings import Settings
 from .data import molecule_net, read_corpus
 from .encoder import GINE
-from .objectives import OBJECTIVES, make_objective
+from .objectives import DEFAULT, OBJECTIVES, make_objective
 from .task import MoleculeTask
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ class MoleculeConfiguration(Configuration[Data, EncoderSettings]):
 
     required: ClassVar[tuple[str, ...]] = ("output", "data.corpus")
 
-    objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(tuple(OBJECTIVES))
+    objectives: Annotated[tuple[str, ...], objectives_option(tuple(OBJECTIVES))] = objectives_field(
+        tuple(OBJECTIVES), DEFAULT
+    )
     data: Data = attrs.field(factory=Data)
     settings: Settings = attrs.field(factory=Settings)
     encoder: EncoderSettings = attrs.field(factory=EncoderSettings)

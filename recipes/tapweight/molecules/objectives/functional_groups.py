@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ...objective import Objective, prepared
-from ..data import import_extra
-from .targets import attach, parse, varying_columns
+from .fragment_counts import fragment_counts
+from .targets import attach, varying_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch, Data
 
     from ...encoder import Encoder
-
-
-def functional_groups(corpus: Sequence[Data]) -> Tensor:
-    """Return the presence of RDKit's fragments (`fr_*`, in alphabetical order) in each molecule, uint8 (M, F)."""
-    fragments = import_extra("rdkit.Chem.Fragments")
-    counts = [getattr(fragments, name) for name in sorted(vars(fragments)) if name.startswith("fr_")]
-    return torch.tensor([[count(molecule) > 0 for count in counts] for molecule in parse(corpus)], dtype=torch.uint8)
 
 
 class FunctionalGroups(Objective):
@@ -41,9 +33,9 @@ class FunctionalGroups(Objective):
         self.columns: list[int] | None = None
 
     def prepare(self, corpus: Sequence[Data], seed: int) -> None:
-        """Attach `functional_groups` (1, F) to each graph, and leave out groups that all molecules have, or none."""
-        table = attach(corpus, "functional_groups", lambda: functional_groups(corpus))
-        self.columns = varying_columns(table, "functional groups")
+        """Attach `fragment_counts` (1, F) to each graph, and leave out groups that all molecules have, or none."""
+        counts = attach(corpus, "fragment_counts", lambda: fragment_counts(corpus))
+        self.columns = varying_columns(counts > 0, "functional groups")
 
     def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear map to one logit a group."""
@@ -52,4 +44,5 @@ class FunctionalGroups(Objective):
     def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over groups and molecules."""
         logits = head(encoder.pool(view))
-        return binary_cross_entropy_with_logits(logits, view.functional_groups[:, self.columns].to(logits.dtype))
+        present = view.fragment_counts[:, self.columns] > 0
+        return binary_cross_entropy_with_logits(logits, present.to(logits.dtype))

@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 
-def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Attach one row of `compute()` to each graph as attribute `name`, unless all graphs have it already.
+def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor | list[Tensor]]) -> Tensor:
+    """Attach the targets of each graph to it as attribute `name`, unless all graphs have it already.
 
     Args:
         corpus: the graphs, M of them.
         name: the attribute. torch_geometric joins attributes by their names: none may hold "edge", "index" or "face".
-        compute: returns the table, (M,) or (M, F).
+        compute: returns a table with a row for each graph, (M,) or (M, F), or, for targets of atoms, a list of M tensors
+            with a row for each atom.
 
     Returns:
-        The table, freshly computed or gathered from the graphs.
+        The table of all rows, freshly computed or gathered from the graphs.
 
     Raises:
-        ValueError: the corpus is empty.
+        ValueError: the corpus is empty, or a graph has other atoms than its SMILES.
         ArgumentError: the corpus creates its graphs at each access, so nothing can be attached.
     """
     if not len(corpus):
@@ -38,12 +39,23 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor]) -> 
     graphs = list(corpus)
     if all(name in graph for graph in graphs):
         return torch.cat([graph[name] for graph in graphs])
-    table = compute()
-    for graph, row in zip(graphs, torch.split(table, 1), strict=True):
+    computed = compute()
+    if isinstance(computed, list):
+        _check_atoms(graphs, computed)
+    for graph, row in zip(graphs, computed if isinstance(computed, list) else torch.split(computed, 1), strict=True):
         graph[name] = row.clone()  # a row of its own: a slice would carry the whole table when it is pickled
     if name not in corpus[0]:
         raise ArgumentError(f"{type(corpus).__name__} creates its graphs at each access; give a list of graphs")
-    return table
+    return torch.cat(computed) if isinstance(computed, list) else computed
+
+
+def _check_atoms(graphs: Sequence[Data], rows: Sequence[Tensor]) -> None:
+    for number, (graph, row) in enumerate(zip(graphs, rows, strict=True)):
+        if graph.num_nodes != len(row):
+            raise DataError(
+                f"molecule {number} of the corpus has {graph.num_nodes} atoms, but RDKit reads {len(row)} from its SMILES, "
+                f"{graph.smiles!r}: build graphs with torch_geometric.utils.from_smiles, without hydrogens"
+            )
 
 
 def parse(corpus: Sequence[Data]) -> list[Any]:
@@ -61,13 +73,22 @@ def parse(corpus: Sequence[Data]) -> list[Any]:
     return molecules
 
 
-def varying_columns(table: Tensor, noun: str) -> list[int]:
-    """Return the columns of `table` (M, F) that are not constant.
+def varying_columns(table: Tensor, noun: str, rare: float = 0.0) -> list[int]:
+    """Return the columns of `table` (M, F) that vary.
+
+    Args:
+        table: numbers; NaN counts as the median of its column.
+        noun: the plural of what a column holds, for the error.
+        rare: the least share of the rows that must differ from the most frequent value of the column; more than none.
 
     Raises:
-        ValueError: all are constant.
+        ValueError: no column varies.
     """
-    columns = (table != table[0]).any(0).nonzero().squeeze(1).tolist()
+    if table.is_floating_point():
+        table = torch.where(table.isnan(), table.nanmedian(0).values, table).nan_to_num()
+    share = (table != table.mode(0).values).double().mean(0)
+    columns: list[int] = ((share > 0) & (share >= rare)).nonzero().squeeze(1).tolist()
     if not columns:
-        raise DataError(f"all {noun} are the same for the {len(table)} molecules of the corpus: nothing to predict")
+        nearly = f"all but {rare:.0%} of " if rare else ""
+        raise DataError(f"all {noun} are the same in {nearly}the corpus: nothing to predict")
     return columns
