@@ -202,7 +202,7 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
         ("--objectives masked_atom contrastive", "there is no objective 'masked_atom'; there are 'masked_atoms'"),
         (
             "--methods direct equals",
-            "there is no method 'equals'; there are 'direct', 'equal', 'tapweight', 'single:OBJECTIVE' - did",
+            "there is no method 'equals'; there are 'direct', 'equal', 'uncertainty',",
         ),
         ("--methods equal equal", "methods=['equal', 'equal']; give at least one, and each once"),
         ("--corpus-limit 1", "corpus_limit=1; it must be a whole number >= 2"),

@@ -84,6 +84,11 @@ class Experiment:
         return tuple(objective.name for objective in self.objectives)
 
     @property
+    def views(self) -> int:
+        """The evaluations of the encoder in one step of pretraining on all objectives."""
+        return sum(objective.passes for objective in self.objectives)
+
+    @property
     def device(self) -> torch.device:
         """The device of the encoder."""
         return next(self.encoder.parameters()).device

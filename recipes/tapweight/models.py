@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .task import Task
 
-__all__ = ["Finetuning", "Pretraining", "gradient_norms", "objective_losses", "task_losses"]
+__all__ = ["Finetuning", "Merged", "Pretraining", "gradient_norms", "objective_losses", "task_losses"]
 
 
 class Pretraining(nn.Module):
@@ -49,6 +49,24 @@ class Finetuning(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.head = task.head(encoder)
+
+
+class Merged(nn.Module):
+    """theta and the task's head on the same encoder; called with a batch it returns the task's loss of each example, (B,).
+
+    Args:
+        model: theta; used itself, not a copy.
+        task: makes the head.
+    """
+
+    def __init__(self, model: Pretraining, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.head = task.head(model.encoder)
+        self._task = task
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._task.losses(self._task.outputs(self.model.encoder, self.head, batch), batch)
 
 
 def objective_losses(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tests" / "recipes" / "tapweight"))
 from text_cases import SETTINGS, corpus, encoder, task, texts  # noqa: E402
 
 from mlopt.recipes.tapweight import molecules, text  # noqa: E402
+from mlopt.recipes.tapweight.methods import METHODS  # noqa: E402
 from mlopt.recipes.tapweight.recipe import TapWeight  # noqa: E402
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, Contrastive  # noqa: E402
 
@@ -47,7 +48,8 @@ def test_the_recipe_accepts_its_objective(objective: Any) -> None:
 
 def test_the_names_on_the_page_exist() -> None:
     table = re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE)
-    assert table == [*molecules.OBJECTIVES, *OBJECTIVES]
+    assert [name for name in table if name in METHODS] == list(METHODS)
+    assert [name for name in table if name not in METHODS] == [*molecules.OBJECTIVES, *OBJECTIVES]
     for name in ("TextEncoder", "TextTask", "make_objective", "read_corpus"):
         assert name in PAGE
         assert getattr(text, name)

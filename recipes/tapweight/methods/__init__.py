@@ -6,31 +6,46 @@ from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
 from ..names import suggestion
+from .alignment import Alignment
+from .bilevel import Bilevel
 from .fixed import Direct, Equal, FixedWeights, Given, Single
+from .frozen import Frozen
 from .method import Adapted, Method
 from .rehearsal import Rehearsal
+from .surgery import Surgery
 from .tapweight import ThreeLevels
+from .uncertainty import Uncertainty
 
 __all__ = [
     "DEFAULT",
     "METHODS",
     "Adapted",
+    "Alignment",
+    "Bilevel",
     "Direct",
     "Equal",
     "FixedWeights",
+    "Frozen",
     "Given",
     "Method",
     "Rehearsal",
     "Single",
+    "Surgery",
     "ThreeLevels",
+    "Uncertainty",
     "make_method",
 ]
 
-METHODS: dict[str, type[Direct] | type[Equal] | type[Rehearsal] | type[ThreeLevels]] = {
+METHODS: dict[str, type[Method]] = {
     "direct": Direct,
     "equal": Equal,
+    "uncertainty": Uncertainty,
+    "pcgrad": Surgery,
+    "alignment": Alignment,
+    "bilevel": Bilevel,
     "rehearsal": Rehearsal,
     "tapweight": ThreeLevels,
+    "frozen": Frozen,
 }
 #: The methods that a run compares by default; the result holds the encoder and the weights of the last.
 DEFAULT = ("direct", "equal", "rehearsal")

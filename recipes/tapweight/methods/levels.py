@@ -53,6 +53,7 @@ def three_levels(
     *,
     scales: Mapping[str, float],
     gamma: float,
+    proximal: str = "l2",
     corpus: Iterable[Any],
     train: Iterable[Any],
     valid: Iterable[Any],
@@ -70,6 +71,7 @@ def three_levels(
         task: the downstream task.
         scales: the number that each objective's loss is divided by.
         gamma: strength of the coupling of the two encoders.
+        proximal: its distance, a key of `DISTANCES`.
         corpus: batches of unlabelled examples.
         train: batches of labelled examples for finetuning.
         valid: batches of labelled examples for reweighting.
@@ -87,14 +89,14 @@ def three_levels(
         return task_losses(own, batch, task).mean()
 
     def coupling(own: Finetuning, *, pretraining: Pretraining) -> Tensor:
-        return proximal(own.encoder, pretraining.encoder)
+        return coupled(own.encoder, pretraining.encoder)
 
     def reweighting_loss(own: SimplexWeights, batch: Any, *, finetuning: Finetuning) -> dict[str, Any]:
         loss = _validation_loss(finetuning, batch, task)
         return {"loss": loss, **dict(zip(names, own().detach(), strict=True))}
 
     schedulers = schedulers or {}
-    proximal = Proximal(model.encoder, gamma)
+    coupled = Proximal(model.encoder, gamma, proximal)
     names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
     finetuned = Finetuning(model.encoder, task).to(device)

@@ -1,4 +1,4 @@
-"""Pretraining at weights that do not change, as a problem of one level."""
+"""Pretraining as a problem of one level, on any loss or at weights that do not change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,41 @@ import mlopt
 from ..models import objective_losses
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..experiment import Experiment
     from ..models import Pretraining
 
-__all__ = ["pretraining", "weighted_passes"]
+__all__ = ["one_level", "pretraining", "weighted_passes"]
+
+
+def one_level(
+    experiment: Experiment,
+    module: nn.Module,
+    loss: Callable[..., Any],
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+) -> mlopt.Problem:
+    """Return the training of a module on the batches of the corpus as a problem of one level, "pretraining".
+
+    Args:
+        experiment: the batches, the settings and the number of steps.
+        module: trained in place.
+        loss: takes the module and a batch; see `mlopt.Level`.
+        optimizer: the factory of the optimiser; the settings' optimiser of pretraining when None.
+    """
+    settings = experiment.settings
+    level = mlopt.Level(
+        "pretraining",
+        module,
+        loss,
+        data=experiment.batches(),
+        optimizer=optimizer or settings.adam(settings.pretraining_lr),
+        scheduler=settings.scheduler(experiment.pretraining_steps),
+        precision=settings.autocast,
+    )
+    return mlopt.Problem(level)
 
 
 def pretraining(
@@ -33,7 +60,7 @@ def pretraining(
         drawn: if True, each step takes the loss of one objective, drawn with the probabilities w, in place of the weighted sum.
             The expected gradient is the same.
     """
-    settings, scales = experiment.settings, experiment.scales
+    scales = experiment.scales
     used = [objective for objective in experiment.objectives if weights[objective.name]]
     shares = torch.tensor([weights[objective.name] for objective in used], dtype=torch.float64)
 
@@ -46,16 +73,7 @@ def pretraining(
         objective = used[int(torch.multinomial(shares, 1))]
         return objective_losses(own, batch, [objective], scales)[objective.name]()
 
-    level = mlopt.Level(
-        "pretraining",
-        model,
-        one if drawn else weighted,
-        data=experiment.batches(),
-        optimizer=settings.adam(settings.pretraining_lr),
-        scheduler=settings.scheduler(experiment.pretraining_steps),
-        precision=settings.autocast,
-    )
-    return mlopt.Problem(level)
+    return one_level(experiment, model, one if drawn else weighted)
 
 
 def weighted_passes(experiment: Experiment, weights: Mapping[str, float]) -> int:

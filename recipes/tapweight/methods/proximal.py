@@ -1,11 +1,11 @@
-"""The coupling of two encoders, gamma ||omega - theta||^2."""
+"""The coupling of two encoders, by default gamma ||omega - theta||^2."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 
 from mlopt.errors import ArgumentError
 
@@ -14,25 +14,29 @@ if TYPE_CHECKING:
 
     from ..encoder import Encoder
 
-__all__ = ["Proximal"]
+__all__ = ["DISTANCES", "Proximal"]
+
+#: Distances of two tensors by name: the squared Euclidean distance, and the sum of the absolute differences.
+DISTANCES = {"l2": mse_loss, "l1": l1_loss}
 
 
 class Proximal:
     """gamma ||omega - theta||^2 over the trainable parameters that two encoders share by name.
 
     Its second derivatives are constants, 2 gamma I and -2 gamma I: as a level's regularizer it lets a cotangent be pulled
-    back without a pass through a network.
+    back without a pass through a network. Those of the distance "l1" are zero almost everywhere.
 
     Args:
         encoder: an encoder of the architecture that both have.
         gamma: strength of the coupling.
+        distance: a key of `DISTANCES`.
 
     Raises:
         ValueError: the encoder has no trainable parameter.
     """
 
-    def __init__(self, encoder: Encoder, gamma: float) -> None:
-        self.gamma = gamma
+    def __init__(self, encoder: Encoder, gamma: float, distance: str = "l2") -> None:
+        self.gamma, self._distance = gamma, DISTANCES[distance]
         # Read once: within the transforms of torch.func, `requires_grad` is False for every parameter.
         self._names = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
         if not self._names:
@@ -43,5 +47,5 @@ class Proximal:
     def __call__(self, encoder: Encoder, anchor: Encoder) -> Tensor:
         """Return the coupling of omega, held by `encoder`, and theta, held by `anchor`; a scalar."""
         own, other = dict(encoder.named_parameters()), dict(anchor.named_parameters())
-        squares = [mse_loss(own[name], other[name], reduction="sum") for name in self._names]
-        return self.gamma * torch.stack(squares).sum()
+        distances = [self._distance(own[name], other[name], reduction="sum") for name in self._names]
+        return self.gamma * torch.stack(distances).sum()

@@ -5,18 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import mlopt
+from mlopt.errors import ArgumentError
 from mlopt.problem import Stream
 from mlopt.rng import derive_seed, seed_everything
+from mlopt.validation import require
 
 from .levels import three_levels
 from .method import Adapted, Method
+from .proximal import DISTANCES
 from .signals import SignalMeter
 from .weights import DelayedAdam
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import mlopt
 
     from ..experiment import Experiment
     from ..models import Pretraining
@@ -30,25 +32,49 @@ class ThreeLevels(Method):
     """Weights that are learned together with the encoder.
 
     Args:
-        estimator: how cotangents are pulled back through finetuning; the experiment's when None.
+        estimator: how cotangents are pulled back through finetuning. When None, the experiment's; for the coupling "l1",
+            `mlopt.FiniteDifference()`.
+        proximal: the coupling of the two encoders: "l2", gamma ||omega - theta||^2, or "l1", gamma ||omega - theta||_1. The mixed
+            derivative of "l1" is zero almost everywhere, so only finite differences that cross a kink move the weights.
+        name: the key of the method in scores; tables show it unless it is the default.
+
+    Raises:
+        ArgumentError: there is no such coupling, or no derivative passes through it.
 
     Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006).
     """
 
-    name, title = "tapweight", "TapWeight as published"
+    title = "TapWeight as published"
     summary = (
         "Pretrained further with several objectives, whose weights were learned from the validation loss of a task (Zhang, "
         "Somayajula & Xie, TMLR 2025, arXiv 2410.10006)."
     )
 
-    def __init__(self, estimator: mlopt.Estimator | None = None) -> None:
-        self.estimator = estimator
+    def __init__(
+        self, estimator: mlopt.Estimator | None = None, *, proximal: str = "l2", name: str = "tapweight"
+    ) -> None:
+        if proximal == "none":
+            raise ArgumentError(
+                "ThreeLevels: proximal='none'; without a coupling the finetuned encoder does not depend on the pretrained one, "
+                "so no derivative reaches the weights; give 'l2' or 'l1', or compare with Equal()"
+            )
+        require("ThreeLevels", "proximal", proximal, proximal in DISTANCES, f"one of {', '.join(map(repr, DISTANCES))}")
+        if proximal == "l1":
+            estimator = estimator or mlopt.FiniteDifference()
+            if getattr(estimator, "products", None) != "finite_difference":
+                raise ArgumentError(
+                    f"ThreeLevels: estimator={estimator} with proximal='l1', whose mixed derivative is zero almost everywhere, "
+                    "so the weights would not move; give mlopt.FiniteDifference(), or proximal='l2'"
+                )
+        self.estimator, self.proximal, self.name = estimator, proximal, name
+        if name != "tapweight":
+            self.title = f"{self.title} ({name})"
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of pretraining, finetuning, validation and measurements; those inside a linear solver come on top."""
         settings = experiment.settings
         outer, delay = settings.schedule(experiment.steps)
-        views = sum(objective.passes for objective in experiment.objectives)
+        views = experiment.views
         # The first outer step has no cotangent of an earlier step, and evaluates the objectives once more.
         steps = outer * (settings.every * views + 2) + views
         half = min(len(experiment.task.splits["valid"]) // 2, _LARGEST_HALF)
@@ -70,6 +96,7 @@ class ThreeLevels(Method):
             task,
             scales=scales,
             gamma=settings.gamma,
+            proximal=self.proximal,
             corpus=experiment.batches(),
             train=task.loader("train", settings.task_batch_size, shuffle=True),
             valid=task.loader("valid", settings.valid_batch_size, shuffle=True),

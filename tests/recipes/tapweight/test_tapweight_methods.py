@@ -13,6 +13,7 @@ from tapweight_cases import SETTINGS, Encoder, recipe
 from torch import nn
 
 from mlopt.recipes.tapweight.methods import (
+    METHODS,
     Adapted,
     Direct,
     Equal,
@@ -85,7 +86,14 @@ class Counting(Encoder):
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(
-    "method", [Direct(), Equal(), Single("square"), Given({"linear": 3, "square": 1}), Rehearsal(), ThreeLevels()]
+    "method",
+    [
+        *map(make_method, METHODS),
+        Single("square"),
+        Given({"linear": 3, "square": 1}),
+        ThreeLevels(proximal="l1"),
+    ],
+    ids=lambda method: f"{method.name} {getattr(method, 'proximal', '')}",
 )
 def test_a_method_states_its_cost(method: Method, every: int) -> None:
     settings = attrs.evolve(SETTINGS, every=every, valid_batch_size=5, measurements=2)
@@ -128,7 +136,7 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
     [
         (
             ["equals"],
-            "no method 'equals'; there are 'direct', 'equal', 'rehearsal', 'tapweight', 'single:OBJECTIVE' - did you mean",
+            "no method 'equals'; there are 'direct', 'equal', .* 'tapweight', .* 'single:OBJECTIVE' - did you mean 'equal'",
         ),
         (["single:"], "there is no method 'single:'"),
         ("direct", "fit: methods='direct'; it must be a sequence of names or Method objects"),
@@ -161,6 +169,7 @@ def test_methods_are_found_by_name() -> None:
         Rehearsal,
         ThreeLevels,
     ]
+    assert [make_method(name).name for name in METHODS] == list(METHODS)
     assert make_method("single:a:b").objective == "a:b"
 
 
