@@ -1,1 +1,1 @@
-"""`python -m benchmarks.tapweight [molecules | text]`: TapWeight against direct finetuning and equal weights, and its cost."""
+"""`python -m benchmarks.tapweight {molecules | text | report | cost}`: the study of methods that weigh pretraining objectives."""

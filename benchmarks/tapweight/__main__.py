@@ -1,11 +1,12 @@
-"""Run the benchmark of the modality named by the first argument; molecules if it names none."""
+"""Run a study, or report the rows of earlier ones: `molecules`, `text`, `report` or `cost`; molecules if none is named."""
 
-import importlib
 import sys
 
-MODALITIES = ("molecules", "text")
+from mlopt.errors import MloptError
 
-arguments = sys.argv[1:]
-named = arguments[:1] if arguments[:1] and arguments[0] in MODALITIES else []
-modality = named[0] if named else "molecules"
-importlib.import_module(f".{modality}", __package__).main(arguments[len(named) :])
+from .command import main
+
+try:
+    sys.exit(main(sys.argv[1:]))
+except (MloptError, OSError) as error:
+    sys.exit(f"{error}")

@@ -1,121 +1,125 @@
-"""`python -m benchmarks.tapweight molecules`: TapWeight against other methods on real molecules, and its cost.
-
-For each task and seed: adapt on the corpus, finetune, choose the epoch on validation, score the test molecules of the scaffold
-split once. First, the cost: time of an outer step of TapWeight relative to plain continued-pretraining steps on as many batches,
-medians of interleaved runs.
-"""
+"""The molecules of the study: six tasks, 50,000 molecules of ZINC, and a graph network from a random start."""
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 
-import attrs
 import torch
+from rdkit.Chem import MolFromSmiles
+from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
+from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
+from rdkit.rdBase import BlockLogs
+from torch import Tensor
 
-from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus
+from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus, read_table
 from mlopt.recipes.tapweight.molecules.encoder import GINE
-from mlopt.recipes.tapweight.molecules.objectives import make_objective
-from mlopt.recipes.tapweight.molecules.task import MoleculeTask
+from mlopt.recipes.tapweight.molecules.objectives import OBJECTIVES, make_objective
+from mlopt.recipes.tapweight.molecules.splits import scaffold_split
+from mlopt.recipes.tapweight.molecules.task import Kind, MoleculeTask
 from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.settings import Settings
+from mlopt.recipes.tapweight.task import Task
 from mlopt.rng import seed_everything
 
-from .common import run
+from .draws import half_of_the_groups, permutation, train_and_valid
+from .modality import Modality
+from .plan import Labels, Plan
 
-OBJECTIVES = (
-    "masked_atoms",
-    "masked_bonds",
-    "contrastive",
-    "functional_groups",
-    "fingerprint_clusters",
-    "random_labels",
+__all__ = ["STANDARD", "MoleculeStudy"]
+
+TASKS = ("bbbp", "bace", "clintox", "esol", "freesolv", "bace_pic50")
+#: A draw of few labels may lack a class; so many draws are tried.
+_ATTEMPTS = 100
+
+STANDARD = Plan(
+    modality="molecules",
+    tasks=TASKS,
+    methods=(),
+    objectives=tuple(OBJECTIVES),
+    seeds=(10, 11, 12, 13, 14),
+    labels=(200,),
+    passes=8_000,
+    corpus_limit=20_000,
+    encoder={"width": 64, "layers": 3},
+    settings=Settings(),
 )
 
 
-@attrs.frozen(kw_only=True)
-class Size:
-    """The size of a run."""
+class MoleculeStudy(Modality):
+    """Molecules: graphs, random scaffold splits, GINE."""
 
-    tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
-    corpus: int
-    steps: int
-    width: int
-    layers: int
-    settings: Settings
+    plain = "ECFP + ridge, no encoder"
 
+    @cached_property
+    def _corpus(self) -> Molecules:
+        return read_corpus(self.plan.corpus or self.plan.data / "mol" / "zinc_50k.csv.gz", limit=self.plan.corpus_limit)
 
-QUICK = Size(
-    tasks=("esol",), seeds=(0,), corpus=500, steps=20, width=32, layers=2, settings=Settings(epochs=3, measurements=5)
-)
-STANDARD = Size(
-    tasks=("bbbp", "esol"),
-    seeds=(0, 1, 2),
-    corpus=50_000,
-    steps=300,
-    width=64,
-    layers=3,
-    settings=Settings(weights_lr=0.03, epochs=20),
-)
-FULL = Size(
-    tasks=("bbbp", "bace", "clintox", "esol", "freesolv"),
-    seeds=(0, 1, 2, 3, 4),
-    corpus=50_000,
-    steps=10_000,
-    width=128,
-    layers=4,
-    settings=Settings(epochs=50, every=4),
-)
+    def corpus_of(self, task: str) -> str:
+        """Return the same name for every task."""
+        return "corpus"
 
+    def task(self, name: str, seed: int, labels: Labels) -> MoleculeTask:
+        """Return a task; its scaffolds are shuffled by the seed, and those of half of the molecules are the test set."""
+        file = self.plan.table or self.plan.data / "mol" / f"{name}.csv"
+        molecules, scaffolds = _read(file)
+        if self.plan.split == "usual":
+            usual = scaffold_split(molecules.smiles)
+            pool, test = usual["train"] + usual["valid"], usual["test"]
+        else:
+            pool, test = half_of_the_groups(scaffolds, seed)
+        test = sorted(test[place] for place in permutation(len(test), "test", seed)[: self.plan.test_limit])
+        for attempt in range(_ATTEMPTS):
+            if self.plan.split == "usual" and labels == "all":
+                train, valid = usual["train"], usual["valid"]
+            else:
+                train, valid = train_and_valid(pool, labels, seed, attempt)
+            parts = {"train": train, "valid": valid, "test": test}
+            try:
+                return MoleculeTask(
+                    {split: molecules.subset(chosen) for split, chosen in parts.items()},  # type: ignore[misc]
+                    label_names=molecules.label_names,
+                    kind=_kind(molecules),
+                )
+            except DataError as error:
+                fault = error
+        raise DataError(f"{name}: none of {_ATTEMPTS} draws of {labels} labels can be scored ({fault}); draw more")
 
-def recipe(corpus: Molecules, table: Path, seed: int, size: Size, device: str) -> TapWeight:
-    """Return TapWeight on one task; only the first run computes the targets that objectives attach to the corpus."""
-    seed_everything(seed)
-    return TapWeight(
-        GINE(width=size.width, layers=size.layers).to(device),
-        [make_objective(name) for name in OBJECTIVES],
-        MoleculeTask.from_csv(table),
-        corpus,
-        settings=size.settings,
-        seed=seed,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark and print its tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tapweight molecules", description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="a minute: one task, one seed, few steps; the scores mean nothing"
-    )
-    size.add_argument("--full", action="store_true", help="hours: five tasks, five seeds, the whole corpus")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "mol")
-    parser.add_argument(
-        "--cost",
-        action="store_true",
-        help="measure only the cost of an iteration; other load on the machine disturbs it",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
-    options = parser.parse_args(arguments)
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    chosen = QUICK if options.quick else FULL if options.full else STANDARD
-    if not options.data.is_dir():
-        parser.exit(
-            2,
-            f"no folder {options.data}: pass --data a folder with zinc_50k.csv.gz and {', '.join(chosen.tasks)} as .csv\n",
+    def recipe(self, corpus: str, task: Task, seed: int) -> TapWeight:
+        """Return the recipe of a seed."""
+        seed_everything(seed)
+        return TapWeight(
+            GINE(**self.plan.encoder).to(self.plan.device),
+            [make_objective(name) for name in self.plan.objectives],
+            task,
+            self._corpus,
+            settings=self.plan.settings,
+            seed=seed,
         )
-    corpus = read_corpus(options.data / "zinc_50k.csv.gz", limit=chosen.corpus)
-    print(f"Corpus: {corpus.summary()}.")
-    run(
-        lambda task, seed: recipe(corpus, options.data / f"{task}.csv", seed, chosen, options.device),
-        chosen,
-        rounds=5 if options.quick else 30,
-        cost_only=options.cost,
-        device=options.device,
-        json=options.json,
-    )
+
+    def plain_features(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Return the counts of the circular substructures of radius 2, folded to 1,024 (ECFP), as logarithms."""
+        generator = GetMorganGenerator(radius=2, fpSize=1_024)
+
+        def counts(split: str) -> Tensor:
+            smiles = [graph.smiles for graph in task.splits[split]]  # type: ignore[index]
+            with BlockLogs():
+                rows = [torch.from_numpy(generator.GetCountFingerprintAsNumPy(MolFromSmiles(text))) for text in smiles]
+            return torch.stack([row.double() for row in rows]).log1p()
+
+        return torch.cat([counts("train"), counts("valid")]), counts("test")
+
+
+@cache
+def _read(file: Path) -> tuple[Molecules, tuple[str, ...]]:
+    """Return the molecules of a file, and the scaffold of each."""
+    molecules = read_table(file)
+    with BlockLogs():
+        return molecules, tuple(MurckoScaffoldSmiles(smiles, includeChirality=True) for smiles in molecules.smiles)
+
+
+def _kind(molecules: Molecules) -> Kind:
+    """Return the kind of the whole task: a draw of numbers that are all 0 or 1 would be mistaken for classes."""
+    labels = torch.cat([graph.y for graph in molecules])
+    return "classification" if ((labels == 0) | (labels == 1) | labels.isnan()).all() else "regression"

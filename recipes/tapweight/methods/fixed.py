@@ -28,6 +28,7 @@ class Direct(Method):
 
     name, title = "direct", "direct finetuning"
     summary = "Not pretrained further."
+    uses_labels = False
 
     def passes(self, experiment: Experiment) -> int:
         """Return 0."""
@@ -40,6 +41,8 @@ class Direct(Method):
 
 class FixedWeights(Method):
     """Pretraining at weights that do not change: min sum_k w_k L_k."""
+
+    uses_labels = False
 
     @abstractmethod
     def weights(self, objectives: Sequence[str]) -> dict[str, float]:

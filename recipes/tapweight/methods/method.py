@@ -49,6 +49,7 @@ class Method(ABC):
         name: the key of the method in scores, folders of checkpoints and `--methods`.
         title: the name of the method in tables.
         summary: for the card of the encoder: how the method adapted it.
+        uses_labels: False if the adapted encoder does not depend on the task, so that several tasks can share it.
 
     Example:
         >>> from mlopt.recipes.tapweight.methods import Adapted, Equal, Method
@@ -68,6 +69,7 @@ class Method(ABC):
     name: str
     title: str
     summary: str
+    uses_labels: bool = True
 
     def check(self, settings: Settings, steps: int, objectives: Sequence[str]) -> None:  # noqa: B027 (most runs are possible)
         """Refuse a run that is not possible, before any data are read.

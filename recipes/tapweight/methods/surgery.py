@@ -69,6 +69,7 @@ class Surgery(Method):
         "Pretrained further with several objectives, whose conflicting gradients were projected (Yu et al., NeurIPS 2020, "
         "arXiv 2001.06782)."
     )
+    uses_labels = False
 
     def check(self, settings: Settings, steps: int, objectives: Sequence[str]) -> None:
         """Refuse fp16: the gradients are combined before the loss scale is applied, so small ones would vanish."""

@@ -50,6 +50,7 @@ class Uncertainty(Method):
         "Pretrained further with several objectives, weighted by their homoscedastic uncertainty (Kendall, Gal & Cipolla, CVPR "
         "2018, arXiv 1705.07115)."
     )
+    uses_labels = False
 
     def passes(self, experiment: Experiment) -> int:
         """Return one pass for each view of each objective, at each step."""
