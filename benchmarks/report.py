@@ -19,13 +19,18 @@ __all__ = ["clock", "environment", "interleaved", "write"]
 
 
 def _git(*arguments: str) -> str:
-    folder = Path(__file__).parent
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+    """Return the output of git; nothing if there is no git, or no repository here."""
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 #: Read at the start of the benchmark, because a commit during the run would not change the running code. A plus marks
 #: uncommitted changes.
-_COMMIT = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+_COMMIT = (_git("rev-parse", "HEAD") or "unknown") + ("+" if _git("status", "--porcelain") else "")
 
 
 def environment(device: str) -> dict[str, Any]:

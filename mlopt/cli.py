@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import attrs
 
 from .errors import MloptError
-from .imports import import_optional
+from .imports import import_optional, installed_version
 
 __all__ = ["main"]
 
@@ -112,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version",
         action="version",
-        version=f"mlopt {importlib.metadata.version('mlopt-torch')}",
+        version=f"mlopt {installed_version()}",
         help="print the version",
     )
     parser.set_defaults(chosen=parser)

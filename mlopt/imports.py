@@ -1,14 +1,15 @@
-"""Imports that wait until they are needed: of optional dependencies, and of a package's own modules."""
+"""Imports that wait until they are needed: of optional dependencies, and of a package's own modules; and the version."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import MissingDependencyError
 
-__all__ = ["import_lazily", "import_optional"]
+__all__ = ["import_lazily", "import_optional", "installed_version"]
 
 
 def import_optional(module: str, user: str, requirement: str) -> Any:
@@ -56,3 +57,11 @@ def import_lazily(package: str, exports: Mapping[str, Sequence[str]]) -> Callabl
         return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
 
     return __getattr__
+
+
+def installed_version() -> str:
+    """Return the version of mlopt, or "not installed" if it runs from a source tree."""
+    try:
+        return importlib.metadata.version("mlopt-torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -82,10 +82,11 @@ class GeneratorState(ABC):
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> GeneratorState:
-        """Return the state that `state_dict` returned as plain values."""
+        """Return the state that `state_dict` returned as plain values; states of GPUs that are not here are left out."""
+        here = range(torch.cuda.device_count())
         if "seed" in state:
-            return _Seeded(state["seed"], frozenset(state["cuda"]))
-        return _Captured(**state)
+            return _Seeded(state["seed"], frozenset(state["cuda"]).intersection(here))
+        return _Captured(**{**state, "cuda": {index: own for index, own in state["cuda"].items() if index in here}})
 
     @abstractmethod
     def restore(self) -> None:

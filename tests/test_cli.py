@@ -57,6 +57,18 @@ def test_python_m_mlopt_is_the_same_program() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mlopt {version}\n", "")
 
 
+def test_a_source_tree_runs_without_being_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == "mlopt not installed\n"
+
+
 @pytest.mark.parametrize(("arguments", "listed"), [([], "tapweight"), (["tapweight"], "molecules")])
 def test_without_a_command_the_commands_are_listed(
     arguments: list[str], listed: str, capsys: pytest.CaptureFixture[str]
@@ -143,7 +155,7 @@ from types import SimpleNamespace
 from mlopt import cli
 from mlopt.recipes.tapweight.recipe import Settings
 assert cli.__file__.endswith("cli.pyc")
-cli._load = lambda command, prog: SimpleNamespace(main=lambda arguments, prog: Settings().schedule(3))
+cli._load = lambda command, prog: SimpleNamespace(main=lambda arguments, prog: Settings(every=4).schedule(3))
 sys.exit(cli.main(["diagnose"]))
 """
     done = python("-c", code, cwd=tmp_path)

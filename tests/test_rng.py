@@ -91,3 +91,13 @@ def test_a_state_survives_its_dictionary() -> None:
         first = [draw() for draw in DRAWS.values()]
         again.restore()
         assert [draw() for draw in DRAWS.values()] == first
+
+
+def test_states_of_gpus_that_are_not_here_are_left_out() -> None:
+    """A checkpoint may be read on a machine with fewer of them."""
+    absent = 10_000
+    captured = GeneratorState.capture().state_dict() | {"cuda": {absent: torch.zeros(16, dtype=torch.uint8)}}
+    for state in ({"seed": 3, "cuda": [absent]}, captured):
+        read = GeneratorState.from_state_dict(state)
+        read.restore()
+        assert len(read.state_dict()["cuda"]) == 0

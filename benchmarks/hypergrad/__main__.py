@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 show_rows(name, section_rows)
                 console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
         finally:
-            place.close()
             write(options.json, options.device, rows)
+            place.close()
     show_bar(bar(rows))
     if options.figures is not None:
         for file in draw(rows, options.figures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import attrs
@@ -128,7 +129,7 @@ def measure(
     _, gradient = evaluate(point, level)
     start = flatten(gradient).double()
     measures.gradient_norm = float(start.norm())
-    measures.gradient_seconds = _timed(lambda: evaluate(point, level))
+    measures.gradient_seconds = _timed(lambda: evaluate(point, level), level.device)
     measures.replay = _distance(flatten(evaluate(point, level)[1]).double(), start)
     measures.spread = _distance(flatten(evaluate(other, level)[1]).double(), start)
     measures.unused, measures.kernels = _used(point, level)
@@ -180,7 +181,7 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
         trial.matvec = tap.matvecs[-1]
         trial.own = flatten(trial.matvec(vector)).double()
         matvec = trial.matvec
-        trial.seconds = _timed(lambda: matvec(vector))
+        trial.seconds = _timed(lambda: matvec(vector), level.device)
     except (MloptError, RuntimeError, NotImplementedError) as error:
         trial.error = str(error).splitlines()[0]
         return trial
@@ -249,14 +250,20 @@ def _distance(vector: Tensor, reference: Tensor) -> float:
     return float((vector - reference).norm()) / size if size else float((vector - reference).norm())
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    """Return the median of a few runs, in seconds."""
+def _timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median of a few runs, in seconds, each until the device has finished it."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
     seconds = []
     for _ in range(_REPEATS):
+        wait()
         begin = time.perf_counter()
         function()
+        wait()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
+
+
+def _nothing() -> None: ...
 
 
 def normalises(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from ..linear.neumann import largest_eigenvalue
 from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
-from .products import FiniteDifferenceProduct, SecondDerivatives, relative_step
+from .products import FiniteDifferenceProduct, SecondDerivatives, full_precision, relative_step
 
 __all__ = ["ValueFunction"]
 
@@ -86,8 +86,7 @@ class _Penalty(Linearization):
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
         start = self._point.warm_start(self._name) if self._rule.warm_start else None
         blocks = (self._name, *wanted)
-        # Autocast's rounding would be divided by the perturbation.
-        with restored(self._live) as present, torch.autocast(self._live[0].device.type, enabled=False):
+        with restored(self._live) as present, full_precision(self._live[0].device):
             step_size = self._rule.step_size or self._safe_step_size(load)
             nu = self._rule.perturbation or self._safe_perturbation(present, start, step_size, size)
             ends, slopes = [], []

@@ -187,7 +187,8 @@ def _samplers(data: Any) -> list[Any]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with every tensor in it on the device; an object with a `to` method moves itself."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        # A copy to the CPU that does not wait could be read before it is complete.
+        return batch.to(device, non_blocking=device.type != "cpu")
     if hasattr(batch, "to"):
         # Move a shallow copy: graphs and tokenised texts move in place, and the data must stay where they are.
         return copy.copy(batch).to(device)

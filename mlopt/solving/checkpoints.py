@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import attrs
 
 from ..errors import CheckpointError, CheckpointWarning
 from ..files import flush_folder
+from ..imports import installed_version
 from ..validation import at_least, boolean, must_be
 from . import serialization
 
@@ -219,7 +219,7 @@ class Checkpoints:
     def _manifest(self, staging: Path, step: int, score: float | None) -> bytes:
         manifest = {
             "format": _FORMAT,
-            "mlopt": _version(),
+            "mlopt": installed_version(),
             "step": step,
             "best": self.best,
             "score": float(score) if score is not None and math.isfinite(score) else None,
@@ -257,13 +257,6 @@ class Checkpoints:
             if _is_complete(folder, step):
                 return f"the newest complete checkpoint is {folder.name}"
         return "there is no complete checkpoint"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mlopt-torch")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _read_manifest(folder: Path, step: int) -> dict[str, Any]:

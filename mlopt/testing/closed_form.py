@@ -175,8 +175,9 @@ class _QuadraticLoss:
         self._form, self._refs = form, refs
 
     def __call__(self, module: nn.Module, batch: Any, /, **others: nn.Module) -> Tensor:
-        s = torch.cat([module(), *(others[ref]() for ref in self._refs), self._form.new_ones(1)])
-        return s @ self._form @ s / 2
+        own = module()
+        s = torch.cat([own, *(others[ref]() for ref in self._refs), own.new_ones(1)])
+        return s @ self._form.to(s.device) @ s / 2
 
 
 def logistic_regression(

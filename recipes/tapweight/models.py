@@ -97,7 +97,7 @@ def gradient_norms(
     perturbed = copy.deepcopy(model)
     parameters = [p for p in perturbed.encoder.parameters() if p.requires_grad]
     norms = {}
-    with preserved():
+    with preserved({p.device for p in parameters}):
         seed_everything(seed)
         for objective in objectives:
             name, squares = objective.name, []

@@ -1,6 +1,11 @@
-"""The memory tracker on known allocations."""
+"""The memory tracker on known allocations, and the commit of a result."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +58,10 @@ def test_tensors_saved_for_backward_count(steps: int) -> None:
 
 def test_the_operations_of_a_matrix_product_are_counted() -> None:
     assert flops(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5)) == 2 * 2 * 3 * 5
+
+
+def test_the_commit_is_unknown_without_git(tmp_path: Path) -> None:
+    code = "from benchmarks.report import environment; print(environment('cpu')['commit'])"
+    variables = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "unknown\n"

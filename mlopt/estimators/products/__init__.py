@@ -4,6 +4,7 @@ from .autograd import AutogradProduct
 from .compiled import CompiledProduct
 from .finite_difference import FiniteDifferenceProduct, relative_step
 from .forward import ForwardProduct
+from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
 from .product import Product
 from .second_derivatives import SecondDerivatives
@@ -17,6 +18,7 @@ __all__ = [
     "GaussNewtonProduct",
     "Product",
     "SecondDerivatives",
+    "full_precision",
     "relative_step",
 ]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...problem import Block, Vectors
 from ...tensors import Tensors, axpy, norm, scale, subtract
+from .full_precision import full_precision
 from .product import Product
 
 __all__ = ["FiniteDifferenceProduct", "relative_step"]
@@ -31,7 +32,7 @@ def _wide(size: Tensor) -> Tensor:
 class FiniteDifferenceProduct(Product):
     """Central differences of first derivatives, for every kernel, activation checkpointing and sharded parameters.
 
-    Autocast is disabled inside: its rounding would be divided by the step.
+    Autocast and TF32 are disabled inside: their rounding would be divided by the step.
     """
 
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
@@ -44,7 +45,7 @@ class FiniteDifferenceProduct(Product):
         live = [variable.data for variable in moved]
         kept = [variable.clone() for variable in live]
         try:
-            with torch.autocast(moved[0].device.type, enabled=False):
+            with full_precision(moved[0].device):
                 above, below = self._both_sides(live, kept, step, along, wanted)
         finally:
             torch._foreach_copy_(live, kept)

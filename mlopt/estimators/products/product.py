@@ -46,7 +46,8 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
             if any(phrase in text for phrase in _COMPLAINTS):
                 raise SecondDerivativeError(
                     f"a kernel in the loss has no second derivative ({first}); use "
-                    "products='finite_difference', or a kernel that has one (for attention, attn_implementation='eager')"
+                    "products='finite_difference', or a kernel that has one (for attention, attn_implementation='eager'; for a "
+                    "recurrent network on a GPU, the loss within torch.backends.cudnn.flags(enabled=False))"
                 ) from error
             raise
 

@@ -71,7 +71,8 @@ class SignalMeter(mlopt.Callback):
             weights = torch.stack([run.engine.logs[f"reweighting/weight/{name}"] for name in self.names])
             self._steps.append(relative_signals(gradient, weights))
         if elapsed % self._interval == 0 and self._steps:
-            self.means.append(torch.stack(self._steps).mean(0).cpu())
+            # After a resume, the signals of the steps before it are on the CPU.
+            self.means.append(torch.stack([step.to(self._steps[-1]) for step in self._steps]).mean(0).cpu())
             self._steps = []
             self.halves.append(self._measure(run.problem))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,12 +35,18 @@ BOND_SIZES: dict[str, int] = {name: len(values) for name, values in e_map.items(
 ATOM_MASK = torch.tensor(list(ATOM_SIZES.values()))
 BOND_MASK = torch.tensor(list(BOND_SIZES.values()))
 
+#: The most rows of a table of combinations.
+_COMBINATIONS = 512
+
 _FORMAT, _VERSION = "mlopt-gine", 1
 _TENSORS, _CONFIG = "model.safetensors", "config.json"
 
 
 class FeatureEmbedding(nn.Module):
     """Sum of the embeddings of several categorical features, each with a mask token after its last value.
+
+    Features next to each other are looked up together, in a table of the sums of all their combinations, as long as there are
+    few combinations: a lookup, and even more its derivative, costs more than such a table.
 
     Args:
         sizes: the number of values of each feature, without the mask token.
@@ -49,6 +57,7 @@ class FeatureEmbedding(nn.Module):
         super().__init__()
         self.sizes = dict(sizes)
         self.tables = nn.ModuleList(nn.Embedding(size + 1, width) for size in sizes.values())
+        self._groups = _group([size + 1 for size in sizes.values()])
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed `features` (N, F) as (N, width).
@@ -57,26 +66,90 @@ class FeatureEmbedding(nn.Module):
             ValueError: a wrong shape, or a value outside a feature's vocabulary. Values are checked on the CPU only:
                 elsewhere the check would wait for the device, whose own assertion stops the run.
         """
+        return self.look_up(self.encode(features))
+
+    def encode(self, features: Tensor) -> list[Tensor]:
+        """Return the number of the combination in each group of features, (N,); the same for all embeddings of these features.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         if features.dim() != 2 or features.shape[1] != len(self.sizes):
             raise ArgumentError(
                 f"features must be (N, {len(self.sizes)}): {[*self.sizes]}; got {tuple(features.shape)}"
             )
-        if features.device.type == "cpu" and len(features):
-            self._check(features)
-        total: Tensor = self.tables[0](features[:, 0])
-        for column, table in enumerate(self.tables[1:], start=1):
-            total = total + table(features[:, column])
+        columns, rows = features.unbind(1), [size + 1 for size in self.sizes.values()]
+        try:
+            return [_number(columns[group], rows[group]) for group in self._groups]
+        except IndexError as error:
+            raise self._refusal(features) from error
+
+    def look_up(self, codes: Sequence[Tensor]) -> Tensor:
+        """Embed what `encode` returned as (N, width)."""
+        tables: list[Any] = [table.weight for table in self.tables]
+        # The derivative of index_select costs a third of that of nn.functional.embedding.
+        rows = [
+            reduce(_cross, tables[group]).index_select(0, code) for group, code in zip(self._groups, codes, strict=True)
+        ]
+        total: Tensor = reduce(torch.add, rows)
         return total
 
-    def _check(self, features: Tensor) -> None:
-        """Name the feature and the value: the message of the lookup itself does not."""
+    def _refusal(self, features: Tensor) -> ArgumentError:
+        """Name the feature and its values: the message of the lookup itself does not."""
         lowest, highest = features.amin(0).tolist(), features.amax(0).tolist()
-        for (name, size), low, high in zip(self.sizes.items(), lowest, highest, strict=True):
-            if low < 0 or high > size:
-                raise ArgumentError(
-                    f"feature {name!r} has values from {low} to {high}, but its vocabulary is 0 to {size - 1} "
-                    f"({size} is the mask token): build graphs with torch_geometric.utils.from_smiles"
-                )
+        name, size, low, high = next(
+            (name, size, low, high)
+            for (name, size), low, high in zip(self.sizes.items(), lowest, highest, strict=True)
+            if low < 0 or high > size
+        )
+        return ArgumentError(
+            f"feature {name!r} has values from {low} to {high}, but its vocabulary is 0 to {size - 1} "
+            f"({size} is the mask token): build graphs with torch_geometric.utils.from_smiles"
+        )
+
+
+def _group(rows: Sequence[int]) -> list[slice]:
+    """Return the fewest runs of features with at most `_COMBINATIONS` combinations each, a feature alone with any number.
+
+    Args:
+        rows: the number of rows of each feature's table.
+    """
+    starts, combinations = [0], rows[0]
+    for column, count in enumerate(rows[1:], start=1):
+        combinations *= count
+        if combinations > _COMBINATIONS:
+            starts.append(column)
+            combinations = count
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, len(rows)])]
+
+
+def _number(columns: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Return the row of each combination in the table that `_cross` builds of tables with `rows` rows."""
+    stride, parts = 1, []
+    for column, count in zip(reversed(columns), reversed(rows), strict=True):
+        # A lookup in place of a product: it fails on every device if the value is outside the vocabulary.
+        parts.append(torch.arange(0, count * stride, stride, device=column.device).index_select(0, column))
+        stride *= count
+    return reduce(torch.add, parts)
+
+
+def _cross(table: Tensor, other: Tensor) -> Tensor:
+    """Return the sums of each row of the first table and each row of the second, (R * S, width)."""
+    return (table[:, None] + other).flatten(0, 1)
+
+
+class Convolution(GINEConv):  # type: ignore[misc]
+    """torch_geometric's GINEConv, with the sum computed directly in place of general message passing.
+
+    MLP((1 + eps) h_i + sum_j relu(h_j + e_ij))
+    """
+
+    def forward(self, nodes: Tensor, edges: Tensor, bonds: Tensor) -> Tensor:
+        """Return the updates of `nodes` (N, width), given `edges` (2, E) and the embeddings of their bonds (E, width)."""
+        messages = (nodes.index_select(0, edges[0]) + bonds).relu()
+        # eps also promotes nodes that autocast computed in fewer bits to the type of the messages.
+        update: Tensor = self.nn(((1 + self.eps) * nodes).index_add(0, edges[1], messages))
+        return update
 
 
 class GINE(Encoder):
@@ -134,17 +207,18 @@ class GINE(Encoder):
         self._pooling = _choose("pooling", pooling, {"mean": global_mean_pool, "sum": global_add_pool})
         normalise = _choose("norm", norm, {"batch": _batch_norm, "layer": nn.LayerNorm})
         self.atoms = FeatureEmbedding(ATOM_SIZES, width)
-        self.bonds = nn.ModuleList(FeatureEmbedding(BOND_SIZES, width) for _ in range(layers))
-        self.convolutions = nn.ModuleList(GINEConv(_mlp(width)) for _ in range(layers))
+        self.bonds: Any = nn.ModuleList(FeatureEmbedding(BOND_SIZES, width) for _ in range(layers))
+        self.convolutions = nn.ModuleList(Convolution(_mlp(width)) for _ in range(layers))
         self.norms = nn.ModuleList(normalise(width) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the embeddings of all atoms of a batch, (N, width)."""
         nodes: Tensor = self.atoms(batch.x)
+        codes = self.bonds[0].encode(batch.edge_attr)
         last = len(self.convolutions) - 1
         for layer, (bonds, convolve, norm) in enumerate(zip(self.bonds, self.convolutions, self.norms, strict=True)):
-            update = norm(convolve(nodes, batch.edge_index, bonds(batch.edge_attr)))
+            update = norm(convolve(nodes, batch.edge_index, bonds.look_up(codes)))
             update = self.dropout(update if layer == last else update.relu())
             nodes = nodes + update if self.residual else update
         return nodes

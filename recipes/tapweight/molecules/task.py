@@ -17,7 +17,8 @@ from mlopt.errors import ArgumentError
 
 from ..files import DataError
 from ..task import Split, Task
-from .data import Molecules, import_extra, read_table
+from .data import Molecules, read_table
+from .joining import join
 from .splits import random_split, scaffold_split
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class MoleculeTask(Task):
 
     def collate(self, examples: list[Data]) -> Batch:
         """Join graphs into one disconnected graph."""
-        return import_extra("torch_geometric.data").Batch.from_data_list(examples)
+        return join(examples)
 
     def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear layer from the encoder's graph representation (B, width) to the tasks (B, T)."""

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 
 import mlopt
 from mlopt.recipes.tapweight.experiment import Experiment
-from mlopt.recipes.tapweight.methods import Frozen, Given, Surgery, ThreeLevels, Uncertainty, make_method
+from mlopt.recipes.tapweight.methods import Equal, Frozen, Given, Surgery, ThreeLevels, Uncertainty, make_method
 from mlopt.recipes.tapweight.methods.levels import three_levels
 from mlopt.recipes.tapweight.methods.proximal import Proximal
 from mlopt.recipes.tapweight.methods.surgery import surgery
@@ -183,6 +183,25 @@ def test_pretraining_with_surgery_is_a_loop_in_plain_torch() -> None:
     assert_equal_modules(adapted.encoder, model.encoder)
 
 
+def test_without_conflicts_the_gradient_is_that_of_equal_weights() -> None:
+    """An objective and twice itself never conflict; the heads take their gradients at equal weights in any case."""
+
+    class Twice(Whole):
+        def loss(self, encoder: nn.Module, head: nn.Module, view: Tensor) -> Tensor:
+            return 2 * super().loss(encoder, head, view)
+
+    made = recipe(objectives=[Whole("once", 1.0), Twice("twice", 1.0)], settings=FULL)
+    experiment = made.experiment(6, progress=False)
+    gradients = []
+    for method in (Surgery(), Equal()):
+        model = experiment.model()
+        problem = method.problem(experiment, model)
+        problem["pretraining"].loss(model, torch.stack(list(experiment.corpus)))["loss"].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, equal in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, equal, rtol=1e-12, atol=1e-15)
+
+
 def test_surgery_refuses_fp16() -> None:
     with pytest.raises(ValueError, match="pcgrad: precision='fp16'"):
         recipe(settings=attrs.evolve(SETTINGS, precision="fp16")).fit(4, methods=["pcgrad"], progress=False)
@@ -231,8 +250,13 @@ def test_two_levels_are_a_loop_in_plain_torch(name: str, every: int) -> None:
 
 
 def test_alignment_at_weights_that_stay_equal_is_equal_weights() -> None:
-    """It sees the batches and masks that equal weights see, and the labels do not train the encoder; those of bilevel do."""
-    made = recipe(settings=attrs.evolve(SETTINGS, weights_lr=0.0))
+    """It sees the batches, masks and dropout of equal weights, and the labels do not train the encoder; bilevel's do."""
+
+    class Dropping(Encoder):
+        def forward(self, batch: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(batch), 0.2, self.training)
+
+    made = recipe(Dropping, settings=attrs.evolve(SETTINGS, weights_lr=0.0))
     equal, alignment, bilevel = (
         make_method(name).adapt(made.experiment(12, progress=False)).encoder
         for name in ("equal", "alignment", "bilevel")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -23,7 +22,6 @@ from mlopt.recipes.tapweight.recipe import TapWeight
 from mlopt.recipes.tapweight.settings import Settings
 from mlopt.recipes.tapweight.text.data import Texts
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
-from mlopt.recipes.tapweight.text.glue_tasks import GLUE
 from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 
@@ -130,6 +128,10 @@ def tapweight(own: TextEncoder, objectives: Sequence[str] = tuple(OBJECTIVES), *
 
 def write_glue(cache: Path, name: str, columns: dict[str, list[Any]], features: Any) -> None:
     """Write a task of GLUE into the cache of `datasets`."""
+    import datasets
+
+    from mlopt.recipes.tapweight.text.glue_tasks import GLUE
+
     folder = cache / "nyu-mll___glue" / name / "0.0.0" / "0123456789abcdef"
     folder.mkdir(parents=True)
     splits = {}

@@ -108,8 +108,9 @@ class Descriptors(Regression):
         name: the objective's name. Different properties need different names.
 
     Example:
-        >>> Descriptors(FAMILIES["polarity"], "polarity").name
-        'polarity'
+        >>> from mlopt.recipes.tapweight.molecules.objectives import Descriptors
+        >>> Descriptors(("TPSA", "NumHDonors"), "surface").name
+        'surface'
     """
 
     noun = "descriptors"

@@ -54,7 +54,7 @@ OBJECTIVES: dict[str, Callable[[PreTrainedTokenizerBase], Objective]] = {
     SentenceLength.name: lambda _: SentenceLength(),
     RandomLabels.name: lambda _: RandomLabels(),
 }
-#: Those of a run that names none. They need no more of a corpus than its texts.
+#: The objectives of a run that names none. They need only the texts of a corpus.
 DEFAULT = (MaskedTokens.name, Contrastive.name, SentenceOrder.name, ReplacedTokens.name)
 
 

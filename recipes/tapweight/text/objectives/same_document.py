@@ -93,10 +93,9 @@ class SameDocument(Objective):
 def neighbours(corpus: Sequence[Example]) -> list[int]:
     """Return the index of each sentence's neighbour: the next of its document, else the one before, else itself."""
     order = sorted(range(len(corpus)), key=lambda row: (corpus[row]["document"], corpus[row]["position"]))
-    found = list(range(len(corpus)))
-    for row, following in reversed(list(pairwise(order))):
+    nearest = list(range(len(corpus)))
+    for row, following in pairwise(order):
         if corpus[row]["document"] == corpus[following]["document"]:
-            found[row] = following
-            if found[following] == following:
-                found[following] = row
-    return found
+            # The second holds for the last sentence only: of any other, the next round sets the neighbour.
+            nearest[row], nearest[following] = following, row
+    return nearest

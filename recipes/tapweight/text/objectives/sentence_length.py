@@ -1,4 +1,4 @@
-"""Sentence length: predict the number of words of a text, a control that can be learned and is of little use."""
+"""Sentence length: predict the number of words of a text, a control that can be learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the objectives with targets share: targets attached to the examples, places in documents, TF-IDF weights."""
+"""Helpers of the objectives with targets: attach targets to examples, check places in documents, weigh words by TF-IDF."""
 
 from __future__ import annotations
 
