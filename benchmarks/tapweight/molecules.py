@@ -113,10 +113,14 @@ class MoleculeStudy(Modality):
 
 @cache
 def _read(file: Path) -> tuple[Molecules, tuple[str, ...]]:
-    """Return the molecules of a file, and the scaffold of each."""
+    """Return the molecules of a file, and the scaffold of each; a molecule without a ring is a group of its own.
+
+    As one group they would never be in the test set where they are more than half, as in FreeSolv.
+    """
     molecules = read_table(file)
     with BlockLogs():
-        return molecules, tuple(MurckoScaffoldSmiles(smiles, includeChirality=True) for smiles in molecules.smiles)
+        scaffolds = [MurckoScaffoldSmiles(smiles, includeChirality=True) for smiles in molecules.smiles]
+    return molecules, tuple(scaffold or f"row {row}" for scaffold, row in zip(scaffolds, molecules.rows, strict=True))
 
 
 def _kind(molecules: Molecules) -> Kind:

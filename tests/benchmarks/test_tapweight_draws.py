@@ -57,3 +57,12 @@ def test_no_scaffold_is_in_the_test_set_and_among_the_labels(tmp_path: Path, see
     assert [len(task.splits[split]) for split in ("train", "valid", "test")] == [16, 4, 36]
     assert not scaffolds["test"] & (scaffolds["train"] | scaffolds["valid"])
     assert task.kind == "classification"
+
+
+def test_molecules_without_a_ring_are_groups_of_their_own(tmp_path: Path) -> None:
+    own = plan(tmp_path)
+    chains = ["C" * length + end for length in range(2, 22) for end in ("O", "N")]
+    table = tmp_path / "mol" / "esol.csv"
+    table.write_text("smiles,y\n" + "".join(f"{smiles},{len(smiles)}\n" for smiles in chains))
+    task = MoleculeStudy(own).task("esol", 0, 20)
+    assert [len(task.splits[split]) for split in ("train", "valid", "test")] == [16, 4, 20]
