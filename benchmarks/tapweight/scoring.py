@@ -46,7 +46,9 @@ def full(encoder: Encoder, task: Task, settings: Settings, seed: int) -> float:
 
 def _ridge(task: Task, features: Tensor, targets: Tensor, test: Tensor) -> float:
     """Return the test score of ridge regression, whose penalty has the least leave-one-out loss on the labelled examples."""
-    outputs = ridge_fit(features, targets, ridge_leave_one_out(features, targets).penalty)(test)
+    penalty = ridge_leave_one_out(features, targets).penalty
+    # Outputs for classes are ranked, or compared with each other: clipping would tie some of them.
+    outputs = ridge_fit(features, targets, penalty, clip=task.kind == "regression")(test)  # type: ignore[attr-defined]
     labels = torch.cat([task.targets(batch) for batch in task.loader("test", 256)])
     if labels.dim() == 1 and outputs.shape[1] == 1:
         outputs = outputs.squeeze(1)

@@ -103,16 +103,17 @@ def ridge_leave_one_out(features: Tensor, targets: Tensor) -> LeaveOneOut:
     return LeaveOneOut(by_penalty[best], errors[best], _PENALTIES[best])
 
 
-def ridge_fit(features: Tensor, targets: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+def ridge_fit(features: Tensor, targets: Tensor, penalty: float, *, clip: bool = True) -> Callable[[Tensor], Tensor]:
     """Fit a ridge regression with an intercept.
 
     Args:
         features: (n, F).
         targets: (n, T); NaN if missing.
         penalty: the penalty, a multiple of the number of examples, see `LeaveOneOut`.
+        clip: clip the predictions to the range of the labels. A ranking of examples needs them as they are.
 
     Returns:
-        The function from features (m, F) to predictions (m, T), which are clipped to the range of the labels.
+        The function from features (m, F) to predictions (m, T).
     """
     fits = []
     for rows, columns in _patterns(~targets.isnan()):
@@ -127,7 +128,7 @@ def ridge_fit(features: Tensor, targets: Tensor, penalty: float) -> Callable[[Te
         predictions = new.new_zeros(len(new), targets.shape[1])
         for columns, mean, deviation, coefficients, labels in fits:
             raw = labels.mean(0) + (new - mean) / deviation @ coefficients
-            predictions[:, columns] = raw.clamp(labels.amin(0), labels.amax(0))
+            predictions[:, columns] = raw.clamp(labels.amin(0), labels.amax(0)) if clip else raw
         return predictions
 
     return predict

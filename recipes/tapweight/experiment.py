@@ -55,6 +55,7 @@ class Experiment:
         estimator: how methods that differentiate through finetuning pull cotangents back through it.
         seed: the seed of everything random.
         steps: pretraining steps.
+        budget: the most encoder passes of a method; None if only the steps are limited.
         checkpoints: each phase is saved in a folder of its own; nothing is saved if None.
         shared_checkpoints: the same for phases that depend on the corpus only, which experiments on other tasks can read;
             `checkpoints` if None.
@@ -71,6 +72,7 @@ class Experiment:
     estimator: mlopt.Estimator
     seed: int
     steps: int = 0
+    budget: int | None = None
     checkpoints: mlopt.Checkpoints | None = None
     shared_checkpoints: mlopt.Checkpoints | None = None
     resume: bool = False
@@ -116,7 +118,7 @@ class Experiment:
         steps = bisect_right(range(1, passes + 1), passes, key=cost)
         if not steps:
             raise ArgumentError(f"passes={passes}: one step of {method.name} takes {cost(1):,}; give at least as many")
-        return attrs.evolve(self, steps=steps)
+        return attrs.evolve(self, steps=steps, budget=passes)
 
     def prepare(self) -> tuple[Pretraining, dict[str, float]]:
         """Prepare the objectives on the corpus, once.

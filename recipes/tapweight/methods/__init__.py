@@ -11,6 +11,7 @@ from .bilevel import Bilevel
 from .fixed import Direct, Equal, FixedWeights, Given, Single
 from .frozen import Frozen
 from .method import Adapted, Method
+from .random_search import RandomSearch
 from .rehearsal import Rehearsal
 from .surgery import Surgery
 from .tapweight import ThreeLevels
@@ -28,6 +29,7 @@ __all__ = [
     "Frozen",
     "Given",
     "Method",
+    "RandomSearch",
     "Rehearsal",
     "Single",
     "Surgery",
@@ -43,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "pcgrad": Surgery,
     "alignment": Alignment,
     "bilevel": Bilevel,
+    "random_search": RandomSearch,
     "rehearsal": Rehearsal,
     "tapweight": ThreeLevels,
     "frozen": Frozen,

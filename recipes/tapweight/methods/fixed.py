@@ -68,7 +68,7 @@ class FixedWeights(Method):
         """Pretrain the encoder further."""
         model = experiment.model()
         problem, steps = self.problem(experiment, model), experiment.pretraining_steps
-        solution = experiment.solve(self.name, problem, steps, callbacks=callbacks, labels=False)
+        solution = experiment.solve(self.name, problem, steps, callbacks=callbacks, labels=self.uses_labels)
         return Adapted(encoder=model.encoder, weights=self.weights(experiment.names), history=solution.history)
 
 
@@ -116,6 +116,8 @@ class Given(FixedWeights):
     """
 
     title = "given weights"
+    # The weights may have been learned from labels.
+    uses_labels = True
     summary = "Pretrained further with several objectives at given weights."
 
     def __init__(self, weights: Mapping[str, float], name: str = "given") -> None:

@@ -1,0 +1,64 @@
+"""Random search: rehearse at random weights, and pretrain at the best of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlopt.rng import derive_seed
+
+from .method import Adapted, Method
+from .pretraining import pretraining
+from .rehearsing import main_run, rehearsal_passes, rehearse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import mlopt
+
+    from ..experiment import Experiment
+
+__all__ = ["RandomSearch"]
+
+
+class RandomSearch(Method):
+    """As many random weights as there are objectives are rehearsed; the main pretraining takes those of the smallest loss.
+
+    The weights are uniform on the simplex. Rehearsals, their judgement and the main pretraining are those of `Rehearsal`.
+
+    Source: Bergstra & Bengio, "Random search for hyper-parameter optimization", JMLR 2012.
+    """
+
+    name, title = "random_search", "random search"
+    summary = (
+        "Pretrained further with several objectives, at the best of some random weights by the leave-one-out loss on the task's "
+        "labelled examples."
+    )
+
+    def passes(self, experiment: Experiment) -> int:
+        """Return the most passes: those of all rehearsals and their features, and a main run on the objective of most views."""
+        most = max(objective.passes for objective in experiment.objectives)
+        return self._rehearsals(experiment) + experiment.pretraining_steps * most
+
+    def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
+        """Rehearse the random weights, choose the best, and pretrain the encoder further."""
+        names = experiment.names
+        draws = torch.Generator().manual_seed(derive_seed(experiment.seed, "random search"))
+        # Exponential numbers over their sum are uniform on the simplex.
+        points = -torch.rand(len(names), len(names), dtype=torch.float64, generator=draws).log()
+        points = points / points.sum(1, keepdim=True)
+        candidates = {f"random-{k}": dict(zip(names, row, strict=True)) for k, row in enumerate(points.tolist())}
+        losses = rehearse(experiment, candidates).mean(1)
+        weights = [*candidates.values()][int(losses.argmin())]
+        main = main_run(experiment, weights, self._rehearsals(experiment))
+        model = main.model()
+        problem = pretraining(main, model, weights, drawn=True)
+        solution = main.solve(self.name, problem, main.pretraining_steps, callbacks=callbacks)
+        return Adapted(encoder=model.encoder, weights=weights, history=solution.history)
+
+    @staticmethod
+    def _rehearsals(experiment: Experiment) -> int:
+        """Return the most passes of all rehearsals."""
+        most = max(objective.passes for objective in experiment.objectives)
+        return rehearsal_passes(experiment, [most] * len(experiment.names))

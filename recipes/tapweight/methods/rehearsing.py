@@ -1,0 +1,99 @@
+"""Rehearsals: short pretraining at candidate weights from one start, each judged by an exact head on the labelled examples."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from mlopt.rng import derive_seed, seed_everything
+
+from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
+from ..models import Pretraining
+from .pretraining import pretraining
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from ..experiment import Experiment
+    from ..task import Split
+
+__all__ = ["main_run", "rehearsal_passes", "rehearse"]
+
+#: The head needs no epoch to be chosen, so the labels of both splits serve the weights.
+_LABELLED: tuple[Split, ...] = ("train", "valid")
+
+
+def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float]]) -> Tensor:
+    """Return the leave-one-out loss of each labelled example after pretraining at each candidate, (C, n).
+
+    All candidates have the same start and batches. The losses are means over the rehearsals of the settings, each of which has
+    batches and heads of its own.
+
+    Args:
+        experiment: the start, the batches and the settings.
+        candidates: weights of the objectives, which sum to one, by the name of the candidate. A step takes the loss of one
+            objective, drawn by these weights.
+    """
+    repeats = []
+    for repeat in range(experiment.settings.rehearsals):
+        start = _start(experiment, repeat)
+        losses = [_loss(experiment, start, f"{repeat}-{name}", weights) for name, weights in candidates.items()]
+        repeats.append(torch.stack(losses))
+    return torch.stack(repeats).mean(0)
+
+
+def rehearsal_passes(experiment: Experiment, views: Sequence[int]) -> int:
+    """Return the passes of `rehearse` for candidates whose steps take these numbers of passes, features included."""
+    features = len(views) * feature_passes(experiment.task, _LABELLED)
+    return experiment.settings.rehearsals * (_length(experiment) * sum(views) + features)
+
+
+def main_run(experiment: Experiment, weights: Mapping[str, float], rehearsals: int) -> Experiment:
+    """Return the experiment with the steps of the main run.
+
+    A budget is planned for the objective of the most passes a step. At the learned weights a step may take fewer; the main run
+    then takes as many more steps.
+
+    Args:
+        experiment: the experiment of the method.
+        weights: the learned weights.
+        rehearsals: the passes of all rehearsals.
+    """
+    if experiment.budget is None:
+        return experiment
+    views = sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
+    return attrs.evolve(experiment, steps=int((experiment.budget - rehearsals) / views))
+
+
+def _loss(experiment: Experiment, start: Pretraining, name: str, weights: Mapping[str, float]) -> Tensor:
+    """Pretrain a copy of `start` at the weights; return the leave-one-out loss of each labelled example, (n,)."""
+    short = attrs.evolve(experiment, steps=_length(experiment))
+    model = copy.deepcopy(start)
+    short.solve(
+        f"rehearsal-{name}",
+        pretraining(short, model, weights, drawn=True),
+        short.pretraining_steps,
+        seed=derive_seed(experiment.seed, "rehearsal", int(name.partition("-")[0])),
+        labels=False,
+    )
+    return ridge_leave_one_out(*labelled_features(model.encoder, experiment.task, _LABELLED)).losses
+
+
+def _start(experiment: Experiment, repeat: int) -> Pretraining:
+    """Return the encoder at the start; each rehearsal but the first draws heads of its own."""
+    if repeat == 0:
+        return experiment.model()
+    seed_everything(derive_seed(experiment.seed, "rehearsal", repeat))
+    model = Pretraining(copy.deepcopy(experiment.encoder), experiment.objectives).to(experiment.device)
+    model.train()
+    return model
+
+
+def _length(experiment: Experiment) -> int:
+    """Return the steps of a rehearsal; it is never longer than the main run."""
+    return min(experiment.settings.rehearsal_steps, experiment.pretraining_steps)
