@@ -15,7 +15,7 @@ from torch import Tensor
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus, read_table
 from mlopt.recipes.tapweight.molecules.encoder import GINE
-from mlopt.recipes.tapweight.molecules.objectives import OBJECTIVES, make_objective
+from mlopt.recipes.tapweight.molecules.objectives import make_objective
 from mlopt.recipes.tapweight.molecules.splits import scaffold_split
 from mlopt.recipes.tapweight.molecules.task import Kind, MoleculeTask
 from mlopt.recipes.tapweight.recipe import TapWeight
@@ -37,13 +37,25 @@ STANDARD = Plan(
     modality="molecules",
     tasks=TASKS,
     methods=(),
-    objectives=tuple(OBJECTIVES),
+    objectives=(
+        "masked_atoms",
+        "contrastive",
+        "functional_groups",
+        "fingerprint_clusters",
+        "charges",
+        "context_prediction",
+        "size",
+        "polarity",
+        "electronics",
+        "topology",
+        "random_labels",
+    ),
     seeds=(10, 11, 12, 13, 14),
     labels=(200,),
-    passes=8_000,
-    corpus_limit=20_000,
+    passes=4_000,
+    corpus_limit=10_000,
     encoder={"width": 64, "layers": 3},
-    settings=Settings(),
+    settings=Settings(weights_lr=0.03),
 )
 
 

@@ -60,8 +60,8 @@ class Settings:
     warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
     weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
     scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
-    rehearsal_steps: int = attrs.field(default=300, validator=at_least(1))
-    rehearsals: int = attrs.field(default=1, validator=at_least(1))
+    rehearsal_steps: int = attrs.field(default=100, validator=at_least(1))
+    rehearsals: int = attrs.field(default=2, validator=at_least(1))
     epochs: int = attrs.field(default=30, validator=at_least(1))
     finetune_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     freeze_encoder: bool = False

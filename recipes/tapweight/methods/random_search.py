@@ -37,18 +37,13 @@ class RandomSearch(Method):
     )
 
     def passes(self, experiment: Experiment) -> int:
-        """Return the most passes: those of all rehearsals and their features, and a main run on the objective of most views."""
+        """Return the passes of all rehearsals, expected at their weights, and the most passes of the main run."""
         most = max(objective.passes for objective in experiment.objectives)
         return self._rehearsals(experiment) + experiment.pretraining_steps * most
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse the random weights, choose the best, and pretrain the encoder further."""
-        names = experiment.names
-        draws = torch.Generator().manual_seed(derive_seed(experiment.seed, "random search"))
-        # Exponential numbers over their sum are uniform on the simplex.
-        points = -torch.rand(len(names), len(names), dtype=torch.float64, generator=draws).log()
-        points = points / points.sum(1, keepdim=True)
-        candidates = {f"random-{k}": dict(zip(names, row, strict=True)) for k, row in enumerate(points.tolist())}
+        candidates = _drawn(experiment)
         losses = rehearse(experiment, candidates).mean(1)
         weights = [*candidates.values()][int(losses.argmin())]
         main = main_run(experiment, weights, self._rehearsals(experiment))
@@ -59,6 +54,18 @@ class RandomSearch(Method):
 
     @staticmethod
     def _rehearsals(experiment: Experiment) -> int:
-        """Return the most passes of all rehearsals."""
-        most = max(objective.passes for objective in experiment.objectives)
-        return rehearsal_passes(experiment, [most] * len(experiment.names))
+        """Return the expected passes of all rehearsals."""
+        views = {objective.name: objective.passes for objective in experiment.objectives}
+        return rehearsal_passes(
+            experiment, [sum(weights[name] * views[name] for name in views) for weights in _drawn(experiment).values()]
+        )
+
+
+def _drawn(experiment: Experiment) -> dict[str, dict[str, float]]:
+    """Return random weights for each of the candidates, by name."""
+    names = experiment.names
+    draws = torch.Generator().manual_seed(derive_seed(experiment.seed, "random search"))
+    # Exponential numbers over their sum are uniform on the simplex.
+    points = -torch.rand(len(names), len(names), dtype=torch.float64, generator=draws).log()
+    points = points / points.sum(1, keepdim=True)
+    return {f"random-{k}": dict(zip(names, row, strict=True)) for k, row in enumerate(points.tolist())}

@@ -47,10 +47,10 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
     return torch.stack(repeats).mean(0)
 
 
-def rehearsal_passes(experiment: Experiment, views: Sequence[int]) -> int:
+def rehearsal_passes(experiment: Experiment, views: Sequence[float]) -> int:
     """Return the passes of `rehearse` for candidates whose steps take these numbers of passes, features included."""
     features = len(views) * feature_passes(experiment.task, _LABELLED)
-    return experiment.settings.rehearsals * (_length(experiment) * sum(views) + features)
+    return experiment.settings.rehearsals * (round(_length(experiment) * sum(views)) + features)
 
 
 def main_run(experiment: Experiment, weights: Mapping[str, float], rehearsals: int) -> Experiment:
