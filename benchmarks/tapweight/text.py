@@ -18,7 +18,7 @@ from mlopt.recipes.tapweight.text.batches import Collate
 from mlopt.recipes.tapweight.text.data import Texts, read_corpus, read_table
 from mlopt.recipes.tapweight.text.encoder import TextEncoder
 from mlopt.recipes.tapweight.text.modality import Settings
-from mlopt.recipes.tapweight.text.objectives import OBJECTIVES, make_objective
+from mlopt.recipes.tapweight.text.objectives import make_objective
 from mlopt.recipes.tapweight.text.task import TextTask
 from mlopt.rng import seed_everything
 
@@ -59,13 +59,31 @@ STANDARD = Plan(
     modality="text",
     tasks=tuple(TASKS),
     methods=(),
-    objectives=tuple(OBJECTIVES),
+    objectives=(
+        "masked_tokens",
+        "contrastive",
+        "sentence_order",
+        "replaced_tokens",
+        "sentence_position",
+        "same_document",
+        "keywords",
+        "topic_clusters",
+        "random_labels",
+    ),
     seeds=(10, 11, 12, 13, 14),
     labels=(300,),
-    passes=1_500,
+    passes=1_200,
     test_limit=1_000,
     encoder={"start": "pretrained", "layers": 2, "tokens": 32},
-    settings=Settings(batch_size=32, task_batch_size=32, pretraining_lr=2e-4, finetuning_lr=2e-4, finetune_lr=2e-4),
+    settings=Settings(
+        batch_size=32,
+        task_batch_size=32,
+        pretraining_lr=2e-4,
+        finetuning_lr=2e-4,
+        finetune_lr=2e-4,
+        weights_lr=0.03,
+        rehearsal_steps=30,
+    ),
 )
 
 

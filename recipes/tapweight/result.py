@@ -165,7 +165,7 @@ class TapWeightResult:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        left, right = figure.subplots(1, 2, width_ratios=(4, 3))
         order = sorted(self.weights, key=lambda name: -self.weights[name])
         colours = {name: f"C{k}" for k, name in enumerate(self.weights)}
         if any(name.startswith(_PATH) for name in self.history.names):
@@ -208,7 +208,7 @@ class TapWeightResult:
             xlabel="weight: share of the resamples of the labels in which it was best",
             title=f"{self.main.title}: weights",
         )
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, 1.1)
 
 
 def _card(result: TapWeightResult) -> str:

@@ -149,7 +149,7 @@ def verdict(signals: Mapping[str, Signal]) -> str:
     if not helps and not harms:
         return (
             "This run shows no significant preference of the task among these objectives: the differences of their weights are "
-            "within the noise of its batches and of the validation labels."
+            "within the noise of its batches and of the labels."
         )
     parts = []
     if helps:
@@ -158,4 +158,4 @@ def verdict(signals: Mapping[str, Signal]) -> str:
         parts.append(f"{', '.join(harms)} helped significantly less")
     rest = [name for name in signals if name not in (*helps, *harms)]
     tail = f"; {', '.join(rest)} cannot be distinguished from the mixture" if rest else ""
-    return f"By the validation labels, {' and '.join(parts)}{tail}."
+    return f"By the labels of the task, {' and '.join(parts)}{tail}."

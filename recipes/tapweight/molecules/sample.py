@@ -13,7 +13,7 @@ from .data import import_extra
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["drugs", "recombined", "solubility"]
+__all__ = ["drugs", "recombined"]
 
 _HEAVY_ATOMS = range(12, 38)
 
@@ -22,32 +22,6 @@ def drugs() -> tuple[str, ...]:
     """Return the SMILES of about 130 drugs and related molecules."""
     text = (resources.files(__package__) / "drugs.smi").read_text()
     return tuple(line.split()[0] for line in text.splitlines())
-
-
-def solubility(smiles: str) -> float:
-    """Return log10 of the solubility in water (mol/l) that Delaney's equation estimates from four descriptors.
-
-    0.16 - 0.63 logP - 0.0062 weight + 0.066 rotatable bonds - 0.74 aromatic proportion.
-
-    Args:
-        smiles: a molecule.
-
-    Source: Delaney 2004 (doi 10.1021/ci034243x); logP is Crippen's, computed by RDKit.
-    """
-    chem = import_extra("rdkit.Chem")
-    crippen, descriptors, counts = (
-        import_extra(f"rdkit.Chem.{name}") for name in ("Crippen", "Descriptors", "rdMolDescriptors")
-    )
-    molecule = chem.MolFromSmiles(smiles)
-    aromatic = sum(atom.GetIsAromatic() for atom in molecule.GetAtoms()) / molecule.GetNumHeavyAtoms()
-    rotatable = counts.CalcNumRotatableBonds(molecule)
-    return float(
-        0.16
-        - 0.63 * crippen.MolLogP(molecule)
-        - 0.0062 * descriptors.MolWt(molecule)
-        + 0.066 * rotatable
-        - 0.74 * aromatic
-    )
 
 
 def recombined(count: int, seed: int) -> list[str]:

@@ -45,7 +45,7 @@ SETTINGS = Settings(
     epochs=8,
     finetune_lr=2e-4,
     freeze_encoder=True,
-    measurements=10,
+    rehearsal_steps=40,
 )
 _LAYERS, _TOKENS = 2, 24
 _TRAIN, _VALID, _TEST = 300, 400, 400
