@@ -1,0 +1,123 @@
+"""Rehearsals find the objective that suits a task, and random search the best of its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import pytest
+import torch
+from tapweight_cases import F64, SETTINGS, Sum
+from torch import Tensor, nn
+
+from mlopt.recipes import TapWeight
+from mlopt.recipes.tapweight import encoder
+from mlopt.recipes.tapweight.exact_head import labelled_features, ridge_leave_one_out
+from mlopt.recipes.tapweight.methods import RandomSearch, Rehearsal, Single
+from mlopt.recipes.tapweight.methods.rehearsing import rehearse
+from mlopt.recipes.tapweight.objective import Objective
+from mlopt.rng import derive_seed
+
+
+class Narrow(encoder.Encoder):
+    """One feature: it can hold what one objective needs."""
+
+    width = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1, dtype=F64)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.layer(batch)
+
+
+class Direction(Objective):
+    """Predict a linear function of the input."""
+
+    def __init__(self, name: str, direction: Sequence[float]) -> None:
+        self.name, self.direction = name, torch.tensor(direction, dtype=F64)
+
+    def head(self, encoder: encoder.Encoder) -> nn.Module:
+        return nn.Linear(1, 1, dtype=F64)
+
+    def loss(self, encoder: encoder.Encoder, head: nn.Module, view: Tensor) -> Tensor:
+        return (head(encoder(view)).squeeze(1) - view @ self.direction).square().mean()
+
+
+def narrow(seed: int) -> TapWeight:
+    """Return a recipe whose task, the sum of the inputs, is what the first objective predicts."""
+    torch.manual_seed(seed)
+    task = Sum({split: list(torch.randn(30, 3, dtype=F64)) for split in ("train", "valid", "test")})
+    objectives = [
+        Direction("sum", [1, 1, 1]),
+        Direction("difference", [1, -1, 0]),
+        Direction("contrast", [1, 1, -2]),
+    ]
+    settings = attrs.evolve(
+        SETTINGS,
+        batch_size=16,
+        pretraining_lr=3e-2,
+        rehearsal_steps=60,
+        epochs=20,
+        freeze_encoder=True,
+        finetune_lr=0.1,
+    )
+    corpus = list(torch.randn(200, 3, dtype=F64))
+    return TapWeight(Narrow(), objectives, task, corpus, settings=settings, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_objective_that_suits_the_task_takes_the_weight_and_helps(seed: int) -> None:
+    result = narrow(seed).fit(120, progress=False)
+    assert result.weights["sum"] > 0.95
+    assert result.signals["sum"].significant
+    assert result.signals["sum"].mean > 0
+    assert not any(signal.significant and signal.mean > 0 for name, signal in result.signals.items() if name != "sum")
+    assert result.verdict.startswith("By the labels of the task, sum helped significantly more than the mixture")
+    # The feature is the sum, to a factor: the errors left are those of the finetuned head.
+    assert result.scores["rehearsal"]["test"] < 0.5 * result.scores["equal"]["test"]
+    row = result.encoder.layer.weight[0].detach()
+    assert float(row.std() / row.mean().abs()) < 0.15
+
+
+def test_a_rehearsal_is_pretraining_on_one_objective_judged_by_held_out_examples() -> None:
+    made = narrow(0)
+    experiment = attrs.evolve(made.experiment(60, progress=False), settings=attrs.evolve(SETTINGS, rehearsals=1))
+    candidates = {"sum": {"sum": 1.0, "difference": 0.0, "contrast": 0.0}}
+    (losses,) = rehearse(experiment, candidates)
+    model = experiment.model()
+    alone = Single("sum")
+    experiment.solve("alone", alone.problem(experiment, model), 60, seed=derive_seed(experiment.seed, "rehearsal", 0))
+    expected = ridge_leave_one_out(*labelled_features(model.encoder, made.task, ("train", "valid"))).losses
+    assert len(losses) == 60
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_random_search_takes_the_candidate_of_the_smallest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def judged(experiment, candidates):
+        seen.update(candidates)
+        return torch.tensor([[3.0, 3.0], [1.0, 1.5], [0.0, 9.0]])
+
+    monkeypatch.setattr("mlopt.recipes.tapweight.methods.random_search.rehearse", judged)
+    weights = RandomSearch().adapt(narrow(0).experiment(3, progress=False)).weights
+    assert list(seen) == ["random-0", "random-1", "random-2"]
+    assert weights == seen["random-1"]
+    assert all(sum(candidate.values()) == pytest.approx(1) for candidate in seen.values())
+    again = RandomSearch().adapt(narrow(0).experiment(3, progress=False)).weights
+    assert again == weights
+
+
+def test_more_rehearsals_are_averaged() -> None:
+    experiment = narrow(1).experiment(20, progress=False)
+    candidates = {"difference": {"sum": 0.0, "difference": 1.0, "contrast": 0.0}}
+    once, twice = (
+        rehearse(attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, rehearsals=count)), candidates)
+        for count in (1, 2)
+    )
+    assert not torch.equal(once, twice)
+    assert Rehearsal().passes(
+        attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, rehearsals=2))
+    ) > Rehearsal().passes(attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, rehearsals=1)))
