@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 
 from benchmarks.hypergrad.bar import bar
+from benchmarks.tapweight.results import regimes
+from benchmarks.tapweight.rows import read
+from benchmarks.tapweight.tables import markdown
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
-#: By section: the file, and the names of the tasks in the tables.
-TAPWEIGHT = {
-    "real molecules": ("tapweight-2026-11-24.json", {"bbbp": "BBBP", "esol": "ESOL"}),
-    "real texts": (
-        "tapweight-text-2026-11-24.json",
-        {"citation_intent": "citation intent", "scicite": "SciCite", "chemprot": "ChemProt", "cola": "CoLA"},
-    ),
+#: By modality: the rows of the study.
+STUDIES = {
+    name: read([ROOT / "benchmarks" / "results" / f"tapweight-{name}-2026-11-26.jsonl"]) for name in ("molecules", "text")
 }
+#: The methods in the summary of the study.
+SUMMARY = ("direct", "equal", "tapweight", "rehearsal")
+SUMMARY_HEADER = "| task | metric | no pretraining | equal weights | TapWeight as published | TapWeight by rehearsal |"
+SUMMARY_RULE = "|---|---|---:|---:|---:|---:|"
 LIBRARIES = {
     "hypertorch": "hypertorch",
     "betty": "Betty 0.2.1",
@@ -45,11 +48,6 @@ def table_of(text: str, header: str) -> list[list[str]]:
 
 def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})"
-
-
-def score_row(name: str, runs: list[dict[str, Any]]) -> str:
-    cells = [spread([run["scores"][method]["test"] for run in runs]) for method in ("direct", "equal", "tapweight")]
-    return f"| {name} | {runs[0]['metric']} | {' | '.join(cells)} |"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +75,19 @@ def test_errors_and_costs_of_hypergradients_are_the_measured_ones(
             )
             expected += [f"{row['error']:.1e}", f"{row['time']:.1f}", f"{row['memory']:.2f}"]
         assert cells == expected, name
+
+
+def test_errors_and_costs_on_a_gpu_are_the_measured_ones() -> None:
+    table = table_of(PAGE, "| | error | time | memory |")
+    rows = [row for row in rows_of("hypergrad-cuda-2026-11-26.json") if row.get("case") == "MLP 64-256-10"]
+    assert len(table) >= 8
+    for name, *cells in table:
+        (row,) = (
+            row
+            for row in rows
+            if (row["section"], row["estimator"]) == ("accuracy", name) and row["iterations"] in (0, 10)
+        )
+        assert cells == [f"{row['error']:.1e}", f"{row['time']:.1f}", f"{row['memory']:.2f}"], name
 
 
 def test_targets_at_equal_iterations_are_the_measured_ones(hypergrad: list[dict[str, Any]]) -> None:
@@ -112,51 +123,38 @@ def test_the_cost_of_solve() -> None:
     assert [cells for _, *cells in table] == expected
 
 
-@pytest.fixture(params=list(TAPWEIGHT))
-def section(request: Any) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """Return a section of the page, the results, and the names of the tasks."""
-    file, names = TAPWEIGHT[request.param]
-    return PAGE.split(f"## TapWeight: {request.param}\n")[1].split("\n##")[0], rows_of(file), names
+def summary(name: str) -> list[str]:
+    """Return the rows of the summary of a study: a task, its metric, and the scores of four methods."""
+    (regime,) = regimes(STUDIES[name])
+    lines = []
+    for task in regime.tasks:
+        cells = []
+        for method in SUMMARY:
+            difference = regime.differences(method)[task]
+            cells.append(spread(list(regime.scores(method, task).values())) + (difference.mark if difference else ""))
+        lines.append(f"| {task} | {regime.metrics[task]} | {' | '.join(cells)} |")
+    return lines
 
 
-def runs_of(rows: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    return [row for row in rows["runs"] if row["task"] == task]
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_the_summary_of_the_study_is_that_of_its_rows(name: str) -> None:
+    for line in summary(name):
+        assert line in README.splitlines()
+        assert line in PAGE.splitlines()
 
 
-def test_scores_are_those_of_the_results(section: Any) -> None:
-    text, rows, names = section
-    assert {row["task"] for row in rows["runs"]} == set(names)
-    for task, name in names.items():
-        runs = runs_of(rows, task)
-        assert len(runs) == len(rows["size"]["seeds"])
-        assert score_row(name, runs) in text.splitlines()
-        assert score_row(name, runs) in README.splitlines()
-
-
-def test_scores_of_the_demonstration_in_the_readme() -> None:
-    assert score_row("demonstration", rows_of("demo-2026-11-24.json")) in README.splitlines()
-
-
-def test_weights_and_their_significance(section: Any) -> None:
-    text, rows, names = section
-    for objective in rows["runs"][0]["weights"]:
-        cells = [
-            f"{spread([run['weights'][objective] for run in runs])}; "
-            f"{sum(run['signals'][objective]['significant'] for run in runs)} of {len(runs)}"
-            for runs in (runs_of(rows, task) for task in names)
-        ]
-        assert f"| {objective} | {' | '.join(cells)} |" in text.splitlines()
-
-
-def test_cost_of_an_iteration(section: Any) -> None:
-    text, rows, _ = section
-    cost = f"{rows['cost']['1']:.2f} with lambda moved at every step, {rows['cost']['4']:.2f} at every fourth"
-    assert cost in " ".join(text.split())
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_the_tables_of_the_study_are_those_of_the_report(name: str) -> None:
+    """The page may leave out tables of the report, but it changes none."""
+    lines = [line for line in markdown(STUDIES[name]).splitlines() if line.startswith("|")]
+    section = PAGE.split(f"## TapWeight: the study on {name}\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 20
+    assert set(shown) <= {*lines, *summary(name), SUMMARY_HEADER, SUMMARY_RULE}
 
 
 def test_every_measurement_in_a_table_of_the_readme_is_on_the_page() -> None:
-    """The row of the demonstration has a table of its own on the page."""
     rows = [row for row in README.splitlines() if re.match(r"\|.*\d\.\d", row)]
     assert len(rows) > 12
-    assert set(rows) - set(PAGE.splitlines()) <= {score_row("demonstration", rows_of("demo-2026-11-24.json"))}
+    assert set(rows) <= set(PAGE.splitlines())
     assert len(README.splitlines()) < 150
