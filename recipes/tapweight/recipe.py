@@ -16,7 +16,7 @@ from mlopt.validation import require
 
 from .encoder import Encoder
 from .experiment import Experiment
-from .finetuning import Finetuned, finetune
+from .finetuning import finetune
 from .methods import DEFAULT, Method, make_method
 from .result import Outcome, TapWeightResult
 from .settings import Settings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
 
+    from .finetuning import Finetuned
     from .objective import Objective
     from .task import Task
 
@@ -174,42 +175,35 @@ class TapWeight:
                 objective that gives the encoder no gradient.
         """
         compared = _methods(methods)
-        if (steps is None) == (passes is None):
-            raise ArgumentError(f"fit: steps={steps} and passes={passes}; give one of them")
-        if steps is not None:
-            self._experiment.settings.schedule(steps)
-        for method in compared:
-            method.check(self._experiment.settings, steps or self._experiment.settings.every, self._experiment.names)
-        whole = self.experiment(
-            steps or self._experiment.settings.every, checkpoint=checkpoint, resume=resume, progress=progress
+        experiments = self._experiments(
+            compared, steps, passes, checkpoint=checkpoint, resume=resume, progress=progress
         )
-        experiments = {
-            method.name: whole if passes is None else whole.affordable(method, passes) for method in compared
-        }
         if progress:
             Console().print(_plan(experiments, compared), highlight=False, soft_wrap=True)
         *others, main = compared
         adapted = {main.name: main.adapt(experiments[main.name], callbacks)}
         adapted |= {method.name: method.adapt(experiments[method.name]) for method in others}
-        outcomes: dict[str, Outcome] = {}
-        finetuned: tuple[Finetuned, ...] = ()
-        for method in compared:
-            experiment = experiments[method.name]
-            finetuned = _finetune(experiment, method, adapted[method.name].encoder)
-            outcomes[method.name] = Outcome(
+        finetuned = {
+            method.name: _finetune(experiments[method.name], method, adapted[method.name].encoder)
+            for method in compared
+        }
+        outcomes = {
+            method.name: Outcome(
                 title=method.title,
                 summary=method.summary,
-                passes=method.passes(experiment),
+                passes=method.passes(experiments[method.name]),
                 weights=adapted[method.name].weights,
-                scores=_mean(finetuned),
+                scores=_mean(finetuned[method.name]),
             )
-        own = adapted[main.name]
+            for method in compared
+        }
+        own, experiment = adapted[main.name], experiments[main.name]
         return TapWeightResult(
             outcomes=outcomes,
             signals=dict(own.signals),
             history=own.history,
             encoder=own.encoder,
-            finetuned=finetuned,
+            finetuned=finetuned[main.name],
             metric=self.task.metric_name,
             greater_is_better=self.task.greater_is_better,
             settings=attrs.asdict(experiment.settings),
@@ -218,6 +212,24 @@ class TapWeight:
             estimator=str(experiment.estimator),
             data={"task": repr(self.task), "corpus": _described(experiment.corpus)},
         )
+
+    def _experiments(
+        self, methods: Sequence[Method], steps: int | None, passes: int | None, **options: Any
+    ) -> dict[str, Experiment]:
+        """Return the experiment of each method: with the same steps for all, or with those that it can afford.
+
+        Raises:
+            ValueError: both steps and passes, or neither; too few of them; a method refuses the run.
+        """
+        if (steps is None) == (passes is None):
+            raise ArgumentError(f"fit: steps={steps} and passes={passes}; give one of them")
+        settings = self._experiment.settings
+        least = settings.every if steps is None else steps
+        settings.schedule(least)
+        for method in methods:
+            method.check(settings, least, self._experiment.names)
+        whole = self.experiment(least, **options)
+        return {method.name: whole if passes is None else whole.affordable(method, passes) for method in methods}
 
 
 def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:

@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
 #: By modality: the rows of the study.
 STUDIES = {
-    name: read([ROOT / "benchmarks" / "results" / f"tapweight-{name}-2026-11-26.jsonl"]) for name in ("molecules", "text")
+    name: read([ROOT / "benchmarks" / "results" / f"tapweight-{name}-2026-11-26.jsonl"])
+    for name in ("molecules", "text")
 }
 #: The methods in the summary of the study.
 SUMMARY = ("direct", "equal", "tapweight", "rehearsal")
