@@ -29,7 +29,7 @@ class Adapted:
     Attributes:
         encoder: the encoder, before it is finetuned.
         weights: the weight of each objective; they sum to one. None if the method does not weigh objectives.
-        signals: how each objective compares with the mixture; empty if the method does not measure this.
+        signals: how each objective compares with the average of all; empty if the method does not measure this.
         history: a row for each logged step.
     """
 

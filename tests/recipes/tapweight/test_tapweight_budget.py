@@ -109,5 +109,15 @@ def test_tasks_share_the_phases_that_do_not_depend_on_labels(tmp_path: Path) -> 
 
 
 def test_a_method_without_steps_has_no_budget_to_exceed() -> None:
-    with pytest.raises(ValueError, match="passes=0: one step of tapweight takes"):
+    with pytest.raises(ValueError, match="passes=0: the shortest run of tapweight takes"):
         recipe().experiment(1, progress=False).affordable(ThreeLevels(), 0)
+
+
+@pytest.mark.parametrize("name", ["equal", "rehearsal", "tapweight"])
+def test_a_budget_that_takes_no_step_on_the_weights_is_refused(name: str) -> None:
+    experiment = recipe(settings=attrs.evolve(SETTINGS, every=5, rehearsal_steps=2)).experiment(5, progress=False)
+    method = make_method(name)
+    least = method.passes(experiment)
+    assert experiment.affordable(method, least).pretraining_steps == 5
+    with pytest.raises(ValueError, match=f"passes={least - 1}: the shortest run of {name} takes {least}"):
+        experiment.affordable(method, least - 1)
