@@ -114,7 +114,7 @@ class Experiment:
         every = self.settings.every
 
         def cost(multiple: int) -> int:
-            return method.passes(attrs.evolve(self, steps=multiple * every))
+            return method.passes(attrs.evolve(self, steps=multiple * every, budget=None))
 
         # A step evaluates the encoder at least once, unless the method takes no steps.
         most = bisect_right(range(1, max(1, passes // every) + 1), passes, key=cost)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..experiment import Experiment
     from ..task import Split
 
-__all__ = ["main_run", "rehearsal_passes", "rehearse"]
+__all__ = ["main_run", "rehearsal_passes", "rehearse", "run_passes"]
 
 #: The head needs no epoch to be chosen, so the labels of both splits serve the weights.
 _LABELLED: tuple[Split, ...] = ("train", "valid")
@@ -55,6 +55,12 @@ def rehearsal_passes(experiment: Experiment, views: Sequence[float]) -> int:
     """Return the passes of `rehearse` for candidates whose steps take these numbers of passes, features included."""
     features = len(views) * feature_passes(experiment.task, _LABELLED)
     return experiment.settings.rehearsals * (round(_length(experiment) * sum(views)) + features)
+
+
+def run_passes(experiment: Experiment, rehearsals: int) -> int:
+    """Return the most passes of rehearsals of these passes and a main run; `main_run` spends the rest of a budget."""
+    most = max(objective.passes for objective in experiment.objectives)
+    return max(rehearsals + experiment.pretraining_steps * most, experiment.budget or 0)
 
 
 def main_run(experiment: Experiment, weights: Mapping[str, float], rehearsals: int) -> Experiment:
