@@ -159,7 +159,7 @@ class SeedRun:
             title=method.title,
             uses_labels=method.uses_labels,
             adapted=adapted,
-            steps=budgeted.steps if passes else 0,
+            steps=(adapted.steps or budgeted.steps) if passes else 0,
             passes=passes,
             used=used,
         )

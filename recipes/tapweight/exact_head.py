@@ -113,10 +113,12 @@ def ridge_fit(features: Tensor, targets: Tensor, penalty: float, *, clip: bool =
         clip: clip the predictions to the range of the labels. A ranking of examples needs them as they are.
 
     Returns:
-        The function from features (m, F) to predictions (m, T).
+        The function from features (m, F) to predictions (m, T), which are 0 in a column without labels.
     """
     fits = []
     for rows, columns in _patterns(~targets.isnan()):
+        if not len(rows):
+            continue
         own, labels = features[rows], targets[rows][:, columns]
         mean, deviation = own.mean(0), own.std(0, correction=0) + _SMALLEST_DEVIATION
         left, values, right = torch.linalg.svd((own - mean) / deviation, full_matrices=False)

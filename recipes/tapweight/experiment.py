@@ -101,24 +101,28 @@ class Experiment:
         return self.steps // self.settings.every * self.settings.every
 
     def affordable(self, method: Costly, passes: int) -> Experiment:
-        """Return the experiment with the largest number of steps whose cost by a method is at most `passes`.
+        """Return the experiment with the largest multiple of `settings.every` steps whose cost is at most `passes`.
 
         Args:
             method: states its cost by `passes(experiment)`, which does not fall with the number of steps.
             passes: the most evaluations of the encoder on a batch.
 
         Raises:
-            ArgumentError: not even one step is affordable.
+            ArgumentError: not even the fewest steps are affordable.
         """
 
-        def cost(steps: int) -> int:
-            return method.passes(attrs.evolve(self, steps=steps))
+        every = self.settings.every
+
+        def cost(multiple: int) -> int:
+            return method.passes(attrs.evolve(self, steps=multiple * every, budget=None))
 
         # A step evaluates the encoder at least once, unless the method takes no steps.
-        steps = bisect_right(range(1, passes + 1), passes, key=cost)
-        if not steps:
-            raise ArgumentError(f"passes={passes}: one step of {method.name} takes {cost(1):,}; give at least as many")
-        return attrs.evolve(self, steps=steps, budget=passes)
+        most = bisect_right(range(1, max(1, passes // every) + 1), passes, key=cost)
+        if not most:
+            raise ArgumentError(
+                f"passes={passes}: the shortest run of {method.name} takes {cost(1):,}; give at least as many"
+            )
+        return attrs.evolve(self, steps=most * every, budget=passes)
 
     def prepare(self) -> tuple[Pretraining, dict[str, float]]:
         """Prepare the objectives on the corpus, once.

@@ -207,7 +207,7 @@ class TapWeight:
             metric=self.task.metric_name,
             greater_is_better=self.task.greater_is_better,
             settings=attrs.asdict(experiment.settings),
-            steps=experiment.steps,
+            steps=own.steps or experiment.steps,
             seed=experiment.seed,
             estimator=str(experiment.estimator),
             data={"task": repr(self.task), "corpus": _described(experiment.corpus)},

@@ -67,7 +67,8 @@ class TapWeightResult:
 
     Attributes:
         outcomes: the outcome of each method by its name. The last is that of the main method, whose encoder this result holds.
-        signals: how each objective compares with the mixture, and the significance; empty if the main method does not measure it.
+        signals: how each objective compares with the average of all, and the significance; empty if the main method does not
+            measure it.
         history: of the main method; for TapWeight the losses of the three levels, and the weights, at each step on the weights.
         encoder: the adapted encoder of the main method, before the final finetuning.
         finetuned: the finetuned models of the main method, one for each finetuning.
@@ -158,10 +159,13 @@ class TapWeightResult:
             file: the suffix names the format.
 
         Raises:
-            ValueError: the main method did not learn weights.
+            ValueError: the main method did not measure how the objectives compare.
         """
         if not self.signals:
-            raise ArgumentError(f"plot: {self.main.title} did not learn weights, so there is nothing to draw")
+            raise ArgumentError(
+                f"plot: {self.main.title} did not measure how the objectives compare; give 'rehearsal' or 'tapweight' as the "
+                "last method"
+            )
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -181,7 +185,9 @@ class TapWeightResult:
             right.errorbar(signal.mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
-        right.set(xlabel="signal, with two standard errors", title="Does more of it help? (filled: significant)")
+        right.set(
+            xlabel="signal, with two standard errors", title="Does it help more than the average? (filled: significant)"
+        )
         figure.savefig(file, dpi=150)
 
     def _draw_paths(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:

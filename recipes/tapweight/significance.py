@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 __all__ = ["Signal", "compare", "judge", "shares_of_best", "verdict"]
 
 _RESAMPLES = 2_000
+#: Means that differ by less, relative to the losses, are equal but for rounding.
+_TIE = 1e-12
 #: Resamples that are drawn at once, which bounds the memory.
 _CHUNK = 200
 
 
 @attrs.frozen
 class Signal:
-    """The comparison of an objective with the mixture, over a run.
+    """The comparison of an objective with the average of all, over a run; see `compare` and `judge`.
 
     Attributes:
-        mean: mean of s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k; positive if more of the objective helps.
-        error: its standard error, the scatter between halves of the validation labels included.
+        mean: positive if the objective helps more than the average.
+        error: its standard error, the scatter of the labels included.
         z: mean / error.
-        significant: True if |z| passes a two-sided t test at 5% for all objectives together (Bonferroni).
+        significant: True if |z| passes a two-sided test at 5% for all objectives together.
     """
 
     mean: float
@@ -46,6 +48,8 @@ class Signal:
 def shares_of_best(losses: Tensor, seed: int) -> Tensor:
     """Return the share of the bootstrap resamples of n examples in which each of K candidates has the smallest mean loss, (K,).
 
+    Candidates of one loss share a resample.
+
     Args:
         losses: of each candidate on each example, (K, n).
         seed: the seed of the resamples.
@@ -59,8 +63,9 @@ def shares_of_best(losses: Tensor, seed: int) -> Tensor:
 
     Source: Breiman, "Bagging predictors", Machine Learning 1996, of a choice by leave-one-out loss.
     """
-    best = _resampled_means(losses, seed).argmin(1)
-    return torch.bincount(best, minlength=len(losses)).double() / len(best)
+    means = _resampled_means(losses, seed)
+    best = (means <= means.amin(1, keepdim=True) + _TIE * losses.double().abs().mean()).double()
+    return (best / best.sum(1, keepdim=True)).sum(0) / len(best)
 
 
 def compare(names: Sequence[str], losses: Tensor, seed: int) -> dict[str, Signal]:
@@ -82,7 +87,7 @@ def compare(names: Sequence[str], losses: Tensor, seed: int) -> dict[str, Signal
     means, resampled = differences.mean(1), _resampled_means(differences, seed)
     errors = resampled.std(0, correction=0)
     # Candidates that never differ have no error, and are not significant.
-    clear = errors > 1e-12 * losses.double().abs().mean()
+    clear = errors > _TIE * losses.double().abs().mean()
     deviations = torch.where(clear, (resampled - means).abs() / errors, 0.0).amax(1)
     threshold = float(deviations.quantile(0.95))
     signals = {}
@@ -108,10 +113,11 @@ def _resampled_means(losses: Tensor, seed: int) -> Tensor:
 def judge(names: Sequence[str], means: Sequence[Tensor], halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Signal]:
     """Return the signal of each objective over T intervals of a run.
 
-    With m_t the mean signal of an interval's steps and a_t, b_t the signals of two halves of the labels at its end, the
-    signal is mean_t m_t. Half the difference of two halves scatters as the mean over all labels does, and the labels are the
-    same at every t, so that part of the error does not shrink with T. The scatter from interval to interval (batches, masks,
-    the drift of the run) does shrink: error^2 = mean_t ((a_t - b_t)/2)^2 + var_t(m_t) / T.
+    The signal of a step is s_k - sum_j lambda_j s_j, s_k = -dL_valid/dlambda_k. With m_t the mean signal of an interval's steps
+    and a_t, b_t the signals of two halves of the labels at its end, the signal of the run is mean_t m_t. Half the difference of
+    two halves scatters as the mean over all labels does, and the labels are the same at every t, so that part of the error does
+    not shrink with T. The scatter from interval to interval (batches, masks, the drift of the run) does shrink:
+    error^2 = mean_t ((a_t - b_t)/2)^2 + var_t(m_t) / T.
 
     Args:
         names: K names.
@@ -148,14 +154,14 @@ def verdict(signals: Mapping[str, Signal]) -> str:
     harms = [name for name, signal in signals.items() if signal.significant and signal.mean < 0]
     if not helps and not harms:
         return (
-            "This run shows no significant preference of the task among these objectives: the differences of their weights are "
-            "within the noise of its batches and of the labels."
+            "This run shows no significant preference of the task among these objectives: their differences are within the "
+            "noise of the run and of its labels."
         )
     parts = []
     if helps:
-        parts.append(f"{', '.join(helps)} helped significantly more than the mixture")
+        parts.append(f"{', '.join(helps)} helped significantly more than the average objective")
     if harms:
         parts.append(f"{', '.join(harms)} helped significantly less")
     rest = [name for name in signals if name not in (*helps, *harms)]
-    tail = f"; {', '.join(rest)} cannot be distinguished from the mixture" if rest else ""
+    tail = f"; {', '.join(rest)} cannot be distinguished from the average" if rest else ""
     return f"By the labels of the task, {' and '.join(parts)}{tail}."

@@ -102,9 +102,10 @@ def test_tasks_share_rehearsals_and_nothing_else(tmp_path: Path, monkeypatch: py
     for task in own.tasks:
         study.run(attrs.evolve(own, tasks=(task,)), tmp_path / "each.jsonl")
     assert scores(tmp_path / "both.jsonl") == scores(tmp_path / "each.jsonl")
-    length = read([tmp_path / "both.jsonl"])[0]["steps"]
-    # Two rehearsals, as long as the main run, for both tasks together, and a main run for each.
-    assert (both, steps[0]) == (4 * length, 6 * length)
+    # Of 40 passes, two rehearsals of 6 steps on each of two objectives take 24, and their features 8; the main run has the rest.
+    assert [row["steps"] for row in read([tmp_path / "both.jsonl"])] == [8, 8]
+    # Both tasks together rehearse once, and have a main run each.
+    assert (both, steps[0]) == (24 + 2 * 8, 2 * (24 + 8))
     assert not list(tmp_path.glob("*.work/*/*"))
 
 

@@ -29,14 +29,16 @@ class Adapted:
     Attributes:
         encoder: the encoder, before it is finetuned.
         weights: the weight of each objective; they sum to one. None if the method does not weigh objectives.
-        signals: how each objective compares with the mixture; empty if the method does not measure this.
+        signals: how each objective compares with the average of all; empty if the method does not measure this.
         history: a row for each logged step.
+        steps: pretraining steps of the encoder; None if they are those of the experiment.
     """
 
     encoder: Encoder
     weights: Mapping[str, float] | None = None
     signals: Mapping[str, Signal] = attrs.field(factory=dict)
     history: History = attrs.field(factory=History)
+    steps: int | None = None
 
 
 class Method(ABC):

@@ -10,7 +10,7 @@ from mlopt.rng import derive_seed
 
 from .method import Adapted, Method
 from .pretraining import pretraining
-from .rehearsing import main_run, rehearsal_passes, rehearse
+from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,7 @@ class RandomSearch(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of all rehearsals, expected at their weights, and the most passes of the main run."""
-        most = max(objective.passes for objective in experiment.objectives)
-        return self._rehearsals(experiment) + experiment.pretraining_steps * most
+        return run_passes(experiment, self._rehearsals(experiment))
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse the random weights, choose the best, and pretrain the encoder further."""
@@ -50,7 +49,7 @@ class RandomSearch(Method):
         model = main.model()
         problem = pretraining(main, model, weights, drawn=True)
         solution = main.solve(self.name, problem, main.pretraining_steps, callbacks=callbacks)
-        return Adapted(encoder=model.encoder, weights=weights, history=solution.history)
+        return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=main.steps)
 
     @staticmethod
     def _rehearsals(experiment: Experiment) -> int:

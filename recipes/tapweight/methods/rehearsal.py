@@ -20,7 +20,7 @@ from mlopt.rng import derive_seed
 from ..significance import compare, shares_of_best
 from .method import Adapted, Method
 from .pretraining import pretraining
-from .rehearsing import main_run, rehearsal_passes, rehearse
+from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,8 +47,7 @@ class Rehearsal(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return the most passes: those of all rehearsals and their features, and a main run on the objective of most views."""
-        most = max(objective.passes for objective in experiment.objectives)
-        return self._rehearsals(experiment) + experiment.pretraining_steps * most
+        return run_passes(experiment, self._rehearsals(experiment))
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse each objective, choose the weights, and pretrain the encoder further."""
@@ -61,7 +60,9 @@ class Rehearsal(Method):
         problem = pretraining(main, model, weights, drawn=True)
         solution = main.solve(self.name, problem, main.pretraining_steps, callbacks=callbacks)
         signals = compare(names, losses, seed)
-        return Adapted(encoder=model.encoder, weights=weights, signals=signals, history=solution.history)
+        return Adapted(
+            encoder=model.encoder, weights=weights, signals=signals, history=solution.history, steps=main.steps
+        )
 
     @staticmethod
     def _rehearsals(experiment: Experiment) -> int:

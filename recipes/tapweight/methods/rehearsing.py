@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from mlopt.errors import NonFiniteError
 from mlopt.rng import derive_seed, seed_everything
 
 from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..experiment import Experiment
     from ..task import Split
 
-__all__ = ["main_run", "rehearsal_passes", "rehearse"]
+__all__ = ["main_run", "rehearsal_passes", "rehearse", "run_passes"]
 
 #: The head needs no epoch to be chosen, so the labels of both splits serve the weights.
 _LABELLED: tuple[Split, ...] = ("train", "valid")
@@ -38,11 +39,14 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
         experiment: the start, the batches and the settings.
         candidates: weights of the objectives, which sum to one, by the name of the candidate. A step takes the loss of one
             objective, drawn by these weights.
+
+    Raises:
+        NonFiniteError: a rehearsal diverges, or a loss is not finite: there is nothing to choose weights by.
     """
     repeats = []
     for repeat in range(experiment.settings.rehearsals):
         start = _start(experiment, repeat)
-        losses = [_loss(experiment, start, f"{repeat}-{name}", weights) for name, weights in candidates.items()]
+        losses = [_loss(experiment, start, repeat, name, weights) for name, weights in candidates.items()]
         repeats.append(torch.stack(losses))
     return torch.stack(repeats).mean(0)
 
@@ -51,6 +55,12 @@ def rehearsal_passes(experiment: Experiment, views: Sequence[float]) -> int:
     """Return the passes of `rehearse` for candidates whose steps take these numbers of passes, features included."""
     features = len(views) * feature_passes(experiment.task, _LABELLED)
     return experiment.settings.rehearsals * (round(_length(experiment) * sum(views)) + features)
+
+
+def run_passes(experiment: Experiment, rehearsals: int) -> int:
+    """Return the most passes of rehearsals of these passes and a main run; `main_run` spends the rest of a budget."""
+    most = max(objective.passes for objective in experiment.objectives)
+    return max(rehearsals + experiment.pretraining_steps * most, experiment.budget or 0)
 
 
 def main_run(experiment: Experiment, weights: Mapping[str, float], rehearsals: int) -> Experiment:
@@ -70,18 +80,34 @@ def main_run(experiment: Experiment, weights: Mapping[str, float], rehearsals: i
     return attrs.evolve(experiment, steps=int((experiment.budget - rehearsals) / views))
 
 
-def _loss(experiment: Experiment, start: Pretraining, name: str, weights: Mapping[str, float]) -> Tensor:
+def _loss(experiment: Experiment, start: Pretraining, repeat: int, name: str, weights: Mapping[str, float]) -> Tensor:
     """Pretrain a copy of `start` at the weights; return the leave-one-out loss of each labelled example, (n,)."""
-    short = attrs.evolve(experiment, steps=_length(experiment))
+    # No weights move in a rehearsal, so its length need not be a multiple of `every`.
+    settings = attrs.evolve(experiment.settings, every=1)
+    short = attrs.evolve(experiment, steps=_length(experiment), settings=settings)
     model = copy.deepcopy(start)
-    short.solve(
-        f"rehearsal-{name}",
-        pretraining(short, model, weights, drawn=True),
-        short.pretraining_steps,
-        seed=derive_seed(experiment.seed, "rehearsal", int(name.partition("-")[0])),
-        labels=False,
-    )
-    return ridge_leave_one_out(*labelled_features(model.encoder, experiment.task, _LABELLED)).losses
+    remedy = "lower pretraining_lr, or leave the objective out"
+    try:
+        short.solve(
+            f"rehearsal-{repeat}-{name}",
+            pretraining(short, model, weights, drawn=True),
+            short.pretraining_steps,
+            seed=derive_seed(experiment.seed, "rehearsal", repeat),
+            labels=False,
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"rehearsal of {name!r}: {error}; {remedy}", step=error.step) from error
+    features, targets = labelled_features(model.encoder, experiment.task, _LABELLED)
+    if not features.isfinite().all():
+        raise NonFiniteError(
+            f"rehearsal of {name!r}: the encoder's features of the labelled examples are not finite; {remedy}"
+        )
+    losses = ridge_leave_one_out(features, targets).losses
+    if not losses.isfinite().all():
+        raise NonFiniteError(
+            f"rehearsal of {name!r}: the losses of the labelled examples are not finite; give finite labels"
+        )
+    return losses
 
 
 def _start(experiment: Experiment, repeat: int) -> Pretraining:

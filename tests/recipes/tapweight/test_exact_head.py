@@ -117,3 +117,11 @@ def test_the_cost_of_features_counts_batches_of_256(split):
     task = recipe().task
     task.splits = {split: [torch.zeros(3)] * 257}
     assert feature_passes(task, (split,)) == 2
+
+
+def test_a_column_without_labels_is_predicted_as_zero():
+    features, targets = problem(0, 20, 3, 2, 0.0)
+    targets[:, 1] = torch.nan
+    predictions = ridge_fit(features, targets, 1e-2)(features)
+    assert torch.equal(predictions[:, 0], ridge_fit(features, targets[:, :1], 1e-2)(features).squeeze(1))
+    assert not predictions[:, 1].any()

@@ -36,6 +36,16 @@ def test_equal_candidates_share_and_a_clear_winner_takes_all():
     assert shares_of_best(noise, seed=0).tolist() == [0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("count", [3, 7, 15])
+def test_candidates_of_one_loss_share_the_resamples_in_which_they_are_best(count):
+    """The rounding of a product of matrices may differ from row to row."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(1, 200, dtype=F64, generator=generator).repeat(count, 1)
+    losses[1] += 1
+    shares = shares_of_best(losses, seed=0).tolist()
+    assert shares == pytest.approx([0 if k == 1 else 1 / (count - 1) for k in range(count)])
+
+
 def test_the_signal_is_the_paired_difference_from_the_mean_and_its_error():
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(3, 200, dtype=F64, generator=generator) + torch.rand(200, dtype=F64, generator=generator) * 10

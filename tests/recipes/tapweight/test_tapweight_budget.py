@@ -109,5 +109,23 @@ def test_tasks_share_the_phases_that_do_not_depend_on_labels(tmp_path: Path) -> 
 
 
 def test_a_method_without_steps_has_no_budget_to_exceed() -> None:
-    with pytest.raises(ValueError, match="passes=0: one step of tapweight takes"):
+    with pytest.raises(ValueError, match="passes=0: the shortest run of tapweight takes"):
         recipe().experiment(1, progress=False).affordable(ThreeLevels(), 0)
+
+
+@pytest.mark.parametrize("name", ["equal", "rehearsal", "tapweight"])
+def test_a_budget_that_takes_no_step_on_the_weights_is_refused(name: str) -> None:
+    experiment = recipe(settings=attrs.evolve(SETTINGS, every=5, rehearsal_steps=2)).experiment(5, progress=False)
+    method = make_method(name)
+    least = method.passes(experiment)
+    assert experiment.affordable(method, least).pretraining_steps == 5
+    with pytest.raises(ValueError, match=f"passes={least - 1}: the shortest run of {name} takes {least}"):
+        experiment.affordable(method, least - 1)
+
+
+@pytest.mark.parametrize("name", ["random_search", "rehearsal"])
+def test_a_run_states_the_steps_and_passes_that_its_budget_pays(name: str) -> None:
+    """A budget of 20 pays rehearsals of 2 steps, 16 passes with their features, and 4 steps of the main run; 3 are too long."""
+    result = recipe(settings=attrs.evolve(SETTINGS, rehearsal_steps=10)).fit(passes=20, methods=[name], progress=False)
+    assert result.steps == len(result.history) == 4
+    assert result.main.passes == 20

@@ -55,7 +55,7 @@ def test_a_new_method_is_compared_with_the_others(tmp_path: Path) -> None:
     assert "# Encoder adapted by half of the weights\n\nPretrained to halve its weights." in card
     assert f"| half of the weights | {result.scores['halved']['valid']:.3f} |" in card
     assert not (tmp_path / "weights.png").exists()
-    with pytest.raises(ValueError, match="half of the weights did not learn weights"):
+    with pytest.raises(ValueError, match="half of the weights did not measure"):
         result.plot(tmp_path / "weights.png")
 
 

@@ -73,7 +73,10 @@ def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sent
         (lambda: recipe(settings=attrs.evolve(SETTINGS, every=4)).fit(3), "steps=3 at every=4: the weights never move"),
         (lambda: recipe().fit(progress=False), "steps=None and passes=None; give one of them"),
         (lambda: recipe().fit(3, passes=9, progress=False), "steps=3 and passes=9; give one of them"),
-        (lambda: recipe().fit(passes=1, progress=False), "passes=1: one step of equal takes 2; give at least as many"),
+        (
+            lambda: recipe().fit(passes=1, progress=False),
+            "passes=1: the shortest run of equal takes 2; give at least as many",
+        ),
         (lambda: Settings(gamma=0.0), "gamma=0.0; it must be a finite number > 0"),
         (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),
         (lambda: Settings(scale="norm"), "scale='norm'; it must be one of 'gradient', 'none'"),

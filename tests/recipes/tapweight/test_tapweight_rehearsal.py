@@ -10,6 +10,7 @@ import torch
 from tapweight_cases import F64, SETTINGS, Sum
 from torch import Tensor, nn
 
+from mlopt.errors import NonFiniteError
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight import encoder
 from mlopt.recipes.tapweight.exact_head import labelled_features, ridge_leave_one_out
@@ -74,7 +75,9 @@ def test_the_objective_that_suits_the_task_takes_the_weight_and_helps(seed: int)
     assert result.signals["sum"].significant
     assert result.signals["sum"].mean > 0
     assert not any(signal.significant and signal.mean > 0 for name, signal in result.signals.items() if name != "sum")
-    assert result.verdict.startswith("By the labels of the task, sum helped significantly more than the mixture")
+    assert result.verdict.startswith(
+        "By the labels of the task, sum helped significantly more than the average objective"
+    )
     # The feature is the sum, to a factor: the errors left are those of the finetuned head.
     assert result.scores["rehearsal"]["test"] < 0.5 * result.scores["equal"]["test"]
     row = result.encoder.layer.weight[0].detach()
@@ -121,3 +124,58 @@ def test_more_rehearsals_are_averaged() -> None:
     assert Rehearsal().passes(
         attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, rehearsals=2))
     ) > Rehearsal().passes(attrs.evolve(experiment, settings=attrs.evolve(experiment.settings, rehearsals=1)))
+
+
+class Broken(Narrow):
+    """A network whose features are not finite in eval mode."""
+
+    value = float("nan")
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return super().forward(batch) * (1 if self.training else self.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_features_that_are_not_finite_are_an_error_that_names_the_objective(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, "value", float(value))
+    made = narrow(0)
+    experiment = attrs.evolve(made.experiment(2, progress=False), encoder=Broken(), start=None)
+    with pytest.raises(NonFiniteError, match=r"rehearsal of 'sum': the encoder's features .* lower pretraining_lr"):
+        Rehearsal().adapt(experiment)
+
+
+def test_labels_that_are_not_finite_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sum, "columns", lambda self, batch: batch.sum(1, keepdim=True) * torch.inf)
+    with pytest.raises(NonFiniteError, match=r"rehearsal of 'sum': the losses .* give finite labels"):
+        Rehearsal().adapt(narrow(0).experiment(2, progress=False))
+
+
+def test_a_rehearsal_that_diverges_names_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = narrow(0).experiment(2, progress=False)
+    experiment.prepare()
+    monkeypatch.setattr(experiment.objectives[1], "direction", torch.full((3,), torch.nan, dtype=F64))
+    with pytest.raises(NonFiniteError, match=r"rehearsal of 'difference': outer step 1: .* lower pretraining_lr"):
+        Rehearsal().adapt(experiment)
+
+
+def test_the_steps_for_each_step_on_the_weights_do_not_change_a_rehearsal() -> None:
+    """A rehearsal of four steps at every=10 has four steps, not none."""
+    candidates = {"sum": {"sum": 1.0, "difference": 0.0, "contrast": 0.0}}
+    experiment = narrow(0).experiment(20, progress=False)
+    losses = [
+        rehearse(attrs.evolve(experiment, settings=attrs.evolve(SETTINGS, rehearsal_steps=4, every=every)), candidates)
+        for every in (1, 10)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_objectives_that_do_not_differ_share_the_weight() -> None:
+    made = narrow(0)
+    same = [Direction(name, [1, 1, 1]) for name in ("a", "b", "c")]
+    settings = attrs.evolve(SETTINGS, pretraining_lr=0.0, rehearsal_steps=2)
+    weights = TapWeight(Narrow(), same, made.task, list(torch.randn(40, 3, dtype=F64)), settings=settings).fit(
+        2, methods=["rehearsal"], progress=False
+    )
+    assert weights.weights == pytest.approx(dict.fromkeys("abc", 1 / 3))
