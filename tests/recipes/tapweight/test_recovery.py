@@ -63,7 +63,7 @@ def learned(seed: int, response: mlopt.RealSteps | None) -> tuple[Tensor, Tensor
         ),
         mlopt.Level("pretraining", Vector(), pretraining_loss, optimizer=partial(SGD, lr=1.0), **inside),
     )
-    mlopt.solve(problem, 100, progress=False)
+    mlopt.solve(problem, 80, progress=False)
     return weights().detach(), best
 
 
