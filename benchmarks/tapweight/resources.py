@@ -18,7 +18,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @attrs.define
 class Used:
-    """What a part of a run used.
+    """The time and the memory of a part of a run.
 
     Attributes:
         seconds: CPU time of the process, or time on a GPU.

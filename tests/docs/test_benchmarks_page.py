@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.hypergrad.bar import bar
+from benchmarks.tapweight import cost
 from benchmarks.tapweight.results import regimes
 from benchmarks.tapweight.rows import read
 from benchmarks.tapweight.tables import markdown
@@ -152,6 +153,14 @@ def test_the_tables_of_the_study_are_those_of_the_report(name: str) -> None:
     shown = [line for line in section.splitlines() if line.startswith("|")]
     assert len(shown) > 20
     assert set(shown) <= {*lines, *summary(name), SUMMARY_HEADER, SUMMARY_RULE}
+
+
+def test_the_cost_of_tapweight_is_the_measured_one() -> None:
+    rows = rows_of("tapweight-cost-2026-11-26.json")
+    printed = cost.markdown(rows["runs"], {int(every): ratio for every, ratio in rows["iteration"].items()})
+    lines = [line for line in printed.splitlines() if line.startswith(("|", "An iteration"))]
+    assert len(lines) == 15
+    assert set(lines) <= set(PAGE.splitlines())
 
 
 def test_every_measurement_in_a_table_of_the_readme_is_on_the_page() -> None:
