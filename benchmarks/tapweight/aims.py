@@ -41,7 +41,7 @@ def _scores(regime: Regime, method: str) -> list[tuple[str, str, bool]]:
     ]
     ranking = regime.ranking()
     if ranking is not None and method in ranking.means:
-        # The row without an encoder is no method of adaptation, and has no budget.
+        # The row without an encoder adapts nothing and has no budget.
         order = [name for name in ranking.means if name != PLAIN]
         place = order.index(method) + 1
         checks.insert(0, ("the first mean rank at equal budget", f"{place} of {len(order)}", place == 1))

@@ -10,8 +10,8 @@ __all__ = ["Bilevel"]
 class Bilevel(TwoLevels):
     """Weights that are learned by two levels: one encoder is trained on sum_k lambda_k L_k + L_train.
 
-    It is the ablation of the three levels: there is no coupling of two encoders, and the labels train the encoder that is
-    adapted.
+    It is the ablation of the three levels. Pretraining and finetuning share one encoder, so nothing is coupled, and the
+    training labels also train the encoder that is adapted.
 
     Source: Zhang, Somayajula & Xie, TMLR 2025 (arXiv 2410.10006), ablation.
     """

@@ -9,7 +9,6 @@ import torch
 from mlopt.rng import derive_seed
 
 from .method import Adapted, Method
-from .pretraining import pretraining
 from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes
 
 if TYPE_CHECKING:
@@ -45,11 +44,7 @@ class RandomSearch(Method):
         candidates = _drawn(experiment)
         losses = rehearse(experiment, candidates).mean(1)
         weights = [*candidates.values()][int(losses.argmin())]
-        main = main_run(experiment, weights, self._rehearsals(experiment))
-        model = main.model()
-        problem = pretraining(main, model, weights, drawn=True)
-        solution = main.solve(self.name, problem, main.pretraining_steps, callbacks=callbacks)
-        return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=main.steps)
+        return main_run(experiment, self.name, weights, self._rehearsals(experiment), callbacks)
 
     @staticmethod
     def _rehearsals(experiment: Experiment) -> int:

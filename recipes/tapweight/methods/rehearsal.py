@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
+
 from mlopt.rng import derive_seed
 
 from ..significance import compare, shares_of_best
 from .method import Adapted, Method
-from .pretraining import pretraining
 from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes
 
 if TYPE_CHECKING:
@@ -55,14 +56,8 @@ class Rehearsal(Method):
         losses = rehearse(experiment, {name: {other: float(other == name) for other in names} for name in names})
         seed = derive_seed(experiment.seed, "bootstrap")
         weights = dict(zip(names, shares_of_best(losses, seed).tolist(), strict=True))
-        main = main_run(experiment, weights, self._rehearsals(experiment))
-        model = main.model()
-        problem = pretraining(main, model, weights, drawn=True)
-        solution = main.solve(self.name, problem, main.pretraining_steps, callbacks=callbacks)
-        signals = compare(names, losses, seed)
-        return Adapted(
-            encoder=model.encoder, weights=weights, signals=signals, history=solution.history, steps=main.steps
-        )
+        adapted = main_run(experiment, self.name, weights, self._rehearsals(experiment), callbacks)
+        return attrs.evolve(adapted, signals=compare(names, losses, seed))
 
     @staticmethod
     def _rehearsals(experiment: Experiment) -> int:

@@ -13,12 +13,15 @@ from mlopt.rng import derive_seed, seed_everything
 
 from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
 from ..models import Pretraining
+from .method import Adapted
 from .pretraining import pretraining
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    import mlopt
 
     from ..experiment import Experiment
     from ..task import Split
@@ -63,21 +66,32 @@ def run_passes(experiment: Experiment, rehearsals: int) -> int:
     return max(rehearsals + experiment.pretraining_steps * most, experiment.budget or 0)
 
 
-def main_run(experiment: Experiment, weights: Mapping[str, float], rehearsals: int) -> Experiment:
-    """Return the experiment with the steps of the main run.
+def main_run(
+    experiment: Experiment,
+    phase: str,
+    weights: Mapping[str, float],
+    rehearsals: int,
+    callbacks: Sequence[mlopt.Callback],
+) -> Adapted:
+    """Pretrain the encoder from the start; each step takes the loss of one objective, drawn by the weights.
 
     A budget is planned for the objective of the most passes a step. At the learned weights a step may take fewer; the main run
     then takes as many more steps.
 
     Args:
         experiment: the experiment of the method.
+        phase: the name of the phase.
         weights: the learned weights.
         rehearsals: the passes of all rehearsals.
+        callbacks: see `mlopt.Callback`.
     """
-    if experiment.budget is None:
-        return experiment
-    views = sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
-    return attrs.evolve(experiment, steps=int((experiment.budget - rehearsals) / views))
+    if experiment.budget is not None:
+        views = sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
+        experiment = attrs.evolve(experiment, steps=int((experiment.budget - rehearsals) / views))
+    model = experiment.model()
+    problem = pretraining(experiment, model, weights, drawn=True)
+    solution = experiment.solve(phase, problem, experiment.pretraining_steps, callbacks=callbacks)
+    return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=experiment.steps)
 
 
 def _loss(experiment: Experiment, start: Pretraining, repeat: int, name: str, weights: Mapping[str, float]) -> Tensor:

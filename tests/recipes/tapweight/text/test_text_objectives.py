@@ -213,16 +213,22 @@ def test_an_encoder_without_dropout_is_reported() -> None:
     assert "no dropout" in objective.remarks[0]
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), counts=st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_halves_are_swapped_according_to_the_label(seed: int, counts: list[int]) -> None:
-    """The expected rows are plain lists."""
-    width = max(counts) + 2
-    ids = torch.zeros(len(counts), width, dtype=torch.long)
+def numbered(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return texts of some numbers of tokens, each between two special ones and padded, and the mask of special tokens."""
+    ids = torch.zeros(len(counts), max(counts) + 2, dtype=torch.long)
     special = torch.ones_like(ids)
     for row, count in enumerate(counts):
         ids[row, : count + 2] = torch.tensor([2, *range(10, 10 + count), 3])
         special[row, 1 : count + 1] = 0
+    return ids, special
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), counts=st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_halves_are_swapped_according_to_the_label(seed: int, counts: list[int]) -> None:
+    """The expected rows are plain lists."""
+    ids, special = numbered(counts)
+    width = ids.shape[1]
     torch.manual_seed(seed)
     view = SentenceOrder().view({"input_ids": ids, "special_tokens_mask": special})
     for row, count in enumerate(counts):
@@ -248,12 +254,8 @@ def test_both_orders_are_drawn_and_texts_too_short_do_not_count() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), counts=st.lists(st.integers(0, 9), min_size=1, max_size=6))
 def test_shuffled_texts_have_the_same_tokens_and_labels_mark_the_changed_ones(seed: int, counts: list[int]) -> None:
-    width = max(counts) + 2
-    ids = torch.zeros(len(counts), width, dtype=torch.long)
-    special = torch.ones_like(ids)
-    for row, count in enumerate(counts):
-        ids[row, : count + 2] = torch.tensor([2, *range(10, 10 + count), 3])
-        special[row, 1 : count + 1] = 0
+    ids, special = numbered(counts)
+    width = ids.shape[1]
     torch.manual_seed(seed)
     view = ShuffledWords().view({"input_ids": ids, "special_tokens_mask": special})
     for row, count in enumerate(counts):
