@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
-__all__ = ["Chain", "Rule", "Unsolved", "activate", "normalise", "predict"]
+__all__ = ["Chain", "Rule", "UnsolvedError", "activate", "normalise", "predict"]
 
 
-class Unsolved(Exception):
+class UnsolvedError(Exception):
     """Newton's method does not converge from this start, so there is no reference."""
 
 
@@ -84,6 +84,7 @@ class Rule:
         kind: "sgd", "adam" or "adamw".
         lr, momentum, eps, clip: of the unrolled steps.
         moved: False for a variable whose gradient a hook masks, (n,).
+        stepped: False for a variable that the optimiser does not have, (n,).
         free: False for a variable that a projection holds at its start, (n,).
     """
 
@@ -96,6 +97,7 @@ class Rule:
     eps: float
     clip: float | None
     moved: Tensor
+    stepped: Tensor
     free: Tensor
 
     def condition(self, gradient: Tensor, x: Tensor) -> Tensor:
@@ -105,17 +107,19 @@ class Rule:
         """
         decay = self.decoupled * x
         slack = 1 - (decay * decay + 1e-300).sqrt() if self.kind == "adamw" else torch.ones_like(x)
+        gradient = torch.where(self.moved, gradient, 0.0)
         return self.sign * gradient + self.decay * x + self.eps * decay / slack
 
     def fixed(self, rows: Tensor, x: Tensor, start: Tensor) -> Tensor:
         """Return the rows of the condition, and x - start for the variables that do not move."""
-        return torch.where(self.moved & self.free, rows, x - start)
+        moved = self.stepped & self.free & (self.moved | (self.decay + self.decoupled > 0))
+        return torch.where(moved, rows, x - start)
 
     def steps(self, gradient: Callable[[Tensor], Tensor], x: Tensor, count: int, bound: tuple[float, float]) -> Tensor:
         """Return the variables after some steps of torch.optim's SGD, Adam or AdamW, from no state."""
         first, second = torch.zeros_like(x), torch.zeros_like(x)
         for t in range(1, count + 1):
-            g = torch.where(self.moved, gradient(x), 0.0)
+            g = torch.where(self.moved & self.stepped, gradient(x), 0.0)
             if self.clip is not None:
                 g = g * torch.clamp(self.clip / (torch.sqrt((g * g).sum() + 1e-300) + 1e-6), max=1.0)
             g = self.sign * g + self.decay * x
@@ -126,7 +130,8 @@ class Rule:
                 first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
                 root = torch.sqrt(second / (1 - 0.999**t) + 1e-300)
                 moved = x - self.lr * self.decoupled * x - self.lr * (first / (1 - 0.9**t)) / (root + self.eps)
-            x = torch.where(self.free, moved, torch.clamp(moved, *bound))
+            moved = torch.where(self.free, moved, torch.clamp(moved, *bound))
+            x = torch.where(self.stepped, moved, x)
         return x
 
 
@@ -173,7 +178,7 @@ class Chain:
                 return
             self.b = self.b - step * min(1.0, 0.5 * float(self.b.norm() / step.norm()))
         if not float(step.norm()) < 1e-10 * float(self.b.norm()):
-            raise Unsolved
+            raise UnsolvedError
 
     def push(self, level: str) -> Tensor:
         """Return what is zero where a level's steps stop, also for the variables that do not move."""
@@ -253,5 +258,5 @@ def _newton(rows: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
             share /= 2
         x, value = x - share * step, after
     if not float(step.norm()) <= 1e-11 * float(x.norm()):
-        raise Unsolved
+        raise UnsolvedError
     return x

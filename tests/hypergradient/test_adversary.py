@@ -7,7 +7,8 @@ from collections import Counter
 import attrs
 import pytest
 import torch
-from adversary_cases import ALONE, Case, Spec, Unsolved, Verdict, specs, tolerance, verdict
+from adversary_cases import ALONE, Spec, specs
+from adversary_problems import Case, UnsolvedError, Verdict, tolerance, verdict
 from core_cases import drawn
 from hypothesis import HealthCheck, assume, given, settings
 
@@ -21,7 +22,7 @@ def attempt(spec: Spec) -> tuple[Case | None, Verdict]:
     """Return the case, None if its problem is refused, and the verdict."""
     try:
         case = Case(spec)
-    except (Unsolved, torch.linalg.LinAlgError):
+    except (UnsolvedError, torch.linalg.LinAlgError):
         assume(False)
     except mlopt.MloptError as error:
         return None, verdict(None, error)
@@ -69,7 +70,7 @@ def of_trap(trap: str) -> tuple[Case | None, Verdict]:
     for seed in range(1, 100):
         try:
             case = Case(attrs.evolve(ALONE[trap], seed=seed))
-        except (Unsolved, torch.linalg.LinAlgError):
+        except (UnsolvedError, torch.linalg.LinAlgError):
             continue
         except mlopt.MloptError as error:
             return None, verdict(None, error)
@@ -86,7 +87,7 @@ def test_a_trap_alone_is_right_refused_or_doubtful(trap: str) -> None:
 @pytest.mark.parametrize("trap", ALONE)
 def test_the_doctor_calls_no_wrong_hypergradient_safe(trap: str) -> None:
     case, seen = of_trap(trap)
-    if case is None or seen.error is not None and seen.error <= tolerance(case.spec):
+    if case is None or (seen.error is not None and seen.error <= tolerance(case.spec)):
         return
     try:
         diagnosis = mlopt.diagnose(case.problem)
