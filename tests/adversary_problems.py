@@ -48,6 +48,8 @@ class Case:
         self._modules["inner"] = self._net(draw)
         self._start = {name: p.detach().clone() for name, p in self._modules["inner"].named_parameters()}
         self._free = {name: _trainable(module) for name, module in self._modules.items()}
+        #: The rate of the outer steps.
+        self.rate = 0.1 * spec.outer_scale**2
         self._unrolled = spec.estimator == "unrolled"
         self.oracle = self._primitives()
         if self._unrolled:
@@ -188,7 +190,8 @@ class Case:
         loss = {"outer": self._outer_loss, "middle": self._middle_loss, "inner": self._inner_loss}[name]
         module, data = self._modules[name], [wrap(self._kind(name), *self._data[name])]
         if name == "outer":
-            return mlopt.Level(name, module, self._declared(name, loss), data=data, optimizer=partial(SGD, lr=0.1))
+            outermost = partial(SGD, lr=self.rate)
+            return mlopt.Level(name, module, self._declared(name, loss), data=data, optimizer=outermost)
         traps = self._traps(name)
         if traps.hook:
             first = next(iter(self._free[name].values()))
@@ -334,14 +337,27 @@ def verdict(case: Case | None, error: BaseException | None = None) -> Verdict:
         assert case is not None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = mlopt.hypergradient(case.problem, seed=0)
+            gradient, doubts = _solved(case) if case.spec.solved else _at_the_point(case)
     except mlopt.MloptError as refusal:
         return Verdict(kind="refused", sentence=str(refusal))
     except Exception as raw:
         return Verdict(kind="raw", sentence=f"{type(raw).__name__}: {raw}")
-    gradient = torch.cat([g.reshape(-1) for g in result.gradient.values()])
     off = float((gradient - case.expected).norm() / case.expected.norm())
-    doubts = [str(w.message) for w in caught if issubclass(w.category, mlopt.TrustWarning)]
-    doubts += [remark for report in result.reports.values() if report.doubtful for remark in report.remarks]
+    doubts += [str(w.message) for w in caught if issubclass(w.category, mlopt.TrustWarning)]
     right = off <= tolerance(case.spec)
     return Verdict(kind="doubtful" if doubts else "right" if right else "wrong", error=off, sentence="; ".join(doubts))
+
+
+def _at_the_point(case: Case) -> tuple[Tensor, list[str]]:
+    """Return the hypergradient, and the remarks of doubtful reports."""
+    result = mlopt.hypergradient(case.problem, seed=0)
+    doubts = [remark for report in result.reports.values() if report.doubtful for remark in report.remarks]
+    return torch.cat([g.reshape(-1) for g in result.gradient.values()]), doubts
+
+
+def _solved(case: Case) -> tuple[Tensor, list[str]]:
+    """Return the hypergradient that an outer step of SGD followed; the levels inside rest at their fixed point."""
+    outer = case.problem.outermost.parameters
+    before = nn.utils.parameters_to_vector(outer).detach().clone()
+    mlopt.solve(case.problem, steps=1, seed=0)
+    return (before - nn.utils.parameters_to_vector(outer).detach()) / case.rate, []
