@@ -243,7 +243,7 @@ def _run_solver(point: Point, level: Level) -> None:
     modules = {name: point.problem[name].module for name in (level.name, *level.references)}
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
-        call_solver(level, modules, point.batches[level.name])
+        call_solver(level, modules, point.batches[level.name], point.problem)
     gradient = Objective.of(level, point).derivatives([level.name])[level.name]
     point.stationarity[level.name] = norm(gradient)
 
