@@ -73,8 +73,7 @@ class Inspection:
         for node in _nodes(value):
             if node in ends:
                 other, name, parameter = ends[node]
-                # A function with a backward of its own may pass no derivative on.
-                if torch.autograd.grad(value, parameter, retain_graph=True, allow_unused=True)[0] is not None:
+                if _reaches(value, parameter):
                     raise ProblemError(
                         f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r}, which it does not "
                         f"declare, so that this dependence would be missing from hypergradients; make {other.name!r} a "
@@ -98,6 +97,14 @@ def _nodes(value: Tensor) -> Iterator[Any]:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
+
+
+def _reaches(value: Tensor, parameter: Tensor) -> bool:
+    """Return True if there is a derivative: a function with a backward of its own may pass none on along its edges."""
+    try:
+        return torch.autograd.grad(value, parameter, retain_graph=True, allow_unused=True)[0] is not None
+    except RuntimeError:  # a compiled module cannot retain its graph
+        return True
 
 
 def require_unchanged(level: Level, part: str, tensors: Sequence[Tensor], before: Sequence[int]) -> None:

@@ -83,13 +83,21 @@ class Mixture:
             loss: L_k if it has been evaluated already, or a multiple of it: then return the gradient of that.
 
         Raises:
-            ProblemError: the loss depends on a variable in `apart`.
+            ProblemError: the loss depends on a variable in `apart`, or uses a compiled module.
         """
         loss = self.loss(k) if loss is None else loss
         if not loss.requires_grad:
             return zeros_like(variables)
         # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
-        gradients = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            raise ProblemError(
+                f"loss {self.names[k]!r} of a Mixture uses a module that torch.compile compiled, whose graph cannot be kept for the "
+                "other losses; give the module as it was before torch.compile, or return the plain sum of weighted losses"
+            ) from error
         if any(gradient is not None for gradient in gradients[len(variables) :]):
             raise ProblemError(
                 f"loss {self.names[k]!r} of a Mixture depends on the level {self.weights!r} that weighs it; return the plain "

@@ -210,7 +210,7 @@ class Gradients:
             if regularizer.requires_grad:
                 (share * precision.scaled(regularizer)).backward(inputs=variables)  # type: ignore[no-untyped-call]
             total = sum_values((total, regularizer.detach()))
-        return total, torch.stack(signals) if signals else torch.zeros(0)
+        return total, torch.stack(signals) if signals else weights.new_zeros(0)
 
     def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         """Set `.grad` to the total gradient: average the cotangents over the batches, and pull them back once."""
