@@ -75,8 +75,8 @@ class Inspection:
                 other, name, parameter = ends[node]
                 if _reaches(value, parameter):
                     raise ProblemError(
-                        f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r}, which it does not "
-                        f"declare, so that this dependence would be missing from hypergradients; make {other.name!r} a "
+                        f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r} and does not "
+                        f"declare it, so that this dependence would be missing from hypergradients; make {other.name!r} a "
                         "keyword-only parameter of it, or detach what it takes from there"
                     )
             elif node.name() in _EMBEDDINGS and node._saved_sparse:
@@ -163,9 +163,9 @@ def reading_refused(level: Level, levels: Iterable[Level]) -> Iterator[None]:
         if id(tensor) in undeclared:
             other = undeclared[id(tensor)]
             raise ProblemError(
-                f"the solver of level {level.name!r} uses variables of level {other!r}, which its loss does not refer to, so that "
-                f"the estimator could not know of this dependence; make {other!r} a keyword-only parameter of the loss and the "
-                "solver, or leave it out of the solver"
+                f"the solver of level {level.name!r} uses variables of level {other!r}, and its loss does not refer to them, so "
+                f"that the estimator could not know of this dependence; make {other!r} a keyword-only parameter of the loss and "
+                "the solver, or leave it out of the solver"
             )
 
     with _Reads(visit):

@@ -95,8 +95,8 @@ class Mixture:
             if "donated buffers" not in str(error):
                 raise
             raise ProblemError(
-                f"loss {self.names[k]!r} of a Mixture uses a module that torch.compile compiled, whose graph cannot be kept for the "
-                "other losses; give the module as it was before torch.compile, or return the plain sum of weighted losses"
+                f"loss {self.names[k]!r} of a Mixture uses a module that torch.compile compiled, whose graph cannot be kept for "
+                "the other losses; give the module as it was before torch.compile, or return the plain sum of weighted losses"
             ) from error
         if any(gradient is not None for gradient in gradients[len(variables) :]):
             raise ProblemError(

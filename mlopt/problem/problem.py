@@ -118,9 +118,9 @@ class Problem:
                 for name in settings(function, positional=positional) if function is not None else ():
                     if name in self._by_name:
                         raise ProblemError(
-                            f"the {part} of level {level.name!r} has a parameter {name!r} with a default value, and {name!r} is a "
-                            "level, on which it would not depend; remove the default (and functools.partial, if that sets it), so "
-                            "that the level's module is passed, or rename the parameter"
+                            f"the {part} of level {level.name!r} has a parameter {name!r} with a default value, and {name!r} is "
+                            "a level, which would not be passed; remove the default (or the functools.partial that sets it), or "
+                            "rename the parameter"
                         )
 
     def _check_solvers(self) -> None:

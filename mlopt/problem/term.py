@@ -272,9 +272,7 @@ class LevelTerm(Term):
         if self.part == "loss":
             return self._loss(modules).total(modules)
         self._point.generators[self.name].restore()
-        return evaluate_regularizer(
-            self._level, modules, self._point.workspace, inspected=self._inspected(modules)
-        )
+        return evaluate_regularizer(self._level, modules, self._point.workspace, inspected=self._inspected(modules))
 
     def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
         """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""
