@@ -303,7 +303,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
 
 
 def _inspect_inside(point: Point, level: Level) -> None:
-    """Evaluate, once for each workspace, what no pullback has evaluated, since it may depend on levels that it does not declare."""
+    """Evaluate, once for each workspace, the losses inside that no pullback evaluated: each is inspected when it is evaluated."""
     verified, key = point.workspace.verified, ("inside", level.name)
     if key in verified:
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import ProblemError
 from ..tensors import Tensors, dot, zeros_like
 from .batch import copied
 from .estimator import Block, Vectors
@@ -260,7 +261,15 @@ class LevelTerm(Term):
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
         }
-        return _PureFunction(self._modules, function).at(named)
+        try:
+            return _PureFunction(self._modules, function).at(named)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            raise ProblemError(
+                f"the {self.part} of level {self.name!r} changed a tensor in place that it did not make, such as one of its batch, and "
+                "every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 in place of x *= 2)"
+            ) from error
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
