@@ -50,25 +50,24 @@ class _Numpy:
 
     def _current(self) -> Any:
         """Return the state that was captured or restored last, if it is still the current one."""
-        if self._known is None or self._known[1] != self._words() or self._pending():
+        words = self._words() if self._known is not None else None
+        if self._known is None or words != self._known[1] or self._pending(self._known[1]):
             return None
         return self._known[0]
 
-    def _pending(self) -> bool:
-        """Return True if the second of two normal numbers waits to be drawn; the generator is left as it is.
+    @staticmethod
+    def _pending(words: bytes) -> bool:
+        """Return True if the second of two normal numbers waits to be drawn; the generator, of these words, is left as it is.
 
-        Only a draw shows it: it changes the words unless it takes the number that waits.
+        Only a draw shows it, one that leaves the words as they are.
         """
-        words = self._words()
-        assert words is not None
         number = np.random.standard_normal()
-        if self._words() == words:
-            state = np.random.get_state(legacy=False)
-            np.random.set_state({**state, "has_gauss": 1, "gauss": number})
+        address = np.random.get_bit_generator().ctypes.state_address  # type: ignore[attr-defined]
+        if ctypes.string_at(address, len(words)) == words:
+            np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": number})
             return True
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        ctypes.memmove(generator.ctypes.state_address, words, self._SIZE)
-        np.random.standard_normal()  # takes the second number of the probe
+        ctypes.memmove(address, words, len(words))
+        np.random.standard_normal()  # takes the second number of the draw
         return False
 
     def _remember(self, state: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -51,13 +52,15 @@ def copied(batch: Any, tensors: list[Tensor]) -> Any:
         tensors.append(batch)
         return batch
     kind = type(batch)
+    if batch is None:
+        return None
     if kind is dict:
         return {key: copied(value, tensors) for key, value in batch.items()}
     if kind is list:
         return [copied(entry, tensors) for entry in batch]
     if isinstance(batch, tuple):
         entries = [copied(entry, tensors) for entry in batch]
-        if all(a is b for a, b in zip(entries, batch, strict=True)):
+        if not any(map(is_not, entries, batch)):
             return batch
         return kind(*entries) if hasattr(batch, "_fields") else kind(entries)
     fields = getattr(kind, "__attrs_attrs__", None) or getattr(batch, "__dataclass_fields__", {}).values()

@@ -115,7 +115,7 @@ def require_unchanged(level: Level, part: str, tensors: Sequence[Tensor], before
     raise ProblemError(
         f"the {part} of level {level.name!r} changed a tensor of its batch in place ({changed.dtype}, of shape "
         f"{tuple(changed.shape)}), and every further evaluation would see another batch; change a copy (batch.clone(), or x = x "
-        "* 2 in place of x *= 2)"
+        "* 2 for x *= 2)"
     )
 
 

@@ -267,8 +267,8 @@ class LevelTerm(Term):
             if "mutate a captured Tensor" not in str(error):
                 raise
             raise ProblemError(
-                f"the {self.part} of level {self.name!r} changed a tensor in place that it did not make, such as one of its "
-                "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 in place of x *= 2)"
+                f"the {self.part} of level {self.name!r} changed a tensor that it did not make in place, such as one of its "
+                "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 for x *= 2)"
             ) from error
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
