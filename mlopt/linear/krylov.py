@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tensors import Tensors, dot, subtract, zeros_like
 from .solver import LinearSolution, MatVec
 
-__all__ = ["Stopping", "begin", "dots", "first_step", "restarted"]
+__all__ = ["Stopping", "begin", "dots", "first_step", "inner", "numbers", "restarted"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -49,18 +49,23 @@ def restarted(cold: LinearSolution, warm: LinearSolution) -> LinearSolution:
 
 
 def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
-    """Return inner products as numbers, in one transfer from a GPU, since each transfer stalls it.
+    """Return inner products as numbers, in one transfer from a GPU, since each transfer stalls it."""
+    return numbers(*(inner(a, b) for a, b in pairs))
 
-    The half precisions are summed in single precision, in which squares neither overflow nor vanish.
-    """
-    products = [_dot(a, b) for a, b in pairs]
-    if products[0].device.type == "cpu":
-        return [product.item() for product in products]
-    values: list[float] = torch.stack(products).tolist()
+
+def numbers(*scalars: Tensor) -> list[float]:
+    """Return scalar tensors as numbers, in one transfer from a GPU."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    values: list[float] = torch.stack(scalars).tolist()
     return values
 
 
-def _dot(a: Tensors, b: Tensors) -> Tensor:
+def inner(a: Tensors, b: Tensors) -> Tensor:
+    """Return an inner product, a scalar tensor.
+
+    The half precisions are summed in single precision, in which squares neither overflow nor vanish.
+    """
     # Most vectors are one long tensor, and small problems take many inner products.
     if len(a) == 1 and a[0].dim() == 1 and a[0].dtype not in _HALF:
         return torch.dot(a[0], b[0])

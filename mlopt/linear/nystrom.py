@@ -210,7 +210,7 @@ def _precise(matrix: Tensor) -> torch.dtype:
 def _gram(matrix: Tensor) -> Tensor:
     """Return M M^T in double precision."""
     total = torch.zeros(len(matrix), len(matrix), dtype=_precise(matrix), device=matrix.device)
-    for part in matrix.split(_COLUMNS, dim=1):
+    for part in torch.split(matrix, _COLUMNS, dim=1):
         wide = part.to(total.dtype)
         total.addmm_(wide, wide.T)
     return total
@@ -219,6 +219,6 @@ def _gram(matrix: Tensor) -> Tensor:
 def _multiply(weights: Tensor, matrix: Tensor) -> Tensor:
     """Return W M in the memory of M."""
     product = matrix[: len(weights)]
-    for out, part in zip(product.split(_COLUMNS, dim=1), matrix.split(_COLUMNS, dim=1), strict=True):
+    for out, part in zip(torch.split(product, _COLUMNS, dim=1), torch.split(matrix, _COLUMNS, dim=1), strict=True):
         out.copy_(weights @ part.to(weights.dtype))
     return product
