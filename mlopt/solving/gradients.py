@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..errors import ProblemError
+from ..errors import ProblemError, TrustWarning
 from ..finiteness import immediate, require_finite
 from ..hypergradient import at_solutions, partial_derivatives, total_derivative
 from ..problem import (
@@ -40,6 +42,8 @@ __all__ = ["Gradients"]
 
 
 _NOTHING = contextlib.nullcontext()
+#: A number in a remark, which changes from step to step.
+_NUMBER = re.compile(r"[-+]?(?:\d[\d.,e+-]*|\b(?:inf|nan)\b)")
 
 
 class Gradients:
@@ -88,10 +92,13 @@ class Gradients:
         self._log_counts: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
+        #: The kinds of remarks that were warned of: a level and a remark without its numbers.
+        self._warned: set[tuple[str, str]] = set()
 
     def rehearsal(self) -> Gradients:
         """Return gradients for steps that will be rolled back: from the same state of pullbacks, with logs of their own."""
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
+        other._warned = self._warned
         other.carryover.warm = dict(self.carryover.warm)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
         return other
@@ -269,6 +276,14 @@ class Gradients:
         for name, report in point.reports.items():
             if report.doubtful:
                 self.doubts[name] = (self.doubts.get(name, (0, ""))[0] + 1, "; ".join(report.remarks))
+                kinds = {(name, _NUMBER.sub("", remark)) for remark in report.remarks}
+                if not kinds <= self._warned:
+                    self._warned |= kinds
+                    warnings.warn(
+                        f"level {name!r}: {self.doubts[name][1]} (further such steps are counted at the end of the run)",
+                        TrustWarning,
+                        stacklevel=2,
+                    )
 
     def _record_inputs(self, level: Level, batch: Any, *, replayed: bool) -> None:
         """Record the batch, and the state of the generators if a pullback will replay this evaluation."""

@@ -107,7 +107,8 @@ def solve(
         Interrupted: a signal ended the run, which was saved first; it is a SystemExit.
 
     Warns:
-        TrustWarning: the report of a level was doubtful in some steps.
+        TrustWarning: the report of a level was doubtful: at the first step for each kind of remark, and at the end with the
+            number of such steps.
         CheckpointWarning: a checkpoint was skipped or could not be written; the message gives the reason.
 
     Example:
