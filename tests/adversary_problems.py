@@ -216,7 +216,7 @@ class Case:
 
     def _estimator(self, name: str) -> mlopt.Estimator:
         products = self.spec.products
-        options: dict[str, Any] = {"iterations": 200, "rtol": 1e-9 if products == "finite_difference" else 1e-13}
+        options: dict[str, Any] = {"iterations": 50, "rtol": 1e-8 if products == "finite_difference" else 1e-12}
         same = {"curvature_data": [wrap(self._kind(name), *self._data[name])]} if self.spec.curvature else {}
         makers: dict[str, Callable[[], mlopt.Estimator]] = {
             "dense": lambda: mlopt.Dense(products=products, **same),

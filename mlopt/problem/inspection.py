@@ -49,21 +49,23 @@ class Inspection:
         self.searches = count & (count - 1) == 0
         self._tensors = tensors
         self._before = versions(tensors)
+        self._sizes = self._variable_sizes() if self.searches else None
 
     def __call__(self, value: Tensor) -> None:
         """Inspect the batch and a value that the loss returned.
 
         Raises:
-            ProblemError: the value depends on a level that the loss does not declare, has a sparse gradient, or the batch was
-                changed in place.
+            ProblemError: the value depends on a level that the loss does not declare, has a sparse gradient, or the batch or the
+                variables were changed in place.
         """
         require_unchanged(self._level, self._part, self._tensors, self._before)
+        if self._sizes is not None:
+            self._require_unmoved(self._sizes)
         if self.searches and value.requires_grad:
             self._search(value)
 
     def _search(self, value: Tensor) -> None:
-        level = self._level
-        declared = level.loss_references if self._part == "loss" else level.regularizer_references
+        level, declared = self._level, self._declared
         ends = {
             get_gradient_edge(parameter).node: (other, name, parameter)
             for other in self._levels
@@ -83,6 +85,30 @@ class Inspection:
                 raise ProblemError(
                     f"the {self._part} of level {level.name!r} uses an embedding with sparse=True, whose gradient is a sparse "
                     "tensor, and vectors over the variables must be dense; use sparse=False"
+                )
+
+    @property
+    def _declared(self) -> tuple[str, ...]:
+        level = self._level
+        return level.loss_references if self._part == "loss" else level.regularizer_references
+
+    @torch.no_grad()
+    def _variable_sizes(self) -> list[tuple[str, tuple[Tensor, ...]]]:
+        """Return the norms of the variables of this level and of those that it declares, by level."""
+        return [
+            (other.name, torch._foreach_norm(other.parameters))
+            for other in self._levels
+            if other.name == self._level.name or other.name in self._declared
+        ]
+
+    def _require_unmoved(self, before: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
+        """Raise if the evaluation wrote into variables: by a version, a write to `.data` would not be seen."""
+        for (name, old), (_, new) in zip(before, self._variable_sizes(), strict=True):
+            if any(not torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(old, new, strict=True)):
+                raise ProblemError(
+                    f"the {self._part} of level {self._level.name!r} changes the variables of level {name!r} in place, as "
+                    "nn.Embedding(max_norm=...) and weight.data.clamp_() do, and each evaluation moves them; compute with a "
+                    "changed copy (a parametrization), or change them in the step of an optimiser"
                 )
 
 
