@@ -270,7 +270,7 @@ class _MultiplierTerm(Term):
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
     def value(self) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
         for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)

@@ -136,7 +136,7 @@ class Gradients:
         others = [self.problem[name].module for name in level.references]
         before = GeneratorState.capture(self._devices)
         with cloned_buffers(others, apart=level.module) if others else _NOTHING, immediate():
-            call_solver(level, self._modules[level.name], batch)
+            call_solver(level, self._modules[level.name], batch, self.problem)
         after = GeneratorState.capture(self._devices)
         before.restore()
         with cloned_buffers([level.module]):
@@ -213,11 +213,11 @@ class Gradients:
         for variable, derivative in zip(variables, mixed, strict=True):
             variable.grad = derivative if variable.grad is None else variable.grad + derivative
         if level.regularizer is not None:
-            regularizer = evaluate_regularizer(level, self._modules[level.name])
+            regularizer = self._regularizer(level)
             if regularizer.requires_grad:
                 (share * precision.scaled(regularizer)).backward(inputs=variables)  # type: ignore[no-untyped-call]
             total = sum_values((total, regularizer.detach()))
-        return total, torch.stack(signals) if signals else torch.zeros(0)
+        return total, torch.stack(signals) if signals else weights.new_zeros(0)
 
     def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         """Set `.grad` to the total gradient: average the cotangents over the batches, and pull them back once."""
@@ -293,14 +293,18 @@ class Gradients:
 
     def _evaluate(self, level: Level) -> LossValue:
         """Evaluate the loss of a level on its latest batch, with the generators and buffers of training."""
-        mixtures = self.problem.workspace.mixtures
-        return evaluate_loss(level, self._modules[level.name], self.batches[level.name], mixtures)
+        modules, batch, problem = self._modules[level.name], self.batches[level.name], self.problem
+        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem)
 
     def _regularized(self, level: Level, loss: Tensor) -> Tensor:
         """Return the objective of a level, given the value of its loss."""
         if level.regularizer is None:
             return loss
-        return sum_values((loss, evaluate_regularizer(level, self._modules[level.name])))
+        return sum_values((loss, self._regularizer(level)))
+
+    def _regularizer(self, level: Level) -> Tensor:
+        problem = self.problem
+        return evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
 
     def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
         """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""

@@ -139,7 +139,7 @@ def solve(
     _require("callbacks", callbacks, valid, "a sequence of mlopt.Callback objects")
     if seed is not None:
         seed_everything(seed)
-    data_seed = int(torch.randint(2**62, ())) if seed is None else seed
+    data_seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
     skip_limit = nonfinite_limit if on_nonfinite == "skip" else 0
     run = Run(problem, steps, data_seed, callbacks, lookahead=lookahead, skip_limit=skip_limit)
     loop = Loop(
