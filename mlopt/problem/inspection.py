@@ -43,6 +43,7 @@ class Inspection:
         self, level: Level, part: str, levels: Iterable[Level], workspace: Workspace, tensors: Sequence[Tensor] = ()
     ) -> None:
         self._level, self._part, self._levels = level, part, levels
+        self._reached = workspace.reached.setdefault((level.name, part), set())
         count = workspace.evaluations.get((level.name, part), 0) + 1
         workspace.evaluations[level.name, part] = count
         #: Whether the graph of this evaluation is searched.
@@ -69,13 +70,15 @@ class Inspection:
         ends = {
             get_gradient_edge(parameter).node: (other, name, parameter)
             for other in self._levels
-            if other.name != level.name and other.name not in declared
+            if other.name != level.name and other.name not in self._reached
             for name, parameter in zip(other.parameter_names, other.parameters, strict=True)
         }
         for node in _nodes(value):
             if node in ends:
                 other, name, parameter = ends[node]
-                if _reaches(value, parameter):
+                if other.name in declared:
+                    self._reached.add(other.name)
+                elif _reaches(value, parameter):
                     raise ProblemError(
                         f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r} and does not "
                         f"declare it, so that this dependence would be missing from hypergradients; make {other.name!r} a "

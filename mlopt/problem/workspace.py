@@ -24,6 +24,7 @@ class Workspace:
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
         verified: checks that were passed and need no repetition: the name of a check, then what it was made for.
+        reached: by level and part of its objective, the levels by whose variables it was seen to have a derivative.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
     """
 
@@ -35,7 +36,17 @@ class Workspace:
         self.mixtures: dict[str, str | None] = {}
         self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
         self.verified: set[tuple[str, ...]] = set()
+        self.reached: dict[tuple[str, str], set[str]] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
+
+    def is_cut_off(self, level: Level, reference: str) -> bool:
+        """Return True if a level refers to another, and no evaluation of its objective had a derivative by the variables of that.
+
+        The losses of a mixture are not evaluated together, so a mixture is not judged.
+        """
+        seen = [reached for (name, _), reached in self.reached.items() if name == level.name]
+        judged = bool(seen) and self.mixtures.get(level.name) is None
+        return judged and reference in level.references and not any(reference in reached for reached in seen)
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
         """Return the next batch for a standalone call; the arguments are those of `stream`."""
