@@ -2,7 +2,8 @@
 
 from .autograd import AutogradProduct
 from .compiled import CompiledProduct
-from .finite_difference import FiniteDifferenceProduct, relative_step
+from .difference import Difference, relative_step
+from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
@@ -13,6 +14,7 @@ __all__ = [
     "PRODUCTS",
     "AutogradProduct",
     "CompiledProduct",
+    "Difference",
     "FiniteDifferenceProduct",
     "ForwardProduct",
     "GaussNewtonProduct",
