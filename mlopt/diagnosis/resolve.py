@@ -25,6 +25,8 @@ _NESTED = 1e2
 #: Displacement of the outer variables, relative to one plus their norm. The error of the extrapolated differences is its
 #: fourth power, and the error of the inner solves is divided by it.
 _STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
+#: Relative error of a difference above which a shorter step is tried for small variables, and the smallest size tried.
+_ROUGH, _SMALLEST = 1e-2, 1e-8
 
 
 class Resolver:
@@ -98,9 +100,20 @@ class Resolver:
         The levels inside must be at their solutions. The derivative is extrapolated from central differences at a step and at
         half of it; its error is the difference from an extrapolation at twice these steps.
         """
+        origin = flatten([variable.data for variable in self._target.parameters]).clone()
+        size = float(origin.norm())
+        scale = 1.0 + size
+        best = self._difference(origin, scale, direction)
+        # Small variables may be of their size for a reason, or just have left zero.
+        while _ROUGH * abs(best[0]) < best[1] and scale > max(size, _SMALLEST):
+            scale /= 10
+            best = min(best, self._difference(origin, scale, direction), key=lambda pair: pair[1])
+        return best
+
+    def _difference(self, origin: Tensor, scale: float, direction: Tensor) -> tuple[float, float]:
+        """Return the same for variables of the size `scale`."""
         variables = [variable.data for variable in self._target.parameters]
-        origin = flatten(variables).clone()
-        step = _STEP.get(origin.dtype, 3e-2) * (1.0 + float(origin.norm()))
+        step = _STEP.get(origin.dtype, 3e-2) * scale
         differences = []
         for size in (2 * step, step, step / 2):
             values = []

@@ -7,11 +7,13 @@ from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
+from .lengths import SMALL, moves_of, search
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
 __all__ = [
     "PRODUCTS",
+    "SMALL",
     "AutogradProduct",
     "CompiledProduct",
     "Difference",
@@ -21,7 +23,9 @@ __all__ = [
     "Product",
     "SecondDerivatives",
     "full_precision",
+    "moves_of",
     "relative_step",
+    "search",
 ]
 
 #: The classes of products, by the name that estimators accept.

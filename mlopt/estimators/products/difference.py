@@ -68,14 +68,15 @@ class Difference:
 
     def one_sided(self, step: Tensor) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:
         """Return the differences between each side and the present point; they agree where g is smooth."""
-        middle = self._middle
+        middle = self.middle
         above, below = self._sides(step)
         ahead = {block: scale(1.0 / step, subtract(above[block], middle[block])) for block in self._wanted}
         behind = {block: scale(1.0 / step, subtract(middle[block], below[block])) for block in self._wanted}
         return ahead, behind
 
     @cached_property
-    def _middle(self) -> dict[Block, Tensors]:
+    def middle(self) -> dict[Block, Tensors]:
+        """The first derivatives at the present point."""
         with full_precision(self.moved[0].device):
             return self._term.derivatives(self._wanted)
 

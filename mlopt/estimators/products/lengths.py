@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 import torch
@@ -13,18 +14,20 @@ from ...problem import Block, Term, Vectors
 from ...tensors import Tensors, norm, subtract
 from .difference import Difference
 
-__all__ = ["Moves", "moves_of"]
+__all__ = ["SMALL", "Moves", "moves_of", "search"]
 
 #: Two steps, one a tenth of the other, whose differences agree this closely need no search.
 _AGREEMENT = {torch.float64: 1e-7, torch.float32: 3e-3}
 #: Norm of the variables below which their size says little about a step: one step of training leaves zeros at any size.
-_SMALL = 0.1
+SMALL = 0.1
 #: The smallest length that is tried for variables that are zero.
 _SMALLEST = 1e-8
 #: Displacement of one tensor, relative to its own norm, above which one step for all tensors is in doubt.
-_FAR = 0.03
+_FAR = {torch.float64: 1e-3}
 #: Tensors are moved together if their norms differ by less than this factor.
 _SPREAD = 100.0
+#: Disagreement below which a larger one at a shorter step shows that rounding has taken over.
+_ROUNDED = 0.3
 #: Relative disagreement of the best two steps at which differences are worthless.
 _WORTHLESS = 0.5
 
@@ -62,7 +65,7 @@ def moves_of(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves:
     ever shorter steps are compared, and the step is kept at which two of them agree best.
     """
     lengths = term.point.workspace.lengths
-    key = "/".join([*term.label, *sorted(map(str, direction))])
+    key = "/".join([*term.label, *sorted(map(str, direction)), "by", *sorted(map(str, wanted))])
     if key not in lengths:
         measured = _measure(term, direction, wanted)
         if measured is None:  # a direction of zero
@@ -77,13 +80,15 @@ def _measure(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
     step, reach = math.hypot(*along), math.hypot(*sizes)
     if not (math.isfinite(step) and math.isfinite(reach)) or step == 0.0:
         return None
-    small = reach < _SMALL
+    direction = _filled(direction, [0.0 if v else step * (x / reach if reach else 1.0) for v, x in zip(along, sizes, strict=True)])
+    whole = Difference(term, direction, wanted)
+    small = reach < SMALL
     pairs = zip(along, sizes, strict=True)
-    far = max(v * reach / (step * x) if x else math.inf for v, x in pairs if v) * whole.relative_step > _FAR
-    if not small and not far:
+    far = max(v * reach / (step * x) if x else math.inf for v, x in pairs if v) * whole.relative_step
+    if not small and far <= _FAR.get(whole.moved[0].dtype, 0.03):
         return Moves()
     good = _AGREEMENT.get(whole.moved[0].dtype, 0.1)
-    floor, error, _ = _search(whole, reach, good)
+    floor, error, _ = search(partial(_at, whole), reach, good)
     together = Moves(((None, floor),), error, small)
     groups = _groups(sizes)
     if error <= good or len(groups) == 1:
@@ -91,7 +96,7 @@ def _measure(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
     apart, total, doubt = [], None, 0.0
     for group in groups:
         part = Difference(term, direction, wanted, group)
-        floor, error, value = _search(part, math.hypot(*(sizes[k] for k in group)), good)
+        floor, error, value = search(partial(_at, part), math.hypot(*(sizes[k] for k in group)), good)
         doubt = math.hypot(doubt, error * float(norm(value)))
         total = value if total is None else tuple(a + b for a, b in zip(total, value, strict=True))
         apart.append((group, floor))
@@ -100,6 +105,19 @@ def _measure(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
     assert together.error is not None
     assert split.error is not None
     return split if split.error < together.error / 2 else together
+
+
+def _filled(direction: Vectors, norms: Sequence[float]) -> Vectors:
+    """Return a direction with random vectors of these norms added to it: the next direction may move what this one does not."""
+    generator, rest = torch.Generator().manual_seed(0), iter(norms)
+    filled = {}
+    for block, vectors in direction.items():
+        added = []
+        for x in vectors:
+            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            added.append((x + (next(rest) / float(drawn.norm())) * drawn.to(x)).to(x.dtype))
+        filled[block] = tuple(added)
+    return filled
 
 
 def _groups(sizes: Sequence[float]) -> list[tuple[int, ...]]:
@@ -118,27 +136,36 @@ def _groups(sizes: Sequence[float]) -> list[tuple[int, ...]]:
     return [tuple(sorted(group)) for group in groups]
 
 
-def _search(difference: Difference, reach: float, good: float) -> tuple[float, float, Tensors]:
-    """Return the least norm to scale steps by, the disagreement of two steps there, and the difference."""
-    length = max(reach, 1.0)
-    last = max(reach, _SMALLEST)
-    previous = _at(difference, length)
+def search(at: Callable[[float], Tensors], reach: float, good: float) -> tuple[float, float, Tensors]:
+    """Return the least size to scale steps by, the relative disagreement of two steps there, and the difference.
+
+    Differences are compared at steps for variables of the size one, a tenth, and so on, down to their own size. A size below one
+    is returned only if it is better by far than one.
+
+    Args:
+        at: returns the difference, given the size of the variables.
+        reach: their own size.
+        good: a disagreement that needs no further search.
+    """
+    size, last = max(reach, 1.0), max(reach, _SMALLEST)
+    previous = at(size)
     tried: list[tuple[float, float, Tensors]] = []
     while True:
-        finer = _at(difference, length / 10)
-        tried.append((length, _gap(previous, finer), previous))
-        if tried[-1][1] <= good or length <= last:
+        finer = at(size / 10)
+        tried.append((size, _gap(previous, finer), previous))
+        gap, before = tried[-1][1], tried[-2][1] if len(tried) > 1 else math.inf
+        if gap <= good or size <= last or before < min(gap, _ROUNDED):
             break
-        length, previous = length / 10, finer
+        size, previous = size / 10, finer
     best = min(tried, key=lambda entry: entry[1])
     if not best[1] < tried[0][1] / 2:
         best = tried[0]
     return min(best[0], 1.0), best[1], best[2]
 
 
-def _at(difference: Difference, length: float) -> Tensors:
-    like = difference.reach()
-    return tuple(x for vectors in difference(difference.step(torch.full_like(like, length))).values() for x in vectors)
+def _at(difference: Difference, size: float) -> Tensors:
+    step = difference.step(torch.full_like(difference.reach(), size))
+    return tuple(x for vectors in difference(step).values() for x in vectors)
 
 
 def _gap(a: Tensors, b: Tensors) -> float:

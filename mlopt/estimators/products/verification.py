@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import MloptError
 from ...problem import Block, LevelTerm, Vectors, cut
-from ...tensors import Tensors, add, dot, norm, scale, subtract
+from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
 from .difference import Difference
 from .double_precision import in_double_precision
 from .finite_difference import FiniteDifferenceProduct
@@ -22,13 +22,16 @@ __all__ = ["verified"]
 T = TypeVar("T")
 
 #: Relative discrepancy that the first, cheap comparison accepts.
-_CLOSE = 0.02
-#: Relative discrepancy in double precision from which products are in doubt, and its least multiple of the difference's own error.
-_WRONG, _MULTIPLE = 0.01, 10.0
+_CLOSE = {torch.float64: 1e-4, torch.float32: 1e-2}
+#: Relative discrepancies in double precision from which products are in doubt: of vectors, and of inner products, which see a part
+#: of the error only; and the least multiple of the difference's own error.
+_WRONG, _UNEQUAL, _MULTIPLE = 0.01, 0.002, 10.0
 #: Relative error of a difference in double precision at which no shorter step is tried.
 _SETTLED = 1e-4
 #: Displacements in double precision, relative to the variables: few kinks of a network lie within the shortest.
 _STEPS = (1e-5, 1e-6, 1e-7, 1e-8)
+#: Rounding of a first derivative in double precision, relative to its norm.
+_ROUNDING = 1e-15
 
 
 def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
@@ -37,7 +40,7 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     With g_D the first derivatives of the term by the blocks D of the direction v, the product must be the transpose of their
     derivative by the wanted blocks W. Two comparisons show if it is:
 
-        product = d/ds g_W(D + s v),        <product, p> = <v, d/ds g_D(W + s p)>    along p = product.
+        product = d/ds g_W(D + s v),        <product, p> = <v, d/ds g_D(W + s p)>    for one p.
 
     The first fails if torch differentiates a kernel or a custom function wrongly, or if a loss stops gradients. The second
     fails if g is not the derivative of a function, which stopped gradients and hooks can cause; then the first can hold for
@@ -95,6 +98,8 @@ class _Check:
         #: Terms of responses are differences of products themselves, and transposed products of theirs mean nothing new.
         self._transposed = isinstance(product.term, LevelTerm) and (self._differences or set(direction) != set(wanted))
         self._expected: Tensors | None = None
+        dtypes = [x.dtype for vectors in direction.values() for x in vectors]
+        self._close = max(_CLOSE.get(dtype, 0.02) for dtype in dtypes)
 
     def result(self) -> dict[Block, Tensors]:
         """Return the product; the difference comes first, so that its graph is not held beside that of the product."""
@@ -107,7 +112,7 @@ class _Check:
         value = self._flattened(result)
         if not math.isfinite(float(norm(value))):
             return None
-        straight = self._differences or (self._expected is not None and _gap(value, self._expected) <= _CLOSE)
+        straight = self._differences or (self._expected is not None and _gap(value, self._expected) <= self._close)
         if not straight and (gap := _tried(self._straight)) is not None:
             return gap
         if self._transposed and not _tried(lambda: self._transposes(value)):
@@ -128,14 +133,18 @@ class _Check:
         along = cut(self._probe(value), self._wanted, self._product.term.values)
         moved = self._difference(along, list(self._direction))
         left, right = float(dot(value, _flat(along))), float(dot(_flat(self._direction), moved))
-        return abs(left - right) <= _CLOSE * max(abs(left), abs(right))
+        return abs(left - right) <= self._close * max(abs(left), abs(right))
 
     def _probe(self, value: Tensors) -> Tensors:
-        """Return the product as a direction; a fixed random one if it is zero."""
-        if float(norm(value)):
-            return value
+        """Return a direction that an error is not orthogonal to: the product, plus a fixed random vector of its size.
+
+        Components that are zero beside others are left out: a hook that masks the gradient keeps such variables where they are.
+        """
         generator = torch.Generator().manual_seed(0)
-        return tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in value)
+        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in value]
+        drawn = [noise * (x != 0) if bool(x.any()) else noise for noise, x in zip(drawn, value, strict=True)]
+        size = norm(value)
+        return axpy(size / norm(drawn), drawn, value) if float(size) else tuple(drawn)
 
     def _straight(self) -> float | None:
         """Return the discrepancy between the product and differences in double precision, if it is certain."""
@@ -144,7 +153,7 @@ class _Check:
             direction = {block: _double(vectors) for block, vectors in self._direction.items()}
             value = _double(self._flattened(self._product.renewed()(direction, self._wanted)))
             expected, error = _settled(Difference(term, direction, self._wanted))
-        return _certain(norm(subtract(value, expected)), max(norm(value), norm(expected)), error)
+        return _certain(norm(subtract(value, expected)), max(norm(value), norm(expected)), error, _WRONG)
 
     def _transposed_gap(self) -> float | None:
         """Return the discrepancy between both sides of the transposed product in double precision, if it is certain."""
@@ -161,13 +170,14 @@ class _Check:
             moved, other = _settled(Difference(term, cut(along, self._wanted, term.values), list(direction)), paired)
             left, right = dot(value, along), dot(paired, moved)
             error = error * float(norm(value) * norm(along)) + other
-        return _certain((left - right).abs(), max(left.abs(), right.abs()), error)
+        return _certain((left - right).abs(), max(left.abs(), right.abs()), error, _UNEQUAL)
 
 
 def _settled(difference: Difference, paired: Tensors | None = None) -> tuple[Tensors, float]:
     """Return the difference at the step of least error, and that error.
 
-    The error is the distance from the difference at the next step, or between both one-sided differences.
+    The error is the distance from the difference at the next step, or between both one-sided differences, or the rounding of the
+    derivatives over the step: derivatives that rounding leaves equal agree at every step.
 
     Args:
         difference: the difference.
@@ -178,6 +188,7 @@ def _settled(difference: Difference, paired: Tensors | None = None) -> tuple[Ten
         change = subtract(a, b)
         return float(norm(change) if paired is None else dot(change, paired).abs())
 
+    rounding = _ROUNDING * float(norm(_flat(difference.middle))) * (1.0 if paired is None else float(norm(paired)))
     reach = difference.reach()
     scaled = difference.step(torch.where(reach > 0, reach, 1.0)) / difference.relative_step
     previous: Tensors | None = None
@@ -186,7 +197,7 @@ def _settled(difference: Difference, paired: Tensors | None = None) -> tuple[Ten
         ahead, behind = map(_flat, difference.one_sided(relative * scaled))
         middle = scale(0.5, add(ahead, behind))
         if previous is not None:
-            error = max(distance(previous, middle), distance(ahead, behind))
+            error = max(distance(previous, middle), distance(ahead, behind), rounding / float(relative * scaled))
             if best is None or error < best[1]:
                 best = middle, error
             if error <= _SETTLED * float(norm(middle) if paired is None else dot(middle, paired).abs()):
@@ -196,10 +207,10 @@ def _settled(difference: Difference, paired: Tensors | None = None) -> tuple[Ten
     return best
 
 
-def _certain(discrepancy: Tensor, size: Tensor, error: float) -> float | None:
-    """Return the relative discrepancy if it is large and exceeds the error by far."""
+def _certain(discrepancy: Tensor, size: Tensor, error: float, least: float) -> float | None:
+    """Return the relative discrepancy if it is at least `least` and exceeds the error by far."""
     gap = float(discrepancy)
-    if not gap > _MULTIPLE * error or not gap > _WRONG * float(size):
+    if not gap > _MULTIPLE * error or not gap > least * float(size):
         return None
     return gap / float(size)
 
