@@ -135,7 +135,9 @@ def measure(
     p, q = (_random(level, generator) for _ in range(2))
     vector = p if cotangent is None else cotangent
     measures.trials = {kind: _try(point, level, kind, vector) for kind in KINDS}
-    measures.reference = next((kind for kind in KINDS if not measures.trials[kind].error), None)
+    # Doubtful products are better than none: they show the asymmetry.
+    usable = sorted((kind for kind in KINDS if measures.trials[kind].own is not None), key=lambda k: bool(measures.trials[k].error))
+    measures.reference = usable[0] if usable else None
     if measures.reference is not None:
         _measure_spectrum(measures, level, start, (p, q))
     return measures
