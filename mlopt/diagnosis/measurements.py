@@ -136,7 +136,9 @@ def measure(
     vector = p if cotangent is None else cotangent
     measures.trials = {kind: _try(point, level, kind, vector) for kind in KINDS}
     # Doubtful products are better than none: they show the asymmetry.
-    usable = sorted((kind for kind in KINDS if measures.trials[kind].own is not None), key=lambda k: bool(measures.trials[k].error))
+    usable = sorted(
+        (kind for kind in KINDS if measures.trials[kind].own is not None), key=lambda k: bool(measures.trials[k].error)
+    )
     measures.reference = usable[0] if usable else None
     if measures.reference is not None:
         _measure_spectrum(measures, level, start, (p, q))

@@ -80,7 +80,9 @@ def _measure(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
     step, reach = math.hypot(*along), math.hypot(*sizes)
     if not (math.isfinite(step) and math.isfinite(reach)) or step == 0.0:
         return None
-    direction = _filled(direction, [0.0 if v else step * (x / reach if reach else 1.0) for v, x in zip(along, sizes, strict=True)])
+    direction = _filled(
+        direction, [0.0 if v else step * (x / reach if reach else 1.0) for v, x in zip(along, sizes, strict=True)]
+    )
     whole = Difference(term, direction, wanted)
     small = reach < SMALL
     pairs = zip(along, sizes, strict=True)

@@ -139,7 +139,9 @@ def test_a_wrong_double_backward_is_found_and_differences_are_accepted(dtype: to
         return (x() * losses.reshape(4, 8).mean(1)).sum() + 0.1 * sum(p.square().sum() for p in module.parameters())
 
     for products, wrong in (("autograd", True), ("finite_difference", False)):
-        problem = two(inner, network(nn.Linear(20, 8), nn.Linear(8, 1), dtype=dtype), products, torch.ones(4, dtype=dtype))
+        problem = two(
+            inner, network(nn.Linear(20, 8), nn.Linear(8, 1), dtype=dtype), products, torch.ones(4, dtype=dtype)
+        )
         mlopt.hypergradient(problem)
         assert bool(doubts(problem)) is wrong
 
@@ -251,7 +253,9 @@ def test_ordinary_networks_are_not_in_doubt(name: str, products: str, dtype: tor
 
     def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
         losses = cross_entropy(module(inputs), labels, reduction="none")
-        return (x().sigmoid() * losses.reshape(4, 64).mean(1)).mean() + 1e-4 * sum(p.square().sum() for p in module.parameters())
+        return (x().sigmoid() * losses.reshape(4, 64).mean(1)).mean() + 1e-4 * sum(
+            p.square().sum() for p in module.parameters()
+        )
 
     def outer(module: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
         return cross_entropy(y(inputs), labels.flip(0))
