@@ -182,7 +182,7 @@ class _Runs:
         )
 
     def _least(self, name: str, variable: Tensor, center: float | None) -> float:
-        """Return the least size of a component that its displacement is scaled by; measured once for small variables, and kept."""
+        """Return the least size of a component that a displacement is scaled by; measured once for small variables."""
         sizes = variable.detach().abs().reshape(-1)
         lengths, key = self._point.workspace.lengths, f"{self._level.name}/response/{name}"
         if self._rule.displacement is None and key not in lengths and float(sizes.max()) < SMALL:

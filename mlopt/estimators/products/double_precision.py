@@ -38,7 +38,7 @@ def in_double_precision(point: Point) -> Iterator[None]:
                 stack.callback(point.values.__setitem__, block, values)
                 point.values[block] = tuple(leaves)
         stack.enter_context(full_precision(device))
-        stack.enter_context(_Promotion())
+        stack.enter_context(_Promotion())  # type: ignore[no-untyped-call]
         yield
 
 
@@ -46,11 +46,11 @@ def _widened(value: Tensor) -> nn.Parameter:
     """Return a leaf in float64 with the hooks of a variable."""
     leaf = nn.Parameter(value.detach().double())
     for hook in (value._backward_hooks or {}).values():
-        leaf.register_hook(hook)
+        leaf.register_hook(hook)  # type: ignore[no-untyped-call]
     return leaf
 
 
-class _Promotion(TorchDispatchMode):
+class _Promotion(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Promotes operations with an argument in float64 to float64, in forward and backward passes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

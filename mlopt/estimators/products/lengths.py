@@ -8,7 +8,6 @@ from functools import partial
 
 import attrs
 import torch
-from torch import Tensor
 
 from ...problem import Block, Term, Vectors
 from ...tensors import Tensors, norm, subtract

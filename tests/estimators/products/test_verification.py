@@ -233,7 +233,8 @@ class _OnceMore(torch.autograd.Function):
 ORDINARY: dict[str, Callable[[], list[nn.Module]]] = {
     "relu": lambda: [nn.Linear(20, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 3)],
     "max-pooling": lambda: [
-        nn.Unflatten(1, (1, 20)), nn.Conv1d(1, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(72, 3)
+        nn.Unflatten(1, (1, 20)), nn.Conv1d(1, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(),
+        nn.Linear(72, 3),
     ],
     "norms": lambda: [nn.Linear(20, 32), nn.BatchNorm1d(32), nn.LeakyReLU(), nn.LayerNorm(32), nn.Hardswish(), nn.Linear(32, 3)],
     "attention": lambda: [
