@@ -24,12 +24,13 @@ class Workspace:
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned; None if it was
             wrong.
-        verified: the checks that passed or need not be repeated; each key begins with the name of the check.
+        verified: checks that were made and need no repetition: the name of a check, then what it was made for.
         doubts: by key of a check of products that failed, a sentence.
         verifying: True while products are checked, so that no check starts another.
         uses: by compiled product and shapes of its arguments, the number of calls.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
             disagreement of two steps, and whether the variables are small.
+        evaluations: by level and part of its objective, the number of evaluations that were inspected.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Workspace:
         self.verifying = False
         self.uses: dict[tuple[str, ...], int] = {}
         self.lengths: dict[str, tuple[Any, ...]] = {}
+        self.evaluations: dict[tuple[str, str], int] = {}
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
         """Return the next batch for a standalone call; the arguments are those of `stream`."""

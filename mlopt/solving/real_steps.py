@@ -28,7 +28,7 @@ _AGREEMENT = 0.05
 _whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class RealSteps(Response):
     """Differentiate the outer objective by taking real steps of the levels inside, for a few outer variables.
 
@@ -37,10 +37,11 @@ class RealSteps(Response):
 
         dPhi / du_k ~ (Phi(u + h_k e_k) - Phi(u - h_k e_k)) / 2 h_k,    h_k = h max(1, |u_k|),
 
-    both on the same batches and random numbers. For variables below 0.1, the first hypergradient of a problem compares differences
-    at ever smaller h_k, from h down to h |u|, and the size that two of them agree on takes the place of 1. No derivative of the levels inside by u is needed, nor one of F, and no
-    linearisation limits the horizon n. Afterwards everything is rolled back bit for bit: variables, buffers, `.grad`, optimisers,
-    schedulers, random generators. The cost is 2 K runs of n steps for K outer variables; see `cost`.
+    both on the same batches and random numbers. For variables below 0.1, the first hypergradient of a problem compares
+    differences at ever smaller h_k, down to h |u_k|; the size on which two of them agree takes the place of 1 in h_k. No derivative
+    of the levels inside by u is needed, nor one of F, and no linearisation limits the horizon n. Afterwards everything is rolled
+    back bit for bit: variables, buffers, `.grad`, optimisers, schedulers, random generators. The cost is 2 K runs of n steps for K
+    outer variables; see `cost`.
 
     The batches come from streams of their own, which training does not draw from, and are kept in memory for one hypergradient.
     If one side of a difference is not finite, the derivative along that variable is taken to be zero, and the report is doubtful.
@@ -81,9 +82,9 @@ class RealSteps(Response):
     """
 
     steps: int | None = attrs.field(default=None, validator=_whole_or_none)
-    displacement: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
-    differences: str = attrs.field(default="central", validator=one_of("central", "forward"), kw_only=True)
-    limit: int = attrs.field(default=64, validator=at_least(1), kw_only=True)
+    displacement: float | None = attrs.field(default=None, validator=positive_or_none)
+    differences: str = attrs.field(default="central", validator=one_of("central", "forward"))
+    limit: int = attrs.field(default=64, validator=at_least(1))
 
     def total_derivative(self, point: Point, level: str, streams: Mapping[str, Stream]) -> Tensors:
         begin = time.perf_counter()
@@ -164,7 +165,7 @@ class _Runs:
         for name, variable in zip(self._level.parameter_names, self._level.parameters, strict=True):
             least = self._least(name, variable, center)
             slopes = [self._slope(f"{name}[{k}]", variable, k, center, least) for k in range(variable.numel())]
-            gradient.append(torch.tensor(slopes, dtype=torch.float64).reshape(variable.shape).to(variable))
+            gradient.append(variable.new_tensor(slopes).reshape(variable.shape))
         if len(self.lost) == sum(variable.numel() for variable in self._level.parameters):
             raise NonFiniteError(
                 f"level {self._level.name!r}: {self._rule} of the levels inside led to an objective that is not finite along "

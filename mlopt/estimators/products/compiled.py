@@ -19,7 +19,7 @@ from .product import name_kernels, plain_attention
 __all__ = ["CompiledProduct"]
 
 
-#: Distances beyond which compiled and live products differ by more than rounding. Compiled code may skip the rounding of autocast.
+#: Distances beyond which compiled and live products differ by more than rounding; compiled code may skip that of autocast.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 5e-2}
 _COARSE = 0.25
 

@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 #: Relative discrepancy that the first, cheap comparison accepts.
 _CLOSE = {torch.float64: 1e-4, torch.float32: 1e-2}
-#: Relative discrepancies in double precision from which products are in doubt: of vectors, and of inner products, which see a part
-#: of the error only; and the least multiple of the difference's own error.
+#: Relative discrepancies in double precision from which products are in doubt: of vectors, and of inner products, which see only
+#: a part of the error; and the least multiple of the difference's own error.
 _WRONG, _UNEQUAL, _MULTIPLE = 0.01, 0.002, 10.0
 #: Relative error of a difference in double precision at which no shorter step is tried.
 _SETTLED = 1e-4
@@ -79,13 +79,13 @@ def _sentence(product: Product, gap: float) -> str:
     _, part = product.term.label
     if isinstance(product, FiniteDifferenceProduct):
         return (
-            f"the gradient of the {part} is not the derivative of a function: two second derivatives that must be equal differ by "
+            f"the gradient of the {part} is not the derivative of a function: second derivatives that must be equal differ by "
             f"{gap:.1%}; look for detach() or no_grad() in the loss, hooks of parameters, and custom functions"
         )
     return (
         f"second derivatives of the {part} differ from differences of its gradient by {gap:.1%}: look for detach() or no_grad() "
-        "in the loss, hooks of parameters, custom functions, and kernels with a wrong second derivative; if it is one of the last "
-        "two, use products='finite_difference'"
+        "in the loss, hooks of parameters, custom functions, and kernels with a wrong second derivative; in the last two cases, "
+        "use products='finite_difference'"
     )
 
 
