@@ -38,10 +38,10 @@ class RealSteps(Response):
         dPhi / du_k ~ (Phi(u + h_k e_k) - Phi(u - h_k e_k)) / 2 h_k,    h_k = h max(1, |u_k|),
 
     both on the same batches and random numbers. For variables below 0.1, the first hypergradient of a problem compares
-    differences at ever smaller h_k, down to h |u_k|; the size on which two of them agree takes the place of 1 in h_k. No derivative
-    of the levels inside by u is needed, nor one of F, and no linearisation limits the horizon n. Afterwards everything is rolled
-    back bit for bit: variables, buffers, `.grad`, optimisers, schedulers, random generators. The cost is 2 K runs of n steps for K
-    outer variables; see `cost`.
+    differences at ever smaller h_k, down to h |u_k|; the size on which two of them agree takes the place of 1 in h_k. No
+    derivative of the levels inside by u is needed, nor one of F, and no linearisation limits the horizon n. Afterwards
+    everything is rolled back bit for bit: variables, buffers, `.grad`, optimisers, schedulers, random generators. The cost is
+    2 K runs of n steps for K outer variables; see `cost`.
 
     The batches come from streams of their own, which training does not draw from, and are kept in memory for one hypergradient.
     If one side of a difference is not finite, the derivative along that variable is taken to be zero, and the report is doubtful.
