@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
-from .evaluation import evaluate
+from .evaluation import evaluate, put_back
 from .minimize import minimize
 
 __all__ = ["Resolver"]
@@ -111,18 +113,22 @@ class Resolver:
         return best
 
     def _difference(self, origin: Tensor, scale: float, direction: Tensor) -> tuple[float, float]:
-        """Return the same for variables of the size `scale`."""
+        """Return the same for variables of the size `scale`; the error is infinite if an objective is."""
         variables = [variable.data for variable in self._target.parameters]
         step = _STEP.get(origin.dtype, 3e-2) * scale
         differences = []
-        for size in (2 * step, step, step / 2):
-            values = []
-            for sign in (1.0, -1.0):
-                _write(variables, origin + sign * size * direction)
-                self.solve_inside(self._target.name)
-                values.append(Objective.of(self._target, self._point).number())
-            differences.append((values[0] - values[1]) / (2 * size))
-        _write(variables, origin)
+        try:
+            # Each scale starts at the solutions: those far away may be of no use to the next.
+            with put_back(self._problem):
+                for size in (2 * step, step, step / 2):
+                    values = []
+                    for sign in (1.0, -1.0):
+                        _write(variables, origin + sign * size * direction)
+                        self.solve_inside(self._target.name)
+                        values.append(Objective.of(self._target, self._point).number())
+                    differences.append((values[0] - values[1]) / (2 * size))
+        except NonFiniteError:
+            return 0.0, math.inf
         coarse, fine = ((4 * narrow - wide) / 3 for wide, narrow in itertools.pairwise(differences))
         return fine, abs(fine - coarse)
 

@@ -23,7 +23,7 @@ from .engine import Engine
 __all__ = ["RealSteps"]
 
 #: Relative disagreement of differences at two displacements that needs no search.
-_AGREEMENT = 0.05
+_AGREEMENT = {torch.float64: 1e-4, torch.float32: 0.05}
 
 _whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
@@ -191,10 +191,12 @@ class _Runs:
 
             def at(size: float) -> tuple[Tensor]:
                 slope = self._slope(f"{name}[{k}]", variable, k, center, size)
-                return (torch.tensor(slope, dtype=torch.float64),)
+                lost = bool(self.lost) and self.lost.pop() is not None
+                return (torch.tensor(math.nan if lost else slope, dtype=torch.float64),)
 
-            lengths[key] = search(at, float(sizes[k]), _AGREEMENT)[:2]
-            self.lost.clear()
+            before, self.lost = self.lost, []
+            lengths[key] = search(at, float(sizes[k]), _AGREEMENT.get(variable.dtype, 0.05))[:2]
+            self.lost = before
         return float(lengths[key][0]) if key in lengths else 1.0
 
     def _slope(self, name: str, variable: Tensor, k: int, center: float | None, least: float) -> float:

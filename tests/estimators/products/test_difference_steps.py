@@ -57,7 +57,7 @@ def test_variables_of_every_size(start: tuple[float, ...], size: float, dtype: t
 def test_the_value_function_with_variables_of_every_size(size: float, dtype: torch.dtype) -> None:
     """Penalised solutions stay within a distance that suits the variables."""
     start = torch.tensor([0.7, 1.0, -0.7])
-    error, _ = scaled(size, dtype, start, mlopt.ValueFunction(300))
+    error, _ = scaled(size, dtype, start, mlopt.ValueFunction(steps=300))
     assert error < 10 * TOLERANCE[dtype]
 
 
