@@ -20,6 +20,7 @@ from ..problem import (
     Report,
     Term,
     Vectors,
+    Workspace,
     add_into,
     derivatives,
 )
@@ -256,10 +257,22 @@ class _MultiplierTerm(Term):
     """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
 
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind = child, kind
+        self._child, self._kind, self._owner = child, kind, owner
+        self.order = 1 + max(term.order for term in child.objective.terms)
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self._owner, self._child.name, "multipliers")
+
+    @property
+    def workspace(self) -> Workspace:
+        return self._child.point.workspace
+
+    def roots(self) -> list[Tensor]:
+        return [root for term in self._child.objective.terms for root in term.roots()]
 
     def value(self) -> Tensor:
         total = torch.zeros(())

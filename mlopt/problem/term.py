@@ -105,6 +105,18 @@ class Term(ABC):
 
     blocks: frozenset[Block]
     values: Mapping[Block, Tensors]
+    #: The highest order of the derivatives of a loss that products with the term's second derivatives take.
+    order: int = 2
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[str, ...]:
+        """The key of the term in the caches of its workspace."""
+
+    @property
+    @abstractmethod
+    def workspace(self) -> Workspace:
+        """The workspace of the point of evaluation."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -113,6 +125,10 @@ class Term(ABC):
     @abstractmethod
     def function(self, values: Vectors) -> Tensor:
         """Return the term at other variables, for the transforms of torch.func; absent blocks are the live ones."""
+
+    def roots(self) -> list[Tensor]:
+        """Return the losses that the term is made of, at the live variables, each with a graph."""
+        return [self.value()]
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
@@ -153,6 +169,10 @@ class LevelTerm(Term):
         return self._level.name
 
     @property
+    def key(self) -> tuple[str, ...]:
+        return (self._level.name, self.part)
+
+    @property
     def module(self) -> nn.Module:
         """The level's module."""
         return self._level.module
@@ -166,7 +186,6 @@ class LevelTerm(Term):
 
     @property
     def workspace(self) -> Workspace:
-        """The workspace of the point."""
         return self._point.workspace
 
     def own_function(self) -> OwnFunction:

@@ -23,7 +23,8 @@ class Workspace:
         calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
-        verified: levels and parts whose pure function agreed with the live modules.
+        verified: what was checked once: levels and parts whose pure function agreed with the live modules; terms whose kernels
+            were chosen, and those that need primitives, each by a name of the check and the key of the term.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Workspace:
         self._states: dict[str, Any] = {}
         self.mixtures: dict[str, str | None] = {}
         self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
-        self.verified: set[tuple[str, str]] = set()
+        self.verified: set[tuple[str, ...]] = set()
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
         """Return the next batch for a standalone call; the arguments are those of `stream`."""

@@ -12,7 +12,8 @@ from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors
 from .forward import ForwardProduct
-from .product import name_kernels, plain_attention
+from .kernels import differentiable_kernels, prepare, uses_primitives
+from .product import name_kernels
 
 __all__ = ["CompiledProduct"]
 
@@ -29,6 +30,10 @@ class CompiledProduct(ForwardProduct):
         term = self.term
         if not isinstance(term, LevelTerm) or set(direction) != {term.name} or set(wanted) != {term.name}:
             return super().__call__(direction, wanted)
+        prepare(term)
+        if uses_primitives(term):
+            # torch.compile does not apply a function mode within the transforms of torch.func (torch 2.13).
+            return super().__call__(direction, wanted)
         # Imported here since the import takes as long as the rest of torch.
         from torch._dynamo.exc import TorchDynamoException
 
@@ -36,7 +41,7 @@ class CompiledProduct(ForwardProduct):
         compiled = term.workspace.compiled
         if key not in compiled:
             compiled[key] = _compile(term)
-        with plain_attention():
+        with differentiable_kernels(term):
             try:
                 product: Tensors = compiled[key](*term.own_arguments(), tuple(direction[term.name]))
             except TorchDynamoException as error:
