@@ -20,7 +20,6 @@ from ..problem import (
     Report,
     Term,
     Vectors,
-    Workspace,
     add_into,
     derivatives,
 )
@@ -141,7 +140,15 @@ class Stationarity(Linearization):
                 f"level {part!r} is solved inside {self.name!r}, through which cotangents are pulled back; {estimator} "
                 "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient, MINRES, Nystrom or Dense"
             )
-        return Stationarity(self.point, part, estimator)
+        rule = estimator.linearize(self.point, part)
+        conditions = rule if isinstance(rule, Stationarity) else getattr(rule, "conditions", None)
+        if not isinstance(conditions, Stationarity):
+            raise EstimatorError(
+                f"level {part!r} is solved inside {self.name!r}, and {type(estimator).__name__}.linearize returns a "
+                f"{type(rule).__name__}, whose pullback cannot be nested; let it return a Stationarity, such as that of "
+                "super().linearize(point, level)"
+            )
+        return conditions
 
     def _find_multipliers(self, objective: Objective) -> None:
         """Set M_c = -(solve of level c) of the cotangent on its states; a level comes after the levels that use it."""
@@ -162,6 +169,8 @@ class Stationarity(Linearization):
         total = products(direction, wanted)
         if products.step is not None:
             self.report.step = products.step
+        for remark in products.remarks:
+            self.report.doubt(remark)
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
@@ -257,25 +266,18 @@ class _MultiplierTerm(Term):
     """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
 
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind, self._owner = child, kind, owner
+        self._child, self._kind, self.point = child, kind, point
+        self.label = owner, f"response of {child.name!r}"
         self.order = 1 + max(term.order for term in child.objective.terms)
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        return (self._owner, self._child.name, "multipliers")
-
-    @property
-    def workspace(self) -> Workspace:
-        return self._child.point.workspace
-
     def roots(self) -> list[Tensor]:
         return [root for term in self._child.objective.terms for root in term.roots()]
 
     def value(self) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
         for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)

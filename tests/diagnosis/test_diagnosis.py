@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import mlopt
 from mlopt import cli
 from mlopt.diagnosis import Finding, LevelDiagnosis
-from mlopt.diagnosis.solver_rules import iterations_for, rate_solver, terms_for
+from mlopt.diagnosis.solver_rules import iterations_for, neumann_iterations_for, rate_solver
 from mlopt.diagnosis.spectrum import Spectrum, lanczos
 from mlopt.testing import logistic_regression, quadratic, same, snapshot, stateful_problem, train_a_little
 
@@ -135,7 +135,7 @@ def test_negative_curvature(estimator: mlopt.Estimator, safe: bool) -> None:
 
 def test_a_step_size_above_the_bound() -> None:
     for step_size, safe in ((0.49, True), (0.51, False)):
-        estimator = mlopt.Neumann(terms=100, step_size=step_size)
+        estimator = mlopt.Neumann(iterations=100, step_size=step_size)
         assert mlopt.diagnose(build(bowl, torch.ones(4, dtype=torch.float64), estimator)).safe is safe
 
 
@@ -181,7 +181,7 @@ def test_activation_checkpointing() -> None:
             "has no second derivative.*finite_difference",
         ),
         # torch does not raise here: it silently omits a part of the second derivative.
-        (lambda y: (y.detach() * y).sum() + y.square().sum(), "drops its second derivative"),
+        (lambda y: (y.detach() * y).sum() + y.square().sum(), "differ from differences of its gradient"),
     ],
 )
 def test_a_second_derivative_that_is_missing(loss: Callable[[Tensor], Tensor], sentence: str) -> None:
@@ -276,7 +276,10 @@ def test_a_hessian_that_is_not_symmetric() -> None:
     def inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return Skewed.apply(module()) - (module() * x()).sum()
 
-    assert reported(level(build(inner, start(4))), "error", "the Hessian is not symmetric")
+    result = level(build(inner, start(4)))
+    assert reported(result, "error", "the Hessian is not symmetric")
+    assert {f.severity for f in result.products.values()} == {"error"}
+    assert "not the derivative of a function" in result.products["finite_difference"].sentence
 
 
 def test_unused_and_frozen_parameters_are_listed() -> None:
@@ -337,7 +340,7 @@ def test_nothing_moves(dtype: torch.dtype) -> None:
     assert same(contents(problem.workspace), workspace)
 
 
-@pytest.mark.parametrize("fatal", [1, 3, 11, 15, 24])
+@pytest.mark.parametrize("fatal", [1, 2, 3, 4, 5])
 def test_nothing_moves_when_a_loss_raises(fatal: int) -> None:
     problem = stateful_problem(mlopt.FiniteDifference(), fatal=fatal)
     before = snapshot(problem)
@@ -364,7 +367,11 @@ def test_the_counts_follow_from_the_bounds() -> None:
         k = iterations_for(kappa)
         rate = (kappa**0.5 - 1) / (kappa**0.5 + 1)
         assert 2 * rate**k <= 0.0101
-        assert (1 - 1 / kappa) ** (terms_for(kappa) + 1) <= 0.01 < (1 - 1 / kappa) ** terms_for(kappa)
+        assert (
+            (1 - 1 / kappa) ** (neumann_iterations_for(kappa) + 1)
+            <= 0.01
+            < (1 - 1 / kappa) ** neumann_iterations_for(kappa)
+        )
     assert rate_solver(_unknown(), Spectrum(low=1.0, high=2.0, rounding=0.0, size=3)) is None
 
 
@@ -382,7 +389,7 @@ import mlopt
 from mlopt.testing import logistic_regression
 healthy = logistic_regression(mlopt.ConjugateGradient(iterations=3)).problem
 def sick():
-    return logistic_regression(mlopt.Neumann(terms=10, step_size=100.0)).problem
+    return logistic_regression(mlopt.Neumann(iterations=10, step_size=100.0)).problem
 number = 3
 class inside:
     problem = healthy

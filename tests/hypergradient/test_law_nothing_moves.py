@@ -118,7 +118,7 @@ def test_nothing_moves_when_a_loss_raises(products: str, fatal: int) -> None:
             raise StopHereError
         return loss
 
-    problem = build(mlopt.Neumann(terms=3, step_size=0.1, products=products), torch.float32, failing)
+    problem = build(mlopt.Neumann(iterations=3, step_size=0.1, products=products), torch.float32, failing)
     optimizers = train_a_little(problem)
     before = snapshot(problem, optimizers)
     with pytest.raises(StopHereError):
@@ -137,6 +137,7 @@ def test_differences_are_taken_at_displaced_parameters() -> None:
     problem = build(mlopt.FiniteDifference(), torch.bfloat16, watched)
     at_rest = problem["network"].module.last.weight.detach().clone()
     mlopt.hypergradient(problem)
+    mlopt.hypergradient(problem)  # without the checks of a first one
     above, below = seen[-2:]
     assert not torch.equal(above, at_rest)
     assert not torch.equal(below, at_rest)

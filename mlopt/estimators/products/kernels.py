@@ -42,7 +42,7 @@ def differentiable_kernels(term: Term) -> Iterator[None]:
 
 def uses_primitives(term: Term) -> bool:
     """Return True if a term is traced with primitives in place of kernels that are wrong."""
-    return term.order > 2 or ("primitives", *term.key) in term.workspace.verified
+    return term.order > 2 or ("primitives", *term.label) in term.point.workspace.verified
 
 
 def prepare(term: Term) -> list[Tensor]:
@@ -51,13 +51,13 @@ def prepare(term: Term) -> list[Tensor]:
     Returns:
         The losses that it evaluated for that, with their graphs; empty if the choice was made before.
     """
-    key = ("kernels", *term.key)
+    key = ("kernels", *term.label)
     roots: list[Tensor] = []
-    while key not in term.workspace.verified:
+    while key not in term.point.workspace.verified:
         with differentiable_kernels(term):
             roots = term.roots()
         if right_kernels(term, graph_of(roots)):
-            term.workspace.verified.add(key)
+            term.point.workspace.verified.add(key)
     return roots
 
 
@@ -75,7 +75,7 @@ def right_kernels(term: Term, graph: Iterable[Node]) -> bool:
             f"torch has the derivative of order {term.order} of a kernel in the loss wrong ({', '.join(wrong)}), and "
             "compiled or scripted code calls it; use the module without TorchScript, or products='finite_difference'"
         )
-    term.workspace.verified.add(("primitives", *term.key))
+    term.point.workspace.verified.add(("primitives", *term.label))
     return False
 
 
