@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -64,14 +64,14 @@ def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> I
 
     A graph traced inside refers to these leaves, and remains valid when the variables change.
     """
-    swapped = {id(variable): leaf for variable, leaf in zip(level.parameters, leaves, strict=True)}
+    before = point.values[level.name]
+    swapped = {id(variable): leaf for variable, leaf in zip(before, leaves, strict=True)}
     places = [
         (module, name, parameter)
         for module in level.module.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and id(parameter) in swapped
     ]
-    before = point.values[level.name]
     try:
         point.values[level.name] = tuple(leaves)
         for module, name, parameter in places:
@@ -116,10 +116,16 @@ class Term(ABC):
     Attributes:
         blocks: the blocks that it depends on.
         values: the live variables, by block.
+        point: the point of evaluation.
+        label: the name of the level that it belongs to, and of the part of its objective.
     """
 
     blocks: frozenset[Block]
     values: Mapping[Block, Tensors]
+    point: Point
+    label: tuple[str, str]
+    #: The highest order of the derivatives of a loss that products with the term's second derivatives take.
+    order: int = 2
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -129,13 +135,21 @@ class Term(ABC):
     def function(self, values: Vectors) -> Tensor:
         """Return the term at other variables, for the transforms of torch.func; absent blocks are the live ones."""
 
+    def roots(self) -> list[Tensor]:
+        """Return the losses that the term is made of, at the live variables, each with a graph."""
+        return [self.value()]
+
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
         return derivatives(self.value(), wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
-        """Return d/dw <grad_D, direction> if the term's form yields it from first derivatives alone; else None."""
+        """Return d/dw <grad_D, direction> if `is_mixed`; else None."""
         return None
+
+    def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
+        """Return True if the term's form yields d/dw <grad_D, direction> from first derivatives alone."""
+        return False
 
 
 class LevelTerm(Term):
@@ -155,7 +169,8 @@ class LevelTerm(Term):
         part: Literal["loss", "regularizer"],
         batches: Mapping[str, Any] | None = None,
     ) -> None:
-        self._point, self._level, self.part = point, level, part
+        self._point = self.point = point
+        self._level, self.part, self.label = level, part, (level.name, part)
         self._batches = point.batches if batches is None else batches
         self._references = level.loss_references if part == "loss" else level.regularizer_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -190,7 +205,7 @@ class LevelTerm(Term):
         It uses only its arguments, so it can be compiled and kept; random numbers come from the present generators.
         """
         bare = copy.copy(self)  # without references to the point and its batches
-        del bare._point, bare._batches, bare.values
+        del bare._point, bare.point, bare._batches, bare.values
         function = _PureFunction(self._modules, bare._evaluate)
         names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
 
@@ -211,17 +226,18 @@ class LevelTerm(Term):
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
-        if self.part == "regularizer" or set(direction) != {self.name}:
-            return None
-        if len(wanted) != 1 or wanted[0] not in self._references:
-            return None
-        if not self._is_mixture(wanted[0]):
+        if not self.is_mixed(direction, wanted):
             return None
         with cloned_buffers(self._modules.values()):
             mixture = self._mixture(self._modules)
             weights = mixture.weigh(self._modules[mixture.weights])
             shares = self._forward_shares(direction) if forward else self._backward_shares(mixture, direction)
         return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
+
+    def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
+        if self.part == "regularizer" or set(direction) != {self.name}:
+            return False
+        return len(wanted) == 1 and wanted[0] in self._references and self._is_mixture(wanted[0])
 
     def streamed(self, weights: str, shares: Tensor) -> Tensors:
         """Return the derivative of <w(a), shares> by the variables a of the level `weights`, for known shares (K,)."""
