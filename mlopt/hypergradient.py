@@ -23,7 +23,6 @@ from .problem import (
     Problem,
     Report,
     Stream,
-    Vectors,
     Workspace,
     add_into,
     call_solver,
@@ -279,7 +278,6 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     problem, cotangents = point.problem, dict(cotangents)
     node = problem.graph[level.name]
     within = {level.name, *node.interior}
-    pulled: dict[str, Vectors] = {}
     for part in node.parts:
         estimator = point.estimator(part)
         if not problem.graph[part].arguments:
@@ -289,8 +287,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
         linearization = estimator.linearize(point, part)
         cotangent = {block: cotangents.pop(block) for block in linearization.blocks if block in cotangents}
         wanted = [argument for argument in linearization.arguments if argument in within]
-        pulled[part] = linearization.pullback(cotangent, wanted)
-        for block, vector in pulled[part].items():
+        for block, vector in linearization.pullback(cotangent, wanted).items():
             require_finite(vector, partial(_not_finite, part, block, estimator))
             add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
@@ -298,7 +295,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             report.stationarity = point.stationarity.get(name)
             point.reports[name] = report
     _inspect_inside(point, level)
-    _doubt_cut_references(point, level, pulled)
+    _doubt_cut_off(point, level)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
@@ -319,26 +316,14 @@ def _inspect_inside(point: Point, level: Level) -> None:
     verified.add(key)
 
 
-def _doubt_cut_references(point: Point, level: Level, pulled: Mapping[str, Vectors]) -> None:
-    """Remark in the reports that a loss refers to a level, and has no derivative by its variables: was a tensor detached?"""
-    workspace, problem = point.workspace, point.problem
-    for part, vectors in pulled.items():
-        report = point.reports.get(part)
-        if report is None:
-            continue
-        for reference, vector in vectors.items():
-            # MAML's adjoint of a start reaches a level that the loss need not use.
-            if workspace.is_cut_off(problem[part], reference) and not any(bool(x.any()) for x in vector):
-                report.doubt(_cut(part, reference))
-        if workspace.is_cut_off(level, part):
-            report.doubt(_cut(level.name, part))
-
-
-def _cut(level: str, reference: str) -> str:
-    return (
-        f"the objective of level {level!r} refers to {reference!r}, and has no derivative by its variables: this path is missing; "
-        "look for detach(), item() or no_grad(), or leave the reference out"
-    )
+def _doubt_cut_off(point: Point, level: Level) -> None:
+    """Remark in the report on a level that an objective refers to it, and has no derivative by its variables."""
+    for part, report in point.reports.items():
+        if point.workspace.is_cut_off(level, part):
+            report.doubt(
+                f"the objective of level {level.name!r} refers to {part!r}, and has no derivative by its variables: look for "
+                "detach(), item() or no_grad(), or leave the reference out"
+            )
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:
