@@ -14,6 +14,7 @@ from ..linear import AssumedInverse, LinearSolution, LinearSolver
 from ..problem import (
     Block,
     Estimator,
+    FixedPoint,
     Linearization,
     Objective,
     Point,
@@ -110,7 +111,8 @@ class Stationarity(Linearization):
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
             self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
             self.report.converged = False
-        own = Objective.of(level, point)
+        fixed = FixedPoint.of(level, point)
+        own = Objective.minimized(level, point, fixed=fixed)
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
@@ -118,7 +120,11 @@ class Stationarity(Linearization):
         self.objective = Objective((*own.terms, *lagrangian))
         self.second_derivatives = self._curvature = SecondDerivatives(self.objective, estimator.product)
         if name in point.curvature_batches:
-            self._curvature = SecondDerivatives(Objective.of(level, point, point.curvature_batches), estimator.product)
+            other = Objective.minimized(level, point, point.curvature_batches, fixed)
+            self._curvature = SecondDerivatives(other, estimator.product)
+        if fixed.doubt and not isinstance(self._solver, AssumedInverse):
+            self.report.remarks = (*self.report.remarks, fixed.doubt)
+            self.report.converged = False
 
     def _refuse_options_of_leaves(self) -> None:
         estimator = self._estimator

@@ -75,7 +75,7 @@ class _Penalty(Linearization):
         self._rule, self._point, self._name = rule, point, name
         self.blocks, self.arguments = (name,), point.problem.graph[name].arguments
         self.report = Report(estimator=str(rule))
-        self._objective = Objective.of(point.problem[name], point)
+        self._objective = Objective.minimized(point.problem[name], point)
         self._live = point.values[name]
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:

@@ -1,6 +1,7 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
 from .estimator import Block, Estimator, Linearization, Report, Vectors
+from .fixed_point import FixedPoint
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
@@ -17,6 +18,7 @@ __all__ = [
     "Block",
     "Carryover",
     "Estimator",
+    "FixedPoint",
     "Graph",
     "Level",
     "LevelTerm",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
+from .fixed_point import DecayTerm, FixedPoint
 from .term import LevelTerm, Term
 
 if TYPE_CHECKING:
@@ -33,6 +34,26 @@ class Objective:
         """Return a level's objective at a point: its loss, on the point's batch or another, and its regularizer, if any."""
         loss = LevelTerm(point, level, "loss", batches)
         return cls((loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer")))
+
+    @classmethod
+    def minimized(
+        cls, level: Level, point: Point, batches: Mapping[str, Any] | None = None, fixed: FixedPoint | None = None
+    ) -> Objective:
+        """Return what the steps of a level minimise: its objective, negated by `maximize`, and the decay of its optimiser.
+
+        Args:
+            level: the level.
+            point: the point.
+            batches: the batch of each level; the point's if None.
+            fixed: the condition at which the steps end; read from the level's optimiser if None.
+        """
+        fixed = FixedPoint.of(level, point) if fixed is None else fixed
+        terms: list[Term] = [LevelTerm(point, level, "loss", batches, fixed.sign)]
+        if level.regularizer is not None:
+            terms.append(LevelTerm(point, level, "regularizer", sign=fixed.sign))
+        if fixed.strengths:
+            terms.append(DecayTerm(level.name, point.values, fixed.strengths))
+        return cls(terms)
 
     def value(self) -> Tensor:
         """Return the objective at the live variables, a scalar with a graph."""

@@ -122,6 +122,10 @@ class Term(ABC):
         """Return d/dw <grad_D, direction> if the term's form yields it from first derivatives alone; else None."""
         return None
 
+    def product(self, direction: Vectors) -> dict[Block, Tensors] | None:
+        """Return the product of all second derivatives with a direction if the term knows it in closed form; else None."""
+        return None
+
 
 class LevelTerm(Term):
     """The loss of a level, or its regularizer.
@@ -131,6 +135,7 @@ class LevelTerm(Term):
         level: the level.
         part: "loss" or "regularizer".
         batches: the batch of each level; the point's if None.
+        sign: a factor, -1.0 for a level whose optimiser maximises.
     """
 
     def __init__(
@@ -139,8 +144,9 @@ class LevelTerm(Term):
         level: Level,
         part: Literal["loss", "regularizer"],
         batches: Mapping[str, Any] | None = None,
+        sign: float = 1.0,
     ) -> None:
-        self._point, self._level, self.part = point, level, part
+        self._point, self._level, self.part, self._sign = point, level, part, sign
         self._batches = point.batches if batches is None else batches
         self._references = level.loss_references if part == "loss" else level.regularizer_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -214,7 +220,7 @@ class LevelTerm(Term):
         return self._weights_cotangent(weights, weighed, shares)
 
     def _weights_cotangent(self, name: str, weights: Tensor, shares: Tensor) -> Tensors:
-        inner = torch.dot(weights, shares.to(weights))
+        inner = self._signed(torch.dot(weights, shares.to(weights)))
         return derivatives(inner, [name], self.values)[name]
 
     def _mixture(self, modules: Mapping[str, nn.Module]) -> Mixture:
@@ -267,15 +273,18 @@ class LevelTerm(Term):
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
-            return self._loss(modules).total(modules)
+            return self._signed(self._loss(modules).total(modules))
         self._point.generators[self.name].restore()
-        return evaluate_regularizer(self._level, modules)
+        return self._signed(evaluate_regularizer(self._level, modules))
+
+    def _signed(self, value: Tensor) -> Tensor:
+        return value if self._sign == 1.0 else self._sign * value
 
     def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
         """Return the term on given modules and a given batch, with the generators as they are."""
         if self.part == "regularizer":
-            return evaluate_regularizer(self._level, modules)
-        return evaluate_loss(self._level, modules, batch).total(modules)
+            return self._signed(evaluate_regularizer(self._level, modules))
+        return self._signed(evaluate_loss(self._level, modules, batch).total(modules))
 
 
 class _PureFunction(nn.Module):

@@ -23,6 +23,8 @@ class Workspace:
         calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
+        optimizers: by level, the optimiser that its factory made outside a run, to read its options.
+        rules: by level, the sign and the decay that were read off the steps of an optimiser of unknown kind.
         verified: levels and parts whose pure function agreed with the live modules.
     """
 
@@ -33,6 +35,8 @@ class Workspace:
         self._states: dict[str, Any] = {}
         self.mixtures: dict[str, str | None] = {}
         self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.rules: dict[str, list[Any]] = {}
         self.verified: set[tuple[str, str]] = set()
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:

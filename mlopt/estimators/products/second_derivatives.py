@@ -34,7 +34,9 @@ class SecondDerivatives:
             blocks = product.term.blocks
             along = {block: vectors for block, vectors in direction.items() if block in blocks}
             own = [block for block in wanted if block in blocks]
-            if along and own:
+            if along and own and (known := product.term.product(along)) is not None:
+                add_into(total, known)
+            elif along and own:
                 add_into(total, product(along, own))
                 self.step = product.step if product.step is not None else self.step
         return total
