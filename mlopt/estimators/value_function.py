@@ -10,7 +10,7 @@ import torch
 
 from ..errors import NonFiniteError
 from ..linear.neumann import largest_eigenvalue
-from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
+from ..problem import Block, Estimator, FixedPoint, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
 from .products import FiniteDifferenceProduct, SecondDerivatives, full_precision, relative_step
@@ -75,7 +75,10 @@ class _Penalty(Linearization):
         self._rule, self._point, self._name = rule, point, name
         self.blocks, self.arguments = (name,), point.problem.graph[name].arguments
         self.report = Report(estimator=str(rule))
-        self._objective = Objective.minimized(point.problem[name], point)
+        fixed = FixedPoint.of(point.problem[name], point)
+        self._objective = Objective.minimized(point.problem[name], point, fixed=fixed)
+        if fixed.doubt:
+            self.report.remarks = (fixed.doubt,)
         self._live = point.values[name]
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
@@ -126,7 +129,7 @@ class _Penalty(Linearization):
         if not math.isfinite(largest):
             raise NonFiniteError(f"level {self._name!r}: a difference of its gradients is not finite")
         if largest == 0.0:
-            self.report.remarks = ("no curvature along the cotangent",)
+            self.report.remarks = (*self.report.remarks, "no curvature along the cotangent")
             return 1.0
         return 1.0 / (_MARGIN * largest)
 
@@ -142,7 +145,7 @@ class _Penalty(Linearization):
         self.report.iterations += self._rule.steps
         self.report.residual, self.report.step = residual, nu
         if self._rule.rtol is not None:
-            self.report.converged = residual <= self._rule.rtol
+            self.report.converged = residual <= self._rule.rtol and not self.report.remarks
         if not residual < 1.0:
             remark = f"gradient descent did not reach the penalised solutions: residual {residual:.3g} of the cotangent"
             self.report.remarks = (*self.report.remarks, remark)

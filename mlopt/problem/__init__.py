@@ -1,5 +1,6 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
+from .bounds import Bounds
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint
 from .graph import Graph, Node
@@ -16,6 +17,7 @@ from .workspace import Workspace
 
 __all__ = [
     "Block",
+    "Bounds",
     "Carryover",
     "Estimator",
     "FixedPoint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["DecayTerm", "FixedPoint", "is_of_torch"]
+__all__ = ["DecayTerm", "FixedPoint", "level_optimizer"]
 
 #: Variables and gradients at which a step of an unknown optimiser is read; a linear step is known from the first two.
 _PROBES = ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0), (2.0, 1.0), (1.0, -2.0))
@@ -34,6 +34,8 @@ class DecayTerm(Term):
         values: the live variables, by block.
         strengths: s_i for each variable: a number, or a tensor in the shape of the variable.
     """
+
+    closed: ClassVar[bool] = True
 
     def __init__(self, name: str, values: Mapping[Block, Tensors], strengths: Sequence[float | Tensor]) -> None:
         self._name, self._strengths = name, strengths
@@ -83,7 +85,7 @@ class FixedPoint:
         if optimizer is None:
             return cls(doubt=doubt)
         variables = point.values[level.name]
-        if is_of_torch(optimizer):
+        if _is_of_torch(optimizer):
             rules = [_rule(optimizer, group) for group in optimizer.param_groups]
         else:
             rules = _probed(level, point, optimizer)
@@ -125,7 +127,7 @@ class _Rule:
 _PLAIN = _Rule()
 
 
-def is_of_torch(optimizer: Optimizer) -> bool:
+def _is_of_torch(optimizer: Optimizer) -> bool:
     """Return True if an optimiser is one of torch.optim, or derives from one."""
     return any(base.__module__.startswith("torch.optim.") for base in type(optimizer).__mro__ if base is not Optimizer)
 
@@ -158,7 +160,8 @@ def _metric(optimizer: Optimizer, group: dict[str, Any], variable: Tensor) -> Te
     _, second = group["betas"]
     step = state["step"]
     step = step.to(square.device) if isinstance(step, Tensor) else step
-    return ((square / (1.0 - second**step)).sqrt() + group["eps"]).to(variable)
+    metric: Tensor = ((square / (1.0 - second**step)).sqrt() + group["eps"]).to(variable)
+    return metric
 
 
 def _unknown(level: Level, optimizer: Optimizer, rule: _Rule) -> str:
@@ -173,6 +176,11 @@ def _unknown(level: Level, optimizer: Optimizer, rule: _Rule) -> str:
         f"the decay of {kind} is left out of the Hessian of level {level.name!r}: the point at which its steps end is not known; "
         "set it to zero and decay by a regularizer of the level, or use SGD, Adam or AdamW"
     )
+
+
+def level_optimizer(level: Level, point: Point) -> Optimizer | None:
+    """Return the optimiser of a level at a point, or None."""
+    return _optimizer(level, point)[0]
 
 
 def _optimizer(level: Level, point: Point) -> tuple[Optimizer | None, str]:

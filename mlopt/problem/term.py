@@ -6,7 +6,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,8 @@ class Term(ABC):
 
     blocks: frozenset[Block]
     values: Mapping[Block, Tensors]
+    #: True if the term knows its derivatives without an evaluation; it then has `product`.
+    closed: ClassVar[bool] = False
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -122,9 +124,9 @@ class Term(ABC):
         """Return d/dw <grad_D, direction> if the term's form yields it from first derivatives alone; else None."""
         return None
 
-    def product(self, direction: Vectors) -> dict[Block, Tensors] | None:
-        """Return the product of all second derivatives with a direction if the term knows it in closed form; else None."""
-        return None
+    def product(self, direction: Vectors) -> dict[Block, Tensors]:
+        """Return the product of the second derivatives of a closed term with a direction, without an evaluation."""
+        raise NotImplementedError
 
 
 class LevelTerm(Term):

@@ -186,7 +186,7 @@ class Engine:
         self.gradients.solve_alone(level, self.streams[level.name].next())
         size = norm(self._gradient(level))
         require_finite((), _not_finite(level), size=size)
-        self.logs[f"{level.name}/stationarity"] = self.gradients.carryover.stationarity[level.name] = size
+        self.logs[f"{level.name}/gradient_norm"] = size
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
@@ -221,7 +221,7 @@ class Engine:
         gradient = self._gradient(level)
         if overflow_expected and level.clip is None:
             return
-        size = norm(gradient)
+        size = self.gradients.carryover.sizes[level.name] = norm(gradient)
         if level.clip is not None:
             self.logs[f"{level.name}/gradient_norm"] = size
             variables = self.gradients.carryover.variables[level.name]

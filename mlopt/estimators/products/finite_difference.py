@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...problem import Block, Vectors
-from ...tensors import Tensors, axpy, norm, scale, subtract
+from ...problem import Block, Term, Vectors
+from ...tensors import Tensors, add, axpy, norm, scale, subtract
 from .full_precision import full_precision
 from .product import Product
 
@@ -35,6 +35,11 @@ class FiniteDifferenceProduct(Product):
     Autocast and TF32 are disabled inside: their rounding would be divided by the step.
     """
 
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        #: By block that was moved, the mean of its first derivative on both sides, which is that in the middle.
+        self._gradients: dict[Block, Tensors] = {}
+
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         moved = [variable for block in direction for variable in self.term.values[block]]
         along = [vector for block in direction for vector in direction[block]]
@@ -49,7 +54,13 @@ class FiniteDifferenceProduct(Product):
                 above, below = self._both_sides(live, kept, step, along, wanted)
         finally:
             torch._foreach_copy_(live, kept)
+        for block in wanted:
+            if block in direction and block not in self._gradients:
+                self._gradients[block] = scale(0.5, add(above[block], below[block]))
         return {block: scale(0.5 / step, subtract(above[block], below[block])) for block in wanted}
+
+    def known_gradient(self, block: Block) -> Tensors | None:
+        return self._gradients.get(block)
 
     def _both_sides(
         self, live: list[Tensor], kept: list[Tensor], step: Tensor, along: list[Tensor], wanted: Sequence[Block]
