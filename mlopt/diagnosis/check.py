@@ -298,7 +298,9 @@ def _doubts(check: Check) -> list[str]:
 def _unfinished(check: Check) -> str:
     """Return the levels that are not at their solutions, with their distances."""
     far = {name: moved for name, moved in check.moved.items() if moved > check.tolerance} or check.moved
-    return " and ".join(f"{name!r} (its solution is {moved:.1e} of its variables' norm away)" for name, moved in far.items())
+    return " and ".join(
+        f"{name!r} (its solution is {moved:.1e} of its variables' norm away)" for name, moved in far.items()
+    )
 
 
 def _not_implicit(problem: Problem, estimate: Hypergradient) -> list[str]:

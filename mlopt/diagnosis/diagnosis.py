@@ -362,9 +362,8 @@ def _point_findings(level: Level, measures: Measurements) -> list[Finding]:
     if measures.bounds.doubt:
         findings.append(Finding("error", measures.bounds.doubt))
     if held := measures.bounds.held:
-        findings.append(
-            Finding("ok", f"{held:,} variables are held at a bound by the optimiser: the solution is taken to move in the others")
-        )
+        sentence = f"variables held at a bound by the optimiser: {held:,}; the solution is taken to move in the others"
+        findings.append(Finding("ok", sentence))
     return [*findings, _stationarity_finding(level, measures)]
 
 

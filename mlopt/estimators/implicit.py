@@ -199,6 +199,10 @@ class Stationarity(Linearization):
             self._doubt(bounds.doubt)
         return bounds
 
+    def on_free(self, vectors: Tensors | None) -> Tensors | None:
+        """Return vectors with zeros on the variables that the optimiser holds at a bound; None for None."""
+        return None if vectors is None else self._bounds.on_free(vectors)
+
     def _gradient(self) -> Tensors:
         """Return the gradient of what the level's optimiser minimises."""
         known = self._known_gradient()
@@ -270,7 +274,14 @@ class Stationarity(Linearization):
         gradient = self._bounds.on_free(gradient)
         assumed = isinstance(self._solver, AssumedInverse)
         distance = norm(self._solver.solve(self._hessian, gradient).value) if assumed else None
-        self.report.measured(norm(gradient), norm([v.detach() for v in self.point.values[self.name]]), distance)
+        variables = self.point.values[self.name]
+        self.report.measured(norm(gradient), norm([v.detach() for v in variables]), distance)
+        low = (self.report.curvature or (0.0, 0.0))[0]
+        if not assumed and self._fixed.is_unsteady(gradient, variables, low):
+            self._doubt(
+                f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves with "
+                "the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
+            )
 
     def reports(self) -> dict[str, Report]:
         self._measure()

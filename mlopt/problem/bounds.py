@@ -62,14 +62,14 @@ class Bounds:
         before = GeneratorState.capture(devices)
         try:
             return _bounds(level, optimizer, variables, gradient)
-        except _Refused:
+        except _StepError:
             return cls()
         finally:
             before.restore()
 
     def on_free(self, vectors: Tensors) -> Tensors:
         """Return vectors with zeros on the held variables."""
-        return tuple(torch._foreach_mul(list(vectors), list(self.free))) if self.free else vectors
+        return tuple(torch._foreach_mul(list(vectors), list(self.free))) if self.free and vectors else tuple(vectors)
 
     def restrict(self, matvec: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
         """Return the product with the matrix of the free variables, and with the identity on the held ones."""
@@ -89,7 +89,7 @@ class Bounds:
         return sum(int((mask == 0).sum()) for mask in self.free)
 
 
-class _Refused(Exception):
+class _StepError(Exception):
     """The optimiser cannot step on probes."""
 
 
@@ -109,20 +109,20 @@ def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Ca
     free = tuple((~h).to(v) for h, v in zip(held, variables, strict=True))
     generator = torch.Generator().manual_seed(0)
     noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64).to(v) for v in variables]
-    largest = max(float(g.abs().max()) for g in slope if g.numel())
-    # Along the gradient as it is; then with other gradients on the free variables, and of other sizes on the held ones.
-    along = _moves(optimizer, variables, [g / largest for g in slope])
-    across = _moves(
-        optimizer,
-        variables,
-        [torch.where(h, g.sign() * (0.5 + n), 2 * n - 1) for h, g, n in zip(held, slope, noise, strict=True)],
+    left = max(float((g * f).abs().max()) for g, f in zip(slope, free, strict=True) if g.numel())
+    # Along the gradient; then along others on the free variables, and of other sizes on the held ones.
+    along, across = (
+        _moves(
+            optimizer,
+            variables,
+            [torch.where(h, g.sign() * (0.5 + n), v) for h, g, n, v in zip(held, slope, noise, vs, strict=True)],
+        )
+        for vs in ([g / (left or 1.0) for g in slope], [2 * n - 1 for n in noise])
     )
     moved = any(bool((m[h] != 0).any()) for m, h in zip(across, held, strict=True))
-    undone = float(norm([m * f for m, f in zip(along, free, strict=True)])) < _UNDONE * float(
-        norm([m * f for m, f in zip(across, free, strict=True)])
-    )
+    lengths = [float(norm([m * f for m, f in zip(moves, free, strict=True)])) for moves in (along, across)]
     doubt = ""
-    if moved or undone:
+    if moved or (left and lengths[0] < _UNDONE * lengths[1]):
         doubt = (
             f"the optimiser of level {level.name!r} holds its variables by a constraint that is not a bound on each of them: its "
             "steps along the gradient are undone. The implicit derivative ignores it; let the module map free parameters to "
@@ -151,7 +151,7 @@ def _moves(optimizer: Optimizer, variables: Tensors, directions: Sequence[Tensor
         try:
             optimizer.step()
         except Exception as error:  # of the user's code
-            raise _Refused from error
+            raise _StepError from error
         return tuple(v.detach() - b for v, b in zip(variables, before, strict=True))
 
 
@@ -163,7 +163,9 @@ def _undone(optimizer: Optimizer, variables: Tensors) -> Iterator[Tensors]:
     attributes, groups = dict(vars(optimizer)), [dict(group) for group in optimizer.param_groups]
     optimizer.state = defaultdict(dict)
     try:
-        yield values
+        # Every value is restored, so a graph that was traced at the variables remains valid.
+        with torch.autograd._unsafe_preserve_version_counter(variables):
+            yield values
     finally:
         vars(optimizer).clear()
         vars(optimizer).update(attributes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, NAdam, Optimizer
 
-from ..tensors import Tensors
+from ..tensors import Tensors, norm, subtract
 from .estimator import Block, Vectors
 from .term import Term
 
@@ -69,6 +69,7 @@ class FixedPoint:
     Attributes:
         sign: the sign of the level's own objective f: -1.0 if its optimiser maximises f.
         strengths: the diagonal of s, for each variable a number or a tensor; empty without decay.
+        metrics: sqrt(v) + eps for each variable, zero where the decay is coupled; empty without decoupled decay.
         doubt: a sentence, if the decay of the optimiser is not known; else "".
 
     Source: for decoupled decay, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
@@ -76,6 +77,7 @@ class FixedPoint:
 
     sign: float = 1.0
     strengths: tuple[float | Tensor, ...] = ()
+    metrics: tuple[float | Tensor, ...] = ()
     doubt: str = ""
 
     @classmethod
@@ -97,13 +99,21 @@ class FixedPoint:
         own = [by_variable.get(id(variable), _PLAIN) for variable in variables]
         sign = -1.0 if all(rule.sign < 0 for rule in own) else 1.0
         strengths: list[float | Tensor] = []
+        metrics: list[float | Tensor] = []
         for variable, rule in zip(variables, own, strict=True):
             metric = 1.0 if not rule.decoupled else _metric(optimizer, rule.group, variable)
             if rule.unknown or metric is None:
                 doubt, metric = _unknown(level, optimizer, rule), 0.0
             strengths.append(sign * rule.sign * rule.decay * metric)
+            metrics.append(metric if rule.decoupled else 0.0)
         decays = any(isinstance(s, Tensor) or s for s in strengths)
-        return cls(sign=sign, strengths=tuple(strengths) if decays else (), doubt=doubt)
+        decoupled = any(isinstance(m, Tensor) for m in metrics)
+        return cls(
+            sign=sign,
+            strengths=tuple(strengths) if decays else (),
+            metrics=tuple(metrics) if decoupled else (),
+            doubt=doubt,
+        )
 
     def gradient(self, raw: Tensors, variables: Tensors) -> Tensors:
         """Return sign g + s x for the gradient g of the level's own objective."""
@@ -111,6 +121,26 @@ class FixedPoint:
         if not self.strengths:
             return signed
         return tuple(g + s * x.detach() for g, s, x in zip(signed, self.strengths, variables, strict=True))
+
+    def is_unsteady(self, gradient: Tensors, variables: Tensors, curvature: float) -> bool:
+        """Return True if decoupled decay matters, and its second moments are those of the gradient itself.
+
+        The moments then change with the solution, and are no constants.
+
+        Args:
+            gradient: sign g + s x.
+            variables: x.
+            curvature: the smallest curvature that a solve met.
+        """
+        if not self.metrics:
+            return False
+        decay = [s * x.detach() for s, x in zip(self.strengths, variables, strict=True)]
+        own = norm(subtract(gradient, decay))
+        moments = norm(
+            [m if isinstance(m, Tensor) else torch.zeros_like(x) for m, x in zip(self.metrics, variables, strict=True)]
+        )
+        strongest = max(float(s.abs().max()) if isinstance(s, Tensor) and s.numel() else 0.0 for s in self.strengths)
+        return bool(norm(decay) > 0.1 * own) and bool(own > 0.5 * moments) and strongest > 0.01 * curvature
 
 
 @attrs.frozen(kw_only=True)

@@ -126,7 +126,7 @@ class Point:
         return None if self.carryover is None else self.carryover.optimizers.get(name)
 
     def last_gradient(self, name: str) -> Tensors | None:
-        """Return the gradient of a level's objective, before clipping, at its last step or where its solver left it; else None."""
+        """Return a level's own gradient, before clipping, at its last step or where its solver left it; None if unknown."""
         if self.carryover is None:
             return self.gradients.get(name)
         variables = self.values[name]

@@ -54,7 +54,9 @@ class SecondDerivatives:
         total: dict[Block, Tensors] = {}
         for product in self.products:
             if block in product.term.blocks:
-                known = product.term.derivatives([block])[block] if product.term.closed else product.known_gradient(block)
+                known = (
+                    product.term.derivatives([block])[block] if product.term.closed else product.known_gradient(block)
+                )
                 if known is None:
                     return None
                 add_into(total, {block: known})
