@@ -279,8 +279,8 @@ class Stationarity(Linearization):
         low = (self.report.curvature or (0.0, 0.0))[0]
         if not assumed and self._fixed.is_unsteady(gradient, variables, low):
             self._doubt(
-                f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves with "
-                "the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
+                f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves "
+                "with the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
             )
 
     def reports(self) -> dict[str, Report]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 from ..rng import GeneratorState
@@ -99,7 +100,12 @@ def _may_project(optimizer: Optimizer) -> bool:
 
 
 def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:
-    down, up = (_unmoved(optimizer, variables, sign) for sign in (1.0, -1.0))
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64).to(v) for v in variables]
+    # Of different sizes, because a projection may undo a step that all variables share.
+    down, up = (
+        tuple(m == 0 for m in _moves(optimizer, variables, [sign * (0.5 + n) for n in noise])) for sign in (1.0, -1.0)
+    )
     if all(bool((a & b).all()) for a, b in zip(down, up, strict=True)):
         return Bounds()  # a learning rate of zero
     slope = gradient()
@@ -107,8 +113,6 @@ def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Ca
         return Bounds()
     held = tuple((d & (g > 0)) | (u & (g < 0)) for d, u, g in zip(down, up, slope, strict=True))
     free = tuple((~h).to(v) for h, v in zip(held, variables, strict=True))
-    generator = torch.Generator().manual_seed(0)
-    noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64).to(v) for v in variables]
     left = max(float((g * f).abs().max()) for g, f in zip(slope, free, strict=True) if g.numel())
     # Along the gradient; then along others on the free variables, and of other sizes on the held ones.
     along, across = (
@@ -131,22 +135,18 @@ def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Ca
     return Bounds(free=free if any(bool(h.any()) for h in held) else (), doubt=doubt)
 
 
-def _unmoved(optimizer: Optimizer, variables: Tensors, sign: float) -> Tensors:
-    """Return, for each variable, where a step along a gradient of one sign leaves it unchanged."""
-    return tuple(m == 0 for m in _moves(optimizer, variables, [torch.full_like(v, sign) for v in variables]))
-
-
 def _moves(optimizer: Optimizer, variables: Tensors, directions: Sequence[Tensor]) -> Tensors:
     """Return the displacement of each variable by a first step of the optimiser on given gradients, and undo it.
 
     The gradients are of what the optimiser minimises, relative to the variables and to the learning rate.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    largest = 1.0 + max(float(v.detach().abs().max()) for v in variables if v.numel())
     with _undone(optimizer, variables) as before, torch.no_grad():
         for variable, direction in zip(variables, directions, strict=True):
             group: dict[str, Any] = groups.get(id(variable), {})
             rate = float(group.get("lr") or 1.0)
-            size = (1.0 + variable.abs()) * max(1.0, _REACH / rate) * (1.0 + float(group.get("weight_decay") or 0.0))
+            size = largest * max(1.0, _REACH / rate) * (1.0 + float(group.get("weight_decay") or 0.0))
             variable.grad = (-1.0 if group.get("maximize") else 1.0) * direction.detach() * size
         try:
             optimizer.step()
@@ -164,7 +164,7 @@ def _undone(optimizer: Optimizer, variables: Tensors) -> Iterator[Tensors]:
     optimizer.state = defaultdict(dict)
     try:
         # Every value is restored, so a graph that was traced at the variables remains valid.
-        with torch.autograd._unsafe_preserve_version_counter(variables):
+        with _unsafe_preserve_version_counter(variables):
             yield values
     finally:
         vars(optimizer).clear()

@@ -278,4 +278,4 @@ def _step(optimizer: Optimizer, variable: float, gradient: float) -> list[float]
         number.grad = torch.full_like(number, gradient)
     with torch.no_grad():
         other.step()
-    return [float(numbers[id(group["params"][0])]) - variable for group in optimizer.param_groups]
+    return [float(numbers[id(group["params"][0])].detach()) - variable for group in optimizer.param_groups]
