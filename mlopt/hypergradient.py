@@ -305,8 +305,12 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
 
 
 def _measure(point: Point, level: Level, report: Report) -> None:
-    """Report how far a level is from its solution, unless its estimator did."""
-    if not report.is_measured and (raw := point.last_gradient(level.name)) is not None:
+    """Report how far a level is from its solution, unless its estimator did, or moved the level itself."""
+    if (
+        not report.is_measured
+        and level.name not in point.ahead
+        and (raw := point.last_gradient(level.name)) is not None
+    ):
         variables = point.values[level.name]
         gradient = FixedPoint.of(level, point).gradient(raw, variables)
         report.measured(norm(gradient), norm([v.detach() for v in variables]))
