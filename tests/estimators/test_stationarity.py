@@ -91,7 +91,7 @@ def test_in_a_run_the_last_step_leaves_the_gradient_behind(clip: float | None) -
 
 def test_unrolled_assumes_no_solution() -> None:
     pytest.importorskip("torchopt")
-    report = mlopt.solve(build(mlopt.Unrolled(2)), 1, progress=False).reports["model"]
+    report = mlopt.solve(build(mlopt.Unrolled(steps=2)), 1, progress=False).reports["model"]
     assert report.gradient_norm is None
     assert report.stationarity is None
 

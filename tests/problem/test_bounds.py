@@ -64,8 +64,8 @@ EXACT = [
     mlopt.Dense(),
     mlopt.ConjugateGradient(products="finite_difference"),
     mlopt.MINRES(products="forward"),
-    mlopt.Neumann(terms=500),
-    mlopt.ValueFunction(500),
+    mlopt.Neumann(iterations=500),
+    mlopt.ValueFunction(steps=500),
 ]
 
 
@@ -122,4 +122,4 @@ def test_a_rate_of_zero_holds_nothing() -> None:
 def test_unrolled_refuses_steps_that_it_would_not_take() -> None:
     pytest.importorskip("torchopt")
     with pytest.raises(mlopt.EstimatorError, match="step hooks"):
-        mlopt.hypergradient(build(hooked, mlopt.Unrolled(3)))
+        mlopt.hypergradient(build(hooked, mlopt.Unrolled(steps=3)))

@@ -25,7 +25,7 @@ EXACT = [
     mlopt.ConjugateGradient(products="forward"),
     mlopt.ConjugateGradient(products="finite_difference"),
     mlopt.MINRES(products="gauss_newton"),
-    mlopt.ValueFunction(300),
+    mlopt.ValueFunction(steps=300),
 ]
 
 
@@ -124,7 +124,7 @@ def test_the_closed_form_is_where_the_steps_end() -> None:
 
 def test_unrolled_steps_do_not_count_the_decay_twice() -> None:
     pytest.importorskip("torchopt")
-    problem = build(partial(SGD, lr=0.3, weight_decay=DECAY), mlopt.Unrolled(300))
+    problem = build(partial(SGD, lr=0.3, weight_decay=DECAY), mlopt.Unrolled(steps=300))
     assert distance(mlopt.hypergradient(problem), expected()) < 1e-8
 
 
