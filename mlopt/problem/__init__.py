@@ -1,6 +1,6 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
-from .bounds import Bounds
+from .bounds import Bounds, has_hooks, unmoved
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint
 from .graph import Graph, Node
@@ -46,9 +46,11 @@ __all__ = [
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
+    "has_hooks",
     "restored",
     "standing_in",
     "sum_values",
     "to_device",
+    "unmoved",
     "variables",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["Bounds"]
+__all__ = ["Bounds", "has_hooks", "unmoved"]
 
 #: The first step of SGD on a probe moves a variable by at least this share of one plus its size, which no dtype rounds away.
 _REACH = 1e-2
@@ -48,7 +48,10 @@ class Bounds:
 
     @classmethod
     def of(cls, level: Level, point: Point, gradient: Callable[[], Tensors]) -> Bounds:
-        """Return the bounds of a level at a point. Nothing moves, and only an optimiser that may project is asked to step.
+        """Return the bounds of a level at a point. Nothing moves.
+
+        An optimiser of the user's own is asked to take steps, which are undone. Step hooks of the user are not called for this,
+        except those of an optimiser that the level's factory made to be read. In a run, the latest step shows their bounds.
 
         Args:
             level: the level.
@@ -57,12 +60,19 @@ class Bounds:
         """
         optimizer = level_optimizer(level, point)
         variables = point.values[level.name]
-        if optimizer is None or not _may_project(optimizer) or any(v.dtype not in _WIDE for v in variables):
+        if optimizer is None or any(v.dtype not in _WIDE for v in variables):
+            return cls()
+        if point.carryover is not None and level.name in point.carryover.held:
+            held = point.carryover.held[level.name]
+            return cls(free=tuple((~h).to(v) for h, v in zip(held, variables, strict=True)))
+        aside = point.workspace.optimizers.get(level.name) is optimizer
+        if type(optimizer).__module__.startswith("torch.optim.") and not (aside and has_hooks(optimizer)):
             return cls()
         devices = point.problem.devices
         before = GeneratorState.capture(devices)
         try:
-            return _bounds(level, optimizer, variables, gradient)
+            with contextlib.nullcontext() if aside else _without_hooks(optimizer):
+                return _bounds(level, optimizer, variables, gradient)
         except _StepError:
             return cls()
         finally:
@@ -94,9 +104,30 @@ class _StepError(Exception):
     """The optimiser cannot step on probes."""
 
 
-def _may_project(optimizer: Optimizer) -> bool:
-    own = type(optimizer).__module__.startswith("torch.optim.")
-    return not own or bool(getattr(optimizer, "_optimizer_step_post_hooks", None))
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Return True if hooks run after the steps of an optimiser, which may project."""
+    return bool(getattr(optimizer, "_optimizer_step_post_hooks", None))
+
+
+def unmoved(before: Tensors, variables: Tensors, optimizer: Optimizer) -> Tensors:
+    """Return, for each variable, where its latest step left it unchanged although its gradient is not zero.
+
+    A step that rounding may have swallowed does not count.
+
+    Args:
+        before: the values before the step.
+        variables: the variables after the step, with the gradients of the step in `.grad`.
+        optimizer: the optimiser that took it.
+    """
+    rates = {id(p): float(group.get("lr") or 0.0) for group in optimizer.param_groups for p in group["params"]}
+    masks = []
+    for old, variable in zip(before, variables, strict=True):
+        size = torch.zeros_like(old) if variable.grad is None else variable.grad.abs()
+        # Steps of SGD are proportional to the gradient, and those of adaptive methods to the learning rate.
+        shortest = 0.1 * rates.get(id(variable), 0.0) * size.clamp_max(1.0)
+        visible = shortest > torch.finfo(old.dtype).eps * old.abs()
+        masks.append((variable.detach() == old) & (size > 0) & visible)
+    return tuple(masks)
 
 
 def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:
@@ -153,6 +184,16 @@ def _moves(optimizer: Optimizer, variables: Tensors, directions: Sequence[Tensor
         except Exception as error:  # of the user's code
             raise _StepError from error
         return tuple(v.detach() - b for v, b in zip(variables, before, strict=True))
+
+
+@contextlib.contextmanager
+def _without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    kept = dict(vars(optimizer))
+    try:
+        vars(optimizer).update({name: OrderedDict() for name in kept if name.startswith("_optimizer_step_")})
+        yield
+    finally:
+        vars(optimizer).update(kept)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ class Carryover:
         variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
         cotangents: the state of each streamed pullback.
+        held: by level whose optimiser has step hooks, where its latest step left a variable unchanged against its gradient.
         sizes: by level, the norm of the gradient of its latest step before clipping.
     """
 
@@ -70,6 +71,7 @@ class Carryover:
     variables: Mapping[str, Tensors] = attrs.field(factory=dict)
     warm: dict[str, Tensors] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
+    held: dict[str, Tensors] = attrs.field(factory=dict)
     sizes: dict[str, Tensor] = attrs.field(factory=dict)
 
 

@@ -97,6 +97,52 @@ def test_check_diagnosis_and_run_know_the_bound() -> None:
     assert float((problem["outer"].parameters[0].grad - differences()).norm()) < 1e-7  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("optimizer", [hooked, partial(Projected, lr=0.1)])
+def test_a_run_sees_the_bounds_without_calls_of_hooks(optimizer: Any) -> None:
+    counts: list[Any] = []
+
+    def counted(parameters: Any) -> Optimizer:
+        made: Optimizer = optimizer(parameters)
+        made.register_step_post_hook(lambda *_: counts.append(None))
+        return made
+
+    problem = build(counted, mlopt.Dense(), projected(OUTER))
+    mlopt.solve(problem, 2, progress=False)
+    assert float((problem["outer"].parameters[0].grad - differences()).norm()) < 1e-6  # type: ignore[operator]
+    taken = len(counts)
+    x = torch.nn.Parameter(projected(OUTER))
+    by_hand = counted([x])
+    for _ in range(10):
+        x.grad = HESSIAN @ x.detach() - A.T @ B / 20 - OUTER
+        by_hand.step()
+    assert taken == len(counts) - taken
+
+
+def test_a_step_that_rounding_swallows_is_at_no_bound() -> None:
+    """In float32, a step of 1e-9 leaves 1 unchanged, and moves 0."""
+    x = mlopt.variables(torch.tensor([1.0, 0.0], dtype=torch.float32))
+    optimizer = SGD(x.parameters(), lr=1e-9)
+    optimizer.register_step_post_hook(lambda *_: None)
+    problem = mlopt.Problem(
+        mlopt.Level(
+            "outer",
+            mlopt.variables(torch.ones(2)),
+            lambda own, batch, *, model: model().sum(),
+            optimizer=partial(SGD, lr=0.1),
+        ),
+        mlopt.Level(
+            "model",
+            x,
+            lambda own, batch, *, outer: (own() - 2 * outer()).square().sum() / 2,
+            optimizer=optimizer,
+            estimator=mlopt.Dense(),
+        ),
+    )
+    mlopt.solve(problem, 1, progress=False)
+    assert x.value.detach()[0] == 1.0
+    assert problem["outer"].parameters[0].grad.tolist() == pytest.approx([2.0, 2.0])  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("kind", [Ball, Simplex])
 def test_a_constraint_on_several_variables_is_doubtful(kind: type[Projected]) -> None:
     problem = build(partial(kind, lr=0.1), mlopt.Dense(), projected(OUTER, kind.bound))
