@@ -311,9 +311,8 @@ def _measure(point: Point, level: Level, report: Report) -> None:
         and level.name not in point.ahead
         and (raw := point.last_gradient(level.name)) is not None
     ):
-        variables = point.values[level.name]
-        gradient = FixedPoint.of(level, point).gradient(raw, variables)
-        report.measured(norm(gradient), norm([v.detach() for v in variables]))
+        gradient = FixedPoint.of(level, point).gradient(raw, level.name, point.values)
+        report.measured(norm(gradient), norm([v.detach() for v in point.values[level.name]]))
     if level.solver is None or report.curvature is None:
         return
     distance = report.stationarity

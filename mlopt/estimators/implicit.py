@@ -212,7 +212,7 @@ class Stationarity(Linearization):
         """Return the same if products, or the last step of a run, leave it behind; else None."""
         known = self.second_derivatives.known_gradient(self.name)
         if known is None and (raw := self.point.last_gradient(self.name)) is not None:
-            return self._fixed.gradient(raw, self.point.values[self.name])
+            return self._fixed.gradient(raw, self.name, self.point.values)
         return known
 
     def _doubt(self, remark: str) -> None:

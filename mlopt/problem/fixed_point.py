@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, NAdam, Optimizer
 
-from ..tensors import Tensors, norm, subtract
+from ..tensors import Tensors, add, norm, scale
 from .estimator import Block, Vectors
 from .term import Term
 
@@ -27,18 +27,25 @@ _PROBES = ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0), (2.0, 1.0), (1.0, -2.
 
 
 class DecayTerm(Term):
-    """The decay of an optimiser as a term of a level's objective, sum_i <x_i, s_i x_i> / 2.
+    """The decay of an optimiser as a term of a level's objective, sum_i c_i <x_i, P_i x_i> / 2.
 
     Args:
         name: the level.
         values: the live variables, by block.
-        strengths: s_i for each variable: a number, or a tensor in the shape of the variable.
+        decays: c_i for each variable.
+        metrics: P_i for each variable: a number, or a tensor in the shape of the variable.
     """
 
     closed: ClassVar[bool] = True
 
-    def __init__(self, name: str, values: Mapping[Block, Tensors], strengths: Sequence[float | Tensor]) -> None:
-        self._name, self._strengths = name, strengths
+    def __init__(
+        self,
+        name: str,
+        values: Mapping[Block, Tensors],
+        decays: Sequence[float],
+        metrics: Sequence[float | Tensor],
+    ) -> None:
+        self._name, self._decays, self._metrics = name, decays, metrics
         self.blocks, self.values = frozenset({name}), values
 
     def value(self) -> Tensor:
@@ -46,8 +53,8 @@ class DecayTerm(Term):
 
     def function(self, values: Vectors) -> Tensor:
         variables = values.get(self._name, self.values[self._name])
-        pairs = zip(self._strengths, variables, strict=True)
-        return torch.stack([(s * x.square()).sum() / 2 for s, x in pairs]).sum()
+        parts = zip(self._decays, self._metrics, variables, strict=True)
+        return torch.stack([c / 2 * (p * x.square()).sum() for c, p, x in parts]).sum()
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         return {block: self._times(self.values[block]) for block in wanted}
@@ -56,27 +63,28 @@ class DecayTerm(Term):
         return {self._name: self._times(direction[self._name])}
 
     def _times(self, vectors: Tensors) -> Tensors:
-        return tuple(s * v.detach() for s, v in zip(self._strengths, vectors, strict=True))
+        parts = zip(self._decays, self._metrics, vectors, strict=True)
+        return tuple(c * (p * v.detach()) for c, p, v in parts)
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class FixedPoint:
-    """The condition sign grad f + s x = 0 at which the steps of a level's optimiser end, s a diagonal matrix.
+    """The condition sign grad f + c P x = 0 at which the steps of a level's optimiser end, with P diagonal.
 
-    Coupled decay (SGD, Adam) has s = weight_decay. Decoupled decay (AdamW) has s = weight_decay (sqrt(v) + eps), v the second
+    Coupled decay (SGD, Adam) has c = weight_decay and P = 1. Decoupled decay (AdamW) has P = sqrt(v) + eps, v the second
     moments in the optimiser's state, which are taken to be constants. `maximize` has the sign -1.
 
     Attributes:
         sign: the sign of the level's own objective f: -1.0 if its optimiser maximises f.
-        strengths: the diagonal of s, for each variable a number or a tensor; empty without decay.
-        metrics: sqrt(v) + eps for each variable, zero where the decay is coupled; empty without decoupled decay.
+        decays: c for each variable; empty without decay.
+        metrics: the diagonal of P for each variable, a number or a tensor.
         doubt: a sentence, if the decay of the optimiser is not known; else "".
 
     Source: for decoupled decay, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
     """
 
     sign: float = 1.0
-    strengths: tuple[float | Tensor, ...] = ()
+    decays: tuple[float, ...] = ()
     metrics: tuple[float | Tensor, ...] = ()
     doubt: str = ""
 
@@ -98,29 +106,27 @@ class FixedPoint:
         }
         own = [by_variable.get(id(variable), _PLAIN) for variable in variables]
         sign = -1.0 if all(rule.sign < 0 for rule in own) else 1.0
-        strengths: list[float | Tensor] = []
         metrics: list[float | Tensor] = []
         for variable, rule in zip(variables, own, strict=True):
-            metric = 1.0 if not rule.decoupled else _metric(optimizer, rule.group, variable)
+            metric = _metric(optimizer, rule.group, variable) if rule.decoupled else 1.0
             if rule.unknown or metric is None:
                 doubt, metric = _unknown(level, optimizer, rule), 0.0
-            strengths.append(sign * rule.sign * rule.decay * metric)
-            metrics.append(metric if rule.decoupled else 0.0)
-        decays = any(isinstance(s, Tensor) or s for s in strengths)
-        decoupled = any(isinstance(m, Tensor) for m in metrics)
-        return cls(
-            sign=sign,
-            strengths=tuple(strengths) if decays else (),
-            metrics=tuple(metrics) if decoupled else (),
-            doubt=doubt,
-        )
+            metrics.append(metric)
+        if not any(rule.decay for rule in own):
+            return cls(sign=sign, doubt=doubt)
+        decays = tuple(sign * rule.sign * rule.decay for rule in own)
+        return cls(sign=sign, decays=decays, metrics=tuple(metrics), doubt=doubt)
 
-    def gradient(self, raw: Tensors, variables: Tensors) -> Tensors:
-        """Return sign g + s x for the gradient g of the level's own objective."""
-        signed = raw if self.sign > 0 else tuple(-g for g in raw)
-        if not self.strengths:
-            return signed
-        return tuple(g + s * x.detach() for g, s, x in zip(signed, self.strengths, variables, strict=True))
+    def terms(self, name: str, values: Mapping[Block, Tensors]) -> tuple[DecayTerm, ...]:
+        """Return the decay as a term of the objective of a level, if there is one."""
+        return (DecayTerm(name, values, self.decays, self.metrics),) if self.decays else ()
+
+    def gradient(self, raw: Tensors, name: str, values: Mapping[Block, Tensors]) -> Tensors:
+        """Return sign g + c P x for the gradient g of the level's own objective."""
+        total = raw if self.sign > 0 else scale(-1.0, raw)
+        for term in self.terms(name, values):
+            total = add(total, term.derivatives([name])[name])
+        return total
 
     def is_unsteady(self, gradient: Tensors, variables: Tensors, curvature: float) -> bool:
         """Return True if decoupled decay matters, and its second moments are those of the gradient itself.
@@ -128,19 +134,19 @@ class FixedPoint:
         The moments then change with the solution, and are no constants.
 
         Args:
-            gradient: sign g + s x.
+            gradient: sign g + c P x.
             variables: x.
             curvature: the smallest curvature that a solve met.
         """
-        if not self.metrics:
+        parts = zip(self.decays, self.metrics, gradient, variables, strict=False)
+        decoupled = [(c, p, g, x.detach()) for c, p, g, x in parts if isinstance(p, Tensor) and p.numel()]
+        if not decoupled:
             return False
-        decay = [s * x.detach() for s, x in zip(self.strengths, variables, strict=True)]
-        own = norm(subtract(gradient, decay))
-        moments = norm(
-            [m if isinstance(m, Tensor) else torch.zeros_like(x) for m, x in zip(self.metrics, variables, strict=True)]
-        )
-        strongest = max(float(s.abs().max()) if isinstance(s, Tensor) and s.numel() else 0.0 for s in self.strengths)
-        return bool(norm(decay) > 0.1 * own) and bool(own > 0.5 * moments) and strongest > 0.01 * curvature
+        decay = norm([c * p * x for c, p, _, x in decoupled])
+        own = norm([g - c * p * x for c, p, g, x in decoupled])
+        moments = norm([p for _, p, _, _ in decoupled if isinstance(p, Tensor)])
+        strongest = max(abs(c) * float(p.max()) for c, p, _, _ in decoupled if isinstance(p, Tensor))
+        return bool(decay > 0.1 * own) and bool(own > 0.5 * moments) and strongest > 0.01 * curvature
 
 
 @attrs.frozen(kw_only=True)

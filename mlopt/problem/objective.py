@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
-from .fixed_point import DecayTerm, FixedPoint
+from .fixed_point import FixedPoint
 from .term import LevelTerm, Term
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class Objective:
         terms: list[Term] = [LevelTerm(point, level, "loss", batches, fixed.sign)]
         if level.regularizer is not None:
             terms.append(LevelTerm(point, level, "regularizer", sign=fixed.sign))
-        if fixed.strengths:
-            terms.append(DecayTerm(level.name, point.values, fixed.strengths))
-        return cls(terms)
+        return cls([*terms, *fixed.terms(level.name, point.values)])
 
     def value(self) -> Tensor:
         """Return the objective at the live variables, a scalar with a graph."""
