@@ -247,7 +247,7 @@ def _run_solver(point: Point, level: Level) -> None:
     modules = {name: point.problem[name].module for name in (level.name, *level.references)}
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
-        call_solver(level, modules, point.batches[level.name])
+        call_solver(level, modules, point.batches[level.name], point.problem)
     point.gradients[level.name] = Objective.of(level, point).derivatives([level.name])[level.name]
 
 
@@ -297,6 +297,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
         for name, report in linearization.reports().items():
             _measure(point, problem[name], report)
             point.reports[name] = report
+    _inspect_inside(point, level)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
@@ -311,18 +312,29 @@ def _measure(point: Point, level: Level, report: Report) -> None:
         and level.name not in point.ahead
         and (raw := point.last_gradient(level.name)) is not None
     ):
-        gradient = FixedPoint.of(level, point).gradient(raw, level.name, point.values)
+        gradient = FixedPoint.of(level, point).gradient(raw, level.name, point)
         report.measured(norm(gradient), norm([v.detach() for v in point.values[level.name]]))
     if level.solver is None or report.curvature is None:
         return
     distance = report.stationarity
     if distance is not None and distance > _UNSOLVED:
-        report.converged = False
-        report.remarks = (
-            *report.remarks,
+        report.doubt(
             f"its solver left it about {distance:.0%} of ||x|| away from a zero gradient, which the implicit derivative assumes: "
-            "it stopped early, or holds variables at a bound",
+            "it stopped early, or holds variables at a bound"
         )
+
+
+def _inspect_inside(point: Point, level: Level) -> None:
+    """Evaluate, once for each workspace, the losses inside that no pullback evaluated: each is inspected when it is evaluated."""
+    verified, key = point.workspace.verified, ("inside", level.name)
+    if key in verified:
+        return
+    for name in point.problem.graph[level.name].interior:
+        if name in point.generators and name in point.batches:
+            for term in Objective.parts(point.problem[name], point):
+                if (name, term.part) not in point.workspace.evaluations:
+                    term.value()
+    verified.add(key)
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:

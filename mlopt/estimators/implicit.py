@@ -110,7 +110,7 @@ class Stationarity(Linearization):
         multipliers = ((name, block) for child in self._children for block in child.blocks)
         self.blocks = (*self.states, *multipliers)
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
-            self._doubt("differences of differences of differences: expect errors of several per cent")
+            self.report.doubt("differences of differences of differences: expect errors of several per cent")
         self._fixed = fixed = FixedPoint.of(level, point)
         own = Objective.minimized(level, point, fixed=fixed)
         if self._children:
@@ -123,7 +123,7 @@ class Stationarity(Linearization):
             other = Objective.minimized(level, point, point.curvature_batches, fixed)
             self._curvature = SecondDerivatives(other, estimator.product)
         if fixed.doubt and not isinstance(self._solver, AssumedInverse):
-            self._doubt(fixed.doubt)
+            self.report.doubt(fixed.doubt)
 
     def _refuse_options_of_leaves(self) -> None:
         estimator = self._estimator
@@ -145,7 +145,15 @@ class Stationarity(Linearization):
                 f"level {part!r} is solved inside {self.name!r}, through which cotangents are pulled back; {estimator} "
                 "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient, MINRES, Nystrom or Dense"
             )
-        return Stationarity(self.point, part, estimator)
+        rule = estimator.linearize(self.point, part)
+        conditions = rule if isinstance(rule, Stationarity) else getattr(rule, "conditions", None)
+        if not isinstance(conditions, Stationarity):
+            raise EstimatorError(
+                f"level {part!r} is solved inside {self.name!r}, and {type(estimator).__name__}.linearize returns a "
+                f"{type(rule).__name__}, whose pullback cannot be nested; let it return a Stationarity, such as that of "
+                "super().linearize(point, level)"
+            )
+        return conditions
 
     def _find_multipliers(self, objective: Objective) -> None:
         """Set M_c = -(solve of level c) of the cotangent on its states; a level comes after the levels that use it."""
@@ -166,6 +174,8 @@ class Stationarity(Linearization):
         total = products(direction, wanted)
         if products.step is not None:
             self.report.step = products.step
+        for remark in products.remarks:
+            self.report.doubt(remark)
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
@@ -196,7 +206,7 @@ class Stationarity(Linearization):
     def _bounds(self) -> Bounds:
         bounds = Bounds.of(self.point.problem[self.name], self.point, self._gradient)
         if bounds.doubt:
-            self._doubt(bounds.doubt)
+            self.report.doubt(bounds.doubt)
         return bounds
 
     def on_free(self, vectors: Tensors | None) -> Tensors | None:
@@ -212,12 +222,8 @@ class Stationarity(Linearization):
         """Return the same if products, or the last step of a run, leave it behind; else None."""
         known = self.second_derivatives.known_gradient(self.name)
         if known is None and (raw := self.point.last_gradient(self.name)) is not None:
-            return self._fixed.gradient(raw, self.name, self.point.values)
+            return self._fixed.gradient(raw, self.name, self.point)
         return known
-
-    def _doubt(self, remark: str) -> None:
-        self.report.remarks = (*self.report.remarks, remark)
-        self.report.converged = False
 
     @cached_property
     def _solver(self) -> LinearSolver:
@@ -278,7 +284,7 @@ class Stationarity(Linearization):
         self.report.measured(norm(gradient), norm([v.detach() for v in variables]), distance)
         low = (self.report.curvature or (0.0, 0.0))[0]
         if not assumed and self._fixed.is_unsteady(gradient, variables, low):
-            self._doubt(
+            self.report.doubt(
                 f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves "
                 "with the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
             )
@@ -310,13 +316,14 @@ class _MultiplierTerm(Term):
     """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
 
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind = child, kind
+        self._child, self._kind, self.point = child, kind, point
+        self.label = owner, f"response of {child.name!r}"
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
     def value(self) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
         for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)

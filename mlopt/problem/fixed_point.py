@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -31,22 +31,17 @@ class DecayTerm(Term):
 
     Args:
         name: the level.
-        values: the live variables, by block.
+        point: the point.
         decays: c_i for each variable.
         metrics: P_i for each variable: a number, or a tensor in the shape of the variable.
     """
 
     closed: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        name: str,
-        values: Mapping[Block, Tensors],
-        decays: Sequence[float],
-        metrics: Sequence[float | Tensor],
-    ) -> None:
+    def __init__(self, name: str, point: Point, decays: Sequence[float], metrics: Sequence[float | Tensor]) -> None:
         self._name, self._decays, self._metrics = name, decays, metrics
-        self.blocks, self.values = frozenset({name}), values
+        self.point, self.label, self.values = point, (name, "decay"), point.values
+        self.blocks = frozenset({name})
 
     def value(self) -> Tensor:
         return self.function(self.values)
@@ -117,14 +112,14 @@ class FixedPoint:
         decays = tuple(sign * rule.sign * rule.decay for rule in own)
         return cls(sign=sign, decays=decays, metrics=tuple(metrics), doubt=doubt)
 
-    def terms(self, name: str, values: Mapping[Block, Tensors]) -> tuple[DecayTerm, ...]:
+    def terms(self, name: str, point: Point) -> tuple[DecayTerm, ...]:
         """Return the decay as a term of the objective of a level, if there is one."""
-        return (DecayTerm(name, values, self.decays, self.metrics),) if self.decays else ()
+        return (DecayTerm(name, point, self.decays, self.metrics),) if self.decays else ()
 
-    def gradient(self, raw: Tensors, name: str, values: Mapping[Block, Tensors]) -> Tensors:
+    def gradient(self, raw: Tensors, name: str, point: Point) -> Tensors:
         """Return sign g + c P x for the gradient g of the level's own objective."""
         total = raw if self.sign > 0 else scale(-1.0, raw)
-        for term in self.terms(name, values):
+        for term in self.terms(name, point):
             total = add(total, term.derivatives([name])[name])
         return total
 

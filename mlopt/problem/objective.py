@@ -32,8 +32,15 @@ class Objective:
     @classmethod
     def of(cls, level: Level, point: Point, batches: Mapping[str, Any] | None = None) -> Objective:
         """Return a level's objective at a point: its loss, on the point's batch or another, and its regularizer, if any."""
-        loss = LevelTerm(point, level, "loss", batches)
-        return cls((loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer")))
+        return cls(cls.parts(level, point, batches))
+
+    @staticmethod
+    def parts(
+        level: Level, point: Point, batches: Mapping[str, Any] | None = None, sign: float = 1.0
+    ) -> tuple[LevelTerm, ...]:
+        """Return the terms of a level's objective, times a sign."""
+        loss = LevelTerm(point, level, "loss", batches, sign)
+        return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer", sign=sign))
 
     @classmethod
     def minimized(
@@ -48,10 +55,7 @@ class Objective:
             fixed: the condition at which the steps end; read from the level's optimiser if None.
         """
         fixed = FixedPoint.of(level, point) if fixed is None else fixed
-        terms: list[Term] = [LevelTerm(point, level, "loss", batches, fixed.sign)]
-        if level.regularizer is not None:
-            terms.append(LevelTerm(point, level, "regularizer", sign=fixed.sign))
-        return cls([*terms, *fixed.terms(level.name, point.values)])
+        return cls((*cls.parts(level, point, batches, fixed.sign), *fixed.terms(level.name, point)))
 
     def value(self) -> Tensor:
         """Return the objective at the live variables, a scalar with a graph."""

@@ -62,7 +62,7 @@ class Carryover:
         warm: the last solution of each level's linear system.
         cotangents: the state of each streamed pullback.
         held: by level whose optimiser has step hooks, where its latest step left a variable unchanged against its gradient.
-        sizes: by level, the norm of the gradient of its latest step before clipping.
+        gradient_norms: by level with a `clip`, the norm of the gradient of its latest step before clipping.
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
@@ -72,7 +72,7 @@ class Carryover:
     warm: dict[str, Tensors] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
     held: dict[str, Tensors] = attrs.field(factory=dict)
-    sizes: dict[str, Tensor] = attrs.field(factory=dict)
+    gradient_norms: dict[str, Tensor] = attrs.field(factory=dict)
 
 
 class Point:
@@ -127,6 +127,10 @@ class Point:
         """Return the optimiser of a level in the present run; None outside a run."""
         return None if self.carryover is None else self.carryover.optimizers.get(name)
 
+    def gradient_norm(self, name: str) -> Tensor | None:
+        """Return the norm of the gradient of a level's latest step before clipping; None outside a run, or without a `clip`."""
+        return None if self.carryover is None else self.carryover.gradient_norms.get(name)
+
     def last_gradient(self, name: str) -> Tensors | None:
         """Return a level's own gradient, before clipping, at its last step or where its solver left it; None if unknown."""
         if self.carryover is None:
@@ -135,8 +139,8 @@ class Point:
         if all(variable.grad is None for variable in variables):
             return None
         gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in variables)
-        size = self.carryover.sizes.get(name)
-        if size is None or self.problem[name].clip is None:
+        size = self.gradient_norm(name)
+        if size is None:
             return gradient
         return scale(size / norm(gradient).clamp_min(torch.finfo(size.dtype).tiny), gradient)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import ProblemError
 from ..tensors import Tensors, dot, zeros_like
+from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 
@@ -49,14 +51,14 @@ def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> I
 
     A graph traced inside refers to these leaves, and remains valid when the variables change.
     """
-    swapped = {id(variable): leaf for variable, leaf in zip(level.parameters, leaves, strict=True)}
+    before = point.values[level.name]
+    swapped = {id(variable): leaf for variable, leaf in zip(before, leaves, strict=True)}
     places = [
         (module, name, parameter)
         for module in level.module.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and id(parameter) in swapped
     ]
-    before = point.values[level.name]
     try:
         point.values[level.name] = tuple(leaves)
         for module, name, parameter in places:
@@ -101,10 +103,14 @@ class Term(ABC):
     Attributes:
         blocks: the blocks that it depends on.
         values: the live variables, by block.
+        point: the point of evaluation.
+        label: the name of the level that it belongs to, and of the part of its objective.
     """
 
     blocks: frozenset[Block]
     values: Mapping[Block, Tensors]
+    point: Point
+    label: tuple[str, str]
     #: True if the term knows its derivatives without an evaluation; it then has `product`.
     closed: ClassVar[bool] = False
 
@@ -148,7 +154,8 @@ class LevelTerm(Term):
         batches: Mapping[str, Any] | None = None,
         sign: float = 1.0,
     ) -> None:
-        self._point, self._level, self.part, self._sign = point, level, part, sign
+        self._point = self.point = point
+        self._level, self.part, self.label, self._sign = level, part, (level.name, part), sign
         self._batches = point.batches if batches is None else batches
         self._references = level.loss_references if part == "loss" else level.regularizer_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -183,7 +190,7 @@ class LevelTerm(Term):
         It uses only its arguments, so it can be compiled and kept; random numbers come from the present generators.
         """
         bare = copy.copy(self)  # without references to the point and its batches
-        del bare._point, bare._batches, bare.values
+        del bare._point, bare.point, bare._batches, bare.values
         function = _PureFunction(self._modules, bare._evaluate)
         names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
 
@@ -199,7 +206,8 @@ class LevelTerm(Term):
         rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
         for name in self._level.parameter_names:
             del rest[f"levels.{_key(self.name)}.{name}"]
-        return tuple(v.detach() for v in self.values[self.name]), rest, self._batches[self.name]
+        batch = copied(self._batches[self.name], [])  # here, since a compiled function would change the original
+        return tuple(v.detach() for v in self.values[self.name]), rest, batch
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
@@ -266,21 +274,35 @@ class LevelTerm(Term):
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
         }
-        return _PureFunction(self._modules, function).at(named)
+        try:
+            return _PureFunction(self._modules, function).at(named)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            raise ProblemError(
+                f"the {self.part} of level {self.name!r} changed a tensor that it did not make in place, such as one of its "
+                "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 for x *= 2)"
+            ) from error
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        return evaluate_loss(self._level, modules, self._batches[self.name], self._point.workspace.mixtures)
+        batch, workspace = self._batches[self.name], self._point.workspace
+        return evaluate_loss(self._level, modules, batch, workspace, inspected=self._inspected(modules))
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
             return self._signed(self._loss(modules).total(modules))
         self._point.generators[self.name].restore()
-        return self._signed(evaluate_regularizer(self._level, modules))
+        value = evaluate_regularizer(self._level, modules, self._point.workspace, inspected=self._inspected(modules))
+        return self._signed(value)
 
     def _signed(self, value: Tensor) -> Tensor:
         return value if self._sign == 1.0 else self._sign * value
+
+    def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
+        """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""
+        return self._point.problem if modules is self._modules else ()
 
     def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
         """Return the term on given modules and a given batch, with the generators as they are."""

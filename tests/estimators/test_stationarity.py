@@ -52,10 +52,8 @@ def gradient(x: Tensor, decay: float = DECAY) -> Tensor:
     ("estimator", "evaluations"),
     [
         (mlopt.Dense(), 1),
-        # The first evaluation of a level shows if its loss is a mixture.
-        (mlopt.Identity(products="autograd"), 2),
-        # A product evaluates once, the first one twice, since it verifies the pure function. The last is the mixed one.
-        (mlopt.ConjugateGradient(products="forward"), 6),
+        (mlopt.Identity(products="autograd"), 1),
+        (mlopt.ConjugateGradient(products="forward"), 5),  # four iterations and the mixed product
         (mlopt.ConjugateGradient(products="finite_difference"), 10),
         (mlopt.MINRES(products="gauss_newton"), 2),
     ],
@@ -63,14 +61,20 @@ def gradient(x: Tensor, decay: float = DECAY) -> Tensor:
 )
 def test_products_leave_the_gradient_behind(estimator: mlopt.Estimator, evaluations: int) -> None:
     loss = Counted()
-    report = mlopt.hypergradient(build(estimator, loss)).reports["model"]
+    problem = build(estimator, loss)
+    mlopt.hypergradient(problem)  # verifies products and functions, once
+    loss.calls = 0
+    report = mlopt.hypergradient(problem).reports["model"]
     assert report.gradient_norm == pytest.approx(float(gradient(START).norm()), rel=1e-9)
     assert loss.calls == evaluations
 
 
 def test_differences_of_the_mixed_product_alone_know_no_gradient_outside_a_run() -> None:
     loss = Counted()
-    report = mlopt.hypergradient(build(mlopt.FiniteDifference(), loss)).reports["model"]
+    problem = build(mlopt.FiniteDifference(), loss)
+    mlopt.hypergradient(problem)
+    loss.calls = 0
+    report = mlopt.hypergradient(problem).reports["model"]
     assert report.gradient_norm is None
     assert report.stationarity is None
     assert loss.calls == 2

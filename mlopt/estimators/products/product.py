@@ -26,6 +26,8 @@ T = TypeVar("T")
 _COMPLAINTS = ("derivative for", "forward AD", "double backward", "twice differentiable", "once_differentiable")
 #: Phrases of torch.func's errors for code that it cannot transform: recomputed activations, custom functions.
 _UNTRANSFORMED = ("saved tensor hooks", "setup_context", "being transformed")
+#: Phrases of its errors for the second derivative of a compiled module.
+_COMPILED = ("donated buffers", "aot_autograd does not")
 
 
 def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
@@ -42,6 +44,11 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
                 raise SecondDerivativeError(
                     f"torch.func cannot transform the loss ({first}); gradient checkpointing and some custom functions cause "
                     "this; use products='autograd', or 'finite_difference'"
+                ) from error
+            if any(phrase in text for phrase in _COMPILED):
+                raise SecondDerivativeError(
+                    f"a module that torch.compile compiled has no second derivative ({first}); use products='forward' or "
+                    "'finite_difference', or give the module as it was before torch.compile"
                 ) from error
             if any(phrase in text for phrase in _COMPLAINTS):
                 raise SecondDerivativeError(
@@ -99,6 +106,21 @@ class Product(ABC):
 
     def __init__(self, term: Term) -> None:
         self.term = term
+        #: Sentences about products that are in doubt.
+        self.remarks: list[str] = []
+
+    def remark(self, sentence: str) -> None:
+        """Add a sentence about a doubt, unless it is there."""
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
+
+    def is_exact(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        """Return True if the product is one with second derivatives, and not with a matrix in their place."""
+        return True
+
+    def renewed(self) -> Product:
+        """Return a product of the same term that has kept nothing, evaluated without a compiler."""
+        return type(self)(self.term)
 
     @abstractmethod
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
