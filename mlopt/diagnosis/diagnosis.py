@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from .. import linear
-from ..estimators import Implicit, LinearSolve
+from ..estimators import Implicit, LinearSolve, Unrolled
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
@@ -173,7 +173,7 @@ def _diagnose(problem: Problem, name: str, measures: Measurements, influential: 
         *_draw_findings(measures, precision),
         *_precision_findings(level, differences),
         *_curvature_findings(measures, precision),
-        *_point_findings(measures),
+        *_point_findings(level, measures),
     ]
     if not influential:
         findings.append(
@@ -352,11 +352,25 @@ def _curvature_findings(measures: Measurements, precision: float) -> list[Findin
     return findings
 
 
-def _point_findings(measures: Measurements) -> list[Finding]:
+def _point_findings(level: Level, measures: Measurements) -> list[Finding]:
+    findings = []
+    if measures.decay:
+        rule = level.estimator
+        # The decay enters linear systems only.
+        solves = not (isinstance(rule, Implicit) and isinstance(rule.solver, linear.AssumedInverse | None))
+        findings.append(Finding("error" if solves and not isinstance(rule, Unrolled) else "ok", measures.decay))
+    if measures.bounds.doubt:
+        findings.append(Finding("error", measures.bounds.doubt))
+    if held := measures.bounds.held:
+        sentence = f"variables held at a bound by the optimiser: {held:,}; the solution is taken to move in the others"
+        findings.append(Finding("ok", sentence))
+    return [*findings, _stationarity_finding(level, measures)]
+
+
+def _stationarity_finding(level: Level, measures: Measurements) -> Finding:
     away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
     state = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
     if measures.newton > _DOUBTFUL:
-        return [
-            Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", "more steps")
-        ]
-    return [Finding("ok", f"stationary: {state}")]
+        remedy = "more steps" if level.solver is None else "a solver that reaches the minimum of the objective"
+        return Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", remedy)
+    return Finding("ok", f"stationary: {state}")
