@@ -9,7 +9,6 @@ import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from torch import nn
 
 from .. import linear
 from ..estimators import Implicit, LinearSolve, Unrolled
@@ -279,11 +278,6 @@ def _module_findings(level: Level, measures: Measurements) -> list[Finding]:
         findings.append(
             Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
                     "(running statistics stay as they are)", "eval(), if that is not intended")
-        )  # fmt: skip
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in level.module.modules()):
-        findings.append(
-            Finding("error", "wrapped in DistributedDataParallel, whose reduction only runs in backward(): products and "
-                    "cotangents stay each process's own", "give the plain module, and reduce gradients yourself")
         )  # fmt: skip
     if measures.unused:
         findings.append(
