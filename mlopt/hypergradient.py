@@ -27,6 +27,7 @@ from .problem import (
     add_into,
     call_solver,
     cloned_buffers,
+    compare_evaluations,
     derivatives,
     restored,
     to_device,
@@ -295,6 +296,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             report.stationarity = point.stationarity.get(name)
             point.reports[name] = report
     _inspect_inside(point, level)
+    _report_doubts(point)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
@@ -303,16 +305,26 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
 
 
 def _inspect_inside(point: Point, level: Level) -> None:
-    """Evaluate, once for each workspace, the losses inside that no pullback evaluated: each is inspected when it is evaluated."""
+    """Inspect the losses inside, once for each workspace; evaluate those of levels that respond twice, and compare."""
     verified, key = point.workspace.verified, ("inside", level.name)
     if key in verified:
         return
     for name in point.problem.graph[level.name].interior:
         if name in point.generators and name in point.batches:
             for term in Objective.parts(point.problem[name], point):
-                if (name, term.part) not in point.workspace.evaluations:
+                if point.problem.responds(name):
+                    compare_evaluations(term)
+                elif (name, term.part) not in point.workspace.evaluations:
                     term.value()
     verified.add(key)
+
+
+def _report_doubts(point: Point) -> None:
+    """Add the remarks on losses to the reports: of their level, or else of the level that they refer to."""
+    for (name, reference, _), remark in point.workspace.remarks.items():
+        report = point.reports.get(name) or point.reports.get(reference)
+        if report is not None and remark not in report.remarks:
+            report.remarks, report.converged = (*report.remarks, remark), False
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:

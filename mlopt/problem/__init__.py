@@ -3,6 +3,7 @@
 from .batch import to_device
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
+from .inspection import compare_evaluations
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .objective import Objective, add_into, sum_values
@@ -39,6 +40,7 @@ __all__ = [
     "add_into",
     "call_solver",
     "cloned_buffers",
+    "compare_evaluations",
     "cut",
     "derivatives",
     "evaluate_loss",

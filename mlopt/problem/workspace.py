@@ -24,6 +24,8 @@ class Workspace:
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
         verified: checks that were passed and need no repetition: the name of a check, then what it was made for.
+        remarks: by level, the level that it refers to (or itself) and the part of its objective, a reason to doubt every
+            pullback through the first of them.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
     """
 
@@ -35,6 +37,7 @@ class Workspace:
         self.mixtures: dict[str, str | None] = {}
         self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
         self.verified: set[tuple[str, ...]] = set()
+        self.remarks: dict[tuple[str, str, str], str] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
