@@ -70,7 +70,7 @@ USES: dict[str, Callable[[mlopt.Problem], Any]] = {
 
 def without_grad(u: nn.Module) -> Tensor:
     with torch.no_grad():
-        return u()
+        return u() * 1
 
 
 CUTS: dict[str, Callable[[nn.Module], Tensor]] = {
@@ -191,7 +191,7 @@ def test_a_variable_that_is_nan_is_not_taken_for_one_that_was_written() -> None:
 # Evaluations that cannot be repeated
 
 
-@pytest.mark.parametrize("estimator", ["autograd", "finite_difference", "unrolled"])
+@pytest.mark.parametrize("estimator", ["autograd", "finite_difference"])
 def test_a_loss_that_counts_its_calls_is_reported(estimator: str) -> None:
     count = iter(range(1000))
 
