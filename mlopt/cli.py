@@ -1,4 +1,4 @@
-"""The command line, `mlopt diagnose ...` and `mlopt RECIPE MODALITY ...`; only the requested command is imported."""
+"""The command line, `mlopt COMMAND ...` and `mlopt RECIPE MODALITY ...`; only the requested command is imported."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Recipe:
 
 
 _DIAGNOSE = Command("diagnose a problem before a long run", "mlopt.diagnosis.command")
+
+_DERIVATIVES = Command("measure which derivatives torch has right", "mlopt.diagnosis.derivatives")
 
 _RECIPES = {
     "tapweight": Recipe(
@@ -117,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(chosen=parser)
     recipes = parser.add_subparsers(title="commands and recipes", metavar="COMMAND")
     _add(recipes, "diagnose", _DIAGNOSE)
+    _add(recipes, "derivatives", _DERIVATIVES)
     for name, recipe in _RECIPES.items():
         child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
         child.set_defaults(chosen=child)

@@ -321,10 +321,10 @@ def _inspect_inside(point: Point, level: Level) -> None:
 
 def _report_doubts(point: Point) -> None:
     """Add the remarks on losses to the reports: of their level, or else of the level that they refer to."""
-    for (name, reference, _), remark in point.workspace.remarks.items():
+    for (check, name, reference, *_), remark in point.workspace.doubts.items():
         report = point.reports.get(name) or point.reports.get(reference)
-        if report is not None and remark not in report.remarks:
-            report.remarks, report.converged = (*report.remarks, remark), False
+        if check == "loss" and report is not None:
+            report.doubt(remark)
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:

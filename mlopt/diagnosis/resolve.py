@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
-from .evaluation import evaluate
+from .evaluation import evaluate, put_back
 from .minimize import minimize
 
 __all__ = ["Resolver"]
@@ -25,6 +28,21 @@ _NESTED = 1e2
 #: Displacement of the outer variables, relative to one plus their norm. The error of the extrapolated differences is its
 #: fourth power, and the error of the inner solves is divided by it.
 _STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
+#: Relative error of a difference above which a shorter step is tried for small variables, and the smallest size tried.
+_ROUGH, _SMALLEST = 1e-2, 1e-8
+
+
+@attrs.frozen
+class _Extrapolated:
+    """A derivative, its error, and the share of the initial gradient that the solves for it left."""
+
+    value: float
+    error: float
+    unsolved: float
+
+    @property
+    def rough(self) -> bool:
+        return self.error > _ROUGH * abs(self.value) or self.unsolved > _ROUGH
 
 
 class Resolver:
@@ -98,20 +116,36 @@ class Resolver:
         The levels inside must be at their solutions. The derivative is extrapolated from central differences at a step and at
         half of it; its error is the difference from an extrapolation at twice these steps.
         """
+        origin = flatten([variable.data for variable in self._target.parameters]).clone()
+        size, before = float(origin.norm()), self.unsolved
+        scale = 1.0 + size
+        best = self._difference(origin, scale, direction)
+        # Small variables may be of their size for a reason, or just have left zero.
+        while best.rough and scale > max(size, _SMALLEST):
+            scale /= 10
+            best = min(best, self._difference(origin, scale, direction), key=lambda d: (d.unsolved > _ROUGH, d.error))
+        self.unsolved = max(before, best.unsolved)
+        return best.value, best.error
+
+    def _difference(self, origin: Tensor, scale: float, direction: Tensor) -> _Extrapolated:
+        """Return the derivative from steps for variables of the size `scale`; its error is infinite if an objective is."""
         variables = [variable.data for variable in self._target.parameters]
-        origin = flatten(variables).clone()
-        step = _STEP.get(origin.dtype, 3e-2) * (1.0 + float(origin.norm()))
-        differences = []
-        for size in (2 * step, step, step / 2):
-            values = []
-            for sign in (1.0, -1.0):
-                _write(variables, origin + sign * size * direction)
-                self.solve_inside(self._target.name)
-                values.append(Objective.of(self._target, self._point).number())
-            differences.append((values[0] - values[1]) / (2 * size))
-        _write(variables, origin)
+        step = _STEP.get(origin.dtype, 3e-2) * scale
+        differences, self.unsolved = [], 0.0
+        try:
+            # Each scale starts at the solutions: those far away may be of no use to the next.
+            with put_back(self._problem):
+                for size in (2 * step, step, step / 2):
+                    values = []
+                    for sign in (1.0, -1.0):
+                        _write(variables, origin + sign * size * direction)
+                        self.solve_inside(self._target.name)
+                        values.append(Objective.of(self._target, self._point).number())
+                    differences.append((values[0] - values[1]) / (2 * size))
+        except NonFiniteError:
+            return _Extrapolated(0.0, math.inf, self.unsolved)
         coarse, fine = ((4 * narrow - wide) / 3 for wide, narrow in itertools.pairwise(differences))
-        return fine, abs(fine - coarse)
+        return _Extrapolated(fine, abs(fine - coarse), self.unsolved)
 
 
 def _exact(estimator: Estimator | None) -> Implicit:

@@ -56,7 +56,9 @@ class Inspection:
         self._before = versions(tensors)
         seen = (level.name, *self._declared) if self.searches else ()
         #: The variables that the loss receives, with copies of their values.
-        self._kept = [(other, v, v.detach().clone()) for other in levels if other.name in seen for v in other.parameters]
+        self._kept = [
+            (other, v, v.detach().clone()) for other in levels if other.name in seen for v in other.parameters
+        ]
 
     def __call__(self, value: Tensor) -> None:
         """Inspect the batch, the variables and a value that the loss returned.
@@ -107,12 +109,12 @@ class Inspection:
         """Keep a remark on each level that the loss declares, until an evaluation has a derivative with respect to it."""
         levels, workspace = {other.name: other for other in self._levels}, self._workspace
         for name in self._declared:
-            key = (self._level.name, name, self._part)
+            key = ("loss", self._level.name, name, self._part)
             if name in reached:
                 workspace.verified.add(("reached", *key))
-                workspace.remarks.pop(key, None)
+                workspace.doubts.pop(key, None)
             elif ("reached", *key) not in workspace.verified and levels[name].parameters:
-                workspace.remarks[key] = (
+                workspace.doubts[key] = (
                     f"the {self._part} of level {self._level.name!r} names {name!r} and has no derivative with respect to it, so "
                     f"that hypergradients lack this dependence; compute with its tensors themselves, without detach, item, "
                     f"tolist or no_grad, or leave {name!r} out of its keyword-only parameters"
@@ -151,7 +153,7 @@ def compare_evaluations(term: LevelTerm) -> None:
     precision = torch.finfo(first.dtype).eps
     # Sums on a GPU may differ by rounding.
     if not torch.allclose(first, second, rtol=precision**0.5, atol=10 * precision, equal_nan=True):
-        term.workspace.remarks[term.name, term.name, term.part] = (
+        term.workspace.doubts["loss", term.name, term.name, term.part] = (
             f"the {term.part} of level {term.name!r} is {first:.6g} and then {second:.6g} at the same variables, batch and "
             "random numbers, so that its derivatives are of different functions; let it count no calls, and draw from the "
             "global generators of torch, numpy or Python"

@@ -136,8 +136,8 @@ def test_differences_are_taken_at_displaced_parameters() -> None:
 
     problem = build(mlopt.FiniteDifference(), torch.bfloat16, watched)
     at_rest = problem["network"].module.last.weight.detach().clone()
-    for _ in range(2):  # the first also compares two evaluations, after the pullback
-        mlopt.hypergradient(problem)
+    mlopt.hypergradient(problem)
+    mlopt.hypergradient(problem)  # without the checks of a first one
     above, below = seen[-2:]
     assert not torch.equal(above, at_rest)
     assert not torch.equal(below, at_rest)

@@ -146,7 +146,9 @@ def test_the_outer_variables_in_the_inner_batch_are_refused() -> None:
         u=u,
         data=[[u.value]],
     )
-    with pytest.raises(mlopt.ProblemError, match="loss of level 'y' depends on 'value' of level 'u' and does not declare"):
+    with pytest.raises(
+        mlopt.ProblemError, match="loss of level 'y' depends on 'value' of level 'u' and does not declare"
+    ):
         mlopt.hypergradient(problem)
 
 
@@ -238,5 +240,7 @@ def test_data_that_are_one_batch_are_refused(data: Any, sentence: str) -> None:
 
 
 def test_a_list_of_tensors_is_a_list_of_batches() -> None:
-    problem = build(lambda y, batch, *, u: (y() - A @ u() * batch).square().sum(), data=[torch.ones(()), torch.ones(())])
+    problem = build(
+        lambda y, batch, *, u: (y() - A @ u() * batch).square().sum(), data=[torch.ones(()), torch.ones(())]
+    )
     torch.testing.assert_close(gradient_of(problem), A.T @ WEIGHTS)

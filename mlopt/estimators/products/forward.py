@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Term, Vectors
 from ...tensors import Tensors
-from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
+from .kernels import differentiable_kernels, graph_of, prepare, refuse_once_differentiable
+from .product import Product, name_kernels
 
 __all__ = ["ForwardProduct"]
+
+#: Torch has one level of forward mode in a process: two threads that enter it at once destroy each other's tangents.
+_FORWARD_MODE = threading.RLock()
 
 
 class ForwardProduct(Product):
@@ -23,9 +28,14 @@ class ForwardProduct(Product):
     torch's forward mode takes their statistics to be constants.)
     """
 
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        _refuse_hooks(term)
+
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        with plain_attention():
+        live = prepare(self.term)
+        with _FORWARD_MODE, differentiable_kernels(self.term):
             mixed = self.term.mixed(direction, wanted, forward=True)
             if mixed is not None:
                 return mixed
@@ -40,21 +50,34 @@ class ForwardProduct(Product):
             along = {block: tuple(vectors) for block, vectors in direction.items()}
             origin = {block: start[block] for block in along}
             (_, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
-            verify(self.term, value)
+            verify(self.term, value, live[0] if live else None)
         # In float32, torch's forward mode takes a Python number times a scalar to float64.
         return {block: tuple(x.to(v) for x, v in zip(product[block], start[block], strict=True)) for block in wanted}
 
 
-def verify(term: Term, value: Tensor) -> None:
+def _refuse_hooks(term: Term) -> None:
+    """Raise if a variable has a hook: torch.func differentiates by other tensors, which have none."""
+    for block in term.blocks:
+        for k, variable in enumerate(term.values[block]):
+            if variable._backward_hooks:
+                raise EstimatorError(
+                    f"level {block!r}: variable {k} of shape {tuple(variable.shape)} has a hook (register_hook), which "
+                    "products='forward' do not run; use products='autograd'"
+                )
+
+
+def verify(term: Term, value: Tensor, live: Tensor | None) -> None:
     """Raise if a level's loss as a pure function differs from its value on the live modules; compared once for each workspace.
+
+    `live` is the value on the live modules, if it was evaluated already.
 
     torch.func draws masks in another order if dropout meets a tensor that is not contiguous, and it treats parameters from
     outside the modules as constants.
     """
-    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.workspace.verified:
+    if not isinstance(term, LevelTerm) or ("forward", *term.label) in term.workspace.verified:
         return
-    live = term.value()
-    refuse_once_differentiable([live])
+    live = term.value() if live is None else live
+    refuse_once_differentiable(graph_of([live]))
     if not math.isfinite(live.item()):
         return  # reported elsewhere
     tolerance = torch.finfo(live.dtype).eps ** 0.5
@@ -64,4 +87,4 @@ def verify(term: Term, value: Tensor) -> None:
             "it draws other random numbers there (dropout of a transposed tensor), or uses parameters from outside the module; "
             "use products='autograd'"
         )
-    term.workspace.verified.add((term.name, term.part))
+    term.workspace.verified.add(("forward", *term.label))

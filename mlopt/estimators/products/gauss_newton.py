@@ -15,7 +15,8 @@ from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors, add, zeros_like
 from .autograd import AutogradProduct
-from .product import name_kernels, plain_attention
+from .kernels import differentiable_kernels, prepare
+from .product import name_kernels
 
 __all__ = ["GaussNewtonProduct"]
 
@@ -32,14 +33,18 @@ class GaussNewtonProduct(AutogradProduct):
 
     _linearized: _Linearized | None = None
 
-    @name_kernels
-    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        if (
+    def is_exact(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        return (
             not isinstance(self.term, LevelTerm)
             or set(direction) != {self.term.name}
             or set(wanted) != {self.term.name}
-        ):
+        )
+
+    @name_kernels
+    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        if self.is_exact(direction, wanted):
             return super().__call__(direction, wanted)
+        assert isinstance(self.term, LevelTerm)
         if self._linearized is None:
             self._linearized = _Linearized(self.term)
         return {self.term.name: self._linearized.product(direction[self.term.name])}
@@ -50,7 +55,8 @@ class _Linearized:
 
     def __init__(self, term: LevelTerm) -> None:
         self._variables = term.values[term.name]
-        with plain_attention(), _cut_at_outputs(term.module) as (outputs, leaves):
+        prepare(term)
+        with differentiable_kernels(term), _cut_at_outputs(term.module) as (outputs, leaves):
             value = term.value()
         if not outputs and term.part == "loss":
             raise EstimatorError(
