@@ -3,10 +3,9 @@
 from .batch import to_device
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
-from .inspection import compare_evaluations
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
-from .objective import Objective, add_into, sum_values
+from .objective import Objective, add_into, compare_evaluations, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem

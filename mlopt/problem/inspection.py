@@ -17,10 +17,9 @@ from .batch import versions
 
 if TYPE_CHECKING:
     from .level import Level
-    from .term import LevelTerm
     from .workspace import Workspace
 
-__all__ = ["Inspection", "compare_evaluations", "drawing_refused", "reading_refused", "require_unchanged"]
+__all__ = ["Inspection", "drawing_refused", "reading_refused", "require_unchanged"]
 
 #: Backward functions of embeddings, whose gradient may be sparse.
 _EMBEDDINGS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
@@ -145,19 +144,6 @@ class Inspection:
                     "tensor, and vectors over the variables must be dense; use sparse=False"
                 )
         return reached
-
-
-def compare_evaluations(term: LevelTerm) -> None:
-    """Evaluate a term twice at the same variables, batch and random numbers; keep a remark if the values differ."""
-    first, second = (term.value().detach() for _ in range(2))
-    precision = torch.finfo(first.dtype).eps
-    # Sums on a GPU may differ by rounding.
-    if not torch.allclose(first, second, rtol=precision**0.5, atol=10 * precision, equal_nan=True):
-        term.workspace.doubts["loss", term.name, term.name, term.part] = (
-            f"the {term.part} of level {term.name!r} is {first:.6g} and then {second:.6g} at the same variables, batch and "
-            "random numbers, so that its derivatives are of different functions; let it count no calls, and draw from the "
-            "global generators of torch, numpy or Python"
-        )
 
 
 def _same(present: Tensor, before: Tensor) -> bool:

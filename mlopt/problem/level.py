@@ -173,8 +173,8 @@ def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) ->
         )
     if isinstance(value, tuple) and value and all(isinstance(entry, Tensor) for entry in value):
         raise ProblemError(
-            f"level {level.name!r}: data is a tuple of {len(value)} tensors, each of which would be a batch; give [(X, Y)] for one "
-            "batch of these tensors, or a list of batches"
+            f"level {level.name!r}: data is a tuple of {len(value)} tensors, each of which would be a batch; give [(X, Y)] for "
+            "one batch of these tensors, or a list of batches"
         )
     if isinstance(value, Mapping):
         raise ProblemError(

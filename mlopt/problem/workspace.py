@@ -25,8 +25,8 @@ class Workspace:
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned; None if it was
             wrong.
         verified: checks that were made and need no repetition: the name of a check, then what it was made for.
-        doubts: by key of a check that failed, a sentence. For a check of a loss: "loss", the level, the level that it refers to (or
-            itself), and the part of the objective.
+        doubts: by key of a check that failed, a sentence. The key for a loss is "loss", the level, the level that it refers to
+            (or itself), and the part of the objective.
         verifying: True while products are checked, so that no check starts another.
         uses: by compiled product and shapes of its arguments, the number of calls.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the

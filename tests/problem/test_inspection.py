@@ -126,7 +126,7 @@ def test_an_outermost_level_that_nothing_depends_on_is_refused(use: str) -> None
     def forgets(y: nn.Module, batch: Any) -> Tensor:
         return (y() - A @ U).square().sum() / 2
 
-    with pytest.raises(mlopt.ProblemError, match="nothing depends on the variables of level 'u'.*make 'u' a keyword"):
+    with pytest.raises(mlopt.ProblemError, match=r"nothing depends on the variables of level 'u'.*make 'u' a keyword"):
         USES[use](build(forgets, outer=lambda u, batch, *, y: WEIGHTS @ y()))
 
 
@@ -166,7 +166,7 @@ class Clamped(mlopt.Variables):
 def test_a_loss_that_writes_variables_is_refused_and_moves_nothing(products: str, use: str) -> None:
     module = Clamped(A @ U)
     problem = build(module=module, estimator=ESTIMATORS[products])
-    with pytest.raises(mlopt.ProblemError, match="writes to variables of level 'y'.*without writing it"):
+    with pytest.raises(mlopt.ProblemError, match=r"writes to variables of level 'y'.*without writing it"):
         USES[use](problem)
     assert torch.equal(module.value, A @ U)
 
