@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -131,8 +131,12 @@ class Term(ABC):
         return derivatives(self.value(), wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
-        """Return d/dw <grad_D, direction> if the term's form yields it from first derivatives alone; else None."""
+        """Return d/dw <grad_D, direction> if `is_mixed`; else None."""
         return None
+
+    def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
+        """Return True if the term's form yields d/dw <grad_D, direction> from first derivatives alone."""
+        return False
 
 
 class LevelTerm(Term):
@@ -209,17 +213,18 @@ class LevelTerm(Term):
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
-        if self.part == "regularizer" or set(direction) != {self.name}:
-            return None
-        if len(wanted) != 1 or wanted[0] not in self._references:
-            return None
-        if not self._is_mixture(wanted[0]):
+        if not self.is_mixed(direction, wanted):
             return None
         with cloned_buffers(self._modules.values()):
             mixture = self._mixture(self._modules)
             weights = mixture.weigh(self._modules[mixture.weights])
             shares = self._forward_shares(direction) if forward else self._backward_shares(mixture, direction)
         return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
+
+    def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
+        if self.part == "regularizer" or set(direction) != {self.name}:
+            return False
+        return len(wanted) == 1 and wanted[0] in self._references and self._is_mixture(wanted[0])
 
     def streamed(self, weights: str, shares: Tensor) -> Tensors:
         """Return the derivative of <w(a), shares> by the variables a of the level `weights`, for known shares (K,)."""

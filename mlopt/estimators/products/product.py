@@ -86,6 +86,10 @@ class Product(ABC):
         """Return True if the product is one with second derivatives, and not with a matrix in their place."""
         return True
 
+    def needs_verification(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        """Return True unless the product takes no second derivative: first ones, and those of a chosen matrix, are as meant."""
+        return self.is_exact(direction, wanted) and not self.term.is_mixed(direction, wanted)
+
     def renewed(self) -> Product:
         """Return a product of the same term that has kept nothing, evaluated without a compiler."""
         return type(self)(self.term)
