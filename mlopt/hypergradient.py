@@ -305,14 +305,15 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
 
 
 def _inspect_inside(point: Point, level: Level) -> None:
-    """Inspect the losses inside, once for each workspace; evaluate those of levels that respond twice, and compare."""
+    """Inspect the losses inside, once for each workspace; if products were compared with differences, also two evaluations."""
     verified, key = point.workspace.verified, ("inside", level.name)
     if key in verified:
         return
+    compared = {check[2:4] for check in verified if check[0] == "products"}
     for name in point.problem.graph[level.name].interior:
         if name in point.generators and name in point.batches:
             for term in Objective.parts(point.problem[name], point):
-                if point.problem.responds(name):
+                if (name, term.part) in compared:
                     compare_evaluations(term)
                 elif (name, term.part) not in point.workspace.evaluations:
                     term.value()
