@@ -27,7 +27,8 @@ class Workspace:
         optimizers: by level, the optimiser that its factory made outside a run, to read its options.
         rules: by level, the sign and the decay that were read off the steps of an optimiser of unknown kind.
         verified: checks that were made and need no repetition: the name of a check, then what it was made for.
-        doubts: by key of a check of products that failed, a sentence.
+        doubts: by key of a check that failed, a sentence. The key for a loss is "loss", the level, the level that it refers to
+            (or itself), and the part of the objective.
         verifying: True while products are checked, so that no check starts another.
         uses: by compiled product and shapes of its arguments, the number of calls.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
