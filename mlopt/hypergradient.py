@@ -17,6 +17,7 @@ from .finiteness import require_finite
 from .problem import (
     Block,
     Estimator,
+    FixedPoint,
     Level,
     Objective,
     Point,
@@ -46,6 +47,9 @@ __all__ = [
     "standalone",
     "total_derivative",
 ]
+
+#: The stationarity above which a level counts as unsolved although it has a solver of its own.
+_UNSOLVED = 1e-2
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -240,13 +244,12 @@ def _at_own_solution(point: Point, level: Level) -> Iterator[None]:
 
 
 def _run_solver(point: Point, level: Level) -> None:
-    """Solve a level by its own solver, and keep the norm of its gradient there."""
+    """Solve a level by its own solver, and keep its gradient there."""
     modules = {name: point.problem[name].module for name in (level.name, *level.references)}
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
         call_solver(level, modules, point.batches[level.name], point.problem)
-    gradient = Objective.of(level, point).derivatives([level.name])[level.name]
-    point.stationarity[level.name] = norm(gradient)
+    point.gradients[level.name] = Objective.of(level, point).derivatives([level.name])[level.name]
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
@@ -293,7 +296,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
         for name, report in linearization.reports().items():
-            report.stationarity = point.stationarity.get(name)
+            _measure(point, problem[name], report)
             point.reports[name] = report
     _inspect_inside(point, level)
     _report_doubts(point)
@@ -302,6 +305,25 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
         gradient = zeros_like(level.parameters)
     require_finite(gradient, lambda _: f"the total gradient of level {level.name!r} is not finite")
     return gradient
+
+
+def _measure(point: Point, level: Level, report: Report) -> None:
+    """Report how far a level is from its solution, unless its estimator did, or moved the level itself."""
+    if (
+        not report.is_measured
+        and level.name not in point.ahead
+        and (raw := point.last_gradient(level.name)) is not None
+    ):
+        gradient = FixedPoint.of(level, point).gradient(raw, level.name, point)
+        report.measured(norm(gradient), norm([v.detach() for v in point.values[level.name]]))
+    if level.solver is None or report.curvature is None:
+        return
+    distance = report.stationarity
+    if distance is not None and distance > _UNSOLVED:
+        report.doubt(
+            f"its solver left it about {distance:.0%} of ||x|| away from a zero gradient, which the implicit derivative assumes: "
+            "it stopped early, or holds variables at a bound"
+        )
 
 
 def _inspect_inside(point: Point, level: Level) -> None:

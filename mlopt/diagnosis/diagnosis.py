@@ -9,10 +9,9 @@ import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from torch import nn
 
 from .. import linear
-from ..estimators import Implicit, LinearSolve
+from ..estimators import Implicit, LinearSolve, Unrolled
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
@@ -184,7 +183,7 @@ def _diagnose(
         *_draw_findings(measures, precision),
         *_precision_findings(level, differences),
         *_curvature_findings(measures, precision),
-        *_point_findings(measures),
+        *_point_findings(level, measures),
         *unused,
     ]
     if not influential:
@@ -292,11 +291,6 @@ def _module_findings(level: Level, measures: Measurements) -> list[Finding]:
             Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
                     "(running statistics stay as they are)", "eval(), if that is not intended")
         )  # fmt: skip
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in level.module.modules()):
-        findings.append(
-            Finding("error", "wrapped in DistributedDataParallel, whose reduction only runs in backward(): products and "
-                    "cotangents stay each process's own", "give the plain module, and reduce gradients yourself")
-        )  # fmt: skip
     if measures.unused:
         findings.append(
             Finding("warning", f"its objective does not depend on {', '.join(measures.unused)}: no curvature there",
@@ -364,11 +358,25 @@ def _curvature_findings(measures: Measurements, precision: float) -> list[Findin
     return findings
 
 
-def _point_findings(measures: Measurements) -> list[Finding]:
+def _point_findings(level: Level, measures: Measurements) -> list[Finding]:
+    findings = []
+    if measures.decay:
+        rule = level.estimator
+        # The decay enters linear systems only.
+        solves = not (isinstance(rule, Implicit) and isinstance(rule.solver, linear.AssumedInverse | None))
+        findings.append(Finding("error" if solves and not isinstance(rule, Unrolled) else "ok", measures.decay))
+    if measures.bounds.doubt:
+        findings.append(Finding("error", measures.bounds.doubt))
+    if held := measures.bounds.held:
+        sentence = f"variables held at a bound by the optimiser: {held:,}; the solution is taken to move in the others"
+        findings.append(Finding("ok", sentence))
+    return [*findings, _stationarity_finding(level, measures)]
+
+
+def _stationarity_finding(level: Level, measures: Measurements) -> Finding:
     away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
     state = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
     if measures.newton > _DOUBTFUL:
-        return [
-            Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", "more steps")
-        ]
-    return [Finding("ok", f"stationary: {state}")]
+        remedy = "more steps" if level.solver is None else "a solver that reaches the minimum of the objective"
+        return Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", remedy)
+    return Finding("ok", f"stationary: {state}")

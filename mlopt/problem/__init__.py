@@ -1,7 +1,9 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
 from .batch import to_device
+from .bounds import Bounds, has_hooks, unmoved
 from .estimator import Block, Estimator, Linearization, Report, Vectors
+from .fixed_point import FixedPoint
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
@@ -18,9 +20,11 @@ from .workspace import Workspace
 __all__ = [
     "FAULTS",
     "Block",
+    "Bounds",
     "Carryover",
     "Estimator",
     "Fault",
+    "FixedPoint",
     "Graph",
     "Level",
     "LevelTerm",
@@ -49,9 +53,11 @@ __all__ = [
     "evaluate_loss",
     "evaluate_regularizer",
     "faults",
+    "has_hooks",
     "restored",
     "standing_in",
     "sum_values",
     "to_device",
+    "unmoved",
     "variables",
 ]

@@ -198,7 +198,7 @@ class Level:
         data: batches: an iterable that can be iterated repeatedly, such as a DataLoader or a list; None for a loss
             that ignores its batch, which is then None.
         optimizer: an optimiser, or a function that takes parameters and returns one, such as
-            `partial(torch.optim.SGD, lr=0.1)`. `solve` needs it, `hypergradient` does not.
+            `partial(torch.optim.SGD, lr=0.1)`. `solve` needs it; `hypergradient` only reads its decay, its sign and its bounds.
         solver: in place of an optimizer, a function `solver(module, batch, *, other_level, ...)` that moves the variables, in
             place, to the solution: a closed form, L-BFGS, scikit-learn. It has the signature of a loss, refers to levels that
             the objective refers to, and returns nothing. It is called once each time the level is solved, with gradients

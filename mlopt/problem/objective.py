@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
+from .fixed_point import FixedPoint
 from .term import LevelTerm, Term
 
 if TYPE_CHECKING:
@@ -35,10 +36,27 @@ class Objective:
         return cls(cls.parts(level, point, batches))
 
     @staticmethod
-    def parts(level: Level, point: Point, batches: Mapping[str, Any] | None = None) -> tuple[LevelTerm, ...]:
-        """Return the terms of a level's objective."""
-        loss = LevelTerm(point, level, "loss", batches)
-        return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer"))
+    def parts(
+        level: Level, point: Point, batches: Mapping[str, Any] | None = None, sign: float = 1.0
+    ) -> tuple[LevelTerm, ...]:
+        """Return the terms of a level's objective, times a sign."""
+        loss = LevelTerm(point, level, "loss", batches, sign)
+        return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer", sign=sign))
+
+    @classmethod
+    def minimized(
+        cls, level: Level, point: Point, batches: Mapping[str, Any] | None = None, fixed: FixedPoint | None = None
+    ) -> Objective:
+        """Return what the steps of a level minimise: its objective, negated by `maximize`, and the decay of its optimiser.
+
+        Args:
+            level: the level.
+            point: the point.
+            batches: the batch of each level; the point's if None.
+            fixed: the condition at which the steps end; read from the level's optimiser if None.
+        """
+        fixed = FixedPoint.of(level, point) if fixed is None else fixed
+        return cls((*cls.parts(level, point, batches, fixed.sign), *fixed.terms(level.name, point)))
 
     def value(self) -> Tensor:
         """Return the objective at the live variables, a scalar with a graph."""

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
-from ..problem import Level, Problem, Stream, StreamedCotangent, to_device
+from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
 from ..tensors import norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
@@ -190,7 +190,7 @@ class Engine:
         self.gradients.solve_alone(level, self.streams[level.name].next())
         size = norm(self._gradient(level))
         require_finite((), _not_finite(level), size=size)
-        self.logs[f"{level.name}/stationarity"] = self.gradients.carryover.stationarity[level.name] = size
+        self.logs[f"{level.name}/gradient_norm"] = size
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
@@ -206,7 +206,7 @@ class Engine:
         precision, optimizer = self.precisions[level.name], self.optimizers[level.name]
         precision.unscale(optimizer)
         self._check_and_clip(level, overflow_expected=precision.scaler is not None)
-        stepped = precision.step(optimizer)
+        stepped = self._step_and_watch(level) if has_hooks(optimizer) else precision.step(optimizer)
         if precision.loss_scale is not None:
             self.logs[f"{level.name}/loss_scale"] = precision.loss_scale
         if not stepped:
@@ -220,6 +220,18 @@ class Engine:
             scheduler.step(float(loss))
         else:
             scheduler.step()
+
+    def _step_and_watch(self, level: Level) -> bool:
+        """Take a step of an optimiser with hooks, which may project; keep where it left the variables unchanged."""
+        carryover = self.gradients.carryover
+        variables = carryover.variables[level.name]
+        before = tuple(variable.detach().clone() for variable in variables)
+        stepped = self.precisions[level.name].step(self.optimizers[level.name])
+        carryover.held.pop(level.name, None)
+        held = unmoved(before, variables, self.optimizers[level.name]) if stepped else ()
+        if any(bool(mask.any()) for mask in held):
+            carryover.held[level.name] = held
+        return stepped
 
     def _check_and_clip(self, level: Level, *, overflow_expected: bool) -> None:
         """Clip the gradient of a level; raise if it is missing or not finite."""
