@@ -53,11 +53,13 @@ class Inspection:
         self.searches = count & (count - 1) == 0
         self._tensors = tensors
         self._before = versions(tensors)
-        seen = (level.name, *self._declared) if self.searches else ()
-        #: The variables that the loss receives, with copies of their values.
-        self._kept = [
-            (other, v, v.detach().clone()) for other in levels if other.name in seen for v in other.parameters
-        ]
+        #: The variables that the loss receives, with copies of their values, and their versions.
+        self._kept: list[tuple[Level, Tensor, Tensor, int]] = []
+        if self.searches:
+            seen = [other for other in levels if other.name in (level.name, *self._declared)]
+            self._kept = [(other, v, v.detach().clone(), v._version) for other in seen for v in other.parameters]
+        #: At the first evaluation all values are compared; the host then waits for the device. Writes to `.data` have no version.
+        self._first = count == 1
 
     def __call__(self, value: Tensor) -> None:
         """Inspect the batch, the variables and a value that the loss returned.
@@ -82,10 +84,14 @@ class Inspection:
 
     def _require_unmoved(self) -> None:
         """Raise if the evaluation wrote to variables, which then have their values back."""
-        moved = [other for other, variable, value in self._kept if not _same(variable.detach(), value)]
+        moved = [
+            other
+            for other, variable, value, version in self._kept
+            if (self._first or variable._version != version) and not _same(variable.detach(), value)
+        ]
         if not moved:
             return
-        for _, variable, value in self._kept:
+        for _, variable, value, _ in self._kept:
             variable.data.copy_(value)
         raise ProblemError(
             f"the {self._part} of level {self._level.name!r} writes to variables of level {moved[0].name!r}, as a clamp of "

@@ -171,15 +171,21 @@ def test_a_loss_that_writes_variables_is_refused_and_moves_nothing(products: str
     assert torch.equal(module.value, A @ U)
 
 
-def test_an_embedding_that_renormalises_its_weight_is_refused() -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_an_embedding_that_renormalises_its_weight_is_refused(later: bool) -> None:
+    """Also if its weight is small at the first evaluation, where nothing moves."""
     embedding = nn.Embedding(3, 2, max_norm=0.5, dtype=torch.float64)
     before = embedding.weight.detach().clone().fill_(1.0)
-    embedding.weight.data.copy_(before)
+    embedding.weight.data.copy_(before * (0.1 if later else 1.0))
 
     def inner(y: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
         return (y(torch.arange(2)) - u()).square().sum()
 
     problem = build(inner, outer=lambda u, batch, *, y: y.weight.sum(), module=embedding)
+    if later:
+        mlopt.hypergradient(problem)
+        embedding.weight.data.copy_(before)
+        problem.workspace.evaluations.update(dict.fromkeys(problem.workspace.evaluations, 7))
     with pytest.raises(mlopt.ProblemError, match=r"loss of level 'y' writes to variables of level 'y'.*max_norm"):
         mlopt.hypergradient(problem)
     assert torch.equal(embedding.weight, before)
