@@ -28,6 +28,7 @@ from .problem import (
     add_into,
     call_solver,
     cloned_buffers,
+    compare_evaluations,
     derivatives,
     restored,
     to_device,
@@ -298,7 +299,7 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             _measure(point, problem[name], report)
             point.reports[name] = report
     _inspect_inside(point, level)
-    _doubt_cut_off(point, level)
+    _report_doubts(point)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
@@ -326,26 +327,27 @@ def _measure(point: Point, level: Level, report: Report) -> None:
 
 
 def _inspect_inside(point: Point, level: Level) -> None:
-    """Evaluate, once for each workspace, the losses inside that no pullback evaluated: each is inspected when it is evaluated."""
+    """Inspect the losses inside, once for each workspace; if products were compared with differences, also two evaluations."""
     verified, key = point.workspace.verified, ("inside", level.name)
     if key in verified:
         return
+    compared = {check[2:4] for check in verified if check[0] == "products"}
     for name in point.problem.graph[level.name].interior:
         if name in point.generators and name in point.batches:
             for term in Objective.parts(point.problem[name], point):
-                if (name, term.part) not in point.workspace.evaluations:
+                if (name, term.part) in compared:
+                    compare_evaluations(term)
+                elif (name, term.part) not in point.workspace.evaluations:
                     term.value()
     verified.add(key)
 
 
-def _doubt_cut_off(point: Point, level: Level) -> None:
-    """Remark in the report on a level that an objective refers to it, and has no derivative by its variables."""
-    for part, report in point.reports.items():
-        if point.workspace.is_cut_off(level, part):
-            report.doubt(
-                f"the objective of level {level.name!r} refers to {part!r}, and has no derivative by its variables: look for "
-                "detach(), item() or no_grad(), or leave the reference out"
-            )
+def _report_doubts(point: Point) -> None:
+    """Add the remarks on losses to the reports: of their level, or else of the level that they refer to."""
+    for (check, name, reference, *_), remark in point.workspace.doubts.items():
+        report = point.reports.get(name) or point.reports.get(reference)
+        if check == "loss" and report is not None:
+            report.doubt(remark)
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:

@@ -134,7 +134,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
         for level in reversed(problem.levels):
             if problem.needs_estimator(name := level.name):
                 measures = measure(problem, workspace, batches, name, seed, cotangents.get(name))
-                levels[name] = _diagnose(problem, name, measures, name in cotangents)
+                levels[name] = _diagnose(problem, name, measures, name in cotangents, _unused(name, workspace))
     return Diagnosis(levels=levels)
 
 
@@ -149,7 +149,18 @@ def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, An
     return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 
 
-def _diagnose(problem: Problem, name: str, measures: Measurements, influential: bool) -> LevelDiagnosis:
+def _unused(name: str, workspace: Workspace) -> list[Finding]:
+    """Return a finding on each level that the losses of a level name, and have no derivative with respect to."""
+    return [
+        Finding("error", sentence)
+        for (check, owner, reference, *_), sentence in workspace.doubts.items()
+        if check == "loss" and owner == name != reference
+    ]
+
+
+def _diagnose(
+    problem: Problem, name: str, measures: Measurements, influential: bool, unused: list[Finding]
+) -> LevelDiagnosis:
     level = problem[name]
     reference = measures.trials[measures.reference] if measures.reference else None
     differences = {
@@ -173,6 +184,7 @@ def _diagnose(problem: Problem, name: str, measures: Measurements, influential: 
         *_precision_findings(level, differences),
         *_curvature_findings(measures, precision),
         *_point_findings(level, measures),
+        *unused,
     ]
     if not influential:
         findings.append(

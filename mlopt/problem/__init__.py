@@ -7,7 +7,7 @@ from .fixed_point import FixedPoint
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
-from .objective import Objective, add_into, sum_values
+from .objective import Objective, add_into, compare_evaluations, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
@@ -47,6 +47,7 @@ __all__ = [
     "add_into",
     "call_solver",
     "cloned_buffers",
+    "compare_evaluations",
     "cut",
     "derivatives",
     "evaluate_loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -170,6 +170,15 @@ def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) ->
     if isinstance(value, Tensor):
         raise ProblemError(
             f"level {level.name!r}: data is a tensor, whose rows would be batches; give [tensor] for one batch"
+        )
+    if isinstance(value, tuple) and value and all(isinstance(entry, Tensor) for entry in value):
+        raise ProblemError(
+            f"level {level.name!r}: data is a tuple of {len(value)} tensors, each of which would be a batch; give [(X, Y)] for "
+            "one batch of these tensors, or a list of batches"
+        )
+    if isinstance(value, Mapping):
+        raise ProblemError(
+            f"level {level.name!r}: data is a {type(value).__name__}, whose keys would be batches; give [batch] for one batch"
         )
 
 

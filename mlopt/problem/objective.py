@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..tensors import Tensors, add, scale, subtract
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["Objective", "add_into", "sum_values"]
+__all__ = ["Objective", "add_into", "compare_evaluations", "sum_values"]
 
 
 class Objective:
@@ -87,3 +88,16 @@ def add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0
             total[block] = vector if sign == 1.0 else scale(sign, vector)
         else:
             total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)
+
+
+def compare_evaluations(term: LevelTerm) -> None:
+    """Evaluate a term twice at the same variables, batch and random numbers; keep a remark if the values differ."""
+    first, second = (term.value().detach() for _ in range(2))
+    precision = torch.finfo(first.dtype).eps
+    # Sums on a GPU may differ by rounding.
+    if not torch.allclose(first, second, rtol=precision**0.5, atol=10 * precision, equal_nan=True):
+        term.workspace.doubts["loss", term.name, term.name, term.part] = (
+            f"the {term.part} of level {term.name!r} is {first:.6g} and then {second:.6g} at the same variables, batch and "
+            "random numbers, so that its derivatives are of different functions; let it count no calls, and draw from the "
+            "global generators of torch, numpy or Python"
+        )

@@ -27,12 +27,12 @@ class Workspace:
         optimizers: by level, the optimiser that its factory made outside a run, to read its options.
         rules: by level, the sign and the decay that were read off the steps of an optimiser of unknown kind.
         verified: checks that were made and need no repetition: the name of a check, then what it was made for.
-        doubts: by key of a check of products that failed, a sentence.
+        doubts: by key of a check that failed, a sentence. The key for a loss is "loss", the level, the level that it refers to
+            (or itself), and the part of the objective.
         verifying: True while products are checked, so that no check starts another.
         uses: by compiled product and shapes of its arguments, the number of calls.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
             disagreement of two steps, and whether the variables are small.
-        reached: by level and part of its objective, the levels by whose variables it was seen to have a derivative.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
     """
 
@@ -50,17 +50,7 @@ class Workspace:
         self.verifying = False
         self.uses: dict[tuple[str, ...], int] = {}
         self.lengths: dict[str, tuple[Any, ...]] = {}
-        self.reached: dict[tuple[str, str], set[str]] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
-
-    def is_cut_off(self, level: Level, reference: str) -> bool:
-        """Return True if a level refers to another, and no evaluation of its objective had a derivative by the variables of that.
-
-        The losses of a mixture are not evaluated together, so a mixture is not judged.
-        """
-        seen = [reached for (name, _), reached in self.reached.items() if name == level.name]
-        judged = bool(seen) and self.mixtures.get(level.name) is None
-        return judged and reference in level.references and not any(reference in reached for reached in seen)
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
         """Return the next batch for a standalone call; the arguments are those of `stream`."""

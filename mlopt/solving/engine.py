@@ -20,6 +20,7 @@ from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
 from .state import Snapshot, load_module_state, load_state, module_state
+from .stillness import Stillness
 
 __all__ = ["Engine"]
 
@@ -39,6 +40,7 @@ class Engine:
     Attributes:
         skipped: number of skipped steps of each level.
         warmed: number of warm-up steps that each level has taken.
+        stillness: warns of an outermost level that does not move.
 
     Raises:
         ProblemError: a level has no optimiser, or one that does not train exactly the level's variables.
@@ -55,6 +57,8 @@ class Engine:
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
         self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
         self.gradients.carryover.engine = self
+        outermost = problem.outermost.name
+        self.stillness = Stillness(outermost, scheduled=self.schedulers.get(outermost) is not None)
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
         #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
@@ -232,6 +236,8 @@ class Engine:
     def _check_and_clip(self, level: Level, *, overflow_expected: bool) -> None:
         """Clip the gradient of a level; raise if it is missing or not finite."""
         gradient = self._gradient(level)
+        if level is self.problem.outermost:
+            self.stillness.note(gradient, self.optimizers[level.name])
         if overflow_expected and level.clip is None:
             return
         size = norm(gradient)

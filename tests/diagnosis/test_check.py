@@ -181,7 +181,7 @@ def test_nothing_moves(oracle: str, dtype: torch.dtype) -> None:
     assert same(contents(problem.workspace), workspace)
 
 
-@pytest.mark.parametrize("fatal", [3, 20, 40])
+@pytest.mark.parametrize("fatal", [1, 20, 40])
 def test_nothing_moves_when_a_loss_raises_during_a_check(fatal: int) -> None:
     problem = stateful_problem(mlopt.Identity(), fatal=fatal)
     before = snapshot(problem)
