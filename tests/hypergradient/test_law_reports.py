@@ -364,24 +364,3 @@ def test_an_intended_approximation_is_not_warned_about() -> None:
         mlopt.hypergradient(saddle_problem(estimator))
     case = quadratic("two", mlopt.ConjugateGradient(iterations=1))
     assert mlopt.hypergradient(case.problem).reports["y"].converged is False
-
-
-@pytest.mark.parametrize("products", PRODUCTS)
-def test_an_outer_loss_that_detaches_a_level_is_doubtful(products: str) -> None:
-    def inner(y: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
-        return (y() - x()).square().sum()
-
-    def outer(x: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
-        return x().sum() + y().detach().square().sum()
-
-    def attached(x: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
-        return x().sum() + y().square().sum()
-
-    for loss, doubtful in ((outer, True), (attached, False)):
-        problem = mlopt.Problem(
-            mlopt.Level("x", mlopt.variables(torch.ones(2)), loss),
-            mlopt.Level("y", mlopt.variables(torch.ones(2)), inner, estimator=mlopt.Dense(products=products)),
-        )
-        report = mlopt.hypergradient(problem).reports["y"]
-        assert report.doubtful == doubtful
-        assert any("level 'x' names 'y' and has no derivative" in remark for remark in report.remarks) == doubtful

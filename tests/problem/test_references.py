@@ -303,38 +303,3 @@ def test_a_solver_that_declares_what_it_reads_gives_the_closed_form() -> None:
         y.value.data.copy_((A @ u()).detach())
 
     torch.testing.assert_close(gradient_of(solved(solver)), A.T @ WEIGHTS + 1)
-
-
-class Limited(mlopt.Variables):
-    """A tensor that a call limits in place, past the counter of its changes."""
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            self.value.data.clamp_(-0.5, 0.5)
-        return self.value
-
-
-def clipped() -> nn.Module:
-    embedding = nn.Embedding(2, 2, max_norm=0.5)
-    embedding.weight.data = torch.ones(2, 2)
-    return embedding
-
-
-@pytest.mark.parametrize("make", [lambda: Limited(torch.ones(2)), clipped], ids=["data", "max_norm"])
-@pytest.mark.parametrize("use", ["hypergradient", "solve"])
-def test_a_loss_that_moves_variables_is_refused(use: str, make: Callable[[], nn.Module]) -> None:
-    def read(module: nn.Module) -> Tensor:
-        return module() if isinstance(module, Limited) else module(torch.arange(2)).sum(1)
-
-    def outer(x: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
-        return x().sum() + sum(p.sum() for p in y.parameters())
-
-    def inner(y: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
-        return (read(y) - x()).square().sum()
-
-    problem = mlopt.Problem(
-        mlopt.Level("x", mlopt.variables(torch.ones(2)), outer, optimizer=partial(SGD, lr=0.1)),
-        mlopt.Level("y", make(), inner, optimizer=partial(SGD, lr=0.1), estimator=mlopt.Dense()),
-    )
-    with pytest.raises(mlopt.ProblemError, match="loss of level 'y' writes to variables of level 'y'"):
-        mlopt.solve(problem, steps=1) if use == "solve" else mlopt.hypergradient(problem)

@@ -191,7 +191,9 @@ def test_the_time_limit_applies_to_the_warm_up_too(tmp_path: Any, monkeypatch: p
 
     def run(limit: float, folder: str = "stopped") -> mlopt.Solution:
         evaluations.clear()
-        return mlopt.solve(problem(), 1, checkpoint=tmp_path / folder, resume=True, max_time=limit, seed=0, progress=False)
+        return mlopt.solve(
+            problem(), 1, checkpoint=tmp_path / folder, resume=True, max_time=limit, seed=0, progress=False
+        )
 
     assert run(100, "whole").status == "completed"
     whole = len(evaluations)  # the warm-up, the inner step, its pullback, and the checks of a first pullback
