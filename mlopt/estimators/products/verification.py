@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import MloptError
+from ...errors import MloptError, ProblemError
 from ...problem import Block, LevelTerm, Vectors, cut
 from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
 from .difference import Difference
@@ -226,6 +226,8 @@ def _tried(evaluate: Callable[[], T]) -> T | None:
     """Return the value, or None if an evaluation that only a check needs is not possible."""
     try:
         return evaluate()
+    except ProblemError:
+        raise  # the problem is at fault, not the check
     except (MloptError, RuntimeError, ArithmeticError, TypeError, ValueError):
         return None
 

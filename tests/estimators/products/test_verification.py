@@ -87,8 +87,7 @@ def test_a_stopped_gradient_is_in_doubt_with_all_products(inner: Callable[..., T
     problem = two(inner, torch.linspace(0.2, 0.8, 4), products)
     mlopt.hypergradient(problem)
     for _ in range(2):  # a doubt stays
-        (sentence,) = doubts(problem)
-        assert "detach()" in sentence
+        assert any("detach()" in sentence for sentence in doubts(problem))
     kind = products if products != "finite_difference" else "finite_difference products: unsafe"
     diagnosis = mlopt.diagnose(problem)
     assert not diagnosis.safe
@@ -337,8 +336,8 @@ def test_products_are_compared_once() -> None:
         seen.clear()
         mlopt.hypergradient(problem)
         counts.append(len(seen))
-    # Two gradients along each direction, of H v, of the mixed product, and of its transpose.
-    assert counts[0] - counts[1] <= 2 * 3 + 1
+    # Two gradients along each direction, of H v, of the mixed product, and of its transpose; and two evaluations that are compared.
+    assert counts[0] - counts[1] <= 2 * 3 + 2
     assert counts[1] == counts[2] == 1
 
 
