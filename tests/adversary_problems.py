@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 import torch
-from adversary_cases import SHAPES, LevelTraps, Spec
+from adversary_cases import NESTED, SHAPES, LevelTraps, Spec
 from adversary_modules import DOUBLED, Net, Projected, Vector, read, wrap
 from adversary_oracle import Chain, Rule, UnsolvedError, predict
 from torch import Tensor, nn
@@ -233,7 +233,9 @@ class Case:
             "minres": lambda: mlopt.MINRES(products=products, **options, **same),
             "unrolled": lambda: mlopt.Unrolled(steps=UNROLLED_STEPS, products=products),
         }
-        return makers[self.spec.estimator]()
+        # Below an iterative solver, another one would take thousands of products.
+        inside = self.spec.shape in NESTED and name == "inner" and products != "autograd"
+        return makers["dense" if inside else self.spec.estimator]()
 
     def _optimizer(self, name: str, parameters: Any) -> Optimizer:
         traps, rule = self._traps(name), self.oracle.rules[name]

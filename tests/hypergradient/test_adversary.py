@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Sequence
 
 import attrs
 import pytest
 import torch
-from adversary_cases import ALONE, Spec, specs
+from adversary_cases import ALONE, NESTED, SHAPES, Spec, specs
 from adversary_problems import Case, UnsolvedError, Verdict, tolerance, verdict
 from core_cases import drawn
 from hypothesis import HealthCheck, assume, given, settings
 
 import mlopt
-
-#: Hypothesis repeats whole parts of its examples, and a problem takes a tenth of a second.
-_SLOW = {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
 
 
 def attempt(spec: Spec) -> tuple[Case | None, Verdict]:
@@ -42,11 +41,11 @@ def hold(spec: Spec, outcomes: Counter[str]) -> None:
     assert spec.traps or seen.kind == "right", f"{seen.kind} without a trap: {seen.sentence}"
 
 
-def hold_all(examples: int) -> None:
+def hold_all(examples: int, shapes: Sequence[str]) -> None:
     outcomes: Counter[str] = Counter()
 
-    @settings(drawn(examples), **_SLOW)
-    @given(spec=specs())
+    @settings(drawn(examples), suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    @given(spec=specs(shapes))
     def check(spec: Spec) -> None:
         hold(spec, outcomes)
 
@@ -57,14 +56,19 @@ def hold_all(examples: int) -> None:
 
 
 def test_a_drawn_problem_is_right_refused_or_doubtful() -> None:
-    hold_all(200)
+    hold_all(150, [shape for shape in SHAPES if shape not in NESTED])
+
+
+def test_a_drawn_nested_problem_is_right_refused_or_doubtful() -> None:
+    hold_all(25, NESTED)
 
 
 @pytest.mark.slow
 def test_a_thousand_drawn_problems_are_right_refused_or_doubtful() -> None:
-    hold_all(1_000)
+    hold_all(1_000, tuple(SHAPES))
 
 
+@functools.cache
 def of_trap(trap: str) -> tuple[Case | None, Verdict]:
     """Return the first case of a trap that has a reference, and its verdict."""
     for seed in range(1, 100):
