@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,8 @@ import mlopt
 from mlopt.files import replacing
 
 from .configuration import ConfigurationError, parse, read, write
-from .modality import Configuration, Device, Modality
+from .modality import Configuration, Modality, device_of
+from .predictor import PREDICTOR, check_free
 from .recipe import TapWeight
 from .result import TapWeightResult
 from .spread import Spread
@@ -38,7 +38,10 @@ _FILES = (
     "config.json",
     "environment.json",
     "summary.json",
+    "predictions.csv",
+    "splits.json",
 )
+_MODEL = "model"
 
 
 def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -> None:
@@ -58,7 +61,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
     configuration: Configuration[Any, Any] = line.run
     configuration.check()
-    output, device = Path(configuration.output or ""), _device(configuration.device)
+    output, device = Path(configuration.output or ""), device_of(configuration.device)
     _claim(output, line.overwrite, line.resume)
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
     console = Console()
@@ -113,17 +116,11 @@ def _introduce(console: Console, recipe: TapWeight) -> None:
         _say(console, f"Note: {remark}.")
 
 
-def _device(name: Device) -> Device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
-    return ("cuda" if available else "cpu") if name == "auto" else name
-
-
 def _claim(output: Path, overwrite: bool, resume: bool) -> None:
     """Create the output folder before any computation; refuse one that holds a result or an unfinished run."""
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
+    check_free(output / _MODEL)
     if overwrite and resume:
         raise ConfigurationError("--overwrite and --resume do not go together; give one of them")
     begun, held = (output / _CHECKPOINTS / "config.json").is_file(), next(_held(output), None)
@@ -176,6 +173,8 @@ def _held(output: Path) -> Iterator[Path]:
     yield from (output / name for name in _FILES if (output / name).is_file())
     if (output / "encoder" / "model.safetensors").is_file():
         yield output / "encoder"
+    if (output / _MODEL / PREDICTOR).is_file():
+        yield output / _MODEL
     yield from (folder for folder in sorted(output.glob("seed-*")) if (folder / "weights.json").is_file())
 
 

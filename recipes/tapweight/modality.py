@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import attrs
+import torch
 from tyro.conf import arg
 
 from mlopt.validation import at_least, shown
@@ -17,14 +18,27 @@ from .methods import DEFAULT, METHODS, make_method
 from .names import suggestion
 from .recipe import TapWeight
 from .settings import Settings
+from .task import ClassWeights
 
-__all__ = ["Configuration", "Device", "LabelledData", "Modality", "objectives_field", "objectives_option"]
+__all__ = ["Configuration", "Device", "LabelledData", "Modality", "device_of", "objectives_field", "objectives_option"]
 
 _FILE, _FOLDER = "FILE", "FOLDER"
 Device = Literal["auto", "cpu", "cuda"]
 _LARGEST_SEED = 2**32 - 1  # numpy's
 #: The objective that should get little weight. It is not among the objectives of a run unless it is named.
 _CONTROL = "random_labels"
+
+
+def device_of(name: Device) -> Literal["cpu", "cuda"]:
+    """Return the device to compute on.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
+    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def _distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
@@ -96,6 +110,7 @@ class LabelledData:
         Literal["classification", "regression"] | None,
         arg(metavar="{classification,regression}", help_behavior_hint="(default: as the labels are)"),
     ] = None
+    class_weights: ClassWeights = "none"
     strict: bool = False
 
     #: The options that belong to --train.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch.utils.data import DataLoader
 
 from mlopt.problem import to_device
+
+from .files import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .encoder import Encoder
+    from .predictor import Member, Predictor
 
 Split = Literal["train", "valid", "test"]
+ClassWeights = Literal["none", "balanced"]
 
 
 class Task(ABC):
@@ -72,6 +76,23 @@ class Task(ABC):
     def targets(self, batch: Any) -> Tensor:
         """Return the labels of a batch, in the shape that the metric takes."""
 
+    def predictor(self, members: Sequence[Member]) -> Predictor | None:
+        """Return the predictor of finetuned models; None if the task defines none, then results hold no predictor.
+
+        Args:
+            members: encoders with heads that `head` built.
+        """
+        return None
+
+    def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
+        """Return the metric of each label by its name, None where it is undefined; a task with a predictor defines this.
+
+        Args:
+            values: (N, K) what the predictor predicts for N examples.
+            targets: `targets(batch)` of these examples.
+        """
+        raise NotImplementedError
+
     def introduction(self) -> str:
         """Return a clause on the target, the metric and the sizes of the splits."""
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
@@ -97,6 +118,35 @@ class Task(ABC):
                 batch = to_device(batch, device)
                 metric.update(self.outputs(encoder, head, batch), self.targets(batch))
         return float(metric.compute())
+
+
+def check_class_weights(class_weights: ClassWeights, kind: str) -> ClassWeights:
+    """Return the way of weighing classes, after checking that there are classes if they are to be weighed.
+
+    Raises:
+        DataError: there are none, or the way is unknown.
+    """
+    if class_weights not in get_args(ClassWeights):
+        raise DataError(f"class_weights={class_weights!r}; give 'none' or 'balanced'")
+    if class_weights == "balanced" and kind != "classification":
+        raise DataError("class_weights='balanced' needs classes, and the labels are numbers; give class_weights='none'")
+    return class_weights
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Return the weight N / (C N_c) of each class, so that all classes count the same; 0 for a class without examples.
+
+    Args:
+        counts: the examples N_c of each of C classes, (C, ...); N is their sum.
+
+    Example:
+        >>> import torch
+        >>> from mlopt.recipes.tapweight.task import balanced_weights
+        >>> balanced_weights(torch.tensor([1, 3]))
+        tensor([2.0000, 0.6667])
+    """
+    weights = counts.sum(0) / (len(counts) * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 0)
 
 
 @contextlib.contextmanager

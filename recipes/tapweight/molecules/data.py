@@ -21,7 +21,7 @@ from ..names import suggestion
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch_geometric.data import Data
 
@@ -83,16 +83,26 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
         FileNotFoundError: there is no such file.
     """
     check_limit(limit, "molecules")
-    path = Path(path)
+    path, unlabelled = Path(path), list[str]()
+    rows = ((row, (smiles, unlabelled)) for row, smiles in read_smiles(path))
+    return _molecules(path, rows, (), strict=strict, limit=limit, least=2)
+
+
+def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[int, str]]:
+    """Yield the SMILES of all rows of a file, each with its 1-based line, also of rows that are not molecules.
+
+    Args:
+        path: as for `read_corpus`.
+        column: the column of the SMILES in a table.
+
+    Raises:
+        DataError: as `read_corpus`.
+    """
     if suffix_of(path, _TABLES + _LISTS) in _TABLES:
         header, records = table_of(path)
-        column = column_of(path, header, "smiles")
-        lines = ((row, cells[column]) for row, cells in records)
-    else:
-        lines = ((row, (line.split() or [""])[0]) for row, line in enumerate(lines_of(path), start=1) if line.strip())
-    unlabelled: list[str] = []
-    rows = ((row, (smiles, unlabelled)) for row, smiles in lines)
-    return _molecules(path, rows, (), strict=strict, limit=limit, least=2)
+        index = column_of(path, header, column)
+        return ((row, cells[index]) for row, cells in records)
+    return ((row, (line.split() or [""])[0]) for row, line in enumerate(lines_of(path), start=1) if line.strip())
 
 
 def read_table(

@@ -46,6 +46,7 @@ class Data(LabelledData):
         metric: the score: roc_auc for classification, rmse or mae for regression, in the labels' unit.
         split: the split of --train or --dataset: no scaffold is in two splits, or at random by the seed.
         chirality: distinguish scaffolds that differ in stereochemistry only.
+        class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
         strict: stop at a SMILES that cannot be read in --corpus or the labelled files, instead of leaving its row out.
     """
 
@@ -128,7 +129,7 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
 
     def _task(self, seed: int) -> MoleculeTask:
         data = self.configuration.data
-        names = ("kind", "split", "chirality", "metric")
+        names = ("kind", "split", "chirality", "metric", "class_weights")
         options: dict[str, Any] = {name: getattr(data, name) for name in names} | {"seed": seed}
         if data.dataset is not None:
             return MoleculeTask.from_molecules(molecule_net(data.dataset, data.root), **options)

@@ -16,9 +16,11 @@ from torchmetrics.utilities import dim_zero_cat
 from mlopt.errors import ArgumentError
 
 from ..files import DataError
-from ..task import Split, Task
+from ..predictor import Target
+from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
 from .data import Molecules, read_table
 from .joining import join
+from .predictor import Predictor, linear_head
 from .splits import random_split, scaffold_split
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch, Data
 
     from ..encoder import Encoder
+    from ..predictor import Member
 
 Kind = Literal["classification", "regression"]
 
@@ -99,16 +102,22 @@ class TaskMean(Metric):
         self.outputs.append(outputs * self.std.to(outputs) + self.mean.to(outputs))
         self.labels.append(labels.to(outputs))
 
-    def compute(self) -> Tensor:
-        """Return the mean over the tasks for which the metric is defined."""
+    def by_task(self) -> list[Tensor | None]:
+        """Return the metric of each task, None where it is undefined."""
         measure = _MEASURES[self.name]
-        scores = []
+        scores: list[Tensor | None] = []
         for outputs, labels in zip(dim_zero_cat(self.outputs).T, dim_zero_cat(self.labels).T, strict=True):
             present = ~labels.isnan()
-            if len(labels[present].unique()) >= measure.distinct:
-                scores.append(measure.function(outputs[present], labels[present]))
+            defined = len(labels[present].unique()) >= measure.distinct
+            scores.append(measure.function(outputs[present], labels[present]) if defined else None)
+        return scores
+
+    def compute(self) -> Tensor:
+        """Return the mean over the tasks for which the metric is defined."""
+        scores = [score for score in self.by_task() if score is not None]
         if not scores:
-            raise DataError(f"{self.name} is undefined for every task: each needs {measure.distinct} distinct labels")
+            distinct = _MEASURES[self.name].distinct
+            raise DataError(f"{self.name} is undefined for every task: each needs {distinct} distinct labels")
         return torch.stack(scores).mean()
 
 
@@ -125,6 +134,8 @@ class MoleculeTask(Task):
             labels are 0 or 1.
         metric: "roc_auc" for classification; "rmse" (the default) or "mae" for regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
+        class_weights: "balanced" weighs each label in the loss by N / (2 N_c), with N training labels of its task, of which N_c are
+            of its class; "none" does not.
         remarks: sentences about the data, to which the constructor adds its own.
 
     Attributes:
@@ -147,6 +158,7 @@ class MoleculeTask(Task):
         kind: Kind | None = None,
         metric: str | None = None,
         dropout: float = 0.0,
+        class_weights: ClassWeights = "none",
         remarks: Sequence[str] = (),
     ) -> None:
         super().__init__(splits)
@@ -167,6 +179,10 @@ class MoleculeTask(Task):
                 _check_classes(split, examples, labels[split], self.label_names)
         self.remarks = (*remarks, *self._coverage(labels))
         self.mean, self.std = self._standardisation(labels["train"])
+        self.class_weights = None
+        if check_class_weights(class_weights, self.kind) == "balanced":
+            counts = torch.stack([(labels["train"] == k).sum(0) for k in (0, 1)])
+            self.class_weights = balanced_weights(counts)
 
     @classmethod
     def from_molecules(
@@ -179,6 +195,7 @@ class MoleculeTask(Task):
         seed: int = 0,
         metric: str | None = None,
         dropout: float = 0.0,
+        class_weights: ClassWeights = "none",
     ) -> MoleculeTask:
         """Split labelled molecules 8:1:1 into a task.
 
@@ -187,7 +204,7 @@ class MoleculeTask(Task):
             split: by Bemis-Murcko scaffold, or at random.
             chirality: distinguish scaffolds that differ in stereochemistry.
             seed: the seed of the random split.
-            kind, metric, dropout: as in the constructor.
+            kind, metric, dropout, class_weights: as in the constructor.
 
         Returns:
             The task.
@@ -207,6 +224,7 @@ class MoleculeTask(Task):
             kind=kind,
             metric=metric,
             dropout=dropout,
+            class_weights=class_weights,
             remarks=[molecules.summary()] if molecules.skipped else [],
         )
 
@@ -225,6 +243,7 @@ class MoleculeTask(Task):
         strict: bool = False,
         metric: str | None = None,
         dropout: float = 0.0,
+        class_weights: ClassWeights = "none",
     ) -> MoleculeTask:
         """Read a task from one file, which is split 8:1:1, or from three.
 
@@ -234,7 +253,7 @@ class MoleculeTask(Task):
             labels: the label columns; by default all but `smiles`, of the training file.
             split, chirality, seed: as in `from_molecules`; for one file only.
             strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out and reporting it in `remarks`.
-            kind, metric, dropout: as in the constructor.
+            kind, metric, dropout, class_weights: as in the constructor.
 
         Returns:
             The task.
@@ -245,7 +264,14 @@ class MoleculeTask(Task):
         molecules = read_table(train, labels=labels, strict=strict)
         if valid is None and test is None:
             return cls.from_molecules(
-                molecules, kind=kind, split=split, chirality=chirality, seed=seed, metric=metric, dropout=dropout
+                molecules,
+                kind=kind,
+                split=split,
+                chirality=chirality,
+                seed=seed,
+                metric=metric,
+                dropout=dropout,
+                class_weights=class_weights,
             )
         if valid is None or test is None:
             present, missing = ("test", "valid") if valid is None else ("valid", "test")
@@ -259,6 +285,7 @@ class MoleculeTask(Task):
             kind=kind,
             metric=metric,
             dropout=dropout,
+            class_weights=class_weights,
             remarks=[table.summary() for table in files if table.skipped],
         )
 
@@ -268,7 +295,7 @@ class MoleculeTask(Task):
 
     def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear layer from the encoder's graph representation (B, width) to the tasks (B, T)."""
-        return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(encoder.width, len(self.label_names)))
+        return linear_head(encoder.width, len(self.label_names), self.dropout)
 
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits, or standardised predictions, (B, T)."""
@@ -307,11 +334,29 @@ class MoleculeTask(Task):
         labels = (torch.where(present, labels, 0).to(outputs) - self.mean.to(outputs)) / self.std.to(outputs)
         loss = binary_cross_entropy_with_logits if self.kind == "classification" else mse_loss
         losses = torch.where(present, loss(outputs, labels, reduction="none"), 0)
+        if self.class_weights is not None:
+            negative, positive = self.class_weights.to(losses)
+            losses = losses * torch.where(labels > 0.5, positive, negative)
         return losses.sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
     def metric(self) -> TaskMean:
         """Return a fresh metric in the labels' unit, a mean over tasks."""
         return TaskMean(self.metric_name, self.mean, self.std)
+
+    def predictor(self, members: Sequence[Member]) -> Predictor:
+        """Return the predictor of finetuned models."""
+        if self.kind == "classification":
+            thresholds = (0.5,) * len(self.label_names)
+            return Predictor(members, Target(kind="binary", labels=self.label_names, thresholds=thresholds))
+        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
+        return Predictor(members, Target(kind="regression", labels=self.label_names, mean=mean, std=std))
+
+    def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
+        """Return the metric of each label, None where it is undefined."""
+        metric = TaskMean(self.metric_name, torch.zeros_like(self.mean), torch.ones_like(self.std))
+        metric.update(values, targets)
+        scores = zip(self.label_names, metric.by_task(), strict=True)
+        return {name: None if score is None else float(score) for name, score in scores}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())

@@ -102,12 +102,33 @@ def read_corpus(
     """
     check_limit(limit, "texts")
     path = Path(path)
-    records: Iterable[tuple[int, Example]]
+    return _gathered(_unlabelled(path, {"text": column}), str(path), strict=strict, limit=limit, least=2)
+
+
+def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> Iterator[tuple[Any, ...]]:
+    """Yield the texts of all rows of a file, also of rows that are not examples.
+
+    Args:
+        path: as for `read_corpus`.
+        columns: the columns of the texts in a table; the usual ones when None.
+        count: the texts of a row.
+
+    Raises:
+        DataError: as `read_corpus`; or a row has another number of texts.
+    """
+    listed = suffix_of(path, _TABLES + _LISTS) in _LISTS
+    named = {"text": "text"} if listed else _text_columns(str(path), columns, _columns(path))
+    if len(named) != count:
+        expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
+        raise DataError(f"{path}: the predictor takes {expected}, and the file has {given}; name the columns")
+    return (tuple(record.values()) for _, record in _unlabelled(path, named))
+
+
+def _unlabelled(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
+    """Yield the texts of all rows of a file, each with its 1-based line."""
     if suffix_of(path, _TABLES + _LISTS) in _LISTS:
-        records = ((row, {"text": line.strip()}) for row, line in enumerate(lines_of(path), start=1) if line.strip())
-    else:
-        records = _records(path, {"text": column})
-    return _gathered(records, str(path), strict=strict, limit=limit, least=2)
+        return ((row, {"text": line.strip()}) for row, line in enumerate(lines_of(path), start=1) if line.strip())
+    return _records(path, columns)
 
 
 def read_table(
@@ -229,8 +250,7 @@ def _gathered(records: Iterable[tuple[int, Example]], source: str, **options: An
         for key in ("text", "text_b"):
             if key in record and not isinstance(record[key], str | None):
                 raise DataError(f"{source}, row {row}: {record[key]!r} is not text; give strings")
-        if fault := _fault(_texts(record)):
-            raise UnusableError(fault)
+        check_texts(_texts(record))
         if "label" in record and _is_missing(record["label"]):
             raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
         return record
@@ -243,12 +263,17 @@ def _texts(example: Example) -> list[Any]:
     return [example[key] for key in ("text", "text_b") if key in example]
 
 
-def _fault(texts: Sequence[str | None]) -> str | None:
-    """Return why the texts cannot be used, or None if they can."""
+def check_texts(texts: Sequence[str | None]) -> None:
+    """Refuse a text that is empty or not Unicode.
+
+    Raises:
+        UnusableError: the text cannot be used.
+    """
     if not all((text or "").strip() for text in texts):
-        return "the text is empty"
+        raise UnusableError("the text is empty")
     half = _SURROGATE.search("\n".join(filter(None, texts)))
-    return f"the text has {half[0]!r}, half of a character" if half else None
+    if half:
+        raise UnusableError(f"the text has {half[0]!r}, half of a character")
 
 
 def _is_missing(label: Any) -> bool:

@@ -49,6 +49,7 @@ class Data(LabelledData):
         label: the column of the label.
         kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: accuracy, macro_f1, micro_f1 or matthews for classification, pearson or spearman for regression.
+        class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
         strict: stop at an empty text in --corpus or the labelled files, instead of leaving its row out.
     """
 
@@ -75,6 +76,8 @@ class EncoderSettings:
         model: an encoder of transformers, such as BERT, RoBERTa or DeBERTa: a folder, or a name on the Hugging Face hub. Its own
             code is never run.
         pooling: the representation of a text: the mean over its tokens, or its first token.
+        head: the head of the task: a linear layer on the representation, or the classifier that transformers has for the encoder.
+            AutoModelForSequenceClassification loads the latter with the encoder from the folder model of the result.
         max_length: tokens of a text, special ones counted; the rest is cut off.
         layers: the number of the encoder's layers to keep, from the first.
         dtype: the dtype of the weights. Adam's steps on bfloat16 weights are rounded.
@@ -84,6 +87,7 @@ class EncoderSettings:
 
     model: Annotated[str | None, arg(metavar="FOLDER|NAME", help_behavior_hint="(required)")] = None
     pooling: Literal["mean", "cls"] = "mean"
+    head: Literal["linear", "classifier"] = "linear"
     max_length: int = attrs.field(default=128, validator=at_least(3))
     layers: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = attrs.field(
         default=None, validator=attrs.validators.optional(at_least(1))
@@ -180,7 +184,10 @@ class TextModality(Modality[TextConfiguration]):
 
     def _task(self, seed: int, encoder: TextEncoder) -> TextTask:
         splits, metric = self._splits[seed]
-        return TextTask(splits, encoder.collate, kind=self.configuration.data.kind, metric=metric)
+        data, head = self.configuration.data, self.configuration.encoder.head
+        return TextTask(
+            splits, encoder.collate, kind=data.kind, metric=metric, head=head, class_weights=data.class_weights
+        )
 
     def _corpus_of(self, seed: int) -> Texts:
         """Return the corpus, by default the task's own training texts, in examples that objectives may attach targets to."""

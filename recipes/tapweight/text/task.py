@@ -22,20 +22,26 @@ from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
 from ..files import DataError
-from ..task import Split, Task
+from ..predictor import Target
+from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
 from .data import Texts, read_table
-from .heads import LinearHead
+from .encoder import TextEncoder
+from .heads import ClassifierHead, linear_head
+from .predictor import Predictor, outputs_of
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
 
     from ..encoder import Encoder
+    from ..predictor import Member
     from .batches import Batch, Collate, Example
 
 __all__ = ["METRICS", "SplitScore", "TextTask"]
 
 Kind = Literal["classification", "regression"]
+#: The name of the label in predictions and scores.
+_LABEL = "label"
 #: Spellings of a missing number, in any case. Among the names of classes they are names.
 _MISSING = ("na", "n/a", "nan", "null")
 
@@ -120,6 +126,10 @@ class TextTask(Task):
             "spearman" for regression.
         classes: the names of the classes, in the order of the logits; by default those of the training labels.
         dropout: probability of dropping a feature before the head's linear layer.
+        head: "linear": a linear layer on the features of a text. "classifier": the head that transformers'
+            `AutoModelForSequenceClassification` has for the encoder; that class then loads the predictor of a run.
+        class_weights: "balanced" weighs each text in the loss by N / (C N_c), with N training texts, of which N_c are of its class
+            among C; "none" does not.
 
     Attributes:
         classes: the names of the classes. Empty for regression.
@@ -142,6 +152,8 @@ class TextTask(Task):
         metric: str | None = None,
         classes: Sequence[str] | None = None,
         dropout: float = 0.1,
+        head: Literal["linear", "classifier"] = "linear",
+        class_weights: ClassWeights = "none",
     ) -> None:
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
@@ -155,6 +167,8 @@ class TextTask(Task):
                 raise DataError(f"{texts.source}: '{split}' has {here}, 'train' has {there}; give all the same columns")
         if kind not in (None, *METRICS):
             raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
+        if head not in ("linear", "classifier"):
+            raise DataError(f"head={head!r}: give 'linear' or 'classifier'")
         if not classes:
             _check_numbers(splits["train"])
         self.kind: Kind = kind or _infer_kind(splits["train"])
@@ -166,8 +180,12 @@ class TextTask(Task):
         self.classes = (tuple(classes or ()) or _classes(splits["train"])) if self.kind == "classification" else ()
         read = self._class if self.classes else _number
         super().__init__({split: _labelled(texts, read) for split, texts in splits.items()})
-        self.collate_texts, self.dropout = collate, dropout
-        self.mean, self.std = _standardisation(splits["train"], [e["label"] for e in self.splits["train"]], self.kind)
+        self.collate_texts, self.dropout, self.own_head = collate, dropout, head == "classifier"
+        labels = [example["label"] for example in self.splits["train"]]
+        self.mean, self.std = _standardisation(splits["train"], labels, self.kind)
+        self.class_weights = None
+        if check_class_weights(class_weights, self.kind) == "balanced":
+            self.class_weights = balanced_weights(torch.bincount(torch.tensor(labels), minlength=len(self.classes)))
         self.remarks = [texts.summary() for texts in splits.values() if texts.skipped] + _shared(splits)
         for split, examples in self.splits.items():
             self.remarks += collate.remark(examples, splits[split].name)
@@ -204,12 +222,16 @@ class TextTask(Task):
         return self.collate_texts(examples)
 
     def head(self, encoder: Encoder) -> nn.Module:
-        """Build a linear layer from a text's representation (B, width) to logits (B, C), or one number (B, 1)."""
-        return nn.Sequential(nn.Dropout(self.dropout), LinearHead(encoder.width, len(self.classes) or 1))
+        """Build a head to logits (B, C), or one number (B, 1)."""
+        count = len(self.classes) or 1
+        if not self.own_head:
+            return linear_head(encoder.width, count, self.dropout)
+        assert isinstance(encoder, TextEncoder)
+        return ClassifierHead.new(encoder.model, count)
 
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, C), or standardised predictions (B,)."""
-        outputs: Tensor = head(encoder.pool(batch))
+        outputs = outputs_of(encoder, head, batch)
         return outputs if self.classes else outputs.squeeze(1)
 
     def targets(self, batch: Batch) -> Tensor:
@@ -233,12 +255,27 @@ class TextTask(Task):
         labels = self.targets(batch)
         _check_shapes(outputs, labels, len(self.classes))
         if self.classes:
-            return cross_entropy(outputs, labels, reduction="none")
+            losses = cross_entropy(outputs, labels, reduction="none")
+            return losses if self.class_weights is None else losses * self.class_weights.to(losses)[labels]
         return (outputs - (labels.to(outputs) - self.mean) / self.std).square()
 
     def metric(self) -> SplitScore:
         """Return a fresh metric."""
         return SplitScore(METRICS[self.kind][self.metric_name], len(self.classes))
+
+    def predictor(self, members: Sequence[Member]) -> Predictor:
+        """Return the predictor of finetuned models."""
+        columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
+        if self.classes:
+            return Predictor(members, Target(kind="multiclass", labels=(_LABEL,), classes=self.classes), columns)
+        target = Target(kind="regression", labels=(_LABEL,), mean=(self.mean,), std=(self.std,))
+        return Predictor(members, target, columns)
+
+    def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
+        """Return the metric of the label."""
+        metric = self.metric()
+        metric.update(values if self.classes else values.squeeze(1), targets)
+        return {_LABEL: float(metric.compute())}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())

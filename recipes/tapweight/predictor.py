@@ -1,0 +1,380 @@
+"""The predictor of a run: finetuned models of one task, which predict for new examples, are saved, and are loaded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import attrs
+import numpy as np
+import torch
+
+from mlopt.errors import ArgumentError
+from mlopt.files import replacing
+from mlopt.problem import to_device
+
+from .examples import UnusableError
+from .files import DataError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from .encoder import Encoder
+
+__all__ = ["PREDICTOR", "Member", "Predictions", "Predictor", "Target", "check_free", "model_folder"]
+
+#: An encoder and the head of the task.
+Member = tuple["Encoder", "nn.Module"]
+#: The file that describes a saved predictor.
+PREDICTOR = "predictor.json"
+_MODEL = "model"
+_FORMAT, _VERSION = "mlopt-predictor", 1
+_BATCH_SIZE = 256
+
+
+@attrs.frozen(kw_only=True)
+class Target:
+    """The labels that a predictor predicts, and the meaning of its outputs.
+
+    Attributes:
+        kind: "regression": numbers; "binary": the classes 0 and 1 of each label; "multiclass": one of several classes.
+        labels: the names of the labels; a single one for "multiclass".
+        classes: the names of the classes of "multiclass", in the order of the outputs.
+        thresholds: the probability from which on a label of "binary" is predicted to be 1, one for each label.
+        mean: the mean that standardised outputs of "regression" are relative to, in the unit of each label.
+        std: the unit of standardised outputs of "regression", in the unit of each label.
+    """
+
+    kind: Literal["regression", "binary", "multiclass"]
+    labels: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the K outputs: the classes of "multiclass", else the labels."""
+        return self.classes or self.labels
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """Return numbers in the unit of the labels, or probabilities, in float64, of the outputs (N, K) of a head."""
+        outputs = outputs.double()
+        if self.kind == "regression":
+            return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
+        return outputs.sigmoid() if self.kind == "binary" else outputs.softmax(1)
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> Self:
+        """Return the target whose attributes a JSON file holds."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        return cls(**values)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Predictions:
+    """Predictions for N examples, in their order.
+
+    Attributes:
+        target: the labels.
+        values: (N, K) numbers in the unit of the labels, or probabilities; means over the ensemble; NaN for an example that
+            cannot be used.
+        spread: (N, K) the sample standard deviation over the ensemble; None for a single model.
+        reasons: for each example why it cannot be used; empty if it can.
+    """
+
+    target: Target
+    values: NDArray[np.float64]
+    spread: NDArray[np.float64] | None
+    reasons: tuple[str, ...]
+
+    @property
+    def decisions(self) -> list[tuple[str, ...]]:
+        """The predicted classes of each example: "0" or "1" for each binary label, or one name; empty for regression."""
+        target = self.target
+        if target.kind == "regression":
+            return [()] * len(self.values)
+        if target.kind == "binary":
+            return [tuple(str(int(v >= t)) for v, t in zip(row, target.thresholds, strict=True)) for row in self.values]
+        return [(target.classes[int(row.argmax())],) for row in np.nan_to_num(self.values)]
+
+    @property
+    def header(self) -> list[str]:
+        """The names of the columns of `cells`."""
+        own = "predicted" if self.target.kind == "regression" else "probability"
+        decided = () if self.target.kind == "regression" else self.target.labels
+        names = [f"{name}_predicted" for name in decided] + [f"{name}_{own}" for name in self.target.names]
+        return names + ([f"{name}_spread" for name in self.target.names] if self.spread is not None else [])
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The predictions of each example as text: classes, numbers, spreads; empty cells for an example that cannot be used."""
+        numbers = self.values if self.spread is None else np.concatenate([self.values, self.spread], axis=1)
+        return [
+            [""] * len(self.header) if reason else [*decided, *map(repr, row)]
+            for reason, decided, row in zip(self.reasons, self.decisions, numbers.tolist(), strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class Predictor(ABC):
+    """Finetuned models of one task. Several of them are an ensemble: predictions are means, and have a spread.
+
+    Args:
+        members: encoders with the heads of the task; put in eval mode.
+        target: the labels.
+
+    Attributes:
+        modality: the name of the modality that the examples are of.
+        columns: the names of the contents of an example, such as "smiles".
+    """
+
+    modality: ClassVar[str]
+    columns: tuple[str, ...]
+
+    def __init__(self, members: Sequence[Member], target: Target) -> None:
+        self.members, self.target = tuple(members), target
+        for member in self.members:
+            for part in member:
+                part.eval()
+
+    @abstractmethod
+    def example(self, content: Any) -> Any:
+        """Return the example of some contents.
+
+        Raises:
+            UnusableError: the contents are not an example.
+        """
+
+    @abstractmethod
+    def collate(self, examples: list[Any]) -> Any:
+        """Join examples into a batch that the encoder takes."""
+
+    @abstractmethod
+    def outputs(self, encoder: Encoder, head: nn.Module, batch: Any) -> Tensor:
+        """Return the head's outputs (B, K): logits, or standardised predictions."""
+
+    @abstractmethod
+    def contents(self, example: Any) -> tuple[str, ...]:
+        """Return the contents of an example, one for each of `columns`."""
+
+    @abstractmethod
+    def read(self, file: str | os.PathLike[str], columns: Sequence[str] | None = None) -> list[Any]:
+        """Return the contents of all rows of a file, also of those that are not examples.
+
+        Args:
+            file: as for a corpus, or a labelled table whose labels are ignored.
+            columns: the columns of the contents; the usual ones when None.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Return what `load_member` needs to know, for a JSON file."""
+
+    @abstractmethod
+    def save_member(self, encoder: Encoder, head: nn.Module, folder: Path) -> None:
+        """Write a member into a folder."""
+
+    @classmethod
+    @abstractmethod
+    def load_member(cls, folder: Path, target: Target, options: dict[str, Any]) -> Member:
+        """Return the member that `save_member` wrote."""
+
+    def predict(self, contents: Sequence[Any]) -> Predictions:
+        """Predict the labels of examples.
+
+        Args:
+            contents: what each example is made of, such as a SMILES. Contents that are not an example stay in place: their
+                predictions are NaN, with the reason.
+
+        Returns:
+            The predictions, in the same order. They are the same, bit for bit, for the same contents on the same machine; the
+            last bits depend on the examples that share a batch.
+
+        Raises:
+            ArgumentError: the contents are not a sequence.
+        """
+        return self._predictions(contents, self.example)
+
+    def predict_examples(self, examples: Sequence[Any]) -> Predictions:
+        """Predict the labels of examples that are made already, such as those of a split of the task."""
+        return self._predictions(examples, lambda example: example)
+
+    def _predictions(self, contents: Sequence[Any], make: Callable[[Any], Any]) -> Predictions:
+        size = (len(self.members), len(self.target.names))
+        values, reasons = self._over(contents, size, self._values, make)
+        spread = values.std(1).numpy() if len(self.members) > 1 else None
+        return Predictions(target=self.target, values=values.mean(1).numpy(), spread=spread, reasons=reasons)
+
+    def embed(self, contents: Sequence[Any]) -> NDArray[np.float64]:
+        """Return the features (N, width) of examples, of the finetuned encoder of the first member.
+
+        Args:
+            contents: as in `predict`; the features of contents that are not an example are NaN.
+
+        Raises:
+            ArgumentError: the contents are not a sequence.
+        """
+        return self.features(contents)[0]
+
+    def features(self, contents: Sequence[Any]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+        """Return what `embed` returns, and for all contents why they cannot be used; empty if they can."""
+        encoder, _ = self.members[0]
+        features, reasons = self._over(contents, (encoder.width,), encoder.pool, self.example)
+        return features.numpy(), reasons
+
+    def _values(self, batch: Any) -> Tensor:
+        """Return the values of each member, (B, M, K)."""
+        return torch.stack([self.target.values(self.outputs(*member, batch)) for member in self.members], 1)
+
+    def _over(
+        self,
+        contents: Sequence[Any],
+        size: tuple[int, ...],
+        function: Callable[[Any], Tensor],
+        make: Callable[[Any], Any],
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Evaluate a function of batches on the examples that `make` makes of contents.
+
+        Returns:
+            The results (N, *size) in float64, NaN where there is no example, and for all contents why there is none.
+        """
+        if isinstance(contents, str) or not len(contents):
+            raise ArgumentError(f"contents={contents!r}; give a sequence with at least one entry")
+        device = next(self.members[0][0].parameters()).device
+        whole, reasons = torch.full((len(contents), *size), torch.nan, dtype=torch.float64), list[str]()
+        for start in range(0, len(contents), _BATCH_SIZE):
+            # By index: a slice of a split may be more than a list, and a pandas column has slices of another meaning.
+            part = [contents[k] for k in range(start, min(start + _BATCH_SIZE, len(contents)))]
+            examples, own = _examples(part, make)
+            if examples:
+                places = [start + k for k, reason in enumerate(own) if not reason]
+                with torch.no_grad():
+                    whole[places] = function(to_device(self.collate(examples), device)).double().cpu()
+            reasons += own
+        return whole, tuple(reasons)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the predictor into a folder, for `load`. The first member lies in the folder, the others in folders inside it.
+
+        Args:
+            folder: made if it is missing; an earlier predictor in it is replaced.
+
+        Raises:
+            DataError: the folder holds something else.
+        """
+        folder = Path(folder)
+        check_free(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        for k, (encoder, head) in enumerate(self.members):
+            place = _place(folder, k)
+            place.mkdir(parents=True)
+            self.save_member(encoder, head, place)
+        content = {"format": _FORMAT, "version": _VERSION, "modality": self.modality, "members": len(self.members)}
+        content |= {"target": attrs.asdict(self.target), "options": self.options()}
+        with replacing(folder / PREDICTOR) as staged:
+            staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, device: str = "cpu") -> Self:
+        """Return the predictor that `save` wrote; its predictions are the same, bit for bit, on the same machine.
+
+        Args:
+            folder: the folder of a run's result, or the folder `model` in it.
+            device: the device to compute on.
+
+        Raises:
+            DataError: the folder holds no predictor of this kind.
+        """
+        folder = model_folder(folder)
+        content = describe(folder)
+        if content["modality"] != cls.modality:
+            raise DataError(
+                f"{folder} holds a predictor of {content['modality']}, not of {cls.modality}; load it there"
+            )
+        target = Target.read(content["target"])
+        members = [
+            cls.load_member(_place(folder, k), target, content["options"]) for k in range(int(content["members"]))
+        ]
+        for member in members:
+            for part in member:
+                part.to(device)
+        return cls(members, target)
+
+
+def _examples(contents: Sequence[Any], make: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:
+    """Return the examples of those contents that are one, and for all contents why they are none."""
+    examples, reasons = [], []
+    for content in contents:
+        try:
+            examples.append(make(content))
+            reasons.append("")
+        except UnusableError as fault:
+            reasons.append(fault.reason)
+    return examples, reasons
+
+
+def _place(folder: Path, index: int) -> Path:
+    """Return the folder of a member."""
+    return folder / f"member-{index + 1}" if index else folder
+
+
+def model_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of the predictor: the folder itself, or `model` in it.
+
+    Raises:
+        DataError: neither of them holds a predictor.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / _MODEL):
+        if (place / PREDICTOR).is_file():
+            return place
+    seeds = sorted(folder.glob(f"seed-*/{_MODEL}/{PREDICTOR}"))
+    remedy = f"give {seeds[0].parents[1]}" if seeds else "give the folder of a run's result"
+    raise DataError(f"{folder} holds no predictor; {remedy}")
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return the description of a saved predictor.
+
+    Raises:
+        DataError: the file cannot be read, or another release wrote it.
+    """
+    file = folder / PREDICTOR
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); save the predictor again") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise DataError(
+            f'{file} does not describe a predictor: it lacks "format": "{_FORMAT}"; save the predictor again'
+        )
+    if content.get("version") != _VERSION:
+        raise DataError(
+            f"{file} has version {content.get('version')!r}, and this release reads version {_VERSION}; install the release "
+            "that wrote it"
+        )
+    return content
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something else than an earlier predictor.
+
+    Raises:
+        DataError: the folder is not free.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PREDICTOR).is_file():
+        raise DataError(f"{folder} holds files that are not a predictor; give another folder, or move them away")

@@ -1,0 +1,81 @@
+"""The predictions of a run for its test split, with the scores of each label; and the rows of its splits."""
+
+from __future__ import annotations
+
+import csv
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .predictor import Predictions, Predictor, Target
+    from .task import Split, Task
+
+__all__ = ["Tested", "rows_of"]
+
+_BATCH_SIZE = 256
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Tested:
+    """The predictions of a predictor for the test split.
+
+    Attributes:
+        rows: the row of each example in its file, see `Examples`; its index in the split if there is no file.
+        columns: the names of the contents of an example, such as "smiles".
+        contents: the contents of each example.
+        labels: the labels as text, one for each label of the target; empty if missing.
+        predictions: the predictions.
+        scores: the metric of each label, None where it is undefined.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[str, ...]
+    contents: list[tuple[str, ...]]
+    labels: list[list[str]]
+    predictions: Predictions
+    scores: dict[str, float | None]
+
+    @classmethod
+    def of(cls, predictor: Predictor, task: Task) -> Tested:
+        """Predict for the test split of a task, and score each label."""
+        examples = task.splits["test"]
+        predictions = predictor.predict_examples(examples)
+        targets = torch.cat([task.targets(batch) for batch in task.loader("test", _BATCH_SIZE)])
+        scores = task.label_scores(torch.from_numpy(predictions.values), targets)
+        return cls(
+            rows=tuple(getattr(examples, "rows", range(len(examples)))),
+            columns=predictor.columns,
+            contents=[predictor.contents(example) for example in examples],
+            labels=[
+                [_cell(label, predictor.target) for label in row] for row in targets.reshape(len(targets), -1).numpy()
+            ],
+            predictions=predictions,
+            scores=scores,
+        )
+
+    def write(self, file: Path) -> None:
+        """Write a row for each example: its row, its contents, its labels, and the predictions."""
+        names = self.predictions.target.labels
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["row", *self.columns, *names, *self.predictions.header])
+            for row, *parts in zip(self.rows, self.contents, self.labels, self.predictions.cells, strict=True):
+                writer.writerow([row, *(cell for part in parts for cell in part)])
+
+
+def rows_of(task: Task) -> dict[Split, list[int]] | None:
+    """Return the rows of each split in its file, see `Examples`; None if the examples have none."""
+    rows = {split: getattr(examples, "rows", None) for split, examples in task.splits.items()}
+    return None if None in rows.values() else {split: list(own) for split, own in rows.items() if own is not None}
+
+
+def _cell(label: Any, target: Target) -> str:
+    """Return a label as text, in as many digits as its type has; empty if it is missing."""
+    if target.classes:
+        return target.classes[int(label)]
+    return "" if np.isnan(label) else np.format_float_positional(label, trim="-")
