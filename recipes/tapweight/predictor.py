@@ -44,15 +44,15 @@ class Target:
     """The labels that a predictor predicts, and the meaning of its outputs.
 
     Attributes:
-        kind: "regression": numbers; "binary": the classes 0 and 1 of each label; "multiclass": one of several classes.
-        labels: the names of the labels; a single one for "multiclass".
-        classes: the names of the classes of "multiclass", in the order of the outputs.
+        form: "numbers"; "binary": the classes 0 and 1 of each label; "classes": one of several classes.
+        labels: the names of the labels; a single one for "classes".
+        classes: the names of the classes of "classes", in the order of the outputs.
         thresholds: the probability from which on a label of "binary" is predicted to be 1, one for each label.
-        mean: the mean that standardised outputs of "regression" are relative to, in the unit of each label.
-        std: the unit of standardised outputs of "regression", in the unit of each label.
+        mean: the mean that standardised outputs of "numbers" are relative to, in the unit of each label.
+        std: the unit of standardised outputs of "numbers", in the unit of each label.
     """
 
-    kind: Literal["regression", "binary", "multiclass"]
+    form: Literal["numbers", "binary", "classes"]
     labels: tuple[str, ...]
     classes: tuple[str, ...] = ()
     thresholds: tuple[float, ...] = ()
@@ -61,15 +61,23 @@ class Target:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the K outputs: the classes of "multiclass", else the labels."""
+        """The names of the K outputs: the classes of "classes", else the labels."""
         return self.classes or self.labels
 
     def values(self, outputs: Tensor) -> Tensor:
         """Return numbers in the unit of the labels, or probabilities, in float64, of the outputs (N, K) of a head."""
         outputs = outputs.double()
-        if self.kind == "regression":
+        if self.form == "numbers":
             return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
-        return outputs.sigmoid() if self.kind == "binary" else outputs.softmax(1)
+        return outputs.sigmoid() if self.form == "binary" else outputs.softmax(1)
+
+    def scored(self, values: Tensor) -> Tensor:
+        """Return what a metric of logits takes for predicted values (N, K): the sign, or the largest, is the predicted class."""
+        if self.form == "numbers":
+            return values
+        if self.form == "binary":
+            return values - values.new_tensor(self.thresholds)
+        return values.clamp(min=torch.finfo(values.dtype).tiny).log()
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Self:
@@ -97,19 +105,19 @@ class Predictions:
 
     @property
     def decisions(self) -> list[tuple[str, ...]]:
-        """The predicted classes of each example: "0" or "1" for each binary label, or one name; empty for regression."""
+        """The predicted classes of each example: "0" or "1" for each binary label, or one name; empty for numbers."""
         target = self.target
-        if target.kind == "regression":
+        if target.form == "numbers":
             return [()] * len(self.values)
-        if target.kind == "binary":
+        if target.form == "binary":
             return [tuple(str(int(v >= t)) for v, t in zip(row, target.thresholds, strict=True)) for row in self.values]
         return [(target.classes[int(row.argmax())],) for row in np.nan_to_num(self.values)]
 
     @property
     def header(self) -> list[str]:
         """The names of the columns of `cells`."""
-        own = "predicted" if self.target.kind == "regression" else "probability"
-        decided = () if self.target.kind == "regression" else self.target.labels
+        numbers = self.target.form == "numbers"
+        own, decided = ("predicted", ()) if numbers else ("probability", self.target.labels)
         names = [f"{name}_predicted" for name in decided] + [f"{name}_{own}" for name in self.target.names]
         return names + ([f"{name}_spread" for name in self.target.names] if self.spread is not None else [])
 

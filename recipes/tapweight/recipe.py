@@ -20,7 +20,7 @@ from .finetuning import finetune
 from .methods import DEFAULT, Method, make_method
 from .result import Outcome, TapWeightResult
 from .settings import Settings
-from .tested import Tested, rows_of
+from .tested import Tested, records_of
 
 if TYPE_CHECKING:
     import os
@@ -211,7 +211,7 @@ class TapWeight:
             finetuned=finetuned[main.name],
             predictor=predictor,
             tested=None if predictor is None else Tested.of(predictor, self.task),
-            splits=rows_of(self.task),
+            splits=records_of(self.task),
             metric=self.task.metric_name,
             greater_is_better=self.task.greater_is_better,
             settings=attrs.asdict(experiment.settings),

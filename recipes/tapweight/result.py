@@ -80,7 +80,7 @@ class TapWeightResult:
         finetuned: the finetuned models of the main method, one for each finetuning, and as many as the ensemble has.
         predictor: the ensemble of the first of these models; None if the task defines no predictor.
         tested: the predictions of the predictor for the test split; None without a predictor.
-        splits: the rows of each split in its file, see `Examples`; None if the examples have none.
+        splits: the 0-based numbers of the records of each split in its file, see `Examples`; None if there is no file.
         metric: the metric's name.
         greater_is_better: True if a larger metric is better.
         settings: the numbers of the run, see `Settings`.
@@ -171,7 +171,7 @@ class TapWeightResult:
         """Write the run to a folder.
 
         The files are the weights, the history, the scores, the picture, the configuration and the environment; `encoder`, the
-        adapted encoder with its card; `model`, the predictor; its predictions for the test split; and the rows of the splits.
+        adapted encoder with its card; `model`, the predictor; its predictions for the test split; and the records of the splits.
 
         Args:
             folder: made if it is missing.

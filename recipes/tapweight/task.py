@@ -88,7 +88,7 @@ class Task(ABC):
         """Return the metric of each label by its name, None where it is undefined; a task with a predictor defines this.
 
         Args:
-            values: (N, K) what the predictor predicts for N examples.
+            values: (N, K) what the predictor predicts for N examples, see `Target.scored`.
             targets: `targets(batch)` of these examples.
         """
         raise NotImplementedError

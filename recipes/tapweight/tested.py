@@ -1,4 +1,4 @@
-"""The predictions of a run for its test split, with the scores of each label; and the rows of its splits."""
+"""The predictions of a run for its test split, with the scores of each label; and the records of its splits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import attrs
 import numpy as np
 import torch
 
+from .examples import Examples
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from .predictor import Predictions, Predictor, Target
     from .task import Split, Task
 
-__all__ = ["Tested", "rows_of"]
+__all__ = ["Tested", "records_of"]
 
 _BATCH_SIZE = 256
 
@@ -46,7 +48,7 @@ class Tested:
         examples = task.splits["test"]
         predictions = predictor.predict_examples(examples)
         targets = torch.cat([task.targets(batch) for batch in task.loader("test", _BATCH_SIZE)])
-        scores = task.label_scores(torch.from_numpy(predictions.values), targets)
+        scores = task.label_scores(predictor.target.scored(torch.from_numpy(predictions.values)), targets)
         return cls(
             rows=tuple(getattr(examples, "rows", range(len(examples)))),
             columns=predictor.columns,
@@ -68,10 +70,12 @@ class Tested:
                 writer.writerow([row, *(cell for part in parts for cell in part)])
 
 
-def rows_of(task: Task) -> dict[Split, list[int]] | None:
-    """Return the rows of each split in its file, see `Examples`; None if the examples have none."""
-    rows = {split: getattr(examples, "rows", None) for split, examples in task.splits.items()}
-    return None if None in rows.values() else {split: list(own) for split, own in rows.items() if own is not None}
+def records_of(task: Task) -> dict[Split, list[int]] | None:
+    """Return the numbers of the records of each split in its file, see `Examples`; None if there is no file."""
+    splits = {split: examples for split, examples in task.splits.items() if isinstance(examples, Examples)}
+    if len(splits) < len(task.splits):
+        return None
+    return {split: list(examples.record_numbers()) for split, examples in splits.items()}
 
 
 def _cell(label: Any, target: Target) -> str:

@@ -196,8 +196,7 @@ def _molecules(
             graph.y = torch.tensor([labels], dtype=torch.float32)
         return graph
 
-    graphs, rows, skipped = gather(records, example, str(path), noun="molecule", **options)
-    return Molecules(examples=graphs, rows=rows, label_names=names, skipped=skipped, source=str(path))
+    return Molecules(**gather(records, example, str(path), noun="molecule", **options), label_names=names)
 
 
 def graph_of(smiles: str) -> Data:

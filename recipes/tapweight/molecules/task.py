@@ -134,8 +134,8 @@ class MoleculeTask(Task):
             labels are 0 or 1.
         metric: "roc_auc" for classification; "rmse" (the default) or "mae" for regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
-        class_weights: "balanced" weighs each label in the loss by N / (2 N_c), with N training labels of its task, of which N_c are
-            of its class; "none" does not.
+        class_weights: "balanced" weighs each label in the loss by N / (2 N_c): its task has N training labels, N_c of them of the
+            same class. "none" does not.
         remarks: sentences about the data, to which the constructor adds its own.
 
     Attributes:
@@ -347,9 +347,9 @@ class MoleculeTask(Task):
         """Return the predictor of finetuned models."""
         if self.kind == "classification":
             thresholds = (0.5,) * len(self.label_names)
-            return Predictor(members, Target(kind="binary", labels=self.label_names, thresholds=thresholds))
+            return Predictor(members, Target(form="binary", labels=self.label_names, thresholds=thresholds))
         mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
-        return Predictor(members, Target(kind="regression", labels=self.label_names, mean=mean, std=std))
+        return Predictor(members, Target(form="numbers", labels=self.label_names, mean=mean, std=std))
 
     def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
         """Return the metric of each label, None where it is undefined."""

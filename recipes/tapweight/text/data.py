@@ -255,8 +255,7 @@ def _gathered(records: Iterable[tuple[int, Example]], source: str, **options: An
             raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
         return record
 
-    examples, rows, skipped = gather(records, example, source, noun="text", **options)
-    return Texts(examples=examples, rows=rows, skipped=skipped, source=source)
+    return Texts(**gather(records, example, source, noun="text", **options))
 
 
 def _texts(example: Example) -> list[Any]:

@@ -128,8 +128,8 @@ class TextTask(Task):
         dropout: probability of dropping a feature before the head's linear layer.
         head: "linear": a linear layer on the features of a text. "classifier": the head that transformers'
             `AutoModelForSequenceClassification` has for the encoder; that class then loads the predictor of a run.
-        class_weights: "balanced" weighs each text in the loss by N / (C N_c), with N training texts, of which N_c are of its class
-            among C; "none" does not.
+        class_weights: "balanced" weighs each text in the loss by N / (C N_c), with N training texts, N_c of them of the same class,
+            and C classes. "none" does not.
 
     Attributes:
         classes: the names of the classes. Empty for regression.
@@ -267,8 +267,8 @@ class TextTask(Task):
         """Return the predictor of finetuned models."""
         columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
         if self.classes:
-            return Predictor(members, Target(kind="multiclass", labels=(_LABEL,), classes=self.classes), columns)
-        target = Target(kind="regression", labels=(_LABEL,), mean=(self.mean,), std=(self.std,))
+            return Predictor(members, Target(form="classes", labels=(_LABEL,), classes=self.classes), columns)
+        target = Target(form="numbers", labels=(_LABEL,), mean=(self.mean,), std=(self.std,))
         return Predictor(members, target, columns)
 
     def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
