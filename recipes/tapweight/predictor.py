@@ -140,17 +140,16 @@ class Predictor(ABC):
     Args:
         members: encoders with the heads of the task; put in eval mode.
         target: the labels.
+        columns: the names of the contents of an example, such as "smiles".
 
     Attributes:
         modality: the name of the modality that the examples are of.
-        columns: the names of the contents of an example, such as "smiles".
     """
 
     modality: ClassVar[str]
-    columns: tuple[str, ...]
 
-    def __init__(self, members: Sequence[Member], target: Target) -> None:
-        self.members, self.target = tuple(members), target
+    def __init__(self, members: Sequence[Member], target: Target, columns: Sequence[str]) -> None:
+        self.members, self.target, self.columns = tuple(members), target, tuple(columns)
         for member in self.members:
             for part in member:
                 part.eval()
@@ -292,7 +291,7 @@ class Predictor(ABC):
             place.mkdir(parents=True)
             self.save_member(encoder, head, place)
         content = {"format": _FORMAT, "version": _VERSION, "modality": self.modality, "members": len(self.members)}
-        content |= {"target": attrs.asdict(self.target), "options": self.options()}
+        content |= {"columns": self.columns, "target": attrs.asdict(self.target), "options": self.options()}
         with replacing(folder / PREDICTOR) as staged:
             staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -317,10 +316,12 @@ class Predictor(ABC):
         members = [
             cls.load_member(_place(folder, k), target, content["options"]) for k in range(int(content["members"]))
         ]
-        for member in members:
-            for part in member:
-                part.to(device)
-        return cls(members, target)
+        for part in (part for member in members for part in member):
+            for tensor in (*part.parameters(), *part.buffers()):
+                # A copy: a tensor of a file is not aligned in memory as others are, and kernels may then round differently.
+                tensor.data = tensor.data.clone()
+            part.to(device)
+        return cls(members, target, content["columns"])
 
 
 def _examples(contents: Sequence[Any], make: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:

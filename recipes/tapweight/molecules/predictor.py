@@ -58,7 +58,11 @@ class Predictor(predictor.Predictor):
     """
 
     modality = "molecules"
-    columns = ("smiles",)
+
+    def __init__(
+        self, members: Sequence[predictor.Member], target: predictor.Target, columns: Sequence[str] = ("smiles",)
+    ) -> None:
+        super().__init__(members, target, columns)
 
     def example(self, content: Any) -> Data:
         """Return the graph of a SMILES."""
@@ -97,5 +101,5 @@ class Predictor(predictor.Predictor):
         """Return the encoder and the head."""
         encoder = GINE.load(folder)
         head = linear_head(encoder.width, len(target.names))
-        head.load_state_dict({name: tensor.clone() for name, tensor in load_file(folder / _HEAD).items()}, assign=True)
+        head.load_state_dict(load_file(folder / _HEAD), assign=True)
         return encoder, head

@@ -51,8 +51,7 @@ class Predictor(predictor.Predictor):
     def __init__(
         self, members: Sequence[predictor.Member], target: predictor.Target, columns: Sequence[str] = ("text",)
     ) -> None:
-        super().__init__(members, target)
-        self.columns = tuple(columns)
+        super().__init__(members, target, columns)
 
     @property
     def _encoder(self) -> TextEncoder:
@@ -92,7 +91,6 @@ class Predictor(predictor.Predictor):
         """Return what the configuration of the model lacks."""
         own, head = self._encoder, self.members[0][1]
         return {
-            "columns": list(self.columns),
             "head": "classifier" if isinstance(head, ClassifierHead) else "linear",
             "pooling": own.pooling,
             "max_length": own.max_length,
@@ -118,8 +116,7 @@ class Predictor(predictor.Predictor):
         if options["head"] == "linear":
             encoder = TextEncoder.load(folder, **arguments, **loading)
             head = linear_head(encoder.width, len(target.names))
-            tensors = {name: tensor.clone() for name, tensor in load_file(folder / _HEAD).items()}
-            head.load_state_dict(tensors, assign=True)
+            head.load_state_dict(load_file(folder / _HEAD), assign=True)
             return encoder, head
         with quiet():
             whole = AutoModelForSequenceClassification.from_pretrained(folder, **loading)

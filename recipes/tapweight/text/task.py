@@ -128,8 +128,8 @@ class TextTask(Task):
         dropout: probability of dropping a feature before the head's linear layer.
         head: "linear": a linear layer on the features of a text. "classifier": the head that transformers'
             `AutoModelForSequenceClassification` has for the encoder; that class then loads the predictor of a run.
-        class_weights: "balanced" weighs each text in the loss by N / (C N_c), with N training texts, N_c of them of the same class,
-            and C classes. "none" does not.
+        class_weights: "balanced" weighs each text in the loss by N / (C N_c), with N training texts, N_c of them of the same
+            class, and C classes. "none" does not.
 
     Attributes:
         classes: the names of the classes. Empty for regression.
