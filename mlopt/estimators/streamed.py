@@ -17,14 +17,16 @@ class Streamed(Linearization):
     """The pullback of the identity for a level whose loss is a `Mixture`, without a network pass of its own.
 
     For f = sum_k w_k(a) L_k(x), the mixed product with a is d/da <w(a), s> with s_k = <grad L_k, p>. The level's training step
-    forms s with the cotangent p of the previous outer step, which this rule holds for it. The first pullback of a run, and every
-    pullback through a level whose loss is not a mixture, is the ordinary one.
+    forms s with p = c v, the scaled cotangent of the previous outer step, which this rule holds for it. The first pullback of a
+    run, and every pullback through a level whose loss is not a mixture, is the ordinary one.
 
     Args:
         conditions: the level's stationarity conditions, at a point of a run.
+        factor: c, the assumed inverse Hessian.
     """
 
-    def __init__(self, conditions: Stationarity) -> None:
+    def __init__(self, conditions: Stationarity, factor: float) -> None:
+        self._factor = factor
         self._conditions, self._point, self._name = conditions, conditions.point, conditions.name
         self.blocks, self.arguments = conditions.blocks, conditions.arguments
         self.report = conditions.report
@@ -48,7 +50,7 @@ class Streamed(Linearization):
         cotangents = self._point.carryover.cotangents
         held = cotangents.get(self._name)
         cotangents[self._name] = StreamedCotangent(
-            zeros_like(self._point.values[self._name]) if present is None else present
+            zeros_like(self._point.values[self._name]) if present is None else scale(self._factor, present)
         )
         return held
 

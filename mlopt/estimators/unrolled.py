@@ -29,7 +29,7 @@ _EXACT = [name for name in PRODUCTS if name != "gauss_newton"]
 _whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Unrolled(Estimator):
     """Take the solution to be the end of T steps of the level's optimiser, and differentiate through the steps.
 
@@ -74,7 +74,7 @@ class Unrolled(Estimator):
         ...         mlopt.variables(torch.zeros(1)),
         ...         loss,
         ...         optimizer=partial(torch.optim.SGD, lr=0.5),
-        ...         estimator=mlopt.Unrolled(2),
+        ...         estimator=mlopt.Unrolled(steps=2),
         ...     ),
         ... )
         >>> mlopt.hypergradient(problem).gradient["value"]  # of x_2 = (1 - 0.5^2) u
@@ -84,14 +84,10 @@ class Unrolled(Estimator):
     needs_optimizer: ClassVar[bool] = True
 
     steps: int = attrs.field(default=10, validator=at_least(1))
-    checkpoint_every: int | None = attrs.field(
-        default=None,
-        validator=_whole_or_none,
-        kw_only=True,
-    )
-    products: str = attrs.field(default="autograd", validator=one_of(*_EXACT), kw_only=True)
-    optimizer: Any = attrs.field(default=None, kw_only=True)
-    start: str | None = attrs.field(default=None, kw_only=True)
+    checkpoint_every: int | None = attrs.field(default=None, validator=_whole_or_none)
+    products: str = attrs.field(default="autograd", validator=one_of(*_EXACT))
+    optimizer: Any = attrs.field(default=None)
+    start: str | None = attrs.field(default=None)
 
     def __attrs_post_init__(self) -> None:
         check_transformation(self.optimizer)

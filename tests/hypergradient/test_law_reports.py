@@ -126,20 +126,20 @@ def test_dense_reports_negative_curvature() -> None:
 
 
 def test_the_divergence_of_a_series_is_reported() -> None:
-    report = report_of(mlopt.Neumann(terms=100, step_size=1.2))
+    report = report_of(mlopt.Neumann(iterations=100, step_size=1.2))
     assert report.converged is False
     assert report.iterations < 100
     assert report.remarks == ("the series does not converge (curvature up to 2 at step size 1.2)",)
 
 
 def test_the_divergence_of_a_short_series_shows_in_its_residual() -> None:
-    report = report_of(mlopt.Neumann(terms=5, step_size=1.2))
+    report = report_of(mlopt.Neumann(iterations=5, step_size=1.2))
     assert report.converged is False
     assert report.residual == pytest.approx(1.4**5)
 
 
 def test_the_divergence_of_a_short_series_is_reported() -> None:
-    assert "does not converge" in " ".join(report_of(mlopt.Neumann(terms=5, step_size=1.2)).remarks)
+    assert "does not converge" in " ".join(report_of(mlopt.Neumann(iterations=5, step_size=1.2)).remarks)
 
 
 def test_the_identity_measures_nothing() -> None:
