@@ -47,8 +47,9 @@ def test_a_result_is_replaced_only_with_overwrite(molecules: Case, capsys: pytes
     assert "already holds a result (config.json); give another --output, or --overwrite" in capsys.readouterr().err
     assert (output / "summary.json").read_bytes() == before
     molecules.run("replaced", "--overwrite")
-    results = ["config.json", "environment.json", "history.csv", "scores.json", "weights.json", "weights.png"]
-    assert {path.name for path in output.iterdir()} == {"checkpoints", "encoder", "notes.txt", *results}
+    results = [f"{name}.json" for name in ("config", "environment", "scores", "splits", "weights")]
+    results += ["history.csv", "predictions.csv", "weights.png"]
+    assert {path.name for path in output.iterdir()} == {"checkpoints", "encoder", "model", "notes.txt", *results}
 
 
 def test_a_failed_run_keeps_the_old_result(molecules: Case) -> None:
