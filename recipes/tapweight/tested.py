@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -59,6 +60,11 @@ class Tested:
             predictions=predictions,
             scores=scores,
         )
+
+    @property
+    def score(self) -> float:
+        """The mean of the metric over the labels for which it is defined."""
+        return statistics.fmean(score for score in self.scores.values() if score is not None)
 
     def write(self, file: Path) -> None:
         """Write a row for each example: its row, its contents, its labels, and the predictions."""

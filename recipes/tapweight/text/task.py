@@ -263,8 +263,10 @@ class TextTask(Task):
         """Return a fresh metric."""
         return SplitScore(METRICS[self.kind][self.metric_name], len(self.classes))
 
-    def predictor(self, members: Sequence[Member]) -> Predictor:
-        """Return the predictor of finetuned models."""
+    def predictor(self, members: Sequence[Member]) -> Predictor | None:
+        """Return the predictor of finetuned models; None for encoders of another class than `TextEncoder`."""
+        if not all(isinstance(encoder, TextEncoder) for encoder, _ in members):
+            return None
         columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
         if self.classes:
             return Predictor(members, Target(form="classes", labels=(_LABEL,), classes=self.classes), columns)

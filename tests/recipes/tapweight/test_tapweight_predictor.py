@@ -104,6 +104,7 @@ def test_a_folder_with_another_model_is_refused_before_the_run(case: Case, capsy
     assert cli.main(case.options("own")) == 2
     assert f"{own} holds files that are not a predictor; give another folder, or move them" in capsys.readouterr().err
     assert (own / "model.safetensors").read_text() == "of a user"
+    assert [path.name for path in own.parent.iterdir()] == ["model"]  # no phase has begun
 
 
 def test_a_task_without_a_predictor_runs_and_is_saved_without_one(tmp_path: Path) -> None:

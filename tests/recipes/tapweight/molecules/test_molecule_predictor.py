@@ -121,6 +121,12 @@ def test_a_loaded_predictor_predicts_the_same_and_bad_rows_stay_in_place(tmp_pat
     assert "Explicit valence for atom # 0 C, 5, is greater than permitted" in mixed.reasons[5]
     assert mixed.cells[1] == [""] * 24
     assert np.array_equal(loaded.embed(MIXED), result.embed(MIXED), equal_nan=True)
+    several = loaded.predict(MIXED * 60)  # more than a batch
+    assert several.reasons == mixed.reasons * 60
+    np.testing.assert_allclose(several.values, np.tile(mixed.values, (60, 1)), rtol=1e-5)
+    broken = loaded.predict(["C1CC"])
+    assert np.isnan(broken.values).all()
+    assert np.isnan(loaded.embed(["C1CC"])).all()
 
 
 def test_an_ensemble_predicts_the_mean_and_the_spread_of_finetunings_on_one_encoder(tmp_path: Path) -> None:
@@ -130,6 +136,9 @@ def test_an_ensemble_predicts_the_mean_and_the_spread_of_finetunings_on_one_enco
     single = recipe(file).fit(2, methods=["direct", "equal"], progress=False)
     # The ensemble leaves the comparison of the methods alone.
     assert result.scores == single.scores
+    (score,) = result.tested.scores.values()
+    titles, _, tests, _ = (list(column.cells) for column in result.tables()[-1].columns)
+    assert (titles[-1], tests[-1]) == ("equal weights, mean of 3 models", f"{score:.3f}")
     result.save(tmp_path / "run")
     loaded = Predictor.load(tmp_path / "run")
     graphs = own.task.collate([graph_of(MIXED[0]), graph_of(MIXED[4])])
