@@ -6,10 +6,9 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
-import numpy as np
 import torch
 
 from mlopt.errors import ArgumentError
@@ -18,17 +17,19 @@ from mlopt.problem import to_device
 
 from .examples import UnusableError
 from .files import DataError
+from .predictions import Predictions, Target
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from .encoder import Encoder
 
-__all__ = ["PREDICTOR", "Member", "Predictions", "Predictor", "Target", "check_free", "model_folder"]
+__all__ = ["PREDICTOR", "Member", "Predictor", "check_free", "describe", "model_folder"]
 
 #: An encoder and the head of the task.
 Member = tuple["Encoder", "nn.Module"]
@@ -37,101 +38,6 @@ PREDICTOR = "predictor.json"
 _MODEL = "model"
 _FORMAT, _VERSION = "mlopt-predictor", 1
 _BATCH_SIZE = 256
-
-
-@attrs.frozen(kw_only=True)
-class Target:
-    """The labels that a predictor predicts, and the meaning of its outputs.
-
-    Attributes:
-        form: "numbers"; "binary": the classes 0 and 1 of each label; "classes": one of several classes.
-        labels: the names of the labels; a single one for "classes".
-        classes: the names of the classes of "classes", in the order of the outputs.
-        thresholds: the probability from which on a label of "binary" is predicted to be 1, one for each label.
-        mean: the mean that standardised outputs of "numbers" are relative to, in the unit of each label.
-        std: the unit of standardised outputs of "numbers", in the unit of each label.
-    """
-
-    form: Literal["numbers", "binary", "classes"]
-    labels: tuple[str, ...]
-    classes: tuple[str, ...] = ()
-    thresholds: tuple[float, ...] = ()
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the K outputs: the classes of "classes", else the labels."""
-        return self.classes or self.labels
-
-    def values(self, outputs: Tensor) -> Tensor:
-        """Return numbers in the unit of the labels, or probabilities, in float64, of the outputs (N, K) of a head."""
-        outputs = outputs.double()
-        if self.form == "numbers":
-            return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
-        return outputs.sigmoid() if self.form == "binary" else outputs.softmax(1)
-
-    def scored(self, values: Tensor) -> Tensor:
-        """Return what a metric of logits takes for predicted values (N, K): the sign, or the largest, is the predicted class."""
-        if self.form == "numbers":
-            return values
-        if self.form == "binary":
-            return values - values.new_tensor(self.thresholds)
-        return values.clamp(min=torch.finfo(values.dtype).tiny).log()
-
-    @classmethod
-    def read(cls, content: dict[str, Any]) -> Self:
-        """Return the target whose attributes a JSON file holds."""
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-        return cls(**values)
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Predictions:
-    """Predictions for N examples, in their order.
-
-    Attributes:
-        target: the labels.
-        values: (N, K) numbers in the unit of the labels, or probabilities; means over the ensemble; NaN for an example that
-            cannot be used.
-        spread: (N, K) the sample standard deviation over the ensemble; None for a single model.
-        reasons: for each example why it cannot be used; empty if it can.
-    """
-
-    target: Target
-    values: NDArray[np.float64]
-    spread: NDArray[np.float64] | None
-    reasons: tuple[str, ...]
-
-    @property
-    def decisions(self) -> list[tuple[str, ...]]:
-        """The predicted classes of each example: "0" or "1" for each binary label, or one name; empty for numbers."""
-        target = self.target
-        if target.form == "numbers":
-            return [()] * len(self.values)
-        if target.form == "binary":
-            return [tuple(str(int(v >= t)) for v, t in zip(row, target.thresholds, strict=True)) for row in self.values]
-        return [(target.classes[int(row.argmax())],) for row in np.nan_to_num(self.values)]
-
-    @property
-    def header(self) -> list[str]:
-        """The names of the columns of `cells`."""
-        numbers = self.target.form == "numbers"
-        own, decided = ("predicted", ()) if numbers else ("probability", self.target.labels)
-        names = [f"{name}_predicted" for name in decided] + [f"{name}_{own}" for name in self.target.names]
-        return names + ([f"{name}_spread" for name in self.target.names] if self.spread is not None else [])
-
-    @property
-    def cells(self) -> list[list[str]]:
-        """The predictions of each example as text: classes, numbers, spreads; empty cells for an example that cannot be used."""
-        numbers = self.values if self.spread is None else np.concatenate([self.values, self.spread], axis=1)
-        return [
-            [""] * len(self.header) if reason else [*decided, *map(repr, row)]
-            for reason, decided, row in zip(self.reasons, self.decisions, numbers.tolist(), strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.values)
 
 
 class Predictor(ABC):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from .encoder import Encoder
     from .finetuning import Finetuned
-    from .predictor import Predictions, Predictor
+    from .predictions import Predictions
+    from .predictor import Predictor
     from .task import Split
     from .tested import Tested
 

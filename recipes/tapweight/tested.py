@@ -15,7 +15,8 @@ from .examples import Examples
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .predictor import Predictions, Predictor, Target
+    from .predictions import Predictions, Target
+    from .predictor import Predictor
     from .task import Split, Task
 
 __all__ = ["Tested", "records_of"]

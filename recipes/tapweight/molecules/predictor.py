@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch, Data
 
     from ..encoder import Encoder
+    from ..predictions import Target
 
 __all__ = ["Predictor", "linear_head"]
 
@@ -60,7 +61,7 @@ class Predictor(predictor.Predictor):
     modality = "molecules"
 
     def __init__(
-        self, members: Sequence[predictor.Member], target: predictor.Target, columns: Sequence[str] = ("smiles",)
+        self, members: Sequence[predictor.Member], target: Target, columns: Sequence[str] = ("smiles",)
     ) -> None:
         super().__init__(members, target, columns)
 
@@ -97,7 +98,7 @@ class Predictor(predictor.Predictor):
         save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, folder / _HEAD)
 
     @classmethod
-    def load_member(cls, folder: Path, target: predictor.Target, options: dict[str, Any]) -> predictor.Member:
+    def load_member(cls, folder: Path, target: Target, options: dict[str, Any]) -> predictor.Member:
         """Return the encoder and the head."""
         encoder = GINE.load(folder)
         head = linear_head(encoder.width, len(target.names))

@@ -16,7 +16,7 @@ from torchmetrics.utilities import dim_zero_cat
 from mlopt.errors import ArgumentError
 
 from ..files import DataError
-from ..predictor import Target
+from ..predictions import Target
 from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
 from .data import Molecules, read_table
 from .joining import join

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..encoder import Encoder
+    from ..predictions import Target
     from .batches import Batch, Example
 
 __all__ = ["Predictor", "outputs_of"]
@@ -48,9 +49,7 @@ class Predictor(predictor.Predictor):
 
     modality = "text"
 
-    def __init__(
-        self, members: Sequence[predictor.Member], target: predictor.Target, columns: Sequence[str] = ("text",)
-    ) -> None:
+    def __init__(self, members: Sequence[predictor.Member], target: Target, columns: Sequence[str] = ("text",)) -> None:
         super().__init__(members, target, columns)
 
     @property
@@ -109,7 +108,7 @@ class Predictor(predictor.Predictor):
             save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, folder / _HEAD)
 
     @classmethod
-    def load_member(cls, folder: Path, target: predictor.Target, options: dict[str, Any]) -> predictor.Member:
+    def load_member(cls, folder: Path, target: Target, options: dict[str, Any]) -> predictor.Member:
         """Return the encoder and the head."""
         arguments = {"pooling": options["pooling"], "max_length": options["max_length"]}
         loading = {"attn_implementation": options["attention"], "dtype": "auto"}

@@ -22,7 +22,7 @@ from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
 from ..files import DataError
-from ..predictor import Target
+from ..predictions import Target
 from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
 from .data import Texts, read_table
 from .encoder import TextEncoder
