@@ -21,13 +21,13 @@ class Streamed(Linearization):
     run, and every pullback through a level whose loss is not a mixture, is the ordinary one.
 
     Args:
-        conditions: the level's stationarity conditions, at a point of a run.
+        conditions: the level's stationarity conditions, at a point of a run. A level around this one uses them alone.
         factor: c, the assumed inverse Hessian.
     """
 
     def __init__(self, conditions: Stationarity, factor: float) -> None:
         self._factor = factor
-        self._conditions, self._point, self._name = conditions, conditions.point, conditions.name
+        self.conditions, self._point, self._name = conditions, conditions.point, conditions.name
         self.blocks, self.arguments = conditions.blocks, conditions.arguments
         self.report = conditions.report
 
@@ -39,10 +39,10 @@ class Streamed(Linearization):
             if held is not None and held.signals is not None:
                 self.report.age = 1
                 return self._pull_held(held.cotangent, weights, held.signals, wanted)
-        return self._conditions.pullback(cotangent, wanted)
+        return self.conditions.pullback(cotangent, wanted)
 
     def reports(self) -> dict[str, Report]:
-        return self._conditions.reports()
+        return self.conditions.reports()
 
     def _exchange(self, present: Tensors | None) -> StreamedCotangent | None:
         """Hold the present cotangent for the next training step, and return the one that was held for the latest."""
@@ -57,11 +57,11 @@ class Streamed(Linearization):
     def _pull_held(
         self, cotangent: Tensors, weights: str, signals: Tensor, wanted: Sequence[str]
     ) -> dict[Block, Tensors]:
-        mixture = self._conditions.objective.terms[0]
+        mixture = self.conditions.objective.terms[0]
         assert isinstance(mixture, LevelTerm)
         pulled: dict[Block, Tensors] = {weights: mixture.streamed(weights, signals)}
         # The training step forms neither the other arguments of the mixture nor the regularizer.
-        for product in self._conditions.second_derivatives.products:
+        for product in self.conditions.second_derivatives.products:
             rest = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
             if rest:
                 add_into(pulled, product({self._name: cotangent}, rest))

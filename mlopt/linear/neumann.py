@@ -10,7 +10,7 @@ import torch
 from ..errors import NonFiniteError
 from ..tensors import Tensors, axpy, norm, scale, subtract
 from ..validation import at_least, positive_or_none
-from .krylov import dots
+from .krylov import inner, numbers
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Neumann", "largest_eigenvalue"]
@@ -67,16 +67,17 @@ class Neumann(LinearSolver):
         step = scale(alpha, residual)
         # With a given start, the update above is the first iteration.
         budget = self.iterations if initial is None else self.iterations - 1
-        low, high, relative = math.inf, -math.inf, float(norm(residual)) / size
+        low, high, relative = math.inf, -math.inf, 1.0 if initial is None else float(norm(residual)) / size
         k, remark = 0, ""
         while k < budget:
             k += 1
             product = matvec(step)
-            curvature, length = dots((step, product), (step, step))
-            if length > 0:
-                low, high = min(low, curvature / length), max(high, curvature / length)
+            along, length = inner(step, product), inner(step, step)
             torch._foreach_add_(step, product, alpha=-alpha)
-            relative = float(norm(step)) / alpha / size
+            curvature, square, remaining = numbers(along, length, norm(step).to(along.dtype))
+            if square > 0:
+                low, high = min(low, curvature / square), max(high, curvature / square)
+            relative = remaining / alpha / size
             remark = "" if low > 0 else f"negative curvature {low:.3g}"
             if not relative < 1.0:
                 remark = f"the series does not converge (curvature up to {high:.3g} at step size {alpha:.3g})"

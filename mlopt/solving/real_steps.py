@@ -158,7 +158,7 @@ class _Runs:
         gradient = []
         for name, variable in zip(self._level.parameter_names, self._level.parameters, strict=True):
             slopes = [self._slope(f"{name}[{k}]", variable, k, center) for k in range(variable.numel())]
-            gradient.append(torch.tensor(slopes, dtype=torch.float64).reshape(variable.shape).to(variable))
+            gradient.append(variable.new_tensor(slopes).reshape(variable.shape))
         if len(self.lost) == sum(variable.numel() for variable in self._level.parameters):
             raise NonFiniteError(
                 f"level {self._level.name!r}: {self._rule} of the levels inside led to an objective that is not finite along "

@@ -271,50 +271,6 @@ def test_indefinite_matrices_are_reported(seed: int, negative: int) -> None:
     assert series.iterations < 2_000
 
 
-SADDLE = torch.tensor([2.0, -1.0, 1.0])
-
-
-def saddle(vector: Tensors) -> Tensors:
-    return (SADDLE * vector[0],)
-
-
-def test_the_user_chooses_the_response_to_negative_curvature() -> None:
-    right = (torch.tensor([3.0, 1.0, 1.0]),)
-    stopped = linear.ConjugateGradient().solve(saddle, right)
-    continued = linear.ConjugateGradient(negative_curvature="continue").solve(saddle, right)
-    assert stopped.remark == continued.remark
-    assert stopped.remark.startswith("negative curvature -")
-    assert (stopped.converged, continued.converged) == (False, True)
-    assert stopped.iterations < continued.iterations == 3
-    assert torch.allclose(continued.value[0], right[0] / SADDLE)
-    with pytest.raises(mlopt.EstimatorError, match=r"negative curvature -.* raise the damping, or use MINRES"):
-        linear.ConjugateGradient(negative_curvature="raise").solve(saddle, right)
-
-
-@pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_zero_curvature_stops_conjugate_gradients(policy: str) -> None:
-    right = (torch.tensor([1.0, 2.0, 2.0]),)
-    solver = linear.ConjugateGradient(negative_curvature=policy)
-    solution = solver.solve(lambda v: (torch.tensor([4.0, -1.0, 0.0]) * v[0],), right)
-    assert solution.iterations == 0
-    assert solution.remark.startswith("negative curvature 0 at iteration 1")
-    assert solution.residual == 1.0
-
-
-class NegativeIdentity(linear.Preconditioner):
-    def prepare(self, matvec: linear.MatVec, like: Tensors, damping: float) -> tuple[linear.MatVec, int]:
-        return lambda vector: tuple(-x for x in vector), 0
-
-
-def test_an_indefinite_preconditioner_is_reported() -> None:
-    system = System.definite(0, 3.0)
-    solution = linear.ConjugateGradient(preconditioner=NegativeIdentity()).solve(system.matvec, system.right)
-    assert solution.remark == "the preconditioner is not positive definite (met at iteration 1)"
-    assert solution.converged is False
-    with pytest.raises(mlopt.ArgumentError, match="it must be a Preconditioner, or None"):
-        linear.ConjugateGradient(preconditioner=linear.Nystrom())
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_nonfinite_right_hand_side_raises(solver: linear.LinearSolver, bad: float) -> None:
