@@ -48,9 +48,9 @@ class Target:
         return outputs.sigmoid() if self.form == "binary" else outputs.softmax(1)
 
     def scored(self, values: Tensor) -> Tensor:
-        """Return what a metric of logits takes for predicted values (N, K): the sign, or the largest, is the predicted class."""
+        """Return the outputs (N, K) that metrics take for predicted values (N, K): the sign, or the largest, is the class."""
         if self.form == "numbers":
-            return values
+            return (values - values.new_tensor(self.mean)) / values.new_tensor(self.std)
         if self.form == "binary":
             return values - values.new_tensor(self.thresholds)
         return values.clamp(min=torch.finfo(values.dtype).tiny).log()

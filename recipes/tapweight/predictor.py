@@ -76,6 +76,10 @@ class Predictor(ABC):
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Any) -> Tensor:
         """Return the head's outputs (B, K): logits, or standardised predictions."""
 
+    def scored(self, values: Tensor) -> Tensor:
+        """Return the outputs that metrics of the task take for predicted values (N, K), see `Task.measures`."""
+        return self.target.scored(values)
+
     @abstractmethod
     def contents(self, example: Any) -> tuple[str, ...]:
         """Return the contents of an example, one for each of `columns`."""

@@ -166,7 +166,12 @@ class TapWeightResult:
         for outcome in self.outcomes.values():
             valid, test = (f"{outcome.scores[split]:.3f}" for split in ("valid", "test"))
             scores.add_row(outcome.title, valid, test, f"{outcome.passes:,}")
-        if self.predictor is not None and self.tested is not None and len(self.predictor.members) > 1:
+        if (
+            self.predictor is not None
+            and len(self.predictor.members) > 1
+            and self.tested is not None
+            and self.tested.scores
+        ):
             title = f"{self.main.title}, mean of {len(self.predictor.members)} models"
             scores.add_row(title, "", f"{self.tested.score:.3f}", "")
         return [*tables, scores]

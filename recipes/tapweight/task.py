@@ -84,14 +84,14 @@ class Task(ABC):
         """
         return None
 
-    def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
-        """Return the metric of each label by its name, None where it is undefined; a task with a predictor defines this.
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return the metrics of the outputs for a split that are defined, by label and by name.
 
         Args:
-            values: (N, K) what the predictor predicts for N examples, see `Target.scored`.
-            targets: `targets(batch)` of these examples.
+            outputs: as `outputs` returns them, of all examples.
+            targets: as `targets` returns them, of all examples.
         """
-        raise NotImplementedError
+        return {}
 
     def introduction(self) -> str:
         """Return a clause on the target, the metric and the sizes of the splits."""

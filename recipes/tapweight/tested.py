@@ -34,7 +34,8 @@ class Tested:
         contents: the contents of each example.
         labels: the labels as text, one for each label of the target; empty if missing.
         predictions: the predictions.
-        scores: the metric of each label, None where it is undefined.
+        metric: the name of the metric of the task.
+        scores: the metrics that are defined, by label and by name.
     """
 
     rows: tuple[int, ...]
@@ -42,7 +43,8 @@ class Tested:
     contents: list[tuple[str, ...]]
     labels: list[list[str]]
     predictions: Predictions
-    scores: dict[str, float | None]
+    metric: str
+    scores: dict[str, dict[str, float]]
 
     @classmethod
     def of(cls, predictor: Predictor, task: Task) -> Tested:
@@ -50,7 +52,7 @@ class Tested:
         examples = task.splits["test"]
         predictions = predictor.predict_examples(examples)
         targets = torch.cat([task.targets(batch) for batch in task.loader("test", _BATCH_SIZE)])
-        scores = task.label_scores(predictor.target.scored(torch.from_numpy(predictions.values)), targets)
+        scores = task.measures(predictor.scored(torch.from_numpy(predictions.values)), targets)
         return cls(
             rows=tuple(getattr(examples, "rows", range(len(examples)))),
             columns=predictor.columns,
@@ -59,13 +61,14 @@ class Tested:
                 [_cell(label, predictor.target) for label in row] for row in targets.reshape(len(targets), -1).numpy()
             ],
             predictions=predictions,
+            metric=task.metric_name,
             scores=scores,
         )
 
     @property
     def score(self) -> float:
         """The mean of the metric over the labels for which it is defined."""
-        return statistics.fmean(score for score in self.scores.values() if score is not None)
+        return statistics.fmean(scores[self.metric] for scores in self.scores.values() if self.metric in scores)
 
     def write(self, file: Path) -> None:
         """Write a row for each example: its row, its contents, its labels, and the predictions."""

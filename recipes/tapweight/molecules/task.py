@@ -351,12 +351,12 @@ class MoleculeTask(Task):
         mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
         return Predictor(members, Target(form="numbers", labels=self.label_names, mean=mean, std=std))
 
-    def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
-        """Return the metric of each label, None where it is undefined."""
-        metric = TaskMean(self.metric_name, torch.zeros_like(self.mean), torch.ones_like(self.std))
-        metric.update(values, targets)
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return the metric of the outputs (N, T) for labels (N, T), label by label; none where it is undefined."""
+        metric = self.metric()
+        metric.update(outputs, targets)
         scores = zip(self.label_names, metric.by_task(), strict=True)
-        return {name: None if score is None else float(score) for name, score in scores}
+        return {name: {} if score is None else {self.metric_name: float(score)} for name, score in scores}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())

@@ -77,6 +77,11 @@ class Predictor(predictor.Predictor):
         """Return logits (B, C), or standardised predictions (B, 1)."""
         return outputs_of(encoder, head, batch)
 
+    def scored(self, values: Tensor) -> Tensor:
+        """Return the outputs that metrics take: (N, C) for classes, (N,) for numbers."""
+        outputs = self.target.scored(values)
+        return outputs.squeeze(1) if self.target.form == "numbers" else outputs
+
     def contents(self, example: Example) -> tuple[str, ...]:
         """Return the text, or the two texts, of an example."""
         return tuple(example[name] for name in self.columns)

@@ -273,11 +273,11 @@ class TextTask(Task):
         target = Target(form="numbers", labels=(_LABEL,), mean=(self.mean,), std=(self.std,))
         return Predictor(members, target, columns)
 
-    def label_scores(self, values: Tensor, targets: Tensor) -> dict[str, float | None]:
-        """Return the metric of the label."""
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return the metric of the outputs (N, C) or (N,) for labels (N,)."""
         metric = self.metric()
-        metric.update(values if self.classes else values.squeeze(1), targets)
-        return {_LABEL: float(metric.compute())}
+        metric.update(outputs, targets)
+        return {_LABEL: {self.metric_name: float(metric.compute())}}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())

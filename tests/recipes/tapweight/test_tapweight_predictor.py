@@ -66,7 +66,7 @@ def test_a_run_saves_the_predictions_for_its_test_split(case: Case) -> None:
     assert len(splits["test"]) == len(tested)
     scores = load(finished, "scores.json")
     (score,) = scores["predictor"]["test"].values()
-    assert score == pytest.approx(scores["scores"]["tapweight"]["test"], abs=1e-6)
+    assert score[case.metric] == pytest.approx(scores["scores"]["tapweight"]["test"], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_the_score_of_the_predictor_is_that_of_the_written_classes(tmp_path: Pat
     assert list(columns["label"]) == [label for _, label in sentences(24, 2)]
     score = json.loads((tmp_path / "scores.json").read_text())["predictor"]
     assert score["models"] == 2
-    assert score["test"]["label"] == pytest.approx(
+    assert score["test"]["label"]["macro_f1"] == pytest.approx(
         f1_score(columns["label"], columns["label_predicted"], average="macro"), abs=1e-6
     )
 
