@@ -12,7 +12,8 @@ import torch
 from ..demonstration import Known, show
 from ..recipe import TapWeight
 from ..settings import Settings
-from .data import Molecules, graph_of
+from .data import Molecules
+from .graphs import graph_of
 from .encoder import GINE
 from .objectives import make_objective
 from .sample import recombined
