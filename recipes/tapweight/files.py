@@ -35,7 +35,13 @@ _MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_NAMES = {"utf-16": "UTF-16", "utf-32": "UTF-32", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "cp1252": "Windows-1252"}
+_NAMES = {
+    "utf-16": "UTF-16",
+    "utf-32": "UTF-32",
+    "utf-16-le": "UTF-16",
+    "utf-16-be": "UTF-16",
+    "cp1252": "Windows-1252",
+}
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
 
 
@@ -169,4 +175,3 @@ def _encoding(content: bytes) -> str:
 def _row(before: bytes) -> int:
     """Return the 1-based line that follows some bytes of a file, for any convention of line ends."""
     return len((before + b".").splitlines())
-

@@ -136,7 +136,9 @@ def labels_of(
     place = f"column {shown(name)}"
     present = [(row, cell) for row, cell in column if not is_empty(cell, missing)]
     if not present:
-        raise DataError(f"{source}, {place}: no label in {len(column)} rows; name the columns of labels by their option")
+        raise DataError(
+            f"{source}, {place}: no label in {len(column)} rows; name the columns of labels by their option"
+        )
     if kind != "regression" and any(_entries(cell) is not None for _, cell in present):
         return _several(source, name, present, missing)
     values = [number_of(cell) for _, cell in present]
@@ -168,7 +170,9 @@ def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
     return few and all(number.is_integer() for number in distinct)
 
 
-def _of_names(source: str, name: str, present: Sequence[tuple[int, Any]], missing: Sequence[str], kind: Kind | None) -> Labels:
+def _of_names(
+    source: str, name: str, present: Sequence[tuple[int, Any]], missing: Sequence[str], kind: Kind | None
+) -> Labels:
     """Return the labels of cells that are names of classes."""
     counts = Counter(name_of(cell) for _, cell in present)
     if kind == "regression":
@@ -226,7 +230,9 @@ def is_empty(cell: Any, missing: Sequence[str] = ()) -> bool:
         return True
     if isinstance(cell, str) and not cell.strip():
         return True
-    return bool(missing) and not isinstance(cell, (list, tuple)) and name_of(cell) in {name_of(each) for each in missing}
+    return (
+        bool(missing) and not isinstance(cell, (list, tuple)) and name_of(cell) in {name_of(each) for each in missing}
+    )
 
 
 def name_of(cell: Any) -> str:

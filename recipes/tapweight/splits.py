@@ -124,7 +124,9 @@ def named_split(source: str, column: str, cells: Sequence[tuple[int, Any]]) -> d
         splits[_SPELLINGS[str(cell).strip().casefold()]].append(index)
     for name, indices in splits.items():
         if not indices:
-            raise DataError(f"{source}, column {shown(column)}: no row is of {name}; name rows of it, or leave out --split-column")
+            raise DataError(
+                f"{source}, column {shown(column)}: no row is of {name}; name rows of it, or leave out --split-column"
+            )
     return splits
 
 
@@ -152,7 +154,9 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
         raise DataError(f"{file}: not valid JSON ({error}); give a splits.json by --splits") from error
     lists = [content.get(name) for name in NAMES] if isinstance(content, dict) else []
     if not lists or not all(isinstance(x, list) and all(type(k) is int for k in x) for x in lists):
-        raise DataError(f"{file}: give lists of row numbers by the names 'train', 'valid' and 'test', or leave out --splits")
+        raise DataError(
+            f"{file}: give lists of row numbers by the names 'train', 'valid' and 'test', or leave out --splits"
+        )
     listed = [number for numbers in lists for number in numbers]
     if len(set(listed)) < len(listed):
         twice = next(number for number in listed if listed.count(number) > 1)

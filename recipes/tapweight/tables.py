@@ -287,6 +287,4 @@ def _dataset(dataset: Any, name: str) -> Table:
 def _columns(source: str, columns: dict[str, list[Any]], first: int) -> Table:
     """Return the table of some columns."""
     records = tuple(zip(*columns.values(), strict=True))
-    return Table(
-        source=source, header=tuple(columns), rows=tuple(range(first, first + len(records))), cells=records
-    )
+    return Table(source=source, header=tuple(columns), rows=tuple(range(first, first + len(records))), cells=records)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .encoder import Encoder
+    from .examples import Skipped
 
 Split = Literal["train", "valid", "test"]
 
@@ -35,6 +36,8 @@ class Task(ABC):
     greater_is_better: bool
     #: Sentences on the data that a user should read.
     remarks: Sequence[str] = ()
+    #: The rows that were left out of each file.
+    skipped: Sequence[tuple[str, Sequence[Skipped]]] = ()
     #: A word for the examples.
     noun: str = "examples"
 
@@ -89,14 +92,32 @@ class Task(ABC):
 
     def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are restored."""
+        metric = self.metric()
+        for outputs, targets in self._predicted(encoder, head, split, batch_size):
+            metric.to(outputs.device).update(outputs, targets)
+        return float(metric.compute())
+
+    def evaluate(
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256
+    ) -> dict[str, dict[str, float]]:
+        """Return every metric of one split that is defined, by task and by name; as `score` does."""
+        outputs, targets = zip(*self._predicted(encoder, head, split, batch_size), strict=True)
+        return self.measures(torch.cat(outputs).cpu(), torch.cat(targets).cpu())
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs and the targets of a split, by task and by name."""
+        return {}
+
+    def _predicted(
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the outputs and the targets of each batch of a split, in eval mode."""
         parameters = (parameter for module in (encoder, head) for parameter in module.parameters())
         device = next(parameters).device
-        metric = self.metric().to(device)
         with evaluation(encoder), evaluation(head), torch.no_grad():
             for batch in self.loader(split, batch_size):
                 batch = to_device(batch, device)
-                metric.update(self.outputs(encoder, head, batch), self.targets(batch))
-        return float(metric.compute())
+                yield self.outputs(encoder, head, batch), self.targets(batch)
 
 
 @contextlib.contextmanager

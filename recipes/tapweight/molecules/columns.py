@@ -140,7 +140,9 @@ def _reason(table: Table, index: int) -> str:
         return "empty"
     numbers = [number_of(cell) for cell in cells]
     if all(number is not None for number in numbers):
-        steps = {float(b) - float(a) for a, b in zip(numbers, numbers[1:], strict=False) if a is not None and b is not None}
+        steps = {
+            float(b) - float(a) for a, b in zip(numbers, numbers[1:], strict=False) if a is not None and b is not None
+        }
         return "consecutive numbers" if len(cells) >= _LEAST and steps == {1.0} else ""
     names = {name_of(cell) for cell in cells}
     if all(is_name_of_split(each) for each in names):

@@ -17,7 +17,7 @@ from ..examples import Examples, check_limit, gather
 from ..files import DataError, suffix_of, text_of
 from ..labels import is_empty, labels_of, number_of
 from ..names import suggestion
-from ..tables import SUFFIXES, Table, table_of
+from ..tables import SUFFIXES, Table, column_of, table_of
 from .columns import columns_of, smiles_column_of
 from .graphs import graph_of, import_extra
 from .sdf import sdf_table
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..labels import Kind, Labels
     from .columns import Columns
 
-__all__ = ["Molecules", "molecule_net", "read_corpus", "read_table"]
+__all__ = ["Molecules", "cells_of", "molecule_net", "read_corpus", "read_table"]
 
 _LISTS = (".smi", ".txt")
 _STRUCTURES = ".sdf"
@@ -93,7 +93,8 @@ def read_corpus(
     Args:
         path: a table with a column of SMILES, see `mlopt.recipes.tapweight.tables.table_of`; `.sdf`; or `.smi` or `.txt` with one
             SMILES a line, with or without a blank and a name after it. Each may be compressed (.gz, .xz, .bz2, .zip).
-        smiles_column: the column of the SMILES of a table; by default "smiles" in any case, else the only one that holds SMILES.
+        smiles_column: the column of the SMILES of a table, if the table has it; otherwise "smiles" in any case, else the only column
+            that holds SMILES.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
         limit: the most molecules; at least 2.
 
@@ -106,7 +107,7 @@ def read_corpus(
     """
     check_limit(limit, "molecules")
     table = _table(path, _LISTS)
-    column, chosen = smiles_column_of(table, smiles_column)
+    column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header else None)
     rows = ((row, (cells[column], ())) for row, cells in table.records())
     return _molecules(table.source, rows, (), notes=(*table.notes, *chosen), strict=strict, limit=limit, least=2)
 
@@ -130,7 +131,7 @@ def read_table(
         path: a table, see `mlopt.recipes.tapweight.tables.table_of`, or `.sdf`. An empty cell, or `nan`, is a missing label.
         labels: the label columns; by default all but the SMILES and those recognised as an index, an identifier, a molecular
             weight, the name of a split, or text.
-        smiles_column: as in `read_corpus`.
+        smiles_column: the column of the SMILES; by default "smiles" in any case, else the only column that holds SMILES.
         ignore: columns that are no labels.
         kind: "classification" or "regression" to decide between classes and numbers.
         missing: further cells that stand for a missing label, such as "-1".
@@ -151,6 +152,13 @@ def read_table(
     meanings = like.meanings if like is not None else _meanings(table, columns, kind, missing)
     rows = ((row, (cells[columns.smiles], [cells[k] for k in columns.labels])) for row, cells in table.records())
     return _molecules(table.source, rows, meanings, notes=(*table.notes, *columns.notes), strict=strict)
+
+
+def cells_of(path: str | os.PathLike[str], column: str, molecules: Molecules) -> list[tuple[int, Any]]:
+    """Return the row of each molecule and its cell in a further column of its table."""
+    table = _table(path)
+    cells = table.column(column_of(table.source, table.header, column, "--split-column"))
+    return [cells[number] for number in molecules.record_numbers()]
 
 
 def _table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
@@ -183,13 +191,17 @@ def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequen
         if refused is not None:
             raise DataError(f"{table.source}, column {shown(refused.name)}: {_REFUSED[refused.form]}")
         return tuple(meanings)
-    numeric = [all(number_of(cell) is not None for _, cell in column if not is_empty(cell, missing)) for _, column in chosen]
+    numeric = [
+        all(number_of(cell) is not None for _, cell in column if not is_empty(cell, missing)) for _, column in chosen
+    ]
     if kind is None and all(numeric) and any(each.form == "numbers" for each in meanings):
         return tuple(labels_of(table.source, name, column, kind="regression", **options) for name, column in chosen)
     if all(each.form == "numbers" for each in meanings):
         return tuple(meanings)
     kinds = "; ".join(each.summary() for each in meanings)
-    raise DataError(f"{table.source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels")
+    raise DataError(
+        f"{table.source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels"
+    )
 
 
 def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:

@@ -65,8 +65,8 @@ def balanced_scaffold_split(
 ) -> dict[Split, list[int]]:
     """Split molecules so that no Bemis-Murcko scaffold is in two splits, and each split has its share of each label.
 
-    With n_s = (molecules, labels of task 1, ..., sums of task 1, ...) of split s and N those of all, the groups, from the largest
-    to the smallest, each go to the split for which sum_s |n_s / N - f_s|^2 becomes smallest; f_s is the fraction of s.
+    With n_s = (molecules, labels 0 and labels 1 of each task) of split s, and N those of all, the scaffolds, from the largest to the
+    smallest, each go to the split for which sum_s |n_s / N - f_s|^2 / f_s becomes smallest; f_s is the fraction of s.
 
     Args:
         smiles: SMILES that RDKit can parse.
@@ -83,15 +83,15 @@ def balanced_scaffold_split(
     check_fractions(fractions)
     groups = _groups(smiles, chirality=chirality)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    classes = labels.double()[:, ((labels == 0) | (labels == 1) | labels.isnan()).all(0)]
-    counted = torch.cat([torch.ones(len(smiles), 1), (~classes.isnan()).double(), classes.nan_to_num(0)], dim=1)
+    classes = labels[:, ((labels == 0) | (labels == 1) | labels.isnan()).all(0)]
+    counted = torch.cat([torch.ones(len(smiles), 1), classes == 0, classes == 1], dim=1).double()
     counts = counted / counted.sum(0).clamp(min=1)
     held = torch.zeros(len(NAMES), counts.shape[1], dtype=torch.float64)
     aims = torch.tensor(fractions, dtype=torch.float64)[:, None]
     splits: dict[Split, list[int]] = {name: [] for name in NAMES}
     for k in sorted(order, key=lambda k: -len(groups[k])):
         own = counts[groups[k]].sum(0)
-        change = ((held + own - aims).square() - (held - aims).square()).sum(1)
+        change = (((held + own - aims).square() - (held - aims).square()) / aims).sum(1)
         best = int(change.argmin())
         held[best] += own
         splits[NAMES[best]] += groups[k]
