@@ -161,7 +161,7 @@ def _encoding(content: bytes) -> str:
             return name
     # Of Latin text in UTF-16, one byte of each pair is 0, and no other.
     for name, zeros in (("utf-16-le", content[1::2]), ("utf-16-be", content[::2])):
-        if len(content) % 2 == 0 and 4 <= len(content) and zeros.count(0) == len(zeros) == content.count(0):
+        if len(content) % 2 == 0 and len(content) >= 4 and zeros.count(0) == len(zeros) == content.count(0):
             return name
     try:
         content.decode("utf-8")

@@ -6,7 +6,6 @@ import ast
 import json
 import math
 import re
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -16,7 +15,7 @@ from mlopt.validation import shown
 from .files import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["Form", "Kind", "Labels", "is_empty", "labels_of", "name_of", "number_of"]
 
@@ -54,7 +53,7 @@ class Labels:
         """Return True if a cell holds no label."""
         if is_empty(cell, self.missing):
             return True
-        value = number_of(cell) if self.form == "numbers" else None
+        value = number_of(cell) if self.form == "numbers" or _are_whole(self.classes) else None
         return value is not None and math.isnan(value)
 
     def number(self, cell: Any) -> float:
@@ -119,8 +118,8 @@ def labels_of(
 ) -> Labels:
     """Find the meaning of a column from its cells.
 
-    Lists are several classes at once. Otherwise, if at least half of the cells are numbers, all must be; 0 and 1, or -1 and 1,
-    are two classes, and so are other whole numbers of few distinct values classes. Other cells are names of classes.
+    Lists are several classes at once. Otherwise, if at least half of the cells are numbers, all must be. 0 and 1, or -1 and 1,
+    are two classes, and other whole numbers of few distinct values are classes too. Other cells are names of classes.
 
     Args:
         source: the file, for errors.
@@ -143,10 +142,10 @@ def labels_of(
         return _several(source, name, present, missing)
     values = [number_of(cell) for _, cell in present]
     others = [cell for cell, value in zip(present, values, strict=True) if value is None]
-    if kind != "classification" and 2 * len(others) <= len(present):
+    numbers = [value for value in values if value is not None and not math.isnan(value)]
+    if kind == "regression" or (kind is None and numbers and len(others) <= len(numbers)):
         if others:
             raise _not_numbers(source, place, others, kind)
-        numbers = [value for value in values if value is not None and not math.isnan(value)]
         if kind == "regression" or not _are_classes(numbers, rows_per_class):
             return Labels(name, "numbers", missing=tuple(missing))
         if {-1.0, 0.0, 1.0} <= set(numbers):
@@ -155,9 +154,9 @@ def labels_of(
                 f"{next(row for row, cell in present if number_of(cell) == -1)}); give --missing -1 if it means that there is "
                 "no label, or --kind classification if it is a class"
             )
-        # 'NA' and its like, among numbers
-        present = [cell for cell, value in zip(present, values, strict=True) if value is not None and value == value]
-    return _of_names(source, name, present, missing, kind)
+    if not others and any(map(math.isfinite, numbers)):  # "NA" among numbers
+        present = [cell for cell, value in zip(present, values, strict=True) if value == value]
+    return _of_names(name, present, missing)
 
 
 def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
@@ -170,21 +169,24 @@ def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
     return few and all(number.is_integer() for number in distinct)
 
 
-def _of_names(
-    source: str, name: str, present: Sequence[tuple[int, Any]], missing: Sequence[str], kind: Kind | None
-) -> Labels:
+def _of_names(name: str, present: Sequence[tuple[int, Any]], missing: Sequence[str]) -> Labels:
     """Return the labels of cells that are names of classes."""
-    counts = Counter(name_of(cell) for _, cell in present)
-    if kind == "regression":
-        raise _not_numbers(source, f"column {shown(name)}", present, kind)
-    names = sorted(counts)
-    if all(each.removeprefix("-").isdecimal() for each in names):
-        names.sort(key=int)
+    names = _sorted({name_of(cell) for _, cell in present})
     if names in (["0"], ["1"]):
         names = ["0", "1"]
     if len(names) == 2 and names[0].casefold() in _POSITIVE and names[1].casefold() not in _POSITIVE:
         names.reverse()
     return Labels(name, "binary" if len(names) == 2 else "classes", tuple(names), tuple(missing))
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Return names in numerical order if all are whole numbers, else in alphabetical order."""
+    return sorted(names, key=int) if _are_whole(names) else sorted(names)
+
+
+def _are_whole(names: Iterable[str]) -> bool:
+    """Return True if names are whole numbers."""
+    return all(name.removeprefix("-").isdecimal() for name in names)
 
 
 def _several(source: str, name: str, present: Sequence[tuple[int, Any]], missing: Sequence[str]) -> Labels:
@@ -201,9 +203,7 @@ def _several(source: str, name: str, present: Sequence[tuple[int, Any]], missing
     if len(widths) == 1 and max(widths) > 1 and all(map(_is_indicator, lists)):
         classes = _positions(max(widths))
     else:
-        names = {name_of(entry) for entries in lists for entry in entries}
-        whole = all(each.removeprefix("-").isdecimal() for each in names)
-        classes = tuple(sorted(names, key=int) if whole else sorted(names))
+        classes = tuple(_sorted({name_of(entry) for entries in lists for entry in entries}))
     if len(classes) < 2:
         raise DataError(f"{source}, column {shown(name)}: the lists hold {len(classes)} classes; give at least two")
     return Labels(name, "several", classes, tuple(missing))

@@ -91,8 +91,15 @@ def _matthews(outputs: Tensor, labels: Tensor) -> Tensor:
     return multiclass_matthews_corrcoef(outputs, labels, outputs.shape[1])
 
 
+def _f1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the F1 of the second of two classes, the mean over classes if there are more."""
+    if outputs.shape[1] == 2:
+        return binary_f1_score(outputs.argmax(1), labels)
+    return multiclass_f1_score(outputs, labels, outputs.shape[1], average="macro")
+
+
 def _each_against_the_rest(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a metric of logits (N, C) and classes (N,): of two classes, of the second; of more, the mean over those that occur."""
+    """Return a metric of logits (N, C) and classes (N,): that of the second of two classes; of more, the mean over classes."""
 
     def mean(outputs: Tensor, labels: Tensor) -> Tensor:
         count = outputs.shape[1]
@@ -149,6 +156,7 @@ METRICS: dict[Form, dict[str, Measure]] = {
         "accuracy": Measure(_of_classes(multiclass_accuracy, "micro")),
         "macro_f1": Measure(_of_classes(multiclass_f1_score, "macro")),
         "micro_f1": Measure(_of_classes(multiclass_f1_score, "micro")),
+        "f1": Measure(_f1),
         "matthews": Measure(_matthews),
         "roc_auc": Measure(_each_against_the_rest(_roc_auc), distinct=2),
         "pr_auc": Measure(_each_against_the_rest(_pr_auc), distinct=2),
@@ -186,7 +194,7 @@ def measures_of(form: Form, outputs: Tensor, labels: Tensor) -> dict[str, float]
         >>> {name: round(score, 3) for name, score in scores.items()}
         {'rmse': 0.577, 'mae': 0.333, 'r2': 0.5, 'pearson': 0.982, 'spearman': 1.0}
     """
-    distinct = len(labels.unique())
+    distinct = len(torch.unique(labels))
     defined = {name: measure for name, measure in METRICS[form].items() if distinct >= measure.distinct}
     values: dict[str, Any] = {name: float(measure.function(outputs, labels)) for name, measure in defined.items()}
     return {name: value for name, value in values.items() if value == value}

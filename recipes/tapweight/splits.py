@@ -152,7 +152,7 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
         raise DataError(f"{file}: {error.strerror}; give the path of a splits.json by --splits") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not valid JSON ({error}); give a splits.json by --splits") from error
-    lists = [content.get(name) for name in NAMES] if isinstance(content, dict) else []
+    lists: list[Any] = [content.get(name) for name in NAMES] if isinstance(content, dict) else []
     if not lists or not all(isinstance(x, list) and all(type(k) is int for k in x) for x in lists):
         raise DataError(
             f"{file}: give lists of row numbers by the names 'train', 'valid' and 'test', or leave out --splits"

@@ -61,20 +61,20 @@ class Table:
         return [(row, cells[index]) for row, cells in self.records()]
 
 
-def column_of(source: Path | str, header: Sequence[str], name: str, option: str) -> int:
+def column_of(source: Path | str, header: Sequence[str], name: str, remedy: str) -> int:
     """Return the index of a column, found by its exact name, else by its name in any case.
 
     Args:
         source: the file, for the error.
         header: the names of the columns.
         name: the name of the column.
-        option: the option of the command line that names the column, for the error.
+        remedy: what a user can do, for the error.
     """
     if name in header:
         return header.index(name)
     alike = [index for index, other in enumerate(header) if other.casefold() == name.casefold()]
     if len(alike) != 1:
-        raise DataError(f"{source}: no column {name!r}{suggestion(name, header)}; name the column by {option}")
+        raise DataError(f"{source}: no column {name!r}{suggestion(name, header)}; {remedy}")
     return alike[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -60,12 +61,12 @@ def smiles_column_of(table: Table, name: str | None) -> tuple[int, tuple[str, ..
         DataError: there is no such column, or more than one.
     """
     if name is not None:
-        return column_of(table.source, table.header, name, "--smiles-column"), ()
+        return column_of(table.source, table.header, name, "name the column by --smiles-column"), ()
     if sum(column.casefold() == "smiles" for column in table.header) == 1 or "smiles" in table.header:
-        return column_of(table.source, table.header, "smiles", "--smiles-column"), ()
+        return column_of(table.source, table.header, "smiles", "name the column by --smiles-column"), ()
     likely = [index for index in range(len(table.header)) if _are_smiles(table, index)]
     if not likely:
-        return column_of(table.source, table.header, "smiles", "--smiles-column"), ()
+        return column_of(table.source, table.header, "smiles", "name the column by --smiles-column"), ()
     names = ", ".join(shown(table.header[index]) for index in likely)
     if len(likely) > 1:
         raise DataError(f"{table.source}: SMILES are in the columns {names}; name one of them by --smiles-column")
@@ -97,13 +98,13 @@ def columns_of(
     """
     header, source = table.header, table.source
     smiles, notes = smiles_column_of(table, smiles_column)
-    ignored = {column_of(source, header, name, "--ignore-columns"): "" for name in ignore}
+    ignored = {column_of(source, header, name, "name the column by --ignore-columns"): "" for name in ignore}
     if labels is not None:
         if isinstance(labels, str) or not labels:
             raise DataError(
                 f"{source}: labels={labels!r} names no label column; there are {', '.join(map(shown, header))}; give --labels"
             )
-        columns = tuple(column_of(source, header, label, "--labels") for label in labels)
+        columns = tuple(column_of(source, header, label, "name the column by --labels") for label in labels)
         if smiles in columns or len(set(columns)) < len(columns) or set(columns) & set(ignored):
             raise DataError(
                 f"{source}: labels={list(labels)!r} must be different columns, not the SMILES column, and not ignored; correct "
@@ -140,9 +141,7 @@ def _reason(table: Table, index: int) -> str:
         return "empty"
     numbers = [number_of(cell) for cell in cells]
     if all(number is not None for number in numbers):
-        steps = {
-            float(b) - float(a) for a, b in zip(numbers, numbers[1:], strict=False) if a is not None and b is not None
-        }
+        steps = {float(b) - float(a) for a, b in pairwise(numbers) if a is not None and b is not None}
         return "consecutive numbers" if len(cells) >= _LEAST and steps == {1.0} else ""
     names = {name_of(cell) for cell in cells}
     if all(is_name_of_split(each) for each in names):

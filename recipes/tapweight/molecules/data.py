@@ -91,10 +91,10 @@ def read_corpus(
     """Read an unlabelled corpus.
 
     Args:
-        path: a table with a column of SMILES, see `mlopt.recipes.tapweight.tables.table_of`; `.sdf`; or `.smi` or `.txt` with one
+        path: a table with a column of SMILES, see `mlopt.recipes.tapweight.tables.table_of`; `.sdf`; or `.smi` or `.txt` with a
             SMILES a line, with or without a blank and a name after it. Each may be compressed (.gz, .xz, .bz2, .zip).
-        smiles_column: the column of the SMILES of a table, if the table has it; otherwise "smiles" in any case, else the only column
-            that holds SMILES.
+        smiles_column: the column of the SMILES of a table, if the table has it; otherwise "smiles" in any case, else the only
+            column that holds SMILES.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
         limit: the most molecules; at least 2.
 
@@ -157,7 +157,7 @@ def read_table(
 def cells_of(path: str | os.PathLike[str], column: str, molecules: Molecules) -> list[tuple[int, Any]]:
     """Return the row of each molecule and its cell in a further column of its table."""
     table = _table(path)
-    cells = table.column(column_of(table.source, table.header, column, "--split-column"))
+    cells = table.column(column_of(table.source, table.header, column, "name the column by --split-column"))
     return [cells[number] for number in molecules.record_numbers()]
 
 

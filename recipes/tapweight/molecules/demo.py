@@ -13,8 +13,8 @@ from ..demonstration import Known, show
 from ..recipe import TapWeight
 from ..settings import Settings
 from .data import Molecules
-from .graphs import graph_of
 from .encoder import GINE
+from .graphs import graph_of
 from .objectives import make_objective
 from .sample import recombined
 from .task import MoleculeTask

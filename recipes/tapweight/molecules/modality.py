@@ -34,11 +34,11 @@ class Data(LabelledData):
     """The molecules: an unlabelled corpus to pretrain on, and labelled ones, the task.
 
     Args:
-        corpus: unlabelled molecules to pretrain on: a table with a column of SMILES (.csv, .tsv, .jsonl, .json, .parquet), .sdf, or
-            .smi or .txt with a SMILES a line; also compressed (.gz, .xz, .bz2, .zip).
+        corpus: unlabelled molecules to pretrain on: a table with a column of SMILES (.csv, .tsv, .jsonl, .json, .parquet), .sdf,
+            or .smi or .txt with a SMILES a line; also compressed (.gz, .xz, .bz2, .zip).
         corpus_limit: the number of molecules of the corpus to read, from its start.
-        train: labelled molecules: a table as for --corpus, .sdf, or a folder of a data set (`datasets`), with columns of labels. It
-            is split into training, validation and test unless --valid and --test are given.
+        train: labelled molecules: a table as for --corpus, .sdf, or a folder of a data set (`datasets`), with columns of labels.
+            It is split into training, validation and test unless --valid and --test are given.
         valid: labelled molecules for validation; requires --test.
         test: labelled molecules for the final score; requires --valid.
         dataset: a MoleculeNet data set in place of --train, such as ESOL, BACE or Tox21; fetched if it is missing.
@@ -153,8 +153,8 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
         if data.dataset is not None:
             return MoleculeTask.from_molecules(molecule_net(data.dataset, data.root), **options)
         assert data.train is not None  # checked
-        names = ("valid", "test", "split_column", "splits", "smiles_column", "labels", "missing", "strict")
-        files: dict[str, Any] = {name: getattr(data, name) for name in names}
+        places = ("valid", "test", "split_column", "splits", "smiles_column", "labels", "missing", "strict")
+        files: dict[str, Any] = {name: getattr(data, name) for name in places}
         return MoleculeTask.from_csv(data.train, ignore=data.ignore_columns, **files, **options)
 
 

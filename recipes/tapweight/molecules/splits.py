@@ -65,8 +65,8 @@ def balanced_scaffold_split(
 ) -> dict[Split, list[int]]:
     """Split molecules so that no Bemis-Murcko scaffold is in two splits, and each split has its share of each label.
 
-    With n_s = (molecules, labels 0 and labels 1 of each task) of split s, and N those of all, the scaffolds, from the largest to the
-    smallest, each go to the split for which sum_s |n_s / N - f_s|^2 / f_s becomes smallest; f_s is the fraction of s.
+    With n_s = (molecules, labels 0 and labels 1 of each task) of split s, and N those of all, the scaffolds, from the largest to
+    the smallest, each go to the split for which sum_s |n_s / N - f_s|^2 / f_s becomes smallest; f_s is the fraction of s.
 
     Args:
         smiles: SMILES that RDKit can parse.

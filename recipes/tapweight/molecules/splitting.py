@@ -1,8 +1,7 @@
-"""Divide labelled molecules into the splits of a task, and report molecules that are listed more than once."""
+"""Divide labelled molecules into the splits of a task."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -13,15 +12,14 @@ from .graphs import canonical
 from .splits import balanced_scaffold_split, scaffold_split
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from ..task import Split
     from .data import Molecules
 
-__all__ = ["Method", "divided", "repetitions", "shared"]
+__all__ = ["Method", "divided"]
 
 Method = Literal["scaffold", "balanced", "random", "stratified"]
-_NAMED = 3
 
 
 def divided(
@@ -60,42 +58,3 @@ def divided(
             f"{molecules.source}: split='stratified' needs classes, and the labels are numbers; give --split random"
         )
     return stratified_split([str(graph.y.tolist()) for graph in molecules], fractions, seed, groups)
-
-
-def repetitions(molecules: Molecules) -> list[str]:
-    """Return a sentence on molecules that are listed more than once, and on those of them with different labels."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for index, smiles in enumerate(molecules.smiles):
-        places[canonical(smiles)].append(index)
-    repeated = {name: indices for name, indices in places.items() if len(indices) > 1}
-    if not repeated:
-        return []
-    sentences = [
-        f"{len(repeated)} molecules of {molecules.name} are listed more than once, in one or several spellings"
-    ]
-    differ = []
-    for name, indices in repeated.items():
-        labels = torch.cat([molecules[i].y for i in indices])
-        spread = torch.where(labels.isnan(), -torch.inf, labels).amax(0) - torch.where(
-            labels.isnan(), torch.inf, labels
-        ).amin(0)
-        if (spread > 0).any():
-            task = int((spread > 0).long().argmax())
-            values = ", ".join(f"{value:g}" for value in labels[:, task].tolist())
-            rows = ", ".join(str(molecules.rows[i]) for i in indices)
-            differ.append(f"{name} in rows {rows} ({molecules.label_names[task]}: {values})")
-    if differ:
-        more = f" and {len(differ) - _NAMED} more" if len(differ) > _NAMED else ""
-        sentences.append(f"{len(differ)} of them have different labels: {'; '.join(differ[:_NAMED])}{more}")
-    return sentences
-
-
-def shared(splits: Mapping[Split, Molecules]) -> list[str]:
-    """Return a sentence for each other split that shares molecules with the training split."""
-    train = {canonical(smiles) for smiles in splits["train"].smiles}
-    sentences = []
-    for split in ("valid", "test"):
-        count = sum(canonical(smiles) in train for smiles in splits[split].smiles)
-        if count:
-            sentences.append(f"{count} of {len(splits[split])} {split} molecules are among the training molecules too")
-    return sentences

@@ -15,11 +15,13 @@ from mlopt.errors import ArgumentError
 from ..files import DataError
 from ..labels import Form, Kind
 from ..metrics import METRICS, measures_of
+from ..repetition import repetitions, shared
 from ..splits import EIGHT_ONE_ONE, listed_split, named_split
 from ..task import Split, Task
 from .data import Molecules, cells_of, read_table
+from .graphs import canonical
 from .joining import join
-from .splitting import Method, divided, repetitions, shared
+from .splitting import Method, divided
 
 if TYPE_CHECKING:
     import os
@@ -79,7 +81,7 @@ class TaskMean(Metric):
         measure = METRICS[self.form][self.name]
         scores = []
         for outputs, labels in _by_task(dim_zero_cat(self.outputs), dim_zero_cat(self.labels), self.form):
-            if len(labels.unique()) >= measure.distinct:
+            if len(torch.unique(labels)) >= measure.distinct:
                 scores.append(measure.function(outputs, labels))
         if not scores:
             raise DataError(f"{self.name} is undefined for every task: each needs {measure.distinct} distinct labels")
@@ -184,13 +186,17 @@ class MoleculeTask(Task):
         Raises:
             DataError: a split is empty, or as in the constructor.
         """
-        by_method = isinstance(split, str)
-        indices = divided(molecules, split, fractions, chirality=chirality, seed=seed) if by_method else split
+        if isinstance(split, str):
+            indices: Mapping[Split, Sequence[int]] = divided(
+                molecules, split, fractions, chirality=chirality, seed=seed
+            )
+        else:
+            indices = split
         splits = {name: molecules.subset(chosen) for name, chosen in indices.items()}
         task = cls(
             splits,
             label_names=molecules.label_names,
-            remarks=_remarks([molecules], {} if by_method else splits),
+            remarks=_remarks([molecules], {} if isinstance(split, str) else splits),
             **_meaning(molecules, kind),
             **options,
         )
@@ -222,7 +228,7 @@ class MoleculeTask(Task):
             valid, test: as `train`; both or neither. Their columns and labels are read as those of the training file.
             split, fractions, chirality, seed: as in `from_molecules`; for one file only.
             split_column: the column that names the split of each molecule, instead of `split`.
-            splits: a file that lists the rows of each split, see `mlopt.recipes.tapweight.splits.listed_split`, instead of `split`.
+            splits: a file that lists the rows of each split instead, see `mlopt.recipes.tapweight.splits.listed_split`.
             kind, metric, dropout: as in the constructor.
             reading: `labels`, `smiles_column`, `ignore`, `missing` and `strict` of `read_table`.
 
@@ -345,8 +351,8 @@ class MoleculeTask(Task):
                     )
             if all(len(values) < needed for values in distinct):
                 raise DataError(
-                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; {_OTHERWISE}, or give "
-                    "more molecules"
+                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; {_OTHERWISE}, or "
+                    "give more molecules"
                 )
         return [remark for remark in remarks if remark]
 
@@ -423,5 +429,7 @@ def _remarks(files: Sequence[Molecules], splits: Mapping[Split, Molecules]) -> l
     named = [each for each in files[0].meanings if each.form != "numbers" and each.classes != ("0", "1")]
     sentences += [each.summary() for each in named]
     for molecules in files:
-        sentences += repetitions(molecules)
-    return sentences + (shared(splits) if splits else [])
+        labels = [[None if y != y else f"{y:g}" for y in graph.y[0].tolist()] for graph in molecules]
+        keys = [canonical(smiles) for smiles in molecules.smiles]
+        sentences += repetitions(molecules, keys, labels, molecules.label_names)
+    return sentences + (shared(splits, lambda graph: canonical(graph.smiles)) if splits else [])
