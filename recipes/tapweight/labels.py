@@ -135,15 +135,23 @@ def labels_of(
     place = f"column {shown(name)}"
     present = [(row, cell) for row, cell in column if not is_empty(cell, missing)]
     if not present:
-        raise DataError(
-            f"{source}, {place}: no label in {len(column)} rows; name the columns of labels by their option"
-        )
+        raise _without_label(source, place, column)
     if kind != "regression" and any(_entries(cell) is not None for _, cell in present):
         return _several(source, name, present, missing)
     values = [number_of(cell) for _, cell in present]
     others = [cell for cell, value in zip(present, values, strict=True) if value is None]
     numbers = [value for value in values if value is not None and not math.isnan(value)]
-    if kind == "regression" or (kind is None and numbers and len(others) <= len(numbers)):
+    if not numbers and not others:
+        raise _without_label(source, place, column)
+    bounds = sum(_is_bound(cell) for _, cell in others)
+    mostly = len(others) - bounds <= len(numbers) + bounds
+    if kind == "classification" and mostly and not all(number.is_integer() for number in numbers):
+        row, cell = next((row, cell) for row, cell in present if (number_of(cell) or 0.0) % 1 != 0)
+        raise DataError(
+            f"{source}, row {row}, {place}: {shown(cell)} is a number, not the name of a class; leave out --kind classification, or "
+            "name the columns of labels"
+        )
+    if kind == "regression" or (kind is None and mostly):
         if others:
             raise _not_numbers(source, place, others, kind)
         if kind == "regression" or not _are_classes(numbers, rows_per_class):
@@ -154,7 +162,7 @@ def labels_of(
                 f"{next(row for row, cell in present if number_of(cell) == -1)}); give --missing -1 if it means that there is "
                 "no label, or --kind classification if it is a class"
             )
-    if not others and any(map(math.isfinite, numbers)):  # "NA" among numbers
+    if mostly and not others:  # "NA" among numbers
         present = [cell for cell, value in zip(present, values, strict=True) if value == value]
     return _of_names(name, present, missing)
 
@@ -209,12 +217,22 @@ def _several(source: str, name: str, present: Sequence[tuple[int, Any]], missing
     return Labels(name, "several", classes, tuple(missing))
 
 
+def _is_bound(cell: Any) -> bool:
+    """Return True for a censored number, such as ">10000"."""
+    return isinstance(cell, str) and _BOUND.fullmatch(cell) is not None
+
+
+def _without_label(source: str, place: str, column: Sequence[tuple[int, Any]]) -> DataError:
+    """Return the error of a column without labels."""
+    return DataError(f"{source}, {place}: no label in {len(column)} rows; name another column, or change --missing")
+
+
 def _not_numbers(source: str, place: str, others: Sequence[tuple[int, Any]], kind: Kind | None) -> DataError:
     """Return the error of a column of numbers in which some cells are none."""
     row, cell = others[0]
     distinct = list(dict.fromkeys(str(other).strip() for _, other in others))
     option = f"--missing {' '.join(map(shown, distinct[:_NAMED]))}{' ...' if len(distinct) > _NAMED else ''}"
-    if all(_BOUND.fullmatch(str(other)) for _, other in others):
+    if all(_is_bound(other) for _, other in others):
         fault = f"{shown(cell)} is a bound, not a number (such cells: {len(others)})"
         remedy = f"write a number in each, or read them as missing by {option}"
     else:

@@ -120,6 +120,8 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
         (_, header), *records = _records(path, content.text, separator, longest, quoting=csv.QUOTE_NONE)
         notes.append("quotes are part of the text")
     header = [name.strip() for name in header]
+    if not records and any(header):
+        raise DataError(f"{path}: no row below the header; give a file with at least one example")
     # Spreadsheets write separators after the last column.
     kept = [k for k, name in enumerate(header) if name or any(cells[k].strip() for _, cells in records)]
     if duplicates := sorted({header[k] for k in kept if header.count(header[k]) > 1}):
@@ -139,9 +141,13 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
 
 
 def _separator(text: str, usual: str) -> str:
-    """Return the usual separator, unless only another one cuts all records of a sample into equally many cells, at least two."""
+    """Return the separator that cuts all records of a sample into equally many cells, at least two, the usual one first.
+
+    If there is none, return the usual one if it is in the header, else the one that is in it most often.
+    """
     sample = text[:_SAMPLE] if len(text) <= _SAMPLE else text[: text.rfind("\n", 0, _SAMPLE) + 1]
-    for separator in (usual, *(other for other in _SEPARATORS if other != usual)):
+    separators = (usual, *(other for other in _SEPARATORS if other != usual))
+    for separator in separators:
         try:
             records = [cells for cells in csv.reader(io.StringIO(sample, newline=""), delimiter=separator) if cells]
         except csv.Error:
@@ -149,7 +155,8 @@ def _separator(text: str, usual: str) -> str:
         widths = {len(cells) for cells in records[:_SAMPLED_RECORDS]}
         if len(widths) == 1 and max(widths) > 1:
             return separator
-    return usual
+    header = text.lstrip().splitlines()[0]
+    return usual if usual in header else max(separators, key=header.count)
 
 
 def _records(

@@ -258,14 +258,15 @@ def _labelled(texts: Texts, meaning: Labels) -> Texts:
         try:
             examples.append({**example, "label": _label(example["label"], meaning)})
         except DataError as error:
-            raise DataError(f"{texts.source}, row {row}: {error}; correct it, or leave the row out") from None
+            place = f"{texts.source}, row {row}, column {shown(meaning.name)}"
+            raise DataError(f"{place}: {error}; correct it, or leave the row out") from None
     return attrs.evolve(texts, examples=tuple(examples))
 
 
 def _label(cell: Any, meaning: Labels) -> int | float | list[float]:
     """Return a label as a number, or as a 0 or 1 for each of several classes."""
     if meaning.is_missing(cell):
-        raise DataError(f"the label is missing: {shown(cell)} stands in its place")
+        raise DataError(f"the label is missing: {shown(cell)} stands in its place, see --missing")
     if meaning.form == "several":
         return meaning.indicators(cell)
     return meaning.number(cell) if meaning.form == "numbers" else meaning.index(cell)
