@@ -95,8 +95,8 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
 
 
 def _list_skipped(skipped: Sequence[tuple[str, Sequence[Skipped]]], file: Path) -> None:
-    """Write the file, the row and the reason of each row that was left out, if there are any."""
-    rows = [(source, each.row, each.reason) for source, those in skipped for each in those]
+    """Write the file, the row and the reason of each row that was left out, once, if there are any."""
+    rows = list(dict.fromkeys((source, each.row, each.reason) for source, those in skipped for each in those))
     if rows:
         with file.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("file", "row", "reason"), *rows])

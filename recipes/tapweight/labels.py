@@ -145,26 +145,37 @@ def labels_of(
         raise _without_label(source, place, column)
     bounds = sum(_is_bound(cell) for _, cell in others)
     mostly = len(others) - bounds <= len(numbers) + bounds
-    if kind == "classification" and mostly and not all(number.is_integer() for number in numbers):
-        row, cell = next((row, cell) for row, cell in present if (number_of(cell) or 0.0) % 1 != 0)
-        raise DataError(
-            f"{source}, row {row}, {place}: {shown(cell)} is a number, not the name of a class; leave out --kind classification, or "
-            "name the columns of labels"
-        )
     if kind == "regression" or (kind is None and mostly):
         if others:
             raise _not_numbers(source, place, others, kind)
         if kind == "regression" or not _are_classes(numbers, rows_per_class):
             return Labels(name, "numbers", missing=tuple(missing))
         if {-1.0, 0.0, 1.0} <= set(numbers):
-            raise DataError(
-                f"{source}, {place}: -1 stands beside 0 and 1 ({numbers.count(-1.0)} of {len(numbers)} rows, the first in row "
-                f"{next(row for row, cell in present if number_of(cell) == -1)}); give --missing -1 if it means that there is "
-                "no label, or --kind classification if it is a class"
-            )
-    if mostly and not others:  # "NA" among numbers
-        present = [cell for cell, value in zip(present, values, strict=True) if value == value]
+            row = next(row for row, cell in present if number_of(cell) == -1)
+            raise _minus_one(source, place, row, numbers)
+    if mostly and not others:
+        _check_whole(source, place, present)
+        present = [cell for cell, value in zip(present, values, strict=True) if value == value]  # "NA" among numbers
     return _of_names(name, present, missing)
+
+
+def _minus_one(source: str, place: str, row: int, numbers: Sequence[float]) -> DataError:
+    """Return the error of a column of classes in which -1 may mean that there is no label."""
+    return DataError(
+        f"{source}, {place}: -1 stands beside 0 and 1 ({numbers.count(-1.0)} of {len(numbers)} rows, the first in row {row}); "
+        "give --missing -1 if it means that there is no label, or --kind classification if it is a class"
+    )
+
+
+def _check_whole(source: str, place: str, present: Sequence[tuple[int, Any]]) -> None:
+    """Refuse a number that is not the name of a class."""
+    for row, cell in present:
+        value = number_of(cell)
+        if value is not None and value % 1 > 0:
+            raise DataError(
+                f"{source}, row {row}, {place}: {shown(cell)} is a number, not the name of a class; leave out --kind "
+                "classification, or name the columns of labels"
+            )
 
 
 def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:

@@ -92,5 +92,5 @@ def test_another_list_is_refused(content: str, sentence: str, tmp_path: Path) ->
 
 
 def test_a_missing_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file or directory; give the path of a splits.json by --splits"):
+    with pytest.raises(DataError, match=r"No such file or directory; give the path of a splits\.json by --splits"):
         listed_split(tmp_path / "none.json", "a.csv", [0])

@@ -178,7 +178,7 @@ def test_a_folder_of_a_data_set_is_read(tmp_path: Path) -> None:
         table_of(tmp_path / "two")
     assert cells_of(table_of(tmp_path / "two" / "train"))[0] == ["a", "yes"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="Is a directory .*; give the path of a data file"):
+    with pytest.raises(DataError, match=r"Is a directory .*; give the path of a data file"):
         table_of(tmp_path / "empty")
 
 
