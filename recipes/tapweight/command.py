@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import mlopt
 from mlopt.files import replacing
 
 from .configuration import ConfigurationError, parse, read, write
+from .examples import Skipped
 from .modality import Configuration, Modality, device_of
 from .predictor import PREDICTOR, check_free
 from .recipe import TapWeight
@@ -40,6 +42,7 @@ _FILES = (
     "summary.json",
     "predictions.csv",
     "splits.json",
+    "skipped.csv",
 )
 _MODEL = "model"
 
@@ -82,6 +85,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
             _clear(output)
             (output / _CHECKPOINTS / _OVERWRITES).unlink()
         result.save(folder)
+        _list_skipped(modality.skipped, output / "skipped.csv")
         write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
         for table in result.tables():
             console.print(table)
@@ -91,6 +95,14 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
         write(whole, output / "config.json")
         _summarise(console, results, configuration.seeds, output)
     _say(console, f"Saved in {output}.")
+
+
+def _list_skipped(skipped: Sequence[tuple[str, Sequence[Skipped]]], file: Path) -> None:
+    """Write the file, the row and the reason of each row that was left out, once, if there are any."""
+    rows = list(dict.fromkeys((source, each.row, each.reason) for source, those in skipped for each in those))
+    if rows:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("file", "row", "reason"), *rows])
 
 
 def _folder(configuration: Configuration[Any, Any], seed: int) -> Path:

@@ -158,7 +158,7 @@ def gather(
         except UnusableError as fault:
             if strict:
                 raise DataError(
-                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read with strict=False"
+                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read without --strict"
                 ) from None
             first = first or f"; row {row}: {fault.subject}{fault.reason}"
             skipped.append(Skipped(row, fault.reason))

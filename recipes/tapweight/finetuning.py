@@ -48,10 +48,12 @@ class Finetuned:
     Attributes:
         model: the encoder and the task's head, at the epoch chosen.
         score: the task's metric of this model.
+        measures: every metric of this model on the test split that is defined, by task and by name.
     """
 
     model: Finetuning
     score: Score
+    measures: dict[str, dict[str, float]] = attrs.field(factory=dict)
 
 
 class _BestEpoch(mlopt.Callback):
@@ -118,7 +120,8 @@ def finetune(
     solve(mlopt.Problem(level), settings.epochs * interval, callbacks=[best], seed=seed)
     best.restore()
     test = task.score(model.encoder, model.head, "test")
-    return Finetuned(model, Score(valid=best.valid, test=test, epoch=best.epoch))
+    measures = task.evaluate(model.encoder, model.head, "test")
+    return Finetuned(model, Score(valid=best.valid, test=test, epoch=best.epoch), measures)
 
 
 def _loss(task: Task, model: Finetuning, batch: Any) -> Tensor:

@@ -197,6 +197,7 @@ class TapWeight:
                 passes=method.passes(experiments[method.name]),
                 weights=adapted[method.name].weights,
                 scores=_mean(finetuned[method.name][:count]),
+                measures=_mean_measures(finetuned[method.name][:count]),
             )
             for method in compared
         }
@@ -280,6 +281,14 @@ def _finetune(experiment: Experiment, method: Method, encoder: Encoder, count: i
 def _mean(finetuned: Sequence[Finetuned]) -> dict[str, float]:
     """Return the mean valid and test scores of several finetunings."""
     return {split: statistics.fmean(getattr(run.score, split) for run in finetuned) for split in ("valid", "test")}
+
+
+def _mean_measures(finetuned: Sequence[Finetuned]) -> dict[str, dict[str, float]]:
+    """Return the mean of every metric on the test split over several finetunings, by task and by name."""
+    return {
+        task: {name: statistics.fmean(run.measures[task][name] for run in finetuned) for name in measures}
+        for task, measures in finetuned[0].measures.items()
+    }
 
 
 def _described(corpus: Sequence[Any]) -> str:

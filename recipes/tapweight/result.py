@@ -59,6 +59,7 @@ class Outcome:
         passes: its cost, see `Method.passes`.
         weights: the weight of each objective, if the method weighs them.
         scores: the metric on "valid" and "test"; means over the finetunings.
+        measures: every metric on "test" that is defined, by task and by name; means over the finetunings.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Outcome:
     passes: int
     weights: Mapping[str, float] | None
     scores: dict[str, float]
+    measures: dict[str, dict[str, float]] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -189,7 +191,9 @@ class TapWeightResult:
         folder.mkdir(parents=True, exist_ok=True)
         signals = {name: attrs.asdict(signal) for name, signal in self.signals.items()}
         _write_json(folder / "weights.json", {"weights": self.weights, "signals": signals, "verdict": self.verdict})
-        _write_json(folder / "scores.json", {"metric": self.metric, "scores": self.scores, **self._label_scores()})
+        measures = {name: outcome.measures for name, outcome in self.outcomes.items()}
+        scores = {"metric": self.metric, "scores": self.scores, "test_measures": measures, **self._label_scores()}
+        _write_json(folder / "scores.json", scores)
         configuration = {"steps": self.steps, "seeds": [self.seed], "settings": self.settings}
         _write_json(folder / "config.json", configuration)
         _write_json(folder / "environment.json", environment() | {"estimator": self.estimator})

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .encoder import Encoder
+    from .examples import Skipped
+    from .labels import Form
     from .predictor import Member, Predictor
 
 Split = Literal["train", "valid", "test"]
@@ -39,6 +41,8 @@ class Task(ABC):
     greater_is_better: bool
     #: Sentences on the data that a user should read.
     remarks: Sequence[str] = ()
+    #: The rows that were left out of each file.
+    skipped: Sequence[tuple[str, Sequence[Skipped]]] = ()
     #: A word for the examples.
     noun: str = "examples"
 
@@ -84,15 +88,6 @@ class Task(ABC):
         """
         return None
 
-    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
-        """Return the metrics of the outputs for a split that are defined, by label and by name.
-
-        Args:
-            outputs: as `outputs` returns them, of all examples.
-            targets: as `targets` returns them, of all examples.
-        """
-        return {}
-
     def introduction(self) -> str:
         """Return a clause on the target, the metric and the sizes of the splits."""
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
@@ -110,17 +105,35 @@ class Task(ABC):
 
     def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are restored."""
+        metric = self.metric()
+        for outputs, targets in self._predicted(encoder, head, split, batch_size):
+            metric.to(outputs.device).update(outputs, targets)
+        return float(metric.compute())
+
+    def evaluate(
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256
+    ) -> dict[str, dict[str, float]]:
+        """Return every metric of one split that is defined, by task and by name; as `score` does."""
+        outputs, targets = zip(*self._predicted(encoder, head, split, batch_size), strict=True)
+        return self.measures(torch.cat(outputs).cpu(), torch.cat(targets).cpu())
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs and the targets of a split, by task and by name."""
+        return {}
+
+    def _predicted(
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the outputs and the targets of each batch of a split, in eval mode."""
         parameters = (parameter for module in (encoder, head) for parameter in module.parameters())
         device = next(parameters).device
-        metric = self.metric().to(device)
         with evaluation(encoder), evaluation(head), torch.no_grad():
             for batch in self.loader(split, batch_size):
                 batch = to_device(batch, device)
-                metric.update(self.outputs(encoder, head, batch), self.targets(batch))
-        return float(metric.compute())
+                yield self.outputs(encoder, head, batch), self.targets(batch)
 
 
-def check_class_weights(class_weights: ClassWeights, kind: str) -> ClassWeights:
+def check_class_weights(class_weights: ClassWeights, form: Form) -> ClassWeights:
     """Return the way of weighing classes, after checking that there are classes if they are to be weighed.
 
     Raises:
@@ -128,8 +141,11 @@ def check_class_weights(class_weights: ClassWeights, kind: str) -> ClassWeights:
     """
     if class_weights not in get_args(ClassWeights):
         raise DataError(f"class_weights={class_weights!r}; give 'none' or 'balanced'")
-    if class_weights == "balanced" and kind != "classification":
-        raise DataError("class_weights='balanced' needs classes, and the labels are numbers; give class_weights='none'")
+    if class_weights == "balanced" and form not in ("binary", "classes"):
+        given = "numbers" if form == "numbers" else "several classes at once"
+        raise DataError(
+            f"class_weights='balanced' needs classes, and the labels are {given}; give --class-weights none"
+        )
     return class_weights
 
 

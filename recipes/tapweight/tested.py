@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
@@ -14,6 +14,8 @@ from .examples import Examples
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from .predictions import Predictions, Target
     from .predictor import Predictor
@@ -57,9 +59,7 @@ class Tested:
             rows=tuple(getattr(examples, "rows", range(len(examples)))),
             columns=predictor.columns,
             contents=[predictor.contents(example) for example in examples],
-            labels=[
-                [_cell(label, predictor.target) for label in row] for row in targets.reshape(len(targets), -1).numpy()
-            ],
+            labels=_written(targets, predictor.target),
             predictions=predictions,
             metric=task.metric_name,
             scores=scores,
@@ -88,8 +88,16 @@ def records_of(task: Task) -> dict[Split, list[int]] | None:
     return {split: list(examples.record_numbers()) for split, examples in splits.items()}
 
 
-def _cell(label: Any, target: Target) -> str:
-    """Return a label as text, in as many digits as its type has; empty if it is missing."""
-    if target.classes:
-        return target.classes[int(label)]
-    return "" if np.isnan(label) else np.format_float_positional(label, trim="-")
+def _written(labels: Tensor, target: Target) -> list[list[str]]:
+    """Return labels as text: a class by its name, a number in as many digits as its type has, empty if it is missing.
+
+    Args:
+        labels: (N, T) numbers; of classes their indices (N,), or (N, C) with a 1 for the class.
+        target: the meaning of the labels.
+    """
+    if target.form != "classes":
+        rows = labels.reshape(len(labels), -1).numpy()
+        return [["" if np.isnan(x) else np.format_float_positional(x, trim="-") for x in row] for row in rows]
+    if labels.dim() == 1:
+        return [[target.classes[int(label)]] for label in labels]
+    return [["" if row.isnan().any() else target.classes[int(row.argmax())]] for row in labels]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import predictor
 from ..examples import UnusableError
-from .data import graph_of, read_smiles
+from .data import read_smiles
 from .encoder import GINE
+from .graphs import graph_of
 from .joining import join
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class Predictor(predictor.Predictor):
         """Return the SMILES of a graph, if it has one."""
         return (example.smiles if "smiles" in example else "",)
 
-    def read(self, file: str | os.PathLike[str], columns: Sequence[str] | None = None) -> list[str]:
+    def read(self, file: str | os.PathLike[str], columns: Sequence[str] | None = None) -> list[Any]:
         """Return the SMILES of all rows of a file; see `read_corpus` for the kinds of files."""
-        return [smiles for _, smiles in read_smiles(Path(file), *columns or ())]
+        return read_smiles(file, columns[0] if columns else None)
 
     def options(self) -> dict[str, Any]:
         """Return nothing: the encoder writes its own configuration."""

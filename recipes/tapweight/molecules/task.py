@@ -2,66 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torchmetrics import Metric
-from torchmetrics.functional import mean_absolute_error, mean_squared_error
-from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
 from mlopt.errors import ArgumentError
 
 from ..files import DataError
+from ..labels import Form, Kind
+from ..metrics import METRICS, measures_of
 from ..predictions import Target
+from ..repetition import repetitions, shared
+from ..splits import EIGHT_ONE_ONE, listed_split, named_split
 from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
-from .data import Molecules, read_table
+from .data import Molecules, cells_of, read_table
+from .graphs import canonical
 from .joining import join
 from .predictor import Predictor, linear_head
-from .splits import random_split, scaffold_split
+from .splitting import Method, divided
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from torch_geometric.data import Batch, Data
 
     from ..encoder import Encoder
     from ..predictor import Member
 
-Kind = Literal["classification", "regression"]
-
-
-def _roc_auc(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the area under the ROC curve of outputs (N,) on any scale, for labels 0 and 1 (N,)."""
-    # Ranks give the same area, and exactly so: torchmetrics would take a sigmoid of logits, which ties the large ones.
-    ranks = torch.unique(outputs, return_inverse=True)[1]
-    return binary_auroc(ranks.double() / len(ranks), labels.long())
-
-
-def _rmse(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the root mean square error of outputs (N,) against labels (N,), in the labels' unit."""
-    return mean_squared_error(outputs, labels, squared=False)
-
-
-@attrs.frozen
-class _Measure:
-    """A metric of one task: its function, the kind of task, and the number of distinct labels that define it."""
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    kind: Kind
-    greater_is_better: bool
-    distinct: int
-
-
-_MEASURES = {  # the first of a kind is its default
-    "roc_auc": _Measure(_roc_auc, "classification", True, 2),
-    "rmse": _Measure(_rmse, "regression", False, 1),
-    "mae": _Measure(mean_absolute_error, "regression", False, 1),
-}
+_FORMS: dict[Kind, Form] = {"classification": "binary", "regression": "numbers"}
+_DEFAULTS: dict[Form, str] = {"binary": "roc_auc", "classes": "roc_auc", "numbers": "rmse"}
+_OTHERWISE = "give --split stratified, random or balanced, or other --split-fractions"
 
 
 class TaskMean(Metric):
@@ -70,18 +46,19 @@ class TaskMean(Metric):
     A task with too few distinct labels for the metric (one class only, for ROC-AUC) is left out.
 
     Args:
-        name: "roc_auc", "rmse" or "mae".
+        name: a metric of `METRICS[form]`.
         mean: (T,) the mean that standardised labels are relative to, in the labels' unit.
         std: (T,) the unit of standardised labels, in the labels' unit.
+        form: "binary" or "numbers"; or "classes", if the T columns are the classes of one task.
     """
 
     full_state_update = False
     outputs: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, name: str, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, name: str, mean: Tensor, std: Tensor, form: Form = "binary") -> None:
         super().__init__()
-        self.name, self.mean, self.std = name, mean, std
+        self.name, self.mean, self.std, self.form = name, mean, std, form
         self.add_state("outputs", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
 
@@ -102,23 +79,27 @@ class TaskMean(Metric):
         self.outputs.append(outputs * self.std.to(outputs) + self.mean.to(outputs))
         self.labels.append(labels.to(outputs))
 
-    def by_task(self) -> list[Tensor | None]:
-        """Return the metric of each task, None where it is undefined."""
-        measure = _MEASURES[self.name]
-        scores: list[Tensor | None] = []
-        for outputs, labels in zip(dim_zero_cat(self.outputs).T, dim_zero_cat(self.labels).T, strict=True):
-            present = ~labels.isnan()
-            defined = len(labels[present].unique()) >= measure.distinct
-            scores.append(measure.function(outputs[present], labels[present]) if defined else None)
-        return scores
-
     def compute(self) -> Tensor:
         """Return the mean over the tasks for which the metric is defined."""
-        scores = [score for score in self.by_task() if score is not None]
+        measure = METRICS[self.form][self.name]
+        scores = []
+        for outputs, labels in _by_task(dim_zero_cat(self.outputs), dim_zero_cat(self.labels), self.form):
+            if len(torch.unique(labels)) >= measure.distinct:
+                scores.append(measure.function(outputs, labels))
         if not scores:
-            distinct = _MEASURES[self.name].distinct
-            raise DataError(f"{self.name} is undefined for every task: each needs {distinct} distinct labels")
+            raise DataError(f"{self.name} is undefined for every task: each needs {measure.distinct} distinct labels")
         return torch.stack(scores).mean()
+
+
+def _by_task(outputs: Tensor, labels: Tensor, form: Form) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield the outputs and the labels of each task, (N,) each, where there is a label; of classes, (N, C) and indices (N,)."""
+    if form == "classes":
+        present = ~labels.isnan().any(1)
+        yield outputs[present], labels[present].argmax(1)
+        return
+    for own, column in zip(outputs.T, labels.T, strict=True):
+        present = ~column.isnan()
+        yield own[present], column[present]
 
 
 class MoleculeTask(Task):
@@ -132,7 +113,9 @@ class MoleculeTask(Task):
         label_names: the T tasks.
         kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification if all
             labels are 0 or 1.
-        metric: "roc_auc" for classification; "rmse" (the default) or "mae" for regression. The mean over tasks.
+        exclusive: True if the columns are the classes of one task, of which each molecule has one.
+        metric: the name of a metric of `mlopt.recipes.tapweight.metrics`; by default "roc_auc" for classification, "rmse" for
+            regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
         class_weights: "balanced" weighs each label in the loss by N / (2 N_c): its task has N training labels, N_c of them of the
             same class. "none" does not.
@@ -156,6 +139,7 @@ class MoleculeTask(Task):
         *,
         label_names: Sequence[str],
         kind: Kind | None = None,
+        exclusive: bool = False,
         metric: str | None = None,
         dropout: float = 0.0,
         class_weights: ClassWeights = "none",
@@ -167,21 +151,23 @@ class MoleculeTask(Task):
         self.label_names, self.dropout = tuple(label_names), dropout
         labels = {split: _labels(split, examples, self.label_names) for split, examples in splits.items()}
         self.kind = kind or _infer_kind(labels.values())
-        metrics = [name for name, measure in _MEASURES.items() if measure.kind == self.kind]
-        if not metrics:
-            raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
-        self.metric_name = metrics[0] if metric is None else metric
-        if self.metric_name not in metrics:
-            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {' or '.join(map(repr, metrics))}")
-        self.greater_is_better = _MEASURES[self.metric_name].greater_is_better
+        if self.kind not in _FORMS or (exclusive and self.kind == "regression"):
+            raise DataError(f"kind={kind!r}: give {'' if exclusive else 'regression or '}classification by --kind")
+        self.form: Form = "classes" if exclusive else _FORMS[self.kind]
+        self.metric_name = _DEFAULTS[self.form] if metric is None else metric
+        if self.metric_name not in METRICS[self.form]:
+            names = " or ".join(map(repr, METRICS[self.form]))
+            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {names} by --metric")
+        self.greater_is_better = METRICS[self.form][self.metric_name].greater_is_better
         if self.kind == "classification":
             for split, examples in splits.items():
                 _check_classes(split, examples, labels[split], self.label_names)
         self.remarks = (*remarks, *self._coverage(labels))
         self.mean, self.std = self._standardisation(labels["train"])
         self.class_weights = None
-        if check_class_weights(class_weights, self.kind) == "balanced":
-            counts = torch.stack([(labels["train"] == k).sum(0) for k in (0, 1)])
+        if check_class_weights(class_weights, self.form) == "balanced":
+            own = labels["train"]
+            counts = (own == 1).sum(0) if self.form == "classes" else torch.stack([(own == k).sum(0) for k in (0, 1)])
             self.class_weights = balanced_weights(counts)
 
     @classmethod
@@ -190,21 +176,20 @@ class MoleculeTask(Task):
         molecules: Molecules,
         *,
         kind: Kind | None = None,
-        split: Literal["scaffold", "random"] = "scaffold",
+        split: Method | Mapping[Split, Sequence[int]] = "scaffold",
+        fractions: Sequence[float] = EIGHT_ONE_ONE,
         chirality: bool = True,
         seed: int = 0,
-        metric: str | None = None,
-        dropout: float = 0.0,
-        class_weights: ClassWeights = "none",
+        **options: Any,
     ) -> MoleculeTask:
-        """Split labelled molecules 8:1:1 into a task.
+        """Split labelled molecules into a task.
 
         Args:
             molecules: labelled molecules, from `read_table` or `molecule_net`.
-            split: by Bemis-Murcko scaffold, or at random.
-            chirality: distinguish scaffolds that differ in stereochemistry.
-            seed: the seed of the random split.
-            kind, metric, dropout, class_weights: as in the constructor.
+            split: a method, see `mlopt.recipes.tapweight.molecules.splitting.divided`, or the indices of each split.
+            fractions, chirality, seed: of a method.
+            kind: as in the constructor; by default, that of the labels.
+            options: `metric`, `dropout` and `class_weights` of the constructor.
 
         Returns:
             The task.
@@ -212,21 +197,24 @@ class MoleculeTask(Task):
         Raises:
             DataError: a split is empty, or as in the constructor.
         """
-        if split == "scaffold":
-            indices = scaffold_split(molecules.smiles, chirality=chirality)
-        elif split == "random":
-            indices = random_split(len(molecules), seed=seed)
+        if not molecules.label_names:
+            raise DataError(f"{molecules.source}: there are no labels, and a task needs them; give a table with labels")
+        if isinstance(split, str):
+            indices: Mapping[Split, Sequence[int]] = divided(
+                molecules, split, fractions, chirality=chirality, seed=seed
+            )
         else:
-            raise DataError(f"split={split!r}: give 'scaffold' or 'random'")
-        return cls(
-            {name: molecules.subset(chosen) for name, chosen in indices.items()},
+            indices = split
+        splits = {name: molecules.subset(chosen) for name, chosen in indices.items()}
+        task = cls(
+            splits,
             label_names=molecules.label_names,
-            kind=kind,
-            metric=metric,
-            dropout=dropout,
-            class_weights=class_weights,
-            remarks=[molecules.summary()] if molecules.skipped else [],
+            remarks=_remarks([molecules], {} if isinstance(split, str) else splits),
+            **_meaning(molecules, kind),
+            **options,
         )
+        task.skipped = [(molecules.source, molecules.skipped)]
+        return task
 
     @classmethod
     def from_csv(
@@ -235,25 +223,28 @@ class MoleculeTask(Task):
         *,
         valid: str | os.PathLike[str] | None = None,
         test: str | os.PathLike[str] | None = None,
-        labels: Sequence[str] | None = None,
-        kind: Kind | None = None,
-        split: Literal["scaffold", "random"] = "scaffold",
+        split: Method = "scaffold",
+        fractions: Sequence[float] = EIGHT_ONE_ONE,
+        split_column: str | None = None,
+        splits: Path | None = None,
         chirality: bool = True,
         seed: int = 0,
-        strict: bool = False,
+        kind: Kind | None = None,
         metric: str | None = None,
         dropout: float = 0.0,
         class_weights: ClassWeights = "none",
+        **reading: Any,
     ) -> MoleculeTask:
         """Read a task from one file, which is split 8:1:1, or from three.
 
         Args:
-            train: `.csv` or `.csv.gz` with a column `smiles` and label columns.
-            valid, test: as `train`; both or neither.
-            labels: the label columns; by default all but `smiles`, of the training file.
-            split, chirality, seed: as in `from_molecules`; for one file only.
-            strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out and reporting it in `remarks`.
+            train: a table of molecules, see `read_table`.
+            valid, test: as `train`; both or neither. Their columns and labels are read as those of the training file.
+            split, fractions, chirality, seed: as in `from_molecules`; for one file only.
+            split_column: the column that names the split of each molecule, instead of `split`.
+            splits: a file that lists the rows of each split instead, see `mlopt.recipes.tapweight.splits.listed_split`.
             kind, metric, dropout, class_weights: as in the constructor.
+            reading: `labels`, `smiles_column`, `ignore`, `missing` and `strict` of `read_table`.
 
         Returns:
             The task.
@@ -261,33 +252,29 @@ class MoleculeTask(Task):
         Raises:
             DataError: as in `read_table`, `from_molecules` and the constructor.
         """
-        molecules = read_table(train, labels=labels, strict=strict)
+        molecules = read_table(train, kind=kind, **reading)
+        options: dict[str, Any] = {"metric": metric, "dropout": dropout, "class_weights": class_weights}
         if valid is None and test is None:
+            given: Any = split
+            if splits is not None:
+                given = listed_split(splits, molecules.source, molecules.record_numbers())
+            elif split_column is not None:
+                given = named_split(molecules.source, split_column, cells_of(train, split_column, molecules))
             return cls.from_molecules(
-                molecules,
-                kind=kind,
-                split=split,
-                chirality=chirality,
-                seed=seed,
-                metric=metric,
-                dropout=dropout,
-                class_weights=class_weights,
+                molecules, kind=kind, split=given, fractions=fractions, chirality=chirality, seed=seed, **options
             )
         if valid is None or test is None:
             present, missing = ("test", "valid") if valid is None else ("valid", "test")
             raise DataError(
-                f"{present} is given without {missing}; give both, or neither to split the training file 8:1:1"
+                f"{present} is given without {missing}; give both --valid and --test, or neither to split the training file"
             )
-        files = [molecules, *(read_table(path, labels=molecules.label_names, strict=strict) for path in (valid, test))]
-        return cls(
-            {"train": files[0], "valid": files[1], "test": files[2]},
-            label_names=molecules.label_names,
-            kind=kind,
-            metric=metric,
-            dropout=dropout,
-            class_weights=class_weights,
-            remarks=[table.summary() for table in files if table.skipped],
-        )
+        reading = {name: value for name, value in reading.items() if name in ("smiles_column", "strict")}
+        files = [molecules, *(read_table(path, like=molecules, **reading) for path in (valid, test))]
+        parts: dict[Split, Molecules] = {"train": files[0], "valid": files[1], "test": files[2]}
+        remarks = _remarks(files, parts)
+        task = cls(parts, label_names=molecules.label_names, remarks=remarks, **_meaning(molecules, kind), **options)
+        task.skipped = [(table.source, table.skipped) for table in files]
+        return task
 
     def collate(self, examples: list[Data]) -> Batch:
         """Join graphs into one disconnected graph."""
@@ -316,8 +303,8 @@ class MoleculeTask(Task):
         """Return the mean loss over the labelled tasks of each molecule, 0 for a molecule without a label.
 
         Args:
-            outputs: (B, T) logits, whose loss is the binary cross-entropy, or standardised predictions, whose loss is
-                the squared error of standardised labels.
+            outputs: (B, T) logits, whose loss is the binary cross-entropy, or the cross-entropy if the columns are the classes of
+                one task; or standardised predictions, whose loss is the squared error of standardised labels.
             batch: B molecules.
 
         Returns:
@@ -332,6 +319,10 @@ class MoleculeTask(Task):
         present = ~labels.isnan()
         # Missing labels are filled before any arithmetic: the gradient of a masked NaN would still be NaN.
         labels = (torch.where(present, labels, 0).to(outputs) - self.mean.to(outputs)) / self.std.to(outputs)
+        if self.form == "classes":
+            weights = None if self.class_weights is None else (self.class_weights.to(labels) * labels).sum(1)
+            losses = cross_entropy(outputs, labels, reduction="none")
+            return torch.where(present.all(1), losses if weights is None else losses * weights, 0)
         loss = binary_cross_entropy_with_logits if self.kind == "classification" else mse_loss
         losses = torch.where(present, loss(outputs, labels, reduction="none"), 0)
         if self.class_weights is not None:
@@ -341,22 +332,24 @@ class MoleculeTask(Task):
 
     def metric(self) -> TaskMean:
         """Return a fresh metric in the labels' unit, a mean over tasks."""
-        return TaskMean(self.metric_name, self.mean, self.std)
+        return TaskMean(self.metric_name, self.mean, self.std, self.form)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, task by task."""
+        outputs = outputs.double() * self.std.to(outputs.device) + self.mean.to(outputs.device)
+        names = ("classes",) if self.form == "classes" else self.label_names
+        parts = _by_task(outputs, targets.double(), self.form)
+        return {name: measures_of(self.form, *part) for name, part in zip(names, parts, strict=True) if len(part[1])}
 
     def predictor(self, members: Sequence[Member]) -> Predictor:
         """Return the predictor of finetuned models."""
+        if self.form == "classes":
+            return Predictor(members, Target(form="classes", labels=("class",), classes=self.label_names))
         if self.kind == "classification":
             thresholds = (0.5,) * len(self.label_names)
             return Predictor(members, Target(form="binary", labels=self.label_names, thresholds=thresholds))
         mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
         return Predictor(members, Target(form="numbers", labels=self.label_names, mean=mean, std=std))
-
-    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
-        """Return the metric of the outputs (N, T) for labels (N, T), label by label; none where it is undefined."""
-        metric = self.metric()
-        metric.update(outputs, targets)
-        scores = zip(self.label_names, metric.by_task(), strict=True)
-        return {name: {} if score is None else {self.metric_name: float(score)} for name, score in scores}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
@@ -364,29 +357,33 @@ class MoleculeTask(Task):
 
     def subject(self) -> str:
         """Return the kind of the task and the names of the labels."""
-        return f"{self.kind} of {', '.join(self.label_names)}"
+        return f"{self.kind} {'into' if self.form == 'classes' else 'of'} {', '.join(self.label_names)}"
 
     def _coverage(self, labels: Mapping[Split, Tensor]) -> list[str]:
         """Check that each split can be scored, and return a sentence on each task that is left out."""
         remarks = []
+        # Of the classes of one task, each is a column of 0 and 1.
+        needed = 2 if self.form == "classes" else METRICS[self.form][self.metric_name].distinct
         for split, table in labels.items():
             distinct = [column[~column.isnan()].unique() for column in table.T]
             for name, values in zip(self.label_names, distinct, strict=True):
                 if not len(values):
                     raise DataError(
-                        f"task {name!r} has no label in the {split} split; leave it out by `labels`, or split otherwise"
+                        f"task {name!r} has no label in the {split} split; leave it out by --labels, or {_OTHERWISE}"
                     )
-                if len(values) < _MEASURES[self.metric_name].distinct:
+                if len(values) < needed and self.form == "classes":
+                    remarks.append(f"no molecule of the {split} split is of class {name!r}" if not values[0] else "")
+                elif len(values) < needed:
                     remarks.append(
                         f"task {name!r} has only the label {values[0]:g} in the {split} split, "
                         f"and is left out of its {self.metric_name}"
                     )
-            if all(len(values) < _MEASURES[self.metric_name].distinct for values in distinct):
+            if all(len(values) < needed for values in distinct):
                 raise DataError(
-                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; "
-                    "split otherwise, or give more molecules"
+                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; {_OTHERWISE}, or "
+                    "give more molecules"
                 )
-        return remarks
+        return [remark for remark in remarks if remark]
 
     def _standardisation(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation (T,) of training labels (N, T); 0 and 1 for classes."""
@@ -399,7 +396,7 @@ class MoleculeTask(Task):
             if len(values) == 1:
                 raise DataError(
                     f"task {name!r} has one label, {values[0]:g}, throughout the train split: nothing can be learnt; "
-                    "leave it out by `labels`"
+                    "leave it out by --labels"
                 )
         return mean, std
 
@@ -432,7 +429,7 @@ def _check_classes(split: Split, examples: Sequence[Data], labels: Tensor, names
         index, task = wrong[0]
         raise DataError(
             f"{_place(split, examples, index)}: the label {labels[index, task]:g} of task {names[task]!r} is not 0 or "
-            "1; correct it, leave it empty if it is missing, or use kind='regression'"
+            "1; correct it, leave it empty if it is missing, or give --kind regression"
         )
 
 
@@ -447,3 +444,21 @@ def _infer_kind(labels: Iterable[Tensor]) -> Kind:
     """Return "classification" if all labels are 0 or 1, else "regression"."""
     classes = all(((table == 0) | (table == 1) | table.isnan()).all() for table in labels)
     return "classification" if classes else "regression"
+
+
+def _meaning(molecules: Molecules, kind: Kind | None) -> dict[str, Any]:
+    """Return the kind of some molecules' labels, and whether their columns are the classes of one task."""
+    forms = {each.form for each in molecules.meanings}
+    return {"kind": kind or ("regression" if "numbers" in forms else None), "exclusive": forms == {"classes"}}
+
+
+def _remarks(files: Sequence[Molecules], splits: Mapping[Split, Molecules]) -> list[str]:
+    """Return sentences on how files were read, on molecules listed more than once, and on those of two splits."""
+    sentences = [molecules.summary() for molecules in files if molecules.skipped or molecules.notes]
+    named = [each for each in files[0].meanings if each.form != "numbers" and each.classes != ("0", "1")]
+    sentences += [each.summary() for each in named]
+    for molecules in files:
+        labels = [[None if y != y else f"{y:g}" for y in graph.y[0].tolist()] for graph in molecules]
+        keys = [canonical(smiles) for smiles in molecules.smiles]
+        sentences += repetitions(molecules, keys, labels, molecules.label_names)
+    return sentences + (shared(splits, lambda graph: canonical(graph.smiles)) if splits else [])

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from ..examples import Examples, UnusableError, check_limit, gather
-from ..files import DataError, column_of, lines_of, suffix_of, table_of
+from ..files import DataError, suffix_of, text_of
+from ..labels import is_empty
 from ..names import suggestion
+from ..tables import SUFFIXES, column_of, table_of
 from .sentences import split_sentences
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
 
+    from ..tables import Table
     from .batches import Example
 
-__all__ = ["Sentences", "Texts", "from_dataset", "read_corpus", "read_table"]
+__all__ = ["Sentences", "Texts", "cells_of", "from_dataset", "read_corpus", "read_table"]
 
-_TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
-_LONGEST = 2**31 - 1  # characters of a document
 #: JSON can write a character in two parts; a truncated text may hold one of them, which no tokenizer accepts.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 #: The columns of text to look for if none are named.
@@ -38,7 +37,12 @@ class Texts(Examples["Example"]):
     """The texts of one file or data set, in its order.
 
     Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label", as the file has it.
+
+    Args:
+        label_name: the column of the labels.
     """
+
+    label_name: str = "label"
 
     noun = "texts"
 
@@ -82,14 +86,14 @@ class Sentences(Texts):
 
 
 def read_corpus(
-    path: str | os.PathLike[str], *, column: str = "text", strict: bool = False, limit: int | None = None
+    source: str | os.PathLike[str] | Any, *, column: str | None = None, strict: bool = False, limit: int | None = None
 ) -> Texts:
     """Read an unlabelled corpus.
 
     Args:
-        path: `.txt` with a document a line (blank lines are skipped), or `.csv` or `.jsonl` with a column of text (others are
-            ignored). Each may be gzipped and end in `.gz`.
-        column: the column of the texts.
+        source: `.txt` with a document a line (blank lines are skipped), also compressed (.gz, .xz, .bz2, .zip); or a table with a
+            column of text, see `mlopt.recipes.tapweight.tables.table_of`.
+        column: the column of the texts of a table; by default "text", else "sentence", else the only column.
         strict: refuse a text of a table that is empty or not Unicode, instead of leaving it out.
         limit: stop after so many texts; at least 2.
 
@@ -101,12 +105,24 @@ def read_corpus(
         FileNotFoundError: there is no such file.
     """
     check_limit(limit, "texts")
-    path = Path(path)
-    return _gathered(_unlabelled(path, {"text": column}), str(path), strict=strict, limit=limit, least=2)
+    options: dict[str, Any] = {"strict": strict, "limit": limit, "least": 2}
+    if not _is_data_set(source) and suffix_of(Path(source), SUFFIXES + _LISTS) in _LISTS:
+        content = text_of(Path(source))
+        lines = [(row, {"text": line.strip()}) for row, line in enumerate(content.lines(), start=1) if line.strip()]
+        return _gathered(lines, str(source), notes=content.notes, **options)
+    table = table_of(source)
+    header = table.header
+    known = {name.casefold() for name in header}
+    name = column or next((usual for usual in ("text", "sentence") if usual in known), "text")
+    if column is None and len(header) == 1:
+        name = header[0]
+    index = column_of(table.source, header, name, "name the column of the texts 'text'")
+    records = ((row, {"text": cells[index]}) for row, cells in table.records())
+    return _gathered(records, table.source, notes=table.notes, **options)
 
 
-def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> Iterator[tuple[Any, ...]]:
-    """Yield the texts of all rows of a file, also of rows that are not examples.
+def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> list[tuple[Any, ...]]:
+    """Return the texts of all rows of a file, also of rows that are not examples.
 
     Args:
         path: as for `read_corpus`.
@@ -116,32 +132,40 @@ def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> Iterato
     Raises:
         DataError: as `read_corpus`; or a row has another number of texts.
     """
-    listed = suffix_of(path, _TABLES + _LISTS) in _LISTS
-    named = {"text": "text"} if listed else _text_columns(str(path), columns, _columns(path))
+    listed = not _is_data_set(path) and suffix_of(path, SUFFIXES + _LISTS) in _LISTS
+    lines = [(line.strip(),) for line in text_of(path).lines() if line.strip()] if listed else []
+    table = None if listed else table_of(path)
+    named = ["text"] if table is None else [*_text_columns(table.source, columns, table.header).values()]
     if len(named) != count:
         expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
-        raise DataError(f"{path}: the predictor takes {expected}, and the file has {given}; name the columns")
-    return (tuple(record.values()) for _, record in _unlabelled(path, named))
-
-
-def _unlabelled(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
-    """Yield the texts of all rows of a file, each with its 1-based line."""
-    if suffix_of(path, _TABLES + _LISTS) in _LISTS:
-        return ((row, {"text": line.strip()}) for row, line in enumerate(lines_of(path), start=1) if line.strip())
-    return _records(path, columns)
+        raise DataError(
+            f"{path}: the predictor takes {expected}, and the file has {given}; name the columns by --columns"
+        )
+    if table is None:
+        return lines
+    places = [column_of(table.source, table.header, name, "name the columns by --columns") for name in named]
+    return [tuple(cells[place] for place in places) for _, cells in table.records()]
 
 
 def read_table(
-    path: str | os.PathLike[str], *, text: Sequence[str] | None = None, label: str = "label", strict: bool = False
+    source: str | os.PathLike[str] | Any,
+    *,
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    missing: Sequence[str] = (),
+    name: str | None = None,
+    strict: bool = False,
 ) -> Texts:
     """Read labelled texts, or pairs of texts, from columns whose names may be in any case.
 
     Args:
-        path: `.csv` with a header row, or `.jsonl` with an object a line; each may be gzipped and end in `.gz`.
+        source: a table, see `mlopt.recipes.tapweight.tables.table_of`: a file, a folder of a data set, or a `datasets.Dataset`.
         text: the column of the text, or the two columns of a pair; by default "text", "text_a" and "text_b", "sentence", or
             "sentence1" and "sentence2", the first that the file has.
-        label: the column of the label.
-        strict: refuse a text that is empty or not Unicode, instead of leaving its row out and reporting it.
+        label: the column of the label; by default "label" or "labels".
+        missing: labels that stand for no label, such as "-1".
+        name: the name of a data set in messages.
+        strict: refuse a text that is empty or not Unicode, or has no label, instead of leaving its row out and reporting it.
 
     Returns:
         At least one example.
@@ -150,10 +174,13 @@ def read_table(
         DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    suffix_of(path, _TABLES)
-    columns = {**_text_columns(str(path), text, _columns(path)), "label": label}
-    return _gathered(_records(path, columns), str(path), strict=strict)
+    if not _is_data_set(source):
+        suffix_of(Path(source), SUFFIXES)
+    table = table_of(source, name=name)
+    if label is None:
+        known = {column.casefold() for column in table.header}
+        label = "labels" if "labels" in known and "label" not in known else "label"
+    return _read(table, {**_text_columns(table.source, text, table.header), "label": label}, missing, strict)
 
 
 def from_dataset(
@@ -167,7 +194,7 @@ def from_dataset(
     """Read a `datasets.Dataset`.
 
     Args:
-        dataset: one split. Labels of a column of classes become their names.
+        dataset: one split. Labels of a column of classes become their names; a negative one is missing.
         text: as in `read_table`.
         label: the column of the label; None for an unlabelled corpus.
         name: its name in messages.
@@ -179,27 +206,38 @@ def from_dataset(
     Raises:
         DataError: the data cannot be used; the message names the row, its content and the remedy.
     """
-    header = list(dataset.column_names)
-    columns = _text_columns(name, text, header)
-    if label is not None:
-        columns["label"] = label
-    columns = {key: header[column_of(name, header, column)] for key, column in columns.items()}
-    names = getattr(dataset.features.get(columns.get("label")), "names", None)
+    table = table_of(dataset, name=name)
+    columns = _text_columns(name, text, table.header)
+    return _read(table, columns if label is None else {**columns, "label": label}, (), strict)
 
-    def records() -> Iterator[tuple[int, Example]]:
-        for row, record in enumerate(dataset):
-            example = {key: record[column] for key, column in columns.items()}
-            if names is not None and example["label"] is not None:
-                # -1 means that there is no label, as in test splits whose labels are not public.
-                example["label"] = names[example["label"]] if example["label"] >= 0 else None
-            yield row, example
 
-    return _gathered(records(), name, strict=strict)
+def cells_of(source: str | os.PathLike[str] | Any, column: str, texts: Texts) -> list[tuple[int, Any]]:
+    """Return the row of each text and its cell in a further column of its table."""
+    table = table_of(source)
+    cells = table.column(column_of(table.source, table.header, column, "name the column by --split-column"))
+    return [cells[number] for number in texts.record_numbers()]
+
+
+def _is_data_set(source: str | os.PathLike[str] | Any) -> bool:
+    return hasattr(source, "column_names") or Path(source).is_dir()
+
+
+def _read(table: Table, columns: dict[str, str], missing: Sequence[str], strict: bool) -> Texts:
+    """Return the texts of some columns of a table, by their keys in an example."""
+    header, source = table.header, table.source
+    remedies = {"label": "name the column by --label"}
+    places = {
+        key: column_of(source, header, name, remedies.get(key, "name the columns of text by --text"))
+        for key, name in columns.items()
+    }
+    records = ((row, {key: cells[place] for key, place in places.items()}) for row, cells in table.records())
+    texts = _gathered(records, source, notes=table.notes, missing=missing, strict=strict)
+    return attrs.evolve(texts, label_name=header[places["label"]]) if "label" in places else texts
 
 
 def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[str]) -> dict[str, str]:
     """Return the columns of the texts, by their keys in an example."""
-    remedy = "give the column of the text, or the two columns of a pair"
+    remedy = "give the column of the text, or the two columns of a pair, by --text"
     if columns is None:
         known = {name.casefold() for name in header}
         columns = next((usual for usual in _USUAL if known >= set(usual)), None)
@@ -210,52 +248,28 @@ def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[s
     return dict(zip(("text", "text_b"), columns, strict=False))
 
 
-def _columns(path: Path) -> list[str]:
-    """Return the names of a table's columns; of a JSONL file, the keys of its first object."""
-    return table_of(path, _LONGEST)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
-
-
-def _records(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
-    """Yield the examples of a table, each with its first line."""
-    if suffix_of(path, _TABLES) == ".csv":
-        header, rows = table_of(path, _LONGEST)
-        indices = {key: column_of(path, header, name) for key, name in columns.items()}
-        return ((row, {key: cells[index] for key, index in indices.items()}) for row, cells in rows)
-    return ((row, _picked(path, row, content, columns)) for row, content in _objects(path))
-
-
-def _picked(path: Path, row: int, content: dict[str, Any], columns: dict[str, str]) -> Example:
-    header, cells = list(content), list(content.values())
-    return {key: cells[column_of(f"{path}, row {row}", header, name)] for key, name in columns.items()}
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSONL file with their lines; skip blank lines."""
-    for row, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, row {row}: not valid JSON ({error}); write an object on each line") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{path}, row {row}: {line.strip()[:40]!r} is not a JSON object; write one on each line")
-        yield row, content
-
-
-def _gathered(records: Iterable[tuple[int, Example]], source: str, **options: Any) -> Texts:
-    """Check the examples; leave out those with a text that is empty or not Unicode. `options` are those of `gather`."""
+def _gathered(
+    records: Iterable[tuple[int, Example]],
+    source: str,
+    *,
+    notes: tuple[str, ...],
+    missing: Sequence[str] = (),
+    **options: Any,
+) -> Texts:
+    """Check the examples; leave out those without a text, a whole one, or a label. `options` are those of `gather`."""
 
     def example(row: int, record: Example) -> Example:
         for key in ("text", "text_b"):
             if key in record and not isinstance(record[key], str | None):
-                raise DataError(f"{source}, row {row}: {record[key]!r} is not text; give strings")
+                raise DataError(
+                    f"{source}, row {row}: {record[key]!r} is not text; give strings, or name another column by --text"
+                )
         check_texts(_texts(record))
-        if "label" in record and _is_missing(record["label"]):
-            raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
+        if "label" in record and is_empty(record["label"], missing):
+            raise UnusableError("the label is missing")
         return record
 
-    return Texts(**gather(records, example, source, noun="text", **options))
+    return Texts(**gather(records, example, source, noun="text", **options), notes=notes)
 
 
 def _texts(example: Example) -> list[Any]:
@@ -273,11 +287,3 @@ def check_texts(texts: Sequence[str | None]) -> None:
     half = _SURROGATE.search("\n".join(filter(None, texts)))
     if half:
         raise UnusableError(f"the text has {half[0]!r}, half of a character")
-
-
-def _is_missing(label: Any) -> bool:
-    return (
-        label is None
-        or (isinstance(label, str) and not label.strip())
-        or (isinstance(label, float) and math.isnan(label))
-    )

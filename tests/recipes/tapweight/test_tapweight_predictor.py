@@ -66,6 +66,8 @@ def test_a_run_saves_the_predictions_for_its_test_split(case: Case) -> None:
     assert len(splits["test"]) == len(tested)
     scores = load(finished, "scores.json")
     (score,) = scores["predictor"]["test"].values()
+    (measures,) = scores["test_measures"]["tapweight"].values()
+    assert score == pytest.approx(measures, abs=1e-6)
     assert score[case.metric] == pytest.approx(scores["scores"]["tapweight"]["test"], abs=1e-6)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_cases import SMILES
-from sklearn.metrics import roc_auc_score, root_mean_squared_error
+from sklearn.metrics import r2_score, roc_auc_score, root_mean_squared_error
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -21,7 +21,7 @@ from mlopt.errors import ArgumentError
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.molecules import GINE, MoleculeTask, Predictor, make_objective, read_corpus
-from mlopt.recipes.tapweight.molecules.data import graph_of
+from mlopt.recipes.tapweight.molecules.graphs import graph_of
 from mlopt.recipes.tapweight.settings import Settings
 
 SETTINGS = Settings(batch_size=8, epochs=2, measurements=2)
@@ -71,7 +71,7 @@ def test_scores_of_12_tasks_with_missing_labels_are_those_of_the_written_predict
         probabilities = [float(columns[f"{name}_probability"][k]) for k in present]
         assert [columns[f"{name}_predicted"][k] for k in present] == [str(int(p >= 0.5)) for p in probabilities]
         if len(set(labels)) < 2:
-            assert score == {}
+            assert "roc_auc" not in score
         else:
             assert score["roc_auc"] == pytest.approx(roc_auc_score(labels, probabilities), abs=1e-6)
             defined.append(score["roc_auc"])
@@ -93,10 +93,10 @@ def test_the_score_of_a_regression_is_that_of_the_written_predictions_and_its_ro
         json.loads((tmp_path / "run" / "scores.json").read_text()),
     )
     labels, predicted = ([float(cell) for cell in columns[name]] for name in ("length", "length_predicted"))
-    assert scores["predictor"] == {
-        "models": 1,
-        "test": {"length": {"rmse": pytest.approx(root_mean_squared_error(labels, predicted), rel=1e-6)}},
-    }
+    assert scores["predictor"]["models"] == 1
+    measured = scores["predictor"]["test"]["length"]
+    assert measured["rmse"] == pytest.approx(root_mean_squared_error(labels, predicted), rel=1e-6)
+    assert measured["r2"] == pytest.approx(r2_score(labels, predicted), rel=1e-5)
     lines = file.read_text().splitlines()
     for row, smiles, label in zip(columns["row"], columns["smiles"], columns["length"], strict=True):
         assert lines[int(row) - 1] == f"{smiles},{label}"
@@ -220,3 +220,25 @@ def test_balanced_classes_weigh_as_in_scikit_learn_task_by_task(tmp_path: Path) 
         expected[row] = sum(terms) / max(len(terms), 1)
     torch.testing.assert_close(balanced.losses(outputs, batch), expected, rtol=1e-6, atol=0)
     assert not torch.allclose(plain.losses(outputs, batch), expected)
+
+
+def test_the_classes_of_a_column_are_predicted_by_name(tmp_path: Path) -> None:
+    names = [("small", "medium", "large")[k % 3] for k, _ in enumerate(SMILES)]
+    result = recipe(table(tmp_path, {"size": names})).fit(1, methods=["direct"], progress=False)
+    result.save(tmp_path / "run")
+    columns, rows = written(tmp_path / "run" / "predictions.csv"), (tmp_path / "train.csv").read_text().splitlines()
+    assert [rows[int(row) - 1] for row in columns["row"]] == [
+        f"{smiles},{label}" for smiles, label in zip(columns["smiles"], columns["class"], strict=True)
+    ]
+    probabilities = np.array([[float(p) for p in columns[f"{name}_probability"]] for name in sorted(set(names))])
+    assert probabilities.sum(0) == pytest.approx(1)
+    assert list(columns["class_predicted"]) == [sorted(set(names))[k] for k in probabilities.argmax(0)]
+
+
+def test_a_run_takes_the_splits_of_another(tmp_path: Path) -> None:
+    file = table(tmp_path, {"length": [len(smiles) / 10 for smiles in SMILES]})
+    recipe(file).fit(1, methods=["direct"], progress=False).save(tmp_path / "run")
+    again = MoleculeTask.from_csv(file, splits=tmp_path / "run" / "splits.json")
+    assert [graph.smiles for graph in again.splits["test"]] == list(
+        written(tmp_path / "run" / "predictions.csv")["smiles"]
+    )

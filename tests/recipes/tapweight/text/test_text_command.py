@@ -66,7 +66,7 @@ def test_a_task_of_glue_by_its_name(text: Case, monkeypatch: pytest.MonkeyPatch,
 def test_truncated_texts_are_reported(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
     text.run("cut", "--max-length", "6")
     printed = capsys.readouterr().out
-    assert "texts of train.jsonl are longer than 6 tokens and are cut off" in printed.splitlines()[0]
+    assert "documents longer than 6 tokens, which are divided: " in printed.splitlines()[0]
     assert "of 16 texts of dev.jsonl are longer than 6 tokens and are cut off" in printed
 
 

@@ -147,3 +147,23 @@ def test_numbers_have_no_weights_of_classes() -> None:
     numbers = {split: texts([{"text": "a", "label": k / 3} for k in range(4)]) for split in ("train", "valid", "test")}
     with pytest.raises(DataError, match="class_weights='balanced' needs classes, and the labels are numbers"):
         TextTask(numbers, encoder().collate, class_weights="balanced")
+
+
+def test_several_classes_at_once_have_a_probability_each(tmp_path: Path) -> None:
+    labelled = {
+        split: texts(
+            [{"text": text, "label": [k % 2, int("bad" in text)]} for k, (text, _) in enumerate(sentences(24, seed))]
+        )
+        for seed, split in enumerate(("train", "valid", "test"))
+    }
+    own = encoder()
+    result = tapweight(own, OBJECTIVES, task=TextTask(labelled, own.collate)).fit(1, **DIRECT)
+    result.save(tmp_path)
+    predictions = Predictor.load(tmp_path).predict(TEXTS)
+    assert predictions.header[2:] == ["0_probability", "1_probability"]
+    batch = own.collate([{"text": text} for text in TEXTS])
+    (run,) = result.finetuned
+    with torch.no_grad():
+        logits = run.model.head(run.model.encoder.pool(batch)).double()
+    assert np.array_equal(predictions.values, logits.sigmoid().numpy())
+    assert predictions.decisions == [tuple(str(int(p >= 0.5)) for p in row) for row in predictions.values]
