@@ -243,7 +243,7 @@ def _run_solver(point: Point, level: Level) -> None:
     modules = {name: point.problem[name].module for name in (level.name, *level.references)}
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
-        call_solver(level, modules, point.batches[level.name])
+        call_solver(level, modules, point.batches[level.name], point.problem)
     gradient = Objective.of(level, point).derivatives([level.name])[level.name]
     point.stationarity[level.name] = norm(gradient)
 
@@ -294,11 +294,25 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
         for name, report in linearization.reports().items():
             report.stationarity = point.stationarity.get(name)
             point.reports[name] = report
+    _inspect_inside(point, level)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
     require_finite(gradient, lambda _: f"the total gradient of level {level.name!r} is not finite")
     return gradient
+
+
+def _inspect_inside(point: Point, level: Level) -> None:
+    """Evaluate, once for each workspace, the losses inside that no pullback evaluated: each is inspected when it is evaluated."""
+    verified, key = point.workspace.verified, ("inside", level.name)
+    if key in verified:
+        return
+    for name in point.problem.graph[level.name].interior:
+        if name in point.generators and name in point.batches:
+            for term in Objective.parts(point.problem[name], point):
+                if (name, term.part) not in point.workspace.evaluations:
+                    term.value()
+    verified.add(key)
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -17,12 +17,16 @@ from torch import Tensor
 
 __all__ = ["GeneratorState", "derive_seed", "preserved", "seed_everything"]
 
+#: A device by its type and index.
+_Place: TypeAlias = tuple[str, int]
+
 
 class _Numpy:
     """The state of numpy's generator, read only if it has changed: numpy takes a hundred times longer for that than torch.
 
     The words compared here change with every draw, except with the second of two normal numbers that are generated together.
-    Therefore a state that holds such a number is always read and restored in full.
+    Therefore a state that holds such a number is always read and restored in full, and equal words count as the same state only
+    if no such number is pending.
     """
 
     _SIZE = 4 * 625
@@ -46,7 +50,25 @@ class _Numpy:
 
     def _current(self) -> Any:
         """Return the state that was captured or restored last, if it is still the current one."""
-        return self._known[0] if self._known is not None and self._known[1] == self._words() else None
+        words = self._words() if self._known is not None else None
+        if self._known is None or words != self._known[1] or self._pending(self._known[1]):
+            return None
+        return self._known[0]
+
+    @staticmethod
+    def _pending(words: bytes) -> bool:
+        """Return True if the second of two normal numbers waits to be drawn; the generator, of these words, is left as it is.
+
+        Only a draw shows it, one that leaves the words as they are.
+        """
+        number = np.random.standard_normal()
+        address = np.random.get_bit_generator().ctypes.state_address  # type: ignore[attr-defined]
+        if ctypes.string_at(address, len(words)) == words:
+            np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": number})
+            return True
+        ctypes.memmove(address, words, len(words))
+        np.random.standard_normal()  # takes the second number of the draw
+        return False
 
     def _remember(self, state: Any) -> None:
         words = self._words()
@@ -63,14 +85,17 @@ _NUMPY = _Numpy()
 
 
 class GeneratorState(ABC):
-    """The state of the generators of torch (CPU and CUDA), Python and numpy."""
+    """The state of the generators of torch (the CPU's and those of accelerators), Python and numpy."""
 
     @staticmethod
     def capture(devices: Iterable[torch.device] = ()) -> GeneratorState:
         """Return the current state; `devices` are those that the losses run on (the CPU is always included)."""
         return _Captured(
             cpu=torch.get_rng_state(),
-            cuda={index: torch.cuda.get_rng_state(index) for index in _cuda_indices(devices)},
+            accelerators={
+                (kind, index): torch.get_device_module(kind).get_rng_state(index)
+                for kind, index in _accelerators(devices)
+            },
             python=random.getstate(),
             numpy=_NUMPY.capture(),
         )
@@ -78,19 +103,25 @@ class GeneratorState(ABC):
     @staticmethod
     def seeded(seed: int, devices: Iterable[torch.device] = ()) -> GeneratorState:
         """Return the state of generators seeded with `seed`, without changing any generator."""
-        return _Seeded(seed, _cuda_indices(devices))
+        return _Seeded(seed, _accelerators(devices))
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> GeneratorState:
-        """Return the state that `state_dict` returned as plain values; states of GPUs that are not here are left out."""
-        here = range(torch.cuda.device_count())
+        """Return the state that `state_dict` returned as plain values; states of devices that are not here are left out."""
+        places = {kind: own for kind, own in state.items() if kind not in ("cpu", "python", "numpy", "seed")}
+        here = [(kind, index) for kind, own in places.items() for index in own if index < _count(kind)]
         if "seed" in state:
-            return _Seeded(state["seed"], frozenset(state["cuda"]).intersection(here))
-        return _Captured(**{**state, "cuda": {index: own for index, own in state["cuda"].items() if index in here}})
+            return _Seeded(state["seed"], frozenset(here))
+        accelerators = {(kind, index): places[kind][index] for kind, index in here}
+        return _Captured(state["cpu"], accelerators, state["python"], state["numpy"])
 
     @abstractmethod
     def restore(self) -> None:
         """Set every generator to this state."""
+
+    def same_as(self, other: GeneratorState) -> bool:
+        """Return True if both are captured states, and every generator is in the same."""
+        return False
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -100,40 +131,70 @@ class GeneratorState(ABC):
 @attrs.frozen(eq=False)
 class _Captured(GeneratorState):
     cpu: Tensor
-    cuda: dict[int, Tensor]
+    accelerators: dict[_Place, Tensor]
     python: Any
     numpy: Any
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
-        for index, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, index)
+        for place, state in self.accelerators.items():
+            torch.get_device_module(place[0]).set_rng_state(state, place[1])
         random.setstate(self.python)
         _NUMPY.restore(self.numpy)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cpu": self.cpu, "cuda": self.cuda, "python": self.python, "numpy": self.numpy}
+        kinds: dict[str, dict[int, Tensor]] = {"cuda": {}}
+        for (kind, index), state in self.accelerators.items():
+            kinds.setdefault(kind, {})[index] = state
+        return {"cpu": self.cpu, **kinds, "python": self.python, "numpy": self.numpy}
+
+    def same_as(self, other: GeneratorState) -> bool:
+        """Return True if every generator is in the same state."""
+        if not isinstance(other, _Captured) or self.accelerators.keys() != other.accelerators.keys():
+            return False
+        tensors = [(self.cpu, other.cpu), *((own, other.accelerators[k]) for k, own in self.accelerators.items())]
+        numpy = self.numpy is other.numpy or repr(self.numpy) == repr(other.numpy)
+        return numpy and self.python == other.python and all(torch.equal(a, b) for a, b in tensors)
 
 
 @attrs.frozen(eq=False)
 class _Seeded(GeneratorState):
     seed: int
-    cuda: frozenset[int]
+    accelerators: frozenset[_Place]
 
     def restore(self) -> None:
         # torch.manual_seed would also record each call, with its stack, for types of devices that are not in use.
         torch.default_generator.manual_seed(self.seed)
-        for index in self.cuda:
-            torch.cuda.default_generators[index].manual_seed(self.seed)
+        for place in self.accelerators:
+            _seed(place, self.seed)
         random.seed(self.seed)
         np.random.seed(self.seed % 2**32)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "cuda": sorted(self.cuda)}
+        kinds: dict[str, list[int]] = {"cuda": []}
+        for kind, index in sorted(self.accelerators):
+            kinds.setdefault(kind, []).append(index)
+        return {"seed": self.seed, **kinds}
 
 
-def _cuda_indices(devices: Iterable[torch.device]) -> frozenset[int]:
-    return frozenset(d.index or 0 for d in devices if d.type == "cuda")
+def _seed(place: _Place, seed: int) -> None:
+    """Seed the default generator of a device; a kind with one device, such as MPS, has no list of them."""
+    kind, index = place
+    module = torch.get_device_module(kind)
+    generators = getattr(module, "default_generators", ())
+    (generators[index] if generators else module).manual_seed(seed)
+
+
+def _accelerators(devices: Iterable[torch.device]) -> frozenset[_Place]:
+    return frozenset((d.type, d.index or 0) for d in devices if d.type not in ("cpu", "meta"))
+
+
+def _count(kind: str) -> int:
+    """Return the number of devices of a kind on this machine."""
+    try:
+        return int(torch.get_device_module(kind).device_count())
+    except RuntimeError:  # this build of torch does not know the kind
+        return 0
 
 
 def seed_everything(seed: int) -> None:

@@ -30,21 +30,32 @@ __all__ = [
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return the inner product <a, b>, a scalar tensor."""
     if not a:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     if len(a) == len(b) == 1:
         return torch.dot(a[0].reshape(-1), b[0].reshape(-1))
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
+    return _stacked([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
 
 
 def norm(a: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm ||a||, a scalar tensor."""
     if not a:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     if len(a) == 1:
         single: Tensor = torch.linalg.vector_norm(a[0])
         return single
-    total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    total: Tensor = torch.linalg.vector_norm(_stacked(torch._foreach_norm(list(a))))
     return total
+
+
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    """Return scalars as one tensor; those of a level on several devices are copied to the device of the first."""
+    try:
+        return torch.stack(list(scalars))
+    except RuntimeError:
+        # Asking each scalar for its device would slow down vectors of many tensors.
+        if all(scalar.device == scalars[0].device for scalar in scalars):
+            raise
+        return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 
 def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensors:
@@ -91,7 +102,7 @@ def is_finite(a: Sequence[Tensor]) -> bool:
 
 def flatten(a: Sequence[Tensor]) -> Tensor:
     """Return the components of a as one tensor of shape (n,)."""
-    return torch.cat([x.reshape(-1) for x in a]) if a else torch.zeros(0)
+    return torch.cat([x.reshape(-1) for x in a]) if a else torch.zeros(0, device="cpu")
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:

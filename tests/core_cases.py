@@ -34,7 +34,7 @@ def conjugate_gradient(products: str = "autograd") -> mlopt.Implicit:
 #: Every named estimator, by name, as a function of the products.
 ESTIMATORS: dict[str, Callable[[str], mlopt.Implicit]] = {
     "identity": lambda products: mlopt.Identity(products=products),
-    "neumann": lambda products: mlopt.Neumann(terms=3, products=products),
+    "neumann": lambda products: mlopt.Neumann(iterations=3, products=products),
     "conjugate_gradient": lambda products: mlopt.ConjugateGradient(iterations=3, products=products),
     "dense": lambda products: mlopt.Dense(products=products, damping=1e-3),
 }

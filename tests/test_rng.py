@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,3 +102,95 @@ def test_states_of_gpus_that_are_not_here_are_left_out() -> None:
         read = GeneratorState.from_state_dict(state)
         read.restore()
         assert len(read.state_dict()["cuda"]) == 0
+
+
+def test_a_pending_normal_number_is_part_of_the_state() -> None:
+    """The words of the generator are the same with and without it."""
+    with preserved():
+        np.random.seed(3)
+        np.random.normal()
+        np.random.normal()
+        without = GeneratorState.capture()
+        np.random.seed(3)
+        np.random.normal()
+        pending = GeneratorState.capture()
+        expected = np.random.RandomState(3).normal(size=4)
+        assert np.random.normal() == expected[1], "the capture took the number"
+        pending.restore()
+        assert np.random.normal(size=2).tolist() == expected[1:3].tolist()
+        without.restore()
+        assert np.random.normal() == expected[2]
+        assert not pending.same_as(without)
+
+
+def test_a_capture_leaves_the_end_of_the_buffer_as_it_is() -> None:
+    """The words are drawn in blocks of 624, and a look beyond the last one fills the next block."""
+    with preserved():
+        for used in (622, 623, 624, 625):
+            np.random.seed(1)
+            np.random.bytes(4 * used)
+            for _ in range(3):
+                GeneratorState.capture()
+            plain_generator = np.random.RandomState(1)
+            plain_generator.bytes(4 * used)
+            assert np.random.normal(size=5).tolist() == plain_generator.normal(size=5).tolist()
+
+
+class Accelerator:
+    """A module such as torch.cuda, for devices whose generators count; `listed` as CUDA and XPU list theirs, MPS does not."""
+
+    def __init__(self, count: int, *, listed: bool) -> None:
+        self.states = [torch.tensor([100 + k]) for k in range(count)]
+        if listed:
+            self.default_generators = [Seeded(self, k) for k in range(count)]
+
+    def device_count(self) -> int:
+        return len(self.states)
+
+    def get_rng_state(self, device: int) -> torch.Tensor:
+        return self.states[device].clone()
+
+    def set_rng_state(self, state: torch.Tensor, device: int) -> None:
+        self.states[device] = state.clone()
+
+    def manual_seed(self, seed: int) -> None:
+        assert len(self.states) == 1
+        self.states[0] = torch.tensor([seed])
+
+
+class Seeded:
+    def __init__(self, owner: Accelerator, index: int) -> None:
+        self._owner, self._index = owner, index
+
+    def manual_seed(self, seed: int) -> None:
+        self._owner.states[self._index] = torch.tensor([seed])
+
+
+@pytest.mark.parametrize(("kind", "count"), [("mps", 1), ("xpu", 2)])
+def test_generators_of_every_accelerator_are_replayed(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
+    module = Accelerator(count, listed=kind != "mps")
+    monkeypatch.setattr(torch, kind, module)
+    last = torch.device(kind, count - 1)
+    captured = GeneratorState.capture([last, torch.device("cpu"), torch.device("meta")])
+    with preserved([last]):
+        for index in range(count):
+            module.states[index] += 1
+    assert [int(state) for state in module.states] == [101 + k for k in range(count - 1)] + [99 + count]
+
+    seeded = GeneratorState.seeded(7, [last])
+    seeded.restore()
+    assert int(module.states[-1]) == 7
+    assert count == 1 or int(module.states[0]) == 101, "a device that is not in use was seeded"
+    assert not GeneratorState.capture([last]).same_as(captured)
+
+    for state in (captured, seeded):
+        state.restore()
+        expected = int(module.states[-1])
+        read = GeneratorState.from_state_dict(state.state_dict())
+        module.states[-1] += 1
+        read.restore()
+        assert int(module.states[-1]) == expected
+        monkeypatch.setattr(torch, kind, Accelerator(0, listed=True))
+        absent = GeneratorState.from_state_dict(state.state_dict())
+        absent.restore()
+        monkeypatch.setattr(torch, kind, module)

@@ -233,7 +233,7 @@ def _against_resolved(
         resolver.unsolved = 0.0
         measured = [resolver.derivative(flatten(axis)) for axis in axes]
     present, at_solution = (_along(axes, result) for result in (estimate, settled))
-    truth = torch.tensor([value for value, _ in measured], dtype=torch.float64)
+    truth = torch.tensor([value for value, _ in measured], dtype=torch.float64, device="cpu")
     rows = [
         Row(name=f"direction {k + 1}", estimator=a, oracle=b, error=_relative(abs(a - b), abs(b)))
         for k, (a, b) in enumerate(zip(present.tolist(), truth.tolist(), strict=True))
@@ -312,12 +312,12 @@ def _relative(difference: float, size: float) -> float:
 def _along(axes: Sequence[Tensors], result: Hypergradient) -> Tensor:
     """Return <gradient, d> for each direction d."""
     gradient = tuple(result.gradient.values())
-    return torch.tensor([float(dot(gradient, axis)) for axis in axes], dtype=torch.float64)
+    return torch.tensor([float(dot(gradient, axis)) for axis in axes], dtype=torch.float64, device="cpu")
 
 
 def _direction(like: Tensors, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Return a random vector of norm one in the shapes of the variables, the same on every device."""
-    flat = torch.randn(sum(x.numel() for x in like), generator=generator, dtype=torch.float64)
+    flat = torch.randn(sum(x.numel() for x in like), generator=generator, dtype=torch.float64, device="cpu")
     return tuple(part.to(x) for part, x in zip(unflatten(flat / flat.norm(), like), like, strict=True))
 
 

@@ -242,7 +242,9 @@ def _used(point: Point, level: Level) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _random(level: Level, generator: torch.Generator) -> Tensors:
-    return tuple(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in level.parameters)
+    """Return a random vector in the shapes of the variables, the same on every device."""
+    drawn = (torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu") for p in level.parameters)
+    return tuple(vector.to(p) for vector, p in zip(drawn, level.parameters, strict=True))
 
 
 def _distance(vector: Tensor, reference: Tensor) -> float:

@@ -11,7 +11,7 @@ from ..linear import LinearSolver
 from .finding import Finding
 from .spectrum import Spectrum
 
-__all__ = ["SOLVERS", "iterations_for", "rate_solver", "terms_for"]
+__all__ = ["SOLVERS", "iterations_for", "neumann_iterations_for", "rate_solver"]
 
 #: The relative error of a linear solve for which counts are stated.
 _ACCURACY = 0.01
@@ -22,8 +22,8 @@ def iterations_for(condition: float, accuracy: float = _ACCURACY) -> int:
     return math.ceil(math.sqrt(condition) / 2 * math.log(2 / accuracy))
 
 
-def terms_for(condition: float, accuracy: float = _ACCURACY) -> int:
-    """Return the sufficient number K of Neumann terms at step size 1 / lambda_max: (1 - 1 / kappa)^(K + 1) <= accuracy."""
+def neumann_iterations_for(condition: float, accuracy: float = _ACCURACY) -> int:
+    """Return a number K of Neumann iterations that suffices at step size 1 / lambda_max: (1 - 1 / kappa)^(K + 1) <= accuracy."""
     return 1 if condition <= 1.0 else max(1, math.ceil(math.log(accuracy) / math.log1p(-1 / condition)) - 1)
 
 
@@ -43,7 +43,7 @@ def _indefinite(spectrum: Spectrum) -> Finding:
 
 
 def _identity(solver: Any, spectrum: Spectrum) -> Finding:
-    spread = f"curvature from {spectrum.low:.2g} to {spectrum.high:.2g} is assumed to be 1"
+    spread = f"curvature from {spectrum.low:.2g} to {spectrum.high:.2g} is assumed to be {1 / solver.scale:.3g}"
     if spectrum.condition <= 3.0:
         return Finding("ok", f"safe: {spread}, so the direction is nearly right")
     return Finding("warning", f"cannot fail, but biased: {spread}", "a solver, if the direction matters")
@@ -63,10 +63,10 @@ def _neumann(solver: Any, spectrum: Spectrum) -> Finding:
     if spectrum.singular:
         return Finding("warning", "never converges along directions without curvature", "damping")
     rate = 1 / (alpha * spectrum.low)
-    needed = terms_for(max(rate, 1.0))
-    cost = f"1% needs about {needed} terms at a step size below {bound:.2g}"
-    if solver.terms < needed:
-        return Finding("warning", f"converges, but {cost}", f"terms={needed}, conjugate gradients, or warm starts")
+    needed = neumann_iterations_for(max(rate, 1.0))
+    cost = f"1% needs about {needed} iterations at a step size below {bound:.2g}"
+    if solver.iterations < needed:
+        return Finding("warning", f"converges, but {cost}", f"iterations={needed}, conjugate gradients, or warm starts")
     return Finding("ok", f"safe: {cost}")
 
 

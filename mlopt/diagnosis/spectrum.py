@@ -85,8 +85,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) ->
         adjacent.append(remainder)
         basis.append(product / remainder)
     k = len(diagonal)
-    off = torch.tensor(adjacent[: k - 1], dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    off = torch.tensor(adjacent[: k - 1], dtype=torch.float64, device="cpu")
+    matrix = torch.diag(off.new_tensor(diagonal)) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     used = values.abs() > 1e-12 * values.abs().max()
     newton = float((vectors[0, used] / values[used]).norm()) * size

@@ -140,7 +140,15 @@ class Stationarity(Linearization):
                 f"level {part!r} is solved inside {self.name!r}, through which cotangents are pulled back; {estimator} "
                 "cannot be nested: use Identity, FiniteDifference, Neumann, ConjugateGradient, MINRES, Nystrom or Dense"
             )
-        return Stationarity(self.point, part, estimator)
+        rule = estimator.linearize(self.point, part)
+        conditions = rule if isinstance(rule, Stationarity) else getattr(rule, "conditions", None)
+        if not isinstance(conditions, Stationarity):
+            raise EstimatorError(
+                f"level {part!r} is solved inside {self.name!r}, and {type(estimator).__name__}.linearize returns a "
+                f"{type(rule).__name__}, whose pullback cannot be nested; let it return a Stationarity, such as that of "
+                "super().linearize(point, level)"
+            )
+        return conditions
 
     def _find_multipliers(self, objective: Objective) -> None:
         """Set M_c = -(solve of level c) of the cotangent on its states; a level comes after the levels that use it."""
@@ -262,7 +270,7 @@ class _MultiplierTerm(Term):
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
 
     def value(self) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
         for term in self._child.objective.terms:
             blocks = [block for block in self._child.blocks if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)

@@ -23,9 +23,12 @@ __all__ = ["MINRES", "ConjugateGradient", "Dense", "FiniteDifference", "Identity
 @final
 @attrs.frozen(kw_only=True)
 class Identity(Implicit):
-    """Assume that the inverse Hessian is the identity: u_bar = -(d2f / du dx) v.
+    """Assume that the inverse Hessian is c I: u_bar = -c (d2f / du dx) v.
+
+    T1-T2 and DARTS set c to the learning rate of the level: then u_bar is the derivative through its latest SGD step.
 
     Args:
+        scale: c.
         products: "autograd", "forward" or "finite_difference".
         streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the gradients that
             its training step computes, with the cotangent of the previous outer step. It costs no network pass.
@@ -39,16 +42,20 @@ class Identity(Implicit):
         0
     """
 
+    scale: float = 1.0
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
     streamed: bool = attrs.field(default=False, validator=boolean)
 
-    @property
+    def __attrs_post_init__(self) -> None:
+        _ = self.solver  # it checks its arguments
+
+    @cached_property
     def solver(self) -> linear.Identity:
-        return linear.Identity()
+        return linear.Identity(scale=self.scale)
 
     def linearize(self, point: Point, level: str) -> Linearization:
         conditions = Stationarity(point, level, self)
-        return Streamed(conditions) if self.streamed and point.carryover is not None else conditions
+        return Streamed(conditions, self.scale) if self.streamed and point.carryover is not None else conditions
 
     def __str__(self) -> str:
         return Implicit.__str__(self) + ", streamed" * self.streamed
@@ -57,10 +64,14 @@ class Identity(Implicit):
 @final
 @attrs.frozen(kw_only=True)
 class FiniteDifference(Implicit):
-    """Assume that the inverse Hessian is the identity, with the mixed product by central differences: two gradients of u.
+    """Assume that the inverse Hessian is c I, with the mixed product by central differences: two gradients of u.
 
-    u_bar = -(f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. It takes first derivatives
-    only, so it works with fused attention and activation checkpointing.
+    u_bar = -c (f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. It takes first
+    derivatives only, so it works with fused attention and activation checkpointing. For another solver with such products, pass
+    `products="finite_difference"` to that solver's estimator.
+
+    Args:
+        scale: c; DARTS sets it to the learning rate of the level.
 
     Source: Liu et al. 2019 (arXiv 1806.09055), equation 8.
 
@@ -72,10 +83,14 @@ class FiniteDifference(Implicit):
     """
 
     products = "finite_difference"
+    scale: float = 1.0
 
-    @property
+    def __attrs_post_init__(self) -> None:
+        _ = self.solver  # it checks its arguments
+
+    @cached_property
     def solver(self) -> linear.Identity:
-        return linear.Identity()
+        return linear.Identity(scale=self.scale)
 
 
 def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
@@ -143,7 +158,7 @@ class Neumann(_HessianProducts):
     """Approximate the inverse Hessian by a truncated Neumann series: q = alpha sum_{j=0}^{K} (I - alpha H)^j v.
 
     Args:
-        terms: K, the number of products with H.
+        iterations: K, the number of products with H.
         step_size: alpha, below 2 / lambda_max(H); if None, ten power iterations find a safe one, at ten products.
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
@@ -152,17 +167,17 @@ class Neumann(_HessianProducts):
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
 
-    Source: Lorraine et al. 2020 (arXiv 1911.02590). One term with a warm start is the q update of SOBA (Dagreou et al.
+    Source: Lorraine et al. 2020 (arXiv 1911.02590). One iteration with a warm start is the q update of SOBA (Dagreou et al.
     2022, arXiv 2201.13409).
 
     Example:
         >>> from mlopt.testing import quadratic
-        >>> problem = quadratic("two", mlopt.Neumann(terms=20)).problem
+        >>> problem = quadratic("two", mlopt.Neumann(iterations=20)).problem
         >>> mlopt.hypergradient(problem).reports["y"].residual < 0.01
         True
     """
 
-    terms: int = 10
+    iterations: int = 10
     step_size: float | None = None
     rtol: float = 0.0
     damping: float = 0.0
@@ -170,7 +185,9 @@ class Neumann(_HessianProducts):
 
     @cached_property
     def solver(self) -> linear.Neumann:
-        return linear.Neumann(terms=self.terms, step_size=self.step_size, rtol=self.rtol, damping=self.damping)
+        return linear.Neumann(
+            iterations=self.iterations, step_size=self.step_size, rtol=self.rtol, damping=self.damping
+        )
 
 
 @final

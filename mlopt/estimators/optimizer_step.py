@@ -14,6 +14,7 @@ from ..errors import EstimatorError
 from ..imports import import_optional
 from ..problem import Point
 from ..tensors import Tensors, zeros_like
+from .clipping import clipped
 
 __all__ = ["OptimizerStep", "Step", "check_transformation"]
 
@@ -53,7 +54,7 @@ class _Part:
 
 
 class OptimizerStep:
-    """Phi: the optimiser's step as a function of the variables, the gradient, and the state's leaves.
+    """Phi: the optimiser's step as a function of the variables, the gradient, and the state's leaves; it clips the gradient.
 
     Args:
         transformation: a TorchOpt transformation, which starts without state; None for the level's own optimiser.
@@ -64,6 +65,7 @@ class OptimizerStep:
     """
 
     def __init__(self, transformation: Any, point: Point, name: str, used: list[int], *, fresh: bool) -> None:
+        self._clip = point.problem[name].clip
         self._parts: Sequence[_Part] = _parts(transformation, point, name, used, fresh)
         leaves, self._structure = _torchopt().pytree.tree_flatten([part.state for part in self._parts])
         self.initial: Tensors = tuple(leaves)
@@ -73,10 +75,11 @@ class OptimizerStep:
         torchopt = _torchopt()
         moved = list(step.variables)
         states = torchopt.pytree.tree_unflatten(self._structure, step.memory)
+        gradient = clipped(step.gradient, self._clip)
         for k, part in enumerate(self._parts):
             transformation = part.later if step.number else part.first
             own = [step.variables[i] for i in part.indices]
-            along = [step.gradient[i] for i in part.indices]
+            along = [gradient[i] for i in part.indices]
             along, states[k] = transformation.update(along, states[k], params=own, inplace=False)
             for i, variable in zip(part.indices, torchopt.apply_updates(own, along, inplace=False), strict=True):
                 moved[i] = variable

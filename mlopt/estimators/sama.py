@@ -13,8 +13,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .. import linear
 from ..errors import EstimatorError
 from ..problem import Level, Objective, Point
-from ..tensors import Tensors
+from ..tensors import Tensors, norm
 from ..validation import one_of
+from .clipping import ClippedInverse, clipped
 from .implicit import Implicit
 from .products import PRODUCTS
 
@@ -28,7 +29,8 @@ class SAMA(Implicit):
 
     D is the diagonal of d step / d gradient at the optimiser's latest step, with Adam's correction of its moments' bias. For
     SGD it is the learning rate. Outside `solve` D is that of a new optimiser's first step, which is tiny for Adam: that step is
-    lr sign(g), for a g of any size.
+    lr sign(g), for a g of any size. If the level has a `clip`, D is multiplied by the derivative of clipping. A variable that
+    Adam has not stepped in the run, because its loss scale overflowed, has a derivative of zero.
 
     Args:
         products: "autograd", "forward" or "finite_difference".
@@ -51,14 +53,21 @@ class SAMA(Implicit):
     def solver(self) -> None:
         return None
 
-    def solver_at(self, point: Point, level: str) -> linear.Diagonal:
+    def solver_at(self, point: Point, level: str) -> linear.AssumedInverse:
         own, live = point.problem[level], point.optimizer(level)
+        size: Tensor | None
         if live is None:
             gradient = Objective.of(own, point).derivatives([level])[level]
+            size = norm(gradient)
+            gradient = clipped(gradient, own.clip)
         else:
-            # The latest step leaves its gradient behind; a variable that it did not move has none.
+            # The latest step leaves its clipped gradient behind; a variable that it did not move has none.
             gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in own.parameters)
-        return linear.Diagonal(inverse=step_derivative(own, live, gradient))
+            size = point.gradient_norm(level)
+        diagonal = linear.Diagonal(inverse=step_derivative(own, live, gradient))
+        if own.clip is None or size is None:
+            return diagonal
+        return ClippedInverse(inverse=diagonal, gradient=gradient, size=size, limit=own.clip)
 
     def __str__(self) -> str:
         return f"{linear.Identity()} with {self.products} products, adapted"
@@ -83,7 +92,9 @@ def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Ten
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state = optimizer.state if live is not None else {}
     return tuple(
-        _diagonal(level, optimizer, groups[id(variable)], state.get(variable, {}), variable, g).to(variable)
+        _diagonal(
+            level, optimizer, groups[id(variable)], state.get(variable, {}), variable, g, live=live is not None
+        ).to(variable)
         for variable, g in zip(level.parameters, gradient, strict=True)
     )
 
@@ -99,7 +110,14 @@ def _fresh(level: Level) -> Optimizer:
 
 @torch.no_grad()
 def _diagonal(
-    level: Level, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], variable: Tensor, g: Tensor
+    level: Level,
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    variable: Tensor,
+    g: Tensor,
+    *,
+    live: bool,
 ) -> Tensor:
     kind = type(optimizer)
     if kind not in (SGD, Adam, AdamW) or any(group.get(key) for key in ("amsgrad", "dampening", "maximize")):
@@ -113,6 +131,8 @@ def _diagonal(
         # The decay at the start of the step, to first order in the learning rate.
         g = g + group["weight_decay"] * variable
     first, second = group["betas"]
+    if live and not state:
+        return torch.zeros_like(g)
     step = float(state["step"]) if state else 1.0
     mean = state["exp_avg"] if state else (1 - first) * g
     square = state["exp_avg_sq"] if state else (1 - second) * g.square()

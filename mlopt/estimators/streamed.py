@@ -17,15 +17,17 @@ class Streamed(Linearization):
     """The pullback of the identity for a level whose loss is a `Mixture`, without a network pass of its own.
 
     For f = sum_k w_k(a) L_k(x), the mixed product with a is d/da <w(a), s> with s_k = <grad L_k, p>. The level's training step
-    forms s with the cotangent p of the previous outer step, which this rule holds for it. The first pullback of a run, and every
-    pullback through a level whose loss is not a mixture, is the ordinary one.
+    forms s with p = c v, the scaled cotangent of the previous outer step, which this rule holds for it. The first pullback of a
+    run, and every pullback through a level whose loss is not a mixture, is the ordinary one.
 
     Args:
-        conditions: the level's stationarity conditions, at a point of a run.
+        conditions: the level's stationarity conditions, at a point of a run. A level around this one uses them alone.
+        factor: c, the assumed inverse Hessian.
     """
 
-    def __init__(self, conditions: Stationarity) -> None:
-        self._conditions, self._point, self._name = conditions, conditions.point, conditions.name
+    def __init__(self, conditions: Stationarity, factor: float) -> None:
+        self._factor = factor
+        self.conditions, self._point, self._name = conditions, conditions.point, conditions.name
         self.blocks, self.arguments = conditions.blocks, conditions.arguments
         self.report = conditions.report
 
@@ -37,10 +39,10 @@ class Streamed(Linearization):
             if held is not None and held.signals is not None:
                 self.report.age = 1
                 return self._pull_held(held.cotangent, weights, held.signals, wanted)
-        return self._conditions.pullback(cotangent, wanted)
+        return self.conditions.pullback(cotangent, wanted)
 
     def reports(self) -> dict[str, Report]:
-        return self._conditions.reports()
+        return self.conditions.reports()
 
     def _exchange(self, present: Tensors | None) -> StreamedCotangent | None:
         """Hold the present cotangent for the next training step, and return the one that was held for the latest."""
@@ -48,18 +50,18 @@ class Streamed(Linearization):
         cotangents = self._point.carryover.cotangents
         held = cotangents.get(self._name)
         cotangents[self._name] = StreamedCotangent(
-            zeros_like(self._point.values[self._name]) if present is None else present
+            zeros_like(self._point.values[self._name]) if present is None else scale(self._factor, present)
         )
         return held
 
     def _pull_held(
         self, cotangent: Tensors, weights: str, signals: Tensor, wanted: Sequence[str]
     ) -> dict[Block, Tensors]:
-        mixture = self._conditions.objective.terms[0]
+        mixture = self.conditions.objective.terms[0]
         assert isinstance(mixture, LevelTerm)
         pulled: dict[Block, Tensors] = {weights: mixture.streamed(weights, signals)}
         # The training step forms neither the other arguments of the mixture nor the regularizer.
-        for product in self._conditions.second_derivatives.products:
+        for product in self.conditions.second_derivatives.products:
             rest = [a for a in wanted if a in product.term.blocks and (product.term is not mixture or a != weights)]
             if rest:
                 add_into(pulled, product({self._name: cotangent}, rest))

@@ -21,7 +21,7 @@ __all__ = ["ValueFunction"]
 _MARGIN = 1.2
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class ValueFunction(Estimator):
     """Pull a cotangent back by adding it to the level's objective and measuring the change of the level's value.
 
@@ -48,16 +48,16 @@ class ValueFunction(Estimator):
 
     Example:
         >>> from mlopt.testing import quadratic
-        >>> case = quadratic("two", mlopt.ValueFunction(50))
+        >>> case = quadratic("two", mlopt.ValueFunction(steps=50))
         >>> case.error(mlopt.hypergradient(case.problem).gradient) < 1e-3
         True
     """
 
     steps: int = attrs.field(default=10, validator=at_least(1))
-    step_size: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
-    perturbation: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
-    rtol: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
-    warm_start: bool = attrs.field(default=False, validator=boolean, kw_only=True)
+    step_size: float | None = attrs.field(default=None, validator=positive_or_none)
+    perturbation: float | None = attrs.field(default=None, validator=positive_or_none)
+    rtol: float | None = attrs.field(default=None, validator=positive_or_none)
+    warm_start: bool = attrs.field(default=False, validator=boolean)
 
     def linearize(self, point: Point, level: str) -> Linearization:
         self._refuse_levels_inside(point, level)

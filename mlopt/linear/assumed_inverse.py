@@ -6,7 +6,8 @@ import attrs
 import torch
 
 from ..finiteness import require_finite
-from ..tensors import Tensors
+from ..tensors import Tensors, scale
+from ..validation import positive
 from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec
 
 __all__ = ["AssumedInverse", "Diagonal", "Identity"]
@@ -34,17 +35,25 @@ class AssumedInverse(LinearSolver):
 
 @attrs.frozen(kw_only=True)
 class Identity(AssumedInverse):
-    """Assume A^-1 = I: x = b.
+    """Assume A^-1 = c I: x = c b.
 
     This is the T1-T2 or DARTS approximation (Luketina et al. 2016, arXiv 1511.06727; Liu et al. 2019, arXiv 1806.09055).
 
+    Args:
+        scale: c.
+
     Example:
-        >>> mlopt.linear.Identity().solve(lambda v: (3.0 * v[0],), (torch.ones(2),)).value
-        (tensor([1., 1.]),)
+        >>> mlopt.linear.Identity(scale=0.5).solve(lambda v: (3.0 * v[0],), (torch.ones(2),)).value
+        (tensor([0.5000, 0.5000]),)
     """
 
+    scale: float = attrs.field(default=1.0, validator=positive)
+
+    def __str__(self) -> str:
+        return "Identity()" if self.scale == 1.0 else f"Identity(scale={self.scale!r})"
+
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        return LinearSolution(value=rhs)
+        return LinearSolution(value=rhs if self.scale == 1.0 else scale(self.scale, rhs))
 
 
 @attrs.frozen(kw_only=True, eq=False)

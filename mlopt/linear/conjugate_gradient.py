@@ -10,7 +10,7 @@ import torch
 from ..errors import EstimatorError, NonFiniteError
 from ..tensors import Tensors
 from ..validation import at_least, must_be, one_of
-from .krylov import Stopping, begin, dots
+from .krylov import Stopping, begin, dots, first_step, restarted
 from .preconditioner import Preconditioner
 from .solver import LinearSolution, LinearSolver, MatVec
 
@@ -22,8 +22,9 @@ class ConjugateGradient(LinearSolver):
     """Conjugate gradients (Hestenes & Stiefel 1952) for a positive definite A, one product an iteration.
 
     The residual is that of the recurrence; rounding, or differences in place of products, can leave the true one larger.
-    A direction of negative or no curvature shows that A is not positive definite. The method keeps four vectors, and one more
-    with a preconditioner, besides those of the preconditioner.
+    A direction of negative or no curvature shows that A is not positive definite. If it is the first direction d, a warm start
+    is dropped, and the solution from zero is d ||b|| / ||A d||, or d if A d = 0. The method keeps four vectors, and one more with
+    a preconditioner, besides those of the preconditioner. A preconditioner that turns out not to be positive definite is dropped.
 
     Args:
         iterations: the most iterations.
@@ -64,11 +65,12 @@ class ConjugateGradient(LinearSolver):
         conditioned = precondition(residual)
         (slope,) = dots((residual, conditioned))
         direction = tuple(x.clone() for x in conditioned)
-        low, high, remark, k = math.inf, -math.inf, "", 0
+        low, high, dropped, remark, k = math.inf, -math.inf, "", "", 0
         while k < self.iterations and not stopping.met(math.sqrt(square)):
             if slope <= 0:
-                remark = remark or f"the preconditioner is not positive definite (met at iteration {k + 1})"
-                break
+                dropped = f"the preconditioner is not positive definite (dropped at iteration {k + 1})"
+                precondition, slope = _unchanged, square
+                torch._foreach_copy_(direction, residual)
             product = matvec(direction)
             spent += 1
             curvature, length = dots((direction, product), (direction, direction))
@@ -79,6 +81,11 @@ class ConjugateGradient(LinearSolver):
             if curvature <= 0:
                 remark = remark or self._negative(quotient, k + 1)
                 if self.negative_curvature == "stop" or curvature == 0:
+                    if k == 0:
+                        alpha = first_step(product, size)
+                        torch._foreach_add_(solution, direction, alpha=alpha)
+                        torch._foreach_add_(residual, product, alpha=-alpha)
+                        (square,) = dots((residual, residual))
                     break
             k += 1
             torch._foreach_add_(solution, direction, alpha=slope / curvature)
@@ -87,15 +94,18 @@ class ConjugateGradient(LinearSolver):
             slope, square = dots((residual, conditioned), (residual, residual))
             torch._foreach_mul_(direction, slope / previous)
             torch._foreach_add_(direction, conditioned)
-        return LinearSolution(
+        reached = LinearSolution(
             value=solution,
             residual=math.sqrt(square) / size,
             iterations=k,
             products=spent,
             converged=stopping.converged(math.sqrt(square)),
             curvature=(low, high) if high >= low else None,
-            remark=remark or stopping.remark(math.sqrt(square)),
+            remark="; ".join(filter(None, (dropped, remark))) or stopping.remark(math.sqrt(square)),
         )
+        if k == 0 and remark and initial is not None:
+            return restarted(self._solve(matvec, rhs, size, None), reached)
+        return reached
 
     def _negative(self, quotient: float, iteration: int) -> str:
         remark = f"negative curvature {quotient:.3g} at iteration {iteration}; raise the damping"

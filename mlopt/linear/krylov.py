@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..tensors import Tensors, dot, subtract, zeros_like
-from .solver import MatVec
+from .solver import LinearSolution, MatVec
 
-__all__ = ["Stopping", "begin", "dots"]
+__all__ = ["Stopping", "begin", "dots", "first_step", "inner", "numbers", "restarted"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -23,19 +23,49 @@ def begin(matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> tuple[Tensor
     return tuple(x.clone() for x in initial), subtract(rhs, matvec(initial)), 1
 
 
-def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
-    """Return inner products as numbers, in one transfer from a GPU, since each transfer stalls it.
+def first_step(product: Tensors, size: float) -> float:
+    """Return alpha = ||b|| / ||A d||: the step along d of a method that cannot complete its first iteration; 1 if A d = 0.
 
-    The half precisions are summed in single precision, in which squares neither overflow nor vanish.
+    A method that stays at zero pulls every cotangent back to zero. This is the step of steepest descent that truncated Newton
+    methods take along a direction of negative curvature (Nocedal & Wright 2006, algorithm 7.1), in the units of A^-1 b: its
+    image A d is as long as b, as that of a solution is. (|<d, A d>| / <d, d> as the divisor can vanish although A d does not.)
     """
-    products = [_dot(a, b) for a, b in pairs]
-    if products[0].device.type == "cpu":
-        return [product.item() for product in products]
-    values: list[float] = torch.stack(products).tolist()
+    (square,) = dots((product, product))
+    return size / math.sqrt(square) if square > 0 else 1.0
+
+
+def restarted(cold: LinearSolution, warm: LinearSolution) -> LinearSolution:
+    """Return the solution from zero, with the products of a warm start that could not complete its first iteration.
+
+    A run that kept such a start would keep it for ever, whatever the right-hand side becomes.
+    """
+    ranges = [solution.curvature for solution in (cold, warm) if solution.curvature is not None]
+    return attrs.evolve(
+        cold,
+        products=cold.products + warm.products,
+        curvature=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+        remark=cold.remark or warm.remark,
+    )
+
+
+def dots(*pairs: tuple[Tensors, Tensors]) -> list[float]:
+    """Return inner products as numbers, in one transfer from a GPU, since each transfer stalls it."""
+    return numbers(*(inner(a, b) for a, b in pairs))
+
+
+def numbers(*scalars: Tensor) -> list[float]:
+    """Return scalar tensors as numbers, in one transfer from a GPU."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    values: list[float] = torch.stack(scalars).tolist()
     return values
 
 
-def _dot(a: Tensors, b: Tensors) -> Tensor:
+def inner(a: Tensors, b: Tensors) -> Tensor:
+    """Return an inner product, a scalar tensor.
+
+    The half precisions are summed in single precision, in which squares neither overflow nor vanish.
+    """
     # Most vectors are one long tensor, and small problems take many inner products.
     if len(a) == 1 and a[0].dim() == 1 and a[0].dtype not in _HALF:
         return torch.dot(a[0], b[0])

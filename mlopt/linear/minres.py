@@ -10,7 +10,7 @@ import torch
 from ..errors import NonFiniteError
 from ..tensors import Tensors, zeros_like
 from ..validation import at_least
-from .krylov import Stopping, begin, dots
+from .krylov import Stopping, begin, dots, restarted
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["MINRES"]
@@ -26,7 +26,8 @@ class MINRES(LinearSolver):
     The residual is that of the recurrence; rounding, or differences in place of products, can leave the true one larger.
     The curvature is measured along Lanczos' vectors and along the residuals. Negative curvature is not an obstacle and adds
     no remark; the residuals show it as soon as the span contains any (Liu & Roosta 2022, arXiv 2206.05732). If A is singular
-    and b outside its range, the method stops at the least residual and adds a remark.
+    and b outside its range, the method stops at the least residual and adds a remark. If A b = 0, it returns b, since zero
+    would pull every cotangent back to zero.
 
     Args:
         iterations: the most iterations.
@@ -88,8 +89,9 @@ class MINRES(LinearSolver):
             residual *= -sine
             torch._foreach_div_(before, beta or 1.0)
             vector, before = before, vector
-        return LinearSolution(
-            value=solution,
+        stuck = k == 0 and remark != ""
+        reached = LinearSolution(
+            value=tuple(x.clone() for x in rhs) if stuck else solution,
             residual=abs(residual) / size,
             iterations=k,
             products=spent,
@@ -97,3 +99,4 @@ class MINRES(LinearSolver):
             curvature=(low, high) if high >= low else None,
             remark=remark or stopping.remark(abs(residual)),
         )
+        return restarted(self._solve(matvec, rhs, size, None), reached) if stuck and initial is not None else reached

@@ -10,7 +10,7 @@ import torch
 from ..errors import NonFiniteError
 from ..tensors import Tensors, axpy, norm, scale, subtract
 from ..validation import at_least, positive_or_none
-from .krylov import dots
+from .krylov import inner, numbers
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = ["Neumann", "largest_eigenvalue"]
@@ -31,18 +31,18 @@ class Neumann(LinearSolver):
     needs no further product; if the series converges, the true residual is smaller.
 
     Args:
-        terms: K, the number of products.
+        iterations: K, the number of products.
         step_size: alpha; if None, 1 / (1.2 lambda_max) with lambda_max from ten power iterations, ten products.
         rtol: stop when ||b - A x|| <= rtol ||b||.
         damping: added to the diagonal of A.
 
     Example:
-        >>> solver = mlopt.linear.Neumann(terms=20, step_size=0.5)
+        >>> solver = mlopt.linear.Neumann(iterations=20, step_size=0.5)
         >>> solver.solve(lambda v: (torch.tensor([1.0, 2.0]) * v[0],), (torch.ones(2),)).value
         (tensor([1.0000, 0.5000]),)
     """
 
-    terms: int = attrs.field(default=10, validator=at_least(1))
+    iterations: int = attrs.field(default=10, validator=at_least(1))
     step_size: float | None = attrs.field(default=None, validator=positive_or_none)
     rtol: float = attrs.field(default=0.0, validator=at_least(0.0))
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
@@ -66,17 +66,18 @@ class Neumann(LinearSolver):
         # Step and solution are overwritten in place; arguments and products never are.
         step = scale(alpha, residual)
         # With a given start, the update above is the first iteration.
-        budget = self.terms if initial is None else self.terms - 1
-        low, high, relative = math.inf, -math.inf, float(norm(residual)) / size
+        budget = self.iterations if initial is None else self.iterations - 1
+        low, high, relative = math.inf, -math.inf, 1.0 if initial is None else float(norm(residual)) / size
         k, remark = 0, ""
         while k < budget:
             k += 1
             product = matvec(step)
-            curvature, length = dots((step, product), (step, step))
-            if length > 0:
-                low, high = min(low, curvature / length), max(high, curvature / length)
+            along, length = inner(step, product), inner(step, step)
             torch._foreach_add_(step, product, alpha=-alpha)
-            relative = float(norm(step)) / alpha / size
+            curvature, square, remaining = numbers(along, length, norm(step).to(along.dtype))
+            if square > 0:
+                low, high = min(low, curvature / square), max(high, curvature / square)
+            relative = remaining / alpha / size
             remark = "" if low > 0 else f"negative curvature {low:.3g}"
             if not relative < 1.0:
                 remark = f"the series does not converge (curvature up to {high:.3g} at step size {alpha:.3g})"
@@ -86,7 +87,7 @@ class Neumann(LinearSolver):
         return LinearSolution(
             value=solution,
             residual=relative,
-            iterations=self.terms - budget + k,
+            iterations=self.iterations - budget + k,
             products=spent + k,
             converged=relative <= self.rtol,
             curvature=(low, high) if high >= low else None,

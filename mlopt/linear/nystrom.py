@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+
 import attrs
 import torch
 from torch import Tensor
@@ -31,7 +34,7 @@ class Nystrom(LinearSolver):
     zero, and the remark says so. The reported curvature consists of the extreme Ritz values of the probes.
 
     Args:
-        rank: the number of probes, one product each; at most n are used. At its peak the solver keeps four vectors for each.
+        rank: the number of probes, one product each; at most n are used. The solver keeps two vectors for each, and a few more.
         damping: added to the diagonal of A, not of the approximation alone; above zero.
         rtol: the solution counts as converged if ||b - (A + damping I) x|| <= rtol ||b||.
         seed: of the probes.
@@ -56,7 +59,7 @@ class Nystrom(LinearSolver):
         solution = low_rank.combine(rhs, 1 / (low_rank.eigenvalues + self.damping), 1 / self.damping)
         residual = float(norm(subtract(rhs, matvec(solution)))) / size
         remarks = [
-            f"negative curvature {low_rank.curvature[0]:.3g} taken to be zero; raise the damping"
+            f"negative curvature {low_rank.curvature[0] - self.damping:.3g} taken to be zero; raise the damping"
         ] * low_rank.clipped
         if not residual <= 1:
             remarks.append(
@@ -135,10 +138,10 @@ def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed:
     """Return the approximation of A from products with A + damping I."""
     device, n = like[0].device, sum(x.numel() for x in like)
     # There are no factorisations in the half precisions.
-    working = torch.promote_types(flatten(like).dtype, torch.float32)
+    working = reduce(torch.promote_types, (x.dtype for x in like), torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
-    drawn = torch.randn(n, min(rank, n), generator=generator, dtype=working, device=device)
-    rows = torch.linalg.qr(drawn).Q.T.contiguous()
+    rows = torch.randn(min(rank, n), n, generator=generator, dtype=working, device=device)
+    _orthonormalize(rows)
     image = torch.empty_like(rows)
     for row, out in zip(rows, image, strict=True):
         probe = tuple(x.to(y.dtype) for x, y in zip(unflatten(row, like), like, strict=True))
@@ -147,27 +150,75 @@ def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed:
         row.copy_(flatten(probe))
     # The damping belongs beside the approximation, not in it: outside the span of the probes it acts in full.
     image.sub_(rows, alpha=damping)
-    if not torch.isfinite(image).all():
+    if not all(map(math.isfinite, torch.stack(image.aminmax()).tolist())):
         raise NonFiniteError("Nystrom: a product with the Hessian is not finite")
-    return _decompose(rows, image, damping)
-
-
-def _decompose(rows: Tensor, image: Tensor, damping: float) -> _LowRank:
-    """Return the approximation from probes Omega^T (k, n) and their images (A Omega)^T (k, n)."""
     core = image @ rows.T
     ritz, vectors = torch.linalg.eigh((core + core.T) / 2)
     # A shift by rounding keeps the division by small Ritz values stable; it is subtracted again at the end.
-    shift = float(torch.finfo(core.dtype).eps * torch.linalg.matrix_norm(image))
+    shift = float(torch.finfo(working).eps * torch.linalg.matrix_norm(image))
+    image.add_(rows, alpha=shift)
+    del rows
     kept = ritz > 0
-    factor = (vectors[:, kept] / (ritz[kept] + shift).sqrt()).T @ image.add_(rows, alpha=shift)
-    _, singular, basis = torch.linalg.svd(factor, full_matrices=False)
-    eigenvalues = singular.square() - shift
-    above = eigenvalues > shift
+    eigenvalues, basis = _decompose((vectors[:, kept] / (ritz[kept] + shift).sqrt()).T, image, shift)
     low, high = float(ritz[0]), float(ritz[-1])
     return _LowRank(
-        basis=basis[above],
-        eigenvalues=eigenvalues[above],
-        products=len(rows),
+        basis=basis,
+        eigenvalues=eigenvalues,
+        products=len(vectors),
         curvature=(low + damping, high + damping),
         clipped=low < -_NOISE * shift,
     )
+
+
+def _orthonormalize(rows: Tensor) -> None:
+    """Make the rows orthonormal in place, by Gram-Schmidt; a second pass removes the rounding of the first."""
+    for k, row in enumerate(rows):
+        for _ in range(2):
+            row.addmv_(rows[:k].T, rows[:k] @ row, alpha=-1)
+        row.div_(torch.linalg.vector_norm(row))
+
+
+def _decompose(weights: Tensor, image: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues and eigenvectors of F^T F - shift I, with F = weights @ image; overwrite the image.
+
+    The eigenvectors are the right singular vectors of F. Two Gram matrices in double precision replace its decomposition, which
+    would copy it several times: the first finds the vectors up to rounding over their eigenvalue, the second makes them
+    orthonormal.
+    """
+    factor = _multiply(weights.to(_precise(image)), image)
+    squares, left = torch.linalg.eigh(_gram(factor))
+    above = squares > 2 * shift
+    squares, left = squares[above], left[:, above]
+    sizes = squares.sqrt()
+    basis = _multiply((left / sizes).T, factor)
+    # F = left diag(sizes) basis, with rows of the basis that are orthonormal but for rounding.
+    gram, vectors = torch.linalg.eigh(_gram(basis))
+    whiten, root = vectors / gram.sqrt(), vectors * gram.sqrt()
+    _, sizes, right = torch.linalg.svd(sizes[:, None] * root)
+    return (sizes.square() - shift).to(image.dtype), _multiply(right @ whiten.T, basis)
+
+
+#: Columns that are multiplied at a time.
+_COLUMNS = 2**15
+
+
+def _precise(matrix: Tensor) -> torch.dtype:
+    """Return the dtype of the small matrices; Apple's devices have no double precision."""
+    return matrix.dtype if matrix.device.type == "mps" else torch.float64
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return M M^T in double precision."""
+    total = torch.zeros(len(matrix), len(matrix), dtype=_precise(matrix), device=matrix.device)
+    for part in torch.split(matrix, _COLUMNS, dim=1):
+        wide = part.to(total.dtype)
+        total.addmm_(wide, wide.T)
+    return total
+
+
+def _multiply(weights: Tensor, matrix: Tensor) -> Tensor:
+    """Return W M in the memory of M."""
+    product = matrix[: len(weights)]
+    for out, part in zip(torch.split(product, _COLUMNS, dim=1), torch.split(matrix, _COLUMNS, dim=1), strict=True):
+        out.copy_(weights @ part.to(weights.dtype))
+    return product

@@ -1,5 +1,6 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
+from .batch import to_device
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .graph import Graph, Node
 from .level import Level, Variables, variables
@@ -9,7 +10,7 @@ from .point import Carryover, Point, StreamedCotangent, restored
 from .problem import Problem
 from .response import Response
 from .solver import call_solver
-from .stream import Stream, to_device
+from .stream import Stream
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
 from .workspace import Workspace
 

@@ -19,7 +19,7 @@ from ..validation import is_positive, is_whole
 from .estimator import Estimator
 from .response import Response
 
-__all__ = ["Level", "Variables", "references", "variables"]
+__all__ = ["Level", "Variables", "references", "settings", "variables"]
 
 OptimizerFactory = Callable[[Iterator[Parameter]], Optimizer]
 
@@ -87,6 +87,14 @@ def references(function: Callable[..., Any], label: str, *, positional: int) -> 
                 "graph can be inferred"
             )
     return tuple(p.name for p in parameters if p.kind is kinds.KEYWORD_ONLY and p.default is kinds.empty)
+
+
+def settings(function: Callable[..., Any], *, positional: int) -> tuple[str, ...]:
+    """Return the parameters of a loss that have default values, apart from its first positional ones."""
+    kinds = inspect.Parameter
+    parameters = inspect.signature(function).parameters.values()
+    plain = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    return tuple(p.name for p in parameters if p.default is not kinds.empty and p not in plain[:positional])
 
 
 def _check_name(level: Level, attribute: attrs.Attribute[str], value: object) -> None:

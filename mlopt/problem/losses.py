@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import ProblemError
 from ..tensors import Tensors, zeros_like
+from .batch import copied
+from .inspection import Inspection, drawing_refused
 
 if TYPE_CHECKING:
     from .level import Level
+    from .workspace import Workspace
 
 __all__ = ["LossValue", "Mixture", "evaluate_loss", "evaluate_regularizer"]
 
@@ -53,6 +57,8 @@ class Mixture:
                 "Mixture: a loss is named 'loss', but the weighted sum is logged under that name; rename it"
             )
         self.weights = weights
+        #: Inspects the weights and each loss when they are evaluated.
+        self.inspection: Inspection | None = None
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -60,7 +66,10 @@ class Mixture:
     def loss(self, k: int) -> Tensor:
         """Return L_k; if it was given as a function, evaluate it now."""
         loss = self._losses[k]
-        return _scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
+        value = _scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
+        if self.inspection is not None:
+            self.inspection(value)
+        return value
 
     def gradient(
         self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor], loss: Tensor | None = None
@@ -74,13 +83,21 @@ class Mixture:
             loss: L_k if it has been evaluated already, or a multiple of it: then return the gradient of that.
 
         Raises:
-            ProblemError: the loss depends on a variable in `apart`.
+            ProblemError: the loss depends on a variable in `apart`, or uses a compiled module.
         """
         loss = self.loss(k) if loss is None else loss
         if not loss.requires_grad:
             return zeros_like(variables)
         # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
-        gradients = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            raise ProblemError(
+                f"loss {self.names[k]!r} of a Mixture uses a module that torch.compile compiled, whose graph cannot be kept for "
+                "the other losses; give the module as it was before torch.compile, or return the plain sum of weighted losses"
+            ) from error
         if any(gradient is not None for gradient in gradients[len(variables) :]):
             raise ProblemError(
                 f"loss {self.names[k]!r} of a Mixture depends on the level {self.weights!r} that weighs it; return the plain "
@@ -102,6 +119,8 @@ class Mixture:
                 f"Mixture: the module of level {self.weights!r} returned {returned}; called without arguments it must return one "
                 f"weight for each of the {len(self)} losses, a tensor of shape ({len(self)},)"
             )
+        if self.inspection is not None:
+            self.inspection(weights)
         return weights
 
 
@@ -124,39 +143,71 @@ class LossValue:
 
 
 def evaluate_loss(
-    level: Level, modules: Mapping[str, nn.Module], batch: Any, mixtures: dict[str, str | None] | None = None
+    level: Level,
+    modules: Mapping[str, nn.Module],
+    batch: Any,
+    workspace: Workspace | None = None,
+    *,
+    inspected: Iterable[Level] = (),
 ) -> LossValue:
     """Return the value of a level's loss. Every evaluation in the library is made by this function.
 
     Args:
         level: the level.
         modules: by name, the level's module and those of the levels that its loss refers to.
-        batch: the batch.
-        mixtures: by level, the level that weighs its loss, None if its loss is not a mixture; this level's entry is set.
+        batch: the batch. The loss receives a copy of its containers, so that it may take entries out.
+        workspace: records whether the loss is a mixture.
+        inspected: all levels of the problem, for an evaluation on the live modules, which is then inspected.
 
     Raises:
-        ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`.
+        ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`, changed a tensor of the
+            batch in place, or depends on a level that it does not declare.
     """
     others = {name: modules[name] for name in level.loss_references}
+    tensors: list[Tensor] = []
+    batch = batch if torch.compiler.is_compiling() else copied(batch, tensors)
+    inspection = None
+    if inspected and workspace is not None:
+        inspection = Inspection(level, "loss", inspected, workspace, tensors)
     value = _read(level.loss(modules[level.name], batch, **others), level)
-    if mixtures is not None:
-        mixtures[level.name] = value.loss.weights if isinstance(value.loss, Mixture) else None
+    if workspace is not None:
+        workspace.mixtures[level.name] = value.loss.weights if isinstance(value.loss, Mixture) else None
+    if inspection is not None:
+        if isinstance(value.loss, Mixture):
+            value.loss.inspection = inspection
+        else:
+            inspection(value.loss)
     return value
 
 
-def evaluate_regularizer(level: Level, modules: Mapping[str, nn.Module]) -> Tensor:
+def evaluate_regularizer(
+    level: Level,
+    modules: Mapping[str, nn.Module],
+    workspace: Workspace | None = None,
+    *,
+    inspected: Iterable[Level] = (),
+) -> Tensor:
     """Return the value of a level's regularizer, a scalar. Every evaluation in the library is made by this function.
 
     Args:
         level: a level with a regularizer.
         modules: by name, the level's module and those of the levels that its regularizer refers to.
+        workspace: counts the evaluations that are inspected.
+        inspected: all levels of the problem, for an evaluation on the live modules, which is then inspected.
 
     Raises:
-        ProblemError: the regularizer did not return a scalar tensor.
+        ProblemError: the regularizer did not return a scalar tensor, draws random numbers, or depends on a level that it does
+            not declare.
     """
     assert level.regularizer is not None
     others = {name: modules[name] for name in level.regularizer_references}
-    return _scalar(level.regularizer(modules[level.name], **others), f"the regularizer of level {level.name!r}")
+    inspection = Inspection(level, "regularizer", inspected, workspace) if inspected and workspace is not None else None
+    with drawing_refused(level, inspected) if inspection is not None and inspection.searches else nullcontext():
+        value = level.regularizer(modules[level.name], **others)
+    value = _scalar(value, f"the regularizer of level {level.name!r}")
+    if inspection is not None:
+        inspection(value)
+    return value
 
 
 def _scalar(value: Any, label: str) -> Tensor:

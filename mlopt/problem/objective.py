@@ -31,8 +31,13 @@ class Objective:
     @classmethod
     def of(cls, level: Level, point: Point, batches: Mapping[str, Any] | None = None) -> Objective:
         """Return a level's objective at a point: its loss, on the point's batch or another, and its regularizer, if any."""
+        return cls(cls.parts(level, point, batches))
+
+    @staticmethod
+    def parts(level: Level, point: Point, batches: Mapping[str, Any] | None = None) -> tuple[LevelTerm, ...]:
+        """Return the terms of a level's objective."""
         loss = LevelTerm(point, level, "loss", batches)
-        return cls((loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer")))
+        return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer"))
 
     def value(self) -> Tensor:
         """Return the objective at the live variables, a scalar with a graph."""

@@ -62,6 +62,7 @@ class Carryover:
         warm: the last solution of each level's linear system.
         cotangents: the state of each streamed pullback.
         stationarity: by level with a solver of its own, the norm of its gradient after the latest solve.
+        gradient_norms: by level with a `clip`, the norm of the gradient of its latest step before clipping.
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
@@ -71,6 +72,7 @@ class Carryover:
     warm: dict[str, Tensors] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
     stationarity: dict[str, Tensor] = attrs.field(factory=dict)
+    gradient_norms: dict[str, Tensor] = attrs.field(factory=dict)
 
 
 class Point:
@@ -124,6 +126,10 @@ class Point:
     def optimizer(self, name: str) -> Optimizer | None:
         """Return the optimiser of a level in the present run; None outside a run."""
         return None if self.carryover is None else self.carryover.optimizers.get(name)
+
+    def gradient_norm(self, name: str) -> Tensor | None:
+        """Return the norm of the gradient of a level's latest step before clipping; None outside a run, or without a `clip`."""
+        return None if self.carryover is None else self.carryover.gradient_norms.get(name)
 
     def warm_start(self, name: str) -> Tensors | None:
         """Return the solution of a level's linear system that `keep_warm` kept, if any."""

@@ -11,7 +11,8 @@ from rich.tree import Tree
 
 from ..errors import ProblemError
 from .graph import Graph
-from .level import Level
+from .level import Level, settings
+from .modules import refuse_module
 from .workspace import Workspace
 
 __all__ = ["Problem"]
@@ -28,7 +29,8 @@ class Problem:
 
     Raises:
         ProblemError: a repeated name, a reference to a level that does not exist, a level that cannot influence the
-            outermost objective, a level without variables, a tensor trained by two levels, a missing estimator.
+            outermost objective, a level without variables, a tensor trained by two levels, a missing estimator, a parameter of a
+            loss that has the name of a level and a default value, a module that is lazy or distributed over processes.
 
     Example:
         >>> inner = mlopt.Level("inner", mlopt.variables(torch.ones(2)), lambda inner, batch: inner().square().sum())
@@ -63,6 +65,7 @@ class Problem:
                 f"level {levels[0].name!r}: warmup={levels[0].warmup}, but only levels inside another are warmed up; leave it out"
             )
         self.graph = Graph({level.name: level.references for level in levels})
+        self._check_settings()
         self._check_solvers()
         self._check_responses()
         self._check_parameters()
@@ -108,6 +111,18 @@ class Problem:
         """True if the level is solved inside another, and its solution depends on other levels."""
         return self.graph[name].host is not None and bool(self.graph[name].arguments)
 
+    def _check_settings(self) -> None:
+        for level in self.levels:
+            functions = {"loss": (level.loss, 2), "regularizer": (level.regularizer, 1), "solver": (level.solver, 2)}
+            for part, (function, positional) in functions.items():
+                for name in settings(function, positional=positional) if function is not None else ():
+                    if name in self._by_name:
+                        raise ProblemError(
+                            f"the {part} of level {level.name!r} has a parameter {name!r} with a default value, and {name!r} is "
+                            "a level, which would not be passed; remove the default (or the functools.partial that sets it), or "
+                            "rename the parameter"
+                        )
+
     def _check_solvers(self) -> None:
         for level in self.levels:
             if level.solver is None:
@@ -137,6 +152,7 @@ class Problem:
     def _check_parameters(self) -> None:
         owners: dict[int, tuple[str, str]] = {}
         for level in self.levels:
+            refuse_module(level)
             if not level.parameters:
                 raise ProblemError(
                     f"level {level.name!r}: its {type(level.module).__name__} has no trainable parameter; set requires_grad, or "

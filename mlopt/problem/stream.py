@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..errors import ProblemError
 from ..rng import GeneratorState, derive_seed, preserved
+from .batch import to_device
 
 _END = object()
 
-__all__ = ["Stream", "to_device"]
+__all__ = ["Stream"]
 
 
 class Stream:
@@ -182,26 +182,3 @@ def _samplers(data: Any) -> list[Any]:
     batches = getattr(data, "batch_sampler", None)
     parts = [data, getattr(data, "dataset", None), getattr(data, "sampler", None), batches]
     return [part for part in (*parts, getattr(batches, "sampler", None)) if part is not None]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor in it on the device; an object with a `to` method moves itself."""
-    if isinstance(batch, torch.Tensor):
-        # A copy to the CPU that does not wait could be read before it is complete.
-        return batch.to(device, non_blocking=device.type != "cpu")
-    if hasattr(batch, "to"):
-        # Move a shallow copy: graphs and tokenised texts move in place, and the data must stay where they are.
-        return copy.copy(batch).to(device)
-    if isinstance(batch, Mapping):
-        moved = {key: to_device(value, device) for key, value in batch.items()}
-        if type(batch) is dict or not isinstance(batch, MutableMapping):
-            return moved
-        # A copy keeps the other attributes of its type.
-        copied = copy.copy(batch)
-        copied.update(moved)
-        return copied
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import ProblemError
 from ..tensors import Tensors, dot, zeros_like
+from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 
@@ -191,7 +193,8 @@ class LevelTerm(Term):
         rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
         for name in self._level.parameter_names:
             del rest[f"levels.{_key(self.name)}.{name}"]
-        return tuple(v.detach() for v in self.values[self.name]), rest, self._batches[self.name]
+        batch = copied(self._batches[self.name], [])  # here, since a compiled function would change the original
+        return tuple(v.detach() for v in self.values[self.name]), rest, batch
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
@@ -258,18 +261,31 @@ class LevelTerm(Term):
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
         }
-        return _PureFunction(self._modules, function).at(named)
+        try:
+            return _PureFunction(self._modules, function).at(named)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            raise ProblemError(
+                f"the {self.part} of level {self.name!r} changed a tensor that it did not make in place, such as one of its "
+                "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 for x *= 2)"
+            ) from error
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        return evaluate_loss(self._level, modules, self._batches[self.name], self._point.workspace.mixtures)
+        batch, workspace = self._batches[self.name], self._point.workspace
+        return evaluate_loss(self._level, modules, batch, workspace, inspected=self._inspected(modules))
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
             return self._loss(modules).total(modules)
         self._point.generators[self.name].restore()
-        return evaluate_regularizer(self._level, modules)
+        return evaluate_regularizer(self._level, modules, self._point.workspace, inspected=self._inspected(modules))
+
+    def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
+        """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""
+        return self._point.problem if modules is self._modules else ()
 
     def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
         """Return the term on given modules and a given batch, with the generators as they are."""

@@ -23,7 +23,8 @@ class Workspace:
         calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
-        verified: levels and parts whose pure function agreed with the live modules.
+        verified: checks that were passed and need no repetition: the name of a check, then what it was made for.
+        evaluations: by level and part of its objective, the number of evaluations that were inspected.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,8 @@ class Workspace:
         self._states: dict[str, Any] = {}
         self.mixtures: dict[str, str | None] = {}
         self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
-        self.verified: set[tuple[str, str]] = set()
+        self.verified: set[tuple[str, ...]] = set()
+        self.evaluations: dict[tuple[str, str], int] = {}
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
         """Return the next batch for a standalone call; the arguments are those of `stream`."""

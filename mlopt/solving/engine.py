@@ -207,6 +207,7 @@ class Engine:
             self.logs[f"{level.name}/loss_scale"] = precision.loss_scale
         if not stepped:
             self._clear_gradient(level)
+            self.gradients.carryover.gradient_norms.pop(level.name, None)
             return
         scheduler = self.schedulers[level.name]
         if scheduler is None:
@@ -223,7 +224,7 @@ class Engine:
             return
         size = norm(gradient)
         if level.clip is not None:
-            self.logs[f"{level.name}/gradient_norm"] = size
+            self.logs[f"{level.name}/gradient_norm"] = self.gradients.carryover.gradient_norms[level.name] = size
             variables = self.gradients.carryover.variables[level.name]
             torch.nn.utils.clip_grads_with_norm_(variables, level.clip, size)
         if not overflow_expected:

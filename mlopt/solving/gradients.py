@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..errors import ProblemError
+from ..errors import ProblemError, TrustWarning
 from ..finiteness import immediate, require_finite
 from ..hypergradient import at_solutions, partial_derivatives, total_derivative
 from ..problem import (
@@ -40,6 +42,8 @@ __all__ = ["Gradients"]
 
 
 _NOTHING = contextlib.nullcontext()
+#: A number in a remark, which changes from step to step.
+_NUMBER = re.compile(r"[-+]?(?:\d[\d.,e+-]*|\b(?:inf|nan)\b)")
 
 
 class Gradients:
@@ -88,10 +92,13 @@ class Gradients:
         self._log_counts: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
+        #: The kinds of remarks that were warned of: a level and a remark without its numbers.
+        self._warned: set[tuple[str, str]] = set()
 
     def rehearsal(self) -> Gradients:
         """Return gradients for steps that will be rolled back: from the same state of pullbacks, with logs of their own."""
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
+        other._warned = self._warned
         other.carryover.warm = dict(self.carryover.warm)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
         return other
@@ -129,7 +136,7 @@ class Gradients:
         others = [self.problem[name].module for name in level.references]
         before = GeneratorState.capture(self._devices)
         with cloned_buffers(others, apart=level.module) if others else _NOTHING, immediate():
-            call_solver(level, self._modules[level.name], batch)
+            call_solver(level, self._modules[level.name], batch, self.problem)
         after = GeneratorState.capture(self._devices)
         before.restore()
         with cloned_buffers([level.module]):
@@ -206,11 +213,11 @@ class Gradients:
         for variable, derivative in zip(variables, mixed, strict=True):
             variable.grad = derivative if variable.grad is None else variable.grad + derivative
         if level.regularizer is not None:
-            regularizer = evaluate_regularizer(level, self._modules[level.name])
+            regularizer = self._regularizer(level)
             if regularizer.requires_grad:
                 (share * precision.scaled(regularizer)).backward(inputs=variables)  # type: ignore[no-untyped-call]
             total = sum_values((total, regularizer.detach()))
-        return total, torch.stack(signals) if signals else torch.zeros(0)
+        return total, torch.stack(signals) if signals else weights.new_zeros(0)
 
     def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         """Set `.grad` to the total gradient: average the cotangents over the batches, and pull them back once."""
@@ -269,6 +276,14 @@ class Gradients:
         for name, report in point.reports.items():
             if report.doubtful:
                 self.doubts[name] = (self.doubts.get(name, (0, ""))[0] + 1, "; ".join(report.remarks))
+                kinds = {(name, _NUMBER.sub("", remark)) for remark in report.remarks}
+                if not kinds <= self._warned:
+                    self._warned |= kinds
+                    warnings.warn(
+                        f"level {name!r}: {self.doubts[name][1]} (further such steps are counted at the end of the run)",
+                        TrustWarning,
+                        stacklevel=2,
+                    )
 
     def _record_inputs(self, level: Level, batch: Any, *, replayed: bool) -> None:
         """Record the batch, and the state of the generators if a pullback will replay this evaluation."""
@@ -278,14 +293,18 @@ class Gradients:
 
     def _evaluate(self, level: Level) -> LossValue:
         """Evaluate the loss of a level on its latest batch, with the generators and buffers of training."""
-        mixtures = self.problem.workspace.mixtures
-        return evaluate_loss(level, self._modules[level.name], self.batches[level.name], mixtures)
+        modules, batch, problem = self._modules[level.name], self.batches[level.name], self.problem
+        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem)
 
     def _regularized(self, level: Level, loss: Tensor) -> Tensor:
         """Return the objective of a level, given the value of its loss."""
         if level.regularizer is None:
             return loss
-        return sum_values((loss, evaluate_regularizer(level, self._modules[level.name])))
+        return sum_values((loss, self._regularizer(level)))
+
+    def _regularizer(self, level: Level) -> Tensor:
+        problem = self.problem
+        return evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
 
     def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
         """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""

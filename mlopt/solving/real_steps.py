@@ -24,7 +24,7 @@ __all__ = ["RealSteps"]
 _whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class RealSteps(Response):
     """Differentiate the outer objective by taking real steps of the levels inside, for a few outer variables.
 
@@ -76,9 +76,9 @@ class RealSteps(Response):
     """
 
     steps: int | None = attrs.field(default=None, validator=_whole_or_none)
-    displacement: float | None = attrs.field(default=None, validator=positive_or_none, kw_only=True)
-    differences: str = attrs.field(default="central", validator=one_of("central", "forward"), kw_only=True)
-    limit: int = attrs.field(default=64, validator=at_least(1), kw_only=True)
+    displacement: float | None = attrs.field(default=None, validator=positive_or_none)
+    differences: str = attrs.field(default="central", validator=one_of("central", "forward"))
+    limit: int = attrs.field(default=64, validator=at_least(1))
 
     def total_derivative(self, point: Point, level: str, streams: Mapping[str, Stream]) -> Tensors:
         begin = time.perf_counter()
@@ -158,7 +158,7 @@ class _Runs:
         gradient = []
         for name, variable in zip(self._level.parameter_names, self._level.parameters, strict=True):
             slopes = [self._slope(f"{name}[{k}]", variable, k, center) for k in range(variable.numel())]
-            gradient.append(torch.tensor(slopes, dtype=torch.float64).reshape(variable.shape).to(variable))
+            gradient.append(variable.new_tensor(slopes).reshape(variable.shape))
         if len(self.lost) == sum(variable.numel() for variable in self._level.parameters):
             raise NonFiniteError(
                 f"level {self._level.name!r}: {self._rule} of the levels inside led to an objective that is not finite along "

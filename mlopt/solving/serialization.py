@@ -123,7 +123,8 @@ def _encode(value: Any, place: tuple[str, ...], seen: _Seen) -> Any:
     if kind in (Tensor, nn.Parameter):
         return _encode_tensor(value, place, seen)
     if kind is np.ndarray and value.dtype.kind in "biufc":
-        content = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else torch.empty(0)
+        empty = torch.empty(0, device="cpu")
+        content = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else empty
         return {"$array": [_name(value, content, place, seen), value.dtype.str, list(value.shape)]}
     if isinstance(value, np.generic) and value.dtype.kind in "biufc":
         return {"$scalar": [value.tobytes().hex(), value.dtype.str]}

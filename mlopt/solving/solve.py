@@ -107,7 +107,8 @@ def solve(
         Interrupted: a signal ended the run, which was saved first; it is a SystemExit.
 
     Warns:
-        TrustWarning: the report of a level was doubtful in some steps.
+        TrustWarning: the report of a level was doubtful: at the first step for each kind of remark, and at the end with the
+            number of such steps.
         CheckpointWarning: a checkpoint was skipped or could not be written; the message gives the reason.
 
     Example:
@@ -138,7 +139,7 @@ def solve(
     _require("callbacks", callbacks, valid, "a sequence of mlopt.Callback objects")
     if seed is not None:
         seed_everything(seed)
-    data_seed = int(torch.randint(2**62, ())) if seed is None else seed
+    data_seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
     skip_limit = nonfinite_limit if on_nonfinite == "skip" else 0
     run = Run(problem, steps, data_seed, callbacks, lookahead=lookahead, skip_limit=skip_limit)
     loop = Loop(

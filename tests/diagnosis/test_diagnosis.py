@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import mlopt
 from mlopt import cli
 from mlopt.diagnosis import Finding, LevelDiagnosis
-from mlopt.diagnosis.solver_rules import iterations_for, rate_solver, terms_for
+from mlopt.diagnosis.solver_rules import iterations_for, neumann_iterations_for, rate_solver
 from mlopt.diagnosis.spectrum import Spectrum, lanczos
 from mlopt.testing import logistic_regression, quadratic, same, snapshot, stateful_problem, train_a_little
 
@@ -135,7 +135,7 @@ def test_negative_curvature(estimator: mlopt.Estimator, safe: bool) -> None:
 
 def test_a_step_size_above_the_bound() -> None:
     for step_size, safe in ((0.49, True), (0.51, False)):
-        estimator = mlopt.Neumann(terms=100, step_size=step_size)
+        estimator = mlopt.Neumann(iterations=100, step_size=step_size)
         assert mlopt.diagnose(build(bowl, torch.ones(4, dtype=torch.float64), estimator)).safe is safe
 
 
@@ -364,7 +364,11 @@ def test_the_counts_follow_from_the_bounds() -> None:
         k = iterations_for(kappa)
         rate = (kappa**0.5 - 1) / (kappa**0.5 + 1)
         assert 2 * rate**k <= 0.0101
-        assert (1 - 1 / kappa) ** (terms_for(kappa) + 1) <= 0.01 < (1 - 1 / kappa) ** terms_for(kappa)
+        assert (
+            (1 - 1 / kappa) ** (neumann_iterations_for(kappa) + 1)
+            <= 0.01
+            < (1 - 1 / kappa) ** neumann_iterations_for(kappa)
+        )
     assert rate_solver(_unknown(), Spectrum(low=1.0, high=2.0, rounding=0.0, size=3)) is None
 
 
@@ -382,7 +386,7 @@ import mlopt
 from mlopt.testing import logistic_regression
 healthy = logistic_regression(mlopt.ConjugateGradient(iterations=3)).problem
 def sick():
-    return logistic_regression(mlopt.Neumann(terms=10, step_size=100.0)).problem
+    return logistic_regression(mlopt.Neumann(iterations=10, step_size=100.0)).problem
 number = 3
 class inside:
     problem = healthy

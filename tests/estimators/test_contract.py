@@ -79,7 +79,7 @@ class TestNeumann(EstimatorContract):
     linear = False  # the step size found depends on the vector
 
     def estimator(self) -> mlopt.Estimator:
-        return mlopt.Neumann(terms=80, rtol=1e-9)
+        return mlopt.Neumann(iterations=80, rtol=1e-9)
 
 
 class TestShortNeumann(EstimatorContract):
@@ -89,7 +89,7 @@ class TestShortNeumann(EstimatorContract):
     nested = True
 
     def estimator(self) -> mlopt.Estimator:
-        return mlopt.Neumann(terms=3, step_size=0.1)
+        return mlopt.Neumann(iterations=3, step_size=0.1)
 
 
 class TestMINRES(EstimatorContract):
@@ -143,7 +143,7 @@ class TestValueFunction(EstimatorContract):
 
     def estimator(self) -> mlopt.Estimator:
         # A larger penalty than the default: these are quadratics, or nearly, and its rounding would show in the residual.
-        return mlopt.ValueFunction(self.steps, step_size=self.rate, perturbation=1e-3)
+        return mlopt.ValueFunction(steps=self.steps, step_size=self.rate, perturbation=1e-3)
 
     def test_frozen_unused_and_tied_parameters(self) -> None:
         self.steps, self.rate = 5, 0.05  # the problem is steeper than the others
@@ -159,7 +159,7 @@ class TestUnrolled(EstimatorContract):
 
     def estimator(self) -> mlopt.Estimator:
         torchopt = pytest.importorskip("torchopt", reason="Unrolled takes TorchOpt's optimisers: the extra `unroll`")
-        return mlopt.Unrolled(self.steps, optimizer=torchopt.sgd(self.rate))
+        return mlopt.Unrolled(steps=self.steps, optimizer=torchopt.sgd(self.rate))
 
     def test_frozen_unused_and_tied_parameters(self) -> None:
         self.steps, self.rate = 5, 0.05  # the problem is steeper than the others
@@ -205,6 +205,14 @@ class TestIdentity(EstimatorContract):
 
     def expected(self, case: ClosedForm) -> Mapping[str, Tensor]:
         return take_inverse_for_identity(case)
+
+
+class TestScaledIdentity(TestIdentity):
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.Identity(scale=0.3)
+
+    def expected(self, case: ClosedForm) -> Mapping[str, Tensor]:
+        return take_inverse_for_identity(case, 0.3)
 
 
 class TestFiniteDifference(TestIdentity):
@@ -500,5 +508,5 @@ def test_attrs_estimators_may_be_counted() -> None:
     """The counter in the contract passes everything else on."""
     from mlopt.testing.measuring import Counting
 
-    rule = mlopt.Neumann(terms=7)
-    assert Counting(rule).terms == rule.terms
+    rule = mlopt.Neumann(iterations=7)
+    assert Counting(rule).iterations == rule.iterations

@@ -34,8 +34,8 @@ PRODUCTS = ("autograd", "forward", "finite_difference", "gauss_newton")
 OTHERS: dict[str, Callable[[], mlopt.Estimator]] = {
     "finite_difference": mlopt.FiniteDifference,
     "sama": mlopt.SAMA,
-    "value_function": partial(mlopt.ValueFunction, 20, perturbation=1e-2),
-    "value_function_with_its_own_step_size": partial(mlopt.ValueFunction, 5),
+    "value_function": partial(mlopt.ValueFunction, steps=20, perturbation=1e-2),
+    "value_function_with_its_own_step_size": partial(mlopt.ValueFunction, steps=5),
 }
 #: Largest distance from the CPU's result, by dtype; rounding over the step limits differences.
 BOUNDS = {F64: 1e-9, F32: 1e-4}
@@ -71,7 +71,7 @@ def test_unrolled_steps(optimizer: str) -> None:
     torchopt = pytest.importorskip("torchopt", reason="Unrolled takes TorchOpt's optimisers: the extra `unroll`")
     transformation = {"sgd": torchopt.sgd(0.1), "adam": torchopt.adam(0.01, eps=0.1)}[optimizer]
     # Near a zero gradient the derivative of Adam's step is lr / eps; at the usual eps it amplifies rounding by 1e12.
-    for rule in (mlopt.Unrolled(6, optimizer=transformation), mlopt.Unrolled(6)):
+    for rule in (mlopt.Unrolled(steps=6, optimizer=transformation), mlopt.Unrolled(steps=6)):
         assert differs(rule, "two", F64) < BOUNDS[F64], str(rule)
 
 
@@ -198,7 +198,7 @@ def test_attention_has_second_derivatives_in_single_precision(products: str) -> 
 
 @pytest.mark.parametrize("matmul", ["highest", "high"])
 @pytest.mark.parametrize("name", ["mlp", "convolution"])
-@pytest.mark.parametrize("rule", [mlopt.FiniteDifference(), mlopt.ValueFunction(5, step_size=0.01)], ids=str)
+@pytest.mark.parametrize("rule", [mlopt.FiniteDifference(), mlopt.ValueFunction(steps=5, step_size=0.01)], ids=str)
 def test_differences_are_taken_without_tf32(rule: mlopt.Estimator, name: str, matmul: str) -> None:
     """Its rounding, of the size of the step, would leave nothing of the difference; in the cotangent it is small."""
     network, before = drawn(NETWORKS[name]), torch.get_float32_matmul_precision()

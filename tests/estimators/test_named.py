@@ -20,6 +20,8 @@ from mlopt.solving.compatibility import describe, require_compatible
 from mlopt.testing import quadratic
 
 SOLVERS = {
+    mlopt.Identity: linear.Identity,
+    mlopt.FiniteDifference: linear.Identity,
     mlopt.Neumann: linear.Neumann,
     mlopt.ConjugateGradient: linear.ConjugateGradient,
     mlopt.MINRES: linear.MINRES,
@@ -28,7 +30,7 @@ SOLVERS = {
 }
 #: A value other than the default for every argument of a solver.
 OTHER_VALUES = {
-    "terms": 3,
+    "scale": 0.5,
     "iterations": 3,
     "rank": 3,
     "limit": 3,
@@ -44,11 +46,13 @@ PRINTED = [
     (mlopt.Identity(), "Identity() with autograd products"),
     (mlopt.Identity(streamed=True, products="forward"), "Identity() with forward products, streamed"),
     (mlopt.FiniteDifference(), "Identity() with finite_difference products"),
+    (mlopt.Identity(scale=0.1), "Identity(scale=0.1) with autograd products"),
+    (mlopt.FiniteDifference(scale=0.1), "Identity(scale=0.1) with finite_difference products"),
     (mlopt.SAMA(), "Identity() with finite_difference products, adapted"),
-    (mlopt.Neumann(), "Neumann(terms=10) with autograd products"),
+    (mlopt.Neumann(), "Neumann(iterations=10) with autograd products"),
     (
-        mlopt.Neumann(terms=3, step_size=0.1, rtol=0.5, warm_start=True),
-        "Neumann(terms=3, step_size=0.1, rtol=0.5) with autograd products, warm start",
+        mlopt.Neumann(iterations=3, step_size=0.1, rtol=0.5, warm_start=True),
+        "Neumann(iterations=3, step_size=0.1, rtol=0.5) with autograd products, warm start",
     ),
     (
         mlopt.ConjugateGradient(iterations=4, damping=0.1, negative_curvature="raise", curvature_data=[None]),
@@ -121,7 +125,7 @@ def test_equality_and_copies(estimator: mlopt.Implicit) -> None:
     assert all(other != estimator for other, _ in PRINTED if other is not estimator)
 
 
-@pytest.mark.parametrize("kind", [*SOLVERS, mlopt.Identity, mlopt.SAMA])
+@pytest.mark.parametrize("kind", [*(SOLVERS.keys() - {mlopt.FiniteDifference}), mlopt.SAMA])
 def test_evolve_checks_and_leaves_the_original(kind: type[Any]) -> None:
     estimator = kind()
     changed = attrs.evolve(estimator, products="forward")
@@ -132,6 +136,16 @@ def test_evolve_checks_and_leaves_the_original(kind: type[Any]) -> None:
         attrs.evolve(estimator, products="reverse")
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         estimator.products = "forward"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*KINDS, *SOLVERS.values(), mlopt.Unrolled, mlopt.ValueFunction, mlopt.RealSteps, linear.NystromPreconditioner],
+    ids=lambda kind: f"{kind.__module__}.{kind.__name__}",
+)
+def test_arguments_are_keyword_only(kind: type[Any]) -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        kind(10)
 
 
 def test_evolve_reaches_the_solver() -> None:

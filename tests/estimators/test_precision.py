@@ -20,7 +20,7 @@ EXACT = {
     "conjugate_gradient": mlopt.ConjugateGradient(iterations=50),
     "conjugate_gradient_forward": mlopt.ConjugateGradient(iterations=50, products="forward"),
     "minres": mlopt.MINRES(iterations=50),
-    "neumann": mlopt.Neumann(terms=300),
+    "neumann": mlopt.Neumann(iterations=300),
 }
 
 

@@ -116,7 +116,7 @@ def differences(function: Callable[[], Tensor], variable: Tensor, step: float = 
 def test_virtual_steps_are_those_of_torch(name: str, seed: int, steps: int) -> None:
     """From a fresh optimiser and from one at work, whose state some parameters may lack."""
     for warmed in (0, 2):
-        problem = build(seed, mlopt.Unrolled(steps), OPTIMIZERS[name])
+        problem = build(seed, mlopt.Unrolled(steps=steps), OPTIMIZERS[name])
         optimizer = OPTIMIZERS[name](problem["net"].parameters)
         real_steps(problem, optimizer, warmed)
         point = point_of(problem)
@@ -132,7 +132,7 @@ def test_virtual_steps_are_those_of_torch(name: str, seed: int, steps: int) -> N
 @drawn(3)
 @given(seed=seeds, steps=st.integers(1, 6), every=st.sampled_from([1, 2, None]))
 def test_the_hypergradient_is_the_derivative_through_the_steps(name: str, seed: int, steps: int, every: Any) -> None:
-    problem = build(seed, mlopt.Unrolled(steps, checkpoint_every=every), OPTIMIZERS[name])
+    problem = build(seed, mlopt.Unrolled(steps=steps, checkpoint_every=every), OPTIMIZERS[name])
     result = mlopt.hypergradient(problem)
     torch.testing.assert_close(result.loss, outer_value(problem, steps), rtol=1e-12, atol=0)
     expected = differences(lambda: outer_value(problem, steps), problem["weights"].module.value)
@@ -141,14 +141,14 @@ def test_the_hypergradient_is_the_derivative_through_the_steps(name: str, seed: 
 
 @pytest.mark.parametrize("name", ["momentum", "dampened", "adam", "adamw"])
 def test_an_optimizer_at_work_is_gone_on_from(name: str) -> None:
-    problem = build(3, mlopt.Unrolled(4))
+    problem = build(3, mlopt.Unrolled(steps=4))
     optimizer = OPTIMIZERS[name](problem["net"].parameters)
     real_steps(problem, optimizer, 3)
     optimizer.param_groups[0]["lr"] *= 0.5
-    problem = build(3, mlopt.Unrolled(4), optimizer, net=problem["net"].module)
+    problem = build(3, mlopt.Unrolled(steps=4), optimizer, net=problem["net"].module)
     gradient, fresh = (
         gradient_of(problem),
-        gradient_of(build(3, mlopt.Unrolled(4), OPTIMIZERS[name], net=problem["net"].module)),
+        gradient_of(build(3, mlopt.Unrolled(steps=4), OPTIMIZERS[name], net=problem["net"].module)),
     )
     expected = differences(lambda: outer_value(problem, 4), problem["weights"].module.value)
     assert distance(gradient, expected) < 1e-6
@@ -158,9 +158,9 @@ def test_an_optimizer_at_work_is_gone_on_from(name: str) -> None:
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_products_and_checkpoints_change_nothing(name: str, products: str) -> None:
-    reference = gradient_of(build(1, mlopt.Unrolled(7, checkpoint_every=1), OPTIMIZERS[name]))
+    reference = gradient_of(build(1, mlopt.Unrolled(steps=7, checkpoint_every=1), OPTIMIZERS[name]))
     for every in (1, 2, 3, 7, 20, None):
-        estimator = mlopt.Unrolled(7, checkpoint_every=every, products=products)
+        estimator = mlopt.Unrolled(steps=7, checkpoint_every=every, products=products)
         gradient = gradient_of(build(1, estimator, OPTIMIZERS[name]))
         assert distance(gradient, reference) < (1e-6 if products == "finite_difference" else 1e-12)
 
@@ -180,7 +180,7 @@ def solved_by_steps(problem: mlopt.Problem, steps: int) -> Tensor:
 @given(seed=seeds, every=st.sampled_from([1, 2]))
 def test_chains_and_diamonds_of_unrolled_levels(shape: str, seed: int, every: int) -> None:
     """A level's steps see those it refers to where their own steps have led, and each is pulled back once."""
-    case = quadratic(shape, mlopt.Unrolled(3, checkpoint_every=every), seed=seed, size=1)
+    case = quadratic(shape, mlopt.Unrolled(steps=3, checkpoint_every=every), seed=seed, size=1)
     levels = [
         mlopt.Level(
             level.name,
@@ -203,17 +203,17 @@ def test_chains_and_diamonds_of_unrolled_levels(shape: str, seed: int, every: in
 
 
 def test_many_steps_are_the_implicit_derivative() -> None:
-    case = quadratic("two", mlopt.Unrolled(400, optimizer=torchopt.sgd(0.3)), seed=2)
+    case = quadratic("two", mlopt.Unrolled(steps=400, optimizer=torchopt.sgd(0.3)), seed=2)
     assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
 
 
 def test_a_level_beside_an_implicit_one() -> None:
     """The implicit level's pullback is taken where the unrolled one's steps lead."""
-    rules = {"x": None, "y": mlopt.Unrolled(3, optimizer=torchopt.sgd(0.1)), "z": mlopt.Dense()}
+    rules = {"x": None, "y": mlopt.Unrolled(steps=3, optimizer=torchopt.sgd(0.1)), "z": mlopt.Dense()}
     case = quadratic("chain_of_three", rules, seed=5)
     # From its solution, gradient descent goes nowhere, and the truncation shows in the last link only.
     mixed = mlopt.hypergradient(case.problem)
-    neumann = rules | {"y": mlopt.Neumann(terms=2, step_size=0.1)}
+    neumann = rules | {"y": mlopt.Neumann(iterations=2, step_size=0.1)}
     expected = mlopt.hypergradient(quadratic("chain_of_three", neumann, seed=5).problem)
     for name, gradient in expected.gradient.items():
         torch.testing.assert_close(mixed.gradient[name], gradient, rtol=1e-10, atol=1e-12)
@@ -244,7 +244,7 @@ def test_steps_from_another_levels_variables_are_maml(seed: int, name: str) -> N
             adapt,
             data=batches[1:],
             optimizer=factory,
-            estimator=mlopt.Unrolled(3, start="initial"),
+            estimator=mlopt.Unrolled(steps=3, start="initial"),
         ),
     )
 
@@ -287,7 +287,7 @@ def half_solved(y: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
 @pytest.mark.parametrize("loss", [half_idle, half_solved])
 @pytest.mark.parametrize("kind", [Adam, AdamW])
 def test_adam_is_differentiable_at_a_zero_gradient(kind: Any, loss: Any, dtype: torch.dtype) -> None:
-    problem = two(mlopt.Unrolled(3), partial(kind, lr=0.1, weight_decay=0.0), loss)
+    problem = two(mlopt.Unrolled(steps=3), partial(kind, lr=0.1, weight_decay=0.0), loss)
     for level in problem:
         level.module.to(dtype)
     gradient = mlopt.hypergradient(problem).gradient["value"]
@@ -297,10 +297,10 @@ def test_adam_is_differentiable_at_a_zero_gradient(kind: Any, loss: Any, dtype: 
 
 
 def test_a_given_adam_without_a_guard_is_named() -> None:
-    problem = two(mlopt.Unrolled(2, optimizer=torchopt.adam(0.1)), None, half_solved)
+    problem = two(mlopt.Unrolled(steps=2, optimizer=torchopt.adam(0.1)), None, half_solved)
     with pytest.raises(mlopt.NonFiniteError, match="level 'y'"):
         mlopt.hypergradient(problem)
-    guarded = two(mlopt.Unrolled(2, optimizer=torchopt.adam(0.1, eps_root=1e-300)), None, half_solved)
+    guarded = two(mlopt.Unrolled(steps=2, optimizer=torchopt.adam(0.1, eps_root=1e-300)), None, half_solved)
     assert torch.isfinite(mlopt.hypergradient(guarded).gradient["value"]).all()
 
 
@@ -308,7 +308,7 @@ def test_a_given_adam_without_a_guard_is_named() -> None:
 def test_a_given_transformation_is_the_same_every_time(given: bool) -> None:
     """TorchOpt's momentum treats its first call ever unlike later ones, which a pullback that steps again would see."""
     optimizer = torchopt.sgd(0.1, momentum=0.9, dampening=0.5) if given else None
-    problem = build(4, mlopt.Unrolled(5, checkpoint_every=2, optimizer=optimizer), OPTIMIZERS["dampened"])
+    problem = build(4, mlopt.Unrolled(steps=5, checkpoint_every=2, optimizer=optimizer), OPTIMIZERS["dampened"])
     first, second = gradient_of(problem, seed=0), gradient_of(problem, seed=0)
     assert torch.equal(first, second)
 
@@ -324,14 +324,14 @@ def misplaced(y: nn.Module, batch: None) -> Tensor:
 @pytest.mark.parametrize(
     ("estimator", "optimizer", "sentence"),
     [
-        (mlopt.Unrolled(2), None, r"level 'y': optimizer=None"),
+        (mlopt.Unrolled(steps=2), None, r"level 'y': optimizer=None"),
         (
-            mlopt.Unrolled(2),
+            mlopt.Unrolled(steps=2),
             partial(RMSprop, lr=0.1),
             "virtual steps of RMSprop, only of torch.optim's SGD, Adam and AdamW",
         ),
-        (mlopt.Unrolled(2), partial(Adam, amsgrad=True), "Adam with amsgrad"),
-        (mlopt.Unrolled(2, start="z"), partial(SGD, lr=0.1), "does not refer to 'z'"),
+        (mlopt.Unrolled(steps=2), partial(Adam, amsgrad=True), "Adam with amsgrad"),
+        (mlopt.Unrolled(steps=2, start="z"), partial(SGD, lr=0.1), "does not refer to 'z'"),
     ],
 )
 def test_what_cannot_be_unrolled_is_refused(estimator: mlopt.Estimator, optimizer: Any, sentence: str) -> None:
@@ -340,7 +340,7 @@ def test_what_cannot_be_unrolled_is_refused(estimator: mlopt.Estimator, optimize
 
 
 def test_a_start_of_other_shapes_is_refused() -> None:
-    problem = two(mlopt.Unrolled(2, start="x"), partial(SGD, lr=0.1), quadratic_loss)
+    problem = two(mlopt.Unrolled(steps=2, start="x"), partial(SGD, lr=0.1), quadratic_loss)
     problem["x"].module.value = nn.Parameter(torch.ones(1))
     with pytest.raises(mlopt.EstimatorError, match=r"shapes \[\(1,\)\], not \[\(2,\)\]"):
         mlopt.hypergradient(problem)
@@ -358,21 +358,21 @@ def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("level", ["y", "z"])
 def test_nests_are_refused(level: str) -> None:
-    rules = {"y": mlopt.Dense(), "z": mlopt.Dense()} | {level: mlopt.Unrolled(2, optimizer=torchopt.sgd(0.1))}
+    rules = {"y": mlopt.Dense(), "z": mlopt.Dense()} | {level: mlopt.Unrolled(steps=2, optimizer=torchopt.sgd(0.1))}
     with pytest.raises(mlopt.EstimatorError, match=level):
         mlopt.hypergradient(quadratic("nested", rules).problem)
 
 
 def test_divergence_is_said() -> None:
-    problem = two(mlopt.Unrolled(8, optimizer=torchopt.sgd(4.0)), None, quadratic_loss)
+    problem = two(mlopt.Unrolled(steps=8, optimizer=torchopt.sgd(4.0)), None, quadratic_loss)
     assert "diverge" in mlopt.hypergradient(problem).reports["y"].remarks[0]
-    problem = two(mlopt.Unrolled(800, optimizer=torchopt.sgd(4.0)), None, quadratic_loss)
+    problem = two(mlopt.Unrolled(steps=800, optimizer=torchopt.sgd(4.0)), None, quadratic_loss)
     with pytest.raises(mlopt.NonFiniteError, match="level 'y': 800 virtual steps"):
         mlopt.hypergradient(problem)
 
 
 def test_zero_in_zero_out_without_an_evaluation() -> None:
-    problem = two(mlopt.Unrolled(3), partial(SGD, lr=0.1), quadratic_loss)
+    problem = two(mlopt.Unrolled(steps=3), partial(SGD, lr=0.1), quadratic_loss)
     rule = problem["y"].estimator.linearize(point_of(problem), "y")
     assert not rule.pullback({"y": (torch.zeros(2),)})["x"][0].any()
     assert rule.report.iterations == 0
@@ -386,7 +386,7 @@ def test_zero_in_zero_out_without_an_evaluation() -> None:
 def test_training_inside_solve_does_not_depend_on_the_estimator(name: str) -> None:
     """With an outer step of nothing, the inner levels train alike: parameters, buffers, momenta, and what comes after."""
     ends = []
-    for estimator in (mlopt.Identity(), mlopt.Unrolled(3), mlopt.Unrolled(4, checkpoint_every=2)):
+    for estimator in (mlopt.Identity(), mlopt.Unrolled(steps=3), mlopt.Unrolled(steps=4, checkpoint_every=2)):
         net = Restless()
         optimizer = OPTIMIZERS[name](net.parameters())
         problem = build(0, estimator, optimizer, net=net)
@@ -403,7 +403,7 @@ def test_training_inside_solve_does_not_depend_on_the_estimator(name: str) -> No
 
 
 def test_the_outer_loss_draws_what_it_would_without_the_steps() -> None:
-    problem = build(0, mlopt.Unrolled(3), OPTIMIZERS["sgd"], net=Restless())
+    problem = build(0, mlopt.Unrolled(steps=3), OPTIMIZERS["sgd"], net=Restless())
     before = torch.get_rng_state()
     with at_solutions(point_of(problem), problem.outermost):
         assert torch.equal(torch.get_rng_state(), before)
@@ -417,7 +417,7 @@ def test_inside_solve_the_steps_go_on_from_the_momenta(name: str) -> None:
         made.append(OPTIMIZERS[name](parameters))
         return made[-1]
 
-    problem = build(1, mlopt.Unrolled(3), factory)
+    problem = build(1, mlopt.Unrolled(steps=3), factory)
     before = problem["weights"].module.value.detach().clone()
     mlopt.solve(problem, 1, seed=0, progress=False)
     gradient = problem["weights"].module.value.grad.clone()
@@ -440,7 +440,7 @@ def test_nothing_moves_when_a_loss_raises(products: str) -> None:
 
     while fatal < 6:
         calls, fatal, net = 0, fatal + 1, Restless()
-        problem = build(0, mlopt.Unrolled(3, checkpoint_every=2, products=products), OPTIMIZERS["adam"], net=net)
+        problem = build(0, mlopt.Unrolled(steps=3, checkpoint_every=2, products=products), OPTIMIZERS["adam"], net=net)
         level = problem["net"]
         broken = mlopt.Level("net", net, failing, data=level.data, optimizer=level.optimizer, estimator=level.estimator)
         before, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
@@ -464,7 +464,7 @@ def test_a_part_of_the_loss_that_reads_parameters_from_outside_is_refused() -> N
 
     problem = mlopt.Problem(
         mlopt.Level("u", mlopt.variables(torch.rand(3)), outer),
-        mlopt.Level("inner", module, inner, optimizer=partial(SGD, lr=1e-5), estimator=mlopt.Unrolled(3)),
+        mlopt.Level("inner", module, inner, optimizer=partial(SGD, lr=1e-5), estimator=mlopt.Unrolled(steps=3)),
     )
     with pytest.raises(mlopt.EstimatorError, match=r"level 'inner': .* must take its parameters from the module"):
         mlopt.hypergradient(problem)
@@ -478,7 +478,7 @@ def test_the_report_counts_the_seconds_of_the_virtual_steps() -> None:
     problem = mlopt.Problem(
         mlopt.Level("u", mlopt.variables(torch.rand(3)), lambda u, batch, *, x: x().square().sum()),
         mlopt.Level(
-            "x", mlopt.variables(torch.rand(3)), slow, optimizer=partial(SGD, lr=0.1), estimator=mlopt.Unrolled(4)
+            "x", mlopt.variables(torch.rand(3)), slow, optimizer=partial(SGD, lr=0.1), estimator=mlopt.Unrolled(steps=4)
         ),
     )
     assert mlopt.hypergradient(problem).reports["x"].seconds > 6 * 0.02
@@ -497,7 +497,7 @@ def test_a_start_of_another_dtype_gets_its_cotangent_in_its_own() -> None:
             mlopt.variables(torch.zeros(3, dtype=torch.float64)),
             adapted,
             optimizer=partial(SGD, lr=0.1),
-            estimator=mlopt.Unrolled(2, start="start"),
+            estimator=mlopt.Unrolled(steps=2, start="start"),
         ),
     )
     result = mlopt.hypergradient(problem)

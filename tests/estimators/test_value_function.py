@@ -25,14 +25,14 @@ FLAT = [name for name in SHAPES if not name.startswith("nested")]
 @given(seed=seeds)
 def test_quadratics_agree_with_the_closed_form(shape: str, seed: int) -> None:
     """At any perturbation: the central difference is exact, and descent is the only error."""
-    case = quadratic(shape, mlopt.ValueFunction(150, step_size=0.3, perturbation=0.5), seed=seed, size=1)
+    case = quadratic(shape, mlopt.ValueFunction(steps=150, step_size=0.3, perturbation=0.5), seed=seed, size=1)
     assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-8
 
 
 @drawn(8)
 @given(seed=seeds, condition=st.floats(1.5, 5.0))
 def test_quadratics_agree_with_the_closed_form_by_default(seed: int, condition: float) -> None:
-    case = quadratic("two", mlopt.ValueFunction(200), seed=seed, condition=condition)
+    case = quadratic("two", mlopt.ValueFunction(steps=200), seed=seed, condition=condition)
     result = mlopt.hypergradient(case.problem)
     assert case.error(result.gradient) < 1e-7
     assert result.reports["y"].residual < 1e-6
@@ -44,8 +44,8 @@ def test_a_few_steps_on_a_quadratic_are_a_neumann_series(seed: int, steps: int, 
     """Also away from the solution: the way there is common to both sides."""
     gradients = []
     for rule in (
-        mlopt.ValueFunction(steps, step_size=0.1, perturbation=0.3),
-        mlopt.Neumann(terms=steps - 1, step_size=0.1),
+        mlopt.ValueFunction(steps=steps, step_size=0.1, perturbation=0.3),
+        mlopt.Neumann(iterations=steps - 1, step_size=0.1),
     ):
         problem = quadratic("two", rule, seed=seed).problem
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_few_steps_on_a_quadratic_are_a_neumann_series(seed: int, steps: int, 
 def test_the_error_is_of_second_order_in_the_perturbation(seed: int) -> None:
     errors = []
     for nu in (0.1, 0.05, 0.01):
-        case = logistic_regression(mlopt.ValueFunction(60, step_size=0.8, perturbation=nu), seed=seed, ridge=0.5)
+        case = logistic_regression(mlopt.ValueFunction(steps=60, step_size=0.8, perturbation=nu), seed=seed, ridge=0.5)
         errors.append(case.error(mlopt.hypergradient(case.problem).gradient))
     assert errors[2] < 1e-3
     assert 3.0 < errors[0] / errors[1] < 5.0
@@ -69,14 +69,14 @@ def test_the_error_is_of_second_order_in_the_perturbation(seed: int) -> None:
 @drawn(5)
 @given(seed=seeds)
 def test_logistic_regression_by_default(seed: int) -> None:
-    case = logistic_regression(mlopt.ValueFunction(150), seed=seed, ridge=0.5)
+    case = logistic_regression(mlopt.ValueFunction(steps=150), seed=seed, ridge=0.5)
     assert case.error(mlopt.hypergradient(case.problem).gradient) < 1e-5
 
 
 @drawn(6)
 @given(seed=seeds, a=st.floats(-3, 3), b=st.floats(-3, 3))
 def test_a_pullback_is_linear_on_quadratics(seed: int, a: float, b: float) -> None:
-    problem = quadratic("two", mlopt.ValueFunction(4, step_size=0.1, perturbation=0.1), seed=seed, size=1).problem
+    problem = quadratic("two", mlopt.ValueFunction(steps=4, step_size=0.1, perturbation=0.1), seed=seed, size=1).problem
     rule = problem["y"].estimator.linearize(point_of(problem), "y")
     generator = torch.Generator().manual_seed(seed)
     first, second = ((torch.randn(2, 1, generator=generator), torch.randn((), generator=generator)) for _ in "ab")
@@ -103,7 +103,7 @@ def two(estimator: mlopt.Estimator, loss: Any = inner) -> mlopt.Problem:
 @pytest.mark.parametrize(("arguments", "evaluations"), [({"step_size": 0.2}, 10), ({}, 30)])
 def test_what_it_evaluates(arguments: dict[str, Any], evaluations: int) -> None:
     loss = Calls(inner)
-    problem = two(mlopt.ValueFunction(4, **arguments), loss)
+    problem = two(mlopt.ValueFunction(steps=4, **arguments), loss)
     rule = problem["y"].estimator.linearize(point_of(problem), "y")
     assert not rule.pullback({"y": (torch.zeros(2),)})["x"][0].any()
     assert loss.count == 0
@@ -114,30 +114,30 @@ def test_what_it_evaluates(arguments: dict[str, Any], evaluations: int) -> None:
 def test_the_residual_is_that_of_descent() -> None:
     """With H = 2, one step of 0.1 leaves 1 - 0.2 of the cotangent over, two leave the square of it."""
     for steps in (1, 2):
-        report = mlopt.hypergradient(two(mlopt.ValueFunction(steps, step_size=0.1, rtol=0.7))).reports["y"]
+        report = mlopt.hypergradient(two(mlopt.ValueFunction(steps=steps, step_size=0.1, rtol=0.7))).reports["y"]
         assert report.residual == pytest.approx(0.8**steps, abs=1e-9)
         assert report.converged is (steps == 2)
-    assert mlopt.hypergradient(two(mlopt.ValueFunction(2))).reports["y"].converged is None
+    assert mlopt.hypergradient(two(mlopt.ValueFunction(steps=2))).reports["y"].converged is None
 
 
 def test_divergence_is_said_and_then_raised() -> None:
-    report = mlopt.hypergradient(two(mlopt.ValueFunction(3, step_size=3.0))).reports["y"]
+    report = mlopt.hypergradient(two(mlopt.ValueFunction(steps=3, step_size=3.0))).reports["y"]
     assert "did not reach" in report.remarks[0]
     with pytest.raises(mlopt.NonFiniteError, match="level 'y': 900 steps of gradient descent with step_size=3"):
-        mlopt.hypergradient(two(mlopt.ValueFunction(900, step_size=3.0)))
+        mlopt.hypergradient(two(mlopt.ValueFunction(steps=900, step_size=3.0)))
 
 
 def test_no_curvature_is_said() -> None:
     def flat(y: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return x().sum() * 0 + y().sum()
 
-    report = mlopt.hypergradient(two(mlopt.ValueFunction(2), flat)).reports["y"]
+    report = mlopt.hypergradient(two(mlopt.ValueFunction(steps=2), flat)).reports["y"]
     assert report.remarks[0] == "no curvature along the cotangent"
 
 
 def test_a_warm_start_goes_on_from_the_displacement() -> None:
     """One step each outer step, on an unchanged problem, is the same descent as all of them at once."""
-    problem = two(mlopt.ValueFunction(2, step_size=0.1, warm_start=True))
+    problem = two(mlopt.ValueFunction(steps=2, step_size=0.1, warm_start=True))
     point = point_of(problem, warm={})
     load = {"y": (torch.tensor([1.0, -2.0]),)}
     residuals = []
@@ -146,14 +146,14 @@ def test_a_warm_start_goes_on_from_the_displacement() -> None:
         pulled = rule.pullback(load)["x"][0]
         residuals.append(rule.report.residual)
     assert residuals == pytest.approx([0.8**2, 0.8**4, 0.8**6], abs=1e-8)
-    whole = two(mlopt.ValueFunction(6, step_size=0.1))
+    whole = two(mlopt.ValueFunction(steps=6, step_size=0.1))
     expected = whole["y"].estimator.linearize(point_of(whole), "y").pullback(load)["x"][0]
     assert distance(pulled, expected) < 1e-8
 
 
 @pytest.mark.parametrize("level", ["y", "z"])
 def test_nests_are_refused(level: str) -> None:
-    rules = {"y": mlopt.Dense(), "z": mlopt.Dense()} | {level: mlopt.ValueFunction(2)}
+    rules = {"y": mlopt.Dense(), "z": mlopt.Dense()} | {level: mlopt.ValueFunction(steps=2)}
     with pytest.raises(mlopt.EstimatorError, match=f"level '{level}'"):
         mlopt.hypergradient(quadratic("nested", rules).problem)
 
@@ -194,7 +194,7 @@ def restless(estimator: mlopt.Estimator, net: nn.Module, fatal: int = 0) -> mlop
 @pytest.mark.parametrize("fatal", range(7))
 def test_nothing_moves_even_when_a_loss_raises(fatal: int) -> None:
     net = Restless()
-    problem = restless(mlopt.ValueFunction(2, step_size=0.1), net, fatal)
+    problem = restless(mlopt.ValueFunction(steps=2, step_size=0.1), net, fatal)
     before, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     if fatal:
         with pytest.raises(RuntimeError, match="stop here"):
@@ -208,16 +208,18 @@ def test_nothing_moves_even_when_a_loss_raises(fatal: int) -> None:
 
 def test_all_evaluations_see_the_same_masks() -> None:
     """Else the difference would be of masks, over a small perturbation. A few steps from one point are a Neumann series."""
-    gradient = gradient_of(restless(mlopt.ValueFunction(4, step_size=0.05, perturbation=1e-5), Restless()), seed=0)
+    gradient = gradient_of(
+        restless(mlopt.ValueFunction(steps=4, step_size=0.05, perturbation=1e-5), Restless()), seed=0
+    )
     # Off the minimum, each side's descent leaves the point; the differences of gradients follow it, to first order in the step.
-    series = gradient_of(restless(mlopt.Neumann(terms=3, step_size=0.05), Restless()), seed=0)
+    series = gradient_of(restless(mlopt.Neumann(iterations=3, step_size=0.05), Restless()), seed=0)
     assert distance(gradient, series) < 0.3
     assert gradient.norm() < 10 * series.norm()
 
 
 def test_training_inside_solve_does_not_depend_on_the_estimator() -> None:
     ends = []
-    for estimator in (mlopt.Identity(), mlopt.ValueFunction(3, warm_start=True)):
+    for estimator in (mlopt.Identity(), mlopt.ValueFunction(steps=3, warm_start=True)):
         net = Restless()
         mlopt.solve(restless(estimator, net), 4, seed=0, progress=False)
         ends.append([*net.state_dict().values(), torch.rand(1)])

@@ -19,8 +19,8 @@ from mlopt.testing import ladder, quadratic
 LINEAR = {
     "identity": mlopt.Identity(),
     "identity_forward": mlopt.Identity(products="forward"),
-    "neumann": mlopt.Neumann(terms=4, step_size=0.1),
-    "neumann_damped": mlopt.Neumann(terms=4, step_size=0.1, damping=0.5),
+    "neumann": mlopt.Neumann(iterations=4, step_size=0.1),
+    "neumann_damped": mlopt.Neumann(iterations=4, step_size=0.1, damping=0.5),
     "dense": mlopt.Dense(),
     "conjugate_gradient_converged": conjugate_gradient(),
 }
@@ -88,7 +88,7 @@ def test_a_truncated_series_is_its_polynomial(seed: int, terms: int) -> None:
     """The series is linear although it is truncated."""
     alpha = 0.05
     dense = linearized("two", "y", mlopt.Dense(), seed)
-    short = linearized("two", "y", mlopt.Neumann(terms=terms, step_size=alpha), seed)
+    short = linearized("two", "y", mlopt.Neumann(iterations=terms, step_size=alpha), seed)
     hessian = torch.stack([in_one(dense.product({"y": unit}, ["y"]), ["y"]) for unit in _units()])
     cotangent = random_vectors(["y"], torch.Generator().manual_seed(seed))
     power, total = in_one(cotangent, ["y"]), torch.zeros(3)
@@ -115,7 +115,7 @@ def test_wanted_omits_the_other_arguments() -> None:
 @pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
 @pytest.mark.parametrize(("shape", "level"), [("two", "y"), ("nested", "y")])
 def test_the_pullback_of_zero_is_zero_and_keeps_the_warm_start(shape: str, level: str, products: str) -> None:
-    problem = quadratic(shape, mlopt.Neumann(terms=1, warm_start=True, products=products), size=1).problem
+    problem = quadratic(shape, mlopt.Neumann(iterations=1, warm_start=True, products=products), size=1).problem
     kept = random_vectors([level], torch.Generator().manual_seed(0))
     point = point_of(problem, warm=dict(kept))
     rule = problem[level].estimator.linearize(point, level)
@@ -143,7 +143,7 @@ def test_a_warm_start_lowers_the_residual() -> None:
 
 def test_a_diverged_solution_is_not_a_warm_start() -> None:
     """One solve in a region of negative curvature must not spoil later ones."""
-    diverging = mlopt.Neumann(terms=20, step_size=10.0, warm_start=True)
+    diverging = mlopt.Neumann(iterations=20, step_size=10.0, warm_start=True)
     problem = quadratic("two", diverging, size=1).problem
     point = point_of(problem, warm={})
     rule = problem["y"].estimator.linearize(point, "y")

@@ -118,7 +118,7 @@ def test_nothing_moves_when_a_loss_raises(products: str, fatal: int) -> None:
             raise StopHereError
         return loss
 
-    problem = build(mlopt.Neumann(terms=3, step_size=0.1, products=products), torch.float32, failing)
+    problem = build(mlopt.Neumann(iterations=3, step_size=0.1, products=products), torch.float32, failing)
     optimizers = train_a_little(problem)
     before = snapshot(problem, optimizers)
     with pytest.raises(StopHereError):

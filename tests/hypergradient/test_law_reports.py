@@ -97,19 +97,20 @@ def test_one_bad_solve_is_reported_although_good_ones_follow() -> None:
     assert report.remarks == ("went wrong",)
 
 
-def test_negative_curvature_stops_and_keeps_the_iterate() -> None:
+def test_negative_curvature_at_once_leaves_a_step_of_steepest_descent() -> None:
     def saddle(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         y = module()
         return y[0] ** 2 - 0.5 * y[1] ** 2 - (y * x()).sum()
 
-    # v = x = (1, 2): <v, H v> = 2 - 4 < 0 at once, so the iterate is zero and only the direct term remains.
+    # v = x = (1, 2): <v, H v> = 2 - 4 < 0 at once, so q = v ||v|| / ||H v||, and the mixed product is -q.
     result = mlopt.hypergradient(build(mlopt.ConjugateGradient(), saddle))
     report = result.reports["y"]
     assert report.converged is False
     assert report.iterations == 0
     assert report.curvature[0] == pytest.approx(-0.4)
     assert report.remarks == ("negative curvature -0.4 at iteration 1; raise the damping",)
-    assert torch.equal(result.gradient["value"], torch.tensor([0.5, 0.3]))
+    q = torch.tensor([1.0, 2.0]) * (5 / 8) ** 0.5
+    torch.testing.assert_close(result.gradient["value"], torch.tensor([0.5, 0.3]) + q)
     # Damping above it makes the matrix positive definite, and the solve is the damped one.
     damped = mlopt.hypergradient(build(mlopt.ConjugateGradient(damping=2.0), saddle))
     assert damped.reports["y"].converged is True
@@ -126,20 +127,20 @@ def test_dense_reports_negative_curvature() -> None:
 
 
 def test_the_divergence_of_a_series_is_reported() -> None:
-    report = report_of(mlopt.Neumann(terms=100, step_size=1.2))
+    report = report_of(mlopt.Neumann(iterations=100, step_size=1.2))
     assert report.converged is False
     assert report.iterations < 100
     assert report.remarks == ("the series does not converge (curvature up to 2 at step size 1.2)",)
 
 
 def test_the_divergence_of_a_short_series_shows_in_its_residual() -> None:
-    report = report_of(mlopt.Neumann(terms=5, step_size=1.2))
+    report = report_of(mlopt.Neumann(iterations=5, step_size=1.2))
     assert report.converged is False
     assert report.residual == pytest.approx(1.4**5)
 
 
 def test_the_divergence_of_a_short_series_is_reported() -> None:
-    assert "does not converge" in " ".join(report_of(mlopt.Neumann(terms=5, step_size=1.2)).remarks)
+    assert "does not converge" in " ".join(report_of(mlopt.Neumann(iterations=5, step_size=1.2)).remarks)
 
 
 def test_the_identity_measures_nothing() -> None:
@@ -346,8 +347,15 @@ def saddle_problem(estimator: mlopt.Estimator) -> mlopt.Problem:
 def test_an_untrustworthy_solve_is_warned_about() -> None:
     with pytest.warns(mlopt.TrustWarning, match="level 'y': negative curvature -.*raise the damping"):
         mlopt.hypergradient(saddle_problem(mlopt.ConjugateGradient()))
-    with pytest.warns(mlopt.TrustWarning, match="level 'y', doubtful in 3 steps, most recently: negative curvature"):
-        mlopt.solve(saddle_problem(mlopt.ConjugateGradient()), steps=3, progress=False)
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+def test_outer_variables_move_at_negative_curvature(warm_start: bool) -> None:
+    """The Hessian is orthogonal, so q = v = (1, 2) in each step, and the mixed product is the identity."""
+    problem = saddle_problem(mlopt.ConjugateGradient(warm_start=warm_start))
+    mlopt.solve(problem, steps=3, progress=False)
+    torch.testing.assert_close(problem["x"].module.value.detach(), torch.ones(2) + 0.3 * torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.filterwarnings("error::mlopt.TrustWarning")

@@ -102,7 +102,7 @@ def test_differences_nested_twice_are_reported_as_coarse() -> None:
 @given(data=st.data())
 def test_a_long_neumann_series_agrees_with_the_closed_form(products: str, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(["two", "chain_of_three", "chain_with_shortcuts", "diamond"]), label="shape")
-    neumann = mlopt.Neumann(terms=300, rtol=1e-12, products=products)
+    neumann = mlopt.Neumann(iterations=300, rtol=1e-12, products=products)
     case = quadratic(shape, neumann, seed=data.draw(seeds), condition=data.draw(st.floats(1.2, 2.5)))
     assert error(case) < 1e-8
 
@@ -110,7 +110,7 @@ def test_a_long_neumann_series_agrees_with_the_closed_form(products: str, data: 
 @drawn(6)
 @given(seed=seeds, outer=st.booleans())
 def test_a_long_neumann_series_agrees_with_the_closed_form_when_nested(seed: int, outer: bool) -> None:
-    neumann, dense = mlopt.Neumann(terms=300, rtol=1e-12), mlopt.Dense()
+    neumann, dense = mlopt.Neumann(iterations=300, rtol=1e-12), mlopt.Dense()
     estimators = {"y": neumann, "z": dense} if outer else {"y": dense, "z": neumann}
     assert error(quadratic("nested_and_referred_to", estimators, seed=seed, condition=1.5)) < 1e-8
 

@@ -11,10 +11,16 @@ from core_cases import distance, drawn, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from test_linear import SIZE, System
-from torch import Tensor
+from torch import Tensor, nn
 
+import mlopt
+from benchmarks.hypergrad.measuring import peak_memory
 from mlopt import linear
+from mlopt.linear.nystrom import _approximate
 from mlopt.tensors import Tensors, axpy, flatten, scale, unflatten
+
+#: The size of a matrix whose eigenvalues spread over sixteen orders of magnitude.
+SPREAD = 40
 
 dampings = st.floats(1e-3, 10.0)
 
@@ -112,7 +118,7 @@ def test_negative_curvature_counts_as_zero_with_a_remark(seed: int, negative: in
     assert distance(flatten(solution.value), torch.linalg.solve(clipped, flatten(system.right))) < 1e-8
     remark = re.match(r"negative curvature (\S+) taken to be zero", solution.remark)
     assert remark
-    assert float(remark[1]) == pytest.approx(float(values[0]) + damping, rel=0.01)  # printed with three digits
+    assert float(remark[1]) == pytest.approx(float(values[0]), rel=0.01)  # of A itself, printed with three digits
     assert solution.residual == pytest.approx(system.residual(solution.value, damping), rel=1e-9)
     assert solution.converged is False
 
@@ -223,3 +229,56 @@ def test_a_converged_start_does_not_prepare_the_preconditioner() -> None:
     solver = linear.ConjugateGradient(rtol=1e-8, preconditioner=linear.NystromPreconditioner(rank=5))
     start = unflatten(system.exact(), system.right)
     assert solver.solve(system.matvec, system.right, initial=start).products == system.products == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [5, SPREAD])
+def test_the_approximation_is_orthonormal_and_as_exact_as_rounding_over_sixteen_orders_of_magnitude(
+    rank: int, dtype: torch.dtype
+) -> None:
+    """A Gram matrix alone would lose half the digits; small eigenvalues are those of the Nystrom formula."""
+    eigenvalues = 10.0 ** -torch.linspace(0, 16, SPREAD)
+    matrix = random_matrix(0, eigenvalues).to(dtype)
+    multiplied: list[Tensor] = []
+
+    def matvec(vector: Tensors) -> Tensors:
+        multiplied.append(vector[0])
+        return (matrix @ vector[0],)
+
+    low_rank = _approximate(matvec, (torch.zeros(SPREAD, dtype=dtype),), rank, 0.0, 0)
+    epsilon = torch.finfo(dtype).eps
+    assert torch.allclose(
+        low_rank.basis @ low_rank.basis.T, torch.eye(len(low_rank.basis), dtype=dtype), atol=9 * epsilon
+    )
+    probes, exact = torch.stack(multiplied, dim=1).double(), matrix.double()
+    images = exact @ probes
+    expected = images @ torch.linalg.inv(probes.T @ images) @ images.T if rank < SPREAD else exact
+    approximation = (low_rank.basis.T * low_rank.eigenvalues) @ low_rank.basis
+    assert torch.linalg.matrix_norm(approximation - expected, ord=2) < 100 * epsilon
+
+
+@pytest.mark.parametrize("rank", [1, 10])
+def test_the_memory_is_two_vectors_a_probe_and_a_few_more(rank: int) -> None:
+    n = 300_000
+    diagonal, right = torch.rand(n), (torch.ones(n),)
+    solver = linear.Nystrom(rank=rank, damping=1.0)
+    peak = peak_memory(lambda: solver.solve(lambda v: (diagonal * v[0],), right), "cpu")
+    assert 2 * rank < peak / (n * right[0].element_size()) < 2 * rank + 5
+
+
+def test_the_memory_of_a_hypergradient() -> None:
+    """A network's own graph and products included: at most thirty copies of its parameters at rank ten."""
+    network, inputs = nn.Linear(2_000, 100), torch.randn(20, 2_000)
+
+    def training(module: nn.Module, batch: None, *, weights: nn.Module) -> Tensor:
+        return (module(inputs).tanh().square().mean(1) * weights()).mean()
+
+    def validation(module: nn.Module, batch: None, *, network: nn.Module) -> Tensor:
+        return network(inputs).square().mean()
+
+    problem = mlopt.Problem(
+        mlopt.Level("weights", mlopt.variables(torch.ones(20)), validation),
+        mlopt.Level("network", network, training, estimator=mlopt.Nystrom(rank=10, damping=1.0)),
+    )
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    assert peak_memory(lambda: mlopt.hypergradient(problem), "cpu") < 30 * size

@@ -90,8 +90,8 @@ RULES: dict[str, Callable[[], mlopt.Estimator]] = {
     "finite difference": mlopt.FiniteDifference,
     "gauss-newton": lambda: mlopt.ConjugateGradient(iterations=2, products="gauss_newton"),
     "streamed": lambda: mlopt.Identity(streamed=True),
-    "value function": lambda: mlopt.ValueFunction(2),
-    "unrolled": lambda: mlopt.Unrolled(2),
+    "value function": lambda: mlopt.ValueFunction(steps=2),
+    "unrolled": lambda: mlopt.Unrolled(steps=2),
 }
 
 

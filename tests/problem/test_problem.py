@@ -264,7 +264,7 @@ def _check_name(name: str, products: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_printing_draws_every_level_under_its_host(shape: str) -> None:
-    problem = quadratic(shape, mlopt.Neumann(terms=7)).problem
+    problem = quadratic(shape, mlopt.Neumann(iterations=7)).problem
     lines = str(problem).splitlines()
     drawn = {line.strip("│├└─ ").split()[0]: line for line in lines}
     assert set(drawn) == set(SHAPES[shape])
@@ -276,7 +276,7 @@ def test_printing_draws_every_level_under_its_host(shape: str) -> None:
         assert (above[-1] if above else None) == host
         assert f"refers to {', '.join(refs)}" in drawn[name]
         assert "5 variables" in drawn[name]
-        assert ("Neumann(terms=7" in drawn[name]) == (host is not None)
+        assert ("Neumann(iterations=7" in drawn[name]) == (host is not None)
     assert repr(problem) == f"Problem({', '.join(SHAPES[shape])})"
 
 

@@ -126,12 +126,12 @@ RULES: dict[str, tuple[mlopt.Estimator, dict[str, Any]]] = {
     "forward": (mlopt.Identity(products="forward"), {"loss": mixture, "clip": 0.5}),
     "differences": (mlopt.FiniteDifference(), {}),
     "warm": (mlopt.ConjugateGradient(iterations=2, warm_start=True, damping=1.0), {}),
-    "neumann": (mlopt.Neumann(terms=3, step_size=0.05), {"optimizer": partial(SGD, lr=0.02, momentum=0.9)}),
+    "neumann": (mlopt.Neumann(iterations=3, step_size=0.05), {"optimizer": partial(SGD, lr=0.02, momentum=0.9)}),
     "nystrom": (mlopt.Nystrom(rank=100, damping=1.0), {}),
     "sama": (mlopt.SAMA(), {}),
     "sama, fused": (mlopt.SAMA(), {"optimizer": partial(AdamW, lr=0.02, fused=True)}),
-    "value function": (mlopt.ValueFunction(4, step_size=0.02), {}),
-    "value function, warm": (mlopt.ValueFunction(4, step_size=0.02, warm_start=True), {}),
+    "value function": (mlopt.ValueFunction(steps=4, step_size=0.02), {}),
+    "value function, warm": (mlopt.ValueFunction(steps=4, step_size=0.02, warm_start=True), {}),
 }
 
 
@@ -145,7 +145,7 @@ def test_a_run_has_the_history_of_the_cpu(name: str) -> None:
 
 def test_unrolled_steps_have_the_history_of_the_cpu() -> None:
     pytest.importorskip("torchopt", reason="Unrolled takes TorchOpt's optimisers: the extra `unroll`")
-    there, here = (rows_of(build(mlopt.Unrolled(3), device)) for device in (DEVICE, CPU))
+    there, here = (rows_of(build(mlopt.Unrolled(steps=3), device)) for device in (DEVICE, CPU))
     assert_close(there, here)
 
 

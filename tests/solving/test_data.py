@@ -230,7 +230,7 @@ def test_the_order_of_a_level_ignores_other_draws(disturbance: str) -> None:
                 drawing()
             return inner(torch.ones(1)).sum() + own().square().sum()
 
-        rule = mlopt.Neumann(terms=2) if disturbed == "estimator" else mlopt.Identity()
+        rule = mlopt.Neumann(iterations=2) if disturbed == "estimator" else mlopt.Identity()
         slow = partial(SGD, lr=0.01)
         batches = 5 if disturbed == "level" else 2
         problem = Problem(

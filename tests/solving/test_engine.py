@@ -172,7 +172,7 @@ def test_hypergradient_does_not_disturb_persistent_workers():
 def test_one_warm_neumann_term_is_one_update_of_soba():
     """The update is q <- q + alpha (v - H q)."""
     matrix, right, start = torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 2.0]), torch.tensor([0.4, -0.2])
-    solver = mlopt.linear.Neumann(terms=1, step_size=0.1)
+    solver = mlopt.linear.Neumann(iterations=1, step_size=0.1)
     solution = solver.solve(lambda v: (matrix @ v[0],), (right,), initial=(start,))
     torch.testing.assert_close(solution.value[0], start + 0.1 * (right - matrix @ start))
     assert solution.products == 1

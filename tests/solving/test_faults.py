@@ -69,7 +69,11 @@ NAN, INF = math.nan, math.inf
     [
         (lambda: build([1.0, 1.0, NAN]), 3, "outer step 3: the loss of level 'x' is nan"),
         (lambda: build([1.0], outer_values=[1.0, INF]), 2, "outer step 2: the loss of level 'weights' is inf"),
-        (lambda: build([1e200, 1e200], estimator=mlopt.Neumann(terms=9, step_size=1.0)), 1, "outer step 1: .*Neumann"),
+        (
+            lambda: build([1e200, 1e200], estimator=mlopt.Neumann(iterations=9, step_size=1.0)),
+            1,
+            "outer step 1: .*Neumann",
+        ),
     ],
 )
 def test_a_fault_is_raised_with_level_step_estimator_and_state(

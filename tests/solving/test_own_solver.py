@@ -190,7 +190,7 @@ def test_a_level_inside_a_nested_level_is_solved() -> None:
     assert distance(problem["outer"].module.value.detach(), torch.tensor([2.8], dtype=F64)) < 1e-8
 
 
-@pytest.mark.parametrize("response", [None, mlopt.RealSteps(1)])
+@pytest.mark.parametrize("response", [None, mlopt.RealSteps(steps=1)])
 def test_solvers_run_in_the_order_of_dependence(response: mlopt.Response | None) -> None:
     """Body* = u and head* = 2 body, so that the loss |head|^2 is 4 u^2; with them or by differences."""
 
@@ -387,7 +387,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 def test_unrolling_is_refused() -> None:
     pytest.importorskip("torchopt")
     with pytest.raises(mlopt.ProblemError, match=r"unrolled step.* uses the steps of an optimiser"):
-        ridge(estimator=mlopt.Unrolled(2))
+        ridge(estimator=mlopt.Unrolled(steps=2))
 
 
 def test_places_without_a_single_solution_are_refused() -> None:

@@ -91,7 +91,7 @@ def build(kind: str) -> Problem:
         "streamed": mlopt.Identity(streamed=True),
         "warm": mlopt.ConjugateGradient(iterations=2, warm_start=True, damping=1.0),
         "curvature": mlopt.Neumann(
-            terms=3, step_size=0.1, curvature_data=DataLoader(Augmented(8), batch_size=4, shuffle=True)
+            iterations=3, step_size=0.1, curvature_data=DataLoader(Augmented(8), batch_size=4, shuffle=True)
         ),
         "unrolled": mlopt.Unrolled(steps=2),
         "fp16": mlopt.FiniteDifference(),

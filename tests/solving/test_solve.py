@@ -133,7 +133,7 @@ def test_the_outer_step_follows_the_hypergradient_of_the_latest_batches():
     torch.testing.assert_close(decay.value.detach(), own.detach(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("estimator", [mlopt.Identity(), mlopt.FiniteDifference(), mlopt.Neumann(terms=3)])
+@pytest.mark.parametrize("estimator", [mlopt.Identity(), mlopt.FiniteDifference(), mlopt.Neumann(iterations=3)])
 def test_training_does_not_depend_on_the_estimator(estimator):
     """If the outer level does not move, the inner level takes the same path with every estimator."""
 
@@ -173,7 +173,7 @@ def test_only_own_steps_move_buffers():
     batch = torch.randn(8, 2)
     problem = Problem(
         Level("shift", variables(torch.ones(2)), validation, data=[batch + 100], optimizer=sgd),
-        Level("net", net, training, data=[batch], optimizer=sgd, steps=2, estimator=mlopt.Neumann(terms=2)),
+        Level("net", net, training, data=[batch], optimizer=sgd, steps=2, estimator=mlopt.Neumann(iterations=2)),
     )
     mlopt.solve(problem, 3)
     assert net[1].num_batches_tracked.item() == 6
@@ -226,8 +226,10 @@ def test_a_step_on_a_mixture_equals_that_on_the_weighted_sum(lazy):
     assert mixture[2] == pytest.approx(expected[2], rel=1e-12)
 
 
-def test_streaming_uses_the_cotangent_of_the_previous_step():
-    """The streamed derivative at step t is -(dw/da)^T <grad L_k(theta_t), p_(t-1)>; the first one is recomputed."""
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_streaming_uses_the_cotangent_of_the_previous_step(factor):
+    """The streamed derivative at step t is -c (dw/da)^T <grad L_k(theta_t), p_(t-1)>; the first one is recomputed."""
+    estimator = mlopt.Identity(scale=factor, streamed=True)
     targets = torch.tensor([[1.0, 0.0, 2.0], [-1.0, 3.0, 0.5]], dtype=F64)
 
     def pretraining(own, batch, *, weights):
@@ -245,7 +247,7 @@ def test_streaming_uses_the_cotangent_of_the_previous_step():
     weights, net = Weights(), variables(torch.zeros(3, dtype=F64))
     problem = Problem(
         Level("weights", weights, outer, optimizer=partial(SGD, lr=0.3)),
-        Level("net", net, pretraining, optimizer=partial(SGD, lr=0.01), estimator=mlopt.Identity(streamed=True)),
+        Level("net", net, pretraining, optimizer=partial(SGD, lr=0.01), estimator=estimator),
     )
     mlopt.solve(problem, 4, callbacks=[callback(on_step_end=watch)])
 
@@ -257,7 +259,7 @@ def test_streaming_uses_the_cotangent_of_the_previous_step():
         theta = theta - 0.01 * (w[:, None] * g).sum(0)
         p = 2 * (theta - 0.5)
         used = 4 * (theta - targets).pow(3) @ p if held is None else 4 * (at_step - targets).pow(3) @ held
-        expected = -(torch.diag(w) - w[:, None] * w) @ used
+        expected = -factor * (torch.diag(w) - w[:, None] * w) @ used
         torch.testing.assert_close(gradients[step], expected, rtol=1e-12, atol=1e-14)
         a, held = a - 0.3 * expected, p
     assert ages == [0, 1, 1, 1]

@@ -54,7 +54,7 @@ def _converged(case: Case) -> dict[str, Any]:
 #: One line for each solver.
 _TABLE: dict[str, Callable[..., Any]] = {
     "Identity": lambda case, k, **how: mlopt.Identity(**how),
-    "Neumann": lambda case, k, **how: mlopt.Neumann(terms=k, step_size=case.step_size, **how),
+    "Neumann": lambda case, k, **how: mlopt.Neumann(iterations=k, step_size=case.step_size, **how),
     "ConjugateGradient": lambda case, k, **how: mlopt.ConjugateGradient(iterations=k, rtol=0.0, **how),
     "MINRES": lambda case, k, **how: mlopt.MINRES(iterations=k, rtol=0.0, **how),
     "Nystrom": lambda case, k, **how: mlopt.Nystrom(rank=k, **how),
@@ -132,7 +132,7 @@ LOOPS: dict[str, Callable[[Case], Any]] = {
     "ConjugateGradient warm, rtol 5e-3": lambda case: mlopt.ConjugateGradient(
         iterations=50, rtol=5e-3, warm_start=True
     ),
-    "Neumann warm, one term": lambda case: mlopt.Neumann(terms=1, step_size=case.step_size, warm_start=True),
+    "Neumann warm, one term": lambda case: mlopt.Neumann(iterations=1, step_size=case.step_size, warm_start=True),
 }
 
 

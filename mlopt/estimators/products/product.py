@@ -26,6 +26,8 @@ T = TypeVar("T")
 _COMPLAINTS = ("derivative for", "forward AD", "double backward", "twice differentiable", "once_differentiable")
 #: Phrases of torch.func's errors for code that it cannot transform: recomputed activations, custom functions.
 _UNTRANSFORMED = ("saved tensor hooks", "setup_context", "being transformed")
+#: Phrases of its errors for the second derivative of a compiled module.
+_COMPILED = ("donated buffers", "aot_autograd does not")
 
 
 def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
@@ -42,6 +44,11 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
                 raise SecondDerivativeError(
                     f"torch.func cannot transform the loss ({first}); gradient checkpointing and some custom functions cause "
                     "this; use products='autograd', or 'finite_difference'"
+                ) from error
+            if any(phrase in text for phrase in _COMPILED):
+                raise SecondDerivativeError(
+                    f"a module that torch.compile compiled has no second derivative ({first}); use products='forward' or "
+                    "'finite_difference', or give the module as it was before torch.compile"
                 ) from error
             if any(phrase in text for phrase in _COMPLAINTS):
                 raise SecondDerivativeError(

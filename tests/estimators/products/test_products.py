@@ -88,7 +88,7 @@ def test_kinds_of_products_agree(name: str, solver: str) -> None:
     for products in ("autograd", "forward", "finite_difference"):
         rules = {
             "identity": mlopt.Identity(products=products),
-            "neumann": mlopt.Neumann(terms=3, step_size=0.05, products=products),
+            "neumann": mlopt.Neumann(iterations=3, step_size=0.05, products=products),
         }
         gradients[products] = gradient_of(problem_of(network, rules[solver]), seed=0)
     assert distance(gradients["forward"], gradients["autograd"]) < 1e-9

@@ -1,0 +1,51 @@
+"""Refusals of modules whose parameters are not ordinary tensors of this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import ProblemError
+
+if TYPE_CHECKING:
+    from .level import Level
+
+__all__ = ["refuse_module"]
+
+#: Wrappers that exchange gradients between processes by hooks of their own.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+def refuse_module(level: Level) -> None:
+    """Raise if a level's module is distributed over processes, or has parameters or buffers without a shape.
+
+    Raises:
+        ProblemError: it is such a module.
+    """
+    for name, module in level.module.named_modules():
+        place = f"level {level.name!r}: its module" + (f" {name!r}" if name else "")
+        if _WRAPPERS.intersection(_classes(module)):
+            raise ProblemError(
+                f"{place} is a {type(module).__name__}, which exchanges gradients between processes by hooks that hypergradients "
+                "do not reach; several processes are not supported yet: give the module that it wraps"
+            )
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if is_lazy(tensor):
+                raise ProblemError(
+                    f"{place} is lazy, and {key!r} has no shape yet; call it on a batch before the problem is built, or give its "
+                    "sizes"
+                )
+            if "DTensor" in _classes(tensor):
+                raise ProblemError(
+                    f"{place} has {key!r} sharded over processes (a DTensor, as fully_shard makes it), whose derivatives would "
+                    "silently be zero; several processes are not supported yet: give the module before it is sharded"
+                )
+
+
+def _classes(value: nn.Module | Tensor) -> set[str]:
+    """Return the names of the classes of a value; the classes themselves would have to be imported."""
+    return {kind.__name__ for kind in type(value).__mro__}
