@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
-from .evaluation import evaluate
+from .evaluation import evaluate, put_back
 from .minimize import minimize
 
 __all__ = ["Resolver"]
@@ -25,6 +27,8 @@ _NESTED = 1e2
 #: Displacement of the outer variables, relative to one plus their norm. The error of the extrapolated differences is its
 #: fourth power, and the error of the inner solves is divided by it.
 _STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
+#: Relative error of a difference above which a shorter step is tried for small variables, and the smallest size tried.
+_ROUGH, _SMALLEST = 1e-2, 1e-8
 
 
 class Resolver:
@@ -98,18 +102,33 @@ class Resolver:
         The levels inside must be at their solutions. The derivative is extrapolated from central differences at a step and at
         half of it; its error is the difference from an extrapolation at twice these steps.
         """
+        origin = flatten([variable.data for variable in self._target.parameters]).clone()
+        size = float(origin.norm())
+        scale = 1.0 + size
+        best = self._difference(origin, scale, direction)
+        # Small variables may be of their size for a reason, or just have left zero.
+        while _ROUGH * abs(best[0]) < best[1] and scale > max(size, _SMALLEST):
+            scale /= 10
+            best = min(best, self._difference(origin, scale, direction), key=lambda pair: pair[1])
+        return best
+
+    def _difference(self, origin: Tensor, scale: float, direction: Tensor) -> tuple[float, float]:
+        """Return the same for variables of the size `scale`; the error is infinite if an objective is."""
         variables = [variable.data for variable in self._target.parameters]
-        origin = flatten(variables).clone()
-        step = _STEP.get(origin.dtype, 3e-2) * (1.0 + float(origin.norm()))
+        step = _STEP.get(origin.dtype, 3e-2) * scale
         differences = []
-        for size in (2 * step, step, step / 2):
-            values = []
-            for sign in (1.0, -1.0):
-                _write(variables, origin + sign * size * direction)
-                self.solve_inside(self._target.name)
-                values.append(Objective.of(self._target, self._point).number())
-            differences.append((values[0] - values[1]) / (2 * size))
-        _write(variables, origin)
+        try:
+            # Each scale starts at the solutions: those far away may be of no use to the next.
+            with put_back(self._problem):
+                for size in (2 * step, step, step / 2):
+                    values = []
+                    for sign in (1.0, -1.0):
+                        _write(variables, origin + sign * size * direction)
+                        self.solve_inside(self._target.name)
+                        values.append(Objective.of(self._target, self._point).number())
+                    differences.append((values[0] - values[1]) / (2 * size))
+        except NonFiniteError:
+            return 0.0, math.inf
         coarse, fine = ((4 * narrow - wide) / 3 for wide, narrow in itertools.pairwise(differences))
         return fine, abs(fine - coarse)
 

@@ -169,6 +169,8 @@ class Stationarity(Linearization):
         total = products(direction, wanted)
         if products.step is not None:
             self.report.step = products.step
+        for remark in products.remarks:
+            self.report.doubt(remark)
         return total
 
     def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
@@ -264,7 +266,8 @@ class _MultiplierTerm(Term):
     """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
 
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind = child, kind
+        self._child, self._kind, self.point = child, kind, point
+        self.label = owner, f"response of {child.name!r}"
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))

@@ -154,6 +154,8 @@ class _Unrolling(Linearization):
             total = held.products({self._name: along}, (self._name, *wanted))
         if held.products.step is not None:
             self.report.step = held.products.step
+        for remark in held.products.remarks:
+            self.report.doubt(remark)
         return total
 
     def _record(self, growth: float) -> None:
@@ -161,6 +163,7 @@ class _Unrolling(Linearization):
         self.report.products += self._rule.steps
         if not growth < _DIVERGED:
             self.report.remarks = (
+                *self.report.remarks,
                 f"the adjoint grew by a factor of {growth:.3g} over {self._rule.steps} steps: they diverge, or nearly",
             )
 

@@ -13,7 +13,7 @@ from ..linear.neumann import largest_eigenvalue
 from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
-from .products import FiniteDifferenceProduct, SecondDerivatives, full_precision, relative_step
+from .products import FiniteDifferenceProduct, SecondDerivatives, full_precision, moves_of, relative_step
 
 __all__ = ["ValueFunction"]
 
@@ -88,7 +88,7 @@ class _Penalty(Linearization):
         blocks = (self._name, *wanted)
         with restored(self._live) as present, full_precision(self._live[0].device):
             step_size = self._rule.step_size or self._safe_step_size(load)
-            nu = self._rule.perturbation or self._safe_perturbation(present, start, step_size, size)
+            nu = self._rule.perturbation or self._safe_perturbation(present, start, step_size, load)
             ends, slopes = [], []
             for shift in (nu, -nu):
                 self._put(present if start is None else axpy(shift, start, present))
@@ -123,17 +123,22 @@ class _Penalty(Linearization):
             return products({self._name: q}, [self._name])[self._name]
 
         largest = largest_eigenvalue(matvec, load)
+        for remark in products.remarks:
+            self.report.doubt(remark)
         if not math.isfinite(largest):
             raise NonFiniteError(f"level {self._name!r}: a difference of its gradients is not finite")
         if largest == 0.0:
-            self.report.remarks = ("no curvature along the cotangent",)
+            self.report.remarks = (*self.report.remarks, "no curvature along the cotangent")
             return 1.0
         return 1.0 / (_MARGIN * largest)
 
-    def _safe_perturbation(self, present: Tensors, start: Tensors | None, step_size: float, size: float) -> float:
+    def _safe_perturbation(self, present: Tensors, start: Tensors | None, step_size: float, load: Tensors) -> float:
         """Return the nu that bounds ||y+- - y|| by a fraction of ||y||, assuming convex f, which bounds the reach of descent."""
-        reach = self._rule.steps * step_size * size + (0.0 if start is None else float(norm(start)))
-        return relative_step(present) * max(1.0, float(norm(present))) / reach
+        reach = self._rule.steps * step_size * float(norm(load)) + (0.0 if start is None else float(norm(start)))
+        moves = moves_of(self._objective.terms[0], {self._name: load}, [self._name])
+        parts = [present if chosen is None else [present[k] for k in chosen] for chosen, _ in moves.groups]
+        sizes = [max(least, float(norm(part))) for part, (_, least) in zip(parts, moves.groups, strict=True)]
+        return relative_step(present) * min(sizes) / reach
 
     def _put(self, values: Tensors) -> None:
         torch._foreach_copy_([variable.data for variable in self._live], list(values))
@@ -142,7 +147,7 @@ class _Penalty(Linearization):
         self.report.iterations += self._rule.steps
         self.report.residual, self.report.step = residual, nu
         if self._rule.rtol is not None:
-            self.report.converged = residual <= self._rule.rtol
+            self.report.converged = residual <= self._rule.rtol and self.report.converged is not False
         if not residual < 1.0:
             remark = f"gradient descent did not reach the penalised solutions: residual {residual:.3g} of the cotangent"
             self.report.remarks = (*self.report.remarks, remark)

@@ -79,6 +79,12 @@ class Report:
     def step(self, step: float | Tensor | None) -> None:
         self._step = step
 
+    def doubt(self, remark: str) -> None:
+        """Add a remark, unless it is there, and take the pullback as not converged."""
+        if remark not in self.remarks:
+            self.remarks = (*self.remarks, remark)
+        self.converged = False
+
     @property
     def doubtful(self) -> bool:
         """True if something went wrong and the tolerance was not reached: do not trust the answer then."""

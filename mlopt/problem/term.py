@@ -51,14 +51,14 @@ def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> I
 
     A graph traced inside refers to these leaves, and remains valid when the variables change.
     """
-    swapped = {id(variable): leaf for variable, leaf in zip(level.parameters, leaves, strict=True)}
+    before = point.values[level.name]
+    swapped = {id(variable): leaf for variable, leaf in zip(before, leaves, strict=True)}
     places = [
         (module, name, parameter)
         for module in level.module.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and id(parameter) in swapped
     ]
-    before = point.values[level.name]
     try:
         point.values[level.name] = tuple(leaves)
         for module, name, parameter in places:
@@ -103,10 +103,14 @@ class Term(ABC):
     Attributes:
         blocks: the blocks that it depends on.
         values: the live variables, by block.
+        point: the point of evaluation.
+        label: the name of the level that it belongs to, and of the part of its objective.
     """
 
     blocks: frozenset[Block]
     values: Mapping[Block, Tensors]
+    point: Point
+    label: tuple[str, str]
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -142,7 +146,8 @@ class LevelTerm(Term):
         part: Literal["loss", "regularizer"],
         batches: Mapping[str, Any] | None = None,
     ) -> None:
-        self._point, self._level, self.part = point, level, part
+        self._point = self.point = point
+        self._level, self.part, self.label = level, part, (level.name, part)
         self._batches = point.batches if batches is None else batches
         self._references = level.loss_references if part == "loss" else level.regularizer_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -177,7 +182,7 @@ class LevelTerm(Term):
         It uses only its arguments, so it can be compiled and kept; random numbers come from the present generators.
         """
         bare = copy.copy(self)  # without references to the point and its batches
-        del bare._point, bare._batches, bare.values
+        del bare._point, bare.point, bare._batches, bare.values
         function = _PureFunction(self._modules, bare._evaluate)
         names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
 

@@ -22,8 +22,14 @@ class Workspace:
     Attributes:
         calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
-        compiled: by level and part of its objective, the product with its Hessian that torch.compile returned.
-        verified: checks that were passed and need no repetition: the name of a check, then what it was made for.
+        compiled: by level and part of its objective, the product with its Hessian that torch.compile returned; None if it was
+            wrong.
+        verified: checks that were made and need no repetition: the name of a check, then what it was made for.
+        doubts: by key of a check of products that failed, a sentence.
+        verifying: True while products are checked, so that no check starts another.
+        uses: by compiled product and shapes of its arguments, the number of calls.
+        lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
+            disagreement of two steps, and whether the variables are small.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
     """
 
@@ -33,8 +39,12 @@ class Workspace:
         #: States of streams that have not been opened since the run was resumed.
         self._states: dict[str, Any] = {}
         self.mixtures: dict[str, str | None] = {}
-        self.compiled: dict[tuple[str, str], Callable[..., Any]] = {}
+        self.compiled: dict[tuple[str, str], Callable[..., Any] | None] = {}
         self.verified: set[tuple[str, ...]] = set()
+        self.doubts: dict[tuple[str, ...], str] = {}
+        self.verifying = False
+        self.uses: dict[tuple[str, ...], int] = {}
+        self.lengths: dict[str, tuple[Any, ...]] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
 
     def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
@@ -64,11 +74,12 @@ class Workspace:
         self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the standalone calls; caches are not part of it."""
+        """Return the state of the standalone calls and the steps of differences; other caches are not part of it."""
         streams = {key: stream.state_dict() for key, stream in self._streams.items()}
-        return {"calls": self.calls, "streams": self._states | streams}
+        return {"calls": self.calls, "streams": self._states | streams, "lengths": dict(self.lengths)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the standalone calls to a state that `state_dict` returned; caches are kept."""
+        """Set the standalone calls and the steps of differences to a state that `state_dict` returned; other caches are kept."""
         self.calls, self._states = state["calls"], dict(state["streams"])
+        self.lengths = dict(state.get("lengths", {}))
         self._streams.clear()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
+from ..estimators.products import SMALL, search
 from ..finiteness import immediate
 from ..problem import Level, Objective, Point, Problem, Report, Response, Stream
 from ..tensors import Tensors
@@ -20,6 +21,9 @@ from ..validation import at_least, is_whole, must_be, one_of, positive_or_none
 from .engine import Engine
 
 __all__ = ["RealSteps"]
+
+#: Relative disagreement of differences at two displacements that needs no search.
+_AGREEMENT = {torch.float64: 1e-4, torch.float32: 0.05}
 
 _whole_or_none = must_be(lambda value: value is None or is_whole(value, 1), "a whole number >= 1, or None")
 
@@ -33,9 +37,11 @@ class RealSteps(Response):
 
         dPhi / du_k ~ (Phi(u + h_k e_k) - Phi(u - h_k e_k)) / 2 h_k,    h_k = h max(1, |u_k|),
 
-    both on the same batches and random numbers. No derivative of the levels inside by u is needed, nor one of F, and no
-    linearisation limits the horizon n. Afterwards everything is rolled back bit for bit: variables, buffers, `.grad`, optimisers,
-    schedulers, random generators. The cost is 2 K runs of n steps for K outer variables; see `cost`.
+    both on the same batches and random numbers. For variables below 0.1, the first hypergradient of a problem compares
+    differences at ever smaller h_k, down to h |u_k|; the size on which two of them agree takes the place of 1 in h_k. No
+    derivative of the levels inside by u is needed, nor one of F, and no linearisation limits the horizon n. Afterwards
+    everything is rolled back bit for bit: variables, buffers, `.grad`, optimisers, schedulers, random generators. The cost is
+    2 K runs of n steps for K outer variables; see `cost`.
 
     The batches come from streams of their own, which training does not draw from, and are kept in memory for one hypergradient.
     If one side of a difference is not finite, the derivative along that variable is taken to be zero, and the report is doubtful.
@@ -157,7 +163,8 @@ class _Runs:
         center = self._end() if self._rule.differences == "forward" else None
         gradient = []
         for name, variable in zip(self._level.parameter_names, self._level.parameters, strict=True):
-            slopes = [self._slope(f"{name}[{k}]", variable, k, center) for k in range(variable.numel())]
+            least = self._least(name, variable, center)
+            slopes = [self._slope(f"{name}[{k}]", variable, k, center, least) for k in range(variable.numel())]
             gradient.append(variable.new_tensor(slopes).reshape(variable.shape))
         if len(self.lost) == sum(variable.numel() for variable in self._level.parameters):
             raise NonFiniteError(
@@ -175,11 +182,28 @@ class _Runs:
             f"the objective after the steps is not finite on a side of {some}: no derivative along these variables",
         )
 
-    def _slope(self, name: str, variable: Tensor, k: int, center: float | None) -> float:
+    def _least(self, name: str, variable: Tensor, center: float | None) -> float:
+        """Return the least size of a component that a displacement is scaled by; measured once for small variables."""
+        sizes = variable.detach().abs().reshape(-1)
+        lengths, key = self._point.workspace.lengths, f"{self._level.name}/response/{name}"
+        if self._rule.displacement is None and key not in lengths and float(sizes.max()) < SMALL:
+            k = int(sizes.argmax())
+
+            def at(size: float) -> tuple[Tensor]:
+                slope = self._slope(f"{name}[{k}]", variable, k, center, size)
+                lost = bool(self.lost) and self.lost.pop() is not None
+                return (torch.tensor(math.nan if lost else slope, dtype=torch.float64),)
+
+            before, self.lost = self.lost, []
+            lengths[key] = search(at, float(sizes[k]), _AGREEMENT.get(variable.dtype, 0.05))[:2]
+            self.lost = before
+        return float(lengths[key][0]) if key in lengths else 1.0
+
+    def _slope(self, name: str, variable: Tensor, k: int, center: float | None, least: float) -> float:
         """Return the derivative along component k of a variable; zero if a side is not finite."""
         kept = variable.detach().clone(memory_format=torch.contiguous_format)
         present = float(kept.view(-1)[k])
-        size = self.displacement * max(1.0, abs(present))
+        size = self.displacement * max(least, abs(present))
         ends = []
         try:
             for sign in (1.0, -1.0) if center is None else (1.0,):

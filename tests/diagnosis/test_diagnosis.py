@@ -181,7 +181,7 @@ def test_activation_checkpointing() -> None:
             "has no second derivative.*finite_difference",
         ),
         # torch does not raise here: it silently omits a part of the second derivative.
-        (lambda y: (y.detach() * y).sum() + y.square().sum(), "drops its second derivative"),
+        (lambda y: (y.detach() * y).sum() + y.square().sum(), "differ from differences of its gradient"),
     ],
 )
 def test_a_second_derivative_that_is_missing(loss: Callable[[Tensor], Tensor], sentence: str) -> None:
@@ -276,7 +276,10 @@ def test_a_hessian_that_is_not_symmetric() -> None:
     def inner(module: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
         return Skewed.apply(module()) - (module() * x()).sum()
 
-    assert reported(level(build(inner, start(4))), "error", "the Hessian is not symmetric")
+    result = level(build(inner, start(4)))
+    assert reported(result, "error", "the Hessian is not symmetric")
+    assert {f.severity for f in result.products.values()} == {"error"}
+    assert "not the derivative of a function" in result.products["finite_difference"].sentence
 
 
 def test_unused_and_frozen_parameters_are_listed() -> None:
@@ -337,7 +340,7 @@ def test_nothing_moves(dtype: torch.dtype) -> None:
     assert same(contents(problem.workspace), workspace)
 
 
-@pytest.mark.parametrize("fatal", [1, 3, 11, 15, 24])
+@pytest.mark.parametrize("fatal", [1, 2, 3, 4, 5])
 def test_nothing_moves_when_a_loss_raises(fatal: int) -> None:
     problem = stateful_problem(mlopt.FiniteDifference(), fatal=fatal)
     before = snapshot(problem)

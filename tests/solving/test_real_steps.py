@@ -439,3 +439,28 @@ def test_what_does_not_fit_is_refused() -> None:
     for options in ({"steps": 0}, {"displacement": 0.0}, {"differences": "both"}, {"limit": 0}):
         with pytest.raises(mlopt.ArgumentError, match="RealSteps: "):
             RealSteps(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("differences", ["central", "forward"])
+def test_outer_variables_of_every_size(differences: str, size: float, dtype: torch.dtype) -> None:
+    """One step of 1/2 on |y - exp(u / size)|^2 ends at y = exp(u / size), whose derivative is exp(u / size) / size."""
+
+    def inner(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        return (module() - (u() / size).exp()).square().sum()
+
+    start = torch.tensor([0.5, 1.0], dtype=dtype)
+    problem = Problem(
+        Level(
+            "u",
+            mlopt.variables(size * start),
+            lambda module, batch, *, y: y().sum(),
+            response=RealSteps(steps=1, differences=differences),
+        ),
+        Level("y", mlopt.variables(torch.zeros(2, dtype=dtype)), inner, optimizer=partial(SGD, lr=0.5)),
+    )
+    gradient = flat(mlopt.hypergradient(problem).gradient)
+    coarse = 0.05 if dtype == torch.float32 else 1e-3
+    assert distance(gradient, start.exp() / size) < coarse
+    assert torch.equal(gradient, flat(mlopt.hypergradient(problem).gradient))

@@ -2,24 +2,30 @@
 
 from .autograd import AutogradProduct
 from .compiled import CompiledProduct
-from .finite_difference import FiniteDifferenceProduct, relative_step
+from .difference import Difference, relative_step
+from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
+from .lengths import SMALL, moves_of, search
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
 __all__ = [
     "PRODUCTS",
+    "SMALL",
     "AutogradProduct",
     "CompiledProduct",
+    "Difference",
     "FiniteDifferenceProduct",
     "ForwardProduct",
     "GaussNewtonProduct",
     "Product",
     "SecondDerivatives",
     "full_precision",
+    "moves_of",
     "relative_step",
+    "search",
 ]
 
 #: The classes of products, by the name that estimators accept.

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
-from ...tensors import Tensors
+from ...tensors import Tensors, norm, subtract
 from .forward import ForwardProduct
 from .product import name_kernels, plain_attention
 
 __all__ = ["CompiledProduct"]
 
 
+#: Distances beyond which compiled and live products differ by more than rounding; compiled code may skip that of autocast.
+_ROUNDING = {torch.float64: 1e-4, torch.float32: 5e-2}
+_COARSE = 0.25
+
+
 class CompiledProduct(ForwardProduct):
     """`ForwardProduct` with a compiled product of a level's Hessian; the first call takes seconds to minutes.
 
     The compiled function is kept in the workspace, and compiled again when the shapes of a batch change. Dropout draws the
-    same masks as in eager code.
+    same masks as in eager code. Compiled code can be wrong without a word, as when a cache of another processor's code is read:
+    its product is compared with the live one at the first use of each shape of the arguments, and now and then. Where they
+    differ by more than rounding, the level is reported as doubtful, and all further products are live.
     """
 
     @name_kernels
@@ -36,15 +45,48 @@ class CompiledProduct(ForwardProduct):
         compiled = term.workspace.compiled
         if key not in compiled:
             compiled[key] = _compile(term)
+        function = compiled[key]
+        if function is None:
+            return super().__call__(direction, wanted)
+        arguments = (*term.own_arguments(), tuple(direction[term.name]))
         with plain_attention():
             try:
-                product: Tensors = compiled[key](*term.own_arguments(), tuple(direction[term.name]))
+                product = function(*arguments)
             except TorchDynamoException as error:
                 raise EstimatorError(
                     f"level {term.name!r}: torch.compile cannot compile its {term.part} "
                     f"({str(error).strip().splitlines()[0]}); use compile=False"
                 ) from error
-        return {term.name: product}
+        if not _is_due(term, arguments):
+            return {term.name: product}
+        live = super().__call__(direction, wanted)
+        gap, rounding = _gap(product, live[term.name]), _ROUNDING.get(live[term.name][0].dtype, _COARSE)
+        if gap > rounding:
+            compiled[key] = None
+            self.remark(
+                f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used; delete "
+                "the folder of torch.compile's cache (TORCHINDUCTOR_CACHE_DIR), or use compile=False"
+            )
+        return live
+
+    def renewed(self) -> ForwardProduct:
+        return ForwardProduct(self.term)
+
+
+def _is_due(term: LevelTerm, arguments: Any) -> bool:
+    """Return whether a compiled product should be compared: at the first, tenth and hundredth use, and every thousandth."""
+    shapes = str([x.shape for x in tree_leaves(arguments[2:]) if isinstance(x, Tensor)])
+    uses = term.workspace.uses
+    count = uses[*term.label, shapes] = uses.get((*term.label, shapes), 0) + 1
+    return count in (1, 10, 100) or count % 1000 == 0
+
+
+def _gap(product: Tensors, live: Tensors) -> float:
+    """Return the relative distance between two products; infinite if only the first is not finite."""
+    size, gap = float(norm(live)), float(norm(subtract(product, live)))
+    if not math.isfinite(size) or gap == 0.0:
+        return 0.0
+    return gap / size if math.isfinite(gap) and size else math.inf
 
 
 def _compile(term: LevelTerm) -> Callable[..., Tensors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,9 @@ from .product import Product, name_kernels, plain_attention, refuse_once_differe
 
 __all__ = ["ForwardProduct"]
 
+#: Torch has one level of forward mode in a process: two threads that enter it at once destroy each other's tangents.
+_FORWARD_MODE = threading.RLock()
+
 
 class ForwardProduct(Product):
     """Forward over reverse, torch.func.jvp over torch.func.grad: no memory is kept between products.
@@ -23,9 +27,13 @@ class ForwardProduct(Product):
     torch's forward mode takes their statistics to be constants.)
     """
 
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        _refuse_hooks(term)
+
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        with plain_attention():
+        with _FORWARD_MODE, plain_attention():
             mixed = self.term.mixed(direction, wanted, forward=True)
             if mixed is not None:
                 return mixed
@@ -45,13 +53,24 @@ class ForwardProduct(Product):
         return {block: tuple(x.to(v) for x, v in zip(product[block], start[block], strict=True)) for block in wanted}
 
 
+def _refuse_hooks(term: Term) -> None:
+    """Raise if a variable has a hook: torch.func differentiates by other tensors, which have none."""
+    for block in term.blocks:
+        for k, variable in enumerate(term.values[block]):
+            if variable._backward_hooks:
+                raise EstimatorError(
+                    f"level {block!r}: variable {k} of shape {tuple(variable.shape)} has a hook (register_hook), which "
+                    "products='forward' do not run; use products='autograd'"
+                )
+
+
 def verify(term: Term, value: Tensor) -> None:
     """Raise if a level's loss as a pure function differs from its value on the live modules; compared once for each workspace.
 
     torch.func draws masks in another order if dropout meets a tensor that is not contiguous, and it treats parameters from
     outside the modules as constants.
     """
-    if not isinstance(term, LevelTerm) or (term.name, term.part) in term.workspace.verified:
+    if not isinstance(term, LevelTerm) or ("forward", *term.label) in term.workspace.verified:
         return
     live = term.value()
     refuse_once_differentiable([live])
@@ -64,4 +83,4 @@ def verify(term: Term, value: Tensor) -> None:
             "it draws other random numbers there (dropout of a transposed tensor), or uses parameters from outside the module; "
             "use products='autograd'"
         )
-    term.workspace.verified.add((term.name, term.part))
+    term.workspace.verified.add(("forward", *term.label))

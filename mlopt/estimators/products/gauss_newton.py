@@ -32,14 +32,18 @@ class GaussNewtonProduct(AutogradProduct):
 
     _linearized: _Linearized | None = None
 
-    @name_kernels
-    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        if (
+    def is_exact(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        return (
             not isinstance(self.term, LevelTerm)
             or set(direction) != {self.term.name}
             or set(wanted) != {self.term.name}
-        ):
+        )
+
+    @name_kernels
+    def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        if self.is_exact(direction, wanted):
             return super().__call__(direction, wanted)
+        assert isinstance(self.term, LevelTerm)
         if self._linearized is None:
             self._linearized = _Linearized(self.term)
         return {self.term.name: self._linearized.product(direction[self.term.name])}

@@ -106,6 +106,21 @@ class Product(ABC):
 
     def __init__(self, term: Term) -> None:
         self.term = term
+        #: Sentences about products that are in doubt.
+        self.remarks: list[str] = []
+
+    def remark(self, sentence: str) -> None:
+        """Add a sentence about a doubt, unless it is there."""
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
+
+    def is_exact(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        """Return True if the product is one with second derivatives, and not with a matrix in their place."""
+        return True
+
+    def renewed(self) -> Product:
+        """Return a product of the same term that has kept nothing, evaluated without a compiler."""
+        return type(self)(self.term)
 
     @abstractmethod
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...problem import Block, Objective, Term, Vectors, add_into
 from ...tensors import Tensors
 from .product import Product
+from .verification import verified
 
 __all__ = ["SecondDerivatives"]
 
@@ -27,6 +28,11 @@ class SecondDerivatives:
     def __init__(self, objective: Objective, kind: Callable[[Term], Product]) -> None:
         self.products = [kind(term) for term in objective.terms]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences about products that are in doubt."""
+        return [remark for product in self.products for remark in product.remarks]
+
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the components d/dw <grad_D f, direction> for w in `wanted`; absent ones are zero."""
         total: dict[Block, Tensors] = {}
@@ -35,7 +41,7 @@ class SecondDerivatives:
             along = {block: vectors for block, vectors in direction.items() if block in blocks}
             own = [block for block in wanted if block in blocks]
             if along and own:
-                add_into(total, product(along, own))
+                add_into(total, verified(product, along, own))
                 self.step = product.step if product.step is not None else self.step
         return total
 

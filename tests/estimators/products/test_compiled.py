@@ -80,3 +80,53 @@ def test_a_loss_that_cannot_be_compiled_is_named() -> None:
 def test_only_forward_products_are_compiled() -> None:
     with pytest.raises(mlopt.EstimatorError, match="compile=True with products='autograd'"):
         LinearSolve(solver=mlopt.linear.Dense(), compile=True)
+
+
+def broken_after(uses: int) -> Any:
+    """Return a stand-in for torch.compile whose functions are right for a number of calls, and 26 times off afterwards."""
+
+    def compile(function: Any, **options: Any) -> Any:
+        calls = 0
+
+        def compiled(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return tuple((1.0 if calls <= uses else 26.0) * x for x in function(*arguments))
+
+        return compiled
+
+    return compile
+
+
+@pytest.mark.parametrize("uses", [0, 6])
+def test_a_wrong_compiled_product_is_reported_and_dropped(uses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2))
+    monkeypatch.setattr(torch, "compile", broken_after(uses))
+    torch.manual_seed(1)
+    compiled = problem_of(network, compile=True)
+    torch.manual_seed(1)
+    eager = problem_of(network, compile=False)
+    batches = {"network": BATCHES[0]}
+    remarks: list[str] = []
+    for seed in range(4):
+        result = mlopt.hypergradient(compiled, batches, seed=seed)
+        report, expected = result.reports["network"], gradient_of(eager, batches=batches, seed=seed)
+        spoken = [remark for remark in report.remarks if "compiled product" in remark]
+        remarks += spoken
+        right = distance(result.gradient["value"], expected) < 1e-12
+        assert report.doubtful or not spoken
+        assert right or uses > 0
+    assert len(remarks) == 2  # of the loss and of the regularizer
+    assert "differed from the live one by 2500.0%" in remarks[0]
+    assert set(compiled.workspace.compiled.values()) == {None}
+    assert right
+
+
+def test_compiled_products_are_compared_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first use of each shape, the tenth, the hundredth, and every thousandth."""
+    from mlopt.estimators.products import compiled as module
+
+    term = type("Term", (), {"label": ("y", "loss"), "workspace": mlopt.problem.Workspace()})()
+    for length in (3, 4):
+        due = [use for use in range(1, 3001) if module._is_due(term, ((), {}, torch.ones(length), ()))]
+        assert due == [1, 10, 100, 1000, 2000, 3000]

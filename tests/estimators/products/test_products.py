@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 import mlopt
+from mlopt.testing import logistic_regression
 
 
 class Transposed(nn.Module):
@@ -139,3 +141,21 @@ def test_forward_products_have_the_dtype_of_the_variables() -> None:
         mlopt.Level("y", mlopt.variables(torch.ones(3).float()), inner, estimator=rule),
     )
     assert mlopt.hypergradient(problem).gradient["value"].dtype == torch.float32
+
+
+def test_forward_products_in_several_threads() -> None:
+    """Torch has one level of forward mode in a process; products of different problems wait for each other."""
+    errors: list[float] = []
+
+    def work(seed: int) -> None:
+        for _ in range(10):
+            case = logistic_regression(mlopt.ConjugateGradient(iterations=10, products="forward"), seed=seed)
+            errors.append(case.error(mlopt.hypergradient(case.problem).gradient))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 40
+    assert max(errors) < 1e-8

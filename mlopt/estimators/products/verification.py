@@ -1,0 +1,240 @@
+"""A comparison of each kind of products with differences of first derivatives, once for each problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import MloptError
+from ...problem import Block, LevelTerm, Vectors, cut
+from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
+from .difference import Difference
+from .double_precision import in_double_precision
+from .finite_difference import FiniteDifferenceProduct
+from .product import Product
+
+__all__ = ["verified"]
+
+T = TypeVar("T")
+
+#: Relative discrepancy that the first, cheap comparison accepts.
+_CLOSE = {torch.float64: 1e-4, torch.float32: 1e-2}
+#: Relative discrepancies in double precision from which products are in doubt: of vectors, and of inner products, which see only
+#: a part of the error; and the least multiple of the difference's own error.
+_WRONG, _UNEQUAL, _MULTIPLE = 0.01, 0.002, 10.0
+#: Relative error of a difference in double precision at which no shorter step is tried.
+_SETTLED = 1e-4
+#: Displacements in double precision, relative to the variables: few kinks of a network lie within the shortest.
+_STEPS = (1e-5, 1e-6, 1e-7, 1e-8)
+#: Rounding of a first derivative in double precision, relative to its norm.
+_ROUNDING = 1e-15
+
+
+def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+    """Return a product, compared with differences the first time that this kind is used for a term and its blocks.
+
+    With g_D the first derivatives of the term by the blocks D of the direction v, the product must be the transpose of their
+    derivative by the wanted blocks W. Two comparisons show if it is:
+
+        product = d/ds g_W(D + s v),        <product, p> = <v, d/ds g_D(W + s p)>    for one p.
+
+    The first fails if torch differentiates a kernel or a custom function wrongly, or if a loss stops gradients. The second
+    fails if g is not the derivative of a function, which stopped gradients and hooks can cause; then the first can hold for
+    products that are differences themselves. If one fails, both are repeated in double precision at shorter and shorter steps.
+    Rounding and kinks (ReLU, max-pooling) do not matter there. A product is in doubt only if the discrepancy exceeds the
+    difference's own error by far. A loss that cannot be evaluated in double precision is not judged.
+
+    Args:
+        product: the product.
+        direction: v, by block.
+        wanted: the blocks W.
+    """
+    workspace = product.term.point.workspace
+    key = ("products", type(product).__name__, *product.term.label, _names(direction), _names(wanted))
+    if key in workspace.doubts:
+        product.remark(workspace.doubts[key])
+    if key in workspace.verified or workspace.verifying or not product.is_exact(direction, wanted):
+        return product(direction, wanted)
+    size = float(norm(_flat(direction)))
+    if size == 0.0 or not math.isfinite(size):
+        return product(direction, wanted)
+    workspace.verifying = True
+    try:
+        check = _Check(product, direction, wanted)
+        result = check.result()
+        workspace.verified.add(key)
+        if (gap := check.discrepancy(result)) is not None:
+            workspace.doubts[key] = _sentence(product, gap)
+            product.remark(workspace.doubts[key])
+    finally:
+        workspace.verifying = False
+    return result
+
+
+def _sentence(product: Product, gap: float) -> str:
+    _, part = product.term.label
+    if isinstance(product, FiniteDifferenceProduct):
+        return (
+            f"the gradient of the {part} is not the derivative of a function: second derivatives that must be equal differ by "
+            f"{gap:.1%}; look for detach() or no_grad() in the loss, hooks of parameters, and custom functions"
+        )
+    return (
+        f"second derivatives of the {part} differ from differences of its gradient by {gap:.1%}: look for detach() or no_grad() "
+        "in the loss, hooks of parameters, custom functions, and kernels with a wrong second derivative; in the last two cases, "
+        "use products='finite_difference'"
+    )
+
+
+class _Check:
+    """The comparisons of one product."""
+
+    def __init__(self, product: Product, direction: Vectors, wanted: Sequence[Block]) -> None:
+        self._product, self._direction, self._wanted = product, direction, wanted
+        self._differences = isinstance(product, FiniteDifferenceProduct)
+        #: Terms of responses are differences of products themselves, and transposed products of theirs mean nothing new.
+        self._transposed = isinstance(product.term, LevelTerm) and (self._differences or set(direction) != set(wanted))
+        self._expected: Tensors | None = None
+        dtypes = [x.dtype for vectors in direction.values() for x in vectors]
+        self._close = max(_CLOSE.get(dtype, 0.02) for dtype in dtypes)
+
+    def result(self) -> dict[Block, Tensors]:
+        """Return the product; the difference comes first, so that its graph is not held beside that of the product."""
+        if not self._differences:
+            self._expected = _tried(lambda: self._difference(self._direction, self._wanted))
+        return self._product(self._direction, self._wanted)
+
+    def discrepancy(self, result: Vectors) -> float | None:
+        """Return the relative discrepancy if the product is wrong beyond doubt, else None."""
+        value = self._flattened(result)
+        if not math.isfinite(float(norm(value))):
+            return None
+        straight = self._differences or (self._expected is not None and _gap(value, self._expected) <= self._close)
+        if not straight and (gap := _tried(self._straight)) is not None:
+            return gap
+        if self._transposed and not _tried(lambda: self._transposes(value)):
+            return _tried(self._transposed_gap)
+        return None
+
+    def _flattened(self, vectors: Vectors) -> Tensors:
+        return tuple(x.detach() for block in self._wanted for x in vectors[block])
+
+    def _difference(self, direction: Vectors, wanted: Sequence[Block]) -> Tensors:
+        difference = Difference(self._product.term, direction, wanted)
+        reach = difference.reach()
+        step = difference.step(torch.where(reach > 0, reach, 1.0))
+        return _flat(difference(step))
+
+    def _transposes(self, value: Tensors) -> bool:
+        """Return whether <product, p> = <v, d/ds g_D(W + s p)>, roughly."""
+        along = cut(self._probe(value), self._wanted, self._product.term.values)
+        moved = self._difference(along, list(self._direction))
+        left, right = float(dot(value, _flat(along))), float(dot(_flat(self._direction), moved))
+        return abs(left - right) <= self._close * max(abs(left), abs(right))
+
+    def _probe(self, value: Tensors) -> Tensors:
+        """Return a direction that an error is not orthogonal to: the product, plus a fixed random vector of its size.
+
+        Components that are zero beside others are left out: a hook that masks the gradient keeps such variables where they are.
+        """
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in value]
+        drawn = [noise * (x != 0) if bool(x.any()) else noise for noise, x in zip(drawn, value, strict=True)]
+        size = norm(value)
+        return axpy(size / norm(drawn), drawn, value) if float(size) else tuple(drawn)
+
+    def _straight(self) -> float | None:
+        """Return the discrepancy between the product and differences in double precision, if it is certain."""
+        term = self._product.term
+        with in_double_precision(term.point):
+            direction = {block: _double(vectors) for block, vectors in self._direction.items()}
+            value = _double(self._flattened(self._product.renewed()(direction, self._wanted)))
+            expected, error = _settled(Difference(term, direction, self._wanted))
+        return _certain(norm(subtract(value, expected)), max(norm(value), norm(expected)), error, _WRONG)
+
+    def _transposed_gap(self) -> float | None:
+        """Return the discrepancy between both sides of the transposed product in double precision, if it is certain."""
+        term = self._product.term
+        with in_double_precision(term.point):
+            direction = {block: _double(vectors) for block, vectors in self._direction.items()}
+            error = 0.0
+            if self._differences:  # at shorter steps than those of the product, which kinks spoil
+                value, error = _settled(Difference(term, direction, self._wanted))
+            else:
+                value = _double(self._flattened(self._product.renewed()(direction, self._wanted)))
+            along = self._probe(value)
+            paired = _flat(direction)
+            moved, other = _settled(Difference(term, cut(along, self._wanted, term.values), list(direction)), paired)
+            left, right = dot(value, along), dot(paired, moved)
+            error = error * float(norm(value) * norm(along)) + other
+        return _certain((left - right).abs(), max(left.abs(), right.abs()), error, _UNEQUAL)
+
+
+def _settled(difference: Difference, paired: Tensors | None = None) -> tuple[Tensors, float]:
+    """Return the difference at the step of least error, and that error.
+
+    The error is the distance from the difference at the next step, or between both one-sided differences, or the rounding of the
+    derivatives over the step: derivatives that rounding leaves equal agree at every step.
+
+    Args:
+        difference: the difference.
+        paired: a vector; if given, the error is that of its inner product with the difference.
+    """
+
+    def distance(a: Tensors, b: Tensors) -> float:
+        change = subtract(a, b)
+        return float(norm(change) if paired is None else dot(change, paired).abs())
+
+    rounding = _ROUNDING * float(norm(_flat(difference.middle))) * (1.0 if paired is None else float(norm(paired)))
+    reach = difference.reach()
+    scaled = difference.step(torch.where(reach > 0, reach, 1.0)) / difference.relative_step
+    previous: Tensors | None = None
+    best: tuple[Tensors, float] | None = None
+    for relative in _STEPS:
+        ahead, behind = map(_flat, difference.one_sided(relative * scaled))
+        middle = scale(0.5, add(ahead, behind))
+        if previous is not None:
+            error = max(distance(previous, middle), distance(ahead, behind), rounding / float(relative * scaled))
+            if best is None or error < best[1]:
+                best = middle, error
+            if error <= _SETTLED * float(norm(middle) if paired is None else dot(middle, paired).abs()):
+                break
+        previous = middle
+    assert best is not None
+    return best
+
+
+def _certain(discrepancy: Tensor, size: Tensor, error: float, least: float) -> float | None:
+    """Return the relative discrepancy if it is at least `least` and exceeds the error by far."""
+    gap = float(discrepancy)
+    if not gap > _MULTIPLE * error or not gap > least * float(size):
+        return None
+    return gap / float(size)
+
+
+def _tried(evaluate: Callable[[], T]) -> T | None:
+    """Return the value, or None if an evaluation that only a check needs is not possible."""
+    try:
+        return evaluate()
+    except (MloptError, RuntimeError, ArithmeticError, TypeError, ValueError):
+        return None
+
+
+def _gap(value: Tensors, expected: Tensors) -> float:
+    size = max(float(norm(value)), float(norm(expected)))
+    return float(norm(subtract(value, expected))) / size if size else 0.0
+
+
+def _names(blocks: Vectors | Sequence[Block]) -> str:
+    return ", ".join(sorted(map(str, blocks)))
+
+
+def _flat(vectors: Vectors) -> Tensors:
+    return tuple(x.detach() for block in vectors for x in vectors[block])
+
+
+def _double(vectors: Sequence[Tensor]) -> Tensors:
+    return tuple(x.detach().double() for x in vectors)
