@@ -135,11 +135,9 @@ def gather(
     Args:
         records: the contents of each row, with its place.
         example: turns a place and its contents into an example, or raises `UnusableError`.
-        source: the file or the data set, for errors.
-        noun: a word for an example.
+        source, noun: the file or the data set, and a word for an example.
         strict: refuse a row that is not an example, instead of leaving it out.
-        limit: the most examples.
-        least: the fewest examples.
+        limit, least: the most and the fewest examples.
 
     Returns:
         The arguments `examples`, `rows`, `records`, `skipped` and `source` of `Examples`.

@@ -71,7 +71,7 @@ def _fractions(instance: object, attribute: attrs.Attribute[Any], value: tuple[f
     try:
         check_fractions(value)
     except DataError as error:
-        raise ConfigurationError(str(error)) from None
+        raise ConfigurationError(f"{attribute.name}={shown(list(value))}: {error}") from None
 
 
 def objectives_option(names: Sequence[str]) -> Any:

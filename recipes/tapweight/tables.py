@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,9 @@ from .files import DataError, suffix_of, text_of, unpacked
 from .names import suggestion
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["SUFFIXES", "Table", "column_of", "table_of"]
+__all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "table_of"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 #: Names of the separators of cells. The first is usual in .csv; a tab, in .tsv.
@@ -95,12 +95,17 @@ def table_of(source: str | os.PathLike[str] | Any, *, name: str | None = None, l
     if hasattr(source, "column_names"):
         return _dataset(source, name or "the data set")
     path = Path(source)
-    if path.is_dir():
+    if is_folder(path):
         return _folder(path)
     suffix = suffix_of(path, SUFFIXES)
     if suffix == ".parquet":
         return _parquet(path)
     return _objects(path, suffix) if suffix in (".jsonl", ".json") else _delimited(path, suffix, longest)
+
+
+def is_folder(source: str | os.PathLike[str]) -> bool:
+    """Return True if a path is that of a folder, False also for a path that no file system accepts."""
+    return os.path.isdir(source)
 
 
 def _delimited(path: Path, suffix: str, longest: int) -> Table:
@@ -275,7 +280,7 @@ def _folder(path: Path) -> Table:
     parts = sorted(part.name for part in path.iterdir() if (part / "state.json").is_file())
     if not (path / "state.json").is_file():
         remedy = f"give one of its data sets: {', '.join(parts)}" if parts else "give the path of a data file"
-        raise DataError(f"{path}: Is a directory without a data set of its own; {remedy}")
+        raise DataError(f"{path}: Is a directory; {remedy}")
     datasets = import_optional("datasets", "Reading a folder of a data set", "datasets")
     return _dataset(datasets.load_from_disk(str(path)), str(path))
 

@@ -17,7 +17,7 @@ from ..examples import Examples, check_limit, gather
 from ..files import DataError, suffix_of, text_of
 from ..labels import is_empty, labels_of, number_of
 from ..names import suggestion
-from ..tables import SUFFIXES, Table, column_of, table_of
+from ..tables import SUFFIXES, Table, column_of, is_folder, table_of
 from .columns import columns_of, smiles_column_of
 from .graphs import graph_of, import_extra
 from .sdf import sdf_table
@@ -39,10 +39,6 @@ _STRUCTURES = ".sdf"
 _LONGEST = 2**17
 #: The fewest molecules for each distinct whole number, by which whole numbers are classes.
 _ROWS_PER_CLASS = 5
-_REFUSED = {
-    "several": "lists of classes; write a column of 0 and 1 for each class",
-    "classes": "one class only: nothing can be learned; give another column by --labels",
-}
 
 
 @attrs.frozen(eq=False, repr=False, kw_only=True)
@@ -178,7 +174,7 @@ def cells_of(path: str | os.PathLike[str], column: str, molecules: Molecules) ->
 
 def _table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
     """Read a table, an SD file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
-    if hasattr(source, "column_names") or Path(source).is_dir():
+    if hasattr(source, "column_names") or is_folder(source):
         return table_of(source)
     suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, *lists))
     if suffix == _STRUCTURES:
@@ -202,9 +198,9 @@ def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequen
     chosen = [(table.header[k], table.column(k)) for k in columns.labels]
     meanings = [labels_of(table.source, name, column, kind=kind, **options) for name, column in chosen]
     if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
-        refused = next((each for each in meanings if each.form == "several" or len(each.classes) == 1), None)
-        if refused is not None:
-            raise DataError(f"{table.source}, column {shown(refused.name)}: {_REFUSED[refused.form]}")
+        for each in meanings:
+            if fault := _fault(each):
+                raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
         return tuple(meanings)
     numeric = [
         all(number_of(cell) is not None for _, cell in column if not is_empty(cell, missing)) for _, column in chosen
@@ -257,6 +253,15 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
     header = list(table_of(raw, longest=_LONGEST).header)
     chosen = header[labels] if isinstance(labels, slice) else [header[labels]]
     return read_table(raw, labels=chosen, smiles_column=header[smiles])
+
+
+def _fault(meaning: Labels) -> str:
+    """Return why a column alone cannot be predicted, or nothing if it can."""
+    if meaning.form == "several":
+        return "lists of classes; write a column of 0 and 1 for each class"
+    if len(meaning.classes) == 1:
+        return f"one class only, {shown(meaning.classes[0])}: nothing can be learned; give another column by --labels"
+    return ""
 
 
 def _molecules(

@@ -7,10 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
-
-from mlopt.errors import ArgumentError
 
 from ..files import DataError
 from ..labels import Form, Kind
@@ -22,6 +18,7 @@ from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weig
 from .data import Molecules, cells_of, read_table
 from .graphs import canonical
 from .joining import join
+from .metric import TaskMean, by_task, check_shapes
 from .predictor import Predictor, linear_head
 from .splitting import Method, divided
 
@@ -38,68 +35,6 @@ if TYPE_CHECKING:
 _FORMS: dict[Kind, Form] = {"classification": "binary", "regression": "numbers"}
 _DEFAULTS: dict[Form, str] = {"binary": "roc_auc", "classes": "roc_auc", "numbers": "rmse"}
 _OTHERWISE = "give --split stratified, random or balanced, or other --split-fractions"
-
-
-class TaskMean(Metric):
-    """The mean over tasks of a metric, each on the examples that have its label.
-
-    A task with too few distinct labels for the metric (one class only, for ROC-AUC) is left out.
-
-    Args:
-        name: a metric of `METRICS[form]`.
-        mean: (T,) the mean that standardised labels are relative to, in the labels' unit.
-        std: (T,) the unit of standardised labels, in the labels' unit.
-        form: "binary" or "numbers"; or "classes", if the T columns are the classes of one task.
-    """
-
-    full_state_update = False
-    outputs: list[Tensor]
-    labels: list[Tensor]
-
-    def __init__(self, name: str, mean: Tensor, std: Tensor, form: Form = "binary") -> None:
-        super().__init__()
-        self.name, self.mean, self.std, self.form = name, mean, std, form
-        self.add_state("outputs", default=[], dist_reduce_fx="cat")
-        self.add_state("labels", default=[], dist_reduce_fx="cat")
-
-    def update(self, outputs: Tensor, labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            outputs: (B, T) logits, or standardised predictions.
-            labels: (B, T) in the labels' unit, NaN if missing.
-
-        Raises:
-            ValueError: the shapes differ, or an output is not finite.
-        """
-        _check_shapes(outputs, labels)
-        if not outputs.isfinite().all():
-            raise ArgumentError("outputs are not finite, so they have no score; lower the learning rate")
-        outputs = outputs.detach().to(self.device, torch.float64)
-        self.outputs.append(outputs * self.std.to(outputs) + self.mean.to(outputs))
-        self.labels.append(labels.to(outputs))
-
-    def compute(self) -> Tensor:
-        """Return the mean over the tasks for which the metric is defined."""
-        measure = METRICS[self.form][self.name]
-        scores = []
-        for outputs, labels in _by_task(dim_zero_cat(self.outputs), dim_zero_cat(self.labels), self.form):
-            if len(torch.unique(labels)) >= measure.distinct:
-                scores.append(measure.function(outputs, labels))
-        if not scores:
-            raise DataError(f"{self.name} is undefined for every task: each needs {measure.distinct} distinct labels")
-        return torch.stack(scores).mean()
-
-
-def _by_task(outputs: Tensor, labels: Tensor, form: Form) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield the outputs and the labels of each task, (N,) each, where there is a label; of classes, (N, C) and indices (N,)."""
-    if form == "classes":
-        present = ~labels.isnan().any(1)
-        yield outputs[present], labels[present].argmax(1)
-        return
-    for own, column in zip(outputs.T, labels.T, strict=True):
-        present = ~column.isnan()
-        yield own[present], column[present]
 
 
 class MoleculeTask(Task):
@@ -238,16 +173,12 @@ class MoleculeTask(Task):
         """Read a task from one file, which is split 8:1:1, or from three.
 
         Args:
-            train: a table of molecules, see `read_table`.
-            valid, test: as `train`; both or neither. Their columns and labels are read as those of the training file.
+            train, valid, test: tables of molecules, see `read_table`; those of `valid` and `test` are read as that of `train`.
             split, fractions, chirality, seed: as in `from_molecules`; for one file only.
             split_column: the column that names the split of each molecule, instead of `split`.
             splits: a file that lists the rows of each split instead, see `mlopt.recipes.tapweight.splits.listed_split`.
             kind, metric, dropout, class_weights: as in the constructor.
             reading: `labels`, `smiles_column`, `ignore`, `missing` and `strict` of `read_table`.
-
-        Returns:
-            The task.
 
         Raises:
             DataError: as in `read_table`, `from_molecules` and the constructor.
@@ -314,7 +245,7 @@ class MoleculeTask(Task):
             ValueError: the outputs are not (B, T).
         """
         labels = self.targets(batch)
-        _check_shapes(outputs, labels)
+        check_shapes(outputs, labels)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         present = ~labels.isnan()
         # Missing labels are filled before any arithmetic: the gradient of a masked NaN would still be NaN.
@@ -338,7 +269,7 @@ class MoleculeTask(Task):
         """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, task by task."""
         outputs = outputs.double() * self.std.to(outputs.device) + self.mean.to(outputs.device)
         names = ("classes",) if self.form == "classes" else self.label_names
-        parts = _by_task(outputs, targets.double(), self.form)
+        parts = by_task(outputs, targets.double(), self.form)
         return {name: measures_of(self.form, *part) for name, part in zip(names, parts, strict=True) if len(part[1])}
 
     def predictor(self, members: Sequence[Member]) -> Predictor:
@@ -399,14 +330,6 @@ class MoleculeTask(Task):
                     "leave it out by --labels"
                 )
         return mean, std
-
-
-def _check_shapes(outputs: Tensor, labels: Tensor) -> None:
-    """Check that outputs and labels have one shape: broadcasting would hide a difference."""
-    if outputs.shape != labels.shape:
-        raise ArgumentError(
-            f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; both must be (B, T)"
-        )
 
 
 def _labels(split: Split, examples: Sequence[Data], names: Sequence[str]) -> Tensor:

@@ -13,7 +13,7 @@ from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of, text_of
 from ..labels import is_empty
 from ..names import suggestion
-from ..tables import SUFFIXES, column_of, table_of
+from ..tables import SUFFIXES, column_of, is_folder, table_of
 from .sentences import split_sentences
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def cells_of(source: str | os.PathLike[str] | Any, column: str, texts: Texts) ->
 
 
 def _is_data_set(source: str | os.PathLike[str] | Any) -> bool:
-    return hasattr(source, "column_names") or Path(source).is_dir()
+    return hasattr(source, "column_names") or is_folder(source)
 
 
 def _read(table: Table, columns: dict[str, str], missing: Sequence[str], strict: bool) -> Texts:

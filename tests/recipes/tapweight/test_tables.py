@@ -174,11 +174,11 @@ def test_a_folder_of_a_data_set_is_read(tmp_path: Path) -> None:
     made.save_to_disk(str(tmp_path / "one"))
     assert cells_of(table_of(tmp_path / "one")) == [["a", "yes"], ["b", "no"], ["c", None]]
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(str(tmp_path / "two"))
-    with pytest.raises(DataError, match=r"two: Is a directory .*; give one of its data sets: test, train"):
+    with pytest.raises(DataError, match=r"two: Is a directory; give one of its data sets: test, train"):
         table_of(tmp_path / "two")
     assert cells_of(table_of(tmp_path / "two" / "train"))[0] == ["a", "yes"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"Is a directory .*; give the path of a data file"):
+    with pytest.raises(DataError, match=r"Is a directory; give the path of a data file"):
         table_of(tmp_path / "empty")
 
 
