@@ -111,6 +111,8 @@ class Term(ABC):
     values: Mapping[Block, Tensors]
     point: Point
     label: tuple[str, str]
+    #: The highest order of the derivatives of a loss that products with the term's second derivatives take.
+    order: int = 2
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -119,6 +121,10 @@ class Term(ABC):
     @abstractmethod
     def function(self, values: Vectors) -> Tensor:
         """Return the term at other variables, for the transforms of torch.func; absent blocks are the live ones."""
+
+    def roots(self) -> list[Tensor]:
+        """Return the losses that the term is made of, at the live variables, each with a graph."""
+        return [self.value()]
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
