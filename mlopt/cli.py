@@ -1,4 +1,4 @@
-"""The command line, `mlopt diagnose ...` and `mlopt RECIPE MODALITY ...`; only the requested command is imported."""
+"""The command line, `mlopt COMMAND ...` and `mlopt RECIPE MODALITY ...`; only the requested command is imported."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Recipe:
 
 
 _DIAGNOSE = Command("diagnose a problem before a long run", "mlopt.diagnosis.command")
+
+_DERIVATIVES = Command("measure which derivatives torch has right", "mlopt.diagnosis.derivatives")
 
 _RECIPES = {
     "tapweight": Recipe(
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(chosen=parser)
     recipes = parser.add_subparsers(title="commands and recipes", metavar="COMMAND")
     _add(recipes, "diagnose", _DIAGNOSE)
+    _add(recipes, "derivatives", _DERIVATIVES)
     for name, recipe in _RECIPES.items():
         child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
         child.set_defaults(chosen=child)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -29,6 +30,19 @@ _NESTED = 1e2
 _STEP = {torch.float64: 2e-3, torch.float32: 3e-2}
 #: Relative error of a difference above which a shorter step is tried for small variables, and the smallest size tried.
 _ROUGH, _SMALLEST = 1e-2, 1e-8
+
+
+@attrs.frozen
+class _Extrapolated:
+    """A derivative, its error, and the share of the initial gradient that the solves for it left."""
+
+    value: float
+    error: float
+    unsolved: float
+
+    @property
+    def rough(self) -> bool:
+        return self.error > _ROUGH * abs(self.value) or self.unsolved > _ROUGH
 
 
 class Resolver:
@@ -103,20 +117,21 @@ class Resolver:
         half of it; its error is the difference from an extrapolation at twice these steps.
         """
         origin = flatten([variable.data for variable in self._target.parameters]).clone()
-        size = float(origin.norm())
+        size, before = float(origin.norm()), self.unsolved
         scale = 1.0 + size
         best = self._difference(origin, scale, direction)
         # Small variables may be of their size for a reason, or just have left zero.
-        while _ROUGH * abs(best[0]) < best[1] and scale > max(size, _SMALLEST):
+        while best.rough and scale > max(size, _SMALLEST):
             scale /= 10
-            best = min(best, self._difference(origin, scale, direction), key=lambda pair: pair[1])
-        return best
+            best = min(best, self._difference(origin, scale, direction), key=lambda d: (d.unsolved > _ROUGH, d.error))
+        self.unsolved = max(before, best.unsolved)
+        return best.value, best.error
 
-    def _difference(self, origin: Tensor, scale: float, direction: Tensor) -> tuple[float, float]:
-        """Return the same for variables of the size `scale`; the error is infinite if an objective is."""
+    def _difference(self, origin: Tensor, scale: float, direction: Tensor) -> _Extrapolated:
+        """Return the derivative from steps for variables of the size `scale`; its error is infinite if an objective is."""
         variables = [variable.data for variable in self._target.parameters]
         step = _STEP.get(origin.dtype, 3e-2) * scale
-        differences = []
+        differences, self.unsolved = [], 0.0
         try:
             # Each scale starts at the solutions: those far away may be of no use to the next.
             with put_back(self._problem):
@@ -128,9 +143,9 @@ class Resolver:
                         values.append(Objective.of(self._target, self._point).number())
                     differences.append((values[0] - values[1]) / (2 * size))
         except NonFiniteError:
-            return 0.0, math.inf
+            return _Extrapolated(0.0, math.inf, self.unsolved)
         coarse, fine = ((4 * narrow - wide) / 3 for wide, narrow in itertools.pairwise(differences))
-        return fine, abs(fine - coarse)
+        return _Extrapolated(fine, abs(fine - coarse), self.unsolved)
 
 
 def _exact(estimator: Estimator | None) -> Implicit:

@@ -268,9 +268,13 @@ class _MultiplierTerm(Term):
     def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
         self._child, self._kind, self.point = child, kind, point
         self.label = owner, f"response of {child.name!r}"
+        self.order = 1 + max(term.order for term in child.objective.terms)
         self._owned = {(owner, block): block for block in child.blocks}
         self.values = point.values
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
+
+    def roots(self) -> list[Tensor]:
+        return [root for term in self._child.objective.terms for root in term.roots()]
 
     def value(self) -> Tensor:
         total = torch.zeros((), device=self._child.point.problem[self._child.name].device)

@@ -7,6 +7,7 @@ from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .objective import Objective, add_into, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
+from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
 from .response import Response
 from .solver import call_solver
@@ -15,9 +16,11 @@ from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
 from .workspace import Workspace
 
 __all__ = [
+    "FAULTS",
     "Block",
     "Carryover",
     "Estimator",
+    "Fault",
     "Graph",
     "Level",
     "LevelTerm",
@@ -27,6 +30,7 @@ __all__ = [
     "Node",
     "Objective",
     "Point",
+    "Primitives",
     "Problem",
     "Report",
     "Response",
@@ -43,6 +47,7 @@ __all__ = [
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
+    "faults",
     "restored",
     "standing_in",
     "sum_values",

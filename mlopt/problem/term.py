@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -111,6 +111,8 @@ class Term(ABC):
     values: Mapping[Block, Tensors]
     point: Point
     label: tuple[str, str]
+    #: The highest order of the derivatives of a loss that products with the term's second derivatives take.
+    order: int = 2
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -120,13 +122,21 @@ class Term(ABC):
     def function(self, values: Vectors) -> Tensor:
         """Return the term at other variables, for the transforms of torch.func; absent blocks are the live ones."""
 
+    def roots(self) -> list[Tensor]:
+        """Return the losses that the term is made of, at the live variables, each with a graph."""
+        return [self.value()]
+
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
         return derivatives(self.value(), wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
-        """Return d/dw <grad_D, direction> if the term's form yields it from first derivatives alone; else None."""
+        """Return d/dw <grad_D, direction> if `is_mixed`; else None."""
         return None
+
+    def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
+        """Return True if the term's form yields d/dw <grad_D, direction> from first derivatives alone."""
+        return False
 
 
 class LevelTerm(Term):
@@ -203,17 +213,18 @@ class LevelTerm(Term):
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
-        if self.part == "regularizer" or set(direction) != {self.name}:
-            return None
-        if len(wanted) != 1 or wanted[0] not in self._references:
-            return None
-        if not self._is_mixture(wanted[0]):
+        if not self.is_mixed(direction, wanted):
             return None
         with cloned_buffers(self._modules.values()):
             mixture = self._mixture(self._modules)
             weights = mixture.weigh(self._modules[mixture.weights])
             shares = self._forward_shares(direction) if forward else self._backward_shares(mixture, direction)
         return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
+
+    def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
+        if self.part == "regularizer" or set(direction) != {self.name}:
+            return False
+        return len(wanted) == 1 and wanted[0] in self._references and self._is_mixture(wanted[0])
 
     def streamed(self, weights: str, shares: Tensor) -> Tensors:
         """Return the derivative of <w(a), shares> by the variables a of the level `weights`, for known shares (K,)."""

@@ -8,7 +8,8 @@ import torch
 
 from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
-from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
+from .kernels import differentiable_kernels, graph_of, refuse_once_differentiable, right_kernels
+from .product import Product, name_kernels
 
 __all__ = ["AutogradProduct"]
 
@@ -54,9 +55,13 @@ class AutogradProduct(Product):
     def _trace(self, blocks: Sequence[Block]) -> None:
         if not blocks:
             return
-        with plain_attention():
-            value = self.term.value()
-            gradients = derivatives(value, blocks, self.term.values, traced=True)
-        # Both graphs are searched: a node can be in that of the value alone.
-        refuse_once_differentiable([value, *(g for vectors in gradients.values() for g in vectors)])
+        while True:
+            with differentiable_kernels(self.term):
+                value = self.term.value()
+                gradients = derivatives(value, blocks, self.term.values, traced=True)
+            # Both graphs are searched: a node can be in that of the value alone.
+            graph = graph_of([value, *(g for vectors in gradients.values() for g in vectors)])
+            refuse_once_differentiable(graph)
+            if right_kernels(self.term, graph):
+                break
         self._gradients |= gradients

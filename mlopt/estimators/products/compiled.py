@@ -14,7 +14,8 @@ from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors, norm, subtract
 from .forward import ForwardProduct
-from .product import name_kernels, plain_attention
+from .kernels import differentiable_kernels, prepare, uses_primitives
+from .product import name_kernels
 
 __all__ = ["CompiledProduct"]
 
@@ -38,6 +39,10 @@ class CompiledProduct(ForwardProduct):
         term = self.term
         if not isinstance(term, LevelTerm) or set(direction) != {term.name} or set(wanted) != {term.name}:
             return super().__call__(direction, wanted)
+        prepare(term)
+        if uses_primitives(term):
+            # torch.compile does not apply a function mode within the transforms of torch.func (torch 2.13).
+            return super().__call__(direction, wanted)
         # Imported here since the import takes as long as the rest of torch.
         from torch._dynamo.exc import TorchDynamoException
 
@@ -49,7 +54,7 @@ class CompiledProduct(ForwardProduct):
         if function is None:
             return super().__call__(direction, wanted)
         arguments = (*term.own_arguments(), tuple(direction[term.name]))
-        with plain_attention():
+        with differentiable_kernels(term):
             try:
                 product = function(*arguments)
             except TorchDynamoException as error:

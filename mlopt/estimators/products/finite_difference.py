@@ -20,6 +20,9 @@ class FiniteDifferenceProduct(Product):
     different sizes, take a few differences more at first use, at which steps are compared.
     """
 
+    def needs_verification(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        return True
+
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         moves = moves_of(self.term, direction, wanted)
         if moves.remark:

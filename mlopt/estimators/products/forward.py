@@ -12,7 +12,8 @@ from torch import Tensor
 from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Term, Vectors
 from ...tensors import Tensors
-from .product import Product, name_kernels, plain_attention, refuse_once_differentiable
+from .kernels import differentiable_kernels, graph_of, prepare, refuse_once_differentiable
+from .product import Product, name_kernels
 
 __all__ = ["ForwardProduct"]
 
@@ -33,7 +34,8 @@ class ForwardProduct(Product):
 
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        with _FORWARD_MODE, plain_attention():
+        live = prepare(self.term)
+        with _FORWARD_MODE, differentiable_kernels(self.term):
             mixed = self.term.mixed(direction, wanted, forward=True)
             if mixed is not None:
                 return mixed
@@ -48,7 +50,7 @@ class ForwardProduct(Product):
             along = {block: tuple(vectors) for block, vectors in direction.items()}
             origin = {block: start[block] for block in along}
             (_, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
-            verify(self.term, value)
+            verify(self.term, value, live[0] if live else None)
         # In float32, torch's forward mode takes a Python number times a scalar to float64.
         return {block: tuple(x.to(v) for x, v in zip(product[block], start[block], strict=True)) for block in wanted}
 
@@ -64,16 +66,18 @@ def _refuse_hooks(term: Term) -> None:
                 )
 
 
-def verify(term: Term, value: Tensor) -> None:
+def verify(term: Term, value: Tensor, live: Tensor | None) -> None:
     """Raise if a level's loss as a pure function differs from its value on the live modules; compared once for each workspace.
+
+    `live` is the value on the live modules, if it was evaluated already.
 
     torch.func draws masks in another order if dropout meets a tensor that is not contiguous, and it treats parameters from
     outside the modules as constants.
     """
     if not isinstance(term, LevelTerm) or ("forward", *term.label) in term.workspace.verified:
         return
-    live = term.value()
-    refuse_once_differentiable([live])
+    live = term.value() if live is None else live
+    refuse_once_differentiable(graph_of([live]))
     if not math.isfinite(live.item()):
         return  # reported elsewhere
     tolerance = torch.finfo(live.dtype).eps ** 0.5

@@ -15,7 +15,8 @@ from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
 from ...tensors import Tensors, add, zeros_like
 from .autograd import AutogradProduct
-from .product import name_kernels, plain_attention
+from .kernels import differentiable_kernels, prepare
+from .product import name_kernels
 
 __all__ = ["GaussNewtonProduct"]
 
@@ -54,7 +55,8 @@ class _Linearized:
 
     def __init__(self, term: LevelTerm) -> None:
         self._variables = term.values[term.name]
-        with plain_attention(), _cut_at_outputs(term.module) as (outputs, leaves):
+        prepare(term)
+        with differentiable_kernels(term), _cut_at_outputs(term.module) as (outputs, leaves):
             value = term.value()
         if not outputs and term.part == "loss":
             raise EstimatorError(

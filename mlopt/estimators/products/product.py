@@ -1,22 +1,19 @@
-"""The base of the products with second derivatives, and errors for kernels that have none."""
+"""The base of the products with second derivatives, and the error for kernels that have none."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import SecondDerivativeError
 from ...problem import Block, Term, Vectors
 from ...tensors import Tensors
 
-__all__ = ["Product", "name_kernels", "plain_attention", "refuse_once_differentiable"]
+__all__ = ["Product", "name_kernels"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,35 +58,6 @@ def name_kernels(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
-def plain_attention() -> AbstractContextManager[None]:
-    """Return a context that selects the attention kernel with a second derivative; fused kernels have none."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-#: The code object of every backward that `once_differentiable` wraps.
-_ONCE = once_differentiable(lambda ctx: None).__code__
-_ERRORS = ("DelayedError", "Error", "torch::autograd::DelayedError", "torch::autograd::Error")
-
-
-def refuse_once_differentiable(roots: Sequence[Tensor]) -> None:
-    """Raise if the graph of a value, or of its gradient, contains a function that is marked `once_differentiable`.
-
-    The gradient's graph has an error node for such a function. Products that can avoid the node treat that part of the second
-    derivative as zero. If a constant flows back into the function, there is no node at all.
-    """
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if node.name() in _ERRORS or getattr(backward, "__code__", None) is _ONCE:
-            raise RuntimeError("a custom autograd.Function is marked once_differentiable")
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-
-
 class Product(ABC):
     """Products with the second derivatives of one term L at one point.
 
@@ -117,6 +85,10 @@ class Product(ABC):
     def is_exact(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
         """Return True if the product is one with second derivatives, and not with a matrix in their place."""
         return True
+
+    def needs_verification(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
+        """Return True unless the product takes no second derivative: first ones, and those of a chosen matrix, are as meant."""
+        return self.is_exact(direction, wanted) and not self.term.is_mixed(direction, wanted)
 
     def renewed(self) -> Product:
         """Return a product of the same term that has kept nothing, evaluated without a compiler."""

@@ -57,7 +57,7 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     key = ("products", type(product).__name__, *product.term.label, _names(direction), _names(wanted))
     if key in workspace.doubts:
         product.remark(workspace.doubts[key])
-    if key in workspace.verified or workspace.verifying or not product.is_exact(direction, wanted):
+    if key in workspace.verified or workspace.verifying or not product.needs_verification(direction, wanted):
         return product(direction, wanted)
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):
