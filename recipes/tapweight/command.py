@@ -20,7 +20,7 @@ from mlopt.files import replacing
 from .configuration import ConfigurationError, parse, read, write
 from .examples import Skipped
 from .modality import Configuration, Modality, device_of
-from .predictor import PREDICTOR, check_free
+from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
 from .result import TapWeightResult
 from .spread import Spread
@@ -44,7 +44,6 @@ _FILES = (
     "splits.json",
     "skipped.csv",
 )
-_MODEL = "model"
 
 
 def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -> None:
@@ -132,7 +131,7 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
     """Create the output folder before any computation; refuse one that holds a result or an unfinished run."""
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
-    check_free(output / _MODEL)
+    check_free(output / MODEL)
     if overwrite and resume:
         raise ConfigurationError("--overwrite and --resume do not go together; give one of them")
     begun, held = (output / _CHECKPOINTS / "config.json").is_file(), next(_held(output), None)
@@ -185,8 +184,8 @@ def _held(output: Path) -> Iterator[Path]:
     yield from (output / name for name in _FILES if (output / name).is_file())
     if (output / "encoder" / "model.safetensors").is_file():
         yield output / "encoder"
-    if (output / _MODEL / PREDICTOR).is_file():
-        yield output / _MODEL
+    if (output / MODEL / PREDICTOR).is_file():
+        yield output / MODEL
     yield from (folder for folder in sorted(output.glob("seed-*")) if (folder / "weights.json").is_file())
 
 

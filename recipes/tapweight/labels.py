@@ -42,12 +42,14 @@ class Labels:
         form: "binary" for two classes, "classes" for more, "several" for any number of classes at once, "numbers".
         classes: the names of the classes; of two, the positive one is the second.
         missing: cells that stand for no label, beside empty ones.
+        assumed: True if the classes are whole numbers that could be labels of a regression, and the user did not decide.
     """
 
     name: str
     form: Form
     classes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    assumed: bool = False
 
     def is_missing(self, cell: Any) -> bool:
         """Return True if a cell holds no label."""
@@ -106,6 +108,13 @@ class Labels:
             return f"{self.name}: any number of {len(self.classes)} classes, {names}"
         return f"{self.name}: numbers"
 
+    def remarks(self) -> list[str]:
+        """Return the sentence that states the classes, with a remedy if they are assumed; none for numbers, and for 0 and 1."""
+        if self.form == "numbers" or self.classes == ("0", "1"):
+            return []
+        remedy = "; give --kind regression if these are numbers to predict" if self.assumed else ""
+        return [f"{self.summary()}{remedy}"]
+
 
 def labels_of(
     source: str,
@@ -156,7 +165,8 @@ def labels_of(
     if mostly and not others:
         _check_whole(source, place, present)
         present = [cell for cell, value in zip(present, values, strict=True) if value == value]  # "NA" among numbers
-    return _of_names(name, present, missing)
+    assumed = kind is None and mostly and not _are_usual(set(numbers))
+    return attrs.evolve(_of_names(name, present, missing), assumed=assumed)
 
 
 def _minus_one(source: str, place: str, row: int, numbers: Sequence[float]) -> DataError:
@@ -181,11 +191,16 @@ def _check_whole(source: str, place: str, present: Sequence[tuple[int, Any]]) ->
 def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
     """Return True if numbers are the names of classes."""
     distinct = set(numbers)
-    if distinct and (distinct <= {0.0, 1.0} or distinct == {-1.0, 1.0}):
+    if _are_usual(distinct):
         return True
     few = 2 <= len(distinct) <= len(numbers) / rows_per_class
     few &= len(distinct) <= max(_FEW_CLASSES, len(numbers) / _ROWS_OF_MANY)
     return few and all(number.is_integer() for number in distinct)
+
+
+def _are_usual(distinct: set[float]) -> bool:
+    """Return True if distinct numbers are the usual ones of two classes."""
+    return bool(distinct) and (distinct <= {0.0, 1.0} or distinct == {-1.0, 1.0})
 
 
 def _of_names(name: str, present: Sequence[tuple[int, Any]], missing: Sequence[str]) -> Labels:

@@ -71,7 +71,7 @@ class Predictions:
         values: (N, K) numbers in the unit of the labels, or probabilities; means over the ensemble; NaN for an example that
             cannot be used.
         spread: (N, K) the sample standard deviation over the ensemble; None for a single model.
-        reasons: for each example why it cannot be used; empty if it can.
+        reasons: the reason why an example cannot be used, for each example; empty if it can.
     """
 
     target: Target

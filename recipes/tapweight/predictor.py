@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
     from .encoder import Encoder
 
-__all__ = ["PREDICTOR", "Member", "Predictor", "check_free", "describe", "model_folder"]
+__all__ = ["MODEL", "PREDICTOR", "Member", "Predictor", "check_free", "describe", "model_folder"]
 
 #: An encoder and the head of the task.
 Member = tuple["Encoder", "nn.Module"]
 #: The file that describes a saved predictor.
 PREDICTOR = "predictor.json"
-_MODEL = "model"
+#: The folder of the predictor in the folder of a result.
+MODEL = "model"
 _FORMAT, _VERSION = "mlopt-predictor", 1
 _BATCH_SIZE = 256
 
@@ -98,7 +99,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Return what `load_member` needs to know, for a JSON file."""
+        """Return the options of `load_member`, for a JSON file."""
 
     @abstractmethod
     def save_member(self, encoder: Encoder, head: nn.Module, folder: Path) -> None:
@@ -147,7 +148,7 @@ class Predictor(ABC):
         return self.features(contents)[0]
 
     def features(self, contents: Sequence[Any]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-        """Return what `embed` returns, and for all contents why they cannot be used; empty if they can."""
+        """Return the features of `embed`, and for each entry the reason why it cannot be used; empty if it can."""
         encoder, _ = self.members[0]
         features, reasons = self._over(contents, (encoder.width,), encoder.pool, self.example)
         return features.numpy(), reasons
@@ -166,7 +167,7 @@ class Predictor(ABC):
         """Evaluate a function of batches on the examples that `make` makes of contents.
 
         Returns:
-            The results (N, *size) in float64, NaN where there is no example, and for all contents why there is none.
+            The results (N, *size) in float64, NaN where there is no example; and for each entry the reason, else an empty text.
         """
         if isinstance(contents, str) or not len(contents):
             raise ArgumentError(f"contents={contents!r}; give a sequence with at least one entry")
@@ -235,7 +236,7 @@ class Predictor(ABC):
 
 
 def _examples(contents: Sequence[Any], make: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:
-    """Return the examples of those contents that are one, and for all contents why they are none."""
+    """Return the examples that can be made, and for each entry the reason why there is none; empty if there is one."""
     examples, reasons = [], []
     for content in contents:
         try:
@@ -258,10 +259,10 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
         DataError: neither of them holds a predictor.
     """
     folder = Path(folder)
-    for place in (folder, folder / _MODEL):
+    for place in (folder, folder / MODEL):
         if (place / PREDICTOR).is_file():
             return place
-    seeds = sorted(folder.glob(f"seed-*/{_MODEL}/{PREDICTOR}"))
+    seeds = sorted(folder.glob(f"seed-*/{MODEL}/{PREDICTOR}"))
     remedy = f"give {seeds[0].parents[1]}" if seeds else "give the folder of a run's result"
     raise DataError(f"{folder} holds no predictor; {remedy}")
 

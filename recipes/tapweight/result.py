@@ -15,6 +15,7 @@ from rich.table import Table
 from mlopt.errors import ArgumentError
 from mlopt.solving import write_csv
 
+from .predictor import MODEL
 from .significance import Signal, verdict
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class TapWeightResult:
         finetuned: the finetuned models of the main method, one for each finetuning, and as many as the ensemble has.
         predictor: the ensemble of the first of these models; None if the task defines no predictor.
         tested: the predictions of the predictor for the test split; None without a predictor.
-        splits: the 0-based numbers of the records of each split in its file, see `Examples`; None if there is no file.
+        splits: the 0-based numbers of the records of each split, see `Examples`; None unless all splits are parts of one file.
         metric: the metric's name.
         greater_is_better: True if a larger metric is better.
         settings: the numbers of the run, see `Settings`.
@@ -205,7 +206,7 @@ class TapWeightResult:
         if self.splits is not None:
             _write_json(folder / "splits.json", self.splits)
         if self.predictor is not None and self.tested is not None:
-            self.predictor.save(folder / "model")
+            self.predictor.save(folder / MODEL)
             self.tested.write(folder / "predictions.csv")
 
     def _label_scores(self) -> dict[str, Any]:

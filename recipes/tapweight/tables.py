@@ -19,9 +19,9 @@ from .files import DataError, suffix_of, text_of, unpacked
 from .names import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "table_of"]
+__all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "list_of", "table_of"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 #: Names of the separators of cells. The first is usual in .csv; a tab, in .tsv.
@@ -101,6 +101,29 @@ def table_of(source: str | os.PathLike[str] | Any, *, name: str | None = None, l
     if suffix == ".parquet":
         return _parquet(path)
     return _objects(path, suffix) if suffix in (".jsonl", ".json") else _delimited(path, suffix, longest)
+
+
+def list_of(path: Path, column: str, entry: Callable[[str], str] = str.strip) -> Table:
+    """Read a file with an entry a line as a table of one column; blank lines are skipped.
+
+    Args:
+        path: the file, also compressed.
+        column: the name of the column.
+        entry: returns the entry of a line.
+
+    Raises:
+        DataError: the file cannot be read; the message names the file, the row and the remedy.
+        FileNotFoundError: there is no such file.
+    """
+    content = text_of(path)
+    lines = [(row, line) for row, line in enumerate(content.lines(), start=1) if line.strip()]
+    return Table(
+        source=str(path),
+        header=(column,),
+        rows=tuple(row for row, _ in lines),
+        cells=tuple((entry(line),) for _, line in lines),
+        notes=content.notes,
+    )
 
 
 def is_folder(source: str | os.PathLike[str]) -> bool:

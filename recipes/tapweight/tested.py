@@ -81,9 +81,9 @@ class Tested:
 
 
 def records_of(task: Task) -> dict[Split, list[int]] | None:
-    """Return the numbers of the records of each split in its file, see `Examples`; None if there is no file."""
+    """Return the numbers of the records of each split, see `Examples`; None unless all splits are parts of one file."""
     splits = {split: examples for split, examples in task.splits.items() if isinstance(examples, Examples)}
-    if len(splits) < len(task.splits):
+    if len(splits) < len(task.splits) or len({examples.source for examples in splits.values()}) > 1:
         return None
     return {split: list(examples.record_numbers()) for split, examples in splits.items()}
 

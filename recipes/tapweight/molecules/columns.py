@@ -49,27 +49,27 @@ class Columns:
     notes: tuple[str, ...] = ()
 
 
-def smiles_column_of(table: Table, name: str | None) -> tuple[int, tuple[str, ...]]:
+def smiles_column_of(table: Table, name: str | None, option: str = "--smiles-column") -> tuple[int, tuple[str, ...]]:
     """Return the index of the column of SMILES, and clauses on the choice.
 
     Args:
         table: the table.
         name: the column; "smiles" in any case when None, else the only column of which at least half of the first cells are
             SMILES.
+        option: the option that names the column on the command line, for errors.
 
     Raises:
         DataError: there is no such column, or more than one.
     """
-    if name is not None:
-        return column_of(table.source, table.header, name, "name the column by --smiles-column"), ()
-    if sum(column.casefold() == "smiles" for column in table.header) == 1 or "smiles" in table.header:
-        return column_of(table.source, table.header, "smiles", "name the column by --smiles-column"), ()
-    likely = [index for index in range(len(table.header)) if _are_smiles(table, index)]
+    usual = "smiles" in table.header or sum(column.casefold() == "smiles" for column in table.header) == 1
+    sought = name is None and not usual
+    likely = [index for index in range(len(table.header)) if sought and _are_smiles(table, index)]
     if not likely:
-        return column_of(table.source, table.header, "smiles", "name the column by --smiles-column"), ()
+        column = "smiles" if name is None else name
+        return column_of(table.source, table.header, column, f"name the column by {option}"), ()
     names = ", ".join(shown(table.header[index]) for index in likely)
     if len(likely) > 1:
-        raise DataError(f"{table.source}: SMILES are in the columns {names}; name one of them by --smiles-column")
+        raise DataError(f"{table.source}: SMILES are in the columns {names}; name one of them by {option}")
     if is_smiles(table.header[likely[0]]):
         raise DataError(
             f"{table.source}, row 1: {names} is a molecule, so the names of the columns are missing; add a first row, such as "

@@ -14,10 +14,10 @@ import torch
 from mlopt.validation import shown
 
 from ..examples import Examples, check_limit, gather
-from ..files import DataError, suffix_of, text_of
+from ..files import DataError, suffix_of
 from ..labels import is_empty, labels_of, number_of
 from ..names import suggestion
-from ..tables import SUFFIXES, Table, column_of, is_folder, table_of
+from ..tables import SUFFIXES, column_of, is_folder, list_of, table_of
 from .columns import columns_of, smiles_column_of
 from .graphs import graph_of, import_extra
 from .sdf import sdf_table
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
     from ..labels import Kind, Labels
+    from ..tables import Table
     from .columns import Columns
 
 __all__ = ["Molecules", "cells_of", "molecule_net", "read_corpus", "read_table"]
@@ -119,7 +120,7 @@ def read_smiles(path: str | os.PathLike[str], column: str | None = None) -> list
         DataError: as `read_corpus`.
     """
     table = _table(path, _LISTS)
-    index = smiles_column_of(table, column)[0]
+    index = smiles_column_of(table, column, "--columns")[0]
     return [cells[index] for _, cells in table.records()]
 
 
@@ -179,17 +180,9 @@ def _table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> T
     suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, *lists))
     if suffix == _STRUCTURES:
         return sdf_table(Path(source))
-    if suffix not in lists:
-        return table_of(source, longest=_LONGEST)
-    content = text_of(Path(source))
-    lines = [(row, line.split()[0]) for row, line in enumerate(content.lines(), start=1) if line.strip()]
-    return Table(
-        source=str(source),
-        header=("smiles",),
-        rows=tuple(row for row, _ in lines),
-        cells=tuple((smiles,) for _, smiles in lines),
-        notes=content.notes,
-    )
+    if suffix in lists:
+        return list_of(Path(source), "smiles", lambda line: line.split()[0])
+    return table_of(source, longest=_LONGEST)
 
 
 def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequence[str]) -> tuple[Labels, ...]:

@@ -48,7 +48,7 @@ class MoleculeTask(Task):
         label_names: the T tasks.
         kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification if all
             labels are 0 or 1.
-        exclusive: True if the columns are the classes of one task, of which each molecule has one.
+        class_column: the name of the one task whose classes the columns are, if each molecule has one of them.
         metric: the name of a metric of `mlopt.recipes.tapweight.metrics`; by default "roc_auc" for classification, "rmse" for
             regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
@@ -74,7 +74,7 @@ class MoleculeTask(Task):
         *,
         label_names: Sequence[str],
         kind: Kind | None = None,
-        exclusive: bool = False,
+        class_column: str | None = None,
         metric: str | None = None,
         dropout: float = 0.0,
         class_weights: ClassWeights = "none",
@@ -83,12 +83,13 @@ class MoleculeTask(Task):
         super().__init__(splits)
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
-        self.label_names, self.dropout = tuple(label_names), dropout
+        self.label_names, self.class_column, self.dropout = tuple(label_names), class_column, dropout
         labels = {split: _labels(split, examples, self.label_names) for split, examples in splits.items()}
         self.kind = kind or _infer_kind(labels.values())
-        if self.kind not in _FORMS or (exclusive and self.kind == "regression"):
-            raise DataError(f"kind={kind!r}: give {'' if exclusive else 'regression or '}classification by --kind")
-        self.form: Form = "classes" if exclusive else _FORMS[self.kind]
+        if self.kind not in _FORMS or (class_column is not None and self.kind == "regression"):
+            others = "regression or " if class_column is None else ""
+            raise DataError(f"kind={kind!r}: give {others}classification by --kind")
+        self.form: Form = _FORMS[self.kind] if class_column is None else "classes"
         self.metric_name = _DEFAULTS[self.form] if metric is None else metric
         if self.metric_name not in METRICS[self.form]:
             names = " or ".join(map(repr, METRICS[self.form]))
@@ -268,14 +269,14 @@ class MoleculeTask(Task):
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
         """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, task by task."""
         outputs = outputs.double() * self.std.to(outputs.device) + self.mean.to(outputs.device)
-        names = ("classes",) if self.form == "classes" else self.label_names
+        names = self.label_names if self.class_column is None else (self.class_column,)
         parts = by_task(outputs, targets.double(), self.form)
         return {name: measures_of(self.form, *part) for name, part in zip(names, parts, strict=True) if len(part[1])}
 
     def predictor(self, members: Sequence[Member]) -> Predictor:
         """Return the predictor of finetuned models."""
-        if self.form == "classes":
-            return Predictor(members, Target(form="classes", labels=("class",), classes=self.label_names))
+        if self.class_column is not None:
+            return Predictor(members, Target(form="classes", labels=(self.class_column,), classes=self.label_names))
         if self.kind == "classification":
             thresholds = (0.5,) * len(self.label_names)
             return Predictor(members, Target(form="binary", labels=self.label_names, thresholds=thresholds))
@@ -370,16 +371,16 @@ def _infer_kind(labels: Iterable[Tensor]) -> Kind:
 
 
 def _meaning(molecules: Molecules, kind: Kind | None) -> dict[str, Any]:
-    """Return the kind of some molecules' labels, and whether their columns are the classes of one task."""
-    forms = {each.form for each in molecules.meanings}
-    return {"kind": kind or ("regression" if "numbers" in forms else None), "exclusive": forms == {"classes"}}
+    """Return the kind of some molecules' labels, and the name of the one column of classes, if there is one."""
+    numbers = any(each.form == "numbers" for each in molecules.meanings)
+    column = next((each.name for each in molecules.meanings if each.form == "classes"), None)
+    return {"kind": kind or ("regression" if numbers else None), "class_column": column}
 
 
 def _remarks(files: Sequence[Molecules], splits: Mapping[Split, Molecules]) -> list[str]:
     """Return sentences on how files were read, on molecules listed more than once, and on those of two splits."""
     sentences = [molecules.summary() for molecules in files if molecules.skipped or molecules.notes]
-    named = [each for each in files[0].meanings if each.form != "numbers" and each.classes != ("0", "1")]
-    sentences += [each.summary() for each in named]
+    sentences += [remark for each in files[0].meanings for remark in each.remarks()]
     for molecules in files:
         labels = [[None if y != y else f"{y:g}" for y in graph.y[0].tolist()] for graph in molecules]
         keys = [canonical(smiles) for smiles in molecules.smiles]

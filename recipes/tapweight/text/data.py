@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ..examples import Examples, UnusableError, check_limit, gather
-from ..files import DataError, suffix_of, text_of
+from ..files import DataError, suffix_of
 from ..labels import is_empty
 from ..names import suggestion
-from ..tables import SUFFIXES, column_of, is_folder, table_of
+from ..tables import SUFFIXES, column_of, is_folder, list_of, table_of
 from .sentences import split_sentences
 
 if TYPE_CHECKING:
@@ -106,11 +106,7 @@ def read_corpus(
     """
     check_limit(limit, "texts")
     options: dict[str, Any] = {"strict": strict, "limit": limit, "least": 2}
-    if not _is_data_set(source) and suffix_of(Path(source), SUFFIXES + _LISTS) in _LISTS:
-        content = text_of(Path(source))
-        lines = [(row, {"text": line.strip()}) for row, line in enumerate(content.lines(), start=1) if line.strip()]
-        return _gathered(lines, str(source), notes=content.notes, **options)
-    table = table_of(source)
+    table = _table(source)
     header = table.header
     known = {name.casefold() for name in header}
     name = column or next((usual for usual in ("text", "sentence") if usual in known), "text")
@@ -132,19 +128,14 @@ def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> list[tu
     Raises:
         DataError: as `read_corpus`; or a row has another number of texts.
     """
-    listed = not _is_data_set(path) and suffix_of(path, SUFFIXES + _LISTS) in _LISTS
-    lines = [(line.strip(),) for line in text_of(path).lines() if line.strip()] if listed else []
-    table = None if listed else table_of(path)
-    named = ["text"] if table is None else [*_text_columns(table.source, columns, table.header).values()]
-    if len(named) != count:
+    table = _table(path)
+    places = _text_places(table, columns, "--columns")
+    if len(places) != count:
         expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
         raise DataError(
             f"{path}: the predictor takes {expected}, and the file has {given}; name the columns by --columns"
         )
-    if table is None:
-        return lines
-    places = [column_of(table.source, table.header, name, "name the columns by --columns") for name in named]
-    return [tuple(cells[place] for place in places) for _, cells in table.records()]
+    return [tuple(cells[place] for place in places.values()) for _, cells in table.records()]
 
 
 def read_table(
@@ -174,13 +165,11 @@ def read_table(
         DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
         FileNotFoundError: there is no such file.
     """
-    if not _is_data_set(source):
-        suffix_of(Path(source), SUFFIXES)
     table = table_of(source, name=name)
     if label is None:
         known = {column.casefold() for column in table.header}
         label = "labels" if "labels" in known and "label" not in known else "label"
-    return _read(table, {**_text_columns(table.source, text, table.header), "label": label}, missing, strict)
+    return _read(table, text, label, missing, strict)
 
 
 def from_dataset(
@@ -206,9 +195,7 @@ def from_dataset(
     Raises:
         DataError: the data cannot be used; the message names the row, its content and the remedy.
     """
-    table = table_of(dataset, name=name)
-    columns = _text_columns(name, text, table.header)
-    return _read(table, columns if label is None else {**columns, "label": label}, (), strict)
+    return _read(table_of(dataset, name=name), text, label, (), strict)
 
 
 def cells_of(source: str | os.PathLike[str] | Any, column: str, texts: Texts) -> list[tuple[int, Any]]:
@@ -218,26 +205,29 @@ def cells_of(source: str | os.PathLike[str] | Any, column: str, texts: Texts) ->
     return [cells[number] for number in texts.record_numbers()]
 
 
-def _is_data_set(source: str | os.PathLike[str] | Any) -> bool:
-    return hasattr(source, "column_names") or is_folder(source)
+def _table(source: str | os.PathLike[str] | Any) -> Table:
+    """Read a table, or a file with a text a line as a table of one column."""
+    known = (*SUFFIXES, *_LISTS)
+    if hasattr(source, "column_names") or is_folder(source) or suffix_of(Path(source), known) not in _LISTS:
+        return table_of(source)
+    return list_of(Path(source), "text")
 
 
-def _read(table: Table, columns: dict[str, str], missing: Sequence[str], strict: bool) -> Texts:
-    """Return the texts of some columns of a table, by their keys in an example."""
+def _read(table: Table, text: Sequence[str] | None, label: str | None, missing: Sequence[str], strict: bool) -> Texts:
+    """Return the texts of a table, with their labels if a column of labels is named."""
     header, source = table.header, table.source
-    remedies = {"label": "name the column by --label"}
-    places = {
-        key: column_of(source, header, name, remedies.get(key, "name the columns of text by --text"))
-        for key, name in columns.items()
-    }
+    places = _text_places(table, text, "--text")
+    if label is not None:
+        places["label"] = column_of(source, header, label, "name the column by --label")
     records = ((row, {key: cells[place] for key, place in places.items()}) for row, cells in table.records())
     texts = _gathered(records, source, notes=table.notes, missing=missing, strict=strict)
     return attrs.evolve(texts, label_name=header[places["label"]]) if "label" in places else texts
 
 
-def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[str]) -> dict[str, str]:
-    """Return the columns of the texts, by their keys in an example."""
-    remedy = "give the column of the text, or the two columns of a pair, by --text"
+def _text_places(table: Table, columns: Sequence[str] | None, option: str) -> dict[str, int]:
+    """Return the index of each column of text, by its key in an example; `option` names the columns on the command line."""
+    source, header = table.source, table.header
+    remedy = f"give the column of the text, or the two columns of a pair, by {option}"
     if columns is None:
         known = {name.casefold() for name in header}
         columns = next((usual for usual in _USUAL if known >= set(usual)), None)
@@ -245,7 +235,8 @@ def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[s
             raise DataError(f"{source}: no column 'text'{suggestion('text', header)}; {remedy}")
     if isinstance(columns, str) or not 1 <= len(columns) <= 2 or len(set(columns)) < len(columns):
         raise DataError(f"{source}: text={columns!r}; {remedy}")
-    return dict(zip(("text", "text_b"), columns, strict=False))
+    places = [column_of(source, header, name, f"name the columns of text by {option}") for name in columns]
+    return dict(zip(("text", "text_b"), places, strict=False))
 
 
 def _gathered(

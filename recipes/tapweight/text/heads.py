@@ -68,15 +68,21 @@ class ClassifierHead(nn.Module):
         self.model = model
 
     @classmethod
-    def new(cls, encoder: nn.Module, outputs: int) -> ClassifierHead:
+    def new(cls, encoder: nn.Module, outputs: int, *, several: bool = False) -> ClassifierHead:
         """Return a new head for an encoder of transformers.
+
+        Args:
+            encoder: the encoder.
+            outputs: the number of classes; 1 for a number.
+            several: True if a text has any number of classes.
 
         Raises:
             ModelError: transformers has no such head for the encoder, or the encoder lacks a part that the head needs.
         """
         config: Any = copy.deepcopy(encoder.config)
         config.num_labels = outputs
-        config.problem_type = "single_label_classification" if outputs > 1 else "regression"
+        one = "single_label_classification" if outputs > 1 else "regression"
+        config.problem_type = "multi_label_classification" if several else one
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=next(encoder.parameters()).dtype)
         except ValueError as error:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..examples import Skipped
+    from ..labels import Kind
     from ..task import Split
 
 __all__ = ["Data", "EncoderSettings", "Settings", "TextConfiguration", "TextModality", "main"]
@@ -158,6 +159,7 @@ class _Labelled:
 
     splits: dict[Split, Texts]
     metric: str | None
+    kind: Kind | None
     classes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     divided: tuple[tuple[str, tuple[Skipped, ...]], ...] = ()
@@ -213,7 +215,7 @@ class TextModality(Modality[TextConfiguration]):
             from .glue_tasks import glue
 
             splits, metric = glue(data.dataset, seed=seed)
-            return _Labelled(splits=splits, metric=data.metric or metric)
+            return _Labelled(splits=splits, metric=data.metric or metric, kind=data.kind)
         options: dict[str, Any] = {
             "text": data.text,
             "label": data.label,
@@ -225,7 +227,7 @@ class TextModality(Modality[TextConfiguration]):
             split: read_table(file, **options) for split, file in files.items() if file is not None
         }
         if "valid" in texts:
-            return _Labelled(splits=texts, metric=data.metric)
+            return _Labelled(splits=texts, metric=data.metric, kind=data.kind)
         whole = texts["train"]
         meaning = meaning_of(whole, data.kind)
         if data.splits is not None:
@@ -238,9 +240,10 @@ class TextModality(Modality[TextConfiguration]):
         return _Labelled(
             splits={split: whole.subset(rows) for split, rows in parts.items()},
             metric=data.metric,
-            # Those of the whole file: a split may lack a rare one.
+            # Those of the whole file: a split may lack a rare class, or all numbers that are not whole.
+            kind="regression" if meaning.form == "numbers" else data.kind,
             classes=meaning.classes,
-            remarks=tuple(remarks_of(whole)),
+            remarks=tuple(remarks_of(whole, meaning)),
             divided=((whole.source, whole.skipped),),
         )
 
@@ -249,7 +252,7 @@ class TextModality(Modality[TextConfiguration]):
         return TextTask(
             read.splits,
             encoder.collate,
-            kind=data.kind,
+            kind=read.kind,
             metric=read.metric,
             classes=read.classes,
             remarks=read.remarks,

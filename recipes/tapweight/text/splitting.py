@@ -62,9 +62,10 @@ def content(example: Example) -> tuple[str, ...]:
     return tuple(example[key].strip() for key in ("text", "text_b") if key in example)
 
 
-def remarks_of(texts: Texts) -> list[str]:
-    """Return sentences on how a file was read, and on texts that are listed more than once."""
+def remarks_of(texts: Texts, meaning: Labels) -> list[str]:
+    """Return sentences on how a file and its labels were read, and on texts that are listed more than once."""
     sentences = [texts.summary()] if texts.skipped or texts.notes else []
+    sentences += meaning.remarks()
     keys = [" | ".join(content(example)) for example in texts]
     labels = [[name_of(example["label"])] for example in texts]
     return sentences + repetitions(texts, keys, labels, [texts.label_name])

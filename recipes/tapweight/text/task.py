@@ -137,6 +137,7 @@ class TextTask(Task):
         if head not in ("linear", "classifier"):
             raise DataError(f"head={head!r}: give linear or classifier by --head")
         meaning = meaning_of(splits["train"], kind)
+        stated = [] if classes else meaning.remarks()
         if classes:
             meaning = attrs.evolve(
                 meaning, form="several" if meaning.form == "several" else "classes", classes=tuple(classes)
@@ -162,7 +163,7 @@ class TextTask(Task):
         if check_class_weights(class_weights, self.form) == "balanced":
             self.class_weights = balanced_weights(torch.bincount(torch.tensor(labels), minlength=len(self.classes)))
         read = [texts.summary() for texts in splits.values() if texts.skipped or texts.notes]
-        self.remarks = [*remarks, *read, *shared(splits, content)]
+        self.remarks = [*remarks, *stated, *read, *shared(splits, content)]
         self.skipped = [(texts.source, texts.skipped) for texts in splits.values()]
         for split, examples in self.splits.items():
             self.remarks += collate.remark(examples, splits[split].name)
@@ -204,7 +205,7 @@ class TextTask(Task):
         if not self.own_head:
             return linear_head(encoder.width, count, self.dropout)
         assert isinstance(encoder, TextEncoder)
-        return ClassifierHead.new(encoder.model, count)
+        return ClassifierHead.new(encoder.model, count, several=self.form == "several")
 
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, C), or standardised predictions (B,)."""

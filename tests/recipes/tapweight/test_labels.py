@@ -119,3 +119,16 @@ def test_the_kind_is_stated() -> None:
     assert of("0", "1", "2").summary() == "y: 3 classes, 0, 1, 2"
     assert of(["a"], ["b"]).summary() == "y: any number of 2 classes, a, b"
     assert of("0.5").summary() == "y: numbers"
+
+
+def test_classes_that_may_be_numbers_are_stated_with_the_option_that_changes_them() -> None:
+    scores, ages = [k % 6 for k in range(60)], [18 + k % 13 for k in range(60)]
+    remedy = "; give --kind regression if these are numbers to predict"
+    assert of(*scores).remarks() == [f"y: 6 classes, 0, 1, 2, 3, 4, 5{remedy}"]
+    assert of(*ages).remarks() == [f"y: 13 classes, {', '.join(map(str, range(18, 31)))}{remedy}"]
+    assert of("2", "3").remarks() == [f"y: two classes, 2, 3; 3 is the positive one{remedy}"]
+    assert of(*scores, kind="classification").remarks() == ["y: 6 classes, 0, 1, 2, 3, 4, 5"]
+    assert of("-1", "1").remarks() == ["y: two classes, -1, 1; 1 is the positive one"]
+    assert of("a", "b").remarks() == ["y: two classes, a, b; b is the positive one"]
+    for clear in (of("0", "1"), of(*scores, kind="regression"), of(*scores, 2.5)):
+        assert clear.remarks() == []

@@ -62,13 +62,35 @@ def test_a_run_saves_the_predictions_for_its_test_split(case: Case) -> None:
     again = predictor.predict([row[predictor.columns[0]] for row in tested])
     for row, cells in zip(tested, again.cells, strict=True):
         assert [row[name] for name in again.header] == cells
-    splits = load(finished, "splits.json")
-    assert len(splits["test"]) == len(tested)
     scores = load(finished, "scores.json")
     (score,) = scores["predictor"]["test"].values()
     (measures,) = scores["test_measures"]["tapweight"].values()
     assert score == pytest.approx(measures, abs=1e-6)
     assert score[case.metric] == pytest.approx(scores["scores"]["tapweight"]["test"], abs=1e-6)
+
+
+def test_a_run_takes_the_splits_of_another(case: Case) -> None:
+    train = str(case.folder / "train.jsonl" if case.name == "text" else case.folder / "train.csv")
+    data = ["--model", str(case.folder / "model")] if case.name == "text" else case.files[:2] + case.files[4:]
+    runs = {"first": ["--seed", "1"], "other": ["--seed", "2"]}
+    runs["again"] = ["--seed", "2", "--splits", str(case.folder / "first" / "splits.json")]
+    for output, more in runs.items():
+        options = [*data, "--train", train, *case.fast.split(), "--epochs", "1", *more]
+        succeed([*case.command, *options, "--output", str(case.folder / output)])
+    first, other, again = (load(case.folder, output, "splits.json") for output in runs)
+    assert first == again != other
+    assert sorted(record for records in first.values() for record in records) == list(range(40))
+    lines = Path(train).read_text().splitlines()[case.name == "molecules" :]
+    contents = [
+        row["smiles" if case.name == "molecules" else "text"]
+        for row in rows_of(case.folder / "again" / "predictions.csv")
+    ]
+    for record, content in zip(first["test"], contents, strict=True):
+        assert content in lines[record]
+
+
+def test_splits_of_three_files_are_not_records_of_one(text: Case) -> None:
+    assert not (text.finished() / "splits.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,7 @@ def test_a_run_saves_the_predictions_for_its_test_split(case: Case) -> None:
         (["embed", "finished", "--output", "a.txt"], "output='a.txt'; give a name that ends in .npy or .csv"),
         (["predict", "finished", "--columns", "a", "b"], "--columns names 2 columns; the predictor takes 1"),
         (["predict", "finished", "--columns", "molecule"], "no column 'molecule'"),
+        (["predict", "finished", "--columns", "molecule"], "by --columns"),
         (["predict", "finished", "--input", "nothing.csv"], "nothing.csv: no such file"),
     ],
 )

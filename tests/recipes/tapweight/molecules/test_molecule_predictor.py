@@ -228,11 +228,12 @@ def test_the_classes_of_a_column_are_predicted_by_name(tmp_path: Path) -> None:
     result.save(tmp_path / "run")
     columns, rows = written(tmp_path / "run" / "predictions.csv"), (tmp_path / "train.csv").read_text().splitlines()
     assert [rows[int(row) - 1] for row in columns["row"]] == [
-        f"{smiles},{label}" for smiles, label in zip(columns["smiles"], columns["class"], strict=True)
+        f"{smiles},{label}" for smiles, label in zip(columns["smiles"], columns["size"], strict=True)
     ]
     probabilities = np.array([[float(p) for p in columns[f"{name}_probability"]] for name in sorted(set(names))])
     assert probabilities.sum(0) == pytest.approx(1)
-    assert list(columns["class_predicted"]) == [sorted(set(names))[k] for k in probabilities.argmax(0)]
+    assert list(json.loads((tmp_path / "run" / "scores.json").read_text())["predictor"]["test"]) == ["size"]
+    assert list(columns["size_predicted"]) == [sorted(set(names))[k] for k in probabilities.argmax(0)]
 
 
 def test_a_run_takes_the_splits_of_another(tmp_path: Path) -> None:

@@ -167,3 +167,22 @@ def test_several_classes_at_once_have_a_probability_each(tmp_path: Path) -> None
         logits = run.model.head(run.model.encoder.pool(batch)).double()
     assert np.array_equal(predictions.values, logits.sigmoid().numpy())
     assert predictions.decisions == [tuple(str(int(p >= 0.5)) for p in row) for row in predictions.values]
+
+
+def test_plain_transformers_loads_a_predictor_of_several_classes_at_once(tmp_path: Path) -> None:
+    labelled = {
+        split: texts(
+            [{"text": text, "label": ["cs", "bio"][: k % 3]} for k, (text, _) in enumerate(sentences(24, seed))]
+        )
+        for seed, split in enumerate(("train", "valid", "test"))
+    }
+    own = encoder()
+    several = TextTask(labelled, own.collate, head="classifier")
+    result = tapweight(own, OBJECTIVES, task=several).fit(1, **DIRECT)
+    result.save(tmp_path)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["problem_type"], config["id2label"]) == ("multi_label_classification", {"0": "bio", "1": "cs"})
+    probabilities = logits_of_transformers(tmp_path / "model", TEXTS).double().sigmoid().numpy()
+    predicted = result.predict(TEXTS)
+    assert probabilities == pytest.approx(predicted.values, rel=1e-6)
+    assert predicted.header == ["bio_predicted", "cs_predicted", "bio_probability", "cs_probability"]

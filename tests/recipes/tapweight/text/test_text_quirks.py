@@ -36,7 +36,9 @@ def test_rows_without_text_are_left_out_and_counted_also_if_one_file_is_divided(
     empty = [row for row, record in enumerate(objects_of("empty_rows.jsonl"), start=1) if not record["text"]]
     assert [each.row for each in texts.skipped] == empty
     assert len(empty) == 12
-    assert remarks_of(texts)[0].startswith("48 texts of empty_rows.jsonl; 12 skipped: row 1 (the text is empty)")
+    assert remarks_of(texts, meaning_of(texts))[0].startswith(
+        "48 texts of empty_rows.jsonl; 12 skipped: row 1 (the text is empty)"
+    )
 
 
 def test_a_rare_class_is_in_the_training_texts_and_the_others_are_scored() -> None:
@@ -94,6 +96,17 @@ def test_tabs_a_list_and_numbers_in_quotes() -> None:
     assert {example["label"] for part in scores.splits.values() for example in part} <= {k / 2 for k in range(12)}
 
 
+def test_whole_scores_are_classes_only_with_a_line_that_states_it() -> None:
+    rows = [{"text": f"text {k}", "label": k % 6} for k in range(60)]
+    whole = Texts(examples=tuple(rows), rows=tuple(range(60)), source="a")
+    stated = "label: 6 classes, 0, 1, 2, 3, 4, 5; give --kind regression if these are numbers to predict"
+    parts = {split: whole.subset(indices) for split, indices in divided(whole, meaning_of(whole)).items()}
+    assert TextTask(parts, encoder().collate).remarks[0] == stated
+    assert remarks_of(whole, meaning_of(whole)) == [stated]
+    numbers = TextTask(parts, encoder().collate, kind="regression")
+    assert (numbers.form, numbers.remarks) == ("numbers", [])
+
+
 def test_long_documents_are_divided_and_no_word_is_lost() -> None:
     texts, collate = read_corpus(CASES / "long_documents.jsonl"), encoder().collate
     chunks = chunked(texts, collate)
@@ -128,7 +141,8 @@ def test_texts_that_are_listed_twice_stay_together_and_contradictions_are_named(
     texts = read_table(tmp_path / "a.jsonl")
     splits = divided(texts, meaning_of(texts), "random")
     assert all(sum({first, second} <= set(own) for own in splits.values()) == 1 for first, second in ((0, 30), (1, 31)))
-    assert remarks_of(texts) == [
+    assert remarks_of(texts, meaning_of(texts)) == [
+        "label: two classes, a, b; b is the positive one",
         "texts of a.jsonl listed more than once: 2",
         "of these, with different labels: 1; text 0 in rows 1, 31 (label: a, b)",
     ]
