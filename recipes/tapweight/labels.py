@@ -1,4 +1,4 @@
-"""The meaning of a column of labels: two classes, several, several at once, or numbers; found from its cells and stated."""
+"""The meaning of a column of labels: two classes, several, several at once, or numbers; derived from its cells and stated."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Labels:
         """Return the number of a cell, NaN if it is missing.
 
         Raises:
-            DataError: the cell is no finite number.
+            DataError: the cell is not a finite number.
         """
         if self.is_missing(cell):
             return math.nan
@@ -87,7 +87,7 @@ class Labels:
         """Return a 1 for each class that a cell of several holds, 0 for the others.
 
         Raises:
-            DataError: the cell is no list, or holds a class that there is not.
+            DataError: the cell is not a list, or holds an unknown class.
         """
         entries = _entries(cell)
         if entries is None:
@@ -125,7 +125,7 @@ def labels_of(
     missing: Sequence[str] = (),
     rows_per_class: int = 1,
 ) -> Labels:
-    """Find the meaning of a column from its cells.
+    """Return the meaning of a column, derived from its cells.
 
     Lists are several classes at once. Otherwise, if at least half of the cells are numbers, all must be. 0 and 1, or -1 and 1,
     are two classes, and other whole numbers of few distinct values are classes too. Other cells are names of classes.
@@ -139,7 +139,7 @@ def labels_of(
         rows_per_class: the fewest records for each distinct whole number, by which whole numbers are classes.
 
     Raises:
-        DataError: the cells have no one meaning; the message names the file, the row, the column and the remedy.
+        DataError: the cells do not share one meaning; the message names the file, the row, the column and the remedy.
     """
     place = f"column {shown(name)}"
     present = [(row, cell) for row, cell in column if not is_empty(cell, missing)]
@@ -254,7 +254,7 @@ def _without_label(source: str, place: str, column: Sequence[tuple[int, Any]]) -
 
 
 def _not_numbers(source: str, place: str, others: Sequence[tuple[int, Any]], kind: Kind | None) -> DataError:
-    """Return the error of a column of numbers in which some cells are none."""
+    """Return the error of a column of numbers in which some cells are not numbers."""
     row, cell = others[0]
     distinct = list(dict.fromkeys(str(other).strip() for _, other in others))
     option = f"--missing {' '.join(map(shown, distinct[:_NAMED]))}{' ...' if len(distinct) > _NAMED else ''}"
@@ -288,7 +288,7 @@ def name_of(cell: Any) -> str:
 
 
 def number_of(cell: Any) -> float | None:
-    """Return the number that a cell stands for: NaN if it is missing, None if it is no number."""
+    """Return the number that a cell stands for: NaN if it is missing, None if it is not a number."""
     if isinstance(cell, str) and cell.strip().casefold() in _MISSING:
         return math.nan
     # float() accepts digits grouped by underscores.

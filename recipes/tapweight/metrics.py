@@ -26,6 +26,8 @@ from torchmetrics.functional.classification import (
     multilabel_f1_score,
 )
 
+from .files import DataError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from .labels import Form
 
-__all__ = ["METRICS", "Measure", "MetricName", "measures_of"]
+__all__ = ["METRICS", "Measure", "MetricName", "measure_of", "measures_of"]
 
 MetricName = Literal[
     "roc_auc", "pr_auc", "accuracy", "f1", "macro_f1", "micro_f1", "matthews", "rmse", "mae", "r2", "pearson", "spearman"
@@ -178,6 +180,18 @@ METRICS: dict[Form, dict[str, Measure]] = {
         "spearman": Measure(_correlation(spearman_corrcoef)),
     },
 }
+
+
+def measure_of(name: str, form: Form) -> Measure:
+    """Return the metric of a name.
+
+    Raises:
+        DataError: the metric does not fit the form of the labels.
+    """
+    if name not in METRICS[form]:
+        kind, names = "regression" if form == "numbers" else "classification", " or ".join(map(repr, METRICS[form]))
+        raise DataError(f"metric={name!r} does not fit {kind}; give {names} by --metric")
+    return METRICS[form][name]
 
 
 def measures_of(form: Form, outputs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Target:
         form: "numbers"; "binary": the classes 0 and 1 of each label; "classes": one of several classes.
         labels: the names of the labels; a single one for "classes".
         classes: the names of the classes of "classes", in the order of the outputs.
-        thresholds: the probability from which on a label of "binary" is predicted to be 1, one for each label.
+        thresholds: the smallest probability at which a label of "binary" is predicted to be 1, one for each label.
         mean: the mean that standardised outputs of "numbers" are relative to, in the unit of each label.
         std: the unit of standardised outputs of "numbers", in the unit of each label.
     """
@@ -55,6 +55,12 @@ class Target:
             return values - values.new_tensor(self.thresholds)
         return values.clamp(min=torch.finfo(values.dtype).tiny).log()
 
+    def decided(self, values: NDArray[np.float64]) -> tuple[str, ...]:
+        """Return the predicted classes for the probabilities (K,) of one example."""
+        if self.form == "classes":
+            return (self.classes[int(values.argmax())],)
+        return tuple(str(int(value >= threshold)) for value, threshold in zip(values, self.thresholds, strict=True))
+
     @classmethod
     def read(cls, content: dict[str, Any]) -> Self:
         """Return the target whose attributes a JSON file holds."""
@@ -81,13 +87,17 @@ class Predictions:
 
     @property
     def decisions(self) -> list[tuple[str, ...]]:
-        """The predicted classes of each example: "0" or "1" for each binary label, or one name; empty for numbers."""
-        target = self.target
-        if target.form == "numbers":
+        """The predicted classes of each example: "0" or "1" for each binary label, or one name; none for numbers.
+
+        They are empty texts for an example that cannot be used.
+        """
+        if self.target.form == "numbers":
             return [()] * len(self.values)
-        if target.form == "binary":
-            return [tuple(str(int(v >= t)) for v, t in zip(row, target.thresholds, strict=True)) for row in self.values]
-        return [(target.classes[int(row.argmax())],) for row in np.nan_to_num(self.values)]
+        unusable = ("",) * len(self.target.labels)
+        return [
+            unusable if reason else self.target.decided(row)
+            for reason, row in zip(self.reasons, self.values, strict=True)
+        ]
 
     @property
     def header(self) -> list[str]:

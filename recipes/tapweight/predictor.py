@@ -114,8 +114,8 @@ class Predictor(ABC):
         """Predict the labels of examples.
 
         Args:
-            contents: what each example is made of, such as a SMILES. Contents that are not an example stay in place: their
-                predictions are NaN, with the reason.
+            contents: an entry for each example, such as a SMILES. An entry that is not an example stays in place: its predictions
+                are NaN, with the reason.
 
         Returns:
             The predictions, in the same order. They are the same, bit for bit, for the same contents on the same machine; the
@@ -140,7 +140,7 @@ class Predictor(ABC):
         """Return the features (N, width) of examples, of the finetuned encoder of the first member.
 
         Args:
-            contents: as in `predict`; the features of contents that are not an example are NaN.
+            contents: as in `predict`; the features of an entry that is not an example are NaN.
 
         Raises:
             ArgumentError: the contents are not a sequence.

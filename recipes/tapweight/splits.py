@@ -13,11 +13,13 @@ import torch
 from mlopt.validation import shown
 
 from .files import DataError
+from .tables import column_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
     from pathlib import Path
 
+    from .tables import Table
     from .task import Split
 
 __all__ = [
@@ -103,19 +105,22 @@ def stratified_split(
     return _checked({name: sorted(indices) for name, indices in splits.items()}, len(classes), fractions)
 
 
-def named_split(source: str, column: str, cells: Sequence[tuple[int, Any]]) -> dict[Split, list[int]]:
+def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split, list[int]]:
     """Split examples by a column that names the split of each: train, valid (also val, validation, dev) or test.
 
     Args:
-        source: the file, for errors.
+        table: the table of the examples.
         column: the name of the column.
-        cells: the row and the cell of each example.
+        records: the 0-based number of each example among the records of the table.
 
     Raises:
-        DataError: a cell names no split, or a split is empty.
+        DataError: there is no such column, a cell names no split, or a split is empty.
     """
+    source = table.source
+    cells = table.column(column_of(source, table.header, column, "name the column by --split-column"))
     splits: dict[Split, list[int]] = {name: [] for name in NAMES}
-    for index, (row, cell) in enumerate(cells):
+    for index, record in enumerate(records):
+        row, cell = cells[record]
         if not is_name_of_split(cell):
             raise DataError(
                 f"{source}, row {row}, column {shown(column)}: {shown(cell)} is not train, valid or test; correct it, or leave "
@@ -144,7 +149,7 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
         records: the number of each example among the records of `source`; numbers of records that were left out are passed over.
 
     Raises:
-        DataError: the file cannot be read, lists a record twice or one that there is not, or leaves a split empty.
+        DataError: the file cannot be read, lists a record twice or one that does not exist, or leaves a split empty.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

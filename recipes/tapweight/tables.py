@@ -62,13 +62,13 @@ class Table:
 
 
 def column_of(source: Path | str, header: Sequence[str], name: str, remedy: str) -> int:
-    """Return the index of a column, found by its exact name, else by its name in any case.
+    """Return the index of the column of this exact name, else of this name in any case.
 
     Args:
         source: the file, for the error.
         header: the names of the columns.
         name: the name of the column.
-        remedy: what a user can do, for the error.
+        remedy: the remedy that the error names.
     """
     if name in header:
         return header.index(name)

@@ -127,7 +127,7 @@ def columns_of(
 
 
 def _reason(table: Table, index: int) -> str:
-    """Return why a column is no property to predict, or nothing if it may be one."""
+    """Return the reason why a column is not a property to predict, empty if it may be one."""
     name = table.header[index]
     words = [word for word in _WORDS.split(re.sub(r"([a-z])([A-Z])", r"\1 \2", name).casefold()) if word]
     if _INDEX.fullmatch(name):

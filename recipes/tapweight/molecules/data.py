@@ -17,7 +17,7 @@ from ..examples import Examples, check_limit, gather
 from ..files import DataError, suffix_of
 from ..labels import is_empty, labels_of, number_of
 from ..names import suggestion
-from ..tables import SUFFIXES, column_of, is_folder, list_of, table_of
+from ..tables import SUFFIXES, is_folder, list_of, table_of
 from .columns import columns_of, smiles_column_of
 from .graphs import graph_of, import_extra
 from .sdf import sdf_table
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..tables import Table
     from .columns import Columns
 
-__all__ = ["Molecules", "cells_of", "molecule_net", "read_corpus", "read_table"]
+__all__ = ["Molecules", "molecule_net", "molecule_table", "read_corpus", "read_smiles", "read_table"]
 
 _LISTS = (".smi", ".txt")
 _STRUCTURES = ".sdf"
@@ -103,7 +103,7 @@ def read_corpus(
         FileNotFoundError: there is no such file.
     """
     check_limit(limit, "molecules")
-    table = _table(path, _LISTS)
+    table = molecule_table(path, _LISTS)
     column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header else None)
     rows = ((row, (cells[column], ())) for row, cells in table.records())
     return _molecules(table.source, rows, (), notes=(*table.notes, *chosen), strict=strict, limit=limit, least=2)
@@ -119,7 +119,7 @@ def read_smiles(path: str | os.PathLike[str], column: str | None = None) -> list
     Raises:
         DataError: as `read_corpus`.
     """
-    table = _table(path, _LISTS)
+    table = molecule_table(path, _LISTS)
     index = smiles_column_of(table, column, "--columns")[0]
     return [cells[index] for _, cells in table.records()]
 
@@ -144,7 +144,7 @@ def read_table(
         labels: the label columns; by default all but the SMILES and those recognised as an index, an identifier, a molecular
             weight, the name of a split, or text.
         smiles_column: the column of the SMILES; by default "smiles" in any case, else the only column that holds SMILES.
-        ignore: columns that are no labels.
+        ignore: columns that are not labels.
         kind: "classification" or "regression" to decide between classes and numbers.
         missing: further cells that stand for a missing label, such as "-1".
         like: molecules of another file, whose columns and meaning of labels are taken.
@@ -157,7 +157,7 @@ def read_table(
         DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
         FileNotFoundError: there is no such file.
     """
-    table = _table(path)
+    table = molecule_table(path)
     if like is not None:
         labels, ignore = [each.name for each in like.meanings], ()
     columns = columns_of(table, smiles_column=smiles_column, labels=labels, ignore=ignore)
@@ -166,14 +166,7 @@ def read_table(
     return _molecules(table.source, rows, meanings, notes=(*table.notes, *columns.notes), strict=strict)
 
 
-def cells_of(path: str | os.PathLike[str], column: str, molecules: Molecules) -> list[tuple[int, Any]]:
-    """Return the row of each molecule and its cell in a further column of its table."""
-    table = _table(path)
-    cells = table.column(column_of(table.source, table.header, column, "name the column by --split-column"))
-    return [cells[number] for number in molecules.record_numbers()]
-
-
-def _table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
+def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
     """Read a table, an SD file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
     if hasattr(source, "column_names") or is_folder(source):
         return table_of(source)
@@ -249,7 +242,7 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
 
 
 def _fault(meaning: Labels) -> str:
-    """Return why a column alone cannot be predicted, or nothing if it can."""
+    """Return the reason why a column alone cannot be predicted, empty if it can."""
     if meaning.form == "several":
         return "lists of classes; write a column of 0 and 1 for each class"
     if len(meaning.classes) == 1:

@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from mlopt.errors import ArgumentError
 
 from ..files import DataError
-from ..metrics import METRICS
+from ..metrics import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,7 +63,7 @@ class TaskMean(Metric):
 
     def compute(self) -> Tensor:
         """Return the mean over the tasks for which the metric is defined."""
-        measure = METRICS[self.form][self.name]
+        measure = measure_of(self.name, self.form)
         scores = []
         for outputs, labels in by_task(dim_zero_cat(self.outputs), dim_zero_cat(self.labels), self.form):
             if len(torch.unique(labels)) >= measure.distinct:

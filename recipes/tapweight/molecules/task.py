@@ -10,12 +10,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from ..files import DataError
 from ..labels import Form, Kind
-from ..metrics import METRICS, measures_of
+from ..metrics import measure_of, measures_of
 from ..predictions import Target
 from ..repetition import repetitions, shared
 from ..splits import EIGHT_ONE_ONE, listed_split, named_split
 from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
-from .data import Molecules, cells_of, read_table
+from .data import Molecules, molecule_table, read_table
 from .graphs import canonical
 from .joining import join
 from .metric import TaskMean, by_task, check_shapes
@@ -91,10 +91,7 @@ class MoleculeTask(Task):
             raise DataError(f"kind={kind!r}: give {others}classification by --kind")
         self.form: Form = _FORMS[self.kind] if class_column is None else "classes"
         self.metric_name = _DEFAULTS[self.form] if metric is None else metric
-        if self.metric_name not in METRICS[self.form]:
-            names = " or ".join(map(repr, METRICS[self.form]))
-            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {names} by --metric")
-        self.greater_is_better = METRICS[self.form][self.metric_name].greater_is_better
+        self.greater_is_better = measure_of(self.metric_name, self.form).greater_is_better
         if self.kind == "classification":
             for split, examples in splits.items():
                 _check_classes(split, examples, labels[split], self.label_names)
@@ -191,7 +188,7 @@ class MoleculeTask(Task):
             if splits is not None:
                 given = listed_split(splits, molecules.source, molecules.record_numbers())
             elif split_column is not None:
-                given = named_split(molecules.source, split_column, cells_of(train, split_column, molecules))
+                given = named_split(molecule_table(train), split_column, molecules.record_numbers())
             return cls.from_molecules(
                 molecules, kind=kind, split=given, fractions=fractions, chirality=chirality, seed=seed, **options
             )
@@ -295,7 +292,7 @@ class MoleculeTask(Task):
         """Check that each split can be scored, and return a sentence on each task that is left out."""
         remarks = []
         # Of the classes of one task, each is a column of 0 and 1.
-        needed = 2 if self.form == "classes" else METRICS[self.form][self.metric_name].distinct
+        needed = 2 if self.form == "classes" else measure_of(self.metric_name, self.form).distinct
         for split, table in labels.items():
             distinct = [column[~column.isnan()].unique() for column in table.T]
             for name, values in zip(self.label_names, distinct, strict=True):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..tables import Table
     from .batches import Example
 
-__all__ = ["Sentences", "Texts", "cells_of", "from_dataset", "read_corpus", "read_table"]
+__all__ = ["Sentences", "Texts", "check_texts", "from_dataset", "read_corpus", "read_table", "read_texts"]
 
 _LISTS = (".txt",)
 #: JSON can write a character in two parts; a truncated text may hold one of them, which no tokenizer accepts.
@@ -196,13 +196,6 @@ def from_dataset(
         DataError: the data cannot be used; the message names the row, its content and the remedy.
     """
     return _read(table_of(dataset, name=name), text, label, (), strict)
-
-
-def cells_of(source: str | os.PathLike[str] | Any, column: str, texts: Texts) -> list[tuple[int, Any]]:
-    """Return the row of each text and its cell in a further column of its table."""
-    table = table_of(source)
-    cells = table.column(column_of(table.source, table.header, column, "name the column by --split-column"))
-    return [cells[number] for number in texts.record_numbers()]
 
 
 def _table(source: str | os.PathLike[str] | Any) -> Table:

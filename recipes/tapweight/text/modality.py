@@ -19,8 +19,9 @@ from ..metrics import MetricName
 from ..modality import Configuration, Device, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
 from ..splits import listed_split, named_split
+from ..tables import table_of
 from .chunks import chunked
-from .data import Texts, cells_of, read_corpus, read_table
+from .data import Texts, read_corpus, read_table
 from .encoder import TextEncoder
 from .objectives import DEFAULT, OBJECTIVES, make_objective
 from .splitting import Method, divided, meaning_of, remarks_of
@@ -233,8 +234,7 @@ class TextModality(Modality[TextConfiguration]):
         if data.splits is not None:
             parts = listed_split(data.splits, whole.source, whole.record_numbers())
         elif data.split_column is not None:
-            cells = cells_of(data.train, data.split_column, whole)
-            parts = named_split(whole.source, data.split_column, cells)
+            parts = named_split(table_of(data.train), data.split_column, whole.record_numbers())
         else:
             parts = divided(whole, meaning, data.split, data.split_fractions, seed=seed)
         return _Labelled(

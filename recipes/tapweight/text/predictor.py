@@ -92,7 +92,7 @@ class Predictor(predictor.Predictor):
         return texts if len(self.columns) > 1 else [text for (text,) in texts]
 
     def options(self) -> dict[str, Any]:
-        """Return what the configuration of the model lacks."""
+        """Return the options that the configuration of the model lacks."""
         own, head = self._encoder, self.members[0][1]
         return {
             "head": "classifier" if isinstance(head, ClassifierHead) else "linear",

@@ -16,7 +16,7 @@ from mlopt.validation import shown
 
 from ..files import DataError
 from ..labels import Form, Kind
-from ..metrics import METRICS, measures_of
+from ..metrics import measure_of, measures_of
 from ..predictions import Target
 from ..repetition import shared
 from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
@@ -149,11 +149,8 @@ class TextTask(Task):
             )
         self.form: Form = "classes" if meaning.form == "binary" else meaning.form
         self.kind: Kind = "regression" if self.form == "numbers" else "classification"
-        self.metric_name = metric or _DEFAULTS[self.form]
-        if self.metric_name not in METRICS[self.form]:
-            names = " or ".join(map(repr, METRICS[self.form]))
-            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {names} by --metric")
-        self.greater_is_better = METRICS[self.form][self.metric_name].greater_is_better
+        self.metric_name = _DEFAULTS[self.form] if metric is None else metric
+        self.greater_is_better = measure_of(self.metric_name, self.form).greater_is_better
         self.classes, self.label_name = meaning.classes, meaning.name
         super().__init__({split: _labelled(texts, meaning) for split, texts in splits.items()})
         self.collate_texts, self.dropout, self.own_head = collate, dropout, head == "classifier"
@@ -243,7 +240,7 @@ class TextTask(Task):
 
     def metric(self) -> SplitScore:
         """Return a fresh metric."""
-        return SplitScore(METRICS[self.form][self.metric_name].function, len(self.classes), self.form == "several")
+        return SplitScore(measure_of(self.metric_name, self.form).function, len(self.classes), self.form == "several")
 
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
         """Return every metric that is defined for the outputs and the labels of a split."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.splits import listed_split, named_split, random_split, stratified_split
+from mlopt.recipes.tapweight.tables import Table
 
 
 def test_without_repeated_keys_groups_change_nothing() -> None:
@@ -57,12 +58,16 @@ def test_a_class_of_one_example_is_in_train_and_small_classes_fill_all_splits() 
 
 
 def test_a_column_names_the_splits() -> None:
-    cells = list(enumerate(["Train", "dev", " test ", "training", "validation"], start=2))
-    assert named_split("a.csv", "s", cells) == {"train": [0, 3], "valid": [1, 4], "test": [2]}
-    with pytest.raises(DataError, match=r"a\.csv, row 3, column 's': 'x' is not train, valid or test; correct it"):
-        named_split("a.csv", "s", [(2, "train"), (3, "x")])
+    names = ("Train", "dev", " test ", "x", "training", "validation")
+    table = Table(source="a.csv", header=("s",), rows=tuple(range(2, 8)), cells=tuple((name,) for name in names))
+    # Record 3 was left out.
+    assert named_split(table, "s", [0, 1, 2, 4, 5]) == {"train": [0, 3], "valid": [1, 4], "test": [2]}
+    with pytest.raises(DataError, match=r"a\.csv, row 5, column 's': 'x' is not train, valid or test; correct it"):
+        named_split(table, "s", range(6))
     with pytest.raises(DataError, match="no row is of test; name rows of it, or leave out --split-column"):
-        named_split("a.csv", "s", cells[:2])
+        named_split(table, "s", [0, 1])
+    with pytest.raises(DataError, match="no column 'part'; there are 's'; name the column by --split-column"):
+        named_split(table, "part", [0])
 
 
 def test_a_file_lists_the_splits(tmp_path: Path) -> None:

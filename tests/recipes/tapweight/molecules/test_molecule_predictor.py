@@ -120,6 +120,8 @@ def test_a_loaded_predictor_predicts_the_same_and_bad_rows_stay_in_place(tmp_pat
     assert mixed.reasons[:4] == ("", "not valid SMILES", "the SMILES is empty", "None is not text")
     assert "Explicit valence for atom # 0 C, 5, is greater than permitted" in mixed.reasons[5]
     assert mixed.cells[1] == [""] * 24
+    assert mixed.decisions[1] == ("",) * 12
+    assert mixed.decisions[0] == tuple(str(int(p >= 0.5)) for p in mixed.values[0])
     assert np.array_equal(loaded.embed(MIXED), result.embed(MIXED), equal_nan=True)
     several = loaded.predict(MIXED * 60)  # more than a batch
     assert several.reasons == mixed.reasons * 60
