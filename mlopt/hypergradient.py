@@ -17,6 +17,7 @@ from .finiteness import require_finite
 from .problem import (
     Block,
     Estimator,
+    FixedPoint,
     Level,
     Objective,
     Point,
@@ -27,6 +28,7 @@ from .problem import (
     add_into,
     call_solver,
     cloned_buffers,
+    compare_evaluations,
     derivatives,
     restored,
     to_device,
@@ -45,6 +47,9 @@ __all__ = [
     "standalone",
     "total_derivative",
 ]
+
+#: The stationarity above which a level counts as unsolved although it has a solver of its own.
+_UNSOLVED = 1e-2
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -239,13 +244,12 @@ def _at_own_solution(point: Point, level: Level) -> Iterator[None]:
 
 
 def _run_solver(point: Point, level: Level) -> None:
-    """Solve a level by its own solver, and keep the norm of its gradient there."""
+    """Solve a level by its own solver, and keep its gradient there."""
     modules = {name: point.problem[name].module for name in (level.name, *level.references)}
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
         call_solver(level, modules, point.batches[level.name], point.problem)
-    gradient = Objective.of(level, point).derivatives([level.name])[level.name]
-    point.stationarity[level.name] = norm(gradient)
+    point.gradients[level.name] = Objective.of(level, point).derivatives([level.name])[level.name]
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
@@ -292,9 +296,10 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
             add_into(cotangents, {block: vector})
         linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
         for name, report in linearization.reports().items():
-            report.stationarity = point.stationarity.get(name)
+            _measure(point, problem[name], report)
             point.reports[name] = report
     _inspect_inside(point, level)
+    _report_doubts(point)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
@@ -302,17 +307,47 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     return gradient
 
 
+def _measure(point: Point, level: Level, report: Report) -> None:
+    """Report how far a level is from its solution, unless its estimator did, or moved the level itself."""
+    if (
+        not report.is_measured
+        and level.name not in point.ahead
+        and (raw := point.last_gradient(level.name)) is not None
+    ):
+        gradient = FixedPoint.of(level, point).gradient(raw, level.name, point)
+        report.measured(norm(gradient), norm([v.detach() for v in point.values[level.name]]))
+    if level.solver is None or report.curvature is None:
+        return
+    distance = report.stationarity
+    if distance is not None and distance > _UNSOLVED:
+        report.doubt(
+            f"its solver left it about {distance:.0%} of ||x|| away from a zero gradient, which the implicit derivative assumes: "
+            "it stopped early, or holds variables at a bound"
+        )
+
+
 def _inspect_inside(point: Point, level: Level) -> None:
-    """Evaluate, once for each workspace, the losses inside that no pullback evaluated: each is inspected when it is evaluated."""
+    """Inspect the losses inside, once for each workspace; if products were compared with differences, also two evaluations."""
     verified, key = point.workspace.verified, ("inside", level.name)
     if key in verified:
         return
+    compared = {check[2:4] for check in verified if check[0] == "products"}
     for name in point.problem.graph[level.name].interior:
         if name in point.generators and name in point.batches:
             for term in Objective.parts(point.problem[name], point):
-                if (name, term.part) not in point.workspace.evaluations:
+                if (name, term.part) in compared:
+                    compare_evaluations(term)
+                elif (name, term.part) not in point.workspace.evaluations:
                     term.value()
     verified.add(key)
+
+
+def _report_doubts(point: Point) -> None:
+    """Add the remarks on losses to the reports: of their level, or else of the level that they refer to."""
+    for (check, name, reference, *_), remark in point.workspace.doubts.items():
+        report = point.reports.get(name) or point.reports.get(reference)
+        if check == "loss" and report is not None:
+            report.doubt(remark)
 
 
 def _not_finite(part: str, block: Block, estimator: Estimator, _: float) -> str:

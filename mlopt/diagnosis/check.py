@@ -59,8 +59,8 @@ class Check:
         rows: the comparisons; the last is of the whole.
         accuracy: estimated relative error of the oracle itself.
         reports: reports of the estimators, by level.
-        stationarity: by level, the norm of the gradient of its total objective at the present point. Implicit estimators
-            assume that it is zero. Empty for "dense", which assumes the same.
+        gradient_norms: by level, the norm of the gradient of what its optimiser minimises at the present point. Implicit
+            estimators assume that it is zero. Empty for "dense", which assumes the same.
         moved: by level, ||x* - x|| / ||x||, the distance of its variables from the solution x*. Empty for "dense".
         error_at_solution: the error of the whole with the levels inside at their solutions; None for "dense".
         remarks: further remarks, in sentences.
@@ -72,7 +72,7 @@ class Check:
     rows: tuple[Row, ...]
     accuracy: float
     reports: dict[str, Report]
-    stationarity: dict[str, float] = attrs.field(factory=dict)
+    gradient_norms: dict[str, float] = attrs.field(factory=dict)
     moved: dict[str, float] = attrs.field(factory=dict)
     error_at_solution: float | None = None
     remarks: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Check:
             table.add_row(row.name, f"{row.estimator:.6g}", f"{row.oracle:.6g}", f"{row.error:.2e}", cosine)
         notes = [f"tolerance {self.tolerance:.2e}; the oracle is good to {self.accuracy:.1e}"]
         notes += [_summary(name, report) for name, report in self.reports.items()]
-        for name, size in self.stationarity.items():
+        for name, size in self.gradient_norms.items():
             moved = f", {self.moved[name]:.1e} of its variables' norm from its solution" if name in self.moved else ""
             notes.append(f"{name}: gradient of norm {size:.1e} at this point{moved}")
         if self.error_at_solution is not None:
@@ -224,10 +224,10 @@ def _against_resolved(
     axes = [_direction(shapes, generator) for _ in range(directions)]
     with put_back(problem), preserved(problem.devices):
         resolver.run_solvers()
-        stationarity = resolver.gradient_norms()
-        before = {name: flatten(problem[name].parameters).detach().clone() for name in stationarity}
+        norms = resolver.gradient_norms()
+        before = {name: flatten(problem[name].parameters).detach().clone() for name in norms}
         resolver.solve_inside(estimate.level)
-        after = {name: flatten(problem[name].parameters).detach() for name in stationarity}
+        after = {name: flatten(problem[name].parameters).detach() for name in norms}
         moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
         settled = standalone(problem, batches, estimate.level, seed, Workspace())
         resolver.unsolved = 0.0
@@ -247,7 +247,7 @@ def _against_resolved(
         rows=tuple(rows),
         accuracy=max(_relative(uncertainty, rows[-1].oracle), resolver.unsolved),
         reports=estimate.reports,
-        stationarity=stationarity,
+        gradient_norms=norms,
         moved=moved,
         error_at_solution=_compare("", (at_solution,), (truth,)).error,
         remarks=tuple(f"{name} was solved again to a gradient of norm {g:.1e}" for name, g in resolver.reached.items()),
@@ -275,8 +275,10 @@ def _judge(check: Check, approximate: list[str]) -> None:
     if check.error_at_solution is not None and check.error_at_solution <= check.tolerance:
         sentence += (
             f" With the levels inside at their solutions it is off by {check.error_at_solution:.1e} only: the point is "
-            "the cause, not the estimator. Implicit estimators assume a zero gradient: give the levels inside more steps."
+            "the cause, not the estimator. Implicit estimators assume a zero gradient: "
         )
+        sentence += "; ".join(_doubts(check)) or f"give {_unfinished(check)} more steps"
+        sentence += "."
     elif any(report.converged is False for report in check.reports.values()):
         names = ", ".join(repr(name) for name, report in check.reports.items() if report.converged is False)
         sentence += f" The linear solve of {names} did not converge: more iterations, a preconditioner, or damping."
@@ -286,6 +288,19 @@ def _judge(check: Check, approximate: list[str]) -> None:
             "unrolled, size of a penalty): raise those, or the tolerance."
         )
     raise DisagreementError(sentence, check)
+
+
+def _doubts(check: Check) -> list[str]:
+    """Return the remarks of the doubtful reports, which name the reason for an error."""
+    return [f"level {name!r}: {'; '.join(r.remarks)}" for name, r in check.reports.items() if r.doubtful]
+
+
+def _unfinished(check: Check) -> str:
+    """Return the levels that are not at their solutions, with their distances."""
+    far = {name: moved for name, moved in check.moved.items() if moved > check.tolerance} or check.moved
+    return " and ".join(
+        f"{name!r} (its solution is {moved:.1e} of its variables' norm away)" for name, moved in far.items()
+    )
 
 
 def _not_implicit(problem: Problem, estimate: Hypergradient) -> list[str]:
@@ -330,6 +345,8 @@ def _summary(name: str, report: Report) -> str:
         facts.append("converged" if report.converged else "not converged")
     if report.curvature is not None:
         facts.append(f"curvature {report.curvature[0]:.2g} to {report.curvature[1]:.2g}")
+    if report.stationarity is not None:
+        facts.append(f"stationarity {report.stationarity:.1e}")
     if report.step is not None:
         facts.append(f"difference step {report.step:.1e}")
     return f"{name}: {report.estimator}: {', '.join([*facts, *report.remarks]) or 'nothing measured'}"

@@ -9,10 +9,9 @@ import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from torch import nn
 
 from .. import linear
-from ..estimators import Implicit, LinearSolve
+from ..estimators import Implicit, LinearSolve, Unrolled
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
@@ -135,7 +134,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
         for level in reversed(problem.levels):
             if problem.needs_estimator(name := level.name):
                 measures = measure(problem, workspace, batches, name, seed, cotangents.get(name))
-                levels[name] = _diagnose(problem, name, measures, name in cotangents)
+                levels[name] = _diagnose(problem, name, measures, name in cotangents, _unused(name, workspace))
     return Diagnosis(levels=levels)
 
 
@@ -150,7 +149,18 @@ def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, An
     return {name: tap.cotangents[0] for name, tap in taps.items() if tap.cotangents}
 
 
-def _diagnose(problem: Problem, name: str, measures: Measurements, influential: bool) -> LevelDiagnosis:
+def _unused(name: str, workspace: Workspace) -> list[Finding]:
+    """Return a finding on each level that the losses of a level name, and have no derivative with respect to."""
+    return [
+        Finding("error", sentence)
+        for (check, owner, reference, *_), sentence in workspace.doubts.items()
+        if check == "loss" and owner == name != reference
+    ]
+
+
+def _diagnose(
+    problem: Problem, name: str, measures: Measurements, influential: bool, unused: list[Finding]
+) -> LevelDiagnosis:
     level = problem[name]
     reference = measures.trials[measures.reference] if measures.reference else None
     differences = {
@@ -173,7 +183,8 @@ def _diagnose(problem: Problem, name: str, measures: Measurements, influential: 
         *_draw_findings(measures, precision),
         *_precision_findings(level, differences),
         *_curvature_findings(measures, precision),
-        *_point_findings(measures),
+        *_point_findings(level, measures),
+        *unused,
     ]
     if not influential:
         findings.append(
@@ -280,11 +291,6 @@ def _module_findings(level: Level, measures: Measurements) -> list[Finding]:
             Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
                     "(running statistics stay as they are)", "eval(), if that is not intended")
         )  # fmt: skip
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in level.module.modules()):
-        findings.append(
-            Finding("error", "wrapped in DistributedDataParallel, whose reduction only runs in backward(): products and "
-                    "cotangents stay each process's own", "give the plain module, and reduce gradients yourself")
-        )  # fmt: skip
     if measures.unused:
         findings.append(
             Finding("warning", f"its objective does not depend on {', '.join(measures.unused)}: no curvature there",
@@ -352,11 +358,25 @@ def _curvature_findings(measures: Measurements, precision: float) -> list[Findin
     return findings
 
 
-def _point_findings(measures: Measurements) -> list[Finding]:
+def _point_findings(level: Level, measures: Measurements) -> list[Finding]:
+    findings = []
+    if measures.decay:
+        rule = level.estimator
+        # The decay enters linear systems only.
+        solves = not (isinstance(rule, Implicit) and isinstance(rule.solver, linear.AssumedInverse | None))
+        findings.append(Finding("error" if solves and not isinstance(rule, Unrolled) else "ok", measures.decay))
+    if measures.bounds.doubt:
+        findings.append(Finding("error", measures.bounds.doubt))
+    if held := measures.bounds.held:
+        sentence = f"variables held at a bound by the optimiser: {held:,}; the solution is taken to move in the others"
+        findings.append(Finding("ok", sentence))
+    return [*findings, _stationarity_finding(level, measures)]
+
+
+def _stationarity_finding(level: Level, measures: Measurements) -> Finding:
     away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
     state = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
     if measures.newton > _DOUBTFUL:
-        return [
-            Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", "more steps")
-        ]
-    return [Finding("ok", f"stationary: {state}")]
+        remedy = "more steps" if level.solver is None else "a solver that reaches the minimum of the objective"
+        return Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", remedy)
+    return Finding("ok", f"stationary: {state}")

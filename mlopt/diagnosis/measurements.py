@@ -17,7 +17,7 @@ from ..errors import MloptError
 from ..estimators import LinearSolve
 from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
-from ..problem import Level, Objective, Point, Problem, Workspace
+from ..problem import Bounds, FixedPoint, Level, Objective, Point, Problem, Workspace
 from ..tensors import Tensors, flatten, unflatten
 from .evaluation import evaluate
 from .spectrum import Spectrum, lanczos
@@ -77,13 +77,15 @@ class Measurements:
         reference: the kind of products used for the spectrum; None if every kind failed.
         spectrum: spectrum of the Hessian of the level's total objective; None if every kind of products failed.
         asymmetry: |<p, H q> - <q, H p>| / (|p| |H q|).
-        gradient_norm: norm of the gradient of the level's total objective.
+        gradient_norm: norm of the gradient of what the level's optimiser minimises; variables held at a bound are left out.
         newton: about ||H^-1 gradient|| / ||x||: the distance to the solution, relative to the variables.
         spread: ||g - g'|| / ||g||, g and g' the gradients at two states of the generators.
         replay: the same for two evaluations at one state; nonzero if the loss draws numbers that cannot be replayed.
         gradient_seconds: time of one gradient of the total objective.
         unused: parameters that the level's objective does not depend on.
         kernels: names of fused attention kernels that the loss ran.
+        decay: a sentence, if the decay of the level's optimiser is not known.
+        bounds: the variables that the optimiser holds at a bound.
     """
 
     trials: dict[str, Trial] = attrs.field(factory=dict)
@@ -97,6 +99,8 @@ class Measurements:
     gradient_seconds: float = 0.0
     unused: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    decay: str = ""
+    bounds: Bounds = attrs.field(factory=Bounds)
 
 
 def measure(
@@ -125,15 +129,17 @@ def measure(
     )
     measures = Measurements()
     _, gradient = evaluate(point, level)
-    start = flatten(gradient).double()
+    measures.decay = FixedPoint.of(level, point).doubt
+    measures.bounds = bounds = Bounds.of(level, point, lambda: gradient)
+    start = flatten(bounds.on_free(gradient)).double()
     measures.gradient_norm = float(start.norm())
     measures.gradient_seconds = _timed(lambda: evaluate(point, level), level.device)
-    measures.replay = _distance(flatten(evaluate(point, level)[1]).double(), start)
-    measures.spread = _distance(flatten(evaluate(other, level)[1]).double(), start)
+    measures.replay = _distance(flatten(bounds.on_free(evaluate(point, level)[1])).double(), start)
+    measures.spread = _distance(flatten(bounds.on_free(evaluate(other, level)[1])).double(), start)
     measures.unused, measures.kernels = _used(point, level)
     generator = torch.Generator().manual_seed(seed)
-    p, q = (_random(level, generator) for _ in range(2))
-    vector = p if cotangent is None else cotangent
+    p, q = (bounds.on_free(_random(level, generator)) for _ in range(2))
+    vector = p if cotangent is None else bounds.on_free(cotangent)
     measures.trials = {kind: _try(point, level, kind, vector) for kind in KINDS}
     # Doubtful products are better than none: they show the asymmetry.
     usable = sorted(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..estimators import ConjugateGradient, Estimator, Implicit
 from ..hypergradient import run_solvers, seeded_generators
-from ..problem import Level, Objective, Point, Problem, Workspace
+from ..problem import Bounds, Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
 from .evaluation import evaluate, put_back
 from .minimize import minimize
@@ -63,6 +63,7 @@ class Resolver:
         self._problem, self._target = problem, problem[target]
         generators = seeded_generators(problem, "seed", seed)
         self._point = Point(problem, batches, generators, workspace=Workspace(), estimators=exact)
+        self._bounds: dict[str, Bounds] = {}
         #: The norm of each level's gradient at the end of its latest solve.
         self.reached: dict[str, float] = {}
         #: The largest share of the initial gradient that a solve which did not converge left.
@@ -79,11 +80,13 @@ class Resolver:
         variables = [variable.data for variable in level.parameters]
         nested = bool(self._problem.graph[level.name].parts)
 
+        bounds = self._bounds_of(level)
+
         def objective(flat: Tensor) -> tuple[float, Tensor]:
             _write(variables, flat)
             self.solve_inside(level.name)
             value, gradient = evaluate(self._point, level)
-            return value, flatten(gradient)
+            return value, flatten(bounds.on_free(gradient))
 
         start = flatten(variables).clone()
         before = float(objective(start)[1].norm())
@@ -95,19 +98,29 @@ class Resolver:
         if level.name in self._problem.graph[self._target.name].parts and minimum.gradient_norm > tolerance:
             self.unsolved = max(self.unsolved, minimum.gradient_norm / before)
 
+    def _bounds_of(self, level: Level) -> Bounds:
+        """Return the bounds at which the level's optimiser holds variables at the first call; they stay there."""
+        if level.name not in self._bounds:
+            self._bounds[level.name] = Bounds.of(level, self._point, lambda: evaluate(self._point, level)[1])
+        return self._bounds[level.name]
+
     def run_solvers(self) -> None:
         """Move the levels inside that have solvers of their own to where these take the solutions to be."""
         run_solvers(self._point, self._target)
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return the norm of the total gradient, at the present variables, of each level that `solve_inside` would solve."""
+        """Return, for each level that `solve_inside` would solve, the norm of its total gradient at the present variables.
+
+        Variables held at a bound are left out.
+        """
         graph, norms = self._problem.graph, {}
         pending = list(graph[self._target.name].parts)
         while pending:
             name = pending.pop(0)
             pending.extend(graph[name].parts)
             if graph[name].arguments:
-                norms[name] = float(norm(evaluate(self._point, self._problem[name])[1]))
+                level = self._problem[name]
+                norms[name] = float(norm(self._bounds_of(level).on_free(evaluate(self._point, level)[1])))
         return norms
 
     def derivative(self, direction: Tensor) -> tuple[float, float]:

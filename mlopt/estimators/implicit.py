@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, LinearSolution, LinearSolver
+from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
 from ..problem import (
     Block,
+    Bounds,
     Estimator,
+    FixedPoint,
     Linearization,
     Objective,
     Point,
@@ -23,7 +25,7 @@ from ..problem import (
     add_into,
     derivatives,
 )
-from ..tensors import Tensors, dot, scale, zeros_like
+from ..tensors import Tensors, dot, norm, scale, zeros_like
 from .products import PRODUCTS, CompiledProduct, Product, SecondDerivatives
 
 __all__ = ["Implicit", "Stationarity"]
@@ -108,9 +110,9 @@ class Stationarity(Linearization):
         multipliers = ((name, block) for child in self._children for block in child.blocks)
         self.blocks = (*self.states, *multipliers)
         if estimator.products == "finite_difference" and any(child._children for child in self._children):
-            self.report.remarks = ("differences of differences of differences: expect errors of several per cent",)
-            self.report.converged = False
-        own = Objective.of(level, point)
+            self.report.doubt("differences of differences of differences: expect errors of several per cent")
+        self._fixed = fixed = FixedPoint.of(level, point)
+        own = Objective.minimized(level, point, fixed=fixed)
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
@@ -118,7 +120,10 @@ class Stationarity(Linearization):
         self.objective = Objective((*own.terms, *lagrangian))
         self.second_derivatives = self._curvature = SecondDerivatives(self.objective, estimator.product)
         if name in point.curvature_batches:
-            self._curvature = SecondDerivatives(Objective.of(level, point, point.curvature_batches), estimator.product)
+            other = Objective.minimized(level, point, point.curvature_batches, fixed)
+            self._curvature = SecondDerivatives(other, estimator.product)
+        if fixed.doubt and not isinstance(self._solver, AssumedInverse):
+            self.report.doubt(fixed.doubt)
 
     def _refuse_options_of_leaves(self) -> None:
         estimator = self._estimator
@@ -177,11 +182,16 @@ class Stationarity(Linearization):
         """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
+        matvec: MatVec
         if self._children:
             _, load_left = self._complete(None, load)
             rhs, matvec = load_left.get(self.name, zeros_like(self.point.values[self.name])), self._total_hessian
         else:
             rhs, matvec = tuple(load[self.name]), self._hessian
+        bounds = self._bounds
+        if bounds.free:
+            rhs, matvec = bounds.on_free(rhs), bounds.restrict(matvec)
+            initial = None if initial is None else bounds.on_free(initial)
         try:
             own = self._solver.solve(matvec, rhs, initial=initial)
         except NonFiniteError as error:
@@ -191,6 +201,29 @@ class Stationarity(Linearization):
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
         return solution
+
+    @cached_property
+    def _bounds(self) -> Bounds:
+        bounds = Bounds.of(self.point.problem[self.name], self.point, self._gradient)
+        if bounds.doubt:
+            self.report.doubt(bounds.doubt)
+        return bounds
+
+    def on_free(self, vectors: Tensors | None) -> Tensors | None:
+        """Return vectors with zeros on the variables that the optimiser holds at a bound; None for None."""
+        return None if vectors is None else self._bounds.on_free(vectors)
+
+    def _gradient(self) -> Tensors:
+        """Return the gradient of what the level's optimiser minimises."""
+        known = self._known_gradient()
+        return self.objective.derivatives([self.name])[self.name] if known is None else known
+
+    def _known_gradient(self) -> Tensors | None:
+        """Return the same if products, or the last step of a run, leave it behind; else None."""
+        known = self.second_derivatives.known_gradient(self.name)
+        if known is None and (raw := self.point.last_gradient(self.name)) is not None:
+            return self._fixed.gradient(raw, self.name, self.point)
+        return known
 
     @cached_property
     def _solver(self) -> LinearSolver:
@@ -240,7 +273,24 @@ class Stationarity(Linearization):
         moved = self.product(tangent, self.blocks)
         return self.solve({block: scale(-1.0, vectors) for block, vectors in moved.items()})
 
+    def _measure(self) -> None:
+        """Report how far the level is from the point at which its steps end."""
+        if self.report.is_measured or (gradient := self._known_gradient()) is None:
+            return
+        gradient = self._bounds.on_free(gradient)
+        assumed = isinstance(self._solver, AssumedInverse)
+        distance = norm(self._solver.solve(self._hessian, gradient).value) if assumed else None
+        variables = self.point.values[self.name]
+        self.report.measured(norm(gradient), norm([v.detach() for v in variables]), distance)
+        low = (self.report.curvature or (0.0, 0.0))[0]
+        if not assumed and self._fixed.is_unsteady(gradient, variables, low):
+            self.report.doubt(
+                f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves "
+                "with the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
+            )
+
     def reports(self) -> dict[str, Report]:
+        self._measure()
         merged = {self.name: self.report}
         for child in self._children:
             merged |= child.reports()

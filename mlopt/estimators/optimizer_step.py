@@ -122,6 +122,11 @@ def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh:
         )
     if not isinstance(optimizer, Optimizer):
         optimizer = optimizer(list(level.parameters))
+    if optimizer._optimizer_step_post_hooks or optimizer._optimizer_step_pre_hooks:
+        raise EstimatorError(
+            f"level {name!r}: its {type(optimizer).__name__} has step hooks, such as a projection, which the virtual steps of "
+            "Unrolled would leave out; remove them, or use RealSteps or an implicit estimator"
+        )
     translate = _TRANSLATIONS.get(type(optimizer))
     if translate is None or any(group.get("amsgrad") for group in optimizer.param_groups):
         raise EstimatorError(

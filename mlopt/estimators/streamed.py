@@ -35,7 +35,7 @@ class Streamed(Linearization):
         wanted = self.arguments if wanted is None else wanted
         weights = self._point.workspace.mixtures.get(self._name)
         if weights is not None and weights in wanted:
-            held = self._exchange(cotangent.get(self._name))
+            held = self._exchange(self.conditions.on_free(cotangent.get(self._name)))
             if held is not None and held.signals is not None:
                 self.report.age = 1
                 return self._pull_held(held.cotangent, weights, held.signals, wanted)

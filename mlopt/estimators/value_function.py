@@ -10,7 +10,7 @@ import torch
 
 from ..errors import NonFiniteError
 from ..linear.neumann import largest_eigenvalue
-from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored
+from ..problem import Block, Bounds, Estimator, FixedPoint, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
 from .products import FiniteDifferenceProduct, SecondDerivatives, full_precision, moves_of, relative_step
@@ -75,12 +75,16 @@ class _Penalty(Linearization):
         self._rule, self._point, self._name = rule, point, name
         self.blocks, self.arguments = (name,), point.problem.graph[name].arguments
         self.report = Report(estimator=str(rule))
-        self._objective = Objective.of(point.problem[name], point)
+        fixed = FixedPoint.of(point.problem[name], point)
+        self._objective = Objective.minimized(point.problem[name], point, fixed=fixed)
+        self._bounds = Bounds.of(point.problem[name], point, lambda: self._objective.derivatives([name])[name])
+        for doubt in filter(None, (fixed.doubt, self._bounds.doubt)):
+            self.report.doubt(doubt)
         self._live = point.values[name]
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        load = cotangent.get(self._name, ())
+        load = self._bounds.on_free(cotangent.get(self._name, ()))
         size = float(norm(load))
         if size == 0.0:
             return {argument: zeros_like(self._point.values[argument]) for argument in wanted}
@@ -97,7 +101,7 @@ class _Penalty(Linearization):
                 slopes.append(self._objective.derivatives(blocks))
         above, below = slopes
         pulled = {block: scale(0.5 / nu, subtract(above[block], below[block])) for block in blocks}
-        residual = float(norm(add(pulled.pop(self._name), load))) / size
+        residual = float(norm(self._bounds.on_free(add(pulled.pop(self._name), load)))) / size
         if self._rule.warm_start:
             self._point.keep_warm(self._name, scale(0.5 / nu, subtract(*ends)), residual)
         self._record(residual, nu)
@@ -106,7 +110,7 @@ class _Penalty(Linearization):
     def _descend(self, penalty: Tensors, step_size: float) -> None:
         live = [variable.data for variable in self._live]
         for _ in range(self._rule.steps):
-            slope = add(self._objective.derivatives([self._name])[self._name], penalty)
+            slope = self._bounds.on_free(add(self._objective.derivatives([self._name])[self._name], penalty))
             torch._foreach_add_(live, list(slope), alpha=-step_size)
         if not is_finite(live):
             raise NonFiniteError(
@@ -120,7 +124,7 @@ class _Penalty(Linearization):
 
         def matvec(q: Tensors) -> Tensors:
             self.report.products += 1
-            return products({self._name: q}, [self._name])[self._name]
+            return self._bounds.on_free(products({self._name: q}, [self._name])[self._name])
 
         largest = largest_eigenvalue(matvec, load)
         for remark in products.remarks:

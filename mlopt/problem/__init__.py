@@ -1,11 +1,13 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
 from .batch import to_device
+from .bounds import Bounds, has_hooks, unmoved
 from .estimator import Block, Estimator, Linearization, Report, Vectors
+from .fixed_point import FixedPoint
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
-from .objective import Objective, add_into, sum_values
+from .objective import Objective, add_into, compare_evaluations, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
@@ -18,9 +20,11 @@ from .workspace import Workspace
 __all__ = [
     "FAULTS",
     "Block",
+    "Bounds",
     "Carryover",
     "Estimator",
     "Fault",
+    "FixedPoint",
     "Graph",
     "Level",
     "LevelTerm",
@@ -43,14 +47,17 @@ __all__ = [
     "add_into",
     "call_solver",
     "cloned_buffers",
+    "compare_evaluations",
     "cut",
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
     "faults",
+    "has_hooks",
     "restored",
     "standing_in",
     "sum_values",
     "to_device",
+    "unmoved",
     "variables",
 ]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ProblemError
+
 __all__ = ["copied", "to_device", "versions"]
 
 #: Depth to which the attributes of an object are searched for tensors.
@@ -47,6 +49,9 @@ def copied(batch: Any, tensors: list[Tensor]) -> Any:
     Args:
         batch: the batch.
         tensors: a list to which the tensors of the batch are added.
+
+    Raises:
+        ProblemError: the batch holds an iterator.
     """
     if isinstance(batch, Tensor):
         tensors.append(batch)
@@ -74,6 +79,11 @@ def copied(batch: Any, tensors: list[Tensor]) -> Any:
     if hasattr(batch, "to") and not isinstance(batch, nn.Module):
         _search(batch, tensors, _DEPTH)
         return copy.copy(batch)
+    if hasattr(kind, "__next__"):
+        raise ProblemError(
+            f"its batch holds a {kind.__name__}, which one evaluation of the loss would use up, and a loss is evaluated several "
+            "times on a batch; give a list of the entries, list(...)"
+        )
     return batch
 
 

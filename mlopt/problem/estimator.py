@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -38,8 +40,13 @@ class Report:
         curvature: the smallest and largest Rayleigh quotients of the Hessian in the solves, or None.
         step: the last finite-difference step, in units of the vector it was taken along, or None. For `RealSteps`, h.
         age: age of the cotangent in outer steps; zero unless streamed.
-        stationarity: for a level with a solver of its own, the norm of the gradient of its objective where the solver left its
-            variables; None for other levels, because it would take another evaluation.
+        gradient_norm: ||g||, g the gradient of what the level's optimiser minimises (decay and `maximize` included, variables
+            held at a bound left out), on the batch of the pullback or of the level's last step. None if no evaluation of the
+            pullback or of the run left it behind.
+        stationarity: the distance d of the level from its solution, relative to its variables: d / (||x|| + d), from 0 at the
+            solution to 1. d is ||g|| over the smallest curvature that the solver met, or P g for a solver that assumes the
+            inverse P of the Hessian; 0.03 says that about 3% of ||x|| is missing. Implicit estimators assume 0. None without g
+            or a curvature.
         seconds: wall-clock time spent.
         remarks: sentences about what went wrong, without repetition.
 
@@ -57,18 +64,42 @@ class Report:
     curvature: tuple[float, float] | None = None
     _step: float | Tensor | None = attrs.field(default=None, repr=False)
     age: int = 0
-    _stationarity: float | Tensor | None = attrs.field(default=None, repr=False)
+    _gradient_norm: float | Tensor | None = attrs.field(default=None, repr=False)
+    #: ||P g|| for a solver that assumes the inverse P of the Hessian, and ||x||; on the device.
+    _distance: float | Tensor | None = attrs.field(default=None, repr=False)
+    _size: float | Tensor | None = attrs.field(default=None, repr=False)
     seconds: float = 0.0
     remarks: tuple[str, ...] = ()
 
     @property
-    def stationarity(self) -> float | None:
-        """The norm of the gradient at the solution; reading it waits for its device."""
-        return None if self._stationarity is None else float(self._stationarity)
+    def gradient_norm(self) -> float | None:
+        """The norm of the gradient of what the level's optimiser minimises; reading it waits for its device."""
+        return None if self._gradient_norm is None else float(self._gradient_norm)
 
-    @stationarity.setter
-    def stationarity(self, stationarity: float | Tensor | None) -> None:
-        self._stationarity = stationarity
+    @property
+    def stationarity(self) -> float | None:
+        """The estimated distance from the solution, relative to the variables; reading it waits for their device."""
+        if self._gradient_norm is None or self._size is None or (self._distance is None and self.curvature is None):
+            return None
+        if self._distance is not None:
+            distance = float(self._distance)
+        else:
+            low, high = self.curvature or (0.0, 0.0)
+            curvature = low if low > 0.0 else max(-low, high)
+            distance = float(self._gradient_norm) / max(curvature, sys.float_info.min)
+        size = float(self._size)
+        return 0.0 if distance == 0.0 else 1.0 if math.isinf(distance) else distance / (size + distance)
+
+    @property
+    def is_measured(self) -> bool:
+        """True if the gradient is known; reading it does not wait for a device."""
+        return self._gradient_norm is not None
+
+    def measured(
+        self, gradient_norm: float | Tensor, size: float | Tensor, distance: float | Tensor | None = None
+    ) -> None:
+        """Record how far the level is from its solution: ||g||, ||x||, and ||P g|| if the inverse P is assumed."""
+        self._gradient_norm, self._size, self._distance = gradient_norm, size, distance
 
     @property
     def step(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Inspection of an evaluation of a loss: it must declare the levels that it depends on, and leave its batch as it is."""
+"""Inspection of an evaluation of a loss: it must declare the levels that it depends on, and leave tensors as they are."""
 
 from __future__ import annotations
 
@@ -37,43 +37,108 @@ class Inspection:
         levels: all levels of the problem.
         workspace: counts the evaluations.
         tensors: the tensors of the batch.
+
+    Attributes:
+        whole: whether each value is a whole loss, and not a loss of a mixture or its weights.
     """
 
     def __init__(
         self, level: Level, part: str, levels: Iterable[Level], workspace: Workspace, tensors: Sequence[Tensor] = ()
     ) -> None:
-        self._level, self._part, self._levels = level, part, levels
+        self._level, self._part, self._levels, self._workspace = level, part, levels, workspace
+        self.whole = True
         count = workspace.evaluations.get((level.name, part), 0) + 1
         workspace.evaluations[level.name, part] = count
         #: Whether the graph of this evaluation is searched.
         self.searches = count & (count - 1) == 0
         self._tensors = tensors
         self._before = versions(tensors)
+        #: The variables that the loss receives, with copies of their values, and their versions.
+        self._kept: list[tuple[Level, Tensor, Tensor, int]] = []
+        if self.searches:
+            seen = [other for other in levels if other.name in (level.name, *self._declared)]
+            self._kept = [(other, v, v.detach().clone(), v._version) for other in seen for v in other.parameters]
+        #: At the first evaluation all values are compared; the host then waits for the device. Writes to `.data` have no version.
+        self._first = count == 1
 
     def __call__(self, value: Tensor) -> None:
-        """Inspect the batch and a value that the loss returned.
+        """Inspect the batch, the variables and a value that the loss returned.
 
         Raises:
-            ProblemError: the value depends on a level that the loss does not declare, has a sparse gradient, or the batch was
-                changed in place.
+            ProblemError: the value depends on a level that the loss does not declare, or has a sparse gradient; the batch or
+                variables were changed in place; or nothing depends on the outermost level.
         """
         require_unchanged(self._level, self._part, self._tensors, self._before)
-        if self.searches and value.requires_grad:
-            self._search(value)
+        if not self.searches:
+            return
+        self._require_unmoved()
+        reached = self._search(value) if value.requires_grad else set()
+        if self.whole and torch.is_grad_enabled():
+            if value.requires_grad:
+                self._require_connected(reached)
+            self._note_unused(reached)
 
-    def _search(self, value: Tensor) -> None:
-        level = self._level
-        declared = level.loss_references if self._part == "loss" else level.regularizer_references
+    @property
+    def _declared(self) -> tuple[str, ...]:
+        return self._level.loss_references if self._part == "loss" else self._level.regularizer_references
+
+    def _require_unmoved(self) -> None:
+        """Raise if the evaluation wrote to variables, which then have their values back."""
+        moved = [
+            other
+            for other, variable, value, version in self._kept
+            if (self._first or variable._version != version) and not _same(variable.detach(), value)
+        ]
+        if not moved:
+            return
+        for _, variable, value, _ in self._kept:
+            variable.data.copy_(value)
+        raise ProblemError(
+            f"the {self._part} of level {self._level.name!r} writes to variables of level {moved[0].name!r}, as a clamp of "
+            "weight.data or nn.Embedding(max_norm=...) does, so that each evaluation would move them; compute with the clamped "
+            "value instead (torch.clamp, or torch.nn.utils.parametrize), without writing it"
+        )
+
+    def _require_connected(self, reached: set[str]) -> None:
+        """Raise if this is the loss of the outermost level, and nothing in the problem depends on its variables."""
+        level, (outermost, *inside) = self._level, self._levels
+        if level is not outermost or not inside or level.regularizer is not None or level.name in reached:
+            return
+        if not any(level.name in other.references for other in inside):
+            raise ProblemError(
+                f"nothing depends on the variables of level {level.name!r}, the outermost: its loss does not use them, and no "
+                f"level inside refers to it; make {level.name!r} a keyword-only parameter of the loss that it should change"
+            )
+
+    def _note_unused(self, reached: set[str]) -> None:
+        """Keep a remark on each level that the loss declares, until an evaluation has a derivative with respect to it."""
+        levels, workspace = {other.name: other for other in self._levels}, self._workspace
+        for name in self._declared:
+            key = ("loss", self._level.name, name, self._part)
+            if name in reached:
+                workspace.verified.add(("reached", *key))
+                workspace.doubts.pop(key, None)
+            elif ("reached", *key) not in workspace.verified and levels[name].parameters:
+                workspace.doubts[key] = (
+                    f"the {self._part} of level {self._level.name!r} names {name!r} and has no derivative with respect to it, so "
+                    f"that hypergradients lack this dependence; compute with its tensors themselves, without detach, item, "
+                    f"tolist or no_grad, or leave {name!r} out of its keyword-only parameters"
+                )
+
+    def _search(self, value: Tensor) -> set[str]:
+        """Return the names of the levels that the value depends on."""
+        level, reached = self._level, set[str]()
         ends = {
             get_gradient_edge(parameter).node: (other, name, parameter)
             for other in self._levels
-            if other.name != level.name and other.name not in declared
             for name, parameter in zip(other.parameter_names, other.parameters, strict=True)
         }
+        known = (level.name, *self._declared)
         for node in _nodes(value):
             if node in ends:
                 other, name, parameter = ends[node]
-                if _reaches(value, parameter):
+                reached.add(other.name)
+                if other.name not in known and _reaches(value, parameter):
                     raise ProblemError(
                         f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r} and does not "
                         f"declare it, so that this dependence would be missing from hypergradients; make {other.name!r} a "
@@ -84,6 +149,12 @@ class Inspection:
                     f"the {self._part} of level {level.name!r} uses an embedding with sparse=True, whose gradient is a sparse "
                     "tensor, and vectors over the variables must be dense; use sparse=False"
                 )
+        return reached
+
+
+def _same(present: Tensor, before: Tensor) -> bool:
+    """Return True if two tensors are equal; NaN equals NaN."""
+    return torch.equal(present, before) or bool(((present == before) | (present.isnan() & before.isnan())).all())
 
 
 def _nodes(value: Tensor) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -171,6 +171,15 @@ def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) ->
         raise ProblemError(
             f"level {level.name!r}: data is a tensor, whose rows would be batches; give [tensor] for one batch"
         )
+    if isinstance(value, tuple) and value and all(isinstance(entry, Tensor) for entry in value):
+        raise ProblemError(
+            f"level {level.name!r}: data is a tuple of {len(value)} tensors, each of which would be a batch; give [(X, Y)] for "
+            "one batch of these tensors, or a list of batches"
+        )
+    if isinstance(value, Mapping):
+        raise ProblemError(
+            f"level {level.name!r}: data is a {type(value).__name__}, whose keys would be batches; give [batch] for one batch"
+        )
 
 
 @attrs.frozen(eq=False)
@@ -189,7 +198,7 @@ class Level:
         data: batches: an iterable that can be iterated repeatedly, such as a DataLoader or a list; None for a loss
             that ignores its batch, which is then None.
         optimizer: an optimiser, or a function that takes parameters and returns one, such as
-            `partial(torch.optim.SGD, lr=0.1)`. `solve` needs it, `hypergradient` does not.
+            `partial(torch.optim.SGD, lr=0.1)`. `solve` needs it; `hypergradient` only reads its decay, its sign and its bounds.
         solver: in place of an optimizer, a function `solver(module, batch, *, other_level, ...)` that moves the variables, in
             place, to the solution: a closed form, L-BFGS, scikit-learn. It has the signature of a loss, refers to levels that
             the objective refers to, and returns nothing. It is called once each time the level is solved, with gradients

@@ -161,11 +161,14 @@ def evaluate_loss(
 
     Raises:
         ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`, changed a tensor of the
-            batch in place, or depends on a level that it does not declare.
+            batch or a variable in place, or depends on a level that it does not declare; or the batch holds an iterator.
     """
     others = {name: modules[name] for name in level.loss_references}
     tensors: list[Tensor] = []
-    batch = batch if torch.compiler.is_compiling() else copied(batch, tensors)
+    try:
+        batch = batch if torch.compiler.is_compiling() else copied(batch, tensors)
+    except ProblemError as error:
+        raise ProblemError(f"level {level.name!r}: {error}") from None
     inspection = None
     if inspected and workspace is not None:
         inspection = Inspection(level, "loss", inspected, workspace, tensors)
@@ -174,6 +177,7 @@ def evaluate_loss(
         workspace.mixtures[level.name] = value.loss.weights if isinstance(value.loss, Mixture) else None
     if inspection is not None:
         if isinstance(value.loss, Mixture):
+            inspection.whole = False
             value.loss.inspection = inspection
         else:
             inspection(value.loss)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
+from .fixed_point import FixedPoint
 from .term import LevelTerm, Term
 
 if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["Objective", "add_into", "sum_values"]
+__all__ = ["Objective", "add_into", "compare_evaluations", "sum_values"]
 
 
 class Objective:
@@ -34,10 +36,27 @@ class Objective:
         return cls(cls.parts(level, point, batches))
 
     @staticmethod
-    def parts(level: Level, point: Point, batches: Mapping[str, Any] | None = None) -> tuple[LevelTerm, ...]:
-        """Return the terms of a level's objective."""
-        loss = LevelTerm(point, level, "loss", batches)
-        return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer"))
+    def parts(
+        level: Level, point: Point, batches: Mapping[str, Any] | None = None, sign: float = 1.0
+    ) -> tuple[LevelTerm, ...]:
+        """Return the terms of a level's objective, times a sign."""
+        loss = LevelTerm(point, level, "loss", batches, sign)
+        return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer", sign=sign))
+
+    @classmethod
+    def minimized(
+        cls, level: Level, point: Point, batches: Mapping[str, Any] | None = None, fixed: FixedPoint | None = None
+    ) -> Objective:
+        """Return what the steps of a level minimise: its objective, negated by `maximize`, and the decay of its optimiser.
+
+        Args:
+            level: the level.
+            point: the point.
+            batches: the batch of each level; the point's if None.
+            fixed: the condition at which the steps end; read from the level's optimiser if None.
+        """
+        fixed = FixedPoint.of(level, point) if fixed is None else fixed
+        return cls((*cls.parts(level, point, batches, fixed.sign), *fixed.terms(level.name, point)))
 
     def value(self) -> Tensor:
         """Return the objective at the live variables, a scalar with a graph."""
@@ -69,3 +88,16 @@ def add_into(total: dict[Block, Tensors], vectors: Vectors, *, sign: float = 1.0
             total[block] = vector if sign == 1.0 else scale(sign, vector)
         else:
             total[block] = add(total[block], vector) if sign == 1.0 else subtract(total[block], vector)
+
+
+def compare_evaluations(term: LevelTerm) -> None:
+    """Evaluate a term twice at the same variables, batch and random numbers; keep a remark if the values differ."""
+    first, second = (term.value().detach() for _ in range(2))
+    precision = torch.finfo(first.dtype).eps
+    # Sums on a GPU may differ by rounding.
+    if not torch.allclose(first, second, rtol=precision**0.5, atol=10 * precision, equal_nan=True):
+        term.workspace.doubts["loss", term.name, term.name, term.part] = (
+            f"the {term.part} of level {term.name!r} is {first:.6g} and then {second:.6g} at the same variables, batch and "
+            "random numbers, so that its derivatives are of different functions; let it count no calls, and draw from the "
+            "global generators of torch, numpy or Python"
+        )

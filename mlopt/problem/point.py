@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..rng import GeneratorState, preserved
-from ..tensors import Tensors
+from ..tensors import Tensors, norm, scale
 from .estimator import Block, Estimator, Report
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Carryover:
         variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
         cotangents: the state of each streamed pullback.
-        stationarity: by level with a solver of its own, the norm of its gradient after the latest solve.
+        held: by level whose optimiser has step hooks, where its latest step left a variable unchanged against its gradient.
         gradient_norms: by level with a `clip`, the norm of the gradient of its latest step before clipping.
     """
 
@@ -71,7 +71,7 @@ class Carryover:
     variables: Mapping[str, Tensors] = attrs.field(factory=dict)
     warm: dict[str, Tensors] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
-    stationarity: dict[str, Tensor] = attrs.field(factory=dict)
+    held: dict[str, Tensors] = attrs.field(factory=dict)
     gradient_norms: dict[str, Tensor] = attrs.field(factory=dict)
 
 
@@ -115,8 +115,8 @@ class Point:
         self.ahead: dict[str, Any] = {}
         #: By level, the time that `at_solution` took.
         self.seconds: dict[str, float] = {}
-        #: By level with a solver of its own, the norm of its gradient at the solution.
-        self.stationarity: dict[str, Tensor] = {} if carryover is None else carryover.stationarity
+        #: By level with a solver of its own, its gradient at the solution; outside a run.
+        self.gradients: dict[str, Tensors] = {}
         self.reports: dict[str, Report] = {}
 
     def estimator(self, name: str) -> Estimator | None:
@@ -130,6 +130,19 @@ class Point:
     def gradient_norm(self, name: str) -> Tensor | None:
         """Return the norm of the gradient of a level's latest step before clipping; None outside a run, or without a `clip`."""
         return None if self.carryover is None else self.carryover.gradient_norms.get(name)
+
+    def last_gradient(self, name: str) -> Tensors | None:
+        """Return a level's own gradient, before clipping, at its last step or where its solver left it; None if unknown."""
+        if self.carryover is None:
+            return self.gradients.get(name)
+        variables = self.values[name]
+        if all(variable.grad is None for variable in variables):
+            return None
+        gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in variables)
+        size = self.gradient_norm(name)
+        if size is None:
+            return gradient
+        return scale(size / norm(gradient).clamp_min(torch.finfo(size.dtype).tiny), gradient)
 
     def warm_start(self, name: str) -> Tensors | None:
         """Return the solution of a level's linear system that `keep_warm` kept, if any."""

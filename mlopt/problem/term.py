@@ -6,7 +6,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,8 @@ class Term(ABC):
     label: tuple[str, str]
     #: The highest order of the derivatives of a loss that products with the term's second derivatives take.
     order: int = 2
+    #: True if the term knows its derivatives without an evaluation; it then has `product`.
+    closed: ClassVar[bool] = False
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -138,6 +140,10 @@ class Term(ABC):
         """Return True if the term's form yields d/dw <grad_D, direction> from first derivatives alone."""
         return False
 
+    def product(self, direction: Vectors) -> dict[Block, Tensors]:
+        """Return the product of the second derivatives of a closed term with a direction, without an evaluation."""
+        raise NotImplementedError
+
 
 class LevelTerm(Term):
     """The loss of a level, or its regularizer.
@@ -147,6 +153,7 @@ class LevelTerm(Term):
         level: the level.
         part: "loss" or "regularizer".
         batches: the batch of each level; the point's if None.
+        sign: a factor, -1.0 for a level whose optimiser maximises.
     """
 
     def __init__(
@@ -155,9 +162,10 @@ class LevelTerm(Term):
         level: Level,
         part: Literal["loss", "regularizer"],
         batches: Mapping[str, Any] | None = None,
+        sign: float = 1.0,
     ) -> None:
         self._point = self.point = point
-        self._level, self.part, self.label = level, part, (level.name, part)
+        self._level, self.part, self.label, self._sign = level, part, (level.name, part), sign
         self._batches = point.batches if batches is None else batches
         self._references = level.loss_references if part == "loss" else level.regularizer_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -233,7 +241,7 @@ class LevelTerm(Term):
         return self._weights_cotangent(weights, weighed, shares)
 
     def _weights_cotangent(self, name: str, weights: Tensor, shares: Tensor) -> Tensors:
-        inner = torch.dot(weights, shares.to(weights))
+        inner = self._signed(torch.dot(weights, shares.to(weights)))
         return derivatives(inner, [name], self.values)[name]
 
     def _mixture(self, modules: Mapping[str, nn.Module]) -> Mixture:
@@ -295,9 +303,13 @@ class LevelTerm(Term):
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
-            return self._loss(modules).total(modules)
+            return self._signed(self._loss(modules).total(modules))
         self._point.generators[self.name].restore()
-        return evaluate_regularizer(self._level, modules, self._point.workspace, inspected=self._inspected(modules))
+        value = evaluate_regularizer(self._level, modules, self._point.workspace, inspected=self._inspected(modules))
+        return self._signed(value)
+
+    def _signed(self, value: Tensor) -> Tensor:
+        return value if self._sign == 1.0 else self._sign * value
 
     def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
         """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""
@@ -306,8 +318,8 @@ class LevelTerm(Term):
     def _evaluate(self, modules: Mapping[str, nn.Module], batch: Any) -> Tensor:
         """Return the term on given modules and a given batch, with the generators as they are."""
         if self.part == "regularizer":
-            return evaluate_regularizer(self._level, modules)
-        return evaluate_loss(self._level, modules, batch).total(modules)
+            return self._signed(evaluate_regularizer(self._level, modules))
+        return self._signed(evaluate_loss(self._level, modules, batch).total(modules))
 
 
 class _PureFunction(nn.Module):

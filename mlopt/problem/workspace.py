@@ -24,8 +24,11 @@ class Workspace:
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
         compiled: by level and part of its objective, the product with its Hessian that torch.compile returned; None if it was
             wrong.
+        optimizers: by level, the optimiser that its factory made outside a run, to read its options.
+        rules: by level, the sign and the decay that were read off the steps of an optimiser of unknown kind.
         verified: checks that were made and need no repetition: the name of a check, then what it was made for.
-        doubts: by key of a check of products that failed, a sentence.
+        doubts: by key of a check that failed, a sentence. The key for a loss is "loss", the level, the level that it refers to
+            (or itself), and the part of the objective.
         verifying: True while products are checked, so that no check starts another.
         uses: by compiled product and shapes of its arguments, the number of calls.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
@@ -40,6 +43,8 @@ class Workspace:
         self._states: dict[str, Any] = {}
         self.mixtures: dict[str, str | None] = {}
         self.compiled: dict[tuple[str, str], Callable[..., Any] | None] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.rules: dict[str, list[Any]] = {}
         self.verified: set[tuple[str, ...]] = set()
         self.doubts: dict[tuple[str, ...], str] = {}
         self.verifying = False

@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
-from ..problem import Level, Problem, Stream, StreamedCotangent, to_device
+from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
 from ..tensors import norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
 from .state import Snapshot, load_module_state, load_state, module_state
+from .stillness import Stillness
 
 __all__ = ["Engine"]
 
@@ -39,6 +40,7 @@ class Engine:
     Attributes:
         skipped: number of skipped steps of each level.
         warmed: number of warm-up steps that each level has taken.
+        stillness: warns of an outermost level that does not move.
 
     Raises:
         ProblemError: a level has no optimiser, or one that does not train exactly the level's variables.
@@ -55,6 +57,8 @@ class Engine:
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
         self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
         self.gradients.carryover.engine = self
+        outermost = problem.outermost.name
+        self.stillness = Stillness(outermost, scheduled=self.schedulers.get(outermost) is not None)
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
         #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
@@ -186,7 +190,7 @@ class Engine:
         self.gradients.solve_alone(level, self.streams[level.name].next())
         size = norm(self._gradient(level))
         require_finite((), _not_finite(level), size=size)
-        self.logs[f"{level.name}/stationarity"] = self.gradients.carryover.stationarity[level.name] = size
+        self.logs[f"{level.name}/gradient_norm"] = size
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
@@ -202,7 +206,7 @@ class Engine:
         precision, optimizer = self.precisions[level.name], self.optimizers[level.name]
         precision.unscale(optimizer)
         self._check_and_clip(level, overflow_expected=precision.scaler is not None)
-        stepped = precision.step(optimizer)
+        stepped = self._step_and_watch(level) if has_hooks(optimizer) else precision.step(optimizer)
         if precision.loss_scale is not None:
             self.logs[f"{level.name}/loss_scale"] = precision.loss_scale
         if not stepped:
@@ -217,9 +221,23 @@ class Engine:
         else:
             scheduler.step()
 
+    def _step_and_watch(self, level: Level) -> bool:
+        """Take a step of an optimiser with hooks, which may project; keep where it left the variables unchanged."""
+        carryover = self.gradients.carryover
+        variables = carryover.variables[level.name]
+        before = tuple(variable.detach().clone() for variable in variables)
+        stepped = self.precisions[level.name].step(self.optimizers[level.name])
+        carryover.held.pop(level.name, None)
+        held = unmoved(before, variables, self.optimizers[level.name]) if stepped else ()
+        if any(bool(mask.any()) for mask in held):
+            carryover.held[level.name] = held
+        return stepped
+
     def _check_and_clip(self, level: Level, *, overflow_expected: bool) -> None:
         """Clip the gradient of a level; raise if it is missing or not finite."""
         gradient = self._gradient(level)
+        if level is self.problem.outermost:
+            self.stillness.note(gradient, self.optimizers[level.name])
         if overflow_expected and level.clip is None:
             return
         size = norm(gradient)

@@ -188,6 +188,7 @@ class Loop:
         """Pass new rows to the callbacks, then run the deferred checks."""
         self._log_rows()
         self._checks.run()
+        self.run.engine.stillness.warn()
 
     def _log_rows(self) -> None:
         run = self.run

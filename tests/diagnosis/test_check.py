@@ -63,7 +63,7 @@ def test_solving_again_agrees_when_nested(shape: str, seed: int) -> None:
     case = quadratic(shape, mlopt.Dense(), seed=seed, size=1)
     check = mlopt.check_hypergradient(case.problem, oracle="resolve", tolerance=1e-5, directions=2)
     assert check.error < 1e-5
-    assert set(check.stationarity) == set(SHAPES[shape]) - {"x"}
+    assert set(check.gradient_norms) == set(SHAPES[shape]) - {"x"}
 
 
 @drawn(5)
@@ -73,7 +73,7 @@ def test_the_total_gradient_of_a_middle_level(seed: int) -> None:
     check = mlopt.check_hypergradient(case.problem, level="y", oracle="resolve", tolerance=1e-6)
     assert check.level == "y"
     assert check.error < 1e-6
-    assert set(check.stationarity) == {"z"}
+    assert set(check.gradient_norms) == {"z"}
 
 
 @drawn(5)
@@ -117,7 +117,7 @@ def test_the_point_is_named_as_the_cause_off_the_solution() -> None:
     check = caught.value.check
     assert check.error > 1e-2
     assert check.error_at_solution < 1e-7
-    assert check.stationarity["regression"] > 1e-2
+    assert check.gradient_norms["regression"] > 1e-2
     # The variables are 0.3 from the solution in every component.
     value = case.problem["regression"].module.value.detach()
     assert check.moved["regression"] == pytest.approx(0.3 * len(value) ** 0.5 / float(value.norm()), rel=1e-6)
@@ -181,7 +181,7 @@ def test_nothing_moves(oracle: str, dtype: torch.dtype) -> None:
     assert same(contents(problem.workspace), workspace)
 
 
-@pytest.mark.parametrize("fatal", [3, 20, 40])
+@pytest.mark.parametrize("fatal", [1, 20, 40])
 def test_nothing_moves_when_a_loss_raises_during_a_check(fatal: int) -> None:
     problem = stateful_problem(mlopt.Identity(), fatal=fatal)
     before = snapshot(problem)

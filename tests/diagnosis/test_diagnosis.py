@@ -196,16 +196,6 @@ def test_a_second_derivative_that_is_missing(loss: Callable[[Tensor], Tensor], s
         assert diagnosis.levels["y"].products["finite_difference"].severity == "ok"
 
 
-def test_a_module_in_distributed_data_parallel(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(network(nn.Linear(4, 1)))
-        assert reported(level(build(fit, wrapped)), "error", "wrapped in DistributedDataParallel")
-    finally:
-        torch.distributed.destroy_process_group()
-    assert not reported(level(build(fit, network(nn.Linear(4, 1)))), "error", "wrapped")
-
-
 def test_batchnorm_and_dropout() -> None:
     module = network(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
     result = level(build(fit, module))

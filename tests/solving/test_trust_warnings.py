@@ -23,7 +23,7 @@ def pulled(module: nn.Module, batch: None, *, y: nn.Module) -> Tensor:
 
 
 def saddle_problem(estimator: mlopt.Estimator) -> mlopt.Problem:
-    still = partial(torch.optim.SGD, lr=0.0)
+    still = partial(torch.optim.SGD, lr=1e-30)
     return mlopt.Problem(
         mlopt.Level("x", mlopt.variables(torch.ones(2)), pulled, optimizer=still),
         mlopt.Level("y", mlopt.variables(torch.ones(2)), saddle, optimizer=still, estimator=estimator),

@@ -52,6 +52,9 @@ class AutogradProduct(Product):
             self._trace([block])
         return tuple(g.detach() for g in self._gradients[block])
 
+    def known_gradient(self, block: Block) -> Tensors | None:
+        return tuple(g.detach() for g in self._gradients[block]) if block in self._gradients else None
+
     def _trace(self, blocks: Sequence[Block]) -> None:
         if not blocks:
             return

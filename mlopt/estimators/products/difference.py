@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Block, Term, Vectors
-from ...tensors import Tensors, axpy, norm, scale, subtract
+from ...tensors import Tensors, add, axpy, norm, scale, subtract
 from .full_precision import full_precision
 
 __all__ = ["Difference", "relative_step"]
@@ -61,9 +61,10 @@ class Difference:
         size = _wide(norm(self.along))
         return self.relative_step * reach / torch.where(size > 0, size, 1.0)
 
-    def __call__(self, step: Tensor) -> dict[Block, Tensors]:
-        """Return the central difference at a step."""
+    def __call__(self, step: Tensor, kept: Sequence[Block] = ()) -> dict[Block, Tensors]:
+        """Return the central difference at a step; keep the means of both sides, which are g in the middle, for some blocks."""
         above, below = self._sides(step)
+        self.kept = {block: scale(0.5, add(above[block], below[block])) for block in kept}
         return {block: scale(0.5 / step, subtract(above[block], below[block])) for block in self._wanted}
 
     def one_sided(self, step: Tensor) -> tuple[dict[Block, Tensors], dict[Block, Tensors]]:

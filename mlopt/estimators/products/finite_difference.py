@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...problem import Block, Vectors, add_into
+from ...problem import Block, Term, Vectors, add_into
 from ...tensors import Tensors
 from .difference import Difference
 from .lengths import moves_of
@@ -20,6 +20,11 @@ class FiniteDifferenceProduct(Product):
     different sizes, take a few differences more at first use, at which steps are compared.
     """
 
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        #: By block that was moved, the mean of its first derivative on both sides, which is that in the middle.
+        self._gradients: dict[Block, Tensors] = {}
+
     def needs_verification(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
         return True
 
@@ -31,5 +36,10 @@ class FiniteDifferenceProduct(Product):
         for chosen, least in moves.groups:
             difference = Difference(self.term, direction, wanted, chosen)
             self.step = difference.step(difference.reach().clamp_min(least))
-            add_into(total, difference(self.step))
+            fresh = [block for block in wanted if block in direction and block not in self._gradients]
+            add_into(total, difference(self.step, kept=fresh))
+            self._gradients |= difference.kept
         return total
+
+    def known_gradient(self, block: Block) -> Tensors | None:
+        return self._gradients.get(block)

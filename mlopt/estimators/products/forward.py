@@ -31,6 +31,8 @@ class ForwardProduct(Product):
     def __init__(self, term: Term) -> None:
         super().__init__(term)
         _refuse_hooks(term)
+        #: The first derivatives at which products were taken, by block that was moved.
+        self._gradients: dict[Block, Tensors] = {}
 
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
@@ -49,10 +51,14 @@ class ForwardProduct(Product):
 
             along = {block: tuple(vectors) for block, vectors in direction.items()}
             origin = {block: start[block] for block in along}
-            (_, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
+            (present, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
             verify(self.term, value, live[0] if live else None)
+            self._gradients |= {block: present[block] for block in wanted if block in direction}
         # In float32, torch's forward mode takes a Python number times a scalar to float64.
         return {block: tuple(x.to(v) for x, v in zip(product[block], start[block], strict=True)) for block in wanted}
+
+    def known_gradient(self, block: Block) -> Tensors | None:
+        return self._gradients.get(block)
 
 
 def _refuse_hooks(term: Term) -> None:

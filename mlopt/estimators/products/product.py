@@ -101,3 +101,7 @@ class Product(ABC):
     def gradient(self, block: Block) -> Tensors:
         """Return the term's first derivative by one of its blocks, without a graph; a product may keep and reuse the graph."""
         return self.term.derivatives([block])[block]
+
+    def known_gradient(self, block: Block) -> Tensors | None:
+        """Return the term's first derivative by a block if earlier products leave it behind; else None."""
+        return None

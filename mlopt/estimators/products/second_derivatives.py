@@ -40,7 +40,9 @@ class SecondDerivatives:
             blocks = product.term.blocks
             along = {block: vectors for block, vectors in direction.items() if block in blocks}
             own = [block for block in wanted if block in blocks]
-            if along and own:
+            if along and own and product.term.closed:
+                add_into(total, product.term.product(along))
+            elif along and own:
                 add_into(total, verified(product, along, own))
                 self.step = product.step if product.step is not None else self.step
         return total
@@ -52,3 +54,16 @@ class SecondDerivatives:
             if block in product.term.blocks:
                 add_into(total, {block: product.gradient(block)})
         return total[block]
+
+    def known_gradient(self, block: Block) -> Tensors | None:
+        """Return the objective's first derivative by a block if earlier products leave it behind; else None."""
+        total: dict[Block, Tensors] = {}
+        for product in self.products:
+            if block in product.term.blocks:
+                known = (
+                    product.term.derivatives([block])[block] if product.term.closed else product.known_gradient(block)
+                )
+                if known is None:
+                    return None
+                add_into(total, {block: known})
+        return total.get(block)

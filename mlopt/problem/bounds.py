@@ -1,0 +1,219 @@
+"""Variables that a projecting optimiser holds at a bound, seen from its steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.optim import Optimizer
+
+from ..rng import GeneratorState
+from ..tensors import Tensors, norm
+from .fixed_point import level_optimizer
+
+if TYPE_CHECKING:
+    from .level import Level
+    from .point import Point
+
+__all__ = ["Bounds", "has_hooks", "unmoved"]
+
+#: The first step of SGD on a probe moves a variable by at least this share of one plus its size, which no dtype rounds away.
+_REACH = 1e-2
+#: A step along the gradient that is shorter than this share of a step along a random vector is undone by a projection.
+_UNDONE = 0.05
+#: Rounding of half precision can stop a step on one side only, as a bound does.
+_WIDE = (torch.float32, torch.float64)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Bounds:
+    """The variables of a level that its optimiser moves, and those that it holds at a bound.
+
+    A variable is held if its gradient is not zero, and a step of the optimiser along it leaves the variable unchanged. The
+    solution of the level moves in the free variables only, so its linear system is that of the free variables.
+
+    Attributes:
+        free: for each variable, ones where it is free and zeros where it is held; empty if all are free.
+        doubt: a sentence, if the optimiser holds the level by a constraint that is no bound on each variable; else "".
+    """
+
+    free: Tensors = ()
+    doubt: str = ""
+
+    @classmethod
+    def of(cls, level: Level, point: Point, gradient: Callable[[], Tensors]) -> Bounds:
+        """Return the bounds of a level at a point. Nothing moves.
+
+        An optimiser of the user's own is asked to take steps, which are undone. Step hooks of the user are not called for this,
+        except those of an optimiser that the level's factory made to be read. In a run, the latest step shows their bounds.
+
+        Args:
+            level: the level.
+            point: the point.
+            gradient: returns the gradient of what the optimiser minimises.
+        """
+        optimizer = level_optimizer(level, point)
+        variables = point.values[level.name]
+        if optimizer is None or any(v.dtype not in _WIDE for v in variables):
+            return cls()
+        if point.carryover is not None and level.name in point.carryover.held:
+            held = point.carryover.held[level.name]
+            return cls(free=tuple((~h).to(v) for h, v in zip(held, variables, strict=True)))
+        aside = point.workspace.optimizers.get(level.name) is optimizer
+        if type(optimizer).__module__.startswith("torch.optim.") and not (aside and has_hooks(optimizer)):
+            return cls()
+        devices = point.problem.devices
+        before = GeneratorState.capture(devices)
+        try:
+            with contextlib.nullcontext() if aside else _without_hooks(optimizer):
+                return _bounds(level, optimizer, variables, gradient)
+        except _StepError:
+            return cls()
+        finally:
+            before.restore()
+
+    def on_free(self, vectors: Tensors) -> Tensors:
+        """Return vectors with zeros on the held variables."""
+        return tuple(torch._foreach_mul(list(vectors), list(self.free))) if self.free and vectors else tuple(vectors)
+
+    def restrict(self, matvec: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+        """Return the product with the matrix of the free variables, and with the identity on the held ones."""
+        if not self.free:
+            return matvec
+
+        def product(vector: Tensors) -> Tensors:
+            kept = self.on_free(vector)
+            rows = self.on_free(matvec(kept))
+            return tuple(r + (v - k) for r, v, k in zip(rows, vector, kept, strict=True))
+
+        return product
+
+    @property
+    def held(self) -> int:
+        """The number of held variables."""
+        return sum(int((mask == 0).sum()) for mask in self.free)
+
+
+class _StepError(Exception):
+    """The optimiser cannot step on probes."""
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Return True if hooks run after the steps of an optimiser, which may project."""
+    return bool(getattr(optimizer, "_optimizer_step_post_hooks", None))
+
+
+def unmoved(before: Tensors, variables: Tensors, optimizer: Optimizer) -> Tensors:
+    """Return, for each variable, where its latest step left it unchanged although its gradient is not zero.
+
+    A step that rounding may have swallowed does not count.
+
+    Args:
+        before: the values before the step.
+        variables: the variables after the step, with the gradients of the step in `.grad`.
+        optimizer: the optimiser that took it.
+    """
+    rates = {id(p): float(group.get("lr") or 0.0) for group in optimizer.param_groups for p in group["params"]}
+    masks = []
+    for old, variable in zip(before, variables, strict=True):
+        size = torch.zeros_like(old) if variable.grad is None else variable.grad.abs()
+        # Steps of SGD are proportional to the gradient, and those of adaptive methods to the learning rate.
+        shortest = 0.1 * rates.get(id(variable), 0.0) * size.clamp_max(1.0)
+        visible = shortest > torch.finfo(old.dtype).eps * old.abs()
+        masks.append((variable.detach() == old) & (size > 0) & visible)
+    return tuple(masks)
+
+
+def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64).to(v) for v in variables]
+    # Of different sizes, because a projection may undo a step that all variables share.
+    down, up = (
+        tuple(m == 0 for m in _moves(optimizer, variables, [sign * (0.5 + n) for n in noise])) for sign in (1.0, -1.0)
+    )
+    if all(bool((a & b).all()) for a, b in zip(down, up, strict=True)):
+        return Bounds()  # a learning rate of zero
+    slope = gradient()
+    if not bool(norm(slope)):
+        return Bounds()
+    held = tuple((d & (g > 0)) | (u & (g < 0)) for d, u, g in zip(down, up, slope, strict=True))
+    free = tuple((~h).to(v) for h, v in zip(held, variables, strict=True))
+    left = max(float((g * f).abs().max()) for g, f in zip(slope, free, strict=True) if g.numel())
+    # Along the gradient; then along others on the free variables, and of other sizes on the held ones.
+    along, across = (
+        _moves(
+            optimizer,
+            variables,
+            [torch.where(h, g.sign() * (0.5 + n), v) for h, g, n, v in zip(held, slope, noise, vs, strict=True)],
+        )
+        for vs in ([g / (left or 1.0) for g in slope], [2 * n - 1 for n in noise])
+    )
+    moved = any(bool((m[h] != 0).any()) for m, h in zip(across, held, strict=True))
+    lengths = [float(norm([m * f for m, f in zip(moves, free, strict=True)])) for moves in (along, across)]
+    doubt = ""
+    if moved or (left and lengths[0] < _UNDONE * lengths[1]):
+        doubt = (
+            f"the optimiser of level {level.name!r} holds its variables by a constraint that is not a bound on each of them: its "
+            "steps along the gradient are undone. The implicit derivative ignores it; let the module map free parameters to "
+            "variables that satisfy the constraint (softmax, normalisation), or use Unrolled or RealSteps"
+        )
+    return Bounds(free=free if any(bool(h.any()) for h in held) else (), doubt=doubt)
+
+
+def _moves(optimizer: Optimizer, variables: Tensors, directions: Sequence[Tensor]) -> Tensors:
+    """Return the displacement of each variable by a first step of the optimiser on given gradients, and undo it.
+
+    The gradients are of what the optimiser minimises, relative to the variables and to the learning rate.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    largest = 1.0 + max(float(v.detach().abs().max()) for v in variables if v.numel())
+    with _undone(optimizer, variables) as before, torch.no_grad():
+        for variable, direction in zip(variables, directions, strict=True):
+            group: dict[str, Any] = groups.get(id(variable), {})
+            rate = float(group.get("lr") or 1.0)
+            size = largest * max(1.0, _REACH / rate) * (1.0 + float(group.get("weight_decay") or 0.0))
+            variable.grad = (-1.0 if group.get("maximize") else 1.0) * direction.detach() * size
+        try:
+            optimizer.step()
+        except Exception as error:  # of the user's code
+            raise _StepError from error
+        return tuple(v.detach() - b for v, b in zip(variables, before, strict=True))
+
+
+@contextlib.contextmanager
+def _without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    kept = dict(vars(optimizer))
+    try:
+        vars(optimizer).update({name: OrderedDict() for name in kept if name.startswith("_optimizer_step_")})
+        yield
+    finally:
+        vars(optimizer).update(kept)
+
+
+@contextlib.contextmanager
+def _undone(optimizer: Optimizer, variables: Tensors) -> Iterator[Tensors]:
+    """Let an optimiser step without state; restore the variables, their `.grad` and the optimiser on exit."""
+    values = tuple(v.detach().clone() for v in variables)
+    gradients = [v.grad for v in variables]
+    attributes, groups = dict(vars(optimizer)), [dict(group) for group in optimizer.param_groups]
+    optimizer.state = defaultdict(dict)
+    try:
+        # Every value is restored, so a graph that was traced at the variables remains valid.
+        with _unsafe_preserve_version_counter(variables):
+            yield values
+    finally:
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(kept)
+        with torch.no_grad():
+            for variable, value, gradient in zip(variables, values, gradients, strict=True):
+                variable.data.copy_(value)
+                variable.grad = gradient

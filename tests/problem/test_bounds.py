@@ -1,0 +1,171 @@
+"""Variables that a projecting optimiser holds at a bound, against a long projected loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_fixed_point import F64, HESSIAN, OUTER, A, B, C, D, build, distance
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+import mlopt
+from mlopt.testing import same, snapshot
+
+
+class Projected(SGD):
+    """Gradient descent that clamps after each step."""
+
+    bound: Callable[[Tensor], Tensor] = staticmethod(lambda x: x.clamp(min=0.0))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.copy_(self.bound(p.data))
+
+
+class Ball(Projected):
+    bound = staticmethod(lambda x: x / max(1.0, float(x.norm()) / 0.3))
+
+
+class Simplex(Projected):
+    @staticmethod
+    def bound(x: Tensor) -> Tensor:
+        ordered, _ = x.sort(descending=True)
+        sums = (ordered.cumsum(0) - 1) / torch.arange(1, len(x) + 1)
+        return (x - sums[(ordered > sums).nonzero().max()]).clamp(min=0.0)
+
+
+def hooked(parameters: Any, kind: Any = SGD) -> Optimizer:
+    optimizer: Optimizer = kind(parameters, lr=0.1)
+    optimizer.register_step_post_hook(lambda own, *_: [p.data.clamp_(min=0.0) for p in own.param_groups[0]["params"]])
+    return optimizer
+
+
+def projected(outer: Tensor, bound: Callable[[Tensor], Tensor] = Projected.bound) -> Tensor:
+    x = torch.zeros(4, dtype=F64)
+    for _ in range(2_000):
+        x = bound(x - 0.1 * (HESSIAN @ x - A.T @ B / 20 - outer))
+    return x
+
+
+def differences(bound: Callable[[Tensor], Tensor] = Projected.bound) -> Tensor:
+    def value(outer: Tensor) -> Tensor:
+        return (C @ projected(outer, bound) - D).square().mean()
+
+    return torch.stack([(value(OUTER + e) - value(OUTER - e)) / 2e-4 for e in 1e-4 * torch.eye(4, dtype=F64)])
+
+
+EXACT = [
+    mlopt.Dense(),
+    mlopt.ConjugateGradient(products="finite_difference"),
+    mlopt.MINRES(products="forward"),
+    mlopt.Neumann(iterations=500),
+    mlopt.ValueFunction(steps=500),
+]
+
+
+def test_a_variable_is_at_its_bound() -> None:
+    x = projected(OUTER)
+    assert 0 < (x == 0).sum() < 4
+
+
+@pytest.mark.parametrize("estimator", EXACT, ids=str)
+@pytest.mark.parametrize("optimizer", [partial(Projected, lr=0.1), hooked, partial(hooked, kind=Adam)])
+def test_the_solution_moves_in_the_free_variables(optimizer: Any, estimator: mlopt.Estimator) -> None:
+    problem = build(optimizer, estimator, projected(OUTER))
+    before = snapshot(problem)
+    result = mlopt.hypergradient(problem)
+    assert same(before, snapshot(problem))
+    assert distance(result, differences()) < 1e-7
+    unbounded = mlopt.hypergradient(build(partial(SGD, lr=0.1), estimator, projected(OUTER)))
+    assert distance(unbounded, differences()) > 0.05
+
+
+def test_check_diagnosis_and_run_know_the_bound() -> None:
+    problem = build(partial(Projected, lr=0.1), mlopt.Dense(), projected(OUTER))
+    assert mlopt.check_hypergradient(problem, oracle="resolve", tolerance=1e-6).error < 1e-6
+    diagnosis = mlopt.diagnose(problem)
+    assert diagnosis.safe
+    assert "held at a bound" in str(diagnosis)
+    run = mlopt.solve(problem, 2, progress=False)
+    assert run.reports["model"].stationarity < 1e-12  # type: ignore[operator]
+    assert float((problem["outer"].parameters[0].grad - differences()).norm()) < 1e-7  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("optimizer", [hooked, partial(Projected, lr=0.1)])
+def test_a_run_sees_the_bounds_without_calls_of_hooks(optimizer: Any) -> None:
+    counts: list[Any] = []
+
+    def counted(parameters: Any) -> Optimizer:
+        made: Optimizer = optimizer(parameters)
+        made.register_step_post_hook(lambda *_: counts.append(None))
+        return made
+
+    problem = build(counted, mlopt.Dense(), projected(OUTER))
+    mlopt.solve(problem, 2, progress=False)
+    assert float((problem["outer"].parameters[0].grad - differences()).norm()) < 1e-6  # type: ignore[operator]
+    taken = len(counts)
+    x = torch.nn.Parameter(projected(OUTER))
+    by_hand = counted([x])
+    for _ in range(10):
+        x.grad = HESSIAN @ x.detach() - A.T @ B / 20 - OUTER
+        by_hand.step()
+    assert taken == len(counts) - taken
+
+
+def test_a_step_that_rounding_swallows_is_at_no_bound() -> None:
+    """In float32, a step of 1e-9 leaves 1 unchanged, and moves 0."""
+    x = mlopt.variables(torch.tensor([1.0, 0.0], dtype=torch.float32))
+    optimizer = SGD(x.parameters(), lr=1e-9)
+    optimizer.register_step_post_hook(lambda *_: None)
+    problem = mlopt.Problem(
+        mlopt.Level(
+            "outer",
+            mlopt.variables(torch.ones(2)),
+            lambda own, batch, *, model: model().sum(),
+            optimizer=partial(SGD, lr=0.1),
+        ),
+        mlopt.Level(
+            "model",
+            x,
+            lambda own, batch, *, outer: (own() - 2 * outer()).square().sum() / 2,
+            optimizer=optimizer,
+            estimator=mlopt.Dense(),
+        ),
+    )
+    mlopt.solve(problem, 1, progress=False)
+    assert x.value.detach()[0] == 1.0
+    assert problem["outer"].parameters[0].grad.tolist() == pytest.approx([2.0, 2.0])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [Ball, Simplex])
+def test_a_constraint_on_several_variables_is_doubtful(kind: type[Projected]) -> None:
+    problem = build(partial(kind, lr=0.1), mlopt.Dense(), projected(OUTER, kind.bound))
+    with pytest.warns(mlopt.TrustWarning, match="not a bound on each of them"):
+        report = mlopt.hypergradient(problem).reports["model"]
+    assert report.doubtful
+    assert report.stationarity > 0.1  # type: ignore[operator]
+    assert not mlopt.diagnose(problem).safe
+
+
+def test_a_free_level_of_an_optimizer_of_ones_own_is_not_doubtful() -> None:
+    problem = build(partial(Projected, lr=0.1), mlopt.Dense(), torch.ones(4, dtype=F64))
+    plain = build(partial(SGD, lr=0.1), mlopt.Dense(), torch.ones(4, dtype=F64))
+    expected = mlopt.hypergradient(plain).gradient["value"]
+    assert distance(mlopt.hypergradient(problem), expected) < 1e-12
+
+
+def test_a_rate_of_zero_holds_nothing() -> None:
+    problem = build(partial(Projected, lr=0.0), mlopt.Dense(), torch.ones(4, dtype=F64))
+    assert not mlopt.hypergradient(problem).reports["model"].doubtful
+
+
+def test_unrolled_refuses_steps_that_it_would_not_take() -> None:
+    pytest.importorskip("torchopt")
+    with pytest.raises(mlopt.EstimatorError, match="step hooks"):
+        mlopt.hypergradient(build(hooked, mlopt.Unrolled(steps=3)))
