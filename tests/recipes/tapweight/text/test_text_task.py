@@ -224,13 +224,16 @@ def test_a_task_is_read_from_three_files(tmp_path: Path) -> None:
     files = [tmp_path / f"{split}.jsonl" for split in ("train", "dev", "test")]
     made = TextTask.from_files(*files, encoder().collate, metric="matthews")
     assert repr(made) == "TextTask(classification: 2 classes; matthews; train 6, valid 4, test 2)"
-    assert made.remarks[0] == "6 texts of train.jsonl; 1 skipped: row 7 (the text is empty)"
+    assert made.remarks[:2] == [
+        "label: two classes, kind, unkind; unkind is the positive one",
+        "6 texts of train.jsonl; 1 skipped: row 7 (the text is empty)",
+    ]
 
 
 def test_truncated_texts_are_reported() -> None:
     long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
     made = of(long, labelled("a"), labelled("b"))
-    assert made.remarks == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
+    assert made.remarks[1:] == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
 
 
 def test_texts_that_are_also_in_the_training_split_are_reported() -> None:
