@@ -3,7 +3,7 @@
 from .batch import to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .estimator import Block, Estimator, Linearization, Report, Vectors
-from .fixed_point import FixedPoint
+from .fixed_point import FixedPoint, require_all_variables
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
@@ -54,6 +54,7 @@ __all__ = [
     "evaluate_regularizer",
     "faults",
     "has_hooks",
+    "require_all_variables",
     "restored",
     "standing_in",
     "sum_values",

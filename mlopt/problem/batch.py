@@ -44,7 +44,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def copied(batch: Any, tensors: list[Tensor]) -> Any:
     """Return a batch whose containers are copies and whose tensors are the same, so that a loss may take entries out.
 
-    Containers are lists, tuples, mappings, data classes, and objects with a method `to`. Any other object is returned as it is.
+    Containers are lists, tuples, mappings, data classes, and objects with a method `to` or with tensors as attributes. Any other
+    object is returned as it is.
 
     Args:
         batch: the batch.
@@ -76,7 +77,7 @@ def copied(batch: Any, tensors: list[Tensor]) -> Any:
         for name in (field.name for field in fields if hasattr(batch, field.name)):
             object.__setattr__(other, name, copied(getattr(batch, name), tensors))  # the class may be frozen
         return other
-    if hasattr(batch, "to") and not isinstance(batch, nn.Module):
+    if not isinstance(batch, nn.Module) and (hasattr(batch, "to") or _holds_tensors(batch)):
         _search(batch, tensors, _DEPTH)
         return copy.copy(batch)
     if hasattr(kind, "__next__"):
@@ -85,6 +86,10 @@ def copied(batch: Any, tensors: list[Tensor]) -> Any:
             "times on a batch; give a list of the entries, list(...)"
         )
     return batch
+
+
+def _holds_tensors(batch: Any) -> bool:
+    return any(isinstance(value, Tensor) for value in getattr(batch, "__dict__", {}).values())
 
 
 def _filled(batch: Any, keys: Iterable[Any], tensors: list[Tensor]) -> Any:

@@ -35,7 +35,8 @@ _WIDE = (torch.float32, torch.float64)
 class Bounds:
     """The variables of a level that its optimiser moves, and those that it holds at a bound.
 
-    A variable is held if its gradient is not zero, and a step of the optimiser along it leaves the variable unchanged. The
+    A variable is held if its gradient is not zero, and a step of the optimiser along it leaves the variable unchanged, or if its
+    learning rate is zero, and others' are not. The
     solution of the level moves in the free variables only, so its linear system is that of the free variables.
 
     Attributes:
@@ -60,7 +61,12 @@ class Bounds:
         """
         optimizer = level_optimizer(level, point)
         variables = point.values[level.name]
-        if optimizer is None or any(v.dtype not in _WIDE for v in variables):
+        if optimizer is None:
+            return cls()
+        resting = _resting(optimizer)
+        if resting:
+            return cls(free=tuple(torch.full_like(v, id(v) not in resting) for v in variables))
+        if any(v.dtype not in _WIDE for v in variables):
             return cls()
         if point.carryover is not None and level.name in point.carryover.held:
             held = point.carryover.held[level.name]
@@ -102,6 +108,14 @@ class Bounds:
 
 class _StepError(Exception):
     """The optimiser cannot step on probes."""
+
+
+def _resting(optimizer: Optimizer) -> set[int]:
+    """Return the variables in groups whose learning rate is zero, by id; none if every rate is zero: a run may begin so."""
+    still = [group for group in optimizer.param_groups if float(group.get("lr", 1.0)) == 0.0]
+    if len(still) == len(optimizer.param_groups):
+        return set()
+    return {id(variable) for group in still for variable in group["params"]}
 
 
 def has_hooks(optimizer: Optimizer) -> bool:

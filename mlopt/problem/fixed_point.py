@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, NAdam, Optimizer
 
+from ..errors import ProblemError
 from ..tensors import Tensors, add, norm, scale
 from .estimator import Block, Vectors
 from .term import Term
@@ -209,6 +210,26 @@ def _unknown(level: Level, optimizer: Optimizer, rule: _Rule) -> str:
     )
 
 
+def require_all_variables(level: Level, optimizer: Optimizer) -> None:
+    """Raise if an optimiser does not train exactly the variables of a level.
+
+    Raises:
+        ProblemError: it holds other tensors, or leaves out variables, which would never move.
+    """
+    own = {id(variable) for variable in level.parameters}
+    held = {id(variable) for group in optimizer.param_groups for variable in group["params"] if variable.requires_grad}
+    if not held <= own:
+        raise ProblemError(
+            f"level {level.name!r}: its optimizer also holds {len(held - own)} tensors that are not the level's variables; "
+            "give each level an optimizer of its own"
+        )
+    if own - held:
+        raise ProblemError(
+            f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
+            "them, or freeze them with requires_grad_(False)"
+        )
+
+
 def level_optimizer(level: Level, point: Point) -> Optimizer | None:
     """Return the optimiser of a level at a point, or None."""
     return _optimizer(level, point)[0]
@@ -220,6 +241,10 @@ def _optimizer(level: Level, point: Point) -> tuple[Optimizer | None, str]:
     if live is not None or level.optimizer is None:
         return live, ""
     if isinstance(level.optimizer, Optimizer):
+        key = ("optimizer", level.name)
+        if key not in point.workspace.verified:
+            require_all_variables(level, level.optimizer)
+            point.workspace.verified.add(key)
         return level.optimizer, ""
     made: Any = point.workspace.optimizers.get(level.name)
     held = () if made is None else {id(p) for group in made.param_groups for p in group["params"]}
@@ -230,6 +255,7 @@ def _optimizer(level: Level, point: Point) -> tuple[Optimizer | None, str]:
                 f"the optimizer of level {level.name!r} is a {type(made).__name__}, whose decay is not known; give one of "
                 "torch.optim"
             )
+        require_all_variables(level, made)
         point.workspace.optimizers[level.name] = made
     return made, ""
 

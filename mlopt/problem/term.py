@@ -31,18 +31,31 @@ OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
 
 @contextlib.contextmanager
 def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = None) -> Iterator[None]:
-    """Let the modules work on clones of their buffers; restore the buffers on exit. Submodules of `apart` keep theirs."""
-    owners = {id(m): m for module in modules for m in module.modules() if m._buffers}
+    """Let the modules work on clones of their buffers; restore buffers and modes on exit. Submodules of `apart` keep theirs."""
+    owners = {id(m): m for module in modules for m in module.modules()}
     for own in apart.modules() if apart is not None and owners else ():
         owners.pop(id(own), None)
-    kept = [(m, dict(m._buffers)) for m in owners.values()]
+    kept = [(m, dict(m._buffers)) for m in owners.values() if m._buffers]
     for module, buffers in kept:
         module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
     try:
-        yield
+        with _kept_modes(owners.values()):
+            yield
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def _kept_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the modes of modules, train or eval, on exit: a loss that calls `eval()` does not decide for other losses."""
+    modes = [(m, m.training) for m in modules]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
 
 
 @contextlib.contextmanager
@@ -285,8 +298,10 @@ class LevelTerm(Term):
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
         }
+        pure = _PureFunction(self._modules, function)
         try:
-            return _PureFunction(self._modules, function).at(named)
+            with _kept_modes(pure.modules()):
+                return pure.at(named)
         except RuntimeError as error:
             if "mutate a captured Tensor" not in str(error):
                 raise

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..errors import ProblemError
-from ..problem import Level
+from ..problem import Level, require_all_variables
 
 __all__ = ["make_optimizer", "make_scheduler"]
 
@@ -42,18 +42,7 @@ def make_optimizer(level: Level, *, copied: bool = False) -> Optimizer:
             f"level {level.name!r}: optimizer returned a {type(optimizer).__name__}; it must take parameters and return a "
             "torch.optim.Optimizer"
         )
-    own = {id(variable) for variable in level.parameters}
-    held = {id(variable) for group in optimizer.param_groups for variable in group["params"] if variable.requires_grad}
-    if not held <= own:
-        raise ProblemError(
-            f"level {level.name!r}: its optimizer also holds {len(held - own)} tensors that are not the level's variables; "
-            "give each level an optimizer of its own"
-        )
-    if own - held:
-        raise ProblemError(
-            f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
-            "them, or freeze them with requires_grad_(False)"
-        )
+    require_all_variables(level, optimizer)
     if inspect.signature(optimizer.step).parameters.get("closure", _OPTIONAL).default is inspect.Parameter.empty:
         raise ProblemError(
             f"level {level.name!r}: {type(optimizer).__name__} needs a closure that evaluates the loss, which "

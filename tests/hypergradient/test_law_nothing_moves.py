@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import ESTIMATORS, PRODUCTS
+from core_cases import ESTIMATORS, PRODUCTS, distance
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -96,6 +96,29 @@ def test_a_snapshot_sees_a_step() -> None:
     moved = {key for key in before if not same(before[key], after[key])}
     buffers = {"in_place", "replaced", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert moved == {"generator of torch", *(f"network.{name}" for name in buffers)}
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_loss_that_sets_the_mode_decides_for_itself_alone(products: str) -> None:
+    """The outer loss evaluates the network in eval mode; the inner level is solved in train mode, in which it was given."""
+
+    def outer(weights: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
+        network.eval()
+        return validation_loss(weights, batch, network=network)
+
+    def outer_that_restores(weights: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
+        loss = outer(weights, batch, network=network)
+        network.train()
+        return loss
+
+    gradients = []
+    for loss in (outer, outer_that_restores):
+        problem = build(mlopt.Dense(products=products, damping=1.0), torch.float64)
+        weights = problem["weights"]
+        level = mlopt.Level("weights", weights.module, loss, data=weights.data)
+        gradients.append(mlopt.hypergradient(mlopt.Problem(level, problem["network"]), seed=0).gradient["value"])
+        assert all(module.training for module in problem["network"].module.modules())
+    assert distance(gradients[0], gradients[1]) < 1e-9
 
 
 class StopHereError(Exception):

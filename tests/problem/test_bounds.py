@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_fixed_point import F64, HESSIAN, OUTER, A, B, C, D, build, distance
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import mlopt
@@ -169,3 +169,66 @@ def test_unrolled_refuses_steps_that_it_would_not_take() -> None:
     pytest.importorskip("torchopt")
     with pytest.raises(mlopt.EstimatorError, match="step hooks"):
         mlopt.hypergradient(build(hooked, mlopt.Unrolled(steps=3)))
+
+
+class Parts(nn.Module):
+    """Four variables in two tensors."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(value[:3].clone()), nn.Parameter(value[3:].clone())
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.first, self.last])
+
+
+def in_parts(optimizer: Any, estimator: mlopt.Estimator, value: Tensor) -> mlopt.Problem:
+    def inner(y: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        return y() @ HESSIAN @ y() / 2 - y() @ (A.T @ B / 20 + x())
+
+    def outer(x: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+        return (C @ y() - D).square().mean()
+
+    return mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(OUTER), outer),
+        mlopt.Level("y", Parts(value), inner, optimizer=optimizer, estimator=estimator),
+    )
+
+
+def resting(parameters: Any) -> Optimizer:
+    first, last = parameters
+    return SGD([{"params": [first]}, {"params": [last], "lr": 0.0}], lr=0.1)
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
+def test_variables_with_a_rate_of_zero_do_not_move(products: str) -> None:
+    """Closed form: the last variable is a constant, and the others solve their rows."""
+
+    def value(outer: Tensor) -> Tensor:
+        last = torch.full((1,), 0.3, dtype=F64)
+        right = (A.T @ B / 20 + outer)[:3] - HESSIAN[:3, 3] * last
+        y = torch.cat([torch.linalg.solve(HESSIAN[:3, :3], right), last])
+        return (C @ y - D).square().mean()
+
+    expected = torch.func.grad(value)(OUTER)
+    last = torch.full((1,), 0.3, dtype=F64)
+    solved = torch.linalg.solve(HESSIAN[:3, :3], (A.T @ B / 20 + OUTER)[:3] - HESSIAN[:3, 3] * last)
+    problem = in_parts(resting, mlopt.Dense(products=products), torch.cat([solved, last]))
+    result = mlopt.hypergradient(problem)
+    assert distance(result, expected) < 1e-8
+    assert not result.reports["y"].doubtful
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["factory", "instance"])
+def test_an_optimizer_that_leaves_out_variables_is_refused_as_in_a_run(made: bool) -> None:
+    def partly(parameters: Any) -> Optimizer:
+        return SGD(list(parameters)[:1], lr=0.1)
+
+    problem = in_parts(partly, mlopt.Dense(), OUTER)
+    if made:
+        inner = problem["y"]
+        optimizer = partly(inner.module.parameters())
+        again = mlopt.Level("y", inner.module, inner.loss, optimizer=optimizer, estimator=mlopt.Dense())
+        problem = mlopt.Problem(problem["x"], again)
+    with pytest.raises(mlopt.ProblemError, match="its optimizer leaves out 1 of the level's 2 trainable tensors"):
+        mlopt.hypergradient(problem)

@@ -56,18 +56,18 @@ def prepare(term: Term) -> list[Tensor]:
     while key not in term.point.workspace.verified:
         with differentiable_kernels(term):
             roots = term.roots()
-        if right_kernels(term, graph_of(roots)):
+        if right_kernels(term, graph_of(roots), forward=True):
             term.point.workspace.verified.add(key)
     return roots
 
 
-def right_kernels(term: Term, graph: Iterable[Node]) -> bool:
+def right_kernels(term: Term, graph: Iterable[Node], *, forward: bool = False) -> bool:
     """Return True if no kernel in a graph is wrong at the order of the term; otherwise the term uses primitives from now on.
 
     Raises:
         SecondDerivativeError: it uses primitives already, so that a call from C++ made the node.
     """
-    wrong = faults((node.name() for node in graph), term.order)
+    wrong = faults((node.name() for node in graph), term.order, forward=forward)
     if not wrong:
         return True
     if uses_primitives(term):

@@ -116,7 +116,7 @@ def _filled(direction: Vectors, norms: Sequence[float]) -> Vectors:
         added = []
         for x in vectors:
             drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            added.append((x + (next(rest) / float(drawn.norm())) * drawn.to(x)).to(x.dtype))
+            added.append((x + (next(rest) / (float(drawn.norm()) or 1.0)) * drawn.to(x)).to(x.dtype))
         filled[block] = tuple(added)
     return filled
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 #: Phrases of torch's errors for operations without a second derivative.
 _COMPLAINTS = ("derivative for", "forward AD", "double backward", "twice differentiable", "once_differentiable")
 #: Phrases of torch.func's errors for code that it cannot transform: recomputed activations, custom functions.
-_UNTRANSFORMED = ("saved tensor hooks", "setup_context", "being transformed")
+_UNTRANSFORMED = ("saved tensor hooks", "setup_context", "being transformed", "ZeroTensors are immutable")
 #: Phrases of its errors for the second derivative of a compiled module.
 _COMPILED = ("donated buffers", "aot_autograd does not")
 

@@ -9,12 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import MloptError
+from ...errors import MloptError, ProblemError
 from ...problem import Block, LevelTerm, Vectors, cut
 from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
 from .difference import Difference
 from .double_precision import in_double_precision
 from .finite_difference import FiniteDifferenceProduct
+from .forward import ForwardProduct
 from .product import Product
 
 __all__ = ["verified"]
@@ -96,7 +97,10 @@ class _Check:
         self._product, self._direction, self._wanted = product, direction, wanted
         self._differences = isinstance(product, FiniteDifferenceProduct)
         #: Terms of responses are differences of products themselves, and transposed products of theirs mean nothing new.
-        self._transposed = isinstance(product.term, LevelTerm) and (self._differences or set(direction) != set(wanted))
+        one_sided = isinstance(product, FiniteDifferenceProduct | ForwardProduct) or set(direction) != set(wanted)
+        self._transposed = isinstance(product.term, LevelTerm) and one_sided
+        #: A hook that masks the gradient of a variable keeps some of its components where they are.
+        self._hooked = [bool(x._backward_hooks) for block in wanted for x in product.term.values[block]]
         self._expected: Tensors | None = None
         dtypes = [x.dtype for vectors in direction.values() for x in vectors]
         self._close = max(_CLOSE.get(dtype, 0.02) for dtype in dtypes)
@@ -138,11 +142,14 @@ class _Check:
     def _probe(self, value: Tensors) -> Tensors:
         """Return a direction that an error is not orthogonal to: the product, plus a fixed random vector of its size.
 
-        Components that are zero beside others are left out: a hook that masks the gradient keeps such variables where they are.
+        Of a variable with a hook, components that are zero beside others are left out: its gradient may be masked.
         """
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in value]
-        drawn = [noise * (x != 0) if bool(x.any()) else noise for noise, x in zip(drawn, value, strict=True)]
+        drawn = [
+            noise * (x != 0) if hooked and bool(x.any()) else noise
+            for noise, x, hooked in zip(drawn, value, self._hooked, strict=True)
+        ]
         size = norm(value)
         return axpy(size / norm(drawn), drawn, value) if float(size) else tuple(drawn)
 
@@ -219,6 +226,8 @@ def _tried(evaluate: Callable[[], T]) -> T | None:
     """Return the value, or None if an evaluation that only a check needs is not possible."""
     try:
         return evaluate()
+    except ProblemError:
+        raise  # the problem is at fault, not the check
     except (MloptError, RuntimeError, ArithmeticError, TypeError, ValueError):
         return None
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from core_cases import distance, flat, gradient_of
 from torch import Tensor, nn
-from torch.nn import utils
+from torch.nn import functional, utils
 
 import mlopt
 from mlopt.problem import Primitives
@@ -99,6 +99,35 @@ def test_a_norm_in_a_nested_network(norm: str, products: str, tolerance: float) 
 def test_the_dense_oracle_has_third_derivatives_right(norm: str) -> None:
     problem = nested(NORMS[norm][0](), mlopt.Dense(products="finite_difference"))
     mlopt.check_hypergradient(problem, oracle="dense", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
+def test_a_mean_of_squares_in_a_nested_network(products: str) -> None:
+    """Torch fails on the mean of `mse_loss` in nested forward mode; the differences of the squares are primitives."""
+
+    def gradient(fused: bool, products: str) -> Tensor:
+        def squares(value: Tensor) -> Tensor:
+            return functional.mse_loss(value, torch.ones(3)) if fused else (value - 1).square().mean()
+
+        def outer(x: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+            return squares(y() * x())
+
+        def middle(y: nn.Module, batch: Any, *, x: nn.Module, z: nn.Module) -> Tensor:
+            return squares(y() * z()) + (y() - x()).square().sum()
+
+        def inner(z: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+            return squares(z().exp() * y()) + z().square().sum()
+
+        estimator = mlopt.Dense(products=products)
+        levels = {"x": (outer, None), "y": (middle, estimator), "z": (inner, estimator)}
+        start = torch.linspace(0.2, 0.8, 3)
+        return gradient_of(
+            mlopt.Problem(
+                *(mlopt.Level(name, mlopt.variables(start), f, estimator=e) for name, (f, e) in levels.items())
+            )
+        )
+
+    assert distance(gradient(True, products), gradient(False, "autograd")) < 1e-5
 
 
 def test_running_statistics_are_untouched() -> None:

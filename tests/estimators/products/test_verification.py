@@ -66,14 +66,28 @@ def ignored(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
     return (x().detach().exp() * (module() - 1).square()).sum()
 
 
+def half_ignored(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+    """The derivative by two of the components of x is zero, not small."""
+    weights = torch.cat([x()[:2], x()[2:].detach()]).exp()
+    return (weights * (module() - 1).square()).sum()
+
+
+def scaled_on_the_way(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+    """A hook inside the loss makes the Jacobian by y lopsided; that by x is right."""
+    y = module()
+    moved = 1.0 * y
+    if moved.requires_grad:
+        moved.register_hook(lambda g: 0.2 * g)
+    return (y - x()).square().sum() / 2 + 0.3 * y @ torch.sin(MATRIX @ moved)
+
+
 @pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("inner", [lopsided, normalised, ignored])
+@pytest.mark.parametrize("inner", [lopsided, normalised, ignored, half_ignored, scaled_on_the_way])
 def test_a_stopped_gradient_is_in_doubt_with_all_products(inner: Callable[..., Tensor], products: str) -> None:
     problem = two(inner, torch.linspace(0.2, 0.8, 4), products)
     mlopt.hypergradient(problem)
     for _ in range(2):  # a doubt stays
-        (sentence,) = doubts(problem)
-        assert "detach()" in sentence
+        assert any("detach()" in sentence for sentence in doubts(problem))
     kind = products if products != "finite_difference" else "finite_difference products: unsafe"
     diagnosis = mlopt.diagnose(problem)
     assert not diagnosis.safe
@@ -322,8 +336,8 @@ def test_products_are_compared_once() -> None:
         seen.clear()
         mlopt.hypergradient(problem)
         counts.append(len(seen))
-    # Two gradients along each direction, of H v, of the mixed product, and of its transpose.
-    assert counts[0] - counts[1] <= 2 * 3 + 1
+    # Two gradients along each direction, of H v, of the mixed product, and of its transpose; and two evaluations that are compared.
+    assert counts[0] - counts[1] <= 2 * 3 + 2
     assert counts[1] == counts[2] == 1
 
 

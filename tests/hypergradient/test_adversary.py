@@ -1,0 +1,96 @@
+"""Law 7 on drawn problems that mix traps: a hypergradient is right, refused with a sentence, or reported as doubtful."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import attrs
+import pytest
+import torch
+from adversary_cases import ALONE, Spec, specs
+from adversary_problems import Case, UnsolvedError, Verdict, tolerance, verdict
+from core_cases import drawn
+from hypothesis import HealthCheck, assume, given, settings
+
+import mlopt
+
+#: Hypothesis repeats whole parts of its examples, and a problem takes a tenth of a second.
+_SLOW = {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+
+
+def attempt(spec: Spec) -> tuple[Case | None, Verdict]:
+    """Return the case, None if its problem is refused, and the verdict."""
+    try:
+        case = Case(spec)
+    except (UnsolvedError, torch.linalg.LinAlgError):
+        assume(False)
+    except mlopt.MloptError as error:
+        return None, verdict(None, error)
+    return case, verdict(case)
+
+
+def hold(spec: Spec, outcomes: Counter[str]) -> None:
+    """Check one problem."""
+    _, seen = attempt(spec)
+    outcomes[seen.kind] += 1
+    traps = ", ".join(spec.traps) or "no trap"
+    assert seen.kind not in ("wrong", "raw"), (
+        f"{seen.kind}: {traps}; {spec.estimator} with {spec.products} products, shape {spec.shape!r}, {spec.net} network: "
+        f"{seen.sentence or f'off by {seen.error:.1e}, without a word'}"
+    )
+    # A problem without traps is ordinary: it must work, and raise no alarm.
+    assert spec.traps or seen.kind == "right", f"{seen.kind} without a trap: {seen.sentence}"
+
+
+def hold_all(examples: int) -> None:
+    outcomes: Counter[str] = Counter()
+
+    @settings(drawn(examples), **_SLOW)
+    @given(spec=specs())
+    def check(spec: Spec) -> None:
+        hold(spec, outcomes)
+
+    check()
+    print(dict(outcomes))
+    assert outcomes["right"] > examples // 4
+    assert outcomes["refused"] + outcomes["doubtful"] > 0
+
+
+def test_a_drawn_problem_is_right_refused_or_doubtful() -> None:
+    hold_all(200)
+
+
+@pytest.mark.slow
+def test_a_thousand_drawn_problems_are_right_refused_or_doubtful() -> None:
+    hold_all(1_000)
+
+
+def of_trap(trap: str) -> tuple[Case | None, Verdict]:
+    """Return the first case of a trap that has a reference, and its verdict."""
+    for seed in range(1, 100):
+        try:
+            case = Case(attrs.evolve(ALONE[trap], seed=seed))
+        except (UnsolvedError, torch.linalg.LinAlgError):
+            continue
+        except mlopt.MloptError as error:
+            return None, verdict(None, error)
+        return case, verdict(case)
+    raise AssertionError("no case of this trap has a reference")
+
+
+@pytest.mark.parametrize("trap", ALONE)
+def test_a_trap_alone_is_right_refused_or_doubtful(trap: str) -> None:
+    _, seen = of_trap(trap)
+    assert seen.kind not in ("wrong", "raw"), f"{seen.kind}, off by {seen.error}: {seen.sentence}"
+
+
+@pytest.mark.parametrize("trap", ALONE)
+def test_the_doctor_calls_no_wrong_hypergradient_safe(trap: str) -> None:
+    case, seen = of_trap(trap)
+    if case is None or (seen.error is not None and seen.error <= tolerance(case.spec)):
+        return
+    try:
+        diagnosis = mlopt.diagnose(case.problem)
+    except mlopt.MloptError:
+        return
+    assert not diagnosis.safe, f"safe, but {seen.kind}, off by {seen.error}: {seen.sentence}\n{diagnosis}"
