@@ -9,10 +9,17 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = ["Predictions", "Target"]
+
+
+def _pairs(pairs: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...]:
+    """Return pairs as tuples: JSON holds lists."""
+    return tuple((negative, positive) for negative, positive in pairs)
 
 
 @attrs.frozen(kw_only=True)
@@ -20,10 +27,11 @@ class Target:
     """The labels that a predictor predicts, and the meaning of its outputs.
 
     Attributes:
-        form: "numbers"; "binary": the classes 0 and 1 of each label; "classes": one of several classes.
+        form: "numbers"; "binary": two classes of each label; "classes": one of several classes.
         labels: the names of the labels; a single one for "classes".
         classes: the names of the classes of "classes", in the order of the outputs.
-        thresholds: the smallest probability at which a label of "binary" is predicted to be 1, one for each label.
+        pairs: the names of the negative and the positive class of each label of "binary".
+        thresholds: the smallest probability at which the positive class of "binary" is predicted, one for each label.
         mean: the mean that standardised outputs of "numbers" are relative to, in the unit of each label.
         std: the unit of standardised outputs of "numbers", in the unit of each label.
     """
@@ -31,6 +39,7 @@ class Target:
     form: Literal["numbers", "binary", "classes"]
     labels: tuple[str, ...]
     classes: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=_pairs)
     thresholds: tuple[float, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -59,7 +68,16 @@ class Target:
         """Return the predicted classes for the probabilities (K,) of one example."""
         if self.form == "classes":
             return (self.classes[int(values.argmax())],)
-        return tuple(str(int(value >= threshold)) for value, threshold in zip(values, self.thresholds, strict=True))
+        return tuple(
+            pair[value >= threshold]
+            for pair, value, threshold in zip(self.pairs, values.tolist(), self.thresholds, strict=True)
+        )
+
+    @classmethod
+    def binary(cls, labels: Sequence[str], pairs: Sequence[Sequence[str]] = ()) -> Self:
+        """Return the target of two classes of each label, "0" and "1" if no names are given, with thresholds of 0.5."""
+        count = len(labels)
+        return cls(form="binary", labels=tuple(labels), pairs=pairs or [("0", "1")] * count, thresholds=(0.5,) * count)
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Self:
@@ -87,7 +105,7 @@ class Predictions:
 
     @property
     def decisions(self) -> list[tuple[str, ...]]:
-        """The predicted classes of each example: "0" or "1" for each binary label, or one name; none for numbers.
+        """The predicted classes of each example: a name for each label; none for numbers.
 
         They are empty texts for an example that cannot be used.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from typing import TYPE_CHECKING
 
@@ -95,9 +96,14 @@ def _written(labels: Tensor, target: Target) -> list[list[str]]:
         labels: (N, T) numbers; of classes their indices (N,), or (N, C) with a 1 for the class.
         target: the meaning of the labels.
     """
-    if target.form != "classes":
+    if target.form == "numbers":
         rows = labels.reshape(len(labels), -1).numpy()
         return [["" if np.isnan(x) else np.format_float_positional(x, trim="-") for x in row] for row in rows]
+    if target.form == "binary":
+        return [
+            ["" if math.isnan(x) else pair[int(x)] for pair, x in zip(target.pairs, row, strict=True)]
+            for row in labels.tolist()
+        ]
     if labels.dim() == 1:
         return [[target.classes[int(label)]] for label in labels]
     return [["" if row.isnan().any() else target.classes[int(row.argmax())]] for row in labels]

@@ -49,6 +49,7 @@ class MoleculeTask(Task):
         kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification if all
             labels are 0 or 1.
         class_column: the name of the one task whose classes the columns are, if each molecule has one of them.
+        class_names: the names of the classes 0 and 1 of each task, for predictions; by default "0" and "1".
         metric: the name of a metric of `mlopt.recipes.tapweight.metrics`; by default "roc_auc" for classification, "rmse" for
             regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
@@ -75,6 +76,7 @@ class MoleculeTask(Task):
         label_names: Sequence[str],
         kind: Kind | None = None,
         class_column: str | None = None,
+        class_names: Sequence[Sequence[str]] = (),
         metric: str | None = None,
         dropout: float = 0.0,
         class_weights: ClassWeights = "none",
@@ -83,7 +85,8 @@ class MoleculeTask(Task):
         super().__init__(splits)
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
-        self.label_names, self.class_column, self.dropout = tuple(label_names), class_column, dropout
+        self.label_names, self.class_column, self.class_names = tuple(label_names), class_column, tuple(class_names)
+        self.dropout = dropout
         labels = {split: _labels(split, examples, self.label_names) for split, examples in splits.items()}
         self.kind = kind or _infer_kind(labels.values())
         if self.kind not in _FORMS or (class_column is not None and self.kind == "regression"):
@@ -275,8 +278,7 @@ class MoleculeTask(Task):
         if self.class_column is not None:
             return Predictor(members, Target(form="classes", labels=(self.class_column,), classes=self.label_names))
         if self.kind == "classification":
-            thresholds = (0.5,) * len(self.label_names)
-            return Predictor(members, Target(form="binary", labels=self.label_names, thresholds=thresholds))
+            return Predictor(members, Target.binary(self.label_names, self.class_names))
         mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
         return Predictor(members, Target(form="numbers", labels=self.label_names, mean=mean, std=std))
 
@@ -368,10 +370,11 @@ def _infer_kind(labels: Iterable[Tensor]) -> Kind:
 
 
 def _meaning(molecules: Molecules, kind: Kind | None) -> dict[str, Any]:
-    """Return the kind of some molecules' labels, and the name of the one column of classes, if there is one."""
+    """Return the kind of some molecules' labels, the name of the one column of classes, and the names of two classes."""
     numbers = any(each.form == "numbers" for each in molecules.meanings)
     column = next((each.name for each in molecules.meanings if each.form == "classes"), None)
-    return {"kind": kind or ("regression" if numbers else None), "class_column": column}
+    names = [each.classes for each in molecules.meanings if each.form == "binary"]
+    return {"kind": kind or ("regression" if numbers else None), "class_column": column, "class_names": names}
 
 
 def _remarks(files: Sequence[Molecules], splits: Mapping[Split, Molecules]) -> list[str]:

@@ -255,8 +255,7 @@ class TextTask(Task):
             return None
         columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
         if self.form == "several":
-            thresholds = (0.5,) * len(self.classes)
-            return Predictor(members, Target(form="binary", labels=self.classes, thresholds=thresholds), columns)
+            return Predictor(members, Target.binary(self.classes), columns)
         if self.classes:
             return Predictor(members, Target(form="classes", labels=(self.label_name,), classes=self.classes), columns)
         target = Target(form="numbers", labels=(self.label_name,), mean=(self.mean,), std=(self.std,))

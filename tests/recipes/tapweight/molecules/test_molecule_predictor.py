@@ -238,6 +238,20 @@ def test_the_classes_of_a_column_are_predicted_by_name(tmp_path: Path) -> None:
     assert list(columns["size_predicted"]) == [sorted(set(names))[k] for k in probabilities.argmax(0)]
 
 
+def test_two_classes_are_predicted_by_name(tmp_path: Path) -> None:
+    columns = {"hit": [("Inactive", "Active", "")[k % 3] for k in range(40)], "ring": [int("1" in s) for s in SMILES]}
+    file = table(tmp_path, columns)
+    recipe(file).fit(1, methods=["direct"], progress=False).save(tmp_path / "run")
+    tested, rows = written(tmp_path / "run" / "predictions.csv"), file.read_text().splitlines()
+    for row, *cells in zip(*(tested[name] for name in ("row", "smiles", "hit", "ring")), strict=True):
+        assert rows[int(row) - 1] == ",".join(cells)
+    again = Predictor.load(tmp_path / "run").predict(SMILES)
+    assert again.target.pairs == (("Inactive", "Active"), ("0", "1"))
+    assert again.decisions == [
+        ("Active" if hit >= 0.5 else "Inactive", "1" if ring >= 0.5 else "0") for hit, ring in again.values
+    ]
+
+
 def test_a_run_takes_the_splits_of_another(tmp_path: Path) -> None:
     file = table(tmp_path, {"length": [len(smiles) / 10 for smiles in SMILES]})
     recipe(file).fit(1, methods=["direct"], progress=False).save(tmp_path / "run")
