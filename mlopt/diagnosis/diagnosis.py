@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .. import linear
+from ..errors import MloptError
 from ..estimators import Implicit, LinearSolve, Unrolled
-from ..hypergradient import run_solvers, seeded_generators
+from ..hypergradient import at_solutions, run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
 from ..tensors import Tensors
@@ -134,7 +135,8 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
         for level in reversed(problem.levels):
             if problem.needs_estimator(name := level.name):
                 measures = measure(problem, workspace, batches, name, seed, cotangents.get(name))
-                levels[name] = _diagnose(problem, name, measures, name in cotangents, _unused(name, workspace))
+                more = [*_unused(name, workspace), *_refused(problem, workspace, batches, name, seed)]
+                levels[name] = _diagnose(problem, name, measures, name in cotangents, more)
     return Diagnosis(levels=levels)
 
 
@@ -158,8 +160,22 @@ def _unused(name: str, workspace: Workspace) -> list[Finding]:
     ]
 
 
+def _refused(problem: Problem, workspace: Workspace, batches: Mapping[str, Any], name: str, seed: int) -> list[Finding]:
+    """Return a finding if an estimator that is not implicit, and is not measured further, refuses its level."""
+    host = problem.graph[name].host
+    if host is None or isinstance(problem[name].estimator, Implicit) or problem[host].response is not None:
+        return []
+    point = Point(problem, batches, seeded_generators(problem, "seed", seed), workspace=workspace)
+    try:
+        with at_solutions(point, problem[host]):
+            evaluate(point, problem[host])
+    except MloptError as error:
+        return [Finding("error", str(error))]
+    return []
+
+
 def _diagnose(
-    problem: Problem, name: str, measures: Measurements, influential: bool, unused: list[Finding]
+    problem: Problem, name: str, measures: Measurements, influential: bool, more: list[Finding]
 ) -> LevelDiagnosis:
     level = problem[name]
     reference = measures.trials[measures.reference] if measures.reference else None
@@ -184,7 +200,7 @@ def _diagnose(
         *_precision_findings(level, differences),
         *_curvature_findings(measures, precision),
         *_point_findings(level, measures),
-        *unused,
+        *more,
     ]
     if not influential:
         findings.append(

@@ -336,7 +336,7 @@ def test_products_are_compared_once() -> None:
         seen.clear()
         mlopt.hypergradient(problem)
         counts.append(len(seen))
-    # Two gradients along each direction, of H v, of the mixed product, and of its transpose; and two evaluations that are compared.
+    # Two gradients along each direction, of H v, of the mixed product, and of its transpose; and two evaluations, compared.
     assert counts[0] - counts[1] <= 2 * 3 + 2
     assert counts[1] == counts[2] == 1
 
