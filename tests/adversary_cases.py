@@ -41,6 +41,7 @@ class LevelTraps:
     clip: float | None = None
     regularizer: bool = False
     eps: float = 1e-8
+    factor: float = 1.0
 
 
 @attrs.frozen(kw_only=True)
@@ -52,6 +53,7 @@ class Spec:
         mapping: True if losses return mappings.
         solved: True if the hypergradient is read off an outer step of `solve`.
         edge: an undeclared reference: the level, the level that it refers to, and how it gets there; None if all are declared.
+        uneven: True if the first linear map of the network is in a unit of 1e-5.
         saddle: True if the inner level is at a saddle or a maximum.
     """
 
@@ -70,6 +72,7 @@ class Spec:
     solved: bool = False
     edge: tuple[str, str, str] | None = None
     saddle: bool = False
+    uneven: bool = False
 
     @property
     def traps(self) -> tuple[str, ...]:
@@ -77,6 +80,7 @@ class Spec:
         names = [] if self.net in ("linear", "mlp") else [self.net]
         names += ["undeclared " + self.edge[2]] if self.edge else []
         names += ["saddle"] if self.saddle else []
+        names += ["uneven variables"] if self.uneven else []
         names += [f"outer: {self.outer_batch} batch"] if self.outer_batch != "tuple" else []
         names += ["outer: small variables"] if self.outer_scale < 1 else []
         for name in ("middle", "inner") if self.shape != "two" else ("inner",):
@@ -87,6 +91,8 @@ class Spec:
                 "maximize": traps.maximize,
                 f"{traps.batch} batch": traps.batch != "tuple",
                 "small variables": traps.scale < 1,
+                "large variables": traps.scale > 1,
+                "scaled loss": traps.factor != 1,
                 "stop-gradient": traps.stop,
                 "bound": traps.bound,
                 "frozen": traps.frozen,
@@ -109,7 +115,8 @@ _SETTINGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ),
     "maximize": st.just({"maximize": True}),
     "batch": st.sampled_from(BATCHES[1:]).map(lambda batch: {"batch": batch}),
-    "small": st.sampled_from((1e-3, 1e-5, 1e-7)).map(lambda scale: {"scale": scale}),
+    "size": st.sampled_from((1e-3, 1e-5, 1e-7, 1e4)).map(lambda scale: {"scale": scale}),
+    "factor": st.sampled_from((1e-6, 1e6)).map(lambda factor: {"factor": factor}),
     "stop": st.just({"stop": True}),
     "bound": st.just({"bound": True}),
     "frozen": st.just({"frozen": True}),
@@ -119,7 +126,8 @@ _SETTINGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "clip": st.sampled_from((0.1, 1e-3)).map(lambda clip: {"clip": clip}),
 }
 #: Traps of a whole problem.
-_WHOLE = ("norm", "weight_norm", "shared", "edge", "saddle", "outer batch", "outer small")
+_WHOLE = ("edge", "saddle", "outer batch", "outer small", "uneven")
+_NETS = ("linear", "linear", "mlp", "mlp", *NORMS, "weight_norm", "shared")
 
 
 @st.composite
@@ -129,7 +137,8 @@ def specs(draw: st.DrawFn) -> Spec:
     nested = shape.startswith("nested")
     levels = ("inner",) if shape == "two" else ("middle", "inner")
     kinds = [(level, trap) for level in levels for trap in _SETTINGS] + [("problem", trap) for trap in _WHOLE]
-    traps = draw(st.lists(st.sampled_from(kinds), unique=True, max_size=3))
+    count = draw(st.sampled_from((0, 1, 1, 2, 2, 3)))
+    traps = draw(st.lists(st.sampled_from(kinds), unique=True, min_size=count, max_size=count))
     settings: dict[str, dict[str, Any]] = {
         level: {
             "optimizer": draw(st.sampled_from(("sgd", "adam"))),
@@ -139,12 +148,10 @@ def specs(draw: st.DrawFn) -> Spec:
         }
         for level in levels
     }
-    whole: dict[str, Any] = {"net": draw(st.sampled_from(("linear", "mlp")))}
+    whole: dict[str, Any] = {"net": draw(st.sampled_from(_NETS))}
     for level, trap in traps:
         if level != "problem":
             settings[level] |= draw(_SETTINGS[trap])
-        elif trap == "norm":
-            whole["net"] = draw(st.sampled_from(NORMS))
         elif trap == "edge":
             owner = draw(st.sampled_from(levels))
             ref = draw(st.sampled_from(SHAPES[shape][owner]))
@@ -154,7 +161,7 @@ def specs(draw: st.DrawFn) -> Spec:
         elif trap == "outer small":
             whole["outer_scale"] = draw(st.sampled_from((1e-3, 1e-5, 1e-7)))
         else:
-            whole |= {"net": trap} if trap != "saddle" else {"saddle": True}
+            whole[trap] = True
     estimator = draw(st.sampled_from(("dense", "cg", "minres") if nested else ("dense", "cg", "minres", "unrolled")))
     # Adam moves at a fixed point: it divides rounding by rounding.
     at_rest = estimator != "unrolled" and all(options["optimizer"] == "sgd" for options in settings.values())

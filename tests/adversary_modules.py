@@ -18,11 +18,12 @@ DOUBLED = ("in_place", "attribute", "item")
 
 
 class Net(nn.Module):
-    """A small network with linear maps in a unit of `scale`."""
+    """A small network with linear maps in units of their own: of the first, and of the others."""
 
-    def __init__(self, kind: str, activation: str, scale: float, frozen: bool) -> None:
+    def __init__(self, kind: str, activation: str, units: tuple[float, float], frozen: bool) -> None:
         super().__init__()
-        self.kind, self.scale = kind, scale
+        self.kind, self.units = kind, units
+        scale = units[1]
         wide, affine = (
             kind in ("group_norm", "instance_norm"),
             scale == 1.0 and kind not in ("group_norm", "instance_norm"),
@@ -65,9 +66,10 @@ class Net(nn.Module):
             ).requires_grad_(False)
 
     def _linear(self, layer: nn.Linear, h: Tensor) -> Tensor:
-        if self.scale == 1.0:
+        unit = self.units[layer is not self.first]
+        if unit == 1.0:
             return layer(h)
-        return functional.linear(h, layer.weight / self.scale, None if layer.bias is None else layer.bias / self.scale)
+        return functional.linear(h, layer.weight / unit, None if layer.bias is None else layer.bias / unit)
 
     def forward(self, inputs: Tensor) -> Tensor:
         h = self._linear(self.first, inputs)

@@ -56,9 +56,11 @@ def _standardised(h: Tensor, axis: int) -> Tensor:
     return centred / torch.sqrt((centred * centred).mean(axis, keepdim=True) + 1e-5)
 
 
-def predict(kind: str, activation: str, scale: float, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """Return the outputs (n,) of the network of a kind, at parameters by name; those of linear maps have a unit of `scale`."""
-    p = {name: value if name.startswith("norm") else value / scale for name, value in parameters.items()}
+def predict(
+    kind: str, activation: str, units: Mapping[str, float], parameters: Mapping[str, Tensor], inputs: Tensor
+) -> Tensor:
+    """Return the outputs (n,) of the network of a kind, at parameters by name, each in a unit."""
+    p = {name: value / units[name] for name, value in parameters.items()}
     if kind == "weight_norm":
         size, along = p.pop("first.parametrizations.weight.original0"), p.pop("first.parametrizations.weight.original1")
         p["first.weight"] = size * along / torch.sqrt((along * along).sum(1, keepdim=True))

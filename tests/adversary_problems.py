@@ -66,14 +66,17 @@ class Case:
 
     def _net(self, draw: Callable[..., Tensor]) -> Net:
         spec = self.spec
-        net = Net(spec.net, spec.activation, spec.inner.scale, spec.inner.frozen)
-        for p in net.parameters():
-            p.data = (1.0 if p.dim() > 1 else 0.3) * draw(*p.shape) * spec.inner.scale
-        for name, p in net.named_parameters():
-            if name == "norm.weight" or name.endswith("original0"):
-                p.data = (
-                    p.data / spec.inner.scale * 0.3 + 1.0 if name == "norm.weight" else p.data.abs() + spec.inner.scale
-                )
+        units = (1e-5 if spec.uneven else spec.inner.scale, spec.inner.scale)
+        net = Net(spec.net, spec.activation, units, spec.inner.frozen)
+        named = dict(net.named_parameters())
+        self._units = {k: 1.0 if k.startswith("norm") else units[not k.startswith("first")] for k in named}
+        for name, p in named.items():
+            start = (1.0 if p.dim() > 1 else 0.3) * draw(*p.shape)
+            if name == "norm.weight":
+                start = 1.0 + 0.3 * start
+            elif name.endswith("original0"):
+                start = 1.0 + start.abs()
+            p.data = start * self._units[name]
         return net
 
     def _flat(self, name: str) -> Tensor:
@@ -103,6 +106,7 @@ class Case:
         decay = torch.full_like(x, traps.decay)
         if not traps.one_group:
             decay[next(iter(self._free[name].values())).numel() :] = 0.0
+        unit = 1e-5 if self.spec.uneven and name == "inner" else traps.scale
         kind = "sgd" if traps.bound or (self._unrolled and traps.optimizer not in _UNROLLED) else traps.optimizer
         apart = kind == "adamw"
         moved, free = torch.ones_like(x, dtype=torch.bool), torch.ones_like(x, dtype=torch.bool)
@@ -111,20 +115,20 @@ class Case:
         stepped[next(iter(self._free[name].values())).numel() :] = not traps.part
         return Rule(
             sign=-1.0 if traps.maximize else 1.0,
-            decay=torch.zeros_like(x) if apart else decay / traps.scale**2,
+            decay=torch.zeros_like(x) if apart else decay * traps.factor / unit**2,
             decoupled=0.3 * decay if apart else torch.zeros_like(x),
             kind=kind,
-            lr=0.1 * traps.scale**2 if kind == "sgd" else 0.05 * traps.scale,
+            lr=0.1 * unit**2 / traps.factor if kind == "sgd" else 0.05 * unit,
             momentum=0.5,
             eps=traps.eps,
-            clip=None if traps.clip is None else traps.clip / traps.scale,
+            clip=None if traps.clip is None else traps.clip * traps.factor / traps.scale,
             moved=moved,
             stepped=stepped,
             free=free,
         )
 
     def _outputs(self, z: Tensor, inputs: Tensor) -> Tensor:
-        return predict(self.spec.net, self.spec.activation, self.spec.inner.scale, self._named(z), inputs)
+        return predict(self.spec.net, self.spec.activation, self._units, self._named(z), inputs)
 
     def _named(self, z: Tensor) -> dict[str, Tensor]:
         named, at = dict(self._start), 0
@@ -158,7 +162,7 @@ class Case:
             value = value + (b - 0.4 * stopped - 0.1).square().sum() / 2
         if self.spec.shape.startswith("nested"):
             value = value + (self._outputs(z, inputs) - labels).square().mean() / 2
-        return -value if traps.maximize else value
+        return self._signed(traps) * value
 
     def _inner_value(self, z: Tensor, stopped: Tensor, a: Tensor, b: Tensor) -> Tensor:
         traps, (inputs, labels) = self.spec.inner, self._batch("inner")
@@ -167,9 +171,12 @@ class Case:
         labels = labels + c[2] * self._s + (0.4 * self._outputs(stopped, inputs) if traps.stop else 0.0)
         fit = ((1 + torch.tanh(c[0] + self._s * c[1])) * (self._outputs(z, inputs) - labels).square()).mean()
         named = self._named(z)
-        anchor = sum(((named[k] - self._start[k]) / traps.scale).square().sum() for k in self._free["inner"])
-        value = fit + self._strength * anchor
-        return -value if traps.maximize else value
+        anchor = sum(((named[k] - self._start[k]) / self._units[k]).square().sum() for k in self._free["inner"])
+        return self._signed(traps) * (fit + self._strength * anchor)
+
+    @staticmethod
+    def _signed(traps: LevelTraps) -> float:
+        return -traps.factor if traps.maximize else traps.factor
 
     @property
     def _strength(self) -> float:
@@ -179,7 +186,9 @@ class Case:
         if not self._traps(name).bound:
             return float("-inf"), float("inf")
         held = float(self._flat(name)[0])
-        push = float(self.oracle.push(name)[0]) * self._traps(name).scale
+        traps = self._traps(name)
+        unit = 1e-5 if self.spec.uneven and name == "inner" else traps.scale
+        push = float(self.oracle.push(name)[0]) * unit / traps.factor
         if abs(push) < 1e-3:
             raise UnsolvedError
         return (held, float("inf")) if push > 0 else (float("-inf"), held)
@@ -206,7 +215,7 @@ class Case:
             self._declared(name, loss),
             data=data,
             optimizer=optimizer(module.parameters()) if traps.made else optimizer,
-            clip=traps.clip if traps.clip is None else traps.clip / traps.scale,
+            clip=self.oracle.rules[name].clip,
             estimator=self._estimator(name),
             regularizer=regularizer if traps.regularizer else None,
         )
@@ -280,11 +289,11 @@ class Case:
             value = value + (b - 0.4 * b.detach() - 0.1).square().sum() / 2
         if inner is not None:
             value = value + functional.mse_loss(inner(inputs), labels) / 2
-        value = -value if traps.maximize else value
+        value = self._signed(traps) * value
         return value if traps.regularizer else value + self._middle_regularizer(module)
 
     def _middle_regularizer(self, module: Vector) -> Tensor:
-        return (-1 if self.spec.middle.maximize else 1) * module().square().sum()
+        return self._signed(self.spec.middle) * module().square().sum()
 
     def _inner_loss(
         self, module: Net, batch: Any, *, outer: Vector | None = None, middle: Vector | None = None
@@ -296,13 +305,13 @@ class Case:
         outputs = module(inputs)
         labels = labels + c[2] * self._s + (0.4 * outputs.detach() if traps.stop else 0.0)
         value = ((1 + (c[0] + self._s * c[1]).tanh()) * (outputs - labels).square()).mean()
-        value = -value if traps.maximize else value
+        value = self._signed(traps) * value
         return value if traps.regularizer else value + self._inner_regularizer(module)
 
     def _inner_regularizer(self, module: Net) -> Tensor:
         named = dict(module.named_parameters())
-        total = sum(((named[k] - self._start[k]) / module.scale).square().sum() for k in self._free["inner"])
-        return (-self._strength if self.spec.inner.maximize else self._strength) * total
+        total = sum(((named[k] - self._start[k]) / self._units[k]).square().sum() for k in self._free["inner"])
+        return self._signed(self.spec.inner) * self._strength * total
 
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -125,8 +125,8 @@ class Stationarity(Linearization):
         hooked = [block for block in self.states if any(p._backward_hooks for p in point.values[block])]
         if self._children and hooked:
             self.report.doubt(
-                f"parameters of {hooked[0]!r} have hooks (register_hook), which change the gradient of a level but not its objective, "
-                "and nested levels use both; freeze parts by requires_grad_(False), or scale the loss"
+                f"parameters of {hooked[0]!r} have hooks (register_hook), which change the gradient of a level and not its "
+                "objective, and nested levels use both; freeze parts by requires_grad_(False), or scale the loss"
             )
         if fixed.doubt and not isinstance(self._solver, AssumedInverse):
             self.report.doubt(fixed.doubt)

@@ -345,6 +345,18 @@ class _PureFunction(nn.Module):
         self.levels = nn.ModuleDict({_key(name): module for name, module in modules.items()})
         self._names = tuple(modules)
         self._function = function
+        places: dict[int, list[str]] = {}
+        for path, module in self.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append(f"{path}.{name}")
+        #: By name of a tensor, its places: each module once, under its first path. On exit, functional_call would otherwise
+        #: put its own tensors into a module that it finds under a second path.
+        self._places = {
+            name: places[id(tensor)]
+            for named in (self.named_parameters, self.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
+        }
 
     def forward(self, *arguments: Any) -> Tensor:
         return self._function({name: self.levels[_key(name)] for name in self._names}, *arguments)
@@ -352,7 +364,9 @@ class _PureFunction(nn.Module):
     def at(self, parameters: Mapping[str, Tensor], *arguments: Any) -> Tensor:
         # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
         buffers = {name: parameters.get(name, buffer).clone() for name, buffer in self.named_buffers()}
-        result: Tensor = functional_call(self, {**parameters, **buffers}, arguments)
+        given = {**parameters, **buffers}
+        placed = {place: tensor for name, tensor in given.items() for place in self._places[name]}
+        result: Tensor = functional_call(self, placed, arguments, tie_weights=False)
         return result
 
 

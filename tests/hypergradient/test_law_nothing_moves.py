@@ -121,6 +121,49 @@ def test_a_loss_that_sets_the_mode_decides_for_itself_alone(products: str) -> No
     assert distance(gradients[0], gradients[1]) < 1e-9
 
 
+class Twice(nn.Module):
+    """A network with one linear map under two names, and a norm that another module holds, too."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.first = norm, nn.Linear(3, 3)
+        self.second, self.last = self.first, nn.Linear(3, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(self.norm(inputs)))))).squeeze(1)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_module_under_two_names_keeps_its_tensors(products: str) -> None:
+    """torch.func.functional_call leaves its own tensors in a module that it finds under two names."""
+    norm = nn.BatchNorm1d(3).requires_grad_(False)
+    inner, outer = Twice(norm), Twice(norm)
+    inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+
+    def outer_loss(module: nn.Module, batch: Any, *, inner: nn.Module) -> Tensor:
+        return (module(inputs) - inner(inputs)).square().mean()
+
+    def inner_loss(module: nn.Module, batch: Any, *, outer: nn.Module) -> Tensor:
+        decay = sum(p.square().sum() for p in module.parameters())
+        return (module(inputs) - outer(inputs.flip(0))).square().mean() + decay
+
+    level = mlopt.Level("inner", inner, inner_loss, estimator=mlopt.Dense(products=products))
+    held = [
+        {name: id(t) for named in (m.named_parameters, m.named_buffers) for name, t in named(remove_duplicate=False)}
+        for m in (inner, outer)
+    ]
+    values = [p.detach().clone() for p in (*inner.parameters(), *norm.buffers())]
+    first, second = (
+        mlopt.hypergradient(mlopt.Problem(mlopt.Level("outer", outer, outer_loss), level)).gradient for _ in range(2)
+    )
+    assert held == [
+        {name: id(t) for named in (m.named_parameters, m.named_buffers) for name, t in named(remove_duplicate=False)}
+        for m in (inner, outer)
+    ]
+    assert all(torch.equal(p, kept) for p, kept in zip((*inner.parameters(), *norm.buffers()), values, strict=True))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 class StopHereError(Exception):
     """Raised by a loss on purpose."""
 

@@ -65,15 +65,18 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
         return product(direction, wanted)
     workspace.verifying = True
     try:
-        check = _Check(product, direction, wanted)
-        result = check.result()
+        # Block by block: beside the product for variables of the size 1e-5, that for others would be lost.
+        groups = [[block] for block in wanted] if len(wanted) > 1 else [wanted]
+        checks = [_Check(product, direction, group) for group in groups if product.needs_verification(direction, group)]
+        results = [check.result() for check in checks]
         workspace.verified.add(key)
-        if (gap := check.discrepancy(result)) is not None:
-            workspace.doubts[key] = _sentence(product, gap)
+        gaps = [check.discrepancy(result) for check, result in zip(checks, results, strict=True)]
+        if known := [gap for gap in gaps if gap is not None]:
+            workspace.doubts[key] = _sentence(product, max(known))
             product.remark(workspace.doubts[key])
     finally:
         workspace.verifying = False
-    return result
+    return results[0] if len(wanted) == 1 else product(direction, wanted)
 
 
 def _sentence(product: Product, gap: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from core_cases import PRODUCTS, distance, flat
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD
 
 import mlopt
 from mlopt.estimators import LinearSolve
@@ -336,7 +338,7 @@ def test_products_are_compared_once() -> None:
         seen.clear()
         mlopt.hypergradient(problem)
         counts.append(len(seen))
-    # Two gradients along each direction, of H v, of the mixed product, and of its transpose; and two evaluations, compared.
+    # Two gradients along each direction, of H v, the mixed product, and its transpose; and two evaluations that are compared.
     assert counts[0] - counts[1] <= 2 * 3 + 2
     assert counts[1] == counts[2] == 1
 
@@ -355,3 +357,30 @@ def test_what_is_kept_is_restored_after_a_check() -> None:
     for name, p in module.named_parameters():
         assert (id(p), p.dtype) == before[name][:2]
         assert torch.equal(p, before[name][2])
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_block_is_not_lost_beside_that_of_small_variables(products: str) -> None:
+    """Unrolled steps ask for H v, of the size 1e14 here, together with the product for x, a part of which is detached."""
+    pytest.importorskip("torchopt")
+    size = 1e-7
+
+    def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        weights = torch.cat([x()[:2], x()[2:].detach()]).exp()
+        return (weights * (module() / size - 1).square()).sum()
+
+    def outer(x: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+        return (y() / size).square().sum()
+
+    start = torch.linspace(0.2, 0.8, 4)
+    problem = mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(start), outer),
+        mlopt.Level(
+            "y",
+            mlopt.variables(size * start),
+            inner,
+            optimizer=partial(SGD, lr=0.1 * size**2),
+            estimator=mlopt.Unrolled(steps=3, products=products),
+        ),
+    )
+    assert mlopt.hypergradient(problem).reports["y"].doubtful
