@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..errors import EstimatorError
 from ..imports import import_optional
-from ..problem import Point
+from ..problem import Point, require_all_variables
 from ..tensors import Tensors, zeros_like
 from .clipping import clipped
 
@@ -122,6 +122,7 @@ def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh:
         )
     if not isinstance(optimizer, Optimizer):
         optimizer = optimizer(list(level.parameters))
+    require_all_variables(level, optimizer)
     if optimizer._optimizer_step_post_hooks or optimizer._optimizer_step_pre_hooks:
         raise EstimatorError(
             f"level {name!r}: its {type(optimizer).__name__} has step hooks, such as a projection, which the virtual steps of "

@@ -113,7 +113,11 @@ class Inspection:
     def _note_unused(self, reached: set[str]) -> None:
         """Keep a remark on each level that the loss declares, until an evaluation has a derivative with respect to it."""
         levels, workspace = {other.name: other for other in self._levels}, self._workspace
+        # The steps of Unrolled may start at a level: the loss then declares it, and need not use it.
+        start = getattr(self._level.estimator, "start", None)
         for name in self._declared:
+            if name == start:
+                continue
             key = ("loss", self._level.name, name, self._part)
             if name in reached:
                 workspace.verified.add(("reached", *key))

@@ -219,16 +219,17 @@ def test_variables_with_a_rate_of_zero_do_not_move(products: str) -> None:
     assert not result.reports["y"].doubtful
 
 
+@pytest.mark.parametrize("estimator", [mlopt.Dense(), mlopt.Unrolled(steps=3)], ids=str)
 @pytest.mark.parametrize("made", [False, True], ids=["factory", "instance"])
-def test_an_optimizer_that_leaves_out_variables_is_refused_as_in_a_run(made: bool) -> None:
+def test_an_optimizer_that_leaves_out_variables_is_refused_as_in_a_run(made: bool, estimator: mlopt.Estimator) -> None:
     def partly(parameters: Any) -> Optimizer:
         return SGD(list(parameters)[:1], lr=0.1)
 
-    problem = in_parts(partly, mlopt.Dense(), OUTER)
+    problem = in_parts(partly, estimator, OUTER)
     if made:
         inner = problem["y"]
         optimizer = partly(inner.module.parameters())
-        again = mlopt.Level("y", inner.module, inner.loss, optimizer=optimizer, estimator=mlopt.Dense())
+        again = mlopt.Level("y", inner.module, inner.loss, optimizer=optimizer, estimator=estimator)
         problem = mlopt.Problem(problem["x"], again)
     with pytest.raises(mlopt.ProblemError, match="its optimizer leaves out 1 of the level's 2 trainable tensors"):
         mlopt.hypergradient(problem)
