@@ -22,13 +22,15 @@ class Command:
 
     Attributes:
         summary: a phrase for the help.
-        module: the module with its function `main(arguments, *, prog)`, which may return an exit status.
+        module: the module with its function, `function(arguments, *, prog)`, which may return an exit status.
         extra: the extra that it needs; empty if it needs none.
+        function: the name of the function.
     """
 
     summary: str
     module: str
     extra: str = ""
+    function: str = "main"
 
 
 @attrs.frozen
@@ -54,6 +56,18 @@ _RECIPES = {
             ),
             "text": Command(
                 "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.modality", "text"
+            ),
+            "predict": Command(
+                "predict with the result of a run",
+                "mlopt.recipes.tapweight.prediction",
+                "all",
+                "predict",
+            ),
+            "embed": Command(
+                "write the features of a result's finetuned encoder",
+                "mlopt.recipes.tapweight.prediction",
+                "all",
+                "embed",
             ),
             "demo": Command(
                 "run it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"
@@ -98,7 +112,7 @@ def _dispatch(arguments: list[str]) -> int:
     known, rest = _parser().parse_known_args(arguments)
     chosen: Command | argparse.ArgumentParser = known.chosen
     if isinstance(chosen, Command):
-        status = _load(chosen, known.prog).main(rest, prog=known.prog)
+        status = getattr(_load(chosen, known.prog), chosen.function)(rest, prog=known.prog)
         return status if isinstance(status, int) else 0
     if rest:
         chosen.error(f"unrecognised arguments: {' '.join(rest)}")

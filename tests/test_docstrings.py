@@ -16,7 +16,11 @@ import torch
 import mlopt
 
 #: Modules whose examples need an extra, and what they import.
-EXTRAS = {"mlopt.estimators.unrolled": "torchopt", "mlopt.recipes.tapweight.recipe": "rdkit"}
+EXTRAS = {
+    "mlopt.estimators.unrolled": "torchopt",
+    "mlopt.recipes.tapweight.recipe": "rdkit",
+    "mlopt.recipes.tapweight.molecules.predictor": "rdkit",
+}
 
 
 def module_names() -> list[str]:

@@ -32,30 +32,30 @@ OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
 @contextlib.contextmanager
 def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = None) -> Iterator[None]:
     """Let the modules work on clones of their buffers; restore buffers and modes on exit. Submodules of `apart` keep theirs."""
-    owners = {id(m): m for module in modules for m in module.modules()}
+    modes = _modes(modules)
+    owners = {id(m): m for m, _ in modes if m._buffers}
     for own in apart.modules() if apart is not None and owners else ():
         owners.pop(id(own), None)
-    kept = [(m, dict(m._buffers)) for m in owners.values() if m._buffers]
+    kept = [(m, dict(m._buffers)) for m in owners.values()]
     for module, buffers in kept:
         module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
     try:
-        with _kept_modes(owners.values()):
-            yield
+        yield
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)
+        _restore_modes(modes)
 
 
-@contextlib.contextmanager
-def _kept_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the modes of modules, train or eval, on exit: a loss that calls `eval()` does not decide for other losses."""
-    modes = [(m, m.training) for m in modules]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            if module.training != mode:
-                module.training = mode
+def _modes(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]]:
+    """Return the mode, train or eval, of all submodules: a loss that calls `eval()` must not decide for other losses."""
+    return [(m, m.training) for module in modules for m in module.modules()]
+
+
+def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        if module.training != mode:
+            module.training = mode
 
 
 @contextlib.contextmanager
@@ -298,10 +298,9 @@ class LevelTerm(Term):
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
         }
-        pure = _PureFunction(self._modules, function)
+        modes = _modes(self._modules.values())
         try:
-            with _kept_modes(pure.modules()):
-                return pure.at(named)
+            return _PureFunction(self._modules, function).at(named)
         except RuntimeError as error:
             if "mutate a captured Tensor" not in str(error):
                 raise
@@ -309,6 +308,8 @@ class LevelTerm(Term):
                 f"the {self.part} of level {self.name!r} changed a tensor that it did not make in place, such as one of its "
                 "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 for x *= 2)"
             ) from error
+        finally:
+            _restore_modes(modes)
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""

@@ -30,7 +30,7 @@ class Workspace:
         doubts: by key of a check that failed, a sentence. The key for a loss is "loss", the level, the level that it refers to
             (or itself), and the part of the objective.
         verifying: True while products are checked, so that no check starts another.
-        uses: by compiled product and shapes of its arguments, the number of calls.
+        uses: by compiled product and shapes of its arguments, the number of calls; by term, the number of traces.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
             disagreement of two steps, and whether the variables are small.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.

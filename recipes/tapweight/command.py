@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +18,9 @@ import mlopt
 from mlopt.files import replacing
 
 from .configuration import ConfigurationError, parse, read, write
-from .modality import Configuration, Device, Modality
+from .examples import Skipped
+from .modality import Configuration, Modality, device_of
+from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
 from .result import TapWeightResult
 from .spread import Spread
@@ -38,6 +40,9 @@ _FILES = (
     "config.json",
     "environment.json",
     "summary.json",
+    "predictions.csv",
+    "splits.json",
+    "skipped.csv",
 )
 
 
@@ -58,7 +63,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
     configuration: Configuration[Any, Any] = line.run
     configuration.check()
-    output, device = Path(configuration.output or ""), _device(configuration.device)
+    output, device = Path(configuration.output or ""), device_of(configuration.device)
     _claim(output, line.overwrite, line.resume)
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
     console = Console()
@@ -79,6 +84,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
             _clear(output)
             (output / _CHECKPOINTS / _OVERWRITES).unlink()
         result.save(folder)
+        _list_skipped(modality.skipped, output / "skipped.csv")
         write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
         for table in result.tables():
             console.print(table)
@@ -88,6 +94,14 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
         write(whole, output / "config.json")
         _summarise(console, results, configuration.seeds, output)
     _say(console, f"Saved in {output}.")
+
+
+def _list_skipped(skipped: Sequence[tuple[str, Sequence[Skipped]]], file: Path) -> None:
+    """Write the file, the row and the reason of each row that was left out, once, if there are any."""
+    rows = list(dict.fromkeys((source, each.row, each.reason) for source, those in skipped for each in those))
+    if rows:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("file", "row", "reason"), *rows])
 
 
 def _folder(configuration: Configuration[Any, Any], seed: int) -> Path:
@@ -113,17 +127,11 @@ def _introduce(console: Console, recipe: TapWeight) -> None:
         _say(console, f"Note: {remark}.")
 
 
-def _device(name: Device) -> Device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
-    return ("cuda" if available else "cpu") if name == "auto" else name
-
-
 def _claim(output: Path, overwrite: bool, resume: bool) -> None:
     """Create the output folder before any computation; refuse one that holds a result or an unfinished run."""
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
+    check_free(output / MODEL)
     if overwrite and resume:
         raise ConfigurationError("--overwrite and --resume do not go together; give one of them")
     begun, held = (output / _CHECKPOINTS / "config.json").is_file(), next(_held(output), None)
@@ -176,6 +184,8 @@ def _held(output: Path) -> Iterator[Path]:
     yield from (output / name for name in _FILES if (output / name).is_file())
     if (output / "encoder" / "model.safetensors").is_file():
         yield output / "encoder"
+    if (output / MODEL / PREDICTOR).is_file():
+        yield output / MODEL
     yield from (folder for folder in sorted(output.glob("seed-*")) if (folder / "weights.json").is_file())
 
 

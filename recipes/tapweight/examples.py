@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
 
 import attrs
 
@@ -55,13 +55,17 @@ class Examples(Sequence[T], Generic[T]):
     Args:
         examples: the examples.
         rows: the place of each: 1-based line of the file, a header counted; 0-based in a data set.
+        records: the 0-based number of each among the records of the whole, those left out counted; `()` for 0, 1, 2, ...
         skipped: the rows left out.
+        notes: clauses that a user should read on how the whole was read.
         source: the file or the data set.
     """
 
     examples: tuple[T, ...]
     rows: tuple[int, ...]
+    records: tuple[int, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
     source: str
 
     #: A word for the examples.
@@ -83,18 +87,28 @@ class Examples(Sequence[T], Generic[T]):
         return Path(self.source).name
 
     def subset(self, indices: Iterable[int]) -> Self:
-        """Return the examples at the 0-based `indices`, in that order; `skipped` stays with the whole."""
-        chosen = tuple(indices)
+        """Return the examples at the 0-based `indices`, in that order; `skipped` and `notes` stay with the whole."""
+        chosen, records = tuple(indices), self.record_numbers()
         return attrs.evolve(
-            self, examples=tuple(self.examples[i] for i in chosen), rows=tuple(self.rows[i] for i in chosen), skipped=()
+            self,
+            examples=tuple(self.examples[i] for i in chosen),
+            rows=tuple(self.rows[i] for i in chosen),
+            records=tuple(records[i] for i in chosen),
+            skipped=(),
+            notes=(),
         )
+
+    def record_numbers(self) -> tuple[int, ...]:
+        """Return the 0-based number of each example among the records of the whole, those left out counted."""
+        return self.records or tuple(range(len(self)))
 
     def summary(self) -> str:
         """Return a sentence with the number of examples, the rows left out and the reasons."""
         named = [f"row {skipped.row} ({skipped.reason})" for skipped in self.skipped[:_NAMED]]
         more = f" and {len(self.skipped) - _NAMED} more" if len(self.skipped) > _NAMED else ""
         skipped = f"; {len(self.skipped)} skipped: {', '.join(named)}{more}" if self.skipped else ""
-        return f"{len(self)} {self.noun} of {self.name}{skipped}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{len(self)} {self.noun} of {self.name}{skipped}{notes}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.summary()})"
@@ -115,44 +129,50 @@ def gather(
     strict: bool,
     limit: int | None = None,
     least: int = 1,
-) -> tuple[tuple[T, ...], tuple[int, ...], tuple[Skipped, ...]]:
+) -> dict[str, Any]:
     """Turn records into examples.
 
     Args:
         records: the contents of each row, with its place.
         example: turns a place and its contents into an example, or raises `UnusableError`.
-        source: the file or the data set, for errors.
-        noun: a word for an example.
+        source, noun: the file or the data set, and a word for an example.
         strict: refuse a row that is not an example, instead of leaving it out.
-        limit: the most examples.
-        least: the fewest examples.
+        limit, least: the most and the fewest examples.
 
     Returns:
-        The examples, the place of each, and the rows left out.
+        The arguments `examples`, `rows`, `records`, `skipped` and `source` of `Examples`.
 
     Raises:
         DataError: a row that is not an example, or too few examples.
     """
     examples: list[T] = []
     rows: list[int] = []
+    numbers: list[int] = []
     skipped: list[Skipped] = []
     first = ""
-    for row, record in records:
+    for number, (row, record) in enumerate(records):
         try:
             examples.append(example(row, record))
         except UnusableError as fault:
             if strict:
                 raise DataError(
-                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read with strict=False"
+                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read without --strict"
                 ) from None
             first = first or f"; row {row}: {fault.subject}{fault.reason}"
             skipped.append(Skipped(row, fault.reason))
             continue
         rows.append(row)
+        numbers.append(number)
         if len(examples) == limit:
             break
     if not examples:
         raise DataError(f"{source}: no {noun} in {len(skipped)} rows{first}; give at least {least}")
     if len(examples) < least:
         raise DataError(f"{source}: a corpus of one {noun} is too small to pretrain on; give at least {least}")
-    return tuple(examples), tuple(rows), tuple(skipped)
+    return {
+        "examples": tuple(examples),
+        "rows": tuple(rows),
+        "records": tuple(numbers),
+        "skipped": tuple(skipped),
+        "source": source,
+    }

@@ -48,17 +48,19 @@ class Finetuned:
     Attributes:
         model: the encoder and the task's head, at the epoch chosen.
         score: the task's metric of this model.
+        measures: every metric of this model on the test split that is defined, by task and by name.
     """
 
     model: Finetuning
     score: Score
+    measures: dict[str, dict[str, float]] = attrs.field(factory=dict)
 
 
 class _BestEpoch(mlopt.Callback):
-    """Score the validation split after each epoch, and keep the variables of the best one."""
+    """Score the validation split after each epoch, and keep the variables of the best one; stop if none is better for long."""
 
-    def __init__(self, model: Finetuning, task: Task, interval: int) -> None:
-        self._model, self._task, self._interval = model, task, interval
+    def __init__(self, model: Finetuning, task: Task, interval: int, patience: int) -> None:
+        self._model, self._task, self._interval, self._patience = model, task, interval, patience
         self.valid, self.epoch = math.nan, 0
         self._state: dict[str, Tensor] = {}
 
@@ -70,6 +72,8 @@ class _BestEpoch(mlopt.Callback):
         if math.isnan(self.valid) or better:
             self.valid, self.epoch = valid, run.step // self._interval
             self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        elif self._patience and run.step // self._interval - self.epoch >= self._patience:
+            run.stop(f"no better validation score for {self._patience} epochs")
 
     def state_dict(self) -> dict[str, Any]:
         return {"valid": self.valid, "epoch": self.epoch, "state": self._state}
@@ -90,7 +94,7 @@ def finetune(
     Args:
         encoder: not changed.
         task: the task.
-        settings: the epochs, the learning rate of Adam, the batch size, the precision, and `freeze_encoder`.
+        settings: the epochs, the learning rate of Adam, the batch size, the precision, `patience` and `freeze_encoder`.
         seed: the seed of the head and of the order of batches.
         solve: `mlopt.solve`, or a function that solves the problem as a phase of an experiment.
 
@@ -112,11 +116,12 @@ def finetune(
         optimizer=partial(torch.optim.Adam, lr=settings.finetune_lr),
         precision=settings.autocast,
     )
-    best = _BestEpoch(model, task, interval)
+    best = _BestEpoch(model, task, interval, settings.patience)
     solve(mlopt.Problem(level), settings.epochs * interval, callbacks=[best], seed=seed)
     best.restore()
     test = task.score(model.encoder, model.head, "test")
-    return Finetuned(model, Score(valid=best.valid, test=test, epoch=best.epoch))
+    measures = task.evaluate(model.encoder, model.head, "test")
+    return Finetuned(model, Score(valid=best.valid, test=test, epoch=best.epoch), measures)
 
 
 def _loss(task: Task, model: Finetuning, batch: Any) -> Tensor:

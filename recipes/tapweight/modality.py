@@ -8,23 +8,40 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import attrs
+import torch
 from tyro.conf import arg
 
 from mlopt.validation import at_least, shown
 
 from .configuration import ConfigurationError
+from .examples import Skipped
+from .files import DataError
 from .methods import DEFAULT, METHODS, make_method
 from .names import suggestion
 from .recipe import TapWeight
 from .settings import Settings
+from .splits import EIGHT_ONE_ONE, check_fractions
+from .task import ClassWeights
 
-__all__ = ["Configuration", "Device", "LabelledData", "Modality", "objectives_field", "objectives_option"]
+__all__ = ["Configuration", "Device", "LabelledData", "Modality", "device_of", "objectives_field", "objectives_option"]
 
 _FILE, _FOLDER = "FILE", "FOLDER"
 Device = Literal["auto", "cpu", "cuda"]
 _LARGEST_SEED = 2**32 - 1  # numpy's
 #: The objective that should get little weight. It is not among the objectives of a run unless it is named.
 _CONTROL = "random_labels"
+
+
+def device_of(name: Device) -> Literal["cpu", "cuda"]:
+    """Return the device to compute on.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigurationError("device='cuda', but PyTorch finds no GPU here; give 'cpu' or 'auto'")
+    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def _distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
@@ -48,6 +65,13 @@ def _methods(instance: object, attribute: attrs.Attribute[Any], value: tuple[str
             make_method(name)
         except ValueError as error:
             raise ConfigurationError(f"{attribute.name}: {error}") from None
+
+
+def _fractions(instance: object, attribute: attrs.Attribute[Any], value: tuple[float, ...]) -> None:
+    try:
+        check_fractions(value)
+    except DataError as error:
+        raise ConfigurationError(f"{attribute.name}={shown(list(value))}: {error}") from None
 
 
 def objectives_option(names: Sequence[str]) -> Any:
@@ -96,10 +120,19 @@ class LabelledData:
         Literal["classification", "regression"] | None,
         arg(metavar="{classification,regression}", help_behavior_hint="(default: as the labels are)"),
     ] = None
+    class_weights: ClassWeights = "none"
+    missing: Annotated[
+        tuple[str, ...], arg(metavar="VALUE [VALUE ...]", help_behavior_hint="(default: empty cells)")
+    ] = ()
+    split_fractions: Annotated[tuple[float, ...], arg(metavar="TRAIN VALID TEST")] = attrs.field(
+        default=EIGHT_ONE_ONE, validator=_fractions
+    )
+    split_column: Annotated[str | None, arg(metavar="COLUMN", help_behavior_hint="(default: none)")] = None
+    splits: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: none)")] = None
     strict: bool = False
 
     #: The options that belong to --train.
-    file_options: ClassVar[tuple[str, ...]] = ("valid", "test")
+    file_options: ClassVar[tuple[str, ...]] = ("valid", "test", "split_column", "splits")
 
     def check(self) -> None:
         """Refuse options that exclude one another.
@@ -111,14 +144,18 @@ class LabelledData:
             raise ConfigurationError(
                 "give either --train FILE (`train` in [data]) or --dataset NAME (`dataset` in [data])"
             )
-        unused = [name for name in self.file_options if getattr(self, name) is not None]
+        unused = [name.replace("_", "-") for name in self.file_options if getattr(self, name) not in (None, ())]
         if self.dataset is not None and unused:
             raise ConfigurationError(f"--{unused[0]} requires --train; the data set of --dataset has its own")
         if (self.valid is None) != (self.test is None):
             present, missing = ("test", "valid") if self.valid is None else ("valid", "test")
             raise ConfigurationError(
-                f"--{present} is given without --{missing}; give both, or neither to split the training file 8:1:1"
+                f"--{present} is given without --{missing}; give both, or neither to split the training file"
             )
+        ways = [name for name in ("valid", "split_column", "splits") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            first, second = (f"--{name.replace('_', '-')}" for name in ways[:2])
+            raise ConfigurationError(f"{first} and {second} do not go together; give one of them")
 
 
 D = TypeVar("D", bound=LabelledData)
@@ -206,6 +243,7 @@ class Modality(ABC, Generic[C]):
         say: a function that prints a sentence.
 
     Attributes:
+        skipped: the rows that were left out of each file.
         name: the name of the modality on the command line.
         extra: the optional dependencies that it needs.
         summary: a sentence for the help of the command.
@@ -222,6 +260,7 @@ class Modality(ABC, Generic[C]):
 
     def __init__(self, configuration: C, say: Callable[[str], None]) -> None:
         self.configuration = configuration
+        self.skipped: list[tuple[str, Sequence[Skipped]]] = []
         self.read(say)
 
     @abstractmethod

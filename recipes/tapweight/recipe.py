@@ -20,6 +20,7 @@ from .finetuning import finetune
 from .methods import DEFAULT, Method, make_method
 from .result import Outcome, TapWeightResult
 from .settings import Settings
+from .tested import Tested, records_of
 
 if TYPE_CHECKING:
     import os
@@ -183,8 +184,10 @@ class TapWeight:
         *others, main = compared
         adapted = {main.name: main.adapt(experiments[main.name], callbacks)}
         adapted |= {method.name: method.adapt(experiments[method.name]) for method in others}
+        count = self._experiment.settings.finetunings
+        counts = {method.name: count for method in others} | {main.name: max(count, self._experiment.settings.ensemble)}
         finetuned = {
-            method.name: _finetune(experiments[method.name], method, adapted[method.name].encoder)
+            method.name: _finetune(experiments[method.name], method, adapted[method.name].encoder, counts[method.name])
             for method in compared
         }
         outcomes = {
@@ -193,17 +196,23 @@ class TapWeight:
                 summary=method.summary,
                 passes=method.passes(experiments[method.name]),
                 weights=adapted[method.name].weights,
-                scores=_mean(finetuned[method.name]),
+                scores=_mean(finetuned[method.name][:count]),
+                measures=_mean_measures(finetuned[method.name][:count]),
             )
             for method in compared
         }
         own, experiment = adapted[main.name], experiments[main.name]
+        models = [run.model for run in finetuned[main.name][: experiment.settings.ensemble]]
+        predictor = self.task.predictor([(model.encoder, model.head) for model in models])
         return TapWeightResult(
             outcomes=outcomes,
             signals=dict(own.signals),
             history=own.history,
             encoder=own.encoder,
             finetuned=finetuned[main.name],
+            predictor=predictor,
+            tested=None if predictor is None else Tested.of(predictor, self.task),
+            splits=records_of(self.task),
             metric=self.task.metric_name,
             greater_is_better=self.task.greater_is_better,
             settings=attrs.asdict(experiment.settings),
@@ -255,8 +264,8 @@ def _plan(experiments: Mapping[str, Experiment], methods: Sequence[Method]) -> s
     return f"Pretraining takes at most {total:,} encoder passes ({parts}): about {duration} on this machine, then finetuning."
 
 
-def _finetune(experiment: Experiment, method: Method, encoder: Encoder) -> tuple[Finetuned, ...]:
-    """Finetune the encoder of a method as often as the settings say, each time with its own seed."""
+def _finetune(experiment: Experiment, method: Method, encoder: Encoder, count: int) -> tuple[Finetuned, ...]:
+    """Finetune the encoder of a method several times, each time with its own seed."""
     return tuple(
         finetune(
             encoder,
@@ -265,13 +274,21 @@ def _finetune(experiment: Experiment, method: Method, encoder: Encoder) -> tuple
             seed=derive_seed(experiment.seed, "finetune", k),
             solve=partial(experiment.solve, f"finetuning-{method.name}-{k}"),
         )
-        for k in range(experiment.settings.finetunings)
+        for k in range(count)
     )
 
 
 def _mean(finetuned: Sequence[Finetuned]) -> dict[str, float]:
     """Return the mean valid and test scores of several finetunings."""
     return {split: statistics.fmean(getattr(run.score, split) for run in finetuned) for split in ("valid", "test")}
+
+
+def _mean_measures(finetuned: Sequence[Finetuned]) -> dict[str, dict[str, float]]:
+    """Return the mean of every metric on the test split over several finetunings, by task and by name."""
+    return {
+        task: {name: statistics.fmean(run.measures[task][name] for run in finetuned) for name in measures}
+        for task, measures in finetuned[0].measures.items()
+    }
 
 
 def _described(corpus: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The result of a run: scores of each method, weights and their significance, history and adapted encoder; saved, and drawn."""
+"""The result of a run: scores, weights and their significance, history, adapted encoder and predictor; saved, and drawn."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from rich.table import Table
 from mlopt.errors import ArgumentError
 from mlopt.solving import write_csv
 
+from .predictor import MODEL
 from .significance import Signal, verdict
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mlopt.solving import History
 
     from .encoder import Encoder
     from .finetuning import Finetuned
+    from .predictions import Predictions
+    from .predictor import Predictor
+    from .task import Split
+    from .tested import Tested
 
 __all__ = ["Outcome", "TapWeightResult"]
 
@@ -52,6 +60,7 @@ class Outcome:
         passes: its cost, see `Method.passes`.
         weights: the weight of each objective, if the method weighs them.
         scores: the metric on "valid" and "test"; means over the finetunings.
+        measures: every metric on "test" that is defined, by task and by name; means over the finetunings.
     """
 
     title: str
@@ -59,6 +68,7 @@ class Outcome:
     passes: int
     weights: Mapping[str, float] | None
     scores: dict[str, float]
+    measures: dict[str, dict[str, float]] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -71,7 +81,10 @@ class TapWeightResult:
             measure it.
         history: of the main method; for TapWeight the losses of the three levels, and the weights, at each step on the weights.
         encoder: the adapted encoder of the main method, before the final finetuning.
-        finetuned: the finetuned models of the main method, one for each finetuning.
+        finetuned: the finetuned models of the main method, one for each finetuning, and as many as the ensemble has.
+        predictor: the ensemble of the first of these models; None if the task defines no predictor.
+        tested: the predictions of the predictor for the test split; None without a predictor.
+        splits: the 0-based numbers of the records of each split, see `Examples`; None unless all splits are parts of one file.
         metric: the metric's name.
         greater_is_better: True if a larger metric is better.
         settings: the numbers of the run, see `Settings`.
@@ -93,6 +106,9 @@ class TapWeightResult:
     seed: int
     estimator: str
     data: dict[str, str] = attrs.field(factory=dict)
+    predictor: Predictor | None = None
+    tested: Tested | None = None
+    splits: dict[Split, list[int]] | None = None
 
     @property
     def main(self) -> Outcome:
@@ -114,6 +130,29 @@ class TapWeightResult:
         """A sentence on the significant weights."""
         return verdict(self.signals)
 
+    def predict(self, contents: Sequence[Any]) -> Predictions:
+        """Predict the labels of new examples, such as a list of SMILES; see `Predictor.predict`.
+
+        Raises:
+            ArgumentError: the task defines no predictor.
+        """
+        return self._own_predictor().predict(contents)
+
+    def embed(self, contents: Sequence[Any]) -> NDArray[np.float64]:
+        """Return the features (N, width) of new examples, of the finetuned encoder; see `Predictor.embed`.
+
+        Raises:
+            ArgumentError: the task defines no predictor.
+        """
+        return self._own_predictor().embed(contents)
+
+    def _own_predictor(self) -> Predictor:
+        if self.predictor is None:
+            raise ArgumentError(
+                "the task of this run defines no predictor; override Task.predictor, or use `finetuned`"
+            )
+        return self.predictor
+
     def tables(self) -> list[Table]:
         """Return the weights of the main method, if it has any, and the scores of all methods as tables to print."""
         tables = []
@@ -130,10 +169,21 @@ class TapWeightResult:
         for outcome in self.outcomes.values():
             valid, test = (f"{outcome.scores[split]:.3f}" for split in ("valid", "test"))
             scores.add_row(outcome.title, valid, test, f"{outcome.passes:,}")
+        if (
+            self.predictor is not None
+            and len(self.predictor.members) > 1
+            and self.tested is not None
+            and self.tested.scores
+        ):
+            title = f"{self.main.title}, mean of {len(self.predictor.members)} models"
+            scores.add_row(title, "", f"{self.tested.score:.3f}", "")
         return [*tables, scores]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the run to a folder: weights, history, scores, picture, configuration, environment, encoder and card.
+        """Write the run to a folder.
+
+        The files are the weights, the history, the scores, the picture, the configuration and the environment; `encoder`, the
+        adapted encoder with its card; `model`, the predictor; its predictions for the test split; and the records of the splits.
 
         Args:
             folder: made if it is missing.
@@ -142,7 +192,9 @@ class TapWeightResult:
         folder.mkdir(parents=True, exist_ok=True)
         signals = {name: attrs.asdict(signal) for name, signal in self.signals.items()}
         _write_json(folder / "weights.json", {"weights": self.weights, "signals": signals, "verdict": self.verdict})
-        _write_json(folder / "scores.json", {"metric": self.metric, "scores": self.scores})
+        measures = {name: outcome.measures for name, outcome in self.outcomes.items()}
+        scores = {"metric": self.metric, "scores": self.scores, "test_measures": measures, **self._label_scores()}
+        _write_json(folder / "scores.json", scores)
         configuration = {"steps": self.steps, "seeds": [self.seed], "settings": self.settings}
         _write_json(folder / "config.json", configuration)
         _write_json(folder / "environment.json", environment() | {"estimator": self.estimator})
@@ -151,6 +203,17 @@ class TapWeightResult:
             self.plot(folder / "weights.png")
         self.encoder.save(folder / "encoder")
         (folder / "encoder" / "README.md").write_text(_card(self), encoding="utf-8")
+        if self.splits is not None:
+            _write_json(folder / "splits.json", self.splits)
+        if self.predictor is not None and self.tested is not None:
+            self.predictor.save(folder / MODEL)
+            self.tested.write(folder / "predictions.csv")
+
+    def _label_scores(self) -> dict[str, Any]:
+        """Return the scores of the predictor on the test split, by label; empty without a predictor."""
+        if self.predictor is None or self.tested is None:
+            return {}
+        return {"predictor": {"models": len(self.predictor.members), "test": self.tested.scores}}
 
     def plot(self, file: str | os.PathLike[str]) -> None:
         """Draw the weights, over the steps if the history has them, and the signals with their errors.

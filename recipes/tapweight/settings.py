@@ -44,6 +44,8 @@ class Settings:
         finetune_lr: learning rate of Adam in the final finetuning.
         freeze_encoder: train only the head in the final finetuning.
         finetunings: final finetunings, each with its own seed; scores are their means.
+        ensemble: finetuned models of the predictor, each with its own seed, on the encoder of the main method.
+        patience: epochs without a better validation score after which a final finetuning stops; 0 takes all epochs.
         measurements: the most measurements of the objectives' signals on two halves of the validation labels.
     """
 
@@ -66,6 +68,8 @@ class Settings:
     finetune_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     freeze_encoder: bool = False
     finetunings: int = attrs.field(default=1, validator=at_least(1))
+    ensemble: int = attrs.field(default=1, validator=at_least(1))
+    patience: int = attrs.field(default=0, validator=at_least(0))
     measurements: int = attrs.field(default=20, validator=at_least(2))
 
     def schedule(self, steps: int) -> tuple[int, int]:

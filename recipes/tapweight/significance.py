@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import TYPE_CHECKING
 
 import attrs
 import torch
+from scipy.special import stdtrit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,20 +130,12 @@ def judge(names: Sequence[str], means: Sequence[Tensor], halves: Sequence[tuple[
     a, b = (torch.stack([pair[i] for pair in halves]).double() for i in (0, 1))
     mean = middle.mean(0)
     error = (((a - b) / 2).square().mean(0) + middle.var(0) / len(halves)).sqrt()
-    threshold = _student_quantile(1 - 0.025 / len(names), len(halves) - 1)
+    threshold = float(stdtrit(len(halves) - 1, 1 - 0.025 / len(names)))
     signals = {}
     for name, m, e in zip(names, mean.tolist(), error.tolist(), strict=True):
         z = m / e if e > 0 else 0.0
         signals[name] = Signal(mean=m, error=e, z=z, significant=abs(z) > threshold)
     return signals
-
-
-def _student_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t, by its expansion about the normal one (Abramowitz & Stegun 26.7.5)."""
-    x = statistics.NormalDist().inv_cdf(probability)
-    first, second = (x**3 + x) / 4, (5 * x**5 + 16 * x**3 + 3 * x) / 96
-    third = (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384
-    return x + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def verdict(signals: Mapping[str, Signal]) -> str:

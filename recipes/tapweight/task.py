@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch.utils.data import DataLoader
 
 from mlopt.problem import to_device
+
+from .files import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .encoder import Encoder
+    from .examples import Skipped
+    from .labels import Form
+    from .predictor import Member, Predictor
 
 Split = Literal["train", "valid", "test"]
+ClassWeights = Literal["none", "balanced"]
 
 
 class Task(ABC):
@@ -35,6 +41,8 @@ class Task(ABC):
     greater_is_better: bool
     #: Sentences on the data that a user should read.
     remarks: Sequence[str] = ()
+    #: The rows that were left out of each file.
+    skipped: Sequence[tuple[str, Sequence[Skipped]]] = ()
     #: A word for the examples.
     noun: str = "examples"
 
@@ -72,6 +80,14 @@ class Task(ABC):
     def targets(self, batch: Any) -> Tensor:
         """Return the labels of a batch, in the shape that the metric takes."""
 
+    def predictor(self, members: Sequence[Member]) -> Predictor | None:
+        """Return the predictor of finetuned models; None if the task defines none, then results hold no predictor.
+
+        Args:
+            members: encoders with heads that `head` built.
+        """
+        return None
+
     def introduction(self) -> str:
         """Return a clause on the target, the metric and the sizes of the splits."""
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
@@ -89,14 +105,64 @@ class Task(ABC):
 
     def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are restored."""
+        metric = self.metric()
+        for outputs, targets in self._predicted(encoder, head, split, batch_size):
+            metric.to(outputs.device).update(outputs, targets)
+        return float(metric.compute())
+
+    def evaluate(
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256
+    ) -> dict[str, dict[str, float]]:
+        """Return every metric of one split that is defined, by task and by name; as `score` does."""
+        outputs, targets = zip(*self._predicted(encoder, head, split, batch_size), strict=True)
+        return self.measures(torch.cat(outputs).cpu(), torch.cat(targets).cpu())
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs and the targets of a split, by task and by name."""
+        return {}
+
+    def _predicted(
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the outputs and the targets of each batch of a split, in eval mode."""
         parameters = (parameter for module in (encoder, head) for parameter in module.parameters())
         device = next(parameters).device
-        metric = self.metric().to(device)
         with evaluation(encoder), evaluation(head), torch.no_grad():
             for batch in self.loader(split, batch_size):
                 batch = to_device(batch, device)
-                metric.update(self.outputs(encoder, head, batch), self.targets(batch))
-        return float(metric.compute())
+                yield self.outputs(encoder, head, batch), self.targets(batch)
+
+
+def check_class_weights(class_weights: ClassWeights, form: Form) -> ClassWeights:
+    """Return the way of weighing classes, after checking that there are classes if they are to be weighed.
+
+    Raises:
+        DataError: there are none, or the way is unknown.
+    """
+    if class_weights not in get_args(ClassWeights):
+        raise DataError(f"class_weights={class_weights!r}; give 'none' or 'balanced'")
+    if class_weights == "balanced" and form not in ("binary", "classes"):
+        given = "numbers" if form == "numbers" else "several classes at once"
+        raise DataError(
+            f"class_weights='balanced' needs classes, and the labels are {given}; give --class-weights none"
+        )
+    return class_weights
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Return the weight N / (C N_c) of each class, so that all classes count the same; 0 for a class without examples.
+
+    Args:
+        counts: the examples N_c of each of C classes, (C, ...); N is their sum.
+
+    Example:
+        >>> import torch
+        >>> from mlopt.recipes.tapweight.task import balanced_weights
+        >>> balanced_weights(torch.tensor([1, 3]))
+        tensor([2.0000, 0.6667])
+    """
+    weights = counts.sum(0) / (len(counts) * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 0)
 
 
 @contextlib.contextmanager

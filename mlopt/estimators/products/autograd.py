@@ -8,7 +8,7 @@ import torch
 
 from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
-from .kernels import differentiable_kernels, graph_of, refuse_once_differentiable, right_kernels
+from .kernels import differentiable_kernels, graph_of, is_search_due, refuse_once_differentiable, right_kernels
 from .product import Product, name_kernels
 
 __all__ = ["AutogradProduct"]
@@ -62,6 +62,8 @@ class AutogradProduct(Product):
             with differentiable_kernels(self.term):
                 value = self.term.value()
                 gradients = derivatives(value, blocks, self.term.values, traced=True)
+            if not is_search_due(self.term):
+                break
             # Both graphs are searched: a node can be in that of the value alone.
             graph = graph_of([value, *(g for vectors in gradients.values() for g in vectors)])
             refuse_once_differentiable(graph)

@@ -16,6 +16,7 @@ from ...problem import Primitives, Term, faults
 __all__ = [
     "differentiable_kernels",
     "graph_of",
+    "is_search_due",
     "prepare",
     "refuse_once_differentiable",
     "right_kernels",
@@ -43,6 +44,13 @@ def differentiable_kernels(term: Term) -> Iterator[None]:
 def uses_primitives(term: Term) -> bool:
     """Return True if a term is traced with primitives in place of kernels that are wrong."""
     return term.order > 2 or ("primitives", *term.label) in term.point.workspace.verified
+
+
+def is_search_due(term: Term) -> bool:
+    """Return True at the 1st, 2nd, 4th, 8th trace of a term and so on: its graph seldom changes, and a search takes time."""
+    uses, key = term.point.workspace.uses, ("traces", str(term.order), *term.label)
+    uses[key] = count = uses.get(key, 0) + 1
+    return count & (count - 1) == 0
 
 
 def prepare(term: Term) -> list[Tensor]:

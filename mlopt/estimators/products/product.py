@@ -76,6 +76,8 @@ class Product(ABC):
         self.term = term
         #: Sentences about products that are in doubt.
         self.remarks: list[str] = []
+        #: Blocks of directions, and wanted blocks, for which the product was compared with differences or need not be.
+        self.settled: set[tuple[tuple[Block, ...], tuple[Block, ...]]] = set()
 
     def remark(self, sentence: str) -> None:
         """Add a sentence about a doubt, unless it is there."""

@@ -54,11 +54,17 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
         direction: v, by block.
         wanted: the blocks W.
     """
+    blocks = (tuple(direction), tuple(wanted))
+    if blocks in product.settled:
+        return product(direction, wanted)
     workspace = product.term.point.workspace
     key = ("products", type(product).__name__, *product.term.label, _names(direction), _names(wanted))
     if key in workspace.doubts:
         product.remark(workspace.doubts[key])
-    if key in workspace.verified or workspace.verifying or not product.needs_verification(direction, wanted):
+    if workspace.verifying:
+        return product(direction, wanted)
+    if key in workspace.verified or not product.needs_verification(direction, wanted):
+        product.settled.add(blocks)
         return product(direction, wanted)
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .data import molecule_net, read_corpus, read_table
     from .encoder import GINE
     from .objectives import OBJECTIVES, make_objective
+    from .predictor import Predictor
     from .splits import random_split, scaffold_split
     from .task import MoleculeTask
 
@@ -17,6 +18,7 @@ __all__ = [
     "GINE",
     "OBJECTIVES",
     "MoleculeTask",
+    "Predictor",
     "make_objective",
     "molecule_net",
     "random_split",
@@ -31,6 +33,7 @@ __getattr__ = import_lazily(
         "data": ("molecule_net", "read_corpus", "read_table"),
         "encoder": ("GINE",),
         "objectives": ("OBJECTIVES", "make_objective"),
+        "predictor": ("Predictor",),
         "splits": ("random_split", "scaffold_split"),
         "task": ("MoleculeTask",),
     },

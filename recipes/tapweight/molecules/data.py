@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from mlopt.imports import import_optional
 from mlopt.validation import shown
 
-from ..examples import Examples, UnusableError, check_limit, gather
-from ..files import DataError, column_of, lines_of, suffix_of, table_of
+from ..examples import Examples, check_limit, gather
+from ..files import DataError, suffix_of
+from ..labels import is_empty, labels_of, number_of
 from ..names import suggestion
+from ..tables import SUFFIXES, is_folder, list_of, table_of
+from .columns import columns_of, smiles_column_of
+from .graphs import graph_of, import_extra
+from .sdf import sdf_table
 
 if TYPE_CHECKING:
     import os
@@ -25,11 +28,18 @@ if TYPE_CHECKING:
 
     from torch_geometric.data import Data
 
-_TABLES = (".csv",)
+    from ..labels import Kind, Labels
+    from ..tables import Table
+    from .columns import Columns
+
+__all__ = ["Molecules", "molecule_net", "molecule_table", "read_corpus", "read_smiles", "read_table"]
+
 _LISTS = (".smi", ".txt")
-
-
-import_extra = partial(import_optional, user="TapWeight on molecules", requirement="'mlopt-torch[molecules]'")
+_STRUCTURES = ".sdf"
+#: Characters of the longest cell: a longer one has an open quote.
+_LONGEST = 2**17
+#: The fewest molecules for each distinct whole number, by which whole numbers are classes.
+_ROWS_PER_CLASS = 5
 
 
 @attrs.frozen(eq=False, repr=False, kw_only=True)
@@ -44,11 +54,13 @@ class Molecules(Examples["Data"]):
         examples: the graphs.
         rows: 1-based line of each graph in the file, the header counted.
         label_names: the columns of `y`; empty for an unlabelled corpus.
+        meanings: the meaning of each column of labels of the file.
         skipped: the rows left out.
         source: the file.
     """
 
     label_names: tuple[str, ...] = ()
+    meanings: tuple[Labels, ...] = ()
 
     noun = "molecules"
 
@@ -66,12 +78,20 @@ class Molecules(Examples["Data"]):
         return f"Molecules({self.summary()}{labels})"
 
 
-def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: int | None = None) -> Molecules:
+def read_corpus(
+    path: str | os.PathLike[str],
+    *,
+    smiles_column: str | None = None,
+    strict: bool = False,
+    limit: int | None = None,
+) -> Molecules:
     """Read an unlabelled corpus.
 
     Args:
-        path: `.csv` with a column `smiles` (in any case; other columns are ignored), or `.smi` or `.txt` with one
-            SMILES a line, with or without a blank and a name after it; each may be gzipped and end in `.gz`.
+        path: a table with a column of SMILES, see `mlopt.recipes.tapweight.tables.table_of`; `.sdf`; or `.smi` or `.txt` with a
+            SMILES a line, with or without a blank and a name after it. Each may be compressed (.gz, .xz, .bz2, .zip).
+        smiles_column: the column of the SMILES of a table, if the table has it; otherwise "smiles" in any case, else the only
+            column that holds SMILES.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
         limit: the most molecules; at least 2.
 
@@ -83,31 +103,51 @@ def read_corpus(path: str | os.PathLike[str], *, strict: bool = False, limit: in
         FileNotFoundError: there is no such file.
     """
     check_limit(limit, "molecules")
-    path = Path(path)
-    if suffix_of(path, _TABLES + _LISTS) in _TABLES:
-        header, records = table_of(path)
-        column = column_of(path, header, "smiles")
-        lines = ((row, cells[column]) for row, cells in records)
-    else:
-        lines = ((row, (line.split() or [""])[0]) for row, line in enumerate(lines_of(path), start=1) if line.strip())
-    unlabelled: list[str] = []
-    rows = ((row, (smiles, unlabelled)) for row, smiles in lines)
-    return _molecules(path, rows, (), strict=strict, limit=limit, least=2)
+    table = molecule_table(path, _LISTS)
+    column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header else None)
+    rows = ((row, (cells[column], ())) for row, cells in table.records())
+    return _molecules(table.source, rows, (), notes=(*table.notes, *chosen), strict=strict, limit=limit, least=2)
+
+
+def read_smiles(path: str | os.PathLike[str], column: str | None = None) -> list[Any]:
+    """Return the SMILES of all rows of a file, also of rows that are not molecules.
+
+    Args:
+        path: as for `read_corpus`.
+        column: the column of the SMILES of a table; as for `read_corpus` when None.
+
+    Raises:
+        DataError: as `read_corpus`.
+    """
+    table = molecule_table(path, _LISTS)
+    index = smiles_column_of(table, column, "--columns")[0]
+    return [cells[index] for _, cells in table.records()]
 
 
 def read_table(
     path: str | os.PathLike[str],
     *,
     labels: Sequence[str] | None = None,
-    smiles_column: str = "smiles",
+    smiles_column: str | None = None,
+    ignore: Sequence[str] = (),
+    kind: Kind | None = None,
+    missing: Sequence[str] = (),
+    like: Molecules | None = None,
     strict: bool = False,
 ) -> Molecules:
     """Read a labelled table of molecules.
 
+    Two classes become 0 and 1, by the order of `Labels.classes`. A column of more classes becomes a column of 0 and 1 for each.
+
     Args:
-        path: `.csv` or `.csv.gz` with a header row. An empty cell, or `nan`, is a missing label.
-        labels: the label columns; by default all but the SMILES column.
-        smiles_column: the column of the SMILES.
+        path: a table, see `mlopt.recipes.tapweight.tables.table_of`, or `.sdf`. An empty cell, or `nan`, is a missing label.
+        labels: the label columns; by default all but the SMILES and those recognised as an index, an identifier, a molecular
+            weight, the name of a split, or text.
+        smiles_column: the column of the SMILES; by default "smiles" in any case, else the only column that holds SMILES.
+        ignore: columns that are not labels.
+        kind: "classification" or "regression" to decide between classes and numbers.
+        missing: further cells that stand for a missing label, such as "-1".
+        like: molecules of another file, whose columns and meaning of labels are taken.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
 
     Returns:
@@ -117,20 +157,48 @@ def read_table(
         DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    suffix_of(path, _TABLES)
-    header, records = table_of(path)
-    smiles = column_of(path, header, smiles_column)
-    if labels is None:
-        labels = [name for index, name in enumerate(header) if index != smiles]
-    if isinstance(labels, str) or not labels:
-        raise DataError(f"{path}: labels={labels!r} names no label column; there are {', '.join(map(shown, header))}")
-    columns = [column_of(path, header, label) for label in labels]
-    if smiles in columns or len(set(columns)) < len(columns):
-        raise DataError(f"{path}: labels={list(labels)!r} must be different columns, and not the SMILES column")
-    names = tuple(header[column] for column in columns)
-    rows = ((row, (cells[smiles], [cells[column] for column in columns])) for row, cells in records)
-    return _molecules(path, rows, names, strict=strict)
+    table = molecule_table(path)
+    if like is not None:
+        labels, ignore = [each.name for each in like.meanings], ()
+    columns = columns_of(table, smiles_column=smiles_column, labels=labels, ignore=ignore)
+    meanings = like.meanings if like is not None else _meanings(table, columns, kind, missing)
+    rows = ((row, (cells[columns.smiles], [cells[k] for k in columns.labels])) for row, cells in table.records())
+    return _molecules(table.source, rows, meanings, notes=(*table.notes, *columns.notes), strict=strict)
+
+
+def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
+    """Read a table, an SD file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
+    if hasattr(source, "column_names") or is_folder(source):
+        return table_of(source)
+    suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, *lists))
+    if suffix == _STRUCTURES:
+        return sdf_table(Path(source))
+    if suffix in lists:
+        return list_of(Path(source), "smiles", lambda line: line.split()[0])
+    return table_of(source, longest=_LONGEST)
+
+
+def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequence[str]) -> tuple[Labels, ...]:
+    """Return the meaning of the columns of labels: all are numbers, all two classes, or there is one column of classes."""
+    options: dict[str, Any] = {"missing": missing, "rows_per_class": _ROWS_PER_CLASS}
+    chosen = [(table.header[k], table.column(k)) for k in columns.labels]
+    meanings = [labels_of(table.source, name, column, kind=kind, **options) for name, column in chosen]
+    if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
+        for each in meanings:
+            if fault := _fault(each):
+                raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
+        return tuple(meanings)
+    numeric = [
+        all(number_of(cell) is not None for _, cell in column if not is_empty(cell, missing)) for _, column in chosen
+    ]
+    if kind is None and all(numeric) and any(each.form == "numbers" for each in meanings):
+        return tuple(labels_of(table.source, name, column, kind="regression", **options) for name, column in chosen)
+    if all(each.form == "numbers" for each in meanings):
+        return tuple(meanings)
+    kinds = "; ".join(each.summary() for each in meanings)
+    raise DataError(
+        f"{table.source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels"
+    )
 
 
 def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
@@ -168,66 +236,64 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
         place = Path(root) / key / "raw" / f"{dataset_class.names[key][2]}.csv"
         raise DataError(f"MoleculeNet {name} cannot be fetched ({error}); put its raw file at {place}") from error
     smiles, labels = dataset_class.names[key][3:]
-    header, _ = table_of(raw)
+    header = list(table_of(raw, longest=_LONGEST).header)
     chosen = header[labels] if isinstance(labels, slice) else [header[labels]]
     return read_table(raw, labels=chosen, smiles_column=header[smiles])
 
 
+def _fault(meaning: Labels) -> str:
+    """Return the reason why a column alone cannot be predicted, empty if it can."""
+    if meaning.form == "several":
+        return "lists of classes; write a column of 0 and 1 for each class"
+    if len(meaning.classes) == 1:
+        return f"one class only, {shown(meaning.classes[0])}: nothing can be learned; give another column by --labels"
+    return ""
+
+
 def _molecules(
-    path: Path, records: Iterable[tuple[int, tuple[str, list[str]]]], names: tuple[str, ...], **options: Any
+    source: str,
+    records: Iterable[tuple[int, tuple[Any, Sequence[Any]]]],
+    meanings: tuple[Labels, ...],
+    *,
+    notes: tuple[str, ...],
+    **options: Any,
 ) -> Molecules:
     """Turn records (line, SMILES and label cells) into molecules; `options` are those of `gather`."""
 
-    def example(row: int, record: tuple[str, list[str]]) -> Data:
+    def example(row: int, record: tuple[Any, Sequence[Any]]) -> Data:
         smiles, cells = record
-        graph = graph_of(smiles.strip())
-        if names:
-            labels = [_label(path, row, name, cell) for name, cell in zip(names, cells, strict=True)]
+        graph = graph_of(str(smiles or "").strip())
+        if meanings:
+            labels = [y for each, cell in zip(meanings, cells, strict=True) for y in _label(source, row, each, cell)]
             graph.y = torch.tensor([labels], dtype=torch.float32)
         return graph
 
-    graphs, rows, skipped = gather(records, example, str(path), noun="molecule", **options)
-    return Molecules(examples=graphs, rows=rows, label_names=names, skipped=skipped, source=str(path))
+    gathered = gather(records, example, source, noun="molecule", **options)
+    return Molecules(**gathered, meanings=meanings, label_names=_names(meanings), notes=notes)
 
 
-def graph_of(smiles: str) -> Data:
-    """Return the graph of a molecule.
+def _names(meanings: Sequence[Labels]) -> tuple[str, ...]:
+    """Return the names of the columns of `y`."""
+    return tuple(name for each in meanings for name in (each.classes if each.form == "classes" else (each.name,)))
 
-    Raises:
-        UnusableError: the SMILES is not a molecule, or the molecule does not have a graph.
-    """
-    subject = f"{shown(smiles)} is not a molecule: "
-    chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
-    with base.BlockLogs():  # the reason is raised, not printed
-        molecule = chem.MolFromSmiles(smiles)
-        if molecule is None:
-            unchecked = chem.MolFromSmiles(smiles, sanitize=False)
-            problems = chem.DetectChemistryProblems(unchecked) if unchecked is not None else ()
-            raise UnusableError(" ".join(problems[0].Message().split()) if problems else "not valid SMILES", subject)
-    if not molecule.GetNumAtoms():
-        raise UnusableError("the SMILES is empty", subject)
+
+def _label(source: str, row: int, meaning: Labels, cell: Any) -> list[float]:
+    """Return the columns of `y` of a cell, NaN if it is missing."""
+    width = len(meaning.classes) if meaning.form == "classes" else 1
     try:
-        graph: Data = import_extra("torch_geometric.utils").from_rdmol(molecule)
-    except ValueError as error:  # its feature tables are finite: charges from -5 to 6, at most 10 neighbours, ...
-        raise UnusableError(f"an atom or bond has no code in the graph features ({error})", subject) from error
-    graph.smiles = smiles
-    return graph
-
-
-def _label(path: Path, row: int, column: str, cell: str) -> float:
-    """Return a label, NaN if it is missing."""
-    text = cell.strip()
-    if not text:
-        return math.nan
-    try:
-        if "_" in text:  # float() accepts digits grouped by underscores
-            raise ValueError(text)
-        value = float(text)
-    except ValueError:
+        if meaning.is_missing(cell):
+            return [math.nan] * width
+        if meaning.form != "numbers":
+            index = meaning.index(cell)
+            return [float(index)] if width == 1 else [float(k == index) for k in range(width)]
+        value = meaning.number(cell)
+    except DataError as error:
         raise DataError(
-            f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not a number; correct it, "
-            "leave the cell empty for a missing label, or choose the label columns by `labels`"
+            f"{source}, row {row}, column {shown(meaning.name)}: {error}; correct it, leave the cell empty for a missing label, "
+            "or choose the label columns by --labels"
         ) from None
-    if abs(value) > torch.finfo(torch.float32).max:  # an infinity, or a number that becomes one
-        raise DataError(f"{path}, row {row}, column {shown(column)}: {shown(cell)} is not finite in float32; rescale")
-    return value
+    if abs(value) > torch.finfo(torch.float32).max:
+        raise DataError(
+            f"{source}, row {row}, column {shown(meaning.name)}: {shown(cell)} is not finite in float32; rescale the column"
+        )
+    return [value]

@@ -12,8 +12,9 @@ import torch
 from ..demonstration import Known, show
 from ..recipe import TapWeight
 from ..settings import Settings
-from .data import Molecules, graph_of
+from .data import Molecules
 from .encoder import GINE
+from .graphs import graph_of
 from .objectives import make_objective
 from .sample import recombined
 from .task import MoleculeTask

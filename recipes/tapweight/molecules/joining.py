@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .data import import_extra
+from .graphs import import_extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,12 +13,14 @@ from mlopt.rng import seed_everything
 from mlopt.validation import at_least
 
 from ..command import command
+from ..metrics import MetricName
 from ..modality import Configuration, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
 from ..settings import Settings
 from .data import molecule_net, read_corpus
 from .encoder import GINE
 from .objectives import DEFAULT, OBJECTIVES, make_objective
+from .splitting import Method
 from .task import MoleculeTask
 
 if TYPE_CHECKING:
@@ -32,35 +34,50 @@ class Data(LabelledData):
     """The molecules: an unlabelled corpus to pretrain on, and labelled ones, the task.
 
     Args:
-        corpus: unlabelled molecules to pretrain on: .csv with a column "smiles", or .smi or .txt with a SMILES a line; also
-            gzipped (.gz).
+        corpus: unlabelled molecules to pretrain on: a table with a column of SMILES (.csv, .tsv, .jsonl, .json, .parquet), .sdf,
+            or .smi or .txt with a SMILES a line; also compressed (.gz, .xz, .bz2, .zip).
         corpus_limit: the number of molecules of the corpus to read, from its start.
-        train: labelled molecules: .csv or .csv.gz with a column "smiles" and columns of labels. It is split 8:1:1 into training,
-            validation and test unless --valid and --test are given.
+        train: labelled molecules: a table as for --corpus, .sdf, or a folder of a data set (`datasets`), with columns of labels.
+            It is split into training, validation and test unless --valid and --test are given.
         valid: labelled molecules for validation; requires --test.
         test: labelled molecules for the final score; requires --valid.
         dataset: a MoleculeNet data set in place of --train, such as ESOL, BACE or Tox21; fetched if it is missing.
         root: the folder of MoleculeNet's data sets.
+        smiles_column: the column of the SMILES; by default "smiles", else the only column that holds SMILES.
         labels: the columns to predict.
-        kind: classification if the labels are the classes 0 and 1, regression if they are numbers.
-        metric: the score: roc_auc for classification, rmse or mae for regression, in the labels' unit.
-        split: the split of --train or --dataset: no scaffold is in two splits, or at random by the seed.
+        ignore_columns: columns that are not to be predicted.
+        missing: cells that stand for a missing label, beside empty ones, such as -1.
+        kind: classification if the labels are classes, regression if they are numbers.
+        metric: the score: roc_auc, pr_auc, accuracy, f1 or matthews for classification (macro_f1 and micro_f1 for more than two
+            classes), rmse, mae, r2, pearson or spearman for regression.
+        split: the split of --train or --dataset: no scaffold is in two splits, the same with equal shares of each class
+            (balanced), at random, or at random with equal shares of each class (stratified).
+        split_fractions: the fractions of training, validation and test.
+        split_column: the column that names the split of each molecule: train, valid or test.
+        splits: a splits.json of an earlier run on the same --train.
         chirality: distinguish scaffolds that differ in stereochemistry only.
+        class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
         strict: stop at a SMILES that cannot be read in --corpus or the labelled files, instead of leaving its row out.
     """
 
-    file_options: ClassVar[tuple[str, ...]] = ("valid", "test", "labels")
+    file_options: ClassVar[tuple[str, ...]] = (
+        *LabelledData.file_options, "smiles_column", "labels", "ignore_columns", "missing"
+    )  # fmt: skip
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(required)")] = None
     root: Annotated[Path, arg(metavar="FOLDER")] = Path("data")
+    smiles_column: Annotated[
+        str | None, arg(metavar="COLUMN", help_behavior_hint='(default: "smiles", or the one of SMILES)')
+    ] = None
     labels: Annotated[
-        tuple[str, ...] | None, arg(metavar="COLUMN [COLUMN ...]", help_behavior_hint='(default: all but "smiles")')
+        tuple[str, ...] | None,
+        arg(metavar="COLUMN [COLUMN ...]", help_behavior_hint="(default: all but SMILES, indices, identifiers, texts)"),
     ] = None
-    metric: Annotated[
-        Literal["roc_auc", "rmse", "mae"] | None,
-        arg(metavar="{roc_auc,rmse,mae}", help_behavior_hint="(default: roc_auc or rmse)"),
-    ] = None
-    split: Literal["scaffold", "random"] = "scaffold"
+    ignore_columns: Annotated[
+        tuple[str, ...], arg(metavar="COLUMN [COLUMN ...]", help_behavior_hint="(default: none)")
+    ] = ()
+    metric: Annotated[MetricName | None, arg(metavar="NAME", help_behavior_hint="(default: roc_auc or rmse)")] = None
+    split: Method = "scaffold"
     chirality: bool = True
 
 
@@ -108,10 +125,13 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
 
     def read(self, say: Callable[[str], None]) -> None:
         """Read the labelled molecules and the corpus."""
-        data = self.configuration.data
-        self._tasks = {seed: self._task(seed) for seed in self.configuration.seeds}
+        data, seeds = self.configuration.data, self.configuration.seeds
+        self._tasks = {seed: self._task(seed) for seed in seeds}
         assert data.corpus is not None  # checked
-        self._corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
+        self._corpus = read_corpus(
+            data.corpus, smiles_column=data.smiles_column, strict=data.strict, limit=data.corpus_limit
+        )
+        self.skipped = [*self._tasks[seeds[0]].skipped, (self._corpus.source, self._corpus.skipped)]
         say(f"Corpus: {self._corpus.summary()}.")
 
     def build(self, seed: int, device: str) -> TapWeight:
@@ -128,13 +148,15 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
 
     def _task(self, seed: int) -> MoleculeTask:
         data = self.configuration.data
-        names = ("kind", "split", "chirality", "metric")
-        options: dict[str, Any] = {name: getattr(data, name) for name in names} | {"seed": seed}
+        names = ("kind", "split", "chirality", "metric", "class_weights")
+        options: dict[str, Any] = {name: getattr(data, name) for name in names}
+        options |= {"fractions": data.split_fractions, "seed": seed}
         if data.dataset is not None:
             return MoleculeTask.from_molecules(molecule_net(data.dataset, data.root), **options)
         assert data.train is not None  # checked
-        files: dict[str, Any] = {name: getattr(data, name) for name in ("valid", "test", "labels", "strict")}
-        return MoleculeTask.from_csv(data.train, **files, **options)
+        places = ("valid", "test", "split_column", "splits", "smiles_column", "labels", "missing", "strict")
+        files: dict[str, Any] = {name: getattr(data, name) for name in places}
+        return MoleculeTask.from_csv(data.train, ignore=data.ignore_columns, **files, **options)
 
 
 main = partial(command, MoleculeModality)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlopt.errors import ArgumentError
 
-from .data import import_extra
+from .graphs import import_extra
 
 if TYPE_CHECKING:
     from typing import Any

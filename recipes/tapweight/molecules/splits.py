@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..files import DataError
-from ..splits import EIGHT_ONE_ONE, NAMES, check_fractions, ends_of, random_split
-from .data import import_extra
+from ..splits import EIGHT_ONE_ONE, NAMES, check_fractions, ends_of, random_split, stratified_split
+from .graphs import import_extra, unmapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from ..task import Split
 
-__all__ = ["random_split", "scaffold_split"]
+__all__ = ["balanced_scaffold_split", "random_split", "scaffold_split", "stratified_split"]
 
 
 def scaffold_split(
@@ -38,33 +42,87 @@ def scaffold_split(
         DataError: the fractions are wrong, a SMILES cannot be parsed, or a split would be empty.
     """
     check_fractions(fractions)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, molecule in enumerate(smiles):
-        groups[_scaffold(index, molecule, chirality=chirality)].append(index)
+    groups = _groups(smiles, chirality=chirality)
     train_end, valid_end, _ = ends_of(len(smiles), fractions)
     splits: dict[Split, list[int]] = {name: [] for name in NAMES}
-    for group in sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True):
+    for group in sorted(groups, key=lambda group: (len(group), group[0]), reverse=True):
         if len(splits["train"]) + len(group) <= train_end:
             splits["train"] += group
         elif len(splits["train"]) + len(splits["valid"]) + len(group) <= valid_end:
             splits["valid"] += group
         else:
             splits["test"] += group
+    return _checked(splits, len(groups))
+
+
+def balanced_scaffold_split(
+    smiles: Sequence[str],
+    labels: Tensor,
+    fractions: Sequence[float] = EIGHT_ONE_ONE,
+    *,
+    chirality: bool = True,
+    seed: int = 0,
+) -> dict[Split, list[int]]:
+    """Split molecules so that no Bemis-Murcko scaffold is in two splits, and each split has its share of each label.
+
+    With n_s = (molecules, labels 0 and labels 1 of each task) of split s, and N those of all, the scaffolds, from the largest to
+    the smallest, each go to the split for which sum_s |n_s / N - f_s|^2 / f_s becomes smallest; f_s is the fraction of s.
+
+    Args:
+        smiles: SMILES that RDKit can parse.
+        labels: (molecules, tasks), 0 or 1; NaN if missing. Columns of other numbers are not balanced.
+        fractions, chirality: as in `scaffold_split`.
+        seed: the seed of the order of groups of one size.
+
+    Returns:
+        0-based indices of train, valid and test, each in ascending order.
+
+    Raises:
+        DataError: as in `scaffold_split`.
+    """
+    check_fractions(fractions)
+    groups = _groups(smiles, chirality=chirality)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    classes = labels[:, ((labels == 0) | (labels == 1) | labels.isnan()).all(0)]
+    counted = torch.cat([torch.ones(len(smiles), 1), classes == 0, classes == 1], dim=1).double()
+    counts = counted / counted.sum(0).clamp(min=1)
+    held = torch.zeros(len(NAMES), counts.shape[1], dtype=torch.float64)
+    aims = torch.tensor(fractions, dtype=torch.float64)[:, None]
+    splits: dict[Split, list[int]] = {name: [] for name in NAMES}
+    for k in sorted(order, key=lambda k: -len(groups[k])):
+        own = counts[groups[k]].sum(0)
+        change = (((held + own - aims).square() - (held - aims).square()) / aims).sum(1)
+        best = int(change.argmin())
+        held[best] += own
+        splits[NAMES[best]] += groups[k]
+    return _checked({name: sorted(indices) for name, indices in splits.items()}, len(groups))
+
+
+def _groups(smiles: Sequence[str], *, chirality: bool) -> list[list[int]]:
+    """Return the indices of the molecules of each scaffold, in the order of its first molecule."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, molecule in enumerate(smiles):
+        groups[_scaffold(index, molecule, chirality=chirality)].append(index)
+    return list(groups.values())
+
+
+def _checked(splits: dict[Split, list[int]], scaffolds: int) -> dict[Split, list[int]]:
+    """Refuse an empty split."""
     for name, indices in splits.items():
         if not indices:
             raise DataError(
-                f"{len(smiles)} molecules of {len(groups)} scaffolds leave the {name} split empty: a scaffold is never "
-                "divided; use a random split, other fractions or more molecules"
+                f"{sum(map(len, splits.values()))} molecules of {scaffolds} scaffolds leave the {name} split empty: a scaffold "
+                "is never divided; give --split random, other --split-fractions or more molecules"
             )
     return splits
 
 
 def _scaffold(index: int, smiles: str, *, chirality: bool) -> str:
-    """Return the SMILES of a molecule's Bemis-Murcko scaffold; empty for a molecule without a ring."""
+    """Return the SMILES of a molecule's Bemis-Murcko scaffold, atom maps apart; empty for a molecule without a ring."""
     murcko = import_extra("rdkit.Chem.Scaffolds.MurckoScaffold")
     with import_extra("rdkit.rdBase").BlockLogs():
         molecule = import_extra("rdkit.Chem").MolFromSmiles(smiles)
         if molecule is None:
             raise DataError(f"smiles[{index}]={smiles!r} is not a molecule; leave it out before splitting")
-        scaffold: str = murcko.MurckoScaffoldSmiles(mol=molecule, includeChirality=chirality)
+        scaffold: str = murcko.MurckoScaffoldSmiles(mol=unmapped(molecule), includeChirality=chirality)
     return scaffold

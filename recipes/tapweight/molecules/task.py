@@ -2,114 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
-from torchmetrics import Metric
-from torchmetrics.functional import mean_absolute_error, mean_squared_error
-from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.utilities import dim_zero_cat
-
-from mlopt.errors import ArgumentError
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from ..files import DataError
-from ..task import Split, Task
-from .data import Molecules, read_table
+from ..labels import Form, Kind
+from ..metrics import measure_of, measures_of
+from ..predictions import Target
+from ..repetition import repetitions, shared
+from ..splits import EIGHT_ONE_ONE, listed_split, named_split
+from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
+from .data import Molecules, molecule_table, read_table
+from .graphs import canonical
 from .joining import join
-from .splits import random_split, scaffold_split
+from .metric import TaskMean, by_task, check_shapes
+from .predictor import Predictor, linear_head
+from .splitting import Method, divided
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from torch_geometric.data import Batch, Data
 
     from ..encoder import Encoder
+    from ..predictor import Member
 
-Kind = Literal["classification", "regression"]
-
-
-def _roc_auc(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the area under the ROC curve of outputs (N,) on any scale, for labels 0 and 1 (N,)."""
-    # Ranks give the same area, and exactly so: torchmetrics would take a sigmoid of logits, which ties the large ones.
-    ranks = torch.unique(outputs, return_inverse=True)[1]
-    return binary_auroc(ranks.double() / len(ranks), labels.long())
-
-
-def _rmse(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the root mean square error of outputs (N,) against labels (N,), in the labels' unit."""
-    return mean_squared_error(outputs, labels, squared=False)
-
-
-@attrs.frozen
-class _Measure:
-    """A metric of one task: its function, the kind of task, and the number of distinct labels that define it."""
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    kind: Kind
-    greater_is_better: bool
-    distinct: int
-
-
-_MEASURES = {  # the first of a kind is its default
-    "roc_auc": _Measure(_roc_auc, "classification", True, 2),
-    "rmse": _Measure(_rmse, "regression", False, 1),
-    "mae": _Measure(mean_absolute_error, "regression", False, 1),
-}
-
-
-class TaskMean(Metric):
-    """The mean over tasks of a metric, each on the examples that have its label.
-
-    A task with too few distinct labels for the metric (one class only, for ROC-AUC) is left out.
-
-    Args:
-        name: "roc_auc", "rmse" or "mae".
-        mean: (T,) the mean that standardised labels are relative to, in the labels' unit.
-        std: (T,) the unit of standardised labels, in the labels' unit.
-    """
-
-    full_state_update = False
-    outputs: list[Tensor]
-    labels: list[Tensor]
-
-    def __init__(self, name: str, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.name, self.mean, self.std = name, mean, std
-        self.add_state("outputs", default=[], dist_reduce_fx="cat")
-        self.add_state("labels", default=[], dist_reduce_fx="cat")
-
-    def update(self, outputs: Tensor, labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            outputs: (B, T) logits, or standardised predictions.
-            labels: (B, T) in the labels' unit, NaN if missing.
-
-        Raises:
-            ValueError: the shapes differ, or an output is not finite.
-        """
-        _check_shapes(outputs, labels)
-        if not outputs.isfinite().all():
-            raise ArgumentError("outputs are not finite, so they have no score; lower the learning rate")
-        outputs = outputs.detach().to(self.device, torch.float64)
-        self.outputs.append(outputs * self.std.to(outputs) + self.mean.to(outputs))
-        self.labels.append(labels.to(outputs))
-
-    def compute(self) -> Tensor:
-        """Return the mean over the tasks for which the metric is defined."""
-        measure = _MEASURES[self.name]
-        scores = []
-        for outputs, labels in zip(dim_zero_cat(self.outputs).T, dim_zero_cat(self.labels).T, strict=True):
-            present = ~labels.isnan()
-            if len(labels[present].unique()) >= measure.distinct:
-                scores.append(measure.function(outputs[present], labels[present]))
-        if not scores:
-            raise DataError(f"{self.name} is undefined for every task: each needs {measure.distinct} distinct labels")
-        return torch.stack(scores).mean()
+_FORMS: dict[Kind, Form] = {"classification": "binary", "regression": "numbers"}
+_DEFAULTS: dict[Form, str] = {"binary": "roc_auc", "classes": "roc_auc", "numbers": "rmse"}
+_OTHERWISE = "give --split stratified, random or balanced, or other --split-fractions"
 
 
 class MoleculeTask(Task):
@@ -123,8 +48,13 @@ class MoleculeTask(Task):
         label_names: the T tasks.
         kind: "classification" (labels 0 and 1, one logit a task) or "regression"; by default classification if all
             labels are 0 or 1.
-        metric: "roc_auc" for classification; "rmse" (the default) or "mae" for regression. The mean over tasks.
+        class_column: the name of the one task whose classes the columns are, if each molecule has one of them.
+        class_names: the names of the classes 0 and 1 of each task, for predictions; by default "0" and "1".
+        metric: the name of a metric of `mlopt.recipes.tapweight.metrics`; by default "roc_auc" for classification, "rmse" for
+            regression. The mean over tasks.
         dropout: probability of dropping a feature before the head's linear layer.
+        class_weights: "balanced" weighs each label in the loss by N / (2 N_c): its task has N training labels, N_c of them of the
+            same class. "none" does not.
         remarks: sentences about the data, to which the constructor adds its own.
 
     Attributes:
@@ -145,28 +75,36 @@ class MoleculeTask(Task):
         *,
         label_names: Sequence[str],
         kind: Kind | None = None,
+        class_column: str | None = None,
+        class_names: Sequence[Sequence[str]] = (),
         metric: str | None = None,
         dropout: float = 0.0,
+        class_weights: ClassWeights = "none",
         remarks: Sequence[str] = (),
     ) -> None:
         super().__init__(splits)
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
-        self.label_names, self.dropout = tuple(label_names), dropout
+        self.label_names, self.class_column, self.class_names = tuple(label_names), class_column, tuple(class_names)
+        self.dropout = dropout
         labels = {split: _labels(split, examples, self.label_names) for split, examples in splits.items()}
         self.kind = kind or _infer_kind(labels.values())
-        metrics = [name for name, measure in _MEASURES.items() if measure.kind == self.kind]
-        if not metrics:
-            raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
-        self.metric_name = metrics[0] if metric is None else metric
-        if self.metric_name not in metrics:
-            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {' or '.join(map(repr, metrics))}")
-        self.greater_is_better = _MEASURES[self.metric_name].greater_is_better
+        if self.kind not in _FORMS or (class_column is not None and self.kind == "regression"):
+            others = "regression or " if class_column is None else ""
+            raise DataError(f"kind={kind!r}: give {others}classification by --kind")
+        self.form: Form = _FORMS[self.kind] if class_column is None else "classes"
+        self.metric_name = _DEFAULTS[self.form] if metric is None else metric
+        self.greater_is_better = measure_of(self.metric_name, self.form).greater_is_better
         if self.kind == "classification":
             for split, examples in splits.items():
                 _check_classes(split, examples, labels[split], self.label_names)
         self.remarks = (*remarks, *self._coverage(labels))
         self.mean, self.std = self._standardisation(labels["train"])
+        self.class_weights = None
+        if check_class_weights(class_weights, self.form) == "balanced":
+            own = labels["train"]
+            counts = (own == 1).sum(0) if self.form == "classes" else torch.stack([(own == k).sum(0) for k in (0, 1)])
+            self.class_weights = balanced_weights(counts)
 
     @classmethod
     def from_molecules(
@@ -174,20 +112,20 @@ class MoleculeTask(Task):
         molecules: Molecules,
         *,
         kind: Kind | None = None,
-        split: Literal["scaffold", "random"] = "scaffold",
+        split: Method | Mapping[Split, Sequence[int]] = "scaffold",
+        fractions: Sequence[float] = EIGHT_ONE_ONE,
         chirality: bool = True,
         seed: int = 0,
-        metric: str | None = None,
-        dropout: float = 0.0,
+        **options: Any,
     ) -> MoleculeTask:
-        """Split labelled molecules 8:1:1 into a task.
+        """Split labelled molecules into a task.
 
         Args:
             molecules: labelled molecules, from `read_table` or `molecule_net`.
-            split: by Bemis-Murcko scaffold, or at random.
-            chirality: distinguish scaffolds that differ in stereochemistry.
-            seed: the seed of the random split.
-            kind, metric, dropout: as in the constructor.
+            split: a method, see `mlopt.recipes.tapweight.molecules.splitting.divided`, or the indices of each split.
+            fractions, chirality, seed: of a method.
+            kind: as in the constructor; by default, that of the labels.
+            options: `metric`, `dropout` and `class_weights` of the constructor.
 
         Returns:
             The task.
@@ -195,20 +133,24 @@ class MoleculeTask(Task):
         Raises:
             DataError: a split is empty, or as in the constructor.
         """
-        if split == "scaffold":
-            indices = scaffold_split(molecules.smiles, chirality=chirality)
-        elif split == "random":
-            indices = random_split(len(molecules), seed=seed)
+        if not molecules.label_names:
+            raise DataError(f"{molecules.source}: there are no labels, and a task needs them; give a table with labels")
+        if isinstance(split, str):
+            indices: Mapping[Split, Sequence[int]] = divided(
+                molecules, split, fractions, chirality=chirality, seed=seed
+            )
         else:
-            raise DataError(f"split={split!r}: give 'scaffold' or 'random'")
-        return cls(
-            {name: molecules.subset(chosen) for name, chosen in indices.items()},
+            indices = split
+        splits = {name: molecules.subset(chosen) for name, chosen in indices.items()}
+        task = cls(
+            splits,
             label_names=molecules.label_names,
-            kind=kind,
-            metric=metric,
-            dropout=dropout,
-            remarks=[molecules.summary()] if molecules.skipped else [],
+            remarks=_remarks([molecules], {} if isinstance(split, str) else splits),
+            **_meaning(molecules, kind),
+            **options,
         )
+        task.skipped = [(molecules.source, molecules.skipped)]
+        return task
 
     @classmethod
     def from_csv(
@@ -217,50 +159,54 @@ class MoleculeTask(Task):
         *,
         valid: str | os.PathLike[str] | None = None,
         test: str | os.PathLike[str] | None = None,
-        labels: Sequence[str] | None = None,
-        kind: Kind | None = None,
-        split: Literal["scaffold", "random"] = "scaffold",
+        split: Method = "scaffold",
+        fractions: Sequence[float] = EIGHT_ONE_ONE,
+        split_column: str | None = None,
+        splits: Path | None = None,
         chirality: bool = True,
         seed: int = 0,
-        strict: bool = False,
+        kind: Kind | None = None,
         metric: str | None = None,
         dropout: float = 0.0,
+        class_weights: ClassWeights = "none",
+        **reading: Any,
     ) -> MoleculeTask:
         """Read a task from one file, which is split 8:1:1, or from three.
 
         Args:
-            train: `.csv` or `.csv.gz` with a column `smiles` and label columns.
-            valid, test: as `train`; both or neither.
-            labels: the label columns; by default all but `smiles`, of the training file.
-            split, chirality, seed: as in `from_molecules`; for one file only.
-            strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out and reporting it in `remarks`.
-            kind, metric, dropout: as in the constructor.
-
-        Returns:
-            The task.
+            train, valid, test: tables of molecules, see `read_table`; those of `valid` and `test` are read as that of `train`.
+            split, fractions, chirality, seed: as in `from_molecules`; for one file only.
+            split_column: the column that names the split of each molecule, instead of `split`.
+            splits: a file that lists the rows of each split instead, see `mlopt.recipes.tapweight.splits.listed_split`.
+            kind, metric, dropout, class_weights: as in the constructor.
+            reading: `labels`, `smiles_column`, `ignore`, `missing` and `strict` of `read_table`.
 
         Raises:
             DataError: as in `read_table`, `from_molecules` and the constructor.
         """
-        molecules = read_table(train, labels=labels, strict=strict)
+        molecules = read_table(train, kind=kind, **reading)
+        options: dict[str, Any] = {"metric": metric, "dropout": dropout, "class_weights": class_weights}
         if valid is None and test is None:
+            given: Any = split
+            if splits is not None:
+                given = listed_split(splits, molecules.source, molecules.record_numbers())
+            elif split_column is not None:
+                given = named_split(molecule_table(train), split_column, molecules.record_numbers())
             return cls.from_molecules(
-                molecules, kind=kind, split=split, chirality=chirality, seed=seed, metric=metric, dropout=dropout
+                molecules, kind=kind, split=given, fractions=fractions, chirality=chirality, seed=seed, **options
             )
         if valid is None or test is None:
             present, missing = ("test", "valid") if valid is None else ("valid", "test")
             raise DataError(
-                f"{present} is given without {missing}; give both, or neither to split the training file 8:1:1"
+                f"{present} is given without {missing}; give both --valid and --test, or neither to split the training file"
             )
-        files = [molecules, *(read_table(path, labels=molecules.label_names, strict=strict) for path in (valid, test))]
-        return cls(
-            {"train": files[0], "valid": files[1], "test": files[2]},
-            label_names=molecules.label_names,
-            kind=kind,
-            metric=metric,
-            dropout=dropout,
-            remarks=[table.summary() for table in files if table.skipped],
-        )
+        reading = {name: value for name, value in reading.items() if name in ("smiles_column", "strict")}
+        files = [molecules, *(read_table(path, like=molecules, **reading) for path in (valid, test))]
+        parts: dict[Split, Molecules] = {"train": files[0], "valid": files[1], "test": files[2]}
+        remarks = _remarks(files, parts)
+        task = cls(parts, label_names=molecules.label_names, remarks=remarks, **_meaning(molecules, kind), **options)
+        task.skipped = [(table.source, table.skipped) for table in files]
+        return task
 
     def collate(self, examples: list[Data]) -> Batch:
         """Join graphs into one disconnected graph."""
@@ -268,7 +214,7 @@ class MoleculeTask(Task):
 
     def head(self, encoder: Encoder) -> nn.Module:
         """Build a linear layer from the encoder's graph representation (B, width) to the tasks (B, T)."""
-        return nn.Sequential(nn.Dropout(self.dropout), nn.Linear(encoder.width, len(self.label_names)))
+        return linear_head(encoder.width, len(self.label_names), self.dropout)
 
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits, or standardised predictions, (B, T)."""
@@ -289,8 +235,8 @@ class MoleculeTask(Task):
         """Return the mean loss over the labelled tasks of each molecule, 0 for a molecule without a label.
 
         Args:
-            outputs: (B, T) logits, whose loss is the binary cross-entropy, or standardised predictions, whose loss is
-                the squared error of standardised labels.
+            outputs: (B, T) logits, whose loss is the binary cross-entropy, or the cross-entropy if the columns are the classes of
+                one task; or standardised predictions, whose loss is the squared error of standardised labels.
             batch: B molecules.
 
         Returns:
@@ -300,18 +246,41 @@ class MoleculeTask(Task):
             ValueError: the outputs are not (B, T).
         """
         labels = self.targets(batch)
-        _check_shapes(outputs, labels)
+        check_shapes(outputs, labels)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         present = ~labels.isnan()
         # Missing labels are filled before any arithmetic: the gradient of a masked NaN would still be NaN.
         labels = (torch.where(present, labels, 0).to(outputs) - self.mean.to(outputs)) / self.std.to(outputs)
+        if self.form == "classes":
+            weights = None if self.class_weights is None else (self.class_weights.to(labels) * labels).sum(1)
+            losses = cross_entropy(outputs, labels, reduction="none")
+            return torch.where(present.all(1), losses if weights is None else losses * weights, 0)
         loss = binary_cross_entropy_with_logits if self.kind == "classification" else mse_loss
         losses = torch.where(present, loss(outputs, labels, reduction="none"), 0)
+        if self.class_weights is not None:
+            negative, positive = self.class_weights.to(losses)
+            losses = losses * torch.where(labels > 0.5, positive, negative)
         return losses.sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
     def metric(self) -> TaskMean:
         """Return a fresh metric in the labels' unit, a mean over tasks."""
-        return TaskMean(self.metric_name, self.mean, self.std)
+        return TaskMean(self.metric_name, self.mean, self.std, self.form)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, task by task."""
+        outputs = outputs.double() * self.std.to(outputs.device) + self.mean.to(outputs.device)
+        names = self.label_names if self.class_column is None else (self.class_column,)
+        parts = by_task(outputs, targets.double(), self.form)
+        return {name: measures_of(self.form, *part) for name, part in zip(names, parts, strict=True) if len(part[1])}
+
+    def predictor(self, members: Sequence[Member]) -> Predictor:
+        """Return the predictor of finetuned models."""
+        if self.class_column is not None:
+            return Predictor(members, Target(form="classes", labels=(self.class_column,), classes=self.label_names))
+        if self.kind == "classification":
+            return Predictor(members, Target.binary(self.label_names, self.class_names))
+        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
+        return Predictor(members, Target(form="numbers", labels=self.label_names, mean=mean, std=std))
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
@@ -319,29 +288,33 @@ class MoleculeTask(Task):
 
     def subject(self) -> str:
         """Return the kind of the task and the names of the labels."""
-        return f"{self.kind} of {', '.join(self.label_names)}"
+        return f"{self.kind} {'into' if self.form == 'classes' else 'of'} {', '.join(self.label_names)}"
 
     def _coverage(self, labels: Mapping[Split, Tensor]) -> list[str]:
         """Check that each split can be scored, and return a sentence on each task that is left out."""
         remarks = []
+        # Of the classes of one task, each is a column of 0 and 1.
+        needed = 2 if self.form == "classes" else measure_of(self.metric_name, self.form).distinct
         for split, table in labels.items():
             distinct = [column[~column.isnan()].unique() for column in table.T]
             for name, values in zip(self.label_names, distinct, strict=True):
                 if not len(values):
                     raise DataError(
-                        f"task {name!r} has no label in the {split} split; leave it out by `labels`, or split otherwise"
+                        f"task {name!r} has no label in the {split} split; leave it out by --labels, or {_OTHERWISE}"
                     )
-                if len(values) < _MEASURES[self.metric_name].distinct:
+                if len(values) < needed and self.form == "classes":
+                    remarks.append(f"no molecule of the {split} split is of class {name!r}" if not values[0] else "")
+                elif len(values) < needed:
                     remarks.append(
                         f"task {name!r} has only the label {values[0]:g} in the {split} split, "
                         f"and is left out of its {self.metric_name}"
                     )
-            if all(len(values) < _MEASURES[self.metric_name].distinct for values in distinct):
+            if all(len(values) < needed for values in distinct):
                 raise DataError(
-                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; "
-                    "split otherwise, or give more molecules"
+                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; {_OTHERWISE}, or "
+                    "give more molecules"
                 )
-        return remarks
+        return [remark for remark in remarks if remark]
 
     def _standardisation(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation (T,) of training labels (N, T); 0 and 1 for classes."""
@@ -354,17 +327,9 @@ class MoleculeTask(Task):
             if len(values) == 1:
                 raise DataError(
                     f"task {name!r} has one label, {values[0]:g}, throughout the train split: nothing can be learnt; "
-                    "leave it out by `labels`"
+                    "leave it out by --labels"
                 )
         return mean, std
-
-
-def _check_shapes(outputs: Tensor, labels: Tensor) -> None:
-    """Check that outputs and labels have one shape: broadcasting would hide a difference."""
-    if outputs.shape != labels.shape:
-        raise ArgumentError(
-            f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; both must be (B, T)"
-        )
 
 
 def _labels(split: Split, examples: Sequence[Data], names: Sequence[str]) -> Tensor:
@@ -387,7 +352,7 @@ def _check_classes(split: Split, examples: Sequence[Data], labels: Tensor, names
         index, task = wrong[0]
         raise DataError(
             f"{_place(split, examples, index)}: the label {labels[index, task]:g} of task {names[task]!r} is not 0 or "
-            "1; correct it, leave it empty if it is missing, or use kind='regression'"
+            "1; correct it, leave it empty if it is missing, or give --kind regression"
         )
 
 
@@ -402,3 +367,22 @@ def _infer_kind(labels: Iterable[Tensor]) -> Kind:
     """Return "classification" if all labels are 0 or 1, else "regression"."""
     classes = all(((table == 0) | (table == 1) | table.isnan()).all() for table in labels)
     return "classification" if classes else "regression"
+
+
+def _meaning(molecules: Molecules, kind: Kind | None) -> dict[str, Any]:
+    """Return the kind of some molecules' labels, the name of the one column of classes, and the names of two classes."""
+    numbers = any(each.form == "numbers" for each in molecules.meanings)
+    column = next((each.name for each in molecules.meanings if each.form == "classes"), None)
+    names = [each.classes for each in molecules.meanings if each.form == "binary"]
+    return {"kind": kind or ("regression" if numbers else None), "class_column": column, "class_names": names}
+
+
+def _remarks(files: Sequence[Molecules], splits: Mapping[Split, Molecules]) -> list[str]:
+    """Return sentences on how files were read, on molecules listed more than once, and on those of two splits."""
+    sentences = [molecules.summary() for molecules in files if molecules.skipped or molecules.notes]
+    sentences += [remark for each in files[0].meanings for remark in each.remarks()]
+    for molecules in files:
+        labels = [[None if y != y else f"{y:g}" for y in graph.y[0].tolist()] for graph in molecules]
+        keys = [canonical(smiles) for smiles in molecules.smiles]
+        sentences += repetitions(molecules, keys, labels, molecules.label_names)
+    return sentences + (shared(splits, lambda graph: canonical(graph.smiles)) if splits else [])

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from .encoder import TextEncoder
     from .glue_tasks import glue
     from .objectives import OBJECTIVES, make_objective
+    from .predictor import Predictor
     from .task import TextTask
 
 __all__ = [
     "OBJECTIVES",
     "Collate",
+    "Predictor",
     "TextEncoder",
     "TextTask",
     "from_dataset",
@@ -34,6 +36,7 @@ __getattr__ = import_lazily(
         "encoder": ("TextEncoder",),
         "glue_tasks": ("glue",),
         "objectives": ("OBJECTIVES", "make_objective"),
+        "predictor": ("Predictor",),
         "task": ("TextTask",),
     },
 )

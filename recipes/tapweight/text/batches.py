@@ -47,14 +47,17 @@ class Collate:
                 batch[key] = _join([example[key] for example in examples])
         return batch
 
-    def cut(self, examples: Sequence[Example]) -> int:
-        """Return how many of the examples are longer than `max_length`."""
-        count = 0
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Return the number of tokens of each example, special ones counted; at most one more than `max_length`."""
+        lengths: list[int] = []
         for start in range(0, len(examples), _CHUNK):
             chunk = [examples[i] for i in range(start, min(start + _CHUNK, len(examples)))]
-            tokens = self._tokenise(chunk, self.max_length + 1)["input_ids"]
-            count += sum(len(ids) > self.max_length for ids in tokens)
-        return count
+            lengths += map(len, self._tokenise(chunk, self.max_length + 1)["input_ids"])
+        return lengths
+
+    def cut(self, examples: Sequence[Example]) -> int:
+        """Return how many of the examples are longer than `max_length`."""
+        return sum(length > self.max_length for length in self.lengths(examples))
 
     def remark(self, examples: Sequence[Example], source: str) -> list[str]:
         """Return a sentence with the number of examples that are cut off, or none if all are whole."""

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from ..examples import Examples, UnusableError, check_limit, gather
-from ..files import DataError, column_of, lines_of, suffix_of, table_of
+from ..files import DataError, suffix_of
+from ..labels import is_empty
 from ..names import suggestion
+from ..tables import SUFFIXES, column_of, is_folder, list_of, table_of
 from .sentences import split_sentences
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
 
+    from ..tables import Table
     from .batches import Example
 
-__all__ = ["Sentences", "Texts", "from_dataset", "read_corpus", "read_table"]
+__all__ = ["Sentences", "Texts", "check_texts", "from_dataset", "read_corpus", "read_table", "read_texts"]
 
-_TABLES = (".csv", ".jsonl")
 _LISTS = (".txt",)
-_LONGEST = 2**31 - 1  # characters of a document
 #: JSON can write a character in two parts; a truncated text may hold one of them, which no tokenizer accepts.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 #: The columns of text to look for if none are named.
@@ -38,7 +37,12 @@ class Texts(Examples["Example"]):
     """The texts of one file or data set, in its order.
 
     Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label", as the file has it.
+
+    Args:
+        label_name: the column of the labels.
     """
+
+    label_name: str = "label"
 
     noun = "texts"
 
@@ -82,14 +86,14 @@ class Sentences(Texts):
 
 
 def read_corpus(
-    path: str | os.PathLike[str], *, column: str = "text", strict: bool = False, limit: int | None = None
+    source: str | os.PathLike[str] | Any, *, column: str | None = None, strict: bool = False, limit: int | None = None
 ) -> Texts:
     """Read an unlabelled corpus.
 
     Args:
-        path: `.txt` with a document a line (blank lines are skipped), or `.csv` or `.jsonl` with a column of text (others are
-            ignored). Each may be gzipped and end in `.gz`.
-        column: the column of the texts.
+        source: `.txt` with a document a line (blank lines are skipped), also compressed (.gz, .xz, .bz2, .zip); or a table with a
+            column of text, see `mlopt.recipes.tapweight.tables.table_of`.
+        column: the column of the texts of a table; by default "text", else "sentence", else the only column.
         strict: refuse a text of a table that is empty or not Unicode, instead of leaving it out.
         limit: stop after so many texts; at least 2.
 
@@ -101,26 +105,58 @@ def read_corpus(
         FileNotFoundError: there is no such file.
     """
     check_limit(limit, "texts")
-    path = Path(path)
-    records: Iterable[tuple[int, Example]]
-    if suffix_of(path, _TABLES + _LISTS) in _LISTS:
-        records = ((row, {"text": line.strip()}) for row, line in enumerate(lines_of(path), start=1) if line.strip())
-    else:
-        records = _records(path, {"text": column})
-    return _gathered(records, str(path), strict=strict, limit=limit, least=2)
+    options: dict[str, Any] = {"strict": strict, "limit": limit, "least": 2}
+    table = _table(source)
+    header = table.header
+    known = {name.casefold() for name in header}
+    name = column or next((usual for usual in ("text", "sentence") if usual in known), "text")
+    if column is None and len(header) == 1:
+        name = header[0]
+    index = column_of(table.source, header, name, "name the column of the texts 'text'")
+    records = ((row, {"text": cells[index]}) for row, cells in table.records())
+    return _gathered(records, table.source, notes=table.notes, **options)
+
+
+def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> list[tuple[Any, ...]]:
+    """Return the texts of all rows of a file, also of rows that are not examples.
+
+    Args:
+        path: as for `read_corpus`.
+        columns: the columns of the texts in a table; the usual ones when None.
+        count: the texts of a row.
+
+    Raises:
+        DataError: as `read_corpus`; or a row has another number of texts.
+    """
+    table = _table(path)
+    places = _text_places(table, columns, "--columns")
+    if len(places) != count:
+        expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
+        raise DataError(
+            f"{path}: the predictor takes {expected}, and the file has {given}; name the columns by --columns"
+        )
+    return [tuple(cells[place] for place in places.values()) for _, cells in table.records()]
 
 
 def read_table(
-    path: str | os.PathLike[str], *, text: Sequence[str] | None = None, label: str = "label", strict: bool = False
+    source: str | os.PathLike[str] | Any,
+    *,
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    missing: Sequence[str] = (),
+    name: str | None = None,
+    strict: bool = False,
 ) -> Texts:
     """Read labelled texts, or pairs of texts, from columns whose names may be in any case.
 
     Args:
-        path: `.csv` with a header row, or `.jsonl` with an object a line; each may be gzipped and end in `.gz`.
+        source: a table, see `mlopt.recipes.tapweight.tables.table_of`: a file, a folder of a data set, or a `datasets.Dataset`.
         text: the column of the text, or the two columns of a pair; by default "text", "text_a" and "text_b", "sentence", or
             "sentence1" and "sentence2", the first that the file has.
-        label: the column of the label.
-        strict: refuse a text that is empty or not Unicode, instead of leaving its row out and reporting it.
+        label: the column of the label; by default "label" or "labels".
+        missing: labels that stand for no label, such as "-1".
+        name: the name of a data set in messages.
+        strict: refuse a text that is empty or not Unicode, or has no label, instead of leaving its row out and reporting it.
 
     Returns:
         At least one example.
@@ -129,10 +165,11 @@ def read_table(
         DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    suffix_of(path, _TABLES)
-    columns = {**_text_columns(str(path), text, _columns(path)), "label": label}
-    return _gathered(_records(path, columns), str(path), strict=strict)
+    table = table_of(source, name=name)
+    if label is None:
+        known = {column.casefold() for column in table.header}
+        label = "labels" if "labels" in known and "label" not in known else "label"
+    return _read(table, text, label, missing, strict)
 
 
 def from_dataset(
@@ -146,7 +183,7 @@ def from_dataset(
     """Read a `datasets.Dataset`.
 
     Args:
-        dataset: one split. Labels of a column of classes become their names.
+        dataset: one split. Labels of a column of classes become their names; a negative one is missing.
         text: as in `read_table`.
         label: the column of the label; None for an unlabelled corpus.
         name: its name in messages.
@@ -158,27 +195,32 @@ def from_dataset(
     Raises:
         DataError: the data cannot be used; the message names the row, its content and the remedy.
     """
-    header = list(dataset.column_names)
-    columns = _text_columns(name, text, header)
+    return _read(table_of(dataset, name=name), text, label, (), strict)
+
+
+def _table(source: str | os.PathLike[str] | Any) -> Table:
+    """Read a table, or a file with a text a line as a table of one column."""
+    known = (*SUFFIXES, *_LISTS)
+    if hasattr(source, "column_names") or is_folder(source) or suffix_of(Path(source), known) not in _LISTS:
+        return table_of(source)
+    return list_of(Path(source), "text")
+
+
+def _read(table: Table, text: Sequence[str] | None, label: str | None, missing: Sequence[str], strict: bool) -> Texts:
+    """Return the texts of a table, with their labels if a column of labels is named."""
+    header, source = table.header, table.source
+    places = _text_places(table, text, "--text")
     if label is not None:
-        columns["label"] = label
-    columns = {key: header[column_of(name, header, column)] for key, column in columns.items()}
-    names = getattr(dataset.features.get(columns.get("label")), "names", None)
-
-    def records() -> Iterator[tuple[int, Example]]:
-        for row, record in enumerate(dataset):
-            example = {key: record[column] for key, column in columns.items()}
-            if names is not None and example["label"] is not None:
-                # -1 means that there is no label, as in test splits whose labels are not public.
-                example["label"] = names[example["label"]] if example["label"] >= 0 else None
-            yield row, example
-
-    return _gathered(records(), name, strict=strict)
+        places["label"] = column_of(source, header, label, "name the column by --label")
+    records = ((row, {key: cells[place] for key, place in places.items()}) for row, cells in table.records())
+    texts = _gathered(records, source, notes=table.notes, missing=missing, strict=strict)
+    return attrs.evolve(texts, label_name=header[places["label"]]) if "label" in places else texts
 
 
-def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[str]) -> dict[str, str]:
-    """Return the columns of the texts, by their keys in an example."""
-    remedy = "give the column of the text, or the two columns of a pair"
+def _text_places(table: Table, columns: Sequence[str] | None, option: str) -> dict[str, int]:
+    """Return the index of each column of text, by its key in an example; `option` names the columns on the command line."""
+    source, header = table.source, table.header
+    remedy = f"give the column of the text, or the two columns of a pair, by {option}"
     if columns is None:
         known = {name.casefold() for name in header}
         columns = next((usual for usual in _USUAL if known >= set(usual)), None)
@@ -186,74 +228,46 @@ def _text_columns(source: str, columns: Sequence[str] | None, header: Sequence[s
             raise DataError(f"{source}: no column 'text'{suggestion('text', header)}; {remedy}")
     if isinstance(columns, str) or not 1 <= len(columns) <= 2 or len(set(columns)) < len(columns):
         raise DataError(f"{source}: text={columns!r}; {remedy}")
-    return dict(zip(("text", "text_b"), columns, strict=False))
+    places = [column_of(source, header, name, f"name the columns of text by {option}") for name in columns]
+    return dict(zip(("text", "text_b"), places, strict=False))
 
 
-def _columns(path: Path) -> list[str]:
-    """Return the names of a table's columns; of a JSONL file, the keys of its first object."""
-    return table_of(path, _LONGEST)[0] if suffix_of(path, _TABLES) == ".csv" else list(next(_objects(path))[1])
-
-
-def _records(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, Example]]:
-    """Yield the examples of a table, each with its first line."""
-    if suffix_of(path, _TABLES) == ".csv":
-        header, rows = table_of(path, _LONGEST)
-        indices = {key: column_of(path, header, name) for key, name in columns.items()}
-        return ((row, {key: cells[index] for key, index in indices.items()}) for row, cells in rows)
-    return ((row, _picked(path, row, content, columns)) for row, content in _objects(path))
-
-
-def _picked(path: Path, row: int, content: dict[str, Any], columns: dict[str, str]) -> Example:
-    header, cells = list(content), list(content.values())
-    return {key: cells[column_of(f"{path}, row {row}", header, name)] for key, name in columns.items()}
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSONL file with their lines; skip blank lines."""
-    for row, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, row {row}: not valid JSON ({error}); write an object on each line") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{path}, row {row}: {line.strip()[:40]!r} is not a JSON object; write one on each line")
-        yield row, content
-
-
-def _gathered(records: Iterable[tuple[int, Example]], source: str, **options: Any) -> Texts:
-    """Check the examples; leave out those with a text that is empty or not Unicode. `options` are those of `gather`."""
+def _gathered(
+    records: Iterable[tuple[int, Example]],
+    source: str,
+    *,
+    notes: tuple[str, ...],
+    missing: Sequence[str] = (),
+    **options: Any,
+) -> Texts:
+    """Check the examples; leave out those without a text, a whole one, or a label. `options` are those of `gather`."""
 
     def example(row: int, record: Example) -> Example:
         for key in ("text", "text_b"):
             if key in record and not isinstance(record[key], str | None):
-                raise DataError(f"{source}, row {row}: {record[key]!r} is not text; give strings")
-        if fault := _fault(_texts(record)):
-            raise UnusableError(fault)
-        if "label" in record and _is_missing(record["label"]):
-            raise DataError(f"{source}, row {row}: the label is missing; give one, or leave the row out")
+                raise DataError(
+                    f"{source}, row {row}: {record[key]!r} is not text; give strings, or name another column by --text"
+                )
+        check_texts(_texts(record))
+        if "label" in record and is_empty(record["label"], missing):
+            raise UnusableError("the label is missing")
         return record
 
-    examples, rows, skipped = gather(records, example, source, noun="text", **options)
-    return Texts(examples=examples, rows=rows, skipped=skipped, source=source)
+    return Texts(**gather(records, example, source, noun="text", **options), notes=notes)
 
 
 def _texts(example: Example) -> list[Any]:
     return [example[key] for key in ("text", "text_b") if key in example]
 
 
-def _fault(texts: Sequence[str | None]) -> str | None:
-    """Return why the texts cannot be used, or None if they can."""
+def check_texts(texts: Sequence[str | None]) -> None:
+    """Refuse a text that is empty or not Unicode.
+
+    Raises:
+        UnusableError: the text cannot be used.
+    """
     if not all((text or "").strip() for text in texts):
-        return "the text is empty"
+        raise UnusableError("the text is empty")
     half = _SURROGATE.search("\n".join(filter(None, texts)))
-    return f"the text has {half[0]!r}, half of a character" if half else None
-
-
-def _is_missing(label: Any) -> bool:
-    return (
-        label is None
-        or (isinstance(label, str) and not label.strip())
-        or (isinstance(label, float) and math.isnan(label))
-    )
+    if half:
+        raise UnusableError(f"the text has {half[0]!r}, half of a character")

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from mlopt.errors import MloptError
-
 from ..encoder import Encoder
 from .batches import Collate
-from .heads import OwnHead, TiedHead
+from .heads import ModelError, OwnHead, TiedHead
 
 if TYPE_CHECKING:
     import os
@@ -28,13 +26,9 @@ if TYPE_CHECKING:
 
     from .batches import Batch
 
-__all__ = ["ModelError", "TextEncoder"]
+__all__ = ["ModelError", "TextEncoder", "quiet"]
 
 Pooling = Literal["mean", "cls"]
-
-
-class ModelError(MloptError, ValueError):
-    """A model or a tokenizer that cannot be used; the message names the fault and the remedy."""
 
 
 class TextEncoder(Encoder):
@@ -116,7 +110,7 @@ class TextEncoder(Encoder):
         # transformers would log the weights that do not fit, or raise without naming them; these options return their names.
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            with _quiet():
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 model, report = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 masked = _masked_model(name, model.config, options)
@@ -143,9 +137,12 @@ class TextEncoder(Encoder):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the features of all tokens, (B, S, width)."""
-        inputs = {name: batch[name] for name in self._inputs if name in batch}
-        hidden: Tensor = self.model(**inputs).last_hidden_state
+        hidden: Tensor = self.model(**self.inputs(batch)).last_hidden_state
         return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the entries of a batch that the model takes."""
+        return {name: batch[name] for name in self._inputs if name in batch}
 
     def pool(self, batch: Batch) -> Tensor:
         """Return the representations of all texts, (B, width)."""
@@ -186,8 +183,13 @@ class TextEncoder(Encoder):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
-        with _quiet():
+        with quiet():
             self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.save_tokenizer(folder)
+
+    def save_tokenizer(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer into `folder`."""
+        with quiet():
             _without_lengths(self.tokenizer).save_pretrained(folder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
@@ -289,7 +291,7 @@ def _check_vocabulary(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBa
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' reports on weights and its progress bars; faults are reported elsewhere."""
     logging = transformers.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Heads: to a few outputs, and to the vocabulary, the checkpoint's own or a new one tied to the embeddings."""
+"""Heads: to a few outputs, linear or of a transformers class; and to the vocabulary, the checkpoint's own or a new tied one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutput
 
+from mlopt.errors import MloptError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
-__all__ = ["LinearHead", "OwnHead", "TiedHead"]
+__all__ = ["ClassifierHead", "LinearHead", "ModelError", "OwnHead", "TiedHead", "linear_head"]
+
+
+class ModelError(MloptError, ValueError):
+    """A model or a tokenizer that cannot be used; the message names the fault and the remedy."""
 
 
 class LinearHead(nn.Module):
@@ -39,6 +48,79 @@ class LinearHead(nn.Module):
         """Return the outputs (..., outputs) of features (..., width)."""
         outputs: Tensor = self.linear(features)
         return self.factor * outputs
+
+
+def linear_head(width: int, outputs: int, dropout: float = 0.0) -> nn.Module:
+    """Return a linear layer from the representation of a text (B, width) to outputs (B, outputs)."""
+    return nn.Sequential(nn.Dropout(dropout), LinearHead(width, outputs))
+
+
+class ClassifierHead(nn.Module):
+    """The head of a model of `AutoModelForSequenceClassification`; it is called with the encoder, which it does not hold.
+
+    Args:
+        model: the model; its encoder is taken off it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        setattr(model, model.base_model_prefix, None)
+        self.model = model
+
+    @classmethod
+    def new(cls, encoder: nn.Module, outputs: int, *, several: bool = False) -> ClassifierHead:
+        """Return a new head for an encoder of transformers.
+
+        Args:
+            encoder: the encoder.
+            outputs: the number of classes; 1 for a number.
+            several: True if a text has any number of classes.
+
+        Raises:
+            ModelError: transformers has no such head for the encoder, or the encoder lacks a part that the head needs.
+        """
+        config: Any = copy.deepcopy(encoder.config)
+        config.num_labels = outputs
+        one = "single_label_classification" if outputs > 1 else "regression"
+        config.problem_type = "multi_label_classification" if several else one
+        try:
+            model = AutoModelForSequenceClassification.from_config(config, dtype=next(encoder.parameters()).dtype)
+        except ValueError as error:
+            raise ModelError(
+                f"transformers has no classifier on {type(encoder).__name__}; give head='linear'"
+            ) from error
+        if missing := sorted(model.base_model.state_dict().keys() - encoder.state_dict().keys()):
+            raise ModelError(
+                f"the encoder, a {type(encoder).__name__}, lacks {missing[0]!r}, which {type(model).__name__} needs; load the "
+                "encoder by TextEncoder.load, or give head='linear'"
+            )
+        return cls(model)
+
+    def forward(self, encoder: Any, batch: dict[str, Any]) -> Tensor:
+        """Return the outputs (B, C) of a batch for a `TextEncoder`, at least in float32."""
+        logits: Tensor = self._on(encoder.model)(**encoder.inputs(batch)).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def whole(self, encoder: nn.Module, names: Sequence[str]) -> PreTrainedModel:
+        """Return a model of transformers with the tensors of the encoder and of the head.
+
+        Args:
+            encoder: the encoder of transformers.
+            names: the names of the outputs.
+        """
+        config = copy.deepcopy(self.model.config)
+        config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+        model: PreTrainedModel = type(self.model)(config).to(next(encoder.parameters()).dtype)  # type: ignore[arg-type]
+        # The encoder may have a part that this class leaves out, such as a pooler.
+        own = self._on(encoder).state_dict()
+        model.load_state_dict({name: own[name] for name in model.state_dict()})
+        return model
+
+    def _on(self, encoder: nn.Module) -> Any:
+        """Return the model on an encoder; the parts are the same objects."""
+        whole: Any = copy.copy(self.model)
+        whole._modules = {**self.model._modules, self.model.base_model_prefix: encoder}
+        return whole
 
 
 class TiedHead(nn.Module):

@@ -15,20 +15,30 @@ from mlopt.validation import at_least
 
 from .. import settings
 from ..command import command
+from ..metrics import MetricName
 from ..modality import Configuration, Device, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
-from ..splits import random_split
+from ..splits import listed_split, named_split
+from ..tables import table_of
+from .chunks import chunked
 from .data import Texts, read_corpus, read_table
 from .encoder import TextEncoder
 from .objectives import DEFAULT, OBJECTIVES, make_objective
+from .splitting import Method, divided, meaning_of, remarks_of
 from .task import TextTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..examples import Skipped
+    from ..labels import Kind
     from ..task import Split
 
 __all__ = ["Data", "EncoderSettings", "Settings", "TextConfiguration", "TextModality", "main"]
+
+
+#: The fewest tokens of a text if no length is named: corpora are longer than the texts of some tasks.
+_SHORTEST = 128
 
 
 @attrs.frozen(kw_only=True)
@@ -36,23 +46,31 @@ class Data(LabelledData):
     """The texts: an unlabelled corpus to pretrain on, and labelled ones, the task.
 
     Args:
-        corpus: unlabelled texts to pretrain on: .txt with a document a line, or .csv or .jsonl with a column "text"; also gzipped
-            (.gz).
+        corpus: unlabelled texts to pretrain on: .txt with a document a line, or a table (.csv, .tsv, .jsonl, .json, .parquet)
+            with a column "text"; also compressed (.gz, .xz, .bz2, .zip). Documents that are too long for the encoder are divided.
         corpus_limit: the number of texts of the corpus to read, from its start.
         sentences: split each text of the corpus into sentences, an example each; sentence_position and same_document require it.
-        train: labelled texts: .csv or .jsonl, also gzipped, with a column "text" (or "text_a" and "text_b") and a column
-            "label". They are split 8:1:1 into training, validation and test at random unless --valid and --test are given.
+        train: labelled texts: a table as for --corpus, or a folder of a data set (`datasets`), with a column "text" (or "text_a"
+            and "text_b") and a column "label". They are split into training, validation and test, unless --valid and --test are
+            given.
         valid: labelled texts for validation; requires --test.
         test: labelled texts for the final score; requires --valid.
         dataset: a task of GLUE in place of --train, such as cola, mrpc or stsb; fetched if it is missing.
         text: the column of the text, or the two columns of a pair.
-        label: the column of the label.
+        label: the column of the label, or of lists of labels.
+        missing: labels that stand for no label, such as -1; their rows are left out.
         kind: classification if the labels are classes, regression if they are numbers.
-        metric: the score: accuracy, macro_f1, micro_f1 or matthews for classification, pearson or spearman for regression.
-        strict: stop at an empty text in --corpus or the labelled files, instead of leaving its row out.
+        metric: the score: accuracy, f1, macro_f1, micro_f1, matthews, roc_auc or pr_auc for classification, pearson, spearman,
+            rmse, mae or r2 for regression.
+        class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
+        split: the split of --train: at random, with equal shares of each class (stratified) or not (random).
+        split_fractions: the fractions of training, validation and test.
+        split_column: the column that names the split of each text: train, valid or test.
+        splits: a splits.json of an earlier run on the same --train.
+        strict: stop at an empty text or a missing label in --corpus or the labelled files, instead of leaving its row out.
     """
 
-    file_options: ClassVar[tuple[str, ...]] = ("valid", "test", "text")
+    file_options: ClassVar[tuple[str, ...]] = (*LabelledData.file_options, "text", "missing")
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the texts of --train)")] = None
     sentences: bool = False
@@ -60,11 +78,11 @@ class Data(LabelledData):
         tuple[str, ...] | None,
         arg(metavar="COLUMN [COLUMN]", help_behavior_hint='(default: "text", or a pair\'s columns)'),
     ] = None
-    label: Annotated[str, arg(metavar="COLUMN")] = "label"
+    label: Annotated[str | None, arg(metavar="COLUMN", help_behavior_hint='(default: "label" or "labels")')] = None
     metric: Annotated[
-        Literal["accuracy", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"] | None,
-        arg(metavar="NAME", help_behavior_hint="(default: accuracy or pearson)"),
+        MetricName | None, arg(metavar="NAME", help_behavior_hint="(default: accuracy, micro_f1 or pearson)")
     ] = None
+    split: Method = "stratified"
 
 
 @attrs.frozen(kw_only=True)
@@ -75,7 +93,10 @@ class EncoderSettings:
         model: an encoder of transformers, such as BERT, RoBERTa or DeBERTa: a folder, or a name on the Hugging Face hub. Its own
             code is never run.
         pooling: the representation of a text: the mean over its tokens, or its first token.
-        max_length: tokens of a text, special ones counted; the rest is cut off.
+        head: the head of the task: a linear layer on the representation, or the classifier that transformers has for the encoder.
+            AutoModelForSequenceClassification loads the latter with the encoder from the folder model of the result.
+        max_length: tokens of a text, special ones counted; the rest is cut off. By default the length of the longest labelled
+            text, at least 128, at most what the model takes.
         layers: the number of the encoder's layers to keep, from the first.
         dtype: the dtype of the weights. Adam's steps on bfloat16 weights are rounded.
         attention: how attention is computed: sdpa if the encoder has it, or eager.
@@ -84,7 +105,10 @@ class EncoderSettings:
 
     model: Annotated[str | None, arg(metavar="FOLDER|NAME", help_behavior_hint="(required)")] = None
     pooling: Literal["mean", "cls"] = "mean"
-    max_length: int = attrs.field(default=128, validator=at_least(3))
+    head: Literal["linear", "classifier"] = "linear"
+    max_length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: that of the labelled texts)")] = (
+        attrs.field(default=None, validator=attrs.validators.optional(at_least(3)))
+    )
     layers: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = attrs.field(
         default=None, validator=attrs.validators.optional(at_least(1))
     )
@@ -130,6 +154,23 @@ class TextConfiguration(Configuration[Data, EncoderSettings]):
         return attrs.evolve(whole, encoder=attrs.evolve(self.encoder, model=str(folder.absolute())))
 
 
+@attrs.frozen(kw_only=True)
+class _Labelled:
+    """The labelled texts of a task, and its options; `skipped` holds the rows left out of a file that was divided."""
+
+    splits: dict[Split, Texts]
+    metric: str | None
+    kind: Kind | None
+    classes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    divided: tuple[tuple[str, tuple[Skipped, ...]], ...] = ()
+
+    @property
+    def skipped(self) -> list[tuple[str, tuple[Skipped, ...]]]:
+        """The rows left out of each file."""
+        return [*self.divided, *((texts.source, texts.skipped) for texts in self.splits.values())]
+
+
 class TextModality(Modality[TextConfiguration]):
     """Texts and pairs of texts: an encoder of transformers, and classes or numbers to predict."""
 
@@ -140,14 +181,20 @@ class TextModality(Modality[TextConfiguration]):
     def read(self, say: Callable[[str], None]) -> None:
         """Read the labelled texts and the corpus, and check that the encoder and the tasks can be built."""
         data, seeds = self.configuration.data, self.configuration.seeds
-        self._splits = {seed: self._split(seed) for seed in seeds}
+        self._read = {seed: self._labelled(seed) for seed in seeds}
         self._corpus = None
         if data.corpus is not None:
             self._corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
+        self._max_length = self.configuration.encoder.max_length
         encoder = self._encoder(seeds[0])
+        if self._max_length is None:
+            self._max_length = encoder.max_length = self._chosen_length(encoder, say)
         for seed in seeds:
             self._task(seed, encoder)
-        corpus = self._corpus_of(seeds[0])
+        self.skipped = [*self._read[seeds[0]].skipped]
+        if self._corpus is not None:
+            self.skipped.append((self._corpus.source, self._corpus.skipped))
+        corpus = self._corpus_of(seeds[0], encoder)
         say(f"Corpus: {'; '.join([corpus.summary(), *encoder.collate.remark(corpus, corpus.name)])}.")
 
     def build(self, seed: int, device: str) -> TapWeight:
@@ -157,39 +204,79 @@ class TextModality(Modality[TextConfiguration]):
             encoder,
             [make_objective(name, encoder.tokenizer) for name in self.configuration.objectives],
             self._task(seed, encoder),
-            self._corpus_of(seed),
+            self._corpus_of(seed, encoder),
             settings=self.configuration.settings,
             seed=seed,
         )
 
-    def _split(self, seed: int) -> tuple[dict[Split, Texts], str | None]:
-        """Return the labelled texts, and the metric."""
+    def _labelled(self, seed: int) -> _Labelled:
+        """Read the labelled texts, and divide those of one file."""
         data = self.configuration.data
         if data.dataset is not None:
             from .glue_tasks import glue
 
             splits, metric = glue(data.dataset, seed=seed)
-            return splits, data.metric or metric
-        options: dict[str, Any] = {"text": data.text, "label": data.label, "strict": data.strict}
+            return _Labelled(splits=splits, metric=data.metric or metric, kind=data.kind)
+        options: dict[str, Any] = {
+            "text": data.text,
+            "label": data.label,
+            "missing": data.missing,
+            "strict": data.strict,
+        }
         files = {"train": data.train, "valid": data.valid, "test": data.test}
-        texts = {split: read_table(file, **options) for split, file in files.items() if file is not None}
-        if "valid" not in texts:
-            parts = random_split(len(texts["train"]), seed=seed)
-            texts = {split: texts["train"].subset(rows) for split, rows in parts.items()}
-        return texts, data.metric  # type: ignore[return-value]
+        texts: dict[Any, Texts] = {
+            split: read_table(file, **options) for split, file in files.items() if file is not None
+        }
+        if "valid" in texts:
+            return _Labelled(splits=texts, metric=data.metric, kind=data.kind)
+        whole = texts["train"]
+        meaning = meaning_of(whole, data.kind)
+        if data.splits is not None:
+            parts = listed_split(data.splits, whole.source, whole.record_numbers())
+        elif data.split_column is not None:
+            parts = named_split(table_of(data.train), data.split_column, whole.record_numbers())
+        else:
+            parts = divided(whole, meaning, data.split, data.split_fractions, seed=seed)
+        return _Labelled(
+            splits={split: whole.subset(rows) for split, rows in parts.items()},
+            metric=data.metric,
+            # Those of the whole file: a split may lack a rare class, or all numbers that are not whole.
+            kind="regression" if meaning.form == "numbers" else data.kind,
+            classes=meaning.classes,
+            remarks=tuple(remarks_of(whole, meaning)),
+            divided=((whole.source, whole.skipped),),
+        )
 
     def _task(self, seed: int, encoder: TextEncoder) -> TextTask:
-        splits, metric = self._splits[seed]
-        return TextTask(splits, encoder.collate, kind=self.configuration.data.kind, metric=metric)
+        read, data = self._read[seed], self.configuration.data
+        return TextTask(
+            read.splits,
+            encoder.collate,
+            kind=read.kind,
+            metric=read.metric,
+            classes=read.classes,
+            remarks=read.remarks,
+            head=self.configuration.encoder.head,
+            class_weights=data.class_weights,
+        )
 
-    def _corpus_of(self, seed: int) -> Texts:
+    def _chosen_length(self, encoder: TextEncoder, say: Callable[[str], None]) -> int:
+        """Return the tokens of the longest labelled text, at least 128, at most what the encoder takes; say so if it is more."""
+        splits = self._read[self.configuration.seeds[0]].splits.values()
+        longest = max(max(encoder.collate.lengths(texts)) for texts in splits)
+        chosen = min(encoder.max_length, max(_SHORTEST, longest))
+        if chosen > _SHORTEST:
+            say(f"Length: {chosen} tokens, by the longest labelled text and the encoder; --max-length sets another.")
+        return chosen
+
+    def _corpus_of(self, seed: int, encoder: TextEncoder) -> Texts:
         """Return the corpus, by default the task's own training texts, in examples that objectives may attach targets to."""
         data = self.configuration.data
         corpus = self._corpus
         if corpus is None:
-            own = self._splits[seed][0]["train"].unlabelled()
+            own = self._read[seed].splits["train"].unlabelled()
             corpus = own.subset(range(len(own))[: data.corpus_limit])
-        return corpus.sentences() if data.sentences else corpus.copy()
+        return corpus.sentences() if data.sentences else chunked(corpus.copy(), encoder.collate)
 
     def _encoder(self, seed: int) -> TextEncoder:
         """Return the encoder; weights that its checkpoint lacks, such as a pooler's, are drawn by the seed."""
@@ -201,7 +288,7 @@ class TextModality(Modality[TextConfiguration]):
         if section.attention is not None:
             options["attn_implementation"] = section.attention
         seed_everything(seed)
-        encoder = TextEncoder.load(section.model, pooling=section.pooling, max_length=section.max_length, **options)
+        encoder = TextEncoder.load(section.model, pooling=section.pooling, max_length=self._max_length, **options)
         if section.gradient_checkpointing:
             encoder.recompute_activations()
         return encoder

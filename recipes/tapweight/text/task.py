@@ -2,91 +2,61 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import Metric
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_f1_score,
-    multiclass_matthews_corrcoef,
-)
 from torchmetrics.utilities import dim_zero_cat
 
 from mlopt.errors import ArgumentError
 from mlopt.validation import shown
 
 from ..files import DataError
-from ..task import Split, Task
+from ..labels import Form, Kind
+from ..metrics import measure_of, measures_of
+from ..predictions import Target
+from ..repetition import shared
+from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
 from .data import Texts, read_table
-from .heads import LinearHead
+from .encoder import TextEncoder
+from .heads import ClassifierHead, linear_head
+from .predictor import Predictor, outputs_of
+from .splitting import content, meaning_of
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
 
     from ..encoder import Encoder
+    from ..labels import Labels
+    from ..predictor import Member
     from .batches import Batch, Collate, Example
 
-__all__ = ["METRICS", "SplitScore", "TextTask"]
+__all__ = ["SplitScore", "TextTask"]
 
-Kind = Literal["classification", "regression"]
-#: Spellings of a missing number, in any case. Among the names of classes they are names.
-_MISSING = ("na", "n/a", "nan", "null")
-
-
-def _correlation(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Return a correlation of predictions with labels that is 0 if one of the two is constant."""
-
-    def correlation(outputs: Tensor, labels: Tensor, _: int) -> Tensor:
-        if (outputs == outputs[0]).all() or (labels == labels[0]).all():
-            return outputs.new_zeros(())
-        return function(outputs, labels)
-
-    return correlation
-
-
-def _matthews(outputs: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Return the correlation of two classes or more, 0 if all predictions or all labels are one class."""
-    predicted = outputs.argmax(1)
-    # For two classes torchmetrics returns a small number for 0 / 0, and a constant guess would beat a real one.
-    if (predicted == predicted[0]).all() or (labels == labels[0]).all():
-        return outputs.new_zeros(())
-    return multiclass_matthews_corrcoef(outputs, labels, count)
-
-
-#: Functions of outputs (N, C) or (N,), labels (N,) and the number of classes. The first of a kind is its default.
-METRICS: dict[Kind, dict[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
-    "classification": {
-        "accuracy": lambda outputs, labels, count: multiclass_accuracy(outputs, labels, count, average="micro"),
-        "macro_f1": lambda outputs, labels, count: multiclass_f1_score(outputs, labels, count, average="macro"),
-        "micro_f1": lambda outputs, labels, count: multiclass_f1_score(outputs, labels, count, average="micro"),
-        "matthews": _matthews,
-    },
-    "regression": {"pearson": _correlation(pearson_corrcoef), "spearman": _correlation(spearman_corrcoef)},
-}
+#: The metric of a form of labels if none is named.
+_DEFAULTS: dict[Form, str] = {"classes": "accuracy", "several": "micro_f1", "numbers": "pearson"}
 
 
 class SplitScore(Metric):
     """A metric of a whole split, from the outputs of all its batches.
 
     Args:
-        function: the metric of outputs, labels and the number of classes.
-        classes: the number of classes; 0 for regression.
+        function: the metric of outputs and labels.
+        classes: the number of classes; 0 for numbers.
+        several: True if a text has any number of classes.
     """
 
     full_state_update = False
     outputs: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, function: Callable[[Tensor, Tensor, int], Tensor], classes: int) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], classes: int, several: bool = False) -> None:
         super().__init__()
-        self._function, self._classes = function, classes
+        self._function, self._classes, self._several = function, classes, several
         self.add_state("outputs", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
 
@@ -96,7 +66,7 @@ class SplitScore(Metric):
         Raises:
             ValueError: the shapes do not fit, or an output is not finite.
         """
-        _check_shapes(outputs, labels, self._classes)
+        _check_shapes(outputs, labels, self._classes, self._several)
         if not outputs.isfinite().all():
             raise ArgumentError("outputs are not finite, so they have no score; lower the learning rate")
         self.outputs.append(outputs.detach().double())
@@ -104,25 +74,31 @@ class SplitScore(Metric):
 
     def compute(self) -> Tensor:
         """Return the metric."""
-        return self._function(dim_zero_cat(self.outputs), dim_zero_cat(self.labels), self._classes)
+        return self._function(dim_zero_cat(self.outputs), dim_zero_cat(self.labels))
 
 
 class TextTask(Task):
-    """Predict a class of a text, or of a pair of texts, or a number.
+    """Predict a class of a text, or of a pair of texts, any number of classes, or a number.
 
     Numbers are standardised by the mean and the (population) standard deviation of the training split.
 
     Args:
         splits: labelled texts of "train", "valid" and "test".
         collate: of the encoder: joins texts into batches.
-        kind: "classification", or "regression"; by default regression if the training labels are numbers and not all whole.
-        metric: "accuracy" (the default), "macro_f1", "micro_f1" or "matthews" for classification; "pearson" (the default) or
-            "spearman" for regression.
+        kind: "classification" or "regression"; by default as the training labels are, see `labels_of`.
+        metric: the name of a metric of `mlopt.recipes.tapweight.metrics`; by default "accuracy" for classes, "micro_f1" for any
+            number of classes, "pearson" for numbers.
         classes: the names of the classes, in the order of the logits; by default those of the training labels.
+        remarks: sentences about the data, to which the constructor adds its own.
         dropout: probability of dropping a feature before the head's linear layer.
+        head: "linear": a linear layer on the features of a text. "classifier": the head that transformers'
+            `AutoModelForSequenceClassification` has for the encoder; that class then loads the predictor of a run.
+        class_weights: "balanced" weighs each text in the loss by N / (C N_c), with N training texts, N_c of them of the same
+            class, and C classes. "none" does not.
 
     Attributes:
-        classes: the names of the classes. Empty for regression.
+        form: "classes", "several" or "numbers".
+        classes: the names of the classes. Empty for numbers.
         remarks: sentences that a user should read: rows left out, texts of two splits, texts cut off.
 
     Raises:
@@ -142,6 +118,9 @@ class TextTask(Task):
         metric: str | None = None,
         classes: Sequence[str] | None = None,
         dropout: float = 0.1,
+        head: Literal["linear", "classifier"] = "linear",
+        class_weights: ClassWeights = "none",
+        remarks: Sequence[str] = (),
     ) -> None:
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
@@ -153,22 +132,36 @@ class TextTask(Task):
             if any(("text_b" in example) is not pairs for example in texts):
                 here, there = ("single texts", "pairs") if pairs else ("pairs", "single texts")
                 raise DataError(f"{texts.source}: '{split}' has {here}, 'train' has {there}; give all the same columns")
-        if kind not in (None, *METRICS):
-            raise DataError(f"kind={kind!r}: give 'classification' or 'regression'")
-        if not classes:
-            _check_numbers(splits["train"])
-        self.kind: Kind = kind or _infer_kind(splits["train"])
-        self.metric_name = metric or next(iter(METRICS[self.kind]))
-        if self.metric_name not in METRICS[self.kind]:
-            names = " or ".join(map(repr, METRICS[self.kind]))
-            raise DataError(f"metric={metric!r} does not fit {self.kind}; give {names}")
-        self.greater_is_better = True
-        self.classes = (tuple(classes or ()) or _classes(splits["train"])) if self.kind == "classification" else ()
-        read = self._class if self.classes else _number
-        super().__init__({split: _labelled(texts, read) for split, texts in splits.items()})
-        self.collate_texts, self.dropout = collate, dropout
-        self.mean, self.std = _standardisation(splits["train"], [e["label"] for e in self.splits["train"]], self.kind)
-        self.remarks = [texts.summary() for texts in splits.values() if texts.skipped] + _shared(splits)
+        if kind not in (None, "classification", "regression"):
+            raise DataError(f"kind={kind!r}: give classification or regression by --kind")
+        if head not in ("linear", "classifier"):
+            raise DataError(f"head={head!r}: give linear or classifier by --head")
+        meaning = meaning_of(splits["train"], kind)
+        stated = [] if classes else meaning.remarks()
+        if classes:
+            meaning = attrs.evolve(
+                meaning, form="several" if meaning.form == "several" else "classes", classes=tuple(classes)
+            )
+        if meaning.form != "numbers" and len(meaning.classes) < 2:
+            raise DataError(
+                f"{splits['train'].source}: all labels are {meaning.classes[0]!r}: nothing can be learnt; give at "
+                "least two classes"
+            )
+        self.form: Form = "classes" if meaning.form == "binary" else meaning.form
+        self.kind: Kind = "regression" if self.form == "numbers" else "classification"
+        self.metric_name = _DEFAULTS[self.form] if metric is None else metric
+        self.greater_is_better = measure_of(self.metric_name, self.form).greater_is_better
+        self.classes, self.label_name = meaning.classes, meaning.name
+        super().__init__({split: _labelled(texts, meaning) for split, texts in splits.items()})
+        self.collate_texts, self.dropout, self.own_head = collate, dropout, head == "classifier"
+        labels = [example["label"] for example in self.splits["train"]]
+        self.mean, self.std = _standardisation(splits["train"], labels, self.kind)
+        self.class_weights = None
+        if check_class_weights(class_weights, self.form) == "balanced":
+            self.class_weights = balanced_weights(torch.bincount(torch.tensor(labels), minlength=len(self.classes)))
+        read = [texts.summary() for texts in splits.values() if texts.skipped or texts.notes]
+        self.remarks = [*remarks, *stated, *read, *shared(splits, content)]
+        self.skipped = [(texts.source, texts.skipped) for texts in splits.values()]
         for split, examples in self.splits.items():
             self.remarks += collate.remark(examples, splits[split].name)
 
@@ -181,14 +174,14 @@ class TextTask(Task):
         collate: Collate,
         *,
         text: Sequence[str] | None = None,
-        label: str = "label",
+        label: str | None = None,
         strict: bool = False,
         **options: Any,
     ) -> TextTask:
         """Read a task from three files.
 
         Args:
-            train, valid, test: `.csv` or `.jsonl`, gzipped or not.
+            train, valid, test: tables, see `read_table`.
             collate, options: as in the constructor.
             text, label, strict: as in `read_table`.
 
@@ -204,149 +197,110 @@ class TextTask(Task):
         return self.collate_texts(examples)
 
     def head(self, encoder: Encoder) -> nn.Module:
-        """Build a linear layer from a text's representation (B, width) to logits (B, C), or one number (B, 1)."""
-        return nn.Sequential(nn.Dropout(self.dropout), LinearHead(encoder.width, len(self.classes) or 1))
+        """Build a head to logits (B, C), or one number (B, 1)."""
+        count = len(self.classes) or 1
+        if not self.own_head:
+            return linear_head(encoder.width, count, self.dropout)
+        assert isinstance(encoder, TextEncoder)
+        return ClassifierHead.new(encoder.model, count, several=self.form == "several")
 
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, C), or standardised predictions (B,)."""
-        outputs: Tensor = head(encoder.pool(batch))
+        outputs = outputs_of(encoder, head, batch)
         return outputs if self.classes else outputs.squeeze(1)
 
     def targets(self, batch: Batch) -> Tensor:
-        """Return the labels (B,): the numbers of classes, or numbers in their unit."""
+        """Return the labels: indices of classes or numbers in their unit (B,), or a 0 or 1 for each class (B, C)."""
         labels: Tensor = batch["label"]
         return labels
 
     def columns(self, batch: Batch) -> Tensor:
         """Return a 1 in the column of the class and 0 elsewhere (B, C), or standardised labels (B, 1)."""
         labels = self.targets(batch)
+        if self.form == "several":
+            return labels.double()
         if self.classes:
             return one_hot(labels, len(self.classes)).double()
         return ((labels.double() - self.mean) / self.std)[:, None]
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of each example (B,): the cross entropy, or the squared error of standardised labels.
+        """Return the loss of each example (B,): the cross entropy, its mean over classes, or the squared error in standard units.
 
         Raises:
             ValueError: the outputs are not (B, C) or (B,): a (B, 1) against (B,) would broadcast to (B, B).
         """
         labels = self.targets(batch)
-        _check_shapes(outputs, labels, len(self.classes))
+        _check_shapes(outputs, labels, len(self.classes), self.form == "several")
+        if self.form == "several":
+            return binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none").mean(1)
         if self.classes:
-            return cross_entropy(outputs, labels, reduction="none")
+            losses = cross_entropy(outputs, labels, reduction="none")
+            return losses if self.class_weights is None else losses * self.class_weights.to(losses)[labels]
         return (outputs - (labels.to(outputs) - self.mean) / self.std).square()
 
     def metric(self) -> SplitScore:
         """Return a fresh metric."""
-        return SplitScore(METRICS[self.kind][self.metric_name], len(self.classes))
+        return SplitScore(measure_of(self.metric_name, self.form).function, len(self.classes), self.form == "several")
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs and the labels of a split."""
+        outputs = outputs.double()
+        if not self.classes:
+            outputs, targets = outputs * self.std + self.mean, targets.double()
+        return {self.label_name: measures_of(self.form, outputs, targets)}
+
+    def predictor(self, members: Sequence[Member]) -> Predictor | None:
+        """Return the predictor of finetuned models; None for encoders of another class than `TextEncoder`."""
+        if not all(isinstance(encoder, TextEncoder) for encoder, _ in members):
+            return None
+        columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
+        if self.form == "several":
+            return Predictor(members, Target.binary(self.classes), columns)
+        if self.classes:
+            return Predictor(members, Target(form="classes", labels=(self.label_name,), classes=self.classes), columns)
+        target = Target(form="numbers", labels=(self.label_name,), mean=(self.mean,), std=(self.std,))
+        return Predictor(members, target, columns)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
-        target = f"{len(self.classes)} classes" if self.classes else "a number"
+        several = "any of " if self.form == "several" else ""
+        target = f"{several}{len(self.classes)} classes" if self.classes else "a number"
         return f"TextTask({self.kind}: {target}; {self.metric_name}; {sizes})"
 
     def subject(self) -> str:
         """Return the kind of the task and the names of the classes."""
-        return f"{self.kind} into {', '.join(self.classes)}" if self.classes else self.kind
-
-    def _class(self, label: Any) -> int:
-        name = _name(label)
-        if name not in self.classes:
-            raise DataError(f"the label {name!r} is not one of the classes, {', '.join(self.classes)}")
-        return self.classes.index(name)
+        several = "any of " if self.form == "several" else ""
+        return f"{self.kind} into {several}{', '.join(self.classes)}" if self.classes else self.kind
 
 
-def _check_shapes(outputs: Tensor, labels: Tensor, classes: int) -> None:
+def _check_shapes(outputs: Tensor, labels: Tensor, classes: int, several: bool) -> None:
     expected = (len(labels), classes) if classes else (len(labels),)
-    if labels.dim() != 1 or outputs.shape != expected:
+    if labels.shape != (expected if several else expected[:1]) or outputs.shape != expected:
         raise ArgumentError(
             f"outputs have the shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}; they must be "
-            f"{'(B, C)' if classes else '(B,)'} and (B,)"
+            f"{'(B, C)' if classes else '(B,)'} and {'(B, C)' if several else '(B,)'}"
         )
 
 
-def _labelled(texts: Texts, read: Callable[[Any], int | float]) -> Texts:
+def _labelled(texts: Texts, meaning: Labels) -> Texts:
     """Return the texts with their labels as numbers."""
     examples = []
     for row, example in zip(texts.rows, texts.examples, strict=True):
         try:
-            examples.append({**example, "label": read(example["label"])})
+            examples.append({**example, "label": _label(example["label"], meaning)})
         except DataError as error:
-            raise DataError(f"{texts.source}, row {row}: {error}; correct it, or leave the row out") from None
+            place = f"{texts.source}, row {row}, column {shown(meaning.name)}"
+            raise DataError(f"{place}: {error}; correct it, or leave the row out") from None
     return attrs.evolve(texts, examples=tuple(examples))
 
 
-def _shared(splits: Mapping[Split, Texts]) -> list[str]:
-    """Return a sentence for each other split that shares texts with the training split."""
-    train = {(example["text"], example.get("text_b")) for example in splits["train"]}
-    remarks = []
-    for split in ("valid", "test"):
-        count = sum((example["text"], example.get("text_b")) in train for example in splits[split])
-        if count:
-            remarks.append(f"{count} of {len(splits[split])} {split} texts are among the training texts too")
-    return remarks
-
-
-def _check_numbers(texts: Texts) -> None:
-    """Refuse a missing or non-finite label among numbers, which would make a class of every number."""
-    values = [_value(example["label"]) for example in texts]
-    numbers = [value for value in values if value is not None]
-    if len(numbers) == len(values) and any(map(math.isfinite, numbers)):
-        _labelled(texts, _number)
-
-
-def _infer_kind(texts: Texts) -> Kind:
-    """Return "regression" if the labels are numbers and not all whole, else "classification"."""
-    try:
-        numbers = [_number(example["label"]) for example in texts.examples]
-    except DataError:
-        return "classification"
-    return "classification" if all(number.is_integer() for number in numbers) else "regression"
-
-
-def _classes(texts: Texts) -> tuple[str, ...]:
-    """Return the names of the classes, in numerical order if all are whole numbers, else in alphabetical order."""
-    names = sorted({_name(example["label"]) for example in texts.examples})
-    if len(names) < 2:
-        raise DataError(
-            f"{texts.source}: all labels are {names[0]!r}: nothing can be learnt; give at least two classes"
-        )
-    if all(name.removeprefix("-").isdigit() for name in names):
-        names.sort(key=int)
-    return tuple(names)
-
-
-def _name(label: Any) -> str:
-    """Return the name of a class; 1, 1.0 and "1" have the same name."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    return str(label).strip()
-
-
-def _value(label: Any) -> float | None:
-    """Return the number that a label stands for: NaN if it is missing, None if it is a name."""
-    if isinstance(label, str) and label.strip().casefold() in _MISSING:
-        return math.nan
-    # float() accepts digits grouped by underscores.
-    if isinstance(label, bool) or (isinstance(label, str) and "_" in label):
-        return None
-    try:
-        return float(label)
-    except OverflowError:
-        return math.inf
-    except (TypeError, ValueError):
-        return None
-
-
-def _number(label: Any) -> float:
-    value = _value(label)
-    if value is None:
-        raise DataError(f"the label {shown(label)} is not a number")
-    if math.isnan(value):
-        raise DataError(f"the label is missing: {shown(label)} stands in its place")
-    if math.isinf(value):
-        raise DataError(f"the label {shown(label)} is not finite")
-    return value
+def _label(cell: Any, meaning: Labels) -> int | float | list[float]:
+    """Return a label as a number, or as a 0 or 1 for each of several classes."""
+    if meaning.is_missing(cell):
+        raise DataError(f"the label is missing: {shown(cell)} stands in its place, see --missing")
+    if meaning.form == "several":
+        return meaning.indicators(cell)
+    return meaning.number(cell) if meaning.form == "numbers" else meaning.index(cell)
 
 
 def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple[float, float]:
@@ -356,5 +310,7 @@ def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple
     values = torch.tensor(labels, dtype=torch.float64)
     std = float(values.std(correction=0))
     if std == 0:
-        raise DataError(f"{texts.source}: all labels are {labels[0]:g}: nothing can be learnt")
+        raise DataError(
+            f"{texts.source}: all labels are {labels[0]:g}: nothing can be learnt; give another column by --label"
+        )
     return float(values.mean()), std

@@ -9,7 +9,7 @@ import torch
 from tapweight_cases import F64
 
 from mlopt.recipes.tapweight.exact_head import ridge_leave_one_out
-from mlopt.recipes.tapweight.significance import compare, shares_of_best
+from mlopt.recipes.tapweight.significance import compare, judge, shares_of_best
 
 
 def test_the_share_of_resamples_is_the_probability_of_the_smaller_mean():
@@ -81,3 +81,15 @@ def test_at_most_five_percent_of_runs_without_a_difference_have_a_significant_ca
         wrong += any(signal.significant for signal in signals.values())
     # 5% of 300 is 15; with the standard error of 3.8, up to 22 are within two of it.
     assert wrong <= 22
+
+
+def test_two_measurements_are_judged_by_the_exact_quantile_of_student() -> None:
+    """With one degree of freedom, Student's t is Cauchy's distribution: its 97.5% quantile is tan(0.475 pi) = 12.706."""
+    quantile = math.tan(0.475 * math.pi)
+    for factor, significant in ((0.99, False), (1.01, True)):
+        scatter = 1 / (factor * quantile)
+        means = [torch.tensor([1 + scatter]), torch.tensor([1 - scatter])]
+        halves = [(torch.zeros(1), torch.zeros(1))] * 2
+        signal = judge(["a"], [mean.double() for mean in means], halves)["a"]
+        assert signal.z == pytest.approx(factor * quantile, rel=1e-5)
+        assert signal.significant is significant

@@ -253,3 +253,24 @@ def test_the_epoch_is_chosen_on_validation_and_the_test_split_scored_once_at_it(
     assert finetuned.score == Score(valid=scores[chosen - 1], test=7.0, epoch=chosen)
     assert torch.equal(states[-1][1], states[chosen - 1][1])
     assert not torch.equal(states[0][1], states[1][1])
+
+
+@pytest.mark.parametrize(("patience", "epochs", "chosen"), [(0, 6, 6), (1, 3, 2), (3, 5, 2), (4, 6, 6)])
+def test_finetuning_stops_after_epochs_without_a_better_validation_score(patience, epochs, chosen, tmp_path):
+    """The scores fall from epoch 3 on, and the last is the best; a resumed phase that stopped early does not go on."""
+    scores, scored = [2.0, 1.0, 3.0, 4.0, 5.0, 0.0], []
+
+    class Scripted(Sum):
+        def score(self, encoder, head, split, batch_size=256):
+            scored.append(split)
+            return scores[scored.count("valid") - 1] if split == "valid" else 7.0
+
+    torch.manual_seed(0)
+    splits = {split: list(torch.randn(16, 3, dtype=F64)) for split in ("train", "valid", "test")}
+    settings = attrs.evolve(SETTINGS, epochs=6, patience=patience)
+    solve = partial(mlopt.solve, progress=False, checkpoint=mlopt.Checkpoints(tmp_path))
+    finetuned = finetune(Encoder(), Scripted(splits), settings, seed=0, solve=solve)
+    assert (scored.count("valid"), finetuned.score.epoch) == (epochs, chosen)
+    again = finetune(Encoder(), Scripted(splits), settings, seed=0, solve=partial(solve, resume=True))
+    assert scored.count("valid") == epochs
+    assert again.score == finetuned.score

@@ -12,7 +12,7 @@ from mlopt.errors import ArgumentError
 from mlopt.validation import is_whole
 
 from ...objective import Objective, prepared
-from ..data import import_extra
+from ..graphs import import_extra
 from .targets import attach, parse, varying_columns
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from mlopt.errors import ArgumentError
 
 from ...files import DataError
-from ..data import import_extra
+from ..graphs import import_extra
 from .regression import Regression
 from .targets import parse
 

@@ -12,7 +12,7 @@ from mlopt.errors import ArgumentError
 
 from ...files import DataError
 from ...objective import Objective, prepared
-from ..data import import_extra
+from ..graphs import import_extra
 from .targets import attach, parse
 
 if TYPE_CHECKING:

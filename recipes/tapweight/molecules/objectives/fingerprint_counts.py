@@ -10,7 +10,7 @@ import torch
 from mlopt.errors import ArgumentError
 from mlopt.validation import is_whole
 
-from ..data import import_extra
+from ..graphs import import_extra
 from .regression import Regression
 from .targets import parse
 

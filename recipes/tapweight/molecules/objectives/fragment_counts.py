@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..data import import_extra
+from ..graphs import import_extra
 from .regression import Regression
 from .targets import parse
 

@@ -52,7 +52,7 @@ PATH = (WORDS.map(lambda word: word.replace("\0", "")), TEXT[1] | st.sampled_fro
 SEED = (st.integers(0, 2**32 - 1), st.sampled_from([-1, 2**32, 1.5, "1", True, None]) | HUGE)
 #: For each key, values that it takes and values that it must refuse.
 VALUES: dict[str, tuple[Strategy, Strategy]] = {
-    **dict.fromkeys(("output", "corpus", "train", "valid", "test", "root"), PATH),
+    **dict.fromkeys(("output", "corpus", "train", "valid", "test", "root", "splits"), PATH),
     **dict.fromkeys(("gamma", "pretraining_lr", "finetuning_lr", "warmup", "weights_lr", "finetune_lr"), NUMBER),
     **dict.fromkeys(("weight_decay", "dropout"), NUMBER),
     **dict.fromkeys(("chirality", "strict", "freeze_encoder", "residual"), FLAG),
@@ -65,16 +65,19 @@ VALUES: dict[str, tuple[Strategy, Strategy]] = {
             "valid_batch_size",
             "epochs",
             "finetunings",
+            "ensemble",
             "rehearsal_steps",
             "rehearsals",
         ),
         _whole(1),
     ),
     **dict.fromkeys(("width", "layers", "checkpoint_every"), _whole(1)),
-    "dataset": TEXT,
+    "patience": _whole(0),
+    "class_weights": _choice("none", "balanced"),
+    **dict.fromkeys(("dataset", "smiles_column", "split_column"), TEXT),
     "kind": _choice("classification", "regression"),
-    "metric": _choice("roc_auc", "rmse", "mae"),
-    "split": _choice("scaffold", "random"),
+    "metric": _choice("roc_auc", "pr_auc", "f1", "rmse", "mae", "r2"),
+    "split": _choice("scaffold", "balanced", "random", "stratified"),
     "norm": _choice("batch", "layer"),
     "pooling": _choice("mean", "sum"),
     "device": _choice("auto", "cpu", "cuda"),
@@ -84,9 +87,11 @@ VALUES: dict[str, tuple[Strategy, Strategy]] = {
     "seeds": _list(*SEED, least=1),
     "objectives": _list(*_choice(*OBJECTIVES), least=1),
     "methods": _list(*_choice("direct", "equal", "tapweight"), least=1),
-    "labels": _list(WORDS, st.integers() | HUGE | st.none(), least=0),
+    **dict.fromkeys(("labels", "missing", "ignore_columns"), _list(WORDS, st.integers() | HUGE | st.none(), least=0)),
+    "split_fractions": (st.just([0.5, 0.25, 0.25]), st.sampled_from([[0.5, 0.5], [0.5, 0.4, 0.2], [1, 0, 0], 0.5, ["a"]])),
 }  # fmt: skip
 OPTIONAL = ("output", "corpus", "corpus_limit", "train", "valid", "test", "dataset", "labels", "kind", "metric")
+OPTIONAL += ("smiles_column", "split_column", "splits")
 SECTIONS = {"": Configuration, "data": Data, "settings": Settings, "encoder": EncoderSettings}
 PLACES = [(part, name) for part, kind in SECTIONS.items() for name in attrs.fields_dict(kind) if name not in SECTIONS]
 #: Any content that JSON can write, with keys and values of configurations in it.
@@ -221,7 +226,10 @@ NAMES = ("y", "Y2", "logS", "naïve", " padded ", "two words", "measured, in mol
 
 @attrs.frozen
 class DrawnTable:
-    """A file, the options to read it with, and its expected rows, with SMILES and labels, or the row that is refused."""
+    """A file, the options to read it with, and its expected rows, with SMILES and labels, or the rows that may be refused.
+
+    A refused row of 0 is the file as a whole.
+    """
 
     name: str
     content: bytes
@@ -229,8 +237,7 @@ class DrawnTable:
     labels: tuple[str, ...]
     rows: dict[int, tuple[str, list[float]]]
     skipped: tuple[int, ...]
-    refused: bool = False
-    row: int | None = None
+    refused: frozenset[int] = frozenset()
 
 
 def line_of(text: str, end: int) -> int:
@@ -246,15 +253,14 @@ def tables(draw: Draw, labelled: bool) -> DrawnTable:
     header = draw(st.permutations([draw(st.sampled_from(["smiles", "SMILES", " Smiles"])), *names]))
     at = next(index for index, name in enumerate(header) if name.strip().lower() == "smiles")
     labels = tuple(name.strip() for index, name in enumerate(header) if index != at)
-    fault = "no column" if draw(rare) else "twice" if draw(rare) else ""
-    if fault:
-        header[at] = "smile" if fault == "no column" else header[at - 1]
-    delimiter = draw(st.sampled_from([","] * 30 + [";", "\t"]))
+    if twice := draw(rare):
+        header[at] = header[at - 1]
     end, quoted = draw(st.sampled_from(["\n", "\r\n", "\r"])), draw(st.booleans())
     strict, text = draw(rare), ""
     rows: dict[int, tuple[str, list[float]]] = {}
     skipped: list[int] = []
-    refusal: int | None = 0 if fault or delimiter != "," else None  # 0: the file as a whole
+    refused = {0} if twice else set()
+    columns: list[list[str]] = [[] for _ in names]
     for index in range(-1, draw(st.integers(0, 8))):
         text += end * (draw(st.integers(0, 9)) == 0)
         line = line_of(text, len(text))
@@ -265,42 +271,51 @@ def tables(draw: Draw, labelled: bool) -> DrawnTable:
         record = header if index < 0 else [*cells[:at], smiles, *cells[at:]]
         ragged = index >= 0 and draw(rare)
         record = ([*record, "1"] if draw(st.booleans()) else record[:-1]) if ragged else record
-        text += delimiter.join(_cell(cell, delimiter, quoted or len(record) == 1) for cell in record) + end
-        if index < 0 or refusal is not None:
+        text += ",".join(_cell(cell, quoted or len(record) == 1) for cell in record) + end
+        if index < 0:
             continue
-        if ragged or (strict and not good) or (labelled and good and None in values):
-            refusal = line
+        for column, cell in zip(columns, cells, strict=True):
+            column.append(cell)
+        # A column is read as a whole; only then are rows left out.
+        words = any(value is None and not _is_number(cell) for value, cell in zip(values, cells, strict=True))
+        if ragged or (strict and not good) or (labelled and (words or (good and None in values))):
+            refused.add(line)
         elif good:
             rows[line] = smiles.strip(), [value for value in values if value is not None]
         else:
             skipped.append(line)
     if draw(rare):
-        refusal = line_of(text, len(text)) if refusal is None else refusal
+        refused.add(line_of(text, len(text)))
         text += f'"open{end}'
-    if refusal is None and len(rows) < (1 if labelled else 2):
-        refusal = 0
+    empty = any(all(NUMBERS.get(cell, 0) != NUMBERS.get(cell, 0) for cell in column) for column in columns)
+    if (not refused and len(rows) < (1 if labelled else 2)) or (labelled and empty):
+        refused.add(0)
     if draw(st.booleans()):
         text = text.removesuffix(end)
-    return _encoded(
-        draw, text, DrawnTable("", b"", strict, labels, rows, tuple(skipped), refusal is not None, refusal or None)
-    )
+    return _encoded(draw, text, DrawnTable("", b"", strict, labels, rows, tuple(skipped), frozenset(refused)))
 
 
-def _cell(cell: str, delimiter: str, quoted: bool) -> str:
-    return f'"{cell.replace(QUOTE, 2 * QUOTE)}"' if quoted or any(c in cell for c in f'\r\n"{delimiter}') else cell
+def _is_number(cell: str) -> bool:
+    """Return True for a number that is too large, which is refused if its row is not left out."""
+    try:
+        return "_" not in cell and math.isfinite(float(cell)) is not None
+    except ValueError:
+        return False
+
+
+def _cell(cell: str, quoted: bool) -> str:
+    return f'"{cell.replace(QUOTE, 2 * QUOTE)}"' if quoted or any(c in cell for c in '\r\n",') else cell
 
 
 def _encoded(draw: Draw, text: str, table: DrawnTable) -> DrawnTable:
     """Write a table's text as bytes, some of which cannot be read."""
-    encoding = draw(st.sampled_from(["utf-8"] * 9 + ["utf-8-sig"] * 9 + ["latin-1", "utf-16", "nul"]))
+    encoding = draw(st.sampled_from(["utf-8"] * 9 + ["utf-8-sig"] * 9 + ["utf-16", "utf-16-le", "nul"]))
+    if encoding == "utf-16-le" and not text.isascii():
+        encoding = "utf-16"
     if encoding == "nul":
         place = draw(st.integers(0, len(text)))
         text, encoding = f"{text[:place]}\0{text[place:]}", "utf-8"
-        table = attrs.evolve(table, refused=True, row=line_of(text, place))
-    elif encoding == "utf-16":
-        table = attrs.evolve(table, refused=True, row=1)
-    elif encoding == "latin-1" and (foreign := re.search(r"[\x80-\xff]", text)):
-        table = attrs.evolve(table, refused=True, row=line_of(text, foreign.start()))
+        table = attrs.evolve(table, refused=frozenset((line_of(text, place),)))
     content = text.encode(encoding, errors="replace")
     if draw(st.integers(0, 3)) > 0:
         return attrs.evolve(table, name="drawn.csv", content=content)
@@ -312,7 +327,7 @@ def _encoded(draw: Draw, text: str, table: DrawnTable) -> DrawnTable:
     elif damage == "plain":
         content = gzip.decompress(content)
     if damage:
-        table = attrs.evolve(table, refused=True, row=None)
+        table = attrs.evolve(table, refused=frozenset((0,)))
     return attrs.evolve(table, name="drawn.csv.gz", content=content)
 
 
@@ -332,7 +347,7 @@ def tasks(draw: Any) -> tuple[list[bytes], dict[str, Any]]:
         "labels": draw(st.sampled_from([None] * 4 + [["y"]] * 4 + [["z", "y"], ["w"], []])),
         "kind": draw(st.sampled_from([None] * 6 + ["classification", "regression"])),
         "metric": draw(st.sampled_from([None] * 6 + ["roc_auc", "rmse", "mae"])),
-        "split": draw(st.sampled_from(["random", "scaffold"])),
+        "split": draw(st.sampled_from(["random", "scaffold", "balanced"])),
         "chirality": draw(st.booleans()),
         "strict": draw(st.sampled_from([False] * 6 + [True])),
         "seed": draw(st.integers(0, 9)),

@@ -47,8 +47,9 @@ def test_a_result_is_replaced_only_with_overwrite(molecules: Case, capsys: pytes
     assert "already holds a result (config.json); give another --output, or --overwrite" in capsys.readouterr().err
     assert (output / "summary.json").read_bytes() == before
     molecules.run("replaced", "--overwrite")
-    results = ["config.json", "environment.json", "history.csv", "scores.json", "weights.json", "weights.png"]
-    assert {path.name for path in output.iterdir()} == {"checkpoints", "encoder", "notes.txt", *results}
+    results = [f"{name}.json" for name in ("config", "environment", "scores", "splits", "weights")]
+    results += ["history.csv", "predictions.csv", "skipped.csv", "weights.png"]
+    assert {path.name for path in output.iterdir()} == {"checkpoints", "encoder", "model", "notes.txt", *results}
 
 
 def test_a_failed_run_keeps_the_old_result(molecules: Case) -> None:
@@ -192,7 +193,10 @@ def test_a_configuration_that_is_written_reads_as_itself(tmp_path: Path) -> None
         ("[data]\nlabels = 'solubility'", "data.labels='solubility'; it must be a list"),
         ("[data]\nstrict = 'no'", "data.strict='no'; it must be true or false"),
         ("[data]\ncorpus = 3", "data.corpus=3; it must be a path, as text"),
-        ("[data]\nsplit = 'scafold'", "data.split='scafold'; it must be one of 'scaffold', 'random'"),
+        (
+            "[data]\nsplit = 'scafold'",
+            "data.split='scafold'; it must be one of 'scaffold', 'balanced', 'random', 'stratified'",
+        ),
         ("[settings]\ngamma = -1", "gamma=-1.0; it must be a finite number > 0"),
         ("[settings]\ngamma = nan", "gamma=nan; it must be a finite number > 0"),
         ("steps = 4\nsteps = 5", "not valid TOML (Cannot overwrite a value"),

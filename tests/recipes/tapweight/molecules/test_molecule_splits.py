@@ -67,7 +67,7 @@ def test_fractions_must_be_positive_and_sum_to_one(fractions: tuple[float, ...])
 
 
 def test_an_empty_split_is_refused() -> None:
-    with pytest.raises(DataError, match=r"3 molecules of 1 scaffolds leave the train split empty.*random split"):
+    with pytest.raises(DataError, match=r"3 molecules of 1 scaffolds leave the train split empty.*--split random"):
         scaffold_split(["CC", "CCC", "CCO"])
     with pytest.raises(DataError, match="2 examples are too few for the valid split"):
         random_split(2, (0.5, 0.25, 0.25))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import attrs
@@ -48,6 +49,17 @@ def test_by_default_the_corpus_is_the_tasks_own_texts_and_one_file_is_split(text
         assert sentence in printed
 
 
+def test_numbers_of_the_whole_file_stay_numbers_if_those_of_a_split_are_whole(text: Case, tmp_path: Path) -> None:
+    parts = ["train"] * 30 + ["valid"] * 5 + ["test"] * 5
+    rows = [{"text": own, "label": k % 6, "part": parts[k]} for k, (own, _) in enumerate(sentences(40))]
+    rows[37]["label"] = 2.5
+    file = tmp_path / "scores.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = f"--model {text.folder / 'model'} --train {file} --split-column part {text.fast} --output {tmp_path / 'run'}"
+    succeed([*COMMAND, *more.split()])
+    assert load(tmp_path, "run", "scores.json")["metric"] == "pearson"
+
+
 def test_a_task_of_glue_by_its_name(text: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["unkind", "kind"])}
@@ -66,7 +78,7 @@ def test_a_task_of_glue_by_its_name(text: Case, monkeypatch: pytest.MonkeyPatch,
 def test_truncated_texts_are_reported(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
     text.run("cut", "--max-length", "6")
     printed = capsys.readouterr().out
-    assert "texts of train.jsonl are longer than 6 tokens and are cut off" in printed.splitlines()[0]
+    assert "documents longer than 6 tokens, which are divided: " in printed.splitlines()[0]
     assert "of 16 texts of dev.jsonl are longer than 6 tokens and are cut off" in printed
 
 

@@ -16,8 +16,9 @@ from text_cases import encoder, sentences, splits, task, texts
 from torch.nn.functional import cross_entropy
 
 from mlopt.recipes.tapweight.files import DataError
+from mlopt.recipes.tapweight.metrics import METRICS
 from mlopt.recipes.tapweight.text.data import Texts
-from mlopt.recipes.tapweight.text.task import METRICS, SplitScore, TextTask
+from mlopt.recipes.tapweight.text.task import SplitScore, TextTask
 
 
 def labelled(*labels: Any, source: str = "made", pairs: bool = False) -> Texts:
@@ -43,8 +44,7 @@ def test_classes_are_those_of_the_training_labels_in_order() -> None:
     [
         (("a", "b"), "classification"),
         (("NA", "EU", "nan"), "classification"),
-        (("NA", "EU", "1"), "classification"),
-        (("inf", "nan"), "classification"),
+        (("NA", "EU", "AS", "1"), "classification"),
         ((0, 1, 2), "classification"),
         (("0", "1"), "classification"),
         ((True, False), "classification"),
@@ -73,18 +73,39 @@ def test_the_labels_of_the_texts_are_not_changed() -> None:
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
-        (lambda: of(labelled("a", "b"), labelled("a", "c", source="dev.jsonl")), "dev.jsonl, row 1: the label 'c'"),
-        (lambda: of(labelled("a", "b"), None, labelled(1, source="t.csv")), "t.csv, row 0: the label '1' is not one"),
-        (lambda: of(labelled(0.5, 1), labelled("x", source="d")), "d, row 0: the label 'x' is not a number"),
-        (lambda: of(labelled(0.5, 1), labelled(math.inf, source="d")), "d, row 0: the label inf is not finite"),
-        (lambda: of(labelled(0.5, 1, 10**400)), f"made, row 2: the label 1{'0' * 199}... is not finite; correct it"),
-        (lambda: of(labelled(0.5, 1, 10**5000)), "made, row 2: the label <int too large to be shown> is not finite"),
-        (lambda: of(labelled(0.5, 1, "inf")), "made, row 2: the label 'inf' is not finite; correct it, or leave the"),
-        (lambda: of(labelled(0.5, "nan", 1)), "made, row 1: the label is missing: 'nan' stands in its place;"),
-        (lambda: of(labelled("0.5", "1", " NaN")), "made, row 2: the label is missing: ' NaN' stands in its place"),
-        (lambda: of(labelled(0, 1, "NA")), "made, row 2: the label is missing: 'NA' stands in its place"),
-        (lambda: of(labelled("0", "n/a"), kind="classification"), "made, row 1: the label is missing: 'n/a' stands"),
-        (lambda: of(labelled(0.5, 1), labelled("null", source="d")), "d, row 0: the label is missing: 'null' stands"),
+        (
+            lambda: of(labelled("a", "b"), labelled("a", "c", source="dev.jsonl")),
+            "dev.jsonl, row 1, column 'label': 'c' is not one of",
+        ),
+        (
+            lambda: of(labelled("a", "b"), None, labelled(1, source="t.csv")),
+            "t.csv, row 0, column 'label': '1' is not one",
+        ),
+        (lambda: of(labelled(0.5, 1), labelled("x", source="d")), "d, row 0, column 'label': 'x' is not a number"),
+        (lambda: of(labelled(0.5, 1), labelled(math.inf, source="d")), "d, row 0, column 'label': inf is not finite"),
+        (
+            lambda: of(labelled(0.5, 1, 10**400)),
+            f"made, row 2, column 'label': 1{'0' * 199}... is not finite; correct it",
+        ),
+        (
+            lambda: of(labelled(0.5, 1, 10**5000)),
+            "made, row 2, column 'label': <int too large to be shown> is not finite",
+        ),
+        (lambda: of(labelled(0.5, 1, "inf")), "made, row 2, column 'label': 'inf' is not finite; correct it"),
+        (
+            lambda: of(labelled(0.5, "nan", 1)),
+            "made, row 1, column 'label': the label is missing: 'nan' stands in its place,",
+        ),
+        (lambda: of(labelled("0.5", "1", " NaN")), "made, row 2, column 'label': the label is missing: ' NaN' stands"),
+        (lambda: of(labelled(0, 1, "NA")), "made, row 2, column 'label': the label is missing: 'NA' stands"),
+        (
+            lambda: of(labelled("0", "n/a"), kind="classification"),
+            "made, row 1, column 'label': the label is missing: 'n/a' stands",
+        ),
+        (
+            lambda: of(labelled(0.5, 1), labelled("null", source="d")),
+            "d, row 0, column 'label': the label is missing: 'null' stands",
+        ),
         (
             lambda: of(labelled(0, 1, pairs=True), None, labelled(0, 1, source="t.csv")),
             "t.csv: 'test' has single texts, 'train' has pairs; give all the same columns",
@@ -92,11 +113,11 @@ def test_the_labels_of_the_texts_are_not_changed() -> None:
         (lambda: of(labelled(0, 1), labelled(0, 1, source="v.csv", pairs=True)), "v.csv: 'valid' has pairs, 'train'"),
         (lambda: of(labelled("a", "a")), "made: all labels are 'a': nothing can be learnt"),
         (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2: nothing can be learnt"),
-        (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0: the label 'a' is not a number"),
-        (lambda: of(labelled("a", "b"), kind="ranking"), "kind='ranking': give 'classification' or 'regression'"),
+        (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0, column 'label': 'a' is not a number"),
+        (lambda: of(labelled("a", "b"), kind="ranking"), "kind='ranking': give classification or regression by --kind"),
         (
             lambda: of(labelled("a", "b"), metric="pearson"),
-            "metric='pearson' does not fit classification; give 'accuracy' or 'macro_f1' or 'micro_f1' or 'matthews'",
+            "metric='pearson' does not fit classification; give 'accuracy' or 'macro_f1' or 'micro_f1' or",
         ),
         (lambda: of(texts([{"text": "good"}] * 2)), "made: there are no labels; a task needs them"),
         (lambda: TextTask({"train": labelled(0, 1)}, encoder().collate), "splits=['train']: give 'train', 'valid' and"),
@@ -158,12 +179,12 @@ def by_hand(name: str, predicted: list[int], labels: list[int]) -> float:
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), classes=st.sampled_from([2, 3]), cut=st.integers(1, 29))
-@pytest.mark.parametrize("name", list(METRICS["classification"]))
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "micro_f1", "matthews"])
 def test_metrics_of_classes_are_those_of_the_whole_split(name: str, data: Any, classes: int, cut: int) -> None:
     some = st.integers(0, classes - 1)
     pairs = data.draw(st.lists(st.tuples(some, some), min_size=2, max_size=30))
     predicted, labels = map(list, zip(*pairs, strict=True))
-    metric = SplitScore(METRICS["classification"][name], classes)
+    metric = SplitScore(METRICS["classes"][name].function, classes)
     logits = torch.nn.functional.one_hot(torch.tensor(predicted), classes) * 2.0
     for part in (slice(None, cut), slice(cut, None)):
         if len(labels[part]):
@@ -174,7 +195,7 @@ def test_metrics_of_classes_are_those_of_the_whole_split(name: str, data: Any, c
 def test_a_constant_guess_has_zero_correlation_with_two_classes() -> None:
     labels = torch.tensor([1] * 7 + [0] * 3)
     for guess in (0, 1):
-        metric = SplitScore(METRICS["classification"]["matthews"], 2)
+        metric = SplitScore(METRICS["classes"]["matthews"].function, 2)
         metric.update(torch.nn.functional.one_hot(torch.full((10,), guess), 2) * 1.0, labels)
         assert float(metric.compute()) == 0.0
 
@@ -182,11 +203,11 @@ def test_a_constant_guess_has_zero_correlation_with_two_classes() -> None:
 def test_correlations() -> None:
     outputs, labels = torch.tensor([0.1, 0.4, 0.2, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
     for name, expected in (("pearson", statistics.correlation(outputs.tolist(), labels.tolist())), ("spearman", 0.8)):
-        metric = SplitScore(METRICS["regression"][name], 0)
+        metric = SplitScore(METRICS["numbers"][name].function, 0)
         for part in (slice(None, 1), slice(1, None)):
             metric.update(outputs[part], labels[part])
         assert float(metric.compute()) == pytest.approx(expected, abs=1e-6)
-        constant = SplitScore(METRICS["regression"][name], 0)
+        constant = SplitScore(METRICS["numbers"][name].function, 0)
         constant.update(torch.ones(4), labels)
         assert float(constant.compute()) == 0.0
 
@@ -203,13 +224,16 @@ def test_a_task_is_read_from_three_files(tmp_path: Path) -> None:
     files = [tmp_path / f"{split}.jsonl" for split in ("train", "dev", "test")]
     made = TextTask.from_files(*files, encoder().collate, metric="matthews")
     assert repr(made) == "TextTask(classification: 2 classes; matthews; train 6, valid 4, test 2)"
-    assert made.remarks[0] == "6 texts of train.jsonl; 1 skipped: row 7 (the text is empty)"
+    assert made.remarks[:2] == [
+        "label: two classes, kind, unkind; unkind is the positive one",
+        "6 texts of train.jsonl; 1 skipped: row 7 (the text is empty)",
+    ]
 
 
 def test_truncated_texts_are_reported() -> None:
     long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
     made = of(long, labelled("a"), labelled("b"))
-    assert made.remarks == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
+    assert made.remarks[1:] == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
 
 
 def test_texts_that_are_also_in_the_training_split_are_reported() -> None:

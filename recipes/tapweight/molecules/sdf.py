@@ -1,0 +1,43 @@
+"""Read molecules and their properties from an SD file."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from ..files import DataError, unpacked
+from ..tables import Table
+from .graphs import import_extra
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["sdf_table"]
+
+
+def sdf_table(path: Path) -> Table:
+    """Return the molecules of an SD file as SMILES in the column "smiles", and their properties as text in further columns.
+
+    A molecule that RDKit cannot read has an empty SMILES. The row of a molecule is its 1-based number.
+
+    Raises:
+        DataError: the file holds no molecule.
+        FileNotFoundError: there is no such file.
+    """
+    chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
+    content = unpacked(path).content
+    with base.BlockLogs():
+        molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(content)))
+    if not any(molecules):
+        raise DataError(f"{path}: no molecule in {len(molecules)} blocks; give an SD file, or a table of SMILES")
+    names = list(dict.fromkeys(name for molecule in molecules if molecule for name in molecule.GetPropNames()))
+    columns = [name for name in names if name.casefold() != "smiles"]
+    cells = [
+        [
+            chem.MolToSmiles(molecule) if molecule else "",
+            *(molecule.GetProp(name) if molecule and molecule.HasProp(name) else "" for name in columns),
+        ]
+        for molecule in molecules
+    ]
+    rows = tuple(range(1, len(cells) + 1))
+    return Table(source=str(path), header=("smiles", *columns), rows=rows, cells=tuple(cells))

@@ -1,0 +1,60 @@
+"""Divide labelled molecules into the splits of a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from ..files import DataError
+from ..splits import EIGHT_ONE_ONE, random_split, stratified_split
+from .graphs import canonical
+from .splits import balanced_scaffold_split, scaffold_split
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..task import Split
+    from .data import Molecules
+
+__all__ = ["Method", "divided"]
+
+Method = Literal["scaffold", "balanced", "random", "stratified"]
+
+
+def divided(
+    molecules: Molecules,
+    method: Method = "scaffold",
+    fractions: Sequence[float] = EIGHT_ONE_ONE,
+    *,
+    chirality: bool = True,
+    seed: int = 0,
+) -> dict[Split, list[int]]:
+    """Divide labelled molecules into train, valid and test; the rows of one molecule stay together.
+
+    Args:
+        molecules: labelled molecules.
+        method: "scaffold": no Bemis-Murcko scaffold is in two splits; "balanced": the same, with equal shares of each class;
+            "random"; or "stratified": at random, with equal shares of each class.
+        fractions: of train, valid and test.
+        chirality: distinguish scaffolds that differ in stereochemistry.
+        seed: the seed of all but "scaffold".
+
+    Raises:
+        DataError: the method is unknown or needs classes, the fractions are wrong, or a split would be empty.
+    """
+    if method not in get_args(Method):
+        raise DataError(f"split={method!r}: give {', '.join(map(repr, get_args(Method)))}")
+    if method == "scaffold":
+        return scaffold_split(molecules.smiles, fractions, chirality=chirality)
+    if method == "balanced":
+        labels = torch.cat([graph.y for graph in molecules])
+        return balanced_scaffold_split(molecules.smiles, labels, fractions, chirality=chirality, seed=seed)
+    groups = [canonical(smiles) for smiles in molecules.smiles]
+    if method == "random":
+        return random_split(len(molecules), fractions, seed, groups)
+    if any(each.form == "numbers" for each in molecules.meanings):
+        raise DataError(
+            f"{molecules.source}: split='stratified' needs classes, and the labels are numbers; give --split random"
+        )
+    return stratified_split([str(graph.y.tolist()) for graph in molecules], fractions, seed, groups)
