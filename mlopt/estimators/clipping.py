@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..linear import AssumedInverse, LinearSolution, MatVec
+from ..linear import AssumedInverse
 from ..tensors import Tensors, axpy, dot, norm, scale
 
 __all__ = ["ClippedInverse", "clip_factor", "clipped"]
@@ -47,11 +47,11 @@ class ClippedInverse(AssumedInverse):
     size: Tensor = attrs.field(repr=False)
     limit: float = attrs.field(repr=False)
 
-    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        value = self.inverse.solve(matvec, rhs).value
+    def image(self, vector: Tensors) -> Tensors:
+        value = self.inverse.image(vector)
         factor = clip_factor(self.size, self.limit)
         # torch's small addition to the norm takes part in the derivative.
         share = (factor < 1) * self.size / (self.size + _EPSILON)
         square = dot(self.gradient, self.gradient)
         along = dot(self.gradient, value) / square.clamp_min(torch.finfo(square.dtype).tiny)
-        return LinearSolution(value=scale(factor, axpy(-share * along, self.gradient, value)))
+        return scale(factor, axpy(-share * along, self.gradient, value))

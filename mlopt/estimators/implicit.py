@@ -284,10 +284,11 @@ class Stationarity(Linearization):
         if self.report.is_measured or (gradient := self._known_gradient()) is None:
             return
         gradient = self._bounds.on_free(gradient)
-        assumed = isinstance(self._solver, AssumedInverse)
-        distance = norm(self._solver.solve(self._hessian, gradient).value) if assumed else None
-        variables = self.point.values[self.name]
-        self.report.measured(norm(gradient), norm([v.detach() for v in variables]), distance)
+        variables, size, distance = self.point.values[self.name], norm(gradient), None
+        if assumed := isinstance(self._solver, AssumedInverse):
+            image = self._solver.image(gradient)
+            distance = size if image is gradient else norm(image)
+        self.report.measured(size, norm([v.detach() for v in variables]), distance)
         low = (self.report.curvature or (0.0, 0.0))[0]
         if not assumed and self._fixed.is_unsteady(gradient, variables, low):
             self.report.doubt(

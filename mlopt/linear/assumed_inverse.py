@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import attrs
 import torch
 
@@ -28,9 +30,16 @@ class AssumedInverse(LinearSolver):
 
     damping = 0.0
 
+    @abstractmethod
+    def image(self, vector: Tensors) -> Tensors:
+        """Return P times a vector."""
+
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
         require_finite(rhs, lambda _: NOT_FINITE)
-        return self._solve(matvec, rhs, 0.0, initial)
+        return LinearSolution(value=self.image(rhs))
+
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+        return LinearSolution(value=self.image(rhs))
 
 
 @attrs.frozen(kw_only=True)
@@ -52,8 +61,8 @@ class Identity(AssumedInverse):
     def __str__(self) -> str:
         return "Identity()" if self.scale == 1.0 else f"Identity(scale={self.scale!r})"
 
-    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        return LinearSolution(value=rhs if self.scale == 1.0 else scale(self.scale, rhs))
+    def image(self, vector: Tensors) -> Tensors:
+        return vector if self.scale == 1.0 else scale(self.scale, vector)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -71,5 +80,5 @@ class Diagonal(AssumedInverse):
 
     inverse: Tensors = attrs.field(repr=False)
 
-    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
-        return LinearSolution(value=tuple(torch._foreach_mul(list(rhs), list(self.inverse))))
+    def image(self, vector: Tensors) -> Tensors:
+        return tuple(torch._foreach_mul(list(vector), list(self.inverse)))
