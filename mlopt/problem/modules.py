@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..errors import ProblemError
 if TYPE_CHECKING:
     from .level import Level
 
-__all__ = ["refuse_module"]
+__all__ = ["refuse_module", "refuse_shared_memory"]
 
 #: Wrappers that exchange gradients between processes by hooks of their own.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
@@ -44,6 +45,32 @@ def refuse_module(level: Level) -> None:
                     f"{place} has {key!r} sharded over processes (a DTensor, as fully_shard makes it), whose derivatives would "
                     "silently be zero; several processes are not supported yet: give the module before it is sharded"
                 )
+
+
+def refuse_shared_memory(levels: Iterable[Level]) -> None:
+    """Raise if two variables, or two entries of one, are the same numbers in memory: a write to one would move the other.
+
+    Raises:
+        ProblemError: there are such variables.
+    """
+    owners: dict[object, str] = {}
+    for level in levels:
+        for name, parameter in zip(level.parameter_names, level.parameters, strict=True):
+            place = f"{level.name}.{name}"
+            if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
+                raise ProblemError(
+                    f"{place} is an expanded tensor, several entries of which are one number in memory; give a copy (clone), or "
+                    "a smaller parameter that the module expands"
+                )
+            if not parameter.numel() or parameter.is_meta:
+                continue
+            key = (parameter.device, parameter.data_ptr())
+            if key in owners:
+                raise ProblemError(
+                    f"{owners[key]} and {place} are two parameters on the same memory, so that a step of one moves the other; "
+                    "give one of them a copy (clone), or register one parameter in both places"
+                )
+            owners[key] = place
 
 
 def _classes(value: nn.Module | Tensor) -> set[str]:

@@ -12,7 +12,7 @@ from rich.tree import Tree
 from ..errors import ProblemError
 from .graph import Graph
 from .level import Level, settings
-from .modules import refuse_module
+from .modules import refuse_module, refuse_shared_memory
 from .workspace import Workspace
 
 __all__ = ["Problem"]
@@ -171,6 +171,7 @@ class Problem:
                         f"{level.name}.{name}); give one of them a copy (copy.deepcopy), or freeze it if neither should train it"
                     )
                 owners[id(parameter)] = (level.name, name)
+        refuse_shared_memory(self.levels)
 
     def __rich__(self) -> Tree:
         tree = Tree(self._describe(self.outermost))

@@ -153,3 +153,24 @@ def test_a_regularizer_that_draws_random_numbers(use: str, draw: Callable[[int],
         mlopt.ProblemError, match=r"regularizer of level 'net' draws random numbers.*draw them in the loss"
     ):
         USES[use](problem)
+
+
+def test_two_parameters_on_one_memory_are_refused() -> None:
+    first, second = mlopt.variables(torch.ones(3)), mlopt.variables(torch.ones(3))
+    second.value = nn.Parameter(first.value.data)
+
+    def outer(x: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+        return (x() * y()).sum()
+
+    def inner(y: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        return (y() - x()).square().sum()
+
+    with pytest.raises(mlopt.ProblemError, match=r"x\.value and y\.value are two parameters on the same memory"):
+        mlopt.Problem(mlopt.Level("x", first, outer), mlopt.Level("y", second, inner, estimator=mlopt.Dense()))
+
+
+def test_an_expanded_parameter_is_refused() -> None:
+    module = mlopt.variables(torch.ones(1))
+    module.value = nn.Parameter(torch.ones(1).expand(3))
+    with pytest.raises(mlopt.ProblemError, match=r"y\.value is an expanded tensor"):
+        mlopt.Problem(mlopt.Level("y", module, lambda y, batch: y().square().sum()))
