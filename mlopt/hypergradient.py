@@ -343,10 +343,14 @@ def _inspect_inside(point: Point, level: Level) -> None:
 
 
 def _report_doubts(point: Point) -> None:
-    """Add the remarks on losses to the reports: of their level, or else of the level that they refer to."""
-    for (check, name, reference, *_), remark in point.workspace.doubts.items():
-        report = point.reports.get(name) or point.reports.get(reference)
-        if check == "loss" and report is not None:
+    """Add the remarks on losses to the reports: of their level, or else of the level that they refer to.
+
+    Also those on products of a level: the multiplier of a level outside takes some that no linearisation of its own reports.
+    """
+    for (check, first, second, *_), remark in point.workspace.doubts.items():
+        names = (first, second) if check == "loss" else (second,)
+        report = next((point.reports[name] for name in names if name in point.reports), None)
+        if report is not None:
             report.doubt(remark)
 
 

@@ -231,6 +231,13 @@ ALONE: dict[str, Spec] = {
     "hook, unrolled": attrs.evolve(_in_inner(hook=True), estimator="unrolled"),
     "stop-gradient": _in_inner(stop=True),
     "stop-gradient, nested": Spec(shape="nested", middle=LevelTraps(stop=True)),
+    # A doubt that only the multiplier of the middle level meets.
+    "stop-gradient of another level, nested": Spec(
+        shape="nested_referred",
+        products="finite_difference",
+        middle=LevelTraps(scale=1e-5, regularizer=True),
+        inner=LevelTraps(stop_outer=True),
+    ),
     "bound": _in_inner(bound=True),
     "frozen": _in_inner(frozen=True),
     "shared": Spec(net="shared"),
