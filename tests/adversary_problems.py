@@ -206,7 +206,7 @@ class Case:
             first = next(iter(self._free[name].values()))
             mask = torch.ones(first.numel(), dtype=torch.float64)
             mask[1] = 0.0
-            first.register_hook(lambda g: g * mask.reshape(g.shape))
+            first.register_hook(lambda g: g * mask.to(g).reshape(g.shape))
         regularizer = {"middle": self._middle_regularizer, "inner": self._inner_regularizer}[name]
         optimizer = partial(self._optimizer, name)
         return mlopt.Level(
