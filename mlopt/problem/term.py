@@ -6,6 +6,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -214,18 +215,18 @@ class LevelTerm(Term):
         """
         bare = copy.copy(self)  # without references to the point and its batches
         del bare._point, bare.point, bare._batches, bare.values
-        function = _PureFunction(self._modules, bare._evaluate)
+        function = _PureFunction(self._modules)
         names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
 
         def term(own: Tensors, rest: Mapping[str, Tensor], batch: Any) -> Tensor:
-            return function.at({**rest, **dict(zip(names, own, strict=True))}, batch)
+            return function.at(bare._evaluate, {**rest, **dict(zip(names, own, strict=True))}, batch)
 
         return term
 
     def own_arguments(self) -> tuple[Tensors, dict[str, Tensor], Any]:
         """Return the arguments of `own_function` at the point, and restore the point's generators."""
         self._point.generators[self.name].restore()
-        function = _PureFunction(self._modules, self._evaluate)
+        function = self._pure_function
         rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
         for name in self._level.parameter_names:
             del rest[f"levels.{_key(self.name)}.{name}"]
@@ -291,6 +292,10 @@ class LevelTerm(Term):
         shares: Tensor = torch.func.jvp(losses, (start,), (tuple(direction[name]),))[1]
         return shares
 
+    @cached_property
+    def _pure_function(self) -> _PureFunction:
+        return _PureFunction(self._modules)
+
     def _pure(self, values: Vectors, function: Callable[[Mapping[str, nn.Module]], Tensor]) -> Tensor:
         named = {
             f"levels.{_key(name)}.{parameter}": tensor
@@ -300,7 +305,7 @@ class LevelTerm(Term):
         }
         modes = _modes(self._modules.values())
         try:
-            return _PureFunction(self._modules, function).at(named)
+            return self._pure_function.at(function, named)
         except RuntimeError as error:
             if "mutate a captured Tensor" not in str(error):
                 raise
@@ -341,33 +346,35 @@ class LevelTerm(Term):
 class _PureFunction(nn.Module):
     """A function of modules as a pure function of their parameters, by torch.func.functional_call on a module that holds them."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[..., Tensor]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.levels = nn.ModuleDict({_key(name): module for name, module in modules.items()})
         self._names = tuple(modules)
-        self._function = function
         places: dict[int, list[str]] = {}
-        for path, module in self.named_modules():
+        names: dict[str, int] = {}
+        seen = set()
+        for path, module in self.named_modules(remove_duplicate=False):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
+                if tensor is None:
+                    continue
+                names[f"{path}.{name}"] = id(tensor)
+                if module not in seen:
                     places.setdefault(id(tensor), []).append(f"{path}.{name}")
+            seen.add(module)
         #: By name of a tensor, its places: each module once, under its first path. On exit, functional_call would otherwise
         #: put its own tensors into a module that it finds under a second path.
-        self._places = {
-            name: places[id(tensor)]
-            for named in (self.named_parameters, self.named_buffers)
-            for name, tensor in named(remove_duplicate=False)
-        }
+        self._places = {name: places[key] for name, key in names.items()}
 
-    def forward(self, *arguments: Any) -> Tensor:
-        return self._function({name: self.levels[_key(name)] for name in self._names}, *arguments)
+    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return function({name: self.levels[_key(name)] for name in self._names}, *arguments)
 
-    def at(self, parameters: Mapping[str, Tensor], *arguments: Any) -> Tensor:
+    def at(self, function: Callable[..., Tensor], parameters: Mapping[str, Tensor], *arguments: Any) -> Tensor:
+        """Return the function of the modules, and of further arguments, at other parameters and buffers."""
         # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
         buffers = {name: parameters.get(name, buffer).clone() for name, buffer in self.named_buffers()}
         given = {**parameters, **buffers}
-        placed = {place: tensor for name, tensor in given.items() for place in self._places[name]}
-        result: Tensor = functional_call(self, placed, arguments, tie_weights=False)
+        placed = {place: tensor for name, tensor in given.items() for place in self._places.get(name, (name,))}
+        result: Tensor = functional_call(self, placed, (function, *arguments), tie_weights=False)
         return result
 
 
