@@ -82,7 +82,8 @@ class OptimizerStep:
             along = [gradient[i] for i in part.indices]
             along, states[k] = transformation.update(along, states[k], params=own, inplace=False)
             for i, variable in zip(part.indices, torchopt.apply_updates(own, along, inplace=False), strict=True):
-                moved[i] = variable
+                # The count of Adam's steps is in float64, and takes a variable of shape () with it.
+                moved[i] = variable.to(step.variables[i].dtype)
         return tuple(moved), tuple(torchopt.pytree.tree_leaves(states))
 
     def pull(self, step: Step, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors]:

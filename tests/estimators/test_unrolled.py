@@ -509,3 +509,36 @@ def test_a_start_of_another_dtype_gets_its_cotangent_in_its_own() -> None:
     expected = 2 * 0.64 * (1 + 0.64 * (value - 1))
     assert result.gradient["value"].dtype == torch.float32
     assert torch.allclose(result.gradient["value"], expected)
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
+def test_a_scalar_in_float32_keeps_its_dtype(products: str) -> None:
+    """Against a hand-written loop of Adam: its count is in float64, and would promote a variable of shape ()."""
+    x = torch.tensor(0.7, dtype=torch.float32)
+
+    def inner(y: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        # A dot product refuses two dtypes.
+        return (torch.stack([y(), y() ** 2]) @ torch.stack([x(), x().sin()])) + y() ** 2
+
+    problem = mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(x), lambda x, batch, *, y: y() ** 2),
+        mlopt.Level(
+            "y",
+            mlopt.variables(torch.tensor(0.3, dtype=torch.float32)),
+            inner,
+            optimizer=partial(Adam, lr=0.05),
+            estimator=mlopt.Unrolled(steps=3, products=products),
+        ),
+    )
+
+    def total(x: Tensor) -> Tensor:
+        y, first, second = torch.tensor(0.3), torch.tensor(0.0), torch.tensor(0.0)
+        for t in range(1, 4):
+            slope = x + 2 * y * x.sin() + 2 * y
+            first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+            y = y - 0.05 * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        return y**2
+
+    gradient = mlopt.hypergradient(problem).gradient["value"]
+    assert gradient.dtype == torch.float32
+    assert float(gradient) == pytest.approx(float(torch.func.grad(total)(x.double())), rel=1e-2)
