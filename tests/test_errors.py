@@ -16,7 +16,7 @@ NOT_OURS = {name for name, kind in vars(builtins).items() if isinstance(kind, ty
 #: Raised by design though they do not derive from MloptError.
 ALLOWED = {
     (
-        "mlopt/estimators/products/product.py",
+        "mlopt/estimators/products/kernels.py",
         "RuntimeError",
     ): "its caller reports it like the RuntimeErrors of autograd",
     ("mlopt/imports.py", "AttributeError"): "the protocol of a module's __getattr__",

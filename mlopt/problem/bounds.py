@@ -146,7 +146,7 @@ def unmoved(before: Tensors, variables: Tensors, optimizer: Optimizer) -> Tensor
 
 def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64).to(v) for v in variables]
+    noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v) for v in variables]
     # Of different sizes, because a projection may undo a step that all variables share.
     down, up = (
         tuple(m == 0 for m in _moves(optimizer, variables, [sign * (0.5 + n) for n in noise])) for sign in (1.0, -1.0)

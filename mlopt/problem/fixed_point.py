@@ -295,7 +295,7 @@ def _probe(optimizer: Optimizer) -> list[_Rule]:
 def _step(optimizer: Optimizer, variable: float, gradient: float) -> list[float]:
     """Return the first step, for each group, of a copy of an optimiser on a single number."""
     numbers = {
-        id(p): nn.Parameter(torch.full((1,), variable, dtype=torch.float64))
+        id(p): nn.Parameter(torch.full((1,), variable, dtype=torch.float64, device="cpu"))
         for group in optimizer.param_groups
         for p in group["params"]
     }

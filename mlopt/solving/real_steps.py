@@ -192,7 +192,7 @@ class _Runs:
             def at(size: float) -> tuple[Tensor]:
                 slope = self._slope(f"{name}[{k}]", variable, k, center, size)
                 lost = bool(self.lost) and self.lost.pop() is not None
-                return (torch.tensor(math.nan if lost else slope, dtype=torch.float64),)
+                return (torch.tensor(math.nan if lost else slope, dtype=torch.float64, device="cpu"),)
 
             before, self.lost = self.lost, []
             lengths[key] = search(at, float(sizes[k]), _AGREEMENT.get(variable.dtype, 0.05))[:2]

@@ -115,7 +115,7 @@ def _filled(direction: Vectors, norms: Sequence[float]) -> Vectors:
     for block, vectors in direction.items():
         added = []
         for x in vectors:
-            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")
             added.append((x + (next(rest) / (float(drawn.norm()) or 1.0)) * drawn.to(x)).to(x.dtype))
         filled[block] = tuple(added)
     return filled

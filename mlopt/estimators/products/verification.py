@@ -154,7 +154,7 @@ class _Check:
         Of a variable with a hook, components that are zero beside others are left out: its gradient may be masked.
         """
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in value]
+        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) for x in value]
         drawn = [
             noise * (x != 0) if hooked and bool(x.any()) else noise
             for noise, x, hooked in zip(drawn, value, self._hooked, strict=True)
