@@ -69,11 +69,12 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):
         return product(direction, wanted)
+    probe = _full(direction, product.term.values)
     workspace.verifying = True
     try:
         # Block by block: beside the product for variables of the size 1e-5, that for others would be lost.
         groups = [[block] for block in wanted] if len(wanted) > 1 else [wanted]
-        checks = [_Check(product, direction, group) for group in groups if product.needs_verification(direction, group)]
+        checks = [_Check(product, probe, group) for group in groups if product.needs_verification(direction, group)]
         results = [check.result() for check in checks]
         workspace.verified.add(key)
         gaps = [check.discrepancy(result) for check, result in zip(checks, results, strict=True)]
@@ -82,7 +83,27 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
             product.remark(workspace.doubts[key])
     finally:
         workspace.verifying = False
-    return results[0] if len(wanted) == 1 else product(direction, wanted)
+    return results[0] if len(wanted) == 1 and probe is direction else product(direction, wanted)
+
+
+def _full(direction: Vectors, values: Vectors) -> Vectors:
+    """Return a direction, or a random one in place of a unit vector, as `Dense` takes: that would show one column only."""
+    entries = [x for vectors in direction.values() for x in vectors]
+    if sum(x.numel() for x in entries) == 1 or sum(int(x.count_nonzero()) for x in entries) != 1:
+        return direction
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(x: Tensor, variable: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        size = variable.detach().norm()
+        return noise * torch.where(size > 0, size, 1.0)
+
+    full = {
+        block: tuple(drawn(x, variable) for x, variable in zip(vectors, values[block], strict=True))
+        for block, vectors in direction.items()
+    }
+    largest = norm(_flat(full))
+    return {block: tuple((x / largest).to(x.dtype) for x in vectors) for block, vectors in full.items()}
 
 
 def _sentence(product: Product, gap: float) -> str:

@@ -384,3 +384,21 @@ def test_a_block_is_not_lost_beside_that_of_small_variables(products: str) -> No
         ),
     )
     assert mlopt.hypergradient(problem).reports["y"].doubtful
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+def test_a_stop_in_other_columns_than_the_first_is_in_doubt(products: str) -> None:
+    """Dense takes the columns of the Hessian one by one, and the first is right here."""
+
+    def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        y = module()
+        return (y - x()).square().sum() / 2 + 0.3 * y[2] * y[3].square().detach()
+
+    def outer(x: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+        return y().square().sum()
+
+    problem = mlopt.Problem(
+        mlopt.Level("x", mlopt.variables(torch.linspace(0.5, 1.5, 4)), outer),
+        mlopt.Level("y", mlopt.variables(torch.linspace(0.2, 0.8, 4)), inner, estimator=mlopt.Dense(products=products)),
+    )
+    assert mlopt.hypergradient(problem).reports["y"].doubtful
