@@ -69,7 +69,9 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):
         return product(direction, wanted)
-    probe = _full(direction, product.term.values)
+    # The first direction of differences decides their steps.
+    differences = isinstance(product, FiniteDifferenceProduct)
+    probe = direction if differences else _full(direction, product.term.values)
     workspace.verifying = True
     try:
         # Block by block: beside the product for variables of the size 1e-5, that for others would be lost.
