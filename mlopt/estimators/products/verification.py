@@ -91,12 +91,13 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
 def _full(direction: Vectors, values: Vectors) -> Vectors:
     """Return a direction, or a random one in place of a unit vector, as `Dense` takes: that would show one column only."""
     entries = [x for vectors in direction.values() for x in vectors]
-    if sum(x.numel() for x in entries) == 1 or sum(int(x.count_nonzero()) for x in entries) != 1:
+    # One count for all tensors: the host waits for the device at each that it reads.
+    if sum(x.numel() for x in entries) == 1 or int(sum(x.count_nonzero() for x in entries)) != 1:
         return direction
     generator = torch.Generator().manual_seed(1)
 
     def drawn(x: Tensor, variable: Tensor) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
         size = variable.detach().norm()
         return noise * torch.where(size > 0, size, 1.0)
 
