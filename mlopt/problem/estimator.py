@@ -7,7 +7,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import attrs
 from torch import Tensor
@@ -162,6 +162,7 @@ class Estimator(ABC):
 
     Attributes:
         curvature_data: batches for the Hessian; None to use the level's.
+        curvature_batches: number of these batches over which the Hessian of one pullback is averaged, or "all" of an epoch.
         needs_optimizer: True if the rule uses the steps of the level's optimiser, so that a level with a solver of its own
             refuses it.
 
@@ -176,6 +177,7 @@ class Estimator(ABC):
     """
 
     curvature_data: Iterable[Any] | None = None
+    curvature_batches: int | Literal["all"] = 1
     needs_optimizer: ClassVar[bool] = False
 
     @abstractmethod

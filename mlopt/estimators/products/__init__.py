@@ -8,6 +8,7 @@ from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
 from .lengths import SMALL, moves_of, search
+from .mean import MeanSecondDerivatives
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
@@ -20,6 +21,7 @@ __all__ = [
     "FiniteDifferenceProduct",
     "ForwardProduct",
     "GaussNewtonProduct",
+    "MeanSecondDerivatives",
     "Product",
     "SecondDerivatives",
     "full_precision",
