@@ -31,7 +31,7 @@ from .estimators import (
     ValueFunction,
 )
 from .hypergradient import Hypergradient, hypergradient
-from .problem import Level, Mixture, Problem, Report, Response, Variables, variables
+from .problem import Level, Mixture, Problem, Report, Response, Stacked, Variables, over_tasks, stacked, variables
 from .solving import (
     Callback,
     Checkpoints,
@@ -87,6 +87,7 @@ __all__ = [
     "Response",
     "SecondDerivativeError",
     "Solution",
+    "Stacked",
     "TensorBoardLogger",
     "TrackioLogger",
     "TrustWarning",
@@ -98,6 +99,8 @@ __all__ = [
     "diagnose",
     "hypergradient",
     "linear",
+    "over_tasks",
     "solve",
+    "stacked",
     "variables",
 ]

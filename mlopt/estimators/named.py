@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal, final
 
 import attrs
-from torch import Tensor
 
 from .. import linear
 from ..errors import EstimatorError
 from ..problem import Linearization, Point
-from ..validation import boolean, is_whole, must_be, one_of
+from ..validation import batches_or_none, boolean, is_whole, must_be, one_of
 from .implicit import Implicit, Stationarity
 from .products import PRODUCTS
 from .streamed import Streamed
@@ -100,12 +99,6 @@ def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], valu
         )
 
 
-_batches_or_none = must_be(
-    lambda value: value is None or (isinstance(value, Iterable) and not isinstance(value, (Iterator, Tensor))),
-    "batches that can be iterated repeatedly, such as a DataLoader or a list, or None",
-)
-
-
 _count_or_all = must_be(lambda value: value == "all" or is_whole(value, 1), 'a whole number >= 1, or "all"')
 
 
@@ -122,7 +115,7 @@ class _HessianProducts(Implicit):
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
     compile: bool = attrs.field(default=False, validator=[boolean, _require_forward])
-    curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=_batches_or_none, repr=False)
+    curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=batches_or_none, repr=False)
     curvature_batches: int | Literal["all"] = attrs.field(
         default=1, validator=[_count_or_all, _require_data], repr=False
     )

@@ -14,6 +14,7 @@ from .problem import Problem
 from .response import Response
 from .solver import call_solver
 from .stream import Stream
+from .tasks import Stacked, over_tasks, stacked
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
 from .workspace import Workspace
 
@@ -38,6 +39,7 @@ __all__ = [
     "Problem",
     "Report",
     "Response",
+    "Stacked",
     "Stream",
     "StreamedCotangent",
     "Term",
@@ -54,8 +56,10 @@ __all__ = [
     "evaluate_regularizer",
     "faults",
     "has_hooks",
+    "over_tasks",
     "require_all_variables",
     "restored",
+    "stacked",
     "standing_in",
     "sum_values",
     "to_device",

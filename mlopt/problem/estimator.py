@@ -161,8 +161,9 @@ class Estimator(ABC):
     """A rule that linearises a level's solution: its pullback is the vector-Jacobian product of x*(u).
 
     Attributes:
-        curvature_data: batches for the Hessian; None to use the level's.
-        curvature_batches: number of these batches over which the Hessian of one pullback is averaged, or "all" of an epoch.
+        curvature_data: batches of the rule's own, for the Hessian or for virtual steps; None to use the level's.
+        curvature_batches: number of these batches that one pullback takes, or "all" of an epoch.
+        references: the levels whose variables the rule uses itself. The level's loss declares them, and need not use them.
         needs_optimizer: True if the rule uses the steps of the level's optimiser, so that a level with a solver of its own
             refuses it.
 
@@ -176,9 +177,22 @@ class Estimator(ABC):
         True
     """
 
-    curvature_data: Iterable[Any] | None = None
-    curvature_batches: int | Literal["all"] = 1
     needs_optimizer: ClassVar[bool] = False
+
+    @property
+    def curvature_data(self) -> Iterable[Any] | None:
+        """Batches of the rule's own, for the Hessian or for virtual steps; None to use the level's."""
+        return None
+
+    @property
+    def curvature_batches(self) -> int | Literal["all"]:
+        """The number of these batches that one pullback takes, or "all" of an epoch."""
+        return 1
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The levels whose variables the rule uses itself."""
+        return ()
 
     @abstractmethod
     def linearize(self, point: Point, level: str) -> Linearization:
