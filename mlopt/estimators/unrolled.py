@@ -29,6 +29,7 @@ from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
 from .optimizer_step import OptimizerStep, Step, check_transformation
 from .products import PRODUCTS, SecondDerivatives
+from .referred import Referred, level_of
 
 __all__ = ["Unrolled"]
 
@@ -73,7 +74,8 @@ class Unrolled(Estimator):
             is stacked (`mlopt.stacked`), the start may have the shapes of one task; it receives the sum over the tasks.
         learning_rates: a level whose variables r multiply the steps, x_{t+1} = x_t + r (Phi(x_t) - x_t), one tensor r for each
             variable, in a shape that expands to its own: with an optimiser of learning rate 1, they are learning rates. The
-            level's loss names it. The level's own steps in a run do not use it.
+            level's loss names it. The level's own steps in a run do not use it. Here and in `start`, a place such as "meta.rates"
+            is a submodule of a level's module, so that one level can hold both.
 
     Raises:
         MissingDependencyError: TorchOpt is not installed.
@@ -123,7 +125,7 @@ class Unrolled(Estimator):
 
     @property
     def references(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.start, self.learning_rates) if name is not None)
+        return tuple(level_of(place) for place in (self.start, self.learning_rates) if place is not None)
 
     @contextlib.contextmanager
     def at_solution(self, point: Point, level: str) -> Iterator[None]:
@@ -170,14 +172,14 @@ class _Unrolling(Linearization):
             memory: Tensors = ()
             for held in trajectory.backwards():
                 adjoint, along, memory, rates = trajectory.update.pull(held.step, adjoint, memory)
-                if self._rule.learning_rates in pulled:
-                    add_into(pulled, {self._rule.learning_rates: rates})
+                if trajectory.rates is not None:
+                    trajectory.rates.add_into(pulled, rates)
                 product = self._product(held, along, wanted)
                 adjoint = add(adjoint, product.pop(self._name))
                 add_into(pulled, product)
-        if self._rule.start in pulled:
-            pairs = zip(adjoint, values[self._rule.start], strict=True)
-            add_into(pulled, {self._rule.start: tuple((a if a.dim() == x.dim() else a.sum(0)).to(x) for a, x in pairs)})
+        if (start := trajectory.start) is not None:
+            pairs = zip(adjoint, start.variables, strict=True)
+            start.add_into(pulled, tuple((a if a.dim() == x.dim() else a.sum(0)).to(x) for a, x in pairs))
         self._record(float(norm(adjoint)) / size)
         return pulled
 
@@ -221,6 +223,8 @@ class _Trajectory:
 
     Attributes:
         update: Phi.
+        start: the variables at which the steps start; None for the present ones.
+        rates: the factors on the steps, if there are any.
     """
 
     update: OptimizerStep
@@ -231,14 +235,15 @@ class _Trajectory:
         every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
         # The steps since the last checkpoint are held from the first.
         self._every = rule.steps if every == 1 else every
-        variables = present if rule.start is None else self._start(rule.start)
+        self.start, self.rates = self._referred("start"), self._referred("learning_rates")
+        variables = present if self.start is None else self._start_from(self.start)
         _put(self._live, variables)
         first = self._gradient(0)
         used = [i for i, g in enumerate(first) if g is not None]
         self._first = tuple(g for g in first if g is not None)
         self._used = used
-        rates = () if rule.learning_rates is None else self._rates(rule.learning_rates)
-        fresh = rule.start is not None
+        rates = () if self.rates is None else self._rates(self.rates)
+        fresh = self.start is not None
         self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=fresh, rates=rates)
         memory = self.update.initial
         self._kept: list[tuple[Tensors, Tensors]] = []
@@ -316,35 +321,29 @@ class _Trajectory:
             while self._segment:
                 yield self._segment.pop()
 
-    def _start(self, start: str) -> Tensors:
-        variables = self._referred("start", start)
-        own, shapes = ([tuple(x.shape) for x in vectors] for vectors in (self._live, variables))
-        if shapes not in (own, [shape[1:] for shape in own]):
+    def _start_from(self, start: Referred) -> Tensors:
+        own = [tuple(x.shape) for x in self._live]
+        if start.shapes not in (own, [shape[1:] for shape in own]):
             raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled(start={start!r}), whose parameters have shapes {shapes}, not {own}; use "
-                "modules of the same kind for both levels, of which this one may be stacked"
+                f"level {self._level.name!r}: Unrolled(start={self._rule.start!r}), whose parameters have shapes {start.shapes}, "
+                f"not {own}; use modules of the same kind for both levels, of which this one may be stacked"
             )
-        return tuple(x.detach().to(own).expand_as(own) for x, own in zip(variables, self._live, strict=True))
+        return tuple(
+            x.detach().to(own).expand_as(own).contiguous() for x, own in zip(start.variables, self._live, strict=True)
+        )
 
-    def _rates(self, name: str) -> Tensors:
-        rates = self._referred("learning_rates", name)
-        own, shapes = ([tuple(x.shape) for x in vectors] for vectors in (self._live, rates))
-        if len(own) != len(shapes) or not all(map(_expands, shapes, own)):
+    def _rates(self, rates: Referred) -> Tensors:
+        own = [tuple(x.shape) for x in self._live]
+        if len(own) != len(rates.shapes) or not all(map(_expands, rates.shapes, own)):
             raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled(learning_rates={name!r}), whose parameters have shapes {shapes}, which do "
-                f"not expand to {own}; give one for each variable, of its shape, or of shape () for one rate"
+                f"level {self._level.name!r}: Unrolled(learning_rates={self._rule.learning_rates!r}), whose parameters have "
+                f"shapes {rates.shapes}, which do not expand to {own}; give one for each, of its shape or ()"
             )
-        return tuple(rate.detach() for rate in rates)
+        return tuple(rate.detach() for rate in rates.variables)
 
-    def _referred(self, option: str, other: str) -> Tensors:
-        """Return the variables of a level that an option names."""
-        name = self._level.name
-        if other not in self._point.problem.graph[name].arguments:
-            raise EstimatorError(
-                f"level {name!r}: Unrolled({option}={other!r}), but its loss does not refer to {other!r}; make it one of the "
-                "loss's keyword-only parameters"
-            )
-        return self._point.problem[other].parameters
+    def _referred(self, option: str) -> Referred | None:
+        place: str | None = getattr(self._rule, option)
+        return None if place is None else Referred.of(place, option, self._point, self._level.name)
 
 
 def _expands(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
