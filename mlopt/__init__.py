@@ -16,6 +16,7 @@ from .errors import (
     TrustWarning,
 )
 from .estimators import (
+    GMRES,
     MINRES,
     SAMA,
     ConjugateGradient,
@@ -31,7 +32,7 @@ from .estimators import (
     ValueFunction,
 )
 from .hypergradient import Hypergradient, hypergradient
-from .problem import Level, Mixture, Problem, Report, Response, Variables, variables
+from .problem import Level, Mixture, Problem, Report, Response, Variables, game, variables
 from .solving import (
     Callback,
     Checkpoints,
@@ -49,6 +50,7 @@ from .solving import (
 )
 
 __all__ = [
+    "GMRES",
     "MINRES",
     "SAMA",
     "ArgumentError",
@@ -96,6 +98,7 @@ __all__ = [
     "WandbLogger",
     "check_hypergradient",
     "diagnose",
+    "game",
     "hypergradient",
     "linear",
     "solve",

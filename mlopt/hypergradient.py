@@ -30,6 +30,7 @@ from .problem import (
     cloned_buffers,
     compare_evaluations,
     derivatives,
+    own_gradient,
     restored,
     to_device,
 )
@@ -131,6 +132,8 @@ def standalone(
 ) -> Hypergradient:
     """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's."""
     target = problem.outermost if level is None else problem[level]
+    if target.residual is not None:
+        raise ProblemError(f"level {target.name!r}: it has a residual and no loss, so it has no hypergradient")
     workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
     response = target.response if estimators is None else None
@@ -249,7 +252,7 @@ def _run_solver(point: Point, level: Level) -> None:
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
         call_solver(level, modules, point.batches[level.name], point.problem)
-    point.gradients[level.name] = Objective.of(level, point).derivatives([level.name])[level.name]
+    point.gradients[level.name] = own_gradient(level, point)
 
 
 def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:

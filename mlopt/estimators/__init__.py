@@ -3,6 +3,7 @@
 from ..problem import Estimator, Linearization, Report
 from .implicit import Implicit
 from .named import (
+    GMRES,
     MINRES,
     ConjugateGradient,
     Dense,
@@ -17,6 +18,7 @@ from .unrolled import Unrolled
 from .value_function import ValueFunction
 
 __all__ = [
+    "GMRES",
     "MINRES",
     "SAMA",
     "ConjugateGradient",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
+from ..linear import AssumedInverse, LinearSolver, MatVec
 from ..problem import (
     Block,
     Bounds,
@@ -26,7 +26,9 @@ from ..problem import (
     derivatives,
 )
 from ..tensors import Tensors, dot, norm, scale, zeros_like
+from .condition import Condition
 from .products import PRODUCTS, CompiledProduct, Product, SecondDerivatives
+from .recording import record
 
 __all__ = ["Implicit", "Stationarity"]
 
@@ -34,7 +36,8 @@ __all__ = ["Implicit", "Stationarity"]
 class Implicit(Estimator):
     """The implicit-function theorem, with a linear solver and a kind of products; the base of the estimators that use it.
 
-    With x*(u) = argmin_x f(x, u), a cotangent v on x* becomes -(d2f / du dx) q on u, where (d2f / dx2) q = v.
+    With x*(u) = argmin_x f(x, u), a cotangent v on x* becomes -(d2f / du dx) q on u, where (d2f / dx2) q = v. For a level with a
+    residual F in place of a loss, it becomes -F_u^T q, where F_x^T q = v.
 
     Attributes:
         solver: the linear solver for q; None if it depends on the point.
@@ -71,8 +74,17 @@ class Implicit(Estimator):
         """The class that evaluates products."""
         return CompiledProduct if self.compile else PRODUCTS[self.products]
 
+    @property
+    def needs_loss(self) -> str:
+        if self.solver is None or self.solver.needs_symmetry:
+            return "its linear solver needs a symmetric matrix"
+        if self.products == "gauss_newton":
+            return "products='gauss_newton' approximate the Hessian of a loss"
+        return "compile=True compiles products with the Hessian of a loss" if self.compile else ""
+
     def linearize(self, point: Point, level: str) -> Linearization:
-        return Stationarity(point, level, self)
+        kind = Stationarity if point.problem[level].residual is None else Condition
+        return kind(point, level, self)
 
     def __str__(self) -> str:
         options = {
@@ -202,7 +214,7 @@ class Stationarity(Linearization):
             own = self._solver.solve(matvec, rhs, initial=initial)
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self.name!r}: {error}") from error
-        self._record(own)
+        record(self.report, own)
         if not self._children:
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
@@ -302,21 +314,6 @@ class Stationarity(Linearization):
         for child in self._children:
             merged |= child.reports()
         return merged
-
-    def _record(self, solution: LinearSolution) -> None:
-        report = self.report
-        report.solves += 1
-        report.iterations += solution.iterations
-        report.products += solution.products
-        if solution.residual is not None:
-            report.residual = max(solution.residual, report.residual or 0.0)
-        if solution.converged is not None:
-            report.converged = solution.converged and report.converged is not False
-        if solution.curvature is not None:
-            low, high = report.curvature or solution.curvature
-            report.curvature = (min(low, solution.curvature[0]), max(high, solution.curvature[1]))
-        if solution.remark and solution.remark not in report.remarks:
-            report.remarks = (*report.remarks, solution.remark)
 
 
 class _MultiplierTerm(Term):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 import torch
 
@@ -33,6 +35,8 @@ class Dense(LinearSolver):
         >>> mlopt.linear.Dense(damping=1.0).solve(lambda v: (3.0 * v[0],), (torch.ones(2),)).value
         (tensor([0.2500, 0.2500]),)
     """
+
+    needs_symmetry: ClassVar[bool] = False
 
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
     limit: int = attrs.field(default=5_000, validator=at_least(1))
