@@ -1,6 +1,7 @@
 """Estimators: rules that pull cotangents back through a level's solution."""
 
 from ..problem import Estimator, Linearization, Report
+from .condition import Condition
 from .implicit import Implicit
 from .named import (
     GMRES,
@@ -21,6 +22,7 @@ __all__ = [
     "GMRES",
     "MINRES",
     "SAMA",
+    "Condition",
     "ConjugateGradient",
     "Dense",
     "Estimator",

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import attrs
 
 from ..errors import NonFiniteError
-from ..linear import AssumedInverse, LinearSolution, MatVec
-from ..problem import Block, Bounds, FixedPoint, Linearization, Objective, Point, Report, ResidualTerm, Vectors
+from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
+from ..problem import Block, Bounds, FixedPoint, Linearization, Objective, Point, Report, ResidualTerm, Term, Vectors
 from ..tensors import Tensors, add, norm, scale, zeros_like
-from .products import SecondDerivatives
+from .products import Product, SecondDerivatives
 from .recording import record
-
-if TYPE_CHECKING:
-    from .implicit import Implicit
 
 __all__ = ["Condition"]
 
@@ -31,26 +27,37 @@ class Condition(Linearization):
     Args:
         point: the point.
         name: the level.
-        estimator: its linear solver and products.
+        estimator: the estimator, as it prints.
+        solver: the linear solver.
+        product: the kind of products.
+        warm_start: True if a run starts each solve of F_x^T q = v from the q of the previous outer step.
 
     Source: Bai, Kolter & Koltun 2019 (arXiv 1909.01377), theorem 1, for a fixed point; Blondel et al. 2022 (arXiv 2105.15183).
     """
 
-    def __init__(self, point: Point, name: str, estimator: Implicit) -> None:
-        self.point, self.name, self._estimator = point, name, estimator
+    def __init__(
+        self,
+        point: Point,
+        name: str,
+        *,
+        estimator: str,
+        solver: LinearSolver,
+        product: Callable[[Term], Product],
+        warm_start: bool = False,
+    ) -> None:
+        self.point, self.name, self._solver, self._warm_start = point, name, solver, warm_start
         self._level = level = point.problem[name]
         self.arguments = point.problem.graph[name].arguments
         self.blocks = (name,)
-        self.report = Report(estimator=str(estimator))
+        self.report = Report(estimator=estimator)
         self._fixed = fixed = FixedPoint.of(level, point)
         self._decay = fixed.terms(name, point)
         term = ResidualTerm(point, level, sign=fixed.sign)
         self._row: Block = term.multiplier
-        self._derivatives = self._curvature = SecondDerivatives(Objective((term,)), estimator.product)
+        self._derivatives = self._curvature = SecondDerivatives(Objective((term,)), product)
         if name in point.curvature_batches:
             other = ResidualTerm(point, level, point.curvature_batches, fixed.sign)
-            self._curvature = SecondDerivatives(Objective((other,)), estimator.product)
-        self._solver = estimator.solver_at(point, name)
+            self._curvature = SecondDerivatives(Objective((other,)), product)
         if fixed.doubt and not isinstance(self._solver, AssumedInverse):
             self.report.doubt(fixed.doubt)
 
@@ -58,10 +65,9 @@ class Condition(Linearization):
         wanted = self.arguments if wanted is None else wanted
         if self.name not in cotangent:
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
-        warm = self._estimator.warm_start
-        initial = self.point.warm_start(self.name) if warm else None
+        initial = self.point.warm_start(self.name) if self._warm_start else None
         solution = self._solve(self._transposed, cotangent[self.name], initial)
-        if warm:
+        if self._warm_start:
             self.point.keep_warm(self.name, solution, self.report.residual)
         pulled = self._products(self._derivatives, {self._row: solution}, wanted)
         return {block: scale(-1.0, vectors) for block, vectors in pulled.items()}

@@ -83,8 +83,12 @@ class Implicit(Estimator):
         return "compile=True compiles products with the Hessian of a loss" if self.compile else ""
 
     def linearize(self, point: Point, level: str) -> Linearization:
-        kind = Stationarity if point.problem[level].residual is None else Condition
-        return kind(point, level, self)
+        if point.problem[level].residual is None:
+            return Stationarity(point, level, self)
+        solver = self.solver_at(point, level)
+        return Condition(
+            point, level, estimator=str(self), solver=solver, product=self.product, warm_start=self.warm_start
+        )
 
     def __str__(self) -> str:
         options = {

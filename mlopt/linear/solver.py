@@ -55,8 +55,8 @@ NOT_FINITE = (
 class LinearSolver(ABC):
     """A rule that finds x with (A + damping I) x ~ b for an A that is known by its products only.
 
-    A is symmetric, unless the class sets `needs_symmetry = False`. Implement `_solve`. Every solver returns zero for b = 0 without
-    a product, and raises if its solution is not finite.
+    A is symmetric, unless the class sets `needs_symmetry = False`. Implement `_solve`. Every solver returns zero for b = 0
+    without a product, and raises if its solution is not finite.
 
     Example:
         >>> class Scaled(mlopt.linear.LinearSolver):

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ..errors import ProblemError
+from ..errors import EstimatorError, ProblemError
 from .level import Level
 from .losses import evaluate_loss, evaluate_regularizer
 from .residual import evaluate_residual
@@ -24,7 +24,7 @@ _OF_PLAYERS = ("name", "module", "loss", "residual", "regularizer", "_device")
 def game(name: str, *players: Level, **options: Any) -> Level:
     """Return a Nash game of several players as one level: each has a loss of its own, which the others change as well.
 
-    With f_i(x_i, x_-i, u) the loss of player i, the level is solved where every player is stationary while the others stand still:
+    With f_i(x_i, x_-i, u) the loss of player i, the level is solved where each player is stationary while the others stand still:
 
         F(x, u) = (d f_1 / d x_1, ..., d f_n / d x_n) = 0.
 
@@ -53,12 +53,11 @@ def game(name: str, *players: Level, **options: Any) -> Level:
     Example:
         >>> market = mlopt.game(
         ...     "market",
-        ...     mlopt.Level("a", mlopt.variables(torch.zeros(1)), lambda a, batch, *, b, cost: (a() * (a() + b() + cost() - 1)).sum()),
-        ...     mlopt.Level("b", mlopt.variables(torch.zeros(1)), lambda b, batch, *, a: (b() * (a() + b() - 1)).sum()),
-        ...     solver=lambda market, batch: [p.data.fill_(1 / 3) for p in market.parameters()].clear(),
+        ...     mlopt.Level("a", mlopt.variables(torch.ones(1) / 3), lambda a, _, *, b, cost: a() * (a() + b() + cost() - 1)),
+        ...     mlopt.Level("b", mlopt.variables(torch.ones(1) / 3), lambda b, _, *, a: b() * (a() + b() - 1)),
         ...     estimator=mlopt.Dense(),
         ... )
-        >>> cost = mlopt.Level("cost", mlopt.variables(torch.zeros(1)), lambda cost, batch, *, market: market["b"]().sum())
+        >>> cost = mlopt.Level("cost", mlopt.variables(torch.zeros(1)), lambda cost, _, *, market: market["b"]().sum())
         >>> mlopt.hypergradient(mlopt.Problem(cost, market)).gradient["value"]  # b = (1 + cost) / 3
         tensor([0.3333])
     """
@@ -66,11 +65,6 @@ def game(name: str, *players: Level, **options: Any) -> Level:
         raise ProblemError(f"game {name!r}: its players determine module, loss and residual; leave these arguments out")
     if len(players) < 2:
         raise ProblemError(f"game {name!r}: it has {len(players)} players; give at least two levels")
-    if getattr(options.get("estimator"), "products", "") == "forward":
-        raise ProblemError(
-            f"game {name!r}: products='forward', and the residual of a game is made of gradients by autograd, which torch.func "
-            "cannot transform; use products='autograd' or 'finite_difference'"
-        )
     _check_players(name, players)
     try:
         modules = nn.ModuleDict({player.name: player.module for player in players})
@@ -95,14 +89,14 @@ def _check_players(name: str, players: Sequence[Level]) -> None:
             given = getattr(player, field.name)
             if field.init and field.name not in _OF_PLAYERS and given != field.default:
                 raise ProblemError(
-                    f"game {name!r}: player {player.name!r} has {field.name}={given!r}, and the game is solved as one level; give "
-                    f"{field.name} to the game"
+                    f"game {name!r}: player {player.name!r} has {field.name}={given!r}, and the game is solved as one level; "
+                    f"give {field.name} to the game"
                 )
         for parameter in player.parameters:
             if owners.setdefault(id(parameter), player.name) != player.name:
                 raise ProblemError(
-                    f"game {name!r}: players {owners[id(parameter)]!r} and {player.name!r} train the same tensor; give one of them "
-                    "a copy (copy.deepcopy), or freeze it if neither should train it"
+                    f"game {name!r}: players {owners[id(parameter)]!r} and {player.name!r} train the same tensor; give one of "
+                    "them a copy (copy.deepcopy), or freeze it if neither should train it"
                 )
 
 
@@ -134,6 +128,11 @@ class _Conditions:
         if player.residual is not None:
             named = dict(zip(player.parameter_names, variables, strict=True))
             return evaluate_residual(player, modules, batch, named)
+        if not variables:  # as a pure function of some blocks
+            raise EstimatorError(
+                f"game {self._name!r}: its residual is made of gradients by autograd, which torch.func cannot transform; use "
+                "products='autograd' or 'finite_difference'"
+            )
         value = evaluate_loss(player, modules, batch).total(modules)
         if player.regularizer is not None:
             value = value + evaluate_regularizer(player, modules)
