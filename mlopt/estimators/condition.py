@@ -32,6 +32,21 @@ class Condition(Linearization):
         product: the kind of products.
         warm_start: True if a run starts each solve of F_x^T q = v from the q of the previous outer step.
 
+    Example:
+        >>> class Exact(mlopt.Estimator):  # for levels with a residual alone
+        ...     needs_loss = ""
+        ...     def linearize(self, point, level):
+        ...         return mlopt.estimators.Condition(
+        ...             point, level, estimator="Exact()", solver=mlopt.linear.Dense(), product=AutogradProduct
+        ...         )
+        >>> from mlopt.estimators.products import AutogradProduct
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("u", mlopt.variables(torch.ones(1)), lambda u, batch, *, x: x().sum()),
+        ...     mlopt.Level("x", mlopt.variables(torch.ones(1)), residual=lambda x, _, *, u: 2 * x() - u(), estimator=Exact()),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]
+        tensor([0.5000])
+
     Source: Bai, Kolter & Koltun 2019 (arXiv 1909.01377), theorem 1, for a fixed point; Blondel et al. 2022 (arXiv 2105.15183).
     """
 

@@ -141,9 +141,15 @@ def outer(*names: str) -> Level:
         (lambda: level(response=mlopt.RealSteps(steps=2)), "level 'x': response=.* next to residual"),
         (lambda: level(residual=lambda x: x()), "the residual of level 'x' takes 1 required positional parameters"),
         (lambda: level(solver=lambda x, batch, *, v: None), "the solver of level 'x' refers to 'v', and its residual does not"),
-        (lambda: Problem(outer("x"), level(residual=lambda x, batch, *, u=None: x())), "the residual of level 'x' has a parameter 'u' with a default"),
+        (
+            lambda: Problem(outer("x"), level(residual=lambda x, batch, *, u=None: x())),
+            "the residual of level 'x' has a parameter 'u' with a default",
+        ),
         (lambda: Problem(outer("x"), level(estimator=None)), "level 'x': estimator=None, and its solution depends on 'u'"),
-        (lambda: Problem(level(residual=lambda x, batch: x())), "level 'x': it has a residual, and the outermost level needs a loss"),
+        (
+            lambda: Problem(level(residual=lambda x, batch: x())),
+            "level 'x': it has a residual, and the outermost level needs a loss",
+        ),
         (
             lambda: Problem(
                 outer("x", "y"),
@@ -155,7 +161,7 @@ def outer(*names: str) -> Level:
         (
             lambda: Problem(
                 outer("x", "y"),
-                Level("x", mlopt.variables(torch.ones(2)), lambda x, batch, *, u, y: (x() - u() * y()).square().sum(), estimator=mlopt.Dense()),
+                level(residual=None, loss=lambda x, batch, *, u, y: (x() - u() * y()).square().sum(), estimator=mlopt.Dense()),
                 level("y", residual=lambda y, batch, *, x: y() - x()),
             ),
             "level 'x': cotangents are pulled back through it, and 'y' with its residual is solved inside it",

@@ -113,8 +113,8 @@ def _sentence(product: Product, gap: float) -> str:
     _, part = product.term.label
     if part == "residual":
         return (
-            f"derivatives of the residual differ from differences of it by {gap:.1%}: look for detach() or no_grad() in it, hooks of "
-            "parameters, custom functions, and kernels with a wrong derivative"
+            f"derivatives of the residual differ from differences of it by {gap:.1%}: look for detach() or no_grad() in it, "
+            "hooks of parameters, custom functions, and kernels with a wrong derivative"
         )
     if isinstance(product, FiniteDifferenceProduct):
         return (
