@@ -324,3 +324,29 @@ def test_estimators_that_need_a_loss_are_refused(estimator: mlopt.Estimator, rea
             optimizer=partial(Adam, lr=0.1),
             estimator=estimator,
         )
+
+
+def test_a_layer_in_equilibrium_is_a_layer_of_a_network() -> None:
+    """A solution as tensors of autograd, in reverse and forward mode, at a u that comes from another layer."""
+    problem, _ = equilibrium(6, estimator=mlopt.GMRES(rtol=1e-13), optimizer=partial(SGD, lr=1.0))
+    map_ = problem["layer"].residual
+    first = torch.linspace(-1.0, 1.0, 5).requires_grad_()
+
+    def layer(start: Tensor) -> Tensor:
+        return mlopt.solution(problem, "layer", values={"u": start.tanh()}, steps=300).variables["value"].exp()
+
+    def unrolled(start: Tensor) -> Tensor:
+        x = torch.zeros(5)
+        for _ in range(300):
+            x = x - map_(lambda x=x: x, None, u=lambda: start.tanh())
+        return x.exp()
+
+    torch.testing.assert_close(layer(first), unrolled(first))
+    (ours,), (expected,) = (torch.autograd.grad(run(first).sum(), first) for run in (layer, unrolled))
+    torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-12)
+    along = torch.ones(5)
+    ahead = torch.func.jvp(unrolled, (first.detach(),), (along,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(first.detach(), along)
+        tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    torch.testing.assert_close(tangent, ahead, rtol=1e-8, atol=1e-12)
