@@ -166,8 +166,8 @@ class Problem:
         if residuals and self.needs_estimator(level.name):
             raise ProblemError(
                 f"level {level.name!r}: cotangents are pulled back through it, and {residuals[0]!r} with its residual is solved "
-                "inside it, which is not supported: a residual has no second derivatives; give the outermost level a response, "
-                "such as mlopt.RealSteps(steps=300), or replace the residual by a loss"
+                "inside it, which is not supported, because that takes second derivatives of the residual; give the outermost "
+                "level a response, such as mlopt.RealSteps(steps=300), or replace the residual by a loss"
             )
 
     def _check_responses(self) -> None:

@@ -107,6 +107,14 @@ def test_the_resolving_oracle_follows_decay_and_batches() -> None:
     assert check.moved["x"] < 1e-12
 
 
+def test_the_resolving_oracle_follows_a_rotation() -> None:
+    """No minimiser could: the residual points across the way to the solution."""
+    rotation = torch.tensor([[0.1, 5.0], [-5.0, 0.1]], dtype=F64)
+    check = mlopt.check_hypergradient(linear(rotation, torch.ones(2, dtype=F64)), oracle="resolve", tolerance=1e3)
+    assert check.error_at_solution < 1e-8
+    assert 0.1 < check.moved["x"] < 10.0
+
+
 def test_newton_steps_are_halved_where_they_overshoot() -> None:
     """From 3, full steps for the arc tangent diverge."""
     state = [torch.tensor([3.0], dtype=F64)]

@@ -211,7 +211,7 @@ def test_curvature_data_are_for_the_derivative_by_the_own_variables() -> None:
 
 def test_reports_hold_the_residual_and_a_bound_on_the_distance() -> None:
     matrix = torch.tensor([[2.0, 5.0], [-5.0, 3.0]])
-    for rotation, bounded in ((matrix, True), (matrix - 4 * torch.eye(2), False)):
+    for rotation, bounded in ((matrix, True), (matrix - 2.5 * torch.eye(2), False)):
         problem = Problem(
             Level("u", mlopt.variables(torch.ones(2)), lambda u, batch, *, x: x().sum()),
             Level(

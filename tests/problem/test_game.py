@@ -137,7 +137,7 @@ def test_a_zero_sum_game_ends_at_its_saddle_point() -> None:
 
 
 def test_three_players_with_regularizers_a_residual_and_a_batch() -> None:
-    """Player c is a condition of its own; the derivative is that of re-solved displaced problems."""
+    """Player c is a condition of its own; the residual is that by hand, and the derivative that of re-solved problems."""
 
     def a(x: Any, batch: Any, *, b: Any, u: Any) -> dict[str, Any]:
         return {"loss": (batch * x().square() + x() * b() * u()).sum(), "size": x().norm()}
@@ -155,6 +155,15 @@ def test_three_players_with_regularizers_a_residual_and_a_batch() -> None:
         ),
         mlopt.game("game", *players, data=[torch.tensor([1.0, 2.0])], estimator=mlopt.GMRES()),
     )
+    level, batch = problem["game"], torch.tensor([1.0, 2.0])
+    a, b, c = (0.3 * parameter for parameter in level.parameters)
+    with torch.no_grad():
+        for parameter in level.parameters:
+            parameter.mul_(0.3)
+    first, second, third = level.definition(level.module, batch, u=problem["u"].module)
+    torch.testing.assert_close(first, 2 * batch * a + b * 1.0 + 4 * a**3 + 1)
+    torch.testing.assert_close(second, 2 * b - a - c.sin())
+    torch.testing.assert_close(third, c - b.tanh() - 0.3)
     check = mlopt.check_hypergradient(problem, oracle="resolve", tolerance=100.0)
     assert check.error_at_solution < 1e-7
 
