@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -52,16 +53,17 @@ def by_chunks(function: Callable[[int, Sequence[str]], T], smiles: Sequence[str]
 def _shown(results: Iterator[T], count: int, task: str) -> Iterator[T]:
     """Yield results; show a bar on a terminal, and elsewhere a line at the begin and at the end of what takes long."""
     console = Console(stderr=True)
-    begin, announced = time.monotonic(), False
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    begin, first, announced = time.monotonic(), 0.0, False
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(task, total=count)
         for number, result in enumerate(results, 1):
             progress.advance(bar)
             taken = time.monotonic() - begin
-            if not console.is_terminal and not announced and taken > _PATIENCE and number < count:
-                left = taken / number * (count - number)
-                console.print(f"{task}: about {left:.0f} seconds left", highlight=False, soft_wrap=True)
+            first = first or taken  # the start of the processes, which the later chunks do not wait for
+            if not console.is_terminal and not announced and taken > _PATIENCE and 1 < number < count:
+                say(f"{task}: about {(taken - first) / (number - 1) * (count - number):.0f} seconds left")
                 announced = True
             yield result
     if announced:
-        console.print(f"{task}: done in {time.monotonic() - begin:.0f} seconds", highlight=False, soft_wrap=True)
+        say(f"{task}: done in {time.monotonic() - begin:.0f} seconds")
