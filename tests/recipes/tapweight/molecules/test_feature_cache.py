@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import joblib
 import pytest
@@ -139,15 +140,21 @@ def test_few_molecules_and_none_leave_no_file(place: Path, monkeypatch: pytest.M
     assert not place.exists()
 
 
-def test_runs_at_once_do_not_break_each_other(place: Path) -> None:
-    """All compute the same feature, and write it at the same moment."""
+def test_runs_at_once_do_not_break_each_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All compute the same feature, and each has written its file when the first one moves its own."""
     barrier = threading.Barrier(8)
     tensors = {"a": torch.arange(200_000.0)}
+    save_file = cache.save_file
 
     def compute() -> dict[str, Tensor]:
         barrier.wait(timeout=30)
         return tensors
 
+    def save(*arguments: Any, **options: Any) -> None:
+        save_file(*arguments, **options)
+        barrier.wait(timeout=30)
+
+    monkeypatch.setattr(cache, "save_file", save)
     results: list[object] = []
     own = [threading.Thread(target=lambda: results.append(cache.cached("feature", SMILES, compute))) for _ in range(8)]
     for thread in own:
