@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import io
 import json
 import math
 import struct
@@ -17,7 +16,6 @@ import torch
 from callback_cases import play
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from torch.optim import SGD
 
 import mlopt

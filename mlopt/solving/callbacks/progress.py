@@ -65,12 +65,13 @@ class ProgressDisplay(Callback):
         self._losses = self._metrics = ""
         if not _shows_bars(self._console):
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        numbers = (TextColumn("{task.fields[losses]}"), TextColumn("{task.fields[metrics]}"))
-        self._progress = Progress(*columns, *numbers, console=self._console)
-        self._task = self._progress.add_task(
-            self._name, total=run.steps, completed=run.step, losses="", metrics=""
+        name, *numbers = (
+            TextColumn(f"{{task.{field}}}", markup=False)
+            for field in ("description", "fields[losses]", "fields[metrics]")
         )
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *numbers)
+        self._progress = Progress(*columns, console=self._console)
+        self._task = self._progress.add_task(self._name, total=run.steps, completed=run.step, losses="", metrics="")
         self._progress.start()
 
     def on_step_end(self, run: Run) -> None:
