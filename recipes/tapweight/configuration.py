@@ -44,12 +44,15 @@ class CommandLine(Generic[C]):
             overrides it. Paths in it are relative to the current folder.
         overwrite: replace the result that --output holds.
         resume: continue the run that --output holds from its newest checkpoints, if there is one.
+        plan: read and check everything, and print what the run would do and how long it would take. Nothing is trained or
+            written to --output.
         run: the configuration of the run.
     """
 
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     overwrite: bool = False
     resume: bool = False
+    plan: bool = False
     run: Annotated[C, arg(name="")]
 
 

@@ -95,7 +95,7 @@ class Plan:
 
     def table(self) -> Table:
         """Return the parts as a table."""
-        table = Table("part", "phases", "encoder passes, at most", "time, about", title="Plan")
+        table = Table("part", "phases", "encoder passes", "time", title="Plan")
         for name, part in self.methods.items():
             table.add_row(name, *part.row())
         table.add_row("finetuning", *self.finetuning.row(), end_section=True)
