@@ -120,9 +120,8 @@ def _show_plan(console: Console, modality: Modality[Any], device: str) -> None:
         seconds += plan.whole.seconds
         console.print(plan.table())
     runs = f" for {len(configuration.seeds)} seeds" if len(configuration.seeds) > 1 else ""
-    _say(
-        console, f"The run would take about {in_words(seconds)} on this machine{runs}. Nothing was trained or written."
-    )
+    _say(console, f"The run takes at most these passes: about {in_words(seconds)} on this machine{runs}.")
+    _say(console, "Nothing was trained or written.")
 
 
 def _left_out(modality: Modality[Any]) -> list[tuple[str, int, str]]:
