@@ -111,7 +111,6 @@ def test_the_cost_of_finetuning_counts_the_evaluations_of_the_encoder(frozen: bo
     Counted.count = 0
     finetune(encoder, task, settings, seed=0, solve=partial(mlopt.solve, progress=False))
     assert (cost.steps, cost.passes) == (6, 6 + 3 + 4)
-    # `solve` evaluates the loss of a level once more to inspect it.
     assert Counted.count == cost.passes
 
 
