@@ -58,6 +58,10 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     if blocks in product.settled:
         return product(direction, wanted)
     workspace = product.term.point.workspace
+    kind = (type(product), product.term.label, blocks)
+    if kind in workspace.settled:
+        product.settled.add(blocks)
+        return product(direction, wanted)
     key = ("products", type(product).__name__, *product.term.label, _names(direction), _names(wanted))
     if key in workspace.doubts:
         product.remark(workspace.doubts[key])
@@ -65,6 +69,8 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
         return product(direction, wanted)
     if key in workspace.verified or not product.needs_verification(direction, wanted):
         product.settled.add(blocks)
+        if key in workspace.verified and key not in workspace.doubts:
+            workspace.settled.add(kind)
         return product(direction, wanted)
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):
