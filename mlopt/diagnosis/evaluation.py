@@ -46,7 +46,7 @@ def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
         gradient = FixedPoint.of(level, point).gradient(own_gradient(level, point), level.name, point)
         return float(norm(gradient)), gradient
     value = Objective.minimized(level, point).value()
-    gradient = total_derivative(point, level, partial_derivatives(point.problem, level, value))
+    gradient = total_derivative(point, level, partial_derivatives(point, level, value))
     return float(value.detach()), gradient
 
 

@@ -50,7 +50,15 @@ def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = No
 
 def _modes(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]]:
     """Return the mode, train or eval, of all submodules: a loss that calls `eval()` must not decide for other losses."""
-    return [(m, m.training) for module in modules for m in module.modules()]
+    # `nn.Module.modules` forms the names of the submodules too, which takes most of its time.
+    pending, seen = list(modules), set[int]()
+    modes = []
+    for module in pending:  # grows inside
+        if id(module) not in seen:
+            seen.add(id(module))
+            modes.append((module, module.training))
+            pending += [m for m in module._modules.values() if m is not None]
+    return modes
 
 
 def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:

@@ -266,9 +266,8 @@ class Gradients:
                 losses.append(loss.detach().clone())
                 self._log(level, losses[-1], value.logs, share, first=k == 0)
                 scaled = precision.scaled(loss)
-                add_into(
-                    cotangents, partial_derivatives(self.problem, level, scaled if share == 1.0 else share * scaled)
-                )
+                own = partial_derivatives(point, level, scaled if share == 1.0 else share * scaled)
+                add_into(cotangents, own)
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
                 # The backward pass of the scaled loss overflowed: NaN makes the scaler skip this step.

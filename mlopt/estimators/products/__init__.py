@@ -7,7 +7,7 @@ from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
-from .lengths import SMALL, moves_of, search
+from .lengths import SMALL, Moves, moves_of, search
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
@@ -20,6 +20,7 @@ __all__ = [
     "FiniteDifferenceProduct",
     "ForwardProduct",
     "GaussNewtonProduct",
+    "Moves",
     "Product",
     "SecondDerivatives",
     "full_precision",
