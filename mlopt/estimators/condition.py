@@ -12,7 +12,7 @@ from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
 from ..problem import Block, Bounds, FixedPoint, Linearization, Objective, Point, Report, ResidualTerm, Term, Vectors
 from ..tensors import Tensors, add, norm, scale, zeros_like
 from .products import Product, SecondDerivatives
-from .recording import record
+from .recording import doubt_unsteady, record
 
 __all__ = ["Condition"]
 
@@ -82,7 +82,7 @@ class Condition(Linearization):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         initial = self.point.warm_start(self.name) if self._warm_start else None
         solution = self._solve(self._transposed, cotangent[self.name], initial)
-        if self._warm_start:
+        if self._warm_start and any(bool(x.any()) for x in solution):
             self.point.keep_warm(self.name, solution, self.report.residual)
         pulled = self._products(self._derivatives, {self._row: solution}, wanted)
         return {block: scale(-1.0, vectors) for block, vectors in pulled.items()}
@@ -172,7 +172,9 @@ class Condition(Linearization):
         size, reach = norm(residual), norm([v.detach() for v in self.point.values[self.name]])
         if isinstance(self._solver, AssumedInverse):
             self.report.measured(size, reach, norm(self._solver.image(residual)))
-        elif self.report.curvature is not None and self.report.curvature[0] > 0.0:
+            return
+        doubt_unsteady(self.report, self._fixed, residual, self.point.values[self.name], self.name)
+        if self.report.curvature is not None and self.report.curvature[0] > 0.0:
             self.report.measured(size, reach)
         else:
             self.report.measured(size, None)

@@ -28,7 +28,7 @@ from ..problem import (
 from ..tensors import Tensors, dot, norm, scale, zeros_like
 from .condition import Condition
 from .products import PRODUCTS, CompiledProduct, Product, SecondDerivatives
-from .recording import record
+from .recording import doubt_unsteady, record
 
 __all__ = ["Implicit", "Stationarity"]
 
@@ -305,12 +305,8 @@ class Stationarity(Linearization):
             image = self._solver.image(gradient)
             distance = size if image is gradient else norm(image)
         self.report.measured(size, norm([v.detach() for v in variables]), distance)
-        low = (self.report.curvature or (0.0, 0.0))[0]
-        if not assumed and self._fixed.is_unsteady(gradient, variables, low):
-            self.report.doubt(
-                f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves "
-                "with the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
-            )
+        if not assumed:
+            doubt_unsteady(self.report, self._fixed, gradient, variables, self.name)
 
     def reports(self) -> dict[str, Report]:
         self._measure()

@@ -1,11 +1,12 @@
-"""A linear solve added to the report on a level."""
+"""Additions to the report on a level: a linear solve, and a doubt about the decay of its optimiser."""
 
 from __future__ import annotations
 
 from ..linear import LinearSolution
-from ..problem import Report
+from ..problem import FixedPoint, Report
+from ..tensors import Tensors
 
-__all__ = ["record"]
+__all__ = ["doubt_unsteady", "record"]
 
 
 def record(report: Report, solution: LinearSolution) -> None:
@@ -22,3 +23,13 @@ def record(report: Report, solution: LinearSolution) -> None:
         report.curvature = (min(low, solution.curvature[0]), max(high, solution.curvature[1]))
     if solution.remark and solution.remark not in report.remarks:
         report.remarks = (*report.remarks, solution.remark)
+
+
+def doubt_unsteady(report: Report, fixed: FixedPoint, gradient: Tensors, variables: Tensors, name: str) -> None:
+    """Add a remark if the decay of a level's optimiser moves with the solution: linear systems take it for constant."""
+    low = (report.curvature or (0.0, 0.0))[0]
+    if fixed.is_unsteady(gradient, variables, low):
+        report.doubt(
+            f"the second moments of the optimiser of level {name!r} follow its gradient, so its decoupled decay moves with the "
+            "solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
+        )

@@ -206,6 +206,16 @@ class Level:
         ... )
         >>> mlopt.hypergradient(problem).gradient["value"]  # of (u / 2)^2
         tensor([0.5000])
+
+        A level with a residual, here the fixed point x = x / 2 + u:
+
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("u", mlopt.variables(torch.ones(1)), lambda u, batch, *, x: x().sum()),
+        ...     mlopt.Level("x", mlopt.variables(torch.ones(1)), residual=lambda x, batch, *, u: x() - (x() / 2 + u()),
+        ...                 estimator=mlopt.GMRES(iterations=10)),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]  # of 2 u
+        tensor([2.])
     """
 
     name: str = attrs.field(validator=_check_name)

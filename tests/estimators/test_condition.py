@@ -12,7 +12,7 @@ from core_cases import distance, drawn, gradient_of, point_of, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, AdamW
 
 import mlopt
 from mlopt import Level, Problem
@@ -293,6 +293,27 @@ def test_a_warm_start_carries_the_solution_of_the_system_over() -> None:
     second = again.pullback({"layer": v})
     assert (rule.report.iterations > 1, again.report.iterations) == (True, 0)
     torch.testing.assert_close(first["u"], second["u"], rtol=1e-6, atol=1e-9)
+
+
+def test_a_cotangent_of_zero_leaves_the_warm_start_alone() -> None:
+    problem, _ = equilibrium(5, estimator=mlopt.GMRES(warm_start=True))
+    kept = (torch.full((5,), 0.3),)
+    warm: dict[str, Any] = {"layer": kept}
+    rule = problem["layer"].estimator.linearize(point_of(problem, warm), "layer")
+    for cotangent in ({"layer": (torch.zeros(5),)}, {}):
+        assert torch.equal(rule.pullback(cotangent)["u"][0], torch.zeros(5))
+    assert torch.equal(warm["layer"][0], kept[0])
+
+
+def test_a_decay_that_moves_with_the_solution_is_doubtful() -> None:
+    """As for a loss: the second moments of AdamW are those of the residual itself."""
+    problem, _ = equilibrium(7, optimizer=partial(AdamW, lr=1e-2, betas=(0.5, 0.5), weight_decay=2.0), steps=200)
+    problem["u"].module.value.data.mul_(3.0)
+    outer = Level("u", problem["u"].module, problem["u"].loss, optimizer=partial(SGD, lr=0.0))
+    with pytest.warns(
+        mlopt.TrustWarning, match="the second moments of the optimiser of level 'layer' follow its gradient"
+    ):
+        mlopt.solve(Problem(outer, problem["layer"]), steps=1, progress=False)
 
 
 def test_gmres_is_right_on_a_hessian() -> None:
