@@ -62,7 +62,7 @@ class Dense(LinearSolver):
         if info:
             # A variable that the objective does not use has an empty row; the solution of least norm leaves it at zero.
             solution = torch.linalg.pinv(matrix) @ flat
-            remark = "the Hessian is singular; solved by its pseudo-inverse"
+            remark = "the matrix is singular; solved by its pseudo-inverse"
         residual = float(torch.linalg.vector_norm(flat - matrix @ solution)) / size
         return LinearSolution(
             value=tuple(x.to(y) for x, y in zip(unflatten(solution, rhs), rhs, strict=True)),

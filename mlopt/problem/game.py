@@ -87,7 +87,8 @@ def _check_players(name: str, players: Sequence[Level]) -> None:
         names.append(player.name)
         for field in attrs.fields(Level):
             given = getattr(player, field.name)
-            if field.init and field.name not in _OF_PLAYERS and given != field.default:
+            changed = given is not None if field.default is None else given != field.default
+            if field.init and field.name not in _OF_PLAYERS and changed:
                 raise ProblemError(
                     f"game {name!r}: player {player.name!r} has {field.name}={given!r}, and the game is solved as one level; "
                     f"give {field.name} to the game"
