@@ -33,6 +33,7 @@ from .estimators import (
 )
 from .hypergradient import Hypergradient, hypergradient
 from .problem import Level, Mixture, Problem, Report, Response, Variables, game, variables
+from .solution import LevelSolution, solution
 from .solving import (
     Callback,
     Checkpoints,
@@ -73,6 +74,7 @@ __all__ = [
     "Interrupted",
     "JSONLLogger",
     "Level",
+    "LevelSolution",
     "LinearSolve",
     "MLflowLogger",
     "MissingDependencyError",
@@ -101,6 +103,7 @@ __all__ = [
     "game",
     "hypergradient",
     "linear",
+    "solution",
     "solve",
     "variables",
 ]
