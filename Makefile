@@ -56,9 +56,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.tapweight --quick
 	$(BIN)/python -m benchmarks.tapweight text --quick
 
-# The other libraries that benchmarks.hypergrad measures, each in an environment of its own (their pins conflict), all with the
+# The other libraries that benchmarks.hypergrad and benchmarks.solutions measure, each in an environment of its own (their pins conflict), all with the
 # same torch. Their own requirements are left aside: they would replace torch, or refuse the Python that is here.
-PEERS := betty torchopt higher boat
+PEERS := betty torchopt higher boat jax
 PACKAGE_betty := betty-ml==0.2.1
 NEEDS_betty := scikit-learn higher==0.2.1
 PACKAGE_torchopt := torchopt==0.7.3
@@ -66,6 +66,8 @@ NEEDS_torchopt := optree graphviz
 PACKAGE_higher := higher==0.2.1
 PACKAGE_boat := boat-torch==1.1.1
 NEEDS_boat := higher==0.2.1 matplotlib
+PACKAGE_jax := jaxopt==0.8.5
+NEEDS_jax := jax optimistix==0.1.0 scipy
 
 peers: $(PEERS:%=.peers/%/.done)
 

@@ -119,17 +119,18 @@ def solution(
     values = dict(values or {})
     if isinstance(problem, Level):
         require("solution", "level", level, level in (None, problem.name), "None: the first argument is the level")
-        name, workspace = problem.name, _WORKSPACES.setdefault(problem, Workspace())
-        problem = _alone(problem, values)
+        name, alone = problem.name, _alone(problem, values)
+        alone.workspace = _WORKSPACES.setdefault(problem, alone.workspace)
+        problem = alone
     else:
         require("solution", "level", level, isinstance(level, str), f"one of {', '.join(x.name for x in problem)}")
-        name, workspace = problem[str(level)].name, problem.workspace
+        name = problem[str(level)].name
     inputs = _inputs(problem, name, values)
     steps = _steps(problem[name], steps, values)
-    workspace.calls += 1
-    chosen = ("call", workspace.calls) if seed is None else ("seed", seed)
+    problem.workspace.calls += 1
+    chosen = ("call", problem.workspace.calls) if seed is None else ("seed", seed)
     batches = {key: to_device(batch, problem[key].device) for key, batch in (batches or {}).items()}
-    linearized = LinearizedSolution(problem, problem[name], workspace, batches, steps, chosen)
+    linearized = LinearizedSolution(problem, problem[name], batches, steps, chosen)
     solved = linearized.tensors([x for own in inputs.values() for x in own])
     return LevelSolution(
         level=name,

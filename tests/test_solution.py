@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -259,3 +261,13 @@ def test_wrong_arguments_are_named() -> None:
     for first, options, message in wrong:
         with pytest.raises(mlopt.ArgumentError, match=message):
             mlopt.solution(first, **options)
+
+
+def test_the_caches_of_a_level_end_with_it() -> None:
+    case = Ridge(0)
+    solved = mlopt.solution(case.level, values={"decay": normal(1, 3).requires_grad_(), "targets": normal(2, 6)})
+    solved.variables["value"].sum().backward()
+    level = weakref.ref(case.level)
+    del case, solved
+    gc.collect()
+    assert level() is None

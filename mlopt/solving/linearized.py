@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import EstimatorError, TrustWarning
 from ..finiteness import immediate
 from ..hypergradient import inspect_inside, keep_reports, pull_back, report_doubts, run_solvers, seeded_generators
-from ..problem import Level, Point, Problem, Report, Stream, Workspace, restored
+from ..problem import Level, Point, Problem, Report, Stream, restored
 from ..tensors import Tensors, zeros_like
 from .engine import Engine
 
@@ -26,7 +26,6 @@ class LinearizedSolution:
     Args:
         problem: the problem.
         level: the level.
-        workspace: caches.
         batches: the given batches.
         steps: steps to take before.
         chosen: what the random numbers depend on.
@@ -39,12 +38,12 @@ class LinearizedSolution:
         self,
         problem: Problem,
         level: Level,
-        workspace: Workspace,
         batches: Mapping[str, Any],
         steps: int,
         chosen: tuple[str, int],
     ) -> None:
-        self._problem, self._level, self._workspace, self._count = problem, level, workspace, steps
+        self._problem, self._level, self._count = problem, level, steps
+        self._workspace = problem.workspace
         node = problem.graph[level.name]
         self._arguments, self._solved = node.arguments, (level.name, *node.interior)
         self._generators = seeded_generators(problem, *chosen)
@@ -134,7 +133,6 @@ class LinearizedSolution:
             self._batches,
             self._generators,
             curvature_batches=self._curvature,
-            workspace=self._workspace,
         )
         point.gradients.update(self._gradients)
         return point
