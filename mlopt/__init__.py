@@ -16,6 +16,7 @@ from .errors import (
     TrustWarning,
 )
 from .estimators import (
+    GMRES,
     MINRES,
     SAMA,
     ConjugateGradient,
@@ -31,7 +32,20 @@ from .estimators import (
     ValueFunction,
 )
 from .hypergradient import Hypergradient, hypergradient
-from .problem import Level, Mixture, Problem, Report, Response, Stacked, Variables, over_tasks, stacked, variables
+from .problem import (
+    Level,
+    Mixture,
+    Problem,
+    Report,
+    Response,
+    Stacked,
+    Variables,
+    game,
+    over_tasks,
+    stacked,
+    variables,
+)
+from .solution import LevelSolution, solution
 from .solving import (
     Callback,
     Checkpoints,
@@ -49,6 +63,7 @@ from .solving import (
 )
 
 __all__ = [
+    "GMRES",
     "MINRES",
     "SAMA",
     "ArgumentError",
@@ -71,6 +86,7 @@ __all__ = [
     "Interrupted",
     "JSONLLogger",
     "Level",
+    "LevelSolution",
     "LinearSolve",
     "MLflowLogger",
     "MissingDependencyError",
@@ -97,9 +113,11 @@ __all__ = [
     "WandbLogger",
     "check_hypergradient",
     "diagnose",
+    "game",
     "hypergradient",
     "linear",
     "over_tasks",
+    "solution",
     "solve",
     "stacked",
     "variables",

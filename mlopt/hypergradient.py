@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from .problem import (
     Estimator,
     FixedPoint,
     Level,
+    Linearization,
     Objective,
     Point,
     Problem,
@@ -30,6 +31,7 @@ from .problem import (
     cloned_buffers,
     compare_evaluations,
     derivatives,
+    own_gradient,
     restored,
     to_device,
 )
@@ -41,7 +43,11 @@ __all__ = [
     "Hypergradient",
     "at_solutions",
     "hypergradient",
+    "inspect_inside",
+    "keep_reports",
     "partial_derivatives",
+    "pull_back",
+    "report_doubts",
     "run_solvers",
     "seeded_generators",
     "standalone",
@@ -131,6 +137,8 @@ def standalone(
 ) -> Hypergradient:
     """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's."""
     target = problem.outermost if level is None else problem[level]
+    if target.residual is not None:
+        raise ProblemError(f"level {target.name!r}: it has a residual and no loss, so it has no hypergradient")
     workspace.calls += 1
     batches = {name: to_device(batch, problem[name].device) for name, batch in (batches or {}).items()}
     response = target.response if estimators is None else None
@@ -157,7 +165,7 @@ def standalone(
     if response is None:
         with point.generators_preserved(), at_solutions(point, target):
             loss = Objective.of(target, point).value()
-            cotangents = partial_derivatives(problem, target, loss)
+            cotangents = partial_derivatives(point, target, loss)
             gradient = total_derivative(point, target, cotangents)
     else:
         with point.generators_preserved():
@@ -218,9 +226,15 @@ def at_solutions(point: Point, level: Level) -> Iterator[None]:
         yield
 
 
-def run_solvers(point: Point, level: Level) -> None:
-    """Solve the levels inside that have solvers of their own. Variables and generators move; the caller restores them."""
-    for name in _inside_with_solvers(point.problem, level.name):
+def run_solvers(point: Point, level: Level, *, itself: bool = False) -> None:
+    """Solve the levels inside that have solvers of their own. Variables and generators move; the caller restores them.
+
+    Args:
+        point: the point.
+        level: the level.
+        itself: True to solve the level as well, after those inside it, if it has a solver.
+    """
+    for name in (_with_solvers if itself else _inside_with_solvers)(point.problem, level.name):
         _run_solver(point, point.problem[name])
 
 
@@ -249,10 +263,10 @@ def _run_solver(point: Point, level: Level) -> None:
     point.generators[level.name].restore()
     with cloned_buffers(modules.values()):
         call_solver(level, modules, point.batches[level.name], point.problem)
-    point.gradients[level.name] = Objective.of(level, point).derivatives([level.name])[level.name]
+    point.gradients[level.name] = own_gradient(level, point)
 
 
-def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Block, Tensors]:
+def partial_derivatives(point: Point, level: Level, loss: Tensor) -> dict[Block, Tensors]:
     """Return the derivatives of a level's objective with respect to its own variables and the solutions it depends on.
 
     Raises:
@@ -264,9 +278,9 @@ def partial_derivatives(problem: Problem, level: Level, loss: Tensor) -> dict[Bl
         raise ProblemError(
             f"the loss of level {level.name!r} does not depend on its variables: was it computed under no_grad, or detached?"
         )
-    node = problem.graph[level.name]
+    node = point.problem.graph[level.name]
     names = [level.name, *(name for name in node.interior if name in node.references)]
-    return derivatives(loss, names, {name: problem[name].parameters for name in names})
+    return derivatives(loss, names, point.values)
 
 
 def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) -> Tensors:
@@ -283,28 +297,49 @@ def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tens
     node = problem.graph[level.name]
     within = {level.name, *node.interior}
     for part in node.parts:
-        estimator = point.estimator(part)
-        if not problem.graph[part].arguments:
-            continue
-        assert estimator is not None
-        begin = time.perf_counter()
-        linearization = estimator.linearize(point, part)
-        cotangent = {block: cotangents.pop(block) for block in linearization.blocks if block in cotangents}
-        wanted = [argument for argument in linearization.arguments if argument in within]
-        for block, vector in linearization.pullback(cotangent, wanted).items():
-            require_finite(vector, partial(_not_finite, part, block, estimator))
-            add_into(cotangents, {block: vector})
-        linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
-        for name, report in linearization.reports().items():
-            _measure(point, problem[name], report)
-            point.reports[name] = report
-    _inspect_inside(point, level)
-    _report_doubts(point)
+        if problem.graph[part].arguments:
+            add_into(cotangents, pull_back(point, part, cotangents, within))
+    inspect_inside(point, level)
+    report_doubts(point)
     gradient = cotangents.get(level.name)
     if gradient is None:
         gradient = zeros_like(level.parameters)
     require_finite(gradient, lambda _: f"the total gradient of level {level.name!r} is not finite")
     return gradient
+
+
+def pull_back(
+    point: Point, part: str, cotangents: dict[Block, Tensors], within: Collection[str]
+) -> dict[Block, Tensors]:
+    """Return the pullback through the solution of one level, and leave its reports at the point.
+
+    Args:
+        point: the point of linearisation.
+        part: the level.
+        cotangents: by block; those on the blocks of the level are taken out.
+        within: the arguments to return; the others are constant.
+
+    Raises:
+        NonFiniteError: the result is not finite.
+    """
+    estimator = point.estimator(part)
+    assert estimator is not None
+    begin = time.perf_counter()
+    linearization = estimator.linearize(point, part)
+    cotangent = {block: cotangents.pop(block) for block in linearization.blocks if block in cotangents}
+    pulled = linearization.pullback(cotangent, [name for name in linearization.arguments if name in within])
+    for block, vector in pulled.items():
+        require_finite(vector, partial(_not_finite, part, block, estimator))
+    linearization.report.seconds = time.perf_counter() - begin + point.seconds.get(part, 0.0)
+    keep_reports(point, linearization)
+    return pulled
+
+
+def keep_reports(point: Point, linearization: Linearization) -> None:
+    """Keep the reports of a linearisation at the point, with the distance of each level from its solution."""
+    for name, report in linearization.reports().items():
+        _measure(point, point.problem[name], report)
+        point.reports[name] = report
 
 
 def _measure(point: Point, level: Level, report: Report) -> None:
@@ -326,7 +361,7 @@ def _measure(point: Point, level: Level, report: Report) -> None:
         )
 
 
-def _inspect_inside(point: Point, level: Level) -> None:
+def inspect_inside(point: Point, level: Level) -> None:
     """Inspect the losses inside, once for each workspace; if products were compared with differences, also two evaluations."""
     verified, key = point.workspace.verified, ("inside", level.name)
     if key in verified:
@@ -342,7 +377,7 @@ def _inspect_inside(point: Point, level: Level) -> None:
     verified.add(key)
 
 
-def _report_doubts(point: Point) -> None:
+def report_doubts(point: Point) -> None:
     """Add the remarks on losses to the reports: of their level, or else of the level that they refer to.
 
     Also those on products of a level: the multiplier of a level outside takes some that no linearisation of its own reports.

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -44,14 +45,18 @@ class _Numpy:
 
     def restore(self, state: Any) -> None:
         """Do `numpy.random.set_state(state)`."""
-        if self._current() is not state:
+        words = self._words_of(state)
+        if words is None:
             np.random.set_state(state)
             self._remember(state)
+        else:
+            np.random.seed(0)  # drops the second of two normal numbers, if it waits
+            ctypes.memmove(np.random.get_bit_generator().ctypes.state_address, words, self._SIZE)  # type: ignore[attr-defined]
+            self._known = state, words
 
     def _current(self) -> Any:
         """Return the state that was captured or restored last, if it is still the current one."""
-        words = self._words() if self._known is not None else None
-        if self._known is None or words != self._known[1] or self._pending(self._known[1]):
+        if self._known is None or self._words() != self._known[1] or self._pending(self._known[1]):
             return None
         return self._known[0]
 
@@ -73,6 +78,15 @@ class _Numpy:
     def _remember(self, state: Any) -> None:
         words = self._words()
         self._known = None if words is None or state["has_gauss"] else (state, words)
+
+    def _words_of(self, state: Any) -> bytes | None:
+        """Return the words of a state, if they are all of it and the present generator is of its kind."""
+        if self._known is not None and self._known[0] is state and self._words() is not None:
+            return self._known[1]
+        if state["has_gauss"] or state["bit_generator"] != "MT19937" or self._words() is None:
+            return None
+        key, position = state["state"]["key"], state["state"]["pos"]
+        return np.asarray(key, np.uint32).tobytes() + int(position).to_bytes(4, sys.byteorder)
 
     def _words(self) -> bytes | None:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]

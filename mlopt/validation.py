@@ -23,6 +23,7 @@ __all__ = [
     "positive",
     "positive_or_none",
     "require",
+    "share",
     "shown",
 ]
 
@@ -87,6 +88,7 @@ def at_least(bound: float) -> Validator:
 
 boolean = must_be(lambda value: isinstance(value, bool), "True or False")
 positive = must_be(is_positive, "a finite number > 0")
+share = must_be(lambda value: value == 0 or (is_positive(value) and value < 1), "a number >= 0 and < 1")
 positive_or_none = must_be(lambda value: value is None or is_positive(value), "a finite number > 0, or None")
 
 

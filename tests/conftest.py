@@ -15,6 +15,9 @@ from hypothesis import settings
 # huggingface_hub and datasets read these when they are imported: no test downloads anything.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# Features are computed in each test, and the user's cache is left alone.
+os.environ["MLOPT_CACHE"] = "none"
+
 # One cache per setting: Inductor would reuse kernels compiled for other instructions or thread counts, and fail.
 _SETTING = f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
 _CACHE = Path(tempfile.gettempdir()) / f"mlopt-inductor-{getpass.getuser()}-{_SETTING}"

@@ -120,6 +120,10 @@ def test_a_pending_normal_number_is_part_of_the_state() -> None:
         assert np.random.normal(size=2).tolist() == expected[1:3].tolist()
         without.restore()
         assert np.random.normal() == expected[2]
+        np.random.seed(3)
+        np.random.normal()
+        without.restore()
+        assert np.random.normal() == expected[2], "a number that waited was left"
         assert not pending.same_as(without)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import linear
 from ..errors import MloptError
-from ..estimators import Implicit, LinearSolve, Unrolled
+from ..estimators import Implicit, LinearSolve
 from ..hypergradient import at_solutions, run_solvers, seeded_generators
 from ..problem import Level, Point, Problem, Workspace
 from ..rng import preserved
@@ -20,15 +20,22 @@ from ..tensors import Tensors
 from ..validation import is_whole, require
 from .evaluation import evaluate, fixed_batches, put_back, rendered
 from .finding import Finding
-from .measurements import Measurements, Tap, Trial, measure, normalises
-from .solver_rules import SOLVERS, iterations_for, rate_solver
+from .findings import (
+    DOUBTFUL,
+    curvature_findings,
+    draw_findings,
+    module_findings,
+    point_findings,
+    precision_findings,
+)
+from .measurements import Measurements, Tap, Trial, measure
+from .solver_rules import SOLVERS, rate_solver
 from .spectrum import Spectrum
 
 __all__ = ["Diagnosis", "LevelDiagnosis", "diagnose"]
 
-#: Relative differences between two kinds of products above which a warning is issued, and the worse kind is unsafe.
-_DOUBTFUL, _WRONG = 0.01, 0.1
-_HALVES = (torch.bfloat16, torch.float16)
+#: Relative difference between two kinds of products above which the worse kind is unsafe; a warning is issued above `DOUBTFUL`.
+_WRONG = 0.1
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -195,11 +202,11 @@ def _diagnose(
     }
     findings = [
         *_estimator_findings(level, measures, differences),
-        *_module_findings(level, measures),
-        *_draw_findings(measures, precision),
-        *_precision_findings(level, differences),
-        *_curvature_findings(measures, precision),
-        *_point_findings(level, measures),
+        *module_findings(level, measures),
+        *draw_findings(measures, precision),
+        *precision_findings(level, differences),
+        *curvature_findings(measures, precision),
+        *point_findings(level, measures),
         *more,
     ]
     if not influential:
@@ -207,7 +214,9 @@ def _diagnose(
             Finding("warning", "no cotangent reaches it: at this point it does not influence any outer loss",
                     "look at how the outer losses depend on it")
         )  # fmt: skip
-    if reference is not None and reference.mixed is not None and not reference.mixed.any():
+    # At a cotangent that is not multiplied with an inverse, the product of a residual may be zero.
+    still = reference is not None and reference.mixed is not None and not reference.mixed.any()
+    if still and level.residual is None:
         findings.append(
             Finding("warning", f"its solution does not move with {', '.join(problem.graph[name].arguments)}: the mixed "
                     "product is zero", "look at how its loss depends on them")
@@ -257,7 +266,7 @@ def _judge_products(
         if kind == "finite_difference" and mixed <= max(_WRONG, precision):
             remedy += ", or Identity(), which takes no product with H (a kink, such as ReLU's, spoils these first)"
         return Finding("error", f"unsafe: {errors}", remedy)
-    if worst > max(_DOUBTFUL, precision):
+    if worst > max(DOUBTFUL, precision):
         return Finding("warning", f"coarse: {errors}", f"products={measures.reference!r}, if that matters")
     return Finding("ok", f"safe: {errors}")
 
@@ -280,119 +289,12 @@ def _estimator_findings(
         )
     if measures.spectrum is not None and rule.solver is not None:
         judged[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
+    if measures.pulled is not None and measures.pulled.converged is False:
+        sentence = "; ".join(measures.pulled.remarks) or f"it left a residual of {measures.pulled.residual:.1e}"
+        judged[str(rule.solver)] = Finding("warning", sentence, "more iterations, damping, or Dense for few variables")
     bad = [
         attrs.evolve(finding, sentence=f"its estimator, {part}: {finding.sentence}")
         for part, finding in judged.items()
         if finding is not None and finding.severity != "ok"
     ]
     return bad or [Finding("ok", f"its estimator, {rule}, is safe here")]
-
-
-def _module_findings(level: Level, measures: Measurements) -> list[Finding]:
-    findings = []
-    if measures.kernels:
-        findings.append(
-            Finding("warning", f"the loss runs fused attention ({', '.join(measures.kernels)}), which has no second derivative: "
-                    "autograd and forward products run the plain kernel, at more memory",
-                    "finite differences keep the fused kernel")
-        )  # fmt: skip
-    if "hooks" in measures.trials["forward"].error:
-        findings.append(
-            Finding(
-                "warning", "activation checkpointing, which forward products refuse", "autograd or finite differences"
-            )
-        )
-    if normalises(level.module):
-        findings.append(
-            Finding("warning", "BatchNorm in train mode: a sample's loss depends on its batch, and so does the Hessian "
-                    "(running statistics stay as they are)", "eval(), if that is not intended")
-        )  # fmt: skip
-    if measures.unused:
-        findings.append(
-            Finding("warning", f"its objective does not depend on {', '.join(measures.unused)}: no curvature there",
-                    "freeze them by requires_grad_(False)")
-        )  # fmt: skip
-    frozen = [name for name, p in level.module.named_parameters() if not p.requires_grad]
-    if frozen:
-        findings.append(Finding("ok", f"frozen, so not variables: {', '.join(frozen)}"))
-    return findings
-
-
-def _draw_findings(measures: Measurements, precision: float) -> list[Finding]:
-    if measures.replay > 100 * precision:
-        return [
-            Finding("error", f"two evaluations at the same random numbers differ by {measures.replay:.1e}: the loss draws from "
-                    "a generator of its own, or keeps state", "draw from torch, numpy or Python's own generators")
-        ]  # fmt: skip
-    if measures.spread > 100 * precision:
-        return [
-            Finding("warning", f"the loss draws random numbers (dropout, augmentation): two draws' gradients differ by "
-                    f"{measures.spread:.1e}. A pullback sees one draw throughout; it is one sample of the hypergradient",
-                    "eval(), if that is not intended")
-        ]  # fmt: skip
-    return []
-
-
-def _precision_findings(level: Level, differences: dict[str, tuple[float, float]]) -> list[Finding]:
-    halves = [str(p.dtype) for p in level.parameters if p.dtype in _HALVES]
-    if not halves:
-        return []
-    error = (
-        f" Finite differences are off by {max(differences['finite_difference']):.0%} here"
-        if len(differences) > 1
-        else ""
-    )
-    return [
-        Finding("warning", f"variables of {halves[0]}.{error}", "keep the variables in float32, and autocast the loss")
-    ]
-
-
-def _curvature_findings(measures: Measurements, precision: float) -> list[Finding]:
-    spectrum = measures.spectrum
-    if spectrum is None:
-        return [Finding("error", "every kind of products failed", "see the error of each")]
-    findings = []
-    if measures.asymmetry > max(1e-3, 10 * precision):
-        findings.append(
-            Finding("error", f"the Hessian is not symmetric: <p, H q> and <q, H p> differ by {measures.asymmetry:.1e}",
-                    "look for a custom backward or a detach in the loss")
-        )  # fmt: skip
-    ends = f"curvature from at most {spectrum.low:.3g} to at least {spectrum.high:.3g}"
-    if spectrum.negative:
-        findings.append(
-            Finding("warning", f"{ends}: not at a minimum of the level, and conjugate gradients and Neumann series are unsafe",
-                    f"more steps, MINRES, Nystrom or damping above {-spectrum.low:.2g}")
-        )  # fmt: skip
-    elif spectrum.singular:
-        findings.append(Finding("warning", f"{ends}: flat directions", "a regularizer, or damping"))
-    else:
-        kappa = spectrum.condition
-        findings.append(
-            Finding("ok", f"{ends}: condition number {kappa:.2g}, so 1% takes about {iterations_for(kappa)} conjugate-gradient "
-                    f"iterations; Neumann step sizes below {2 / spectrum.high:.3g}")
-        )  # fmt: skip
-    return findings
-
-
-def _point_findings(level: Level, measures: Measurements) -> list[Finding]:
-    findings = []
-    if measures.decay:
-        rule = level.estimator
-        # The decay enters linear systems only.
-        solves = not (isinstance(rule, Implicit) and isinstance(rule.solver, linear.AssumedInverse | None))
-        findings.append(Finding("error" if solves and not isinstance(rule, Unrolled) else "ok", measures.decay))
-    if measures.bounds.doubt:
-        findings.append(Finding("error", measures.bounds.doubt))
-    if held := measures.bounds.held:
-        sentence = f"variables held at a bound by the optimiser: {held:,}; the solution is taken to move in the others"
-        findings.append(Finding("ok", sentence))
-    return [*findings, _stationarity_finding(level, measures)]
-
-
-def _stationarity_finding(level: Level, measures: Measurements) -> Finding:
-    away = f"its solution is about {measures.newton:.1e} of its variables' norm away"
-    state = f"gradient of norm {measures.gradient_norm:.1e}; {away}"
-    if measures.newton > _DOUBTFUL:
-        remedy = "more steps" if level.solver is None else "a solver that reaches the minimum of the objective"
-        return Finding("warning", f"not stationary: {state}. Implicit estimators assume a zero gradient", remedy)
-    return Finding("ok", f"stationary: {state}")

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from ..hypergradient import partial_derivatives, total_derivative
-from ..problem import Level, Objective, Point, Problem, Stream, restored, to_device
+from ..problem import FixedPoint, Level, Objective, Point, Problem, Stream, own_gradient, restored, to_device
 from ..rng import derive_seed
-from ..tensors import Tensors
+from ..tensors import Tensors, norm
 
 __all__ = ["evaluate", "fixed_batches", "put_back", "rendered"]
 
@@ -38,9 +38,15 @@ def put_back(problem: Problem) -> Iterator[None]:
 
 
 def evaluate(point: Point, level: Level) -> tuple[float, Tensors]:
-    """Return what the steps of a level minimise at a point, and its total gradient, in the shapes of its variables."""
+    """Return what the steps of a level minimise at a point, and its total gradient, in the shapes of its variables.
+
+    For a level with a residual, return the norm of that, and the residual itself, decay included.
+    """
+    if level.residual is not None:
+        gradient = FixedPoint.of(level, point).gradient(own_gradient(level, point), level.name, point)
+        return float(norm(gradient)), gradient
     value = Objective.minimized(level, point).value()
-    gradient = total_derivative(point, level, partial_derivatives(point.problem, level, value))
+    gradient = total_derivative(point, level, partial_derivatives(point, level, value))
     return float(value.detach()), gradient
 
 

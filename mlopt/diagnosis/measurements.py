@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MloptError
-from ..estimators import LinearSolve
+from ..estimators import GMRES, Condition, LinearSolve
 from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
-from ..problem import Bounds, FixedPoint, Level, Objective, Point, Problem, Workspace
-from ..tensors import Tensors, flatten, unflatten
+from ..problem import Bounds, FixedPoint, Level, Objective, Point, Problem, Report, Workspace
+from ..tensors import Tensors, flatten, norm, unflatten
 from .evaluation import evaluate
 from .spectrum import Spectrum, lanczos
 
@@ -27,6 +27,7 @@ __all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure"]
 #: The kinds of products that must agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
 _LANCZOS_STEPS = 20
+_GMRES_STEPS = 50
 #: Numbers that the vectors of a Lanczos process may hold in total: large levels take fewer steps, but at least five.
 _LANCZOS_NUMBERS = 200_000_000
 _REPEATS = 3
@@ -78,7 +79,10 @@ class Measurements:
         spectrum: spectrum of the Hessian of the level's total objective; None if every kind of products failed.
         asymmetry: |<p, H q> - <q, H p>| / (|p| |H q|).
         gradient_norm: norm of the gradient of what the level's optimiser minimises; variables held at a bound are left out.
-        newton: about ||H^-1 gradient|| / ||x||: the distance to the solution, relative to the variables.
+        newton: about ||H^-1 gradient|| / ||x||: the distance to the solution, relative to the variables. For a level with a
+            residual, its derivative takes the place of H.
+        solved: the relative residual of the linear system for it; None for a level with a loss.
+        pulled: the report on a pullback by the level's own estimator; None for a level with a loss.
         spread: ||g - g'|| / ||g||, g and g' the gradients at two states of the generators.
         replay: the same for two evaluations at one state; nonzero if the loss draws numbers that cannot be replayed.
         gradient_seconds: time of one gradient of the total objective.
@@ -94,6 +98,8 @@ class Measurements:
     asymmetry: float = 0.0
     gradient_norm: float = 0.0
     newton: float = 0.0
+    solved: float | None = None
+    pulled: Report | None = None
     spread: float = 0.0
     replay: float = 0.0
     gradient_seconds: float = 0.0
@@ -146,9 +152,27 @@ def measure(
         (kind for kind in KINDS if measures.trials[kind].own is not None), key=lambda k: bool(measures.trials[k].error)
     )
     measures.reference = usable[0] if usable else None
-    if measures.reference is not None:
+    if level.residual is not None:
+        _measure_condition(measures, point, level, gradient, vector)
+    elif measures.reference is not None:
         _measure_spectrum(measures, level, start, (p, q))
     return measures
+
+
+def _measure_condition(
+    measures: Measurements, point: Point, level: Level, residual: Tensors, cotangent: Tensors
+) -> None:
+    """Measure the distance of a level with a residual from its solution, and pull a cotangent back by its own estimator."""
+    if measures.reference is not None:
+        rule = GMRES(iterations=_GMRES_STEPS, products=measures.reference).linearize(point, level.name)
+        assert isinstance(rule, Condition)
+        step, size = rule.respond(residual), float(norm([v.detach() for v in level.parameters]))
+        measures.newton = float(norm(step)) / (size or 1.0)
+        measures.solved = rule.report.residual
+    if level.estimator is not None:
+        own = level.estimator.linearize(point, level.name)
+        own.pullback({level.name: cotangent})
+        measures.pulled = own.report
 
 
 def _measure_spectrum(measures: Measurements, level: Level, gradient: Tensor, vectors: tuple[Tensors, Tensors]) -> None:

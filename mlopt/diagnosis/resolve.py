@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..estimators import ConjugateGradient, Estimator, Implicit
+from ..estimators import GMRES, Condition, ConjugateGradient, Implicit
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Bounds, Level, Objective, Point, Problem, Workspace
 from ..tensors import flatten, norm, unflatten
 from .evaluation import evaluate, put_back
 from .minimize import minimize
+from .root import find_root
 
 __all__ = ["Resolver"]
 
@@ -48,8 +49,9 @@ class _Extrapolated:
 class Resolver:
     """Solver of the levels inside a level, repeatedly, at one batch and one state of the generators.
 
-    A level with others inside is solved by its total gradient: every evaluation solves those inside it again. The variables
-    of the modules and the generators move; the caller restores them.
+    A level with a residual is solved by Newton's method, any other by L-BFGS. A level with others inside is solved by its total
+    gradient: every evaluation solves those inside it again. The variables of the modules and the generators move; the caller
+    restores them.
 
     Args:
         problem: the problem; its own estimators only determine the kind of products.
@@ -59,9 +61,10 @@ class Resolver:
     """
 
     def __init__(self, problem: Problem, batches: Mapping[str, Any], target: str, seed: int) -> None:
-        exact = {level.name: _exact(level.estimator) for level in problem if problem.responds(level.name)}
+        exact = {level.name: _exact(level) for level in problem if problem.responds(level.name)}
         self._problem, self._target = problem, problem[target]
         generators = seeded_generators(problem, "seed", seed)
+        self._exact = exact
         self._point = Point(problem, batches, generators, workspace=Workspace(), estimators=exact)
         self._bounds: dict[str, Bounds] = {}
         #: The norm of each level's gradient at the end of its latest solve.
@@ -88,10 +91,18 @@ class Resolver:
             value, gradient = evaluate(self._point, level)
             return value, flatten(bounds.on_free(gradient))
 
+        def newton(flat: Tensor) -> Tensor:
+            rule = self._exact[level.name].linearize(self._point, level.name)
+            assert isinstance(rule, Condition)
+            return flatten(rule.respond(bounds.on_free(evaluate(self._point, level)[1])))
+
         start = flatten(variables).clone()
         before = float(objective(start)[1].norm())
         tolerance = _SOLVED.get(start.dtype, 1e-3) * (1.0 + float(start.norm())) * (_NESTED if nested else 1.0)
-        minimum = minimize(objective, start, tolerance=tolerance)
+        if level.residual is None:
+            minimum = minimize(objective, start, tolerance=tolerance)
+        else:
+            minimum = find_root(lambda flat: objective(flat)[1], newton, start, tolerance=tolerance)
         _write(variables, minimum.variables)
         self.solve_inside(level.name)
         self.reached[level.name] = minimum.gradient_norm
@@ -161,11 +172,10 @@ class Resolver:
         return _Extrapolated(fine, abs(fine - coarse), self.unsolved)
 
 
-def _exact(estimator: Estimator | None) -> Implicit:
-    products = estimator.products if isinstance(estimator, Implicit) else "autograd"
-    return ConjugateGradient(
-        iterations=1_000, rtol=1e-9 if products == "finite_difference" else 1e-12, products=products
-    )
+def _exact(level: Level) -> Implicit:
+    products = level.estimator.products if isinstance(level.estimator, Implicit) else "autograd"
+    kind = ConjugateGradient if level.residual is None else GMRES
+    return kind(iterations=1_000, rtol=1e-9 if products == "finite_difference" else 1e-12, products=products)
 
 
 def _write(variables: list[Tensor], flat: Tensor) -> None:

@@ -1,8 +1,10 @@
 """Estimators: rules that pull cotangents back through a level's solution."""
 
 from ..problem import Estimator, Linearization, Report
+from .condition import Condition
 from .implicit import Implicit
 from .named import (
+    GMRES,
     MINRES,
     ConjugateGradient,
     Dense,
@@ -17,8 +19,10 @@ from .unrolled import Unrolled
 from .value_function import ValueFunction
 
 __all__ = [
+    "GMRES",
     "MINRES",
     "SAMA",
+    "Condition",
     "ConjugateGradient",
     "Dense",
     "Estimator",

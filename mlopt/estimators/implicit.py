@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
+from ..linear import AssumedInverse, LinearSolver, MatVec
 from ..problem import (
     Block,
     Bounds,
     Estimator,
     FixedPoint,
-    Level,
+    LevelTerm,
     Linearization,
     Objective,
     Point,
@@ -26,10 +25,11 @@ from ..problem import (
     Vectors,
     add_into,
     derivatives,
-    to_device,
 )
 from ..tensors import Tensors, dot, norm, scale, zeros_like
-from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives
+from .condition import Condition
+from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
+from .recording import doubt_unsteady, record
 
 __all__ = ["Implicit", "Stationarity"]
 
@@ -37,7 +37,8 @@ __all__ = ["Implicit", "Stationarity"]
 class Implicit(Estimator):
     """The implicit-function theorem, with a linear solver and a kind of products; the base of the estimators that use it.
 
-    With x*(u) = argmin_x f(x, u), a cotangent v on x* becomes -(d2f / du dx) q on u, where (d2f / dx2) q = v.
+    With x*(u) = argmin_x f(x, u), a cotangent v on x* becomes -(d2f / du dx) q on u, where (d2f / dx2) q = v. For a level with a
+    residual F in place of a loss, it becomes -F_u^T q, where F_x^T q = v.
 
     Attributes:
         solver: the linear solver for q; None if it depends on the point.
@@ -77,8 +78,21 @@ class Implicit(Estimator):
         """The class that evaluates products."""
         return CompiledProduct if self.compile else PRODUCTS[self.products]
 
+    @property
+    def needs_loss(self) -> str:
+        if self.solver is None or self.solver.needs_symmetry:
+            return "its linear solver needs a symmetric matrix"
+        if self.products == "gauss_newton":
+            return "products='gauss_newton' approximate the Hessian of a loss"
+        return "compile=True compiles products with the Hessian of a loss" if self.compile else ""
+
     def linearize(self, point: Point, level: str) -> Linearization:
-        return Stationarity(point, level, self)
+        if point.problem[level].residual is None:
+            return Stationarity(point, level, self)
+        solver = self.solver_at(point, level)
+        return Condition(
+            point, level, estimator=str(self), solver=solver, product=self.product, warm_start=self.warm_start
+        )
 
     def __str__(self) -> str:
         options = {
@@ -128,7 +142,9 @@ class Stationarity(Linearization):
         self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
         if batches := point.curvature_batches.get(name):
-            self._curvature = _curvature(level, point, batches, fixed, estimator.product)
+            _, *others = own.terms
+            loss_on = partial(LevelTerm, point, level, "loss", sign=fixed.sign)
+            self._curvature = on_batches(level, batches, loss_on, others, estimator.product)
         hooked = [block for block in self.states if any(p._backward_hooks for p in point.values[block])]
         if self._children and hooked:
             self.report.doubt(
@@ -211,7 +227,7 @@ class Stationarity(Linearization):
             own = self._solver.solve(matvec, rhs, initial=initial)
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self.name!r}: {error}") from error
-        self._record(own)
+        record(self.report, own)
         if not self._children:
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
@@ -298,12 +314,8 @@ class Stationarity(Linearization):
             image = self._solver.image(gradient)
             distance = size if image is gradient else norm(image)
         self.report.measured(size, norm([v.detach() for v in variables]), distance)
-        low = (self.report.curvature or (0.0, 0.0))[0]
-        if not assumed and self._fixed.is_unsteady(gradient, variables, low):
-            self.report.doubt(
-                f"the second moments of the optimiser of level {self.name!r} follow its gradient, so its decoupled decay moves "
-                "with the solution, which the Hessian leaves out; use coupled decay (Adam's), or a regularizer"
-            )
+        if not assumed:
+            doubt_unsteady(self.report, self._fixed, gradient, variables, self.name)
 
     def reports(self) -> dict[str, Report]:
         self._measure()
@@ -311,31 +323,6 @@ class Stationarity(Linearization):
         for child in self._children:
             merged |= child.reports()
         return merged
-
-    def _record(self, solution: LinearSolution) -> None:
-        report = self.report
-        report.solves += 1
-        report.iterations += solution.iterations
-        report.products += solution.products
-        if solution.residual is not None:
-            report.residual = max(solution.residual, report.residual or 0.0)
-        if solution.converged is not None:
-            report.converged = solution.converged and report.converged is not False
-        if solution.curvature is not None:
-            low, high = report.curvature or solution.curvature
-            report.curvature = (min(low, solution.curvature[0]), max(high, solution.curvature[1]))
-        if solution.remark and solution.remark not in report.remarks:
-            report.remarks = (*report.remarks, solution.remark)
-
-
-def _curvature(
-    level: Level, point: Point, batches: Sequence[Any], fixed: FixedPoint, kind: type[Product]
-) -> SecondDerivatives | MeanSecondDerivatives:
-    """Return products with the Hessian of a level on batches of its own; the graph of a single one is kept."""
-    if len(batches) > 1:
-        return MeanSecondDerivatives(level, point, batches, fixed, kind)
-    batch = to_device(batches[0], level.device)
-    return SecondDerivatives(Objective.minimized(level, point, {level.name: batch}, fixed), kind)
 
 
 class _MultiplierTerm(Term):

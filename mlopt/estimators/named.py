@@ -16,7 +16,17 @@ from .implicit import Implicit, Stationarity
 from .products import PRODUCTS
 from .streamed import Streamed
 
-__all__ = ["MINRES", "ConjugateGradient", "Dense", "FiniteDifference", "Identity", "LinearSolve", "Neumann", "Nystrom"]
+__all__ = [
+    "GMRES",
+    "MINRES",
+    "ConjugateGradient",
+    "Dense",
+    "FiniteDifference",
+    "Identity",
+    "LinearSolve",
+    "Neumann",
+    "Nystrom",
+]
 
 
 @final
@@ -52,9 +62,15 @@ class Identity(Implicit):
     def solver(self) -> linear.Identity:
         return linear.Identity(scale=self.scale)
 
+    @property
+    def needs_loss(self) -> str:
+        return "streamed=True is for a loss that is a Mixture" if self.streamed else super().needs_loss
+
     def linearize(self, point: Point, level: str) -> Linearization:
-        conditions = Stationarity(point, level, self)
-        return Streamed(conditions, self.scale) if self.streamed and point.carryover is not None else conditions
+        conditions = super().linearize(point, level)
+        if isinstance(conditions, Stationarity) and self.streamed and point.carryover is not None:
+            return Streamed(conditions, self.scale)
+        return conditions
 
     def __str__(self) -> str:
         return Implicit.__str__(self) + ", streamed" * self.streamed
@@ -275,6 +291,47 @@ class MINRES(_HessianProducts):
     @cached_property
     def solver(self) -> linear.MINRES:
         return linear.MINRES(iterations=self.iterations, rtol=self.rtol, damping=self.damping)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class GMRES(_HessianProducts):
+    """Solve F_x^T q = v by generalised minimal residuals, for a level with a residual F; or H q = v, for one with a loss.
+
+    It needs no symmetric matrix. For a Hessian, `MINRES` takes the same steps in less memory.
+
+    Args:
+        iterations: the most iterations, one product each.
+        restart: the number of iterations after which the basis, a vector for each, is dropped; None to keep it.
+        rtol: stop when ||v - F_x^T q|| <= rtol ||v||.
+        damping: added to the diagonal of the matrix.
+        warm_start: inside `solve`, start from the q of the previous outer step.
+        products: "autograd", "forward" or "finite_difference"; for a level with a loss also "gauss_newton".
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
+
+    Source: Saad & Schultz 1986, SIAM Journal on Scientific and Statistical Computing 7(3).
+
+    Example:
+        >>> matrix = torch.tensor([[2.0, 1.0], [-1.0, 2.0]])
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("u", mlopt.variables(torch.ones(2)), lambda u, batch, *, x: x().sum()),
+        ...     mlopt.Level("x", mlopt.variables(torch.zeros(2)), residual=lambda x, batch, *, u: matrix @ x() - u(),
+        ...                 estimator=mlopt.GMRES(iterations=2)),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]  # matrix^-T (1, 1)
+        tensor([0.6000, 0.2000])
+    """
+
+    iterations: int = 30
+    restart: int | None = None
+    rtol: float = 1e-10
+    damping: float = 0.0
+    warm_start: bool = attrs.field(default=False, validator=boolean)
+
+    @cached_property
+    def solver(self) -> linear.GMRES:
+        return linear.GMRES(iterations=self.iterations, restart=self.restart, rtol=self.rtol, damping=self.damping)
 
 
 @final

@@ -13,7 +13,7 @@ from ..linear.neumann import largest_eigenvalue
 from ..problem import Block, Bounds, Estimator, FixedPoint, Linearization, Objective, Point, Report, Vectors, restored
 from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
-from .products import FiniteDifferenceProduct, SecondDerivatives, full_precision, moves_of, relative_step
+from .products import FiniteDifferenceProduct, Moves, SecondDerivatives, full_precision, moves_of, relative_step
 
 __all__ = ["ValueFunction"]
 
@@ -139,7 +139,7 @@ class _Penalty(Linearization):
     def _safe_perturbation(self, present: Tensors, start: Tensors | None, step_size: float, load: Tensors) -> float:
         """Return the nu that bounds ||y+- - y|| by a fraction of ||y||, assuming convex f, which bounds the reach of descent."""
         reach = self._rule.steps * step_size * float(norm(load)) + (0.0 if start is None else float(norm(start)))
-        moves = moves_of(self._objective.terms[0], {self._name: load}, [self._name])
+        moves = moves_of(self._objective.terms[0], {self._name: load}, [self._name]) or Moves()
         parts = [present if chosen is None else [present[k] for k in chosen] for chosen, _ in moves.groups]
         sizes = [max(least, float(norm(part))) for part, (_, least) in zip(parts, moves.groups, strict=True)]
         return relative_step(present) * min(sizes) / reach

@@ -3,6 +3,7 @@
 from .assumed_inverse import AssumedInverse, Diagonal, Identity
 from .conjugate_gradient import ConjugateGradient
 from .dense import Dense
+from .gmres import GMRES
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
@@ -10,6 +11,7 @@ from .preconditioner import Preconditioner
 from .solver import LinearSolution, LinearSolver, MatVec
 
 __all__ = [
+    "GMRES",
     "MINRES",
     "AssumedInverse",
     "ConjugateGradient",

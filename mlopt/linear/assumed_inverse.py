@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import attrs
 import torch
@@ -28,6 +29,7 @@ class AssumedInverse(LinearSolver):
         True
     """
 
+    needs_symmetry: ClassVar[bool] = False
     damping = 0.0
 
     @abstractmethod

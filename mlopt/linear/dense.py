@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 import torch
 
@@ -34,6 +36,8 @@ class Dense(LinearSolver):
         (tensor([0.2500, 0.2500]),)
     """
 
+    needs_symmetry: ClassVar[bool] = False
+
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
     limit: int = attrs.field(default=5_000, validator=at_least(1))
 
@@ -58,7 +62,7 @@ class Dense(LinearSolver):
         if info:
             # A variable that the objective does not use has an empty row; the solution of least norm leaves it at zero.
             solution = torch.linalg.pinv(matrix) @ flat
-            remark = "the Hessian is singular; solved by its pseudo-inverse"
+            remark = "the matrix is singular; solved by its pseudo-inverse"
         residual = float(torch.linalg.vector_norm(flat - matrix @ solution)) / size
         return LinearSolution(
             value=tuple(x.to(y) for x, y in zip(unflatten(solution, rhs), rhs, strict=True)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import attrs
 import torch
@@ -28,7 +29,8 @@ class Neumann(LinearSolver):
 
     This is Richardson's iteration x <- x + alpha (b - A x). It converges for 0 < alpha < 2 / lambda_max if A is positive
     definite (Lorraine et al. 2020, arXiv 1911.02590). The reported residual is that of the sum without its last term, which
-    needs no further product; if the series converges, the true residual is smaller.
+    needs no further product; if the series converges, the true residual is smaller. If A is not symmetric, it converges where the
+    eigenvalues of I - alpha A lie within the unit circle, and the largest product stands in for lambda_max.
 
     Args:
         iterations: K, the number of products.
@@ -41,6 +43,8 @@ class Neumann(LinearSolver):
         >>> solver.solve(lambda v: (torch.tensor([1.0, 2.0]) * v[0],), (torch.ones(2),)).value
         (tensor([1.0000, 0.5000]),)
     """
+
+    needs_symmetry: ClassVar[bool] = False
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
     step_size: float | None = attrs.field(default=None, validator=positive_or_none)

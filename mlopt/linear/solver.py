@@ -53,9 +53,10 @@ NOT_FINITE = (
 
 
 class LinearSolver(ABC):
-    """A rule that finds x with (A + damping I) x ~ b for a symmetric A that is known by its products only.
+    """A rule that finds x with (A + damping I) x ~ b for an A that is known by its products only.
 
-    Implement `_solve`. Every solver returns zero for b = 0 without a product, and raises if its solution is not finite.
+    A is symmetric, unless the class sets `needs_symmetry = False`. Implement `_solve`. Every solver returns zero for b = 0
+    without a product, and raises if its solution is not finite.
 
     Example:
         >>> class Scaled(mlopt.linear.LinearSolver):
@@ -69,6 +70,8 @@ class LinearSolver(ABC):
 
     #: Added to the diagonal of A.
     damping: float
+    #: If True, A must be symmetric, as the Hessian of a loss is and the derivative of a condition is not.
+    needs_symmetry: ClassVar[bool] = True
     #: If True, `_solve` receives each vector as one flat tensor, provided that its parts share a dtype and a device.
     _in_one: ClassVar[bool] = True
 

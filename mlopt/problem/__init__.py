@@ -4,13 +4,15 @@ from .batch import to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint, require_all_variables
+from .game import game
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
-from .objective import Objective, add_into, compare_evaluations, sum_values
+from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
+from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
 from .stream import Stream
@@ -38,6 +40,7 @@ __all__ = [
     "Primitives",
     "Problem",
     "Report",
+    "ResidualTerm",
     "Response",
     "Stacked",
     "Stream",
@@ -54,9 +57,12 @@ __all__ = [
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
+    "evaluate_residual",
     "faults",
+    "game",
     "has_hooks",
     "over_tasks",
+    "own_gradient",
     "require_all_variables",
     "restored",
     "stacked",

@@ -41,8 +41,8 @@ class Report:
         step: the last finite-difference step, in units of the vector it was taken along, or None. For `RealSteps`, h.
         age: age of the cotangent in outer steps; zero unless streamed.
         gradient_norm: ||g||, g the gradient of what the level's optimiser minimises (decay and `maximize` included, variables
-            held at a bound left out), on the batch of the pullback or of the level's last step. None if no evaluation of the
-            pullback or of the run left it behind.
+            held at a bound left out), on the batch of the pullback or of the level's last step. For a level with a residual, g is
+            the residual. None if no evaluation of the pullback or of the run left it behind.
         stationarity: the distance d of the level from its solution, relative to its variables: d / (||x|| + d), from 0 at the
             solution to 1. d is ||g|| over the smallest curvature that the solver met, or P g for a solver that assumes the
             inverse P of the Hessian; 0.03 says that about 3% of ||x|| is missing. Implicit estimators assume 0. None without g
@@ -96,9 +96,12 @@ class Report:
         return self._gradient_norm is not None
 
     def measured(
-        self, gradient_norm: float | Tensor, size: float | Tensor, distance: float | Tensor | None = None
+        self, gradient_norm: float | Tensor, size: float | Tensor | None, distance: float | Tensor | None = None
     ) -> None:
-        """Record how far the level is from its solution: ||g||, ||x||, and ||P g|| if the inverse P is assumed."""
+        """Record how far the level is from its solution: ||g||, ||x||, and ||P g|| if the inverse P is assumed.
+
+        Without ||x||, no distance is derived from ||g|| and the curvature.
+        """
         self._gradient_norm, self._size, self._distance = gradient_norm, size, distance
 
     @property
@@ -164,6 +167,7 @@ class Estimator(ABC):
         curvature_data: batches of the rule's own, for the Hessian or for virtual steps; None to use the level's.
         curvature_batches: number of these batches that one pullback takes, or "all" of an epoch.
         references: the levels whose variables the rule uses itself. The level's loss declares them, and need not use them.
+        needs_loss: the reason why the rule refuses a level with a residual; empty if it takes both.
         needs_optimizer: True if the rule uses the steps of the level's optimiser, so that a level with a solver of its own
             refuses it.
 
@@ -193,6 +197,10 @@ class Estimator(ABC):
     def references(self) -> tuple[str, ...]:
         """The levels whose variables the rule uses itself."""
         return ()
+
+    @property
+    def needs_loss(self) -> str:
+        return "it differentiates the minimum of a loss"
 
     @abstractmethod
     def linearize(self, point: Point, level: str) -> Linearization:

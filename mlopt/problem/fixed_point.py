@@ -248,7 +248,7 @@ def _optimizer(level: Level, point: Point) -> tuple[Optimizer | None, str]:
         return level.optimizer, ""
     made: Any = point.workspace.optimizers.get(level.name)
     held = () if made is None else {id(p) for group in made.param_groups for p in group["params"]}
-    if made is None or any(id(variable) not in held for variable in level.parameters):
+    if made is None or any(id(variable) not in held for variable in point.values[level.name]):
         made = level.optimizer(list(level.parameters))  # type: ignore[arg-type]
         if not isinstance(made, Optimizer):
             return None, (

@@ -33,7 +33,7 @@ class Inspection:
 
     Args:
         level: the level.
-        part: "loss" or "regularizer".
+        part: "loss", "residual" or "regularizer".
         levels: all levels of the problem.
         workspace: counts the evaluations.
         tensors: the tensors of the batch.
@@ -80,7 +80,8 @@ class Inspection:
 
     @property
     def _declared(self) -> tuple[str, ...]:
-        return self._level.loss_references if self._part == "loss" else self._level.regularizer_references
+        level = self._level
+        return level.regularizer_references if self._part == "regularizer" else level.loss_references
 
     def _require_unmoved(self) -> None:
         """Raise if the evaluation wrote to variables, which then have their values back."""
@@ -227,7 +228,7 @@ class _Reads(TorchFunctionMode):
 
 @contextmanager
 def reading_refused(level: Level, levels: Iterable[Level]) -> Iterator[None]:
-    """Raise if the solver of a level, called inside, uses variables of a level that the objective does not refer to."""
+    """Raise if the solver of a level, called inside, uses variables of a level that the level does not refer to."""
     undeclared = {
         id(parameter): other.name
         for other in levels
@@ -239,9 +240,9 @@ def reading_refused(level: Level, levels: Iterable[Level]) -> Iterator[None]:
         if id(tensor) in undeclared:
             other = undeclared[id(tensor)]
             raise ProblemError(
-                f"the solver of level {level.name!r} uses variables of level {other!r}, and its loss does not refer to them, so "
-                f"that the estimator could not know of this dependence; make {other!r} a keyword-only parameter of the loss and "
-                "the solver, or leave it out of the solver"
+                f"the solver of level {level.name!r} uses variables of level {other!r}, and its {level.part} does not refer to "
+                f"them, so that the estimator could not know of this dependence; make {other!r} a keyword-only parameter of the "
+                f"{level.part} and the solver, or leave it out of the solver"
             )
 
     with _Reads(visit):

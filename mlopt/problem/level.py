@@ -1,8 +1,7 @@
-"""A level: one optimisation problem, with its variables, loss, data, optimiser or solver, and estimator."""
+"""A level: one problem in its variables, with its loss or condition, data, optimiser or solver, and estimator."""
 
 from __future__ import annotations
 
-import inspect
 import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,8 +17,9 @@ from ..tensors import Tensors
 from ..validation import is_positive, is_whole
 from .estimator import Estimator
 from .response import Response
+from .signature import references
 
-__all__ = ["Level", "Variables", "references", "settings", "variables"]
+__all__ = ["Level", "Variables", "variables"]
 
 OptimizerFactory = Callable[[Iterator[Parameter]], Optimizer]
 
@@ -55,46 +55,6 @@ def variables(tensor: Tensor) -> Variables:
         tensor([1., 1., 1.], grad_fn=<ExpBackward0>)
     """
     return Variables(tensor)
-
-
-def references(function: Callable[..., Any], label: str, *, positional: int) -> tuple[str, ...]:
-    """Return the required keyword-only parameters of a loss: the names of the levels that it refers to.
-
-    Keyword-only parameters with defaults are settings, not references.
-
-    Raises:
-        ProblemError: the function does not take the expected positional arguments.
-    """
-    if not callable(function):
-        raise ProblemError(f"{label} is {function!r}, which cannot be called; give a function")
-    kinds = inspect.Parameter
-    first = ("the module", "the batch")[:positional]
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError as error:
-        raise ProblemError(f"{label}: its signature cannot be read ({error}); wrap it in a def") from error
-    plain = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in plain if p.default is kinds.empty]
-    if len(plain) < positional or len(required) > positional:
-        raise ProblemError(
-            f"{label} takes {len(required)} required positional parameters ({', '.join(p.name for p in required)}); it must "
-            f"take {positional} ({' and '.join(first)}), and the levels it refers to as keyword-only parameters, after a *"
-        )
-    for p in parameters:
-        if p.kind is kinds.VAR_KEYWORD:
-            raise ProblemError(
-                f"{label} takes **{p.name}: name the levels it refers to, one keyword-only parameter each, so that the "
-                "graph can be inferred"
-            )
-    return tuple(p.name for p in parameters if p.kind is kinds.KEYWORD_ONLY and p.default is kinds.empty)
-
-
-def settings(function: Callable[..., Any], *, positional: int) -> tuple[str, ...]:
-    """Return the parameters of a loss that have default values, apart from its first positional ones."""
-    kinds = inspect.Parameter
-    parameters = inspect.signature(function).parameters.values()
-    plain = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
-    return tuple(p.name for p in parameters if p.default is not kinds.empty and p not in plain[:positional])
 
 
 def _check_name(level: Level, attribute: attrs.Attribute[str], value: object) -> None:
@@ -184,10 +144,11 @@ def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) ->
 
 @attrs.frozen(eq=False)
 class Level:
-    """One optimisation problem, x*(u) = argmin_x f(x, u).
+    """One problem in the variables x: an optimisation, x*(u) = argmin_x f(x, u), or a condition, F(x*(u), u) = 0.
 
     x are the trainable parameters of `module`, u those of the levels that the loss names, and f is
-    `loss(module, batch, *, other_level, ...)` plus `regularizer(module, *, other_level, ...)` if there is one.
+    `loss(module, batch, *, other_level, ...)` plus `regularizer(module, *, other_level, ...)` if there is one. A level has
+    either a loss or a residual F, which need not be the gradient of anything: a fixed point, a game, a layer in equilibrium.
 
     Args:
         name: its name in the losses of other levels; a valid Python name.
@@ -195,6 +156,10 @@ class Level:
             `mlopt.variables`.
         loss: takes the level's module, a batch, and the modules of the levels that it refers to as keyword-only
             parameters; returns a scalar tensor, a mapping with `loss` and named scalars to log, or a `Mixture`.
+        residual: in place of a loss, a function F with the same arguments, which returns a tensor in the shape of each variable:
+            one tensor, a sequence in the order of `parameter_names`, or a mapping from those names. The solution of the level is
+            where F is zero. In its steps, F takes the place of the gradient: `partial(SGD, lr=1.0)` with F = x - T(x) iterates
+            x <- T(x). Not for the outermost level, and not for one with levels inside.
         data: batches: an iterable that can be iterated repeatedly, such as a DataLoader or a list; None for a loss
             that ignores its batch, which is then None.
         optimizer: an optimiser, or a function that takes parameters and returns one, such as
@@ -241,13 +206,24 @@ class Level:
         ... )
         >>> mlopt.hypergradient(problem).gradient["value"]  # of (u / 2)^2
         tensor([0.5000])
+
+        A level with a residual, here the fixed point x = x / 2 + u:
+
+        >>> problem = mlopt.Problem(
+        ...     mlopt.Level("u", mlopt.variables(torch.ones(1)), lambda u, batch, *, x: x().sum()),
+        ...     mlopt.Level("x", mlopt.variables(torch.ones(1)), residual=lambda x, batch, *, u: x() - (x() / 2 + u()),
+        ...                 estimator=mlopt.GMRES(iterations=10)),
+        ... )
+        >>> mlopt.hypergradient(problem).gradient["value"]  # of 2 u
+        tensor([2.])
     """
 
     name: str = attrs.field(validator=_check_name)
     module: nn.Module = attrs.field(
         validator=_check_type(nn.Module, "give an nn.Module; wrap a bare tensor in mlopt.variables(tensor)")
     )
-    loss: Callable[..., Any]
+    loss: Callable[..., Any] | None = attrs.field(default=None)
+    residual: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
     data: Iterable[Any] | None = attrs.field(default=None, validator=_check_data, kw_only=True)
     optimizer: OptimizerFactory | Optimizer | None = attrs.field(
         default=None, validator=_check_factory("partial(torch.optim.SGD, lr=0.1)"), kw_only=True
@@ -279,14 +255,17 @@ class Level:
     _device: torch.device | None = attrs.field(
         default=None, converter=attrs.converters.optional(_read_device), kw_only=True, repr=False
     )
-    #: Names of the levels that the loss, the regularizer and the solver refer to.
+    #: Names of the levels that the loss or the residual, the regularizer and the solver refer to.
     loss_references: tuple[str, ...] = attrs.field(init=False, repr=False)
     regularizer_references: tuple[str, ...] = attrs.field(init=False, repr=False)
     solver_references: tuple[str, ...] = attrs.field(init=False, repr=False)
 
     @loss_references.default
     def _read_loss(self) -> tuple[str, ...]:
-        return references(self.loss, f"the loss of level {self.name!r}", positional=2)
+        if (self.loss is None) == (self.residual is None):
+            state = "it has neither" if self.loss is None else "it has both"
+            raise ProblemError(f"level {self.name!r}: give it either a loss or a residual; {state}")
+        return references(self.definition, f"the {self.part} of level {self.name!r}", positional=2)
 
     @regularizer_references.default
     def _read_regularizer(self) -> tuple[str, ...]:
@@ -301,6 +280,8 @@ class Level:
         return references(self.solver, f"the solver of level {self.name!r}", positional=2)
 
     def __attrs_post_init__(self) -> None:
+        if self.residual is not None:
+            self._check_residual()
         if self.solver is not None:
             self._check_solver()
         if self.response is not None and (self.accumulate != 1 or self.precision is not None):
@@ -318,6 +299,19 @@ class Level:
                 f"level {self.name!r}: device={str(self._device)!r}; its module cannot be moved there ({error})"
             ) from error
 
+    def _check_residual(self) -> None:
+        for option in ("regularizer", "response"):
+            if getattr(self, option) is not None:
+                raise ProblemError(
+                    f"level {self.name!r}: {option}={getattr(self, option)!r} next to residual, and the level has no loss "
+                    f"that it could belong to; leave {option} out"
+                )
+        if self.estimator is not None and (reason := self.estimator.needs_loss):
+            raise ProblemError(
+                f"level {self.name!r}: estimator={self.estimator} next to residual: {reason}, and the derivative of a residual "
+                "is not symmetric; give mlopt.GMRES(iterations=30), Neumann, Identity or Dense"
+            )
+
     def _check_solver(self) -> None:
         for option in ("optimizer", "scheduler", "steps", "warmup", "accumulate", "clip", "precision"):
             given, default = getattr(self, option), getattr(attrs.fields(Level), option).default
@@ -334,9 +328,21 @@ class Level:
         for name in self.solver_references:
             if name not in self.references:
                 raise ProblemError(
-                    f"the solver of level {self.name!r} refers to {name!r}, and its loss does not, so that the estimator could "
-                    f"not know of this dependence; let the loss refer to {name!r}, or leave it out of the solver"
+                    f"the solver of level {self.name!r} refers to {name!r}, and its {self.part} does not, so that the estimator "
+                    f"could not know of this dependence; let the {self.part} refer to {name!r}, or leave it out of the solver"
                 )
+
+    @property
+    def part(self) -> str:
+        """The part that defines the level: "loss" or "residual"."""
+        return "loss" if self.residual is None else "residual"
+
+    @property
+    def definition(self) -> Callable[..., Any]:
+        """The loss or the residual."""
+        function = self.loss if self.residual is None else self.residual
+        assert function is not None
+        return function
 
     @property
     def references(self) -> tuple[str, ...]:

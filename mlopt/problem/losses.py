@@ -172,7 +172,7 @@ def evaluate_loss(
     inspection = None
     if inspected and workspace is not None:
         inspection = Inspection(level, "loss", inspected, workspace, tensors)
-    value = _read(level.loss(modules[level.name], batch, **others), level)
+    value = _read(level.definition(modules[level.name], batch, **others), level)
     if workspace is not None:
         workspace.mixtures[level.name] = value.loss.weights if isinstance(value.loss, Mixture) else None
     if inspection is not None:

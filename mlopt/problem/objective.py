@@ -11,13 +11,14 @@ from torch import Tensor
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
 from .fixed_point import FixedPoint
+from .residual import ResidualTerm
 from .term import LevelTerm, Term
 
 if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["Objective", "add_into", "compare_evaluations", "sum_values"]
+__all__ = ["Objective", "add_into", "compare_evaluations", "own_gradient", "sum_values"]
 
 
 class Objective:
@@ -39,7 +40,9 @@ class Objective:
     def parts(
         level: Level, point: Point, batches: Mapping[str, Any] | None = None, sign: float = 1.0
     ) -> tuple[LevelTerm, ...]:
-        """Return the terms of a level's objective, times a sign."""
+        """Return the terms of a level's objective, times a sign; for a level with a residual, the term of that."""
+        if level.residual is not None:
+            return (ResidualTerm(point, level, batches, sign),)
         loss = LevelTerm(point, level, "loss", batches, sign)
         return (loss,) if level.regularizer is None else (loss, LevelTerm(point, level, "regularizer", sign=sign))
 
@@ -73,6 +76,14 @@ class Objective:
             if own := [block for block in wanted if block in term.blocks]:
                 add_into(total, term.derivatives(own))
         return total
+
+
+def own_gradient(level: Level, point: Point) -> Tensors:
+    """Return what a level without levels inside steps along, before sign and decay: the gradient of its loss, or its residual."""
+    objective = Objective.of(level, point)
+    (first, *_) = objective.terms
+    block = first.multiplier if isinstance(first, ResidualTerm) else level.name
+    return objective.derivatives([block])[block]
 
 
 def sum_values(values: Iterable[Tensor]) -> Tensor:

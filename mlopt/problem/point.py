@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -163,9 +164,16 @@ class Point:
         else:
             self.carryover.warm.pop(name, None)
 
+    @cached_property
+    def devices(self) -> Sequence[torch.device]:
+        """The devices of the levels' variables, each once."""
+        known = None if self.carryover is None else self.carryover.devices
+        if known is not None:
+            return known
+        return tuple(dict.fromkeys(v.device for level in self.problem for v in self.values[level.name]))
+
     @contextlib.contextmanager
     def generators_preserved(self) -> Iterator[None]:
         """Restore the random generators on exit. (Buffers are restored after each evaluation.)"""
-        devices = None if self.carryover is None else self.carryover.devices
-        with preserved(self.problem.devices if devices is None else devices):
+        with preserved(self.devices):
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import attrs
@@ -33,7 +34,7 @@ class Primitives(TorchFunctionMode):
 
     def __init__(self, order: int) -> None:
         super().__init__()
-        self._forms = dict(pair for fault in FAULTS if fault.order <= order for pair in fault.forms)
+        self._forms = _forms(order)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -194,6 +195,12 @@ FAULTS: tuple[Fault, ...] = (
     # The forward mode of the mean over its elements is an error of torch (on a tangent of zeros).
     Fault(2, ("MseLoss",), ((functional.mse_loss, _mse_loss),), forward=True),
 )
+
+
+@cache
+def _forms(order: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the primitive forms, by function, of those that are wrong at some order up to this."""
+    return dict(pair for fault in FAULTS if fault.order <= order for pair in fault.forms)
 
 
 def faults(names: Iterable[str], order: int, *, forward: bool) -> list[str]:

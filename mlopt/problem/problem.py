@@ -11,8 +11,9 @@ from rich.tree import Tree
 
 from ..errors import ProblemError
 from .graph import Graph
-from .level import Level, settings
+from .level import Level
 from .modules import refuse_module, refuse_shared_memory
+from .signature import settings
 from .workspace import Workspace
 
 __all__ = ["Problem"]
@@ -66,6 +67,7 @@ class Problem:
             )
         self.graph = Graph({level.name: level.references for level in levels})
         self._check_settings()
+        self._check_residuals()
         self._check_solvers()
         self._check_responses()
         self._check_parameters()
@@ -73,6 +75,7 @@ class Problem:
         #: Levels that cotangents are pulled back through.
         self._pulled = {name for host in pulling for name in self.graph[host].interior if self.responds(name)}
         for level in levels:
+            self._check_nesting(level)
             if level.estimator is None and self.needs_estimator(level.name):
                 raise ProblemError(
                     f"level {level.name!r}: estimator=None, and its solution depends on "
@@ -113,7 +116,11 @@ class Problem:
 
     def _check_settings(self) -> None:
         for level in self.levels:
-            functions = {"loss": (level.loss, 2), "regularizer": (level.regularizer, 1), "solver": (level.solver, 2)}
+            functions = {
+                level.part: (level.definition, 2),
+                "regularizer": (level.regularizer, 1),
+                "solver": (level.solver, 2),
+            }
             for part, (function, positional) in functions.items():
                 for name in settings(function, positional=positional) if function is not None else ():
                     if name in self._by_name:
@@ -122,6 +129,22 @@ class Problem:
                             "a level, which would not be passed; remove the default (or the functools.partial that sets it), or "
                             "rename the parameter"
                         )
+
+    def _check_residuals(self) -> None:
+        for level in self.levels:
+            if level.residual is None:
+                continue
+            if level is self.outermost:
+                raise ProblemError(
+                    f"level {level.name!r}: it has a residual, and the outermost level needs a loss, whose hypergradient it "
+                    "follows; add an outer level whose loss refers to it"
+                )
+            if interior := self.graph[level.name].interior:
+                raise ProblemError(
+                    f"level {level.name!r}: its residual depends on the solutions of {', '.join(map(repr, interior))} inside it, "
+                    "which is not supported; let one residual, of one module that holds all variables, state the conditions of "
+                    "both, or list the levels in the other order"
+                )
 
     def _check_solvers(self) -> None:
         for level in self.levels:
@@ -137,6 +160,15 @@ class Problem:
                     f"level {level.name!r}: solver={level.solver!r}, but its objective depends on the solutions of "
                     f"{', '.join(map(repr, interior))} inside it, which a solver cannot follow; give it an optimizer"
                 )
+
+    def _check_nesting(self, level: Level) -> None:
+        residuals = [name for name in self.graph[level.name].interior if self[name].residual is not None]
+        if residuals and self.needs_estimator(level.name):
+            raise ProblemError(
+                f"level {level.name!r}: cotangents are pulled back through it, and {residuals[0]!r} with its residual is solved "
+                "inside it, which is not supported, because that takes second derivatives of the residual; give the outermost "
+                "level a response, such as mlopt.RealSteps(steps=300), or replace the residual by a loss"
+            )
 
     def _check_responses(self) -> None:
         for level in self.levels:
@@ -187,6 +219,8 @@ class Problem:
         text = Text.assemble((level.name, "bold"), f"  {count:,} variable{'s' if count != 1 else ''}")
         if level.references:
             text.append(f", refers to {', '.join(level.references)}")
+        if level.residual is not None:
+            text.append(", a condition")
         if level.solver is not None:
             text.append(", a solver of its own")
         elif level is not self.outermost:

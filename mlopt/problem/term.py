@@ -50,7 +50,15 @@ def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = No
 
 def _modes(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]]:
     """Return the mode, train or eval, of all submodules: a loss that calls `eval()` must not decide for other losses."""
-    return [(m, m.training) for module in modules for m in module.modules()]
+    # `nn.Module.modules` forms the names of the submodules too, which takes most of its time.
+    pending, seen = list(modules), set[int]()
+    modes = []
+    for module in pending:  # grows inside
+        if id(module) not in seen:
+            seen.add(id(module))
+            modes.append((module, module.training))
+            pending += [m for m in module._modules.values() if m is not None]
+    return modes
 
 
 def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -160,12 +168,12 @@ class Term(ABC):
 
 
 class LevelTerm(Term):
-    """The loss of a level, or its regularizer.
+    """The loss of a level, or its regularizer; the base of the term of a residual.
 
     Args:
         point: the point of evaluation.
         level: the level.
-        part: "loss" or "regularizer".
+        part: "loss", "residual" or "regularizer".
         batches: the batch of each level; the point's if None.
         sign: a factor, -1.0 for a level whose optimiser maximises.
     """
@@ -174,14 +182,14 @@ class LevelTerm(Term):
         self,
         point: Point,
         level: Level,
-        part: Literal["loss", "regularizer"],
+        part: Literal["loss", "residual", "regularizer"],
         batches: Mapping[str, Any] | None = None,
         sign: float = 1.0,
     ) -> None:
         self._point = self.point = point
         self._level, self.part, self.label, self._sign = level, part, (level.name, part), sign
         self._batches = point.batches if batches is None else batches
-        self._references = level.loss_references if part == "loss" else level.regularizer_references
+        self._references = level.regularizer_references if part == "regularizer" else level.loss_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
         self.blocks = frozenset(self._modules)
         self.values = point.values

@@ -27,6 +27,7 @@ class Workspace:
         optimizers: by level, the optimiser that its factory made outside a run, to read its options.
         rules: by level, the sign and the decay that were read off the steps of an optimiser of unknown kind.
         verified: checks that were made and need no repetition: the name of a check, then what it was made for.
+        settled: kinds of products that were compared with differences without a doubt: class, label of the term, and blocks.
         doubts: by key of a check that failed, a sentence. The key for a loss is "loss", the level, the level that it refers to
             (or itself), and the part of the objective.
         verifying: True while products are checked, so that no check starts another.
@@ -46,6 +47,7 @@ class Workspace:
         self.optimizers: dict[str, Any] = {}
         self.rules: dict[str, list[Any]] = {}
         self.verified: set[tuple[str, ...]] = set()
+        self.settled: set[tuple[Any, ...]] = set()
         self.doubts: dict[tuple[str, ...], str] = {}
         self.verifying = False
         self.uses: dict[tuple[str, ...], int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -148,6 +148,25 @@ class Engine:
         """Solve the levels inside a level, those directly inside for a number of steps; their own if None."""
         self._begin_step()
         self._solve_inside(level, steps)
+
+    def solve_level(self, level: Level, steps: int) -> None:
+        """Take some steps of a level inside the outermost, each after those inside it."""
+        self._begin_step()
+        for k in range(steps):
+            self._step(level, last=k == steps - 1)
+
+    @contextlib.contextmanager
+    def rolled_back(self) -> Iterator[None]:
+        """Restore on exit everything that steps change, `.grad` included, except streams and generators."""
+        parameters = [parameter for level in self.problem for parameter in level.module.parameters()]
+        gradients = [parameter.grad for parameter in parameters]
+        before = self.snapshot()
+        try:
+            yield
+        finally:
+            before.restore()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
 
     def _lookahead_step(self, level: Level) -> None:
         """Solve the levels inside, compute the hypergradient, undo the inner steps, step the level, and solve inside again."""

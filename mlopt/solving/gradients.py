@@ -32,10 +32,11 @@ from ..problem import (
     cloned_buffers,
     evaluate_loss,
     evaluate_regularizer,
+    evaluate_residual,
     sum_values,
 )
 from ..rng import GeneratorState
-from ..tensors import Tensors, axpy_, dot, is_finite, scale
+from ..tensors import Tensors, add, axpy_, dot, is_finite, norm, scale
 from .precision import Precision
 
 __all__ = ["Gradients"]
@@ -106,6 +107,8 @@ class Gradients:
     def differentiate(self, level: Level, batches: Sequence[Any], *, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level to its total gradient, the mean over batches; return the loss, detached.
 
+        For a level with a residual, set `.grad` to that, and return its norm.
+
         Args:
             level: the level.
             batches: one or more batches.
@@ -116,7 +119,9 @@ class Gradients:
         # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
             self._log_counts = {}
-            if level.response is not None:
+            if level.residual is not None:
+                loss = self._residual(level, variables, batches, last)
+            elif level.response is not None:
                 loss = self._response_gradient(level, level.response, variables, batches)
             else:
                 nested = bool(self.problem.graph[level.name].parts)
@@ -142,6 +147,28 @@ class Gradients:
         with cloned_buffers([level.module]):
             self.differentiate(level, [batch], last=True)
         after.restore()
+
+    def _residual(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
+        """Set `.grad` to the residual of a level, the mean over batches; log and return its norm."""
+        precision, problem = self._precisions[level.name], self.problem
+        named = dict(zip(level.parameter_names, variables, strict=True))
+        total: Tensors = ()
+        for k, batch in enumerate(batches):
+            self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
+            with precision.autocast:
+                value = evaluate_residual(
+                    level, self._modules[level.name], batch, named, problem.workspace, inspected=problem
+                )
+            own = tuple(entry.detach() for entry in value)
+            total = own if k == 0 else add(total, own)
+        # A copy, because a residual may return a variable.
+        total = scale(1.0 / len(batches), total)
+        size = norm(total)
+        require_finite((), _not_finite(f"the norm of the residual of level {level.name!r}"), size=size)
+        self.logs[f"{level.name}/residual"] = size
+        for variable, derivative in zip(variables, precision.scaled_vectors(total), strict=True):
+            variable.grad = derivative
+        return size
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         streamed = self.carryover.cotangents.get(level.name) if last else None
@@ -243,9 +270,8 @@ class Gradients:
                 losses.append(loss.detach().clone())
                 self._log(level, losses[-1], value.logs, share, first=k == 0)
                 scaled = precision.scaled(loss)
-                add_into(
-                    cotangents, partial_derivatives(self.problem, level, scaled if share == 1.0 else share * scaled)
-                )
+                own = partial_derivatives(point, level, scaled if share == 1.0 else share * scaled)
+                add_into(cotangents, own)
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
                 # The backward pass of the scaled loss overflowed: NaN makes the scaler skip this step.

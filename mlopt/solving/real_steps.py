@@ -224,26 +224,13 @@ class _Runs:
 
     def _end(self) -> float:
         """Take the steps from the start with the outer variables as they are; return the objective at their end, or NaN."""
-        with self._rolled_back(), self._same_batches(), immediate():
+        with self._engine.rolled_back(), self._same_batches(), immediate():
             self._point.generators[self._level.name].restore()
             try:
                 self._engine.rehearsal(self._streams).rehearse(self._level, self._rule.steps)
                 return Objective.of(self._level, self._point).number()
             except NonFiniteError:
                 return math.nan
-
-    @contextlib.contextmanager
-    def _rolled_back(self) -> Iterator[None]:
-        """Restore everything that steps change on exit, except streams and generators."""
-        parameters = [parameter for level in self._point.problem for parameter in level.module.parameters()]
-        gradients = [parameter.grad for parameter in parameters]
-        before = self._engine.snapshot()
-        try:
-            yield
-        finally:
-            before.restore()
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
 
     @contextlib.contextmanager
     def _same_batches(self) -> Iterator[None]:

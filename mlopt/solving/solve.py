@@ -93,7 +93,8 @@ def solve(
             restores variables and optimisers to the start of the outer step; data and random numbers advance. The last two log
             a count. On a GPU, "raise" checks when rows are logged; the others check every step, for which the host waits.
         nonfinite_limit: number of skips or rollbacks after which the next one raises.
-        progress: whether to show a progress bar on a terminal.
+        progress: whether to show the progress on standard error, see `mlopt.ProgressDisplay`: a bar on a terminal, otherwise a
+            line a minute.
 
     Returns:
         The history, the status and the last reports.

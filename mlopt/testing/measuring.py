@@ -81,13 +81,13 @@ class TwoLevels:
         batches = {level.name: None if level.data is None else next(iter(level.data)) for level in problem}
         point = Point(problem, batches, {level.name: GeneratorState.seeded(0) for level in problem})
         with point.generators_preserved():
-            value = outer.loss(outer.module, batches[outer.name], **{inner.name: inner.module})
+            value = outer.definition(outer.module, batches[outer.name], **{inner.name: inner.module})
             both = torch.autograd.grad(
                 value, [*inner.parameters, *outer.parameters], materialize_grads=True, allow_unused=True
             )
             self.cotangent = flatten(both[: len(inner.parameters)]).detach()
             self.direct = flatten(both[len(inner.parameters) :]).detach()
-            value = inner.loss(inner.module, batches[inner.name], **{outer.name: outer.module})
+            value = inner.definition(inner.module, batches[inner.name], **{outer.name: outer.module})
             slope = flatten(torch.autograd.grad(value, inner.parameters, create_graph=True))
             rows = [
                 torch.autograd.grad(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import mlopt
+from mlopt.durations import in_words
 from mlopt.files import replacing
 
 from .configuration import ConfigurationError, parse, read, write
-from .examples import Skipped
 from .modality import Configuration, Modality, device_of
 from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
@@ -49,6 +50,8 @@ _FILES = (
 def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -> None:
     """Run the command line of a modality: adapt an encoder once for each seed, report and save the results.
 
+    With `--plan` it only reads and checks everything, and prints what it would do.
+
     Args:
         kind: the modality.
         arguments: the options.
@@ -64,10 +67,16 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     configuration: Configuration[Any, Any] = line.run
     configuration.check()
     output, device = Path(configuration.output or ""), device_of(configuration.device)
-    _claim(output, line.overwrite, line.resume)
+    _check_output(output, line.overwrite, line.resume)
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
+    _check_same(whole, output / _CHECKPOINTS / "config.json", line.overwrite)
+    if not line.plan:
+        _claim(output, line.overwrite)
     console = Console()
     modality = kind(configuration, partial(_say, console))
+    if line.plan:
+        _show_plan(console, modality, device)
+        return
     results: list[TapWeightResult] = []
     for seed in configuration.seeds:
         if len(configuration.seeds) > 1:
@@ -84,7 +93,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
             _clear(output)
             (output / _CHECKPOINTS / _OVERWRITES).unlink()
         result.save(folder)
-        _list_skipped(modality.skipped, output / "skipped.csv")
+        _list_skipped(_left_out(modality), output / "skipped.csv")
         write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
         for table in result.tables():
             console.print(table)
@@ -96,9 +105,33 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     _say(console, f"Saved in {output}.")
 
 
-def _list_skipped(skipped: Sequence[tuple[str, Sequence[Skipped]]], file: Path) -> None:
-    """Write the file, the row and the reason of each row that was left out, once, if there are any."""
-    rows = list(dict.fromkeys((source, each.row, each.reason) for source, those in skipped for each in those))
+def _show_plan(console: Console, modality: Modality[Any], device: str) -> None:
+    """Print what a run would do, for each seed: the rows left out, the task, the phases and their cost."""
+    configuration: Configuration[Any, Any] = modality.configuration
+    for (source, reason), count in Counter((source, reason) for source, _, reason in _left_out(modality)).items():
+        _say(console, f"Left out of {Path(source).name}: {count} row{'s' * (count > 1)} ({reason}).")
+    seconds = 0.0
+    for seed in configuration.seeds:
+        if len(configuration.seeds) > 1:
+            console.rule(f"seed {seed}")
+        recipe = modality.build(seed, device)
+        _introduce(console, recipe)
+        plan = recipe.plan(configuration.steps, methods=configuration.methods)
+        seconds += plan.whole.seconds
+        console.print(plan.table())
+    runs = f" for {len(configuration.seeds)} seeds" if len(configuration.seeds) > 1 else ""
+    _say(console, f"The run takes at most these passes: about {in_words(seconds)} on this machine{runs}.")
+    _say(console, "Nothing was trained or written.")
+
+
+def _left_out(modality: Modality[Any]) -> list[tuple[str, int, str]]:
+    """Return the file, the row and the reason of each row that was left out, once."""
+    rows = ((source, each.row, each.reason) for source, skipped in modality.skipped for each in skipped)
+    return list(dict.fromkeys(rows))
+
+
+def _list_skipped(rows: Sequence[tuple[str, int, str]], file: Path) -> None:
+    """Write the rows that were left out, if there are any."""
     if rows:
         with file.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("file", "row", "reason"), *rows])
@@ -127,8 +160,8 @@ def _introduce(console: Console, recipe: TapWeight) -> None:
         _say(console, f"Note: {remark}.")
 
 
-def _claim(output: Path, overwrite: bool, resume: bool) -> None:
-    """Create the output folder before any computation; refuse one that holds a result or an unfinished run."""
+def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse an output folder that holds a result or an unfinished run."""
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
     check_free(output / MODEL)
@@ -143,6 +176,10 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
         raise ConfigurationError(
             f"{output} holds an unfinished run; resume it with --resume, or pass another --output or --overwrite"
         )
+
+
+def _claim(output: Path, overwrite: bool) -> None:
+    """Create the output folder before any computation."""
     if overwrite:
         for folder in (output, *output.glob("seed-*")):
             if (folder / _CHECKPOINTS).is_dir():
@@ -150,13 +187,13 @@ def _claim(output: Path, overwrite: bool, resume: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _note(configuration: Configuration[Any, Any], file: Path) -> None:
-    """Write the configuration of a new run; compare it with that of a run to resume.
+def _check_same(configuration: Configuration[Any, Any], file: Path, overwrite: bool) -> None:
+    """Compare the configuration with that of a run to resume, if there is one.
 
     Raises:
         ConfigurationError: they differ in something that the result depends on.
     """
-    if file.is_file():
+    if file.is_file() and not overwrite:
         before = read(file, type(configuration))
         own, other = (_flat(attrs.asdict(whole)) for whole in (configuration, before))
         differ = [key for key in own if own[key] != other[key] and key not in _FREE]
@@ -165,9 +202,13 @@ def _note(configuration: Configuration[Any, Any], file: Path) -> None:
                 f"the run in {file.parent.parent} has {differ[0]}={other[differ[0]]!r}, not {own[differ[0]]!r}; resume with "
                 "the same configuration, or pass another --output"
             )
-        return
-    with replacing(file) as staged:
-        write(configuration, staged)
+
+
+def _note(configuration: Configuration[Any, Any], file: Path) -> None:
+    """Write the configuration of a new run."""
+    if not file.is_file():
+        with replacing(file) as staged:
+            write(configuration, staged)
 
 
 def _flat(nested: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
@@ -44,12 +44,15 @@ class CommandLine(Generic[C]):
             overrides it. Paths in it are relative to the current folder.
         overwrite: replace the result that --output holds.
         resume: continue the run that --output holds from its newest checkpoints, if there is one.
+        plan: read and check everything, and print what the run would do and how long it would take. Nothing is trained or
+            written to --output.
         run: the configuration of the run.
     """
 
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     overwrite: bool = False
     resume: bool = False
+    plan: bool = False
     run: Annotated[C, arg(name="")]
 
 
@@ -70,8 +73,9 @@ def parse(arguments: Sequence[str], kind: type[C], *, prog: str, description: st
     first.add_argument("--config", type=Path)
     file = first.parse_known_args(arguments)[0].config
     default = CommandLine(run=kind() if file is None else read(file, kind))
-    try:
-        return tyro.cli(
+    # tyro would name the class of a section, not the option.
+    with attrs.validators.disabled():
+        line: CommandLine[C] = tyro.cli(
             CommandLine[kind],  # type: ignore[valid-type]
             args=arguments,
             default=default,
@@ -79,8 +83,9 @@ def parse(arguments: Sequence[str], kind: type[C], *, prog: str, description: st
             prog=prog,
             description=description,
         )
-    except ValueError as error:  # of the class of configurations; tyro reports those of its sections
-        raise ConfigurationError(str(error)) from error
+    for path, reason in _faults(line.run):
+        raise ConfigurationError(f"--{path.rpartition('.')[2].replace('_', '-')}{reason}")
+    return line
 
 
 def read(file: Path, kind: type[C]) -> C:
@@ -104,15 +109,39 @@ def read(file: Path, kind: type[C]) -> C:
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file}: not valid {file.suffix[1:].upper()} ({error})") from error
     try:
-        return _CONVERTER.structure(content, kind)
+        with attrs.validators.disabled():
+            configuration = _CONVERTER.structure(content, kind)
     except (cattrs.BaseValidationError, _UnexpectedError) as error:
-        raise ConfigurationError(f"{file}: {'; '.join(_complaints(error, kind))}") from error
+        raise ConfigurationError(f"{file}: {_joined(_complaints(error, kind))}") from error
+    if faults := [f"{path}{reason}" for path, reason in _faults(configuration)]:
+        raise ConfigurationError(f"{file}: {_joined(faults)}")
+    return configuration
 
 
 def write(configuration: Any, file: Path) -> None:
     """Write a configuration as JSON, for `read`."""
     content = _CONVERTER.unstructure(configuration)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _faults(section: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted path of each value that its validator refuses, and the rest of the sentence on it."""
+    for field in attrs.fields(type(section)):
+        value = getattr(section, field.name)
+        if attrs.has(type(value)):
+            yield from _faults(value, f"{path}{field.name}.")
+        elif field.validator is not None:
+            try:
+                field.validator(section, field, value)
+            except ValueError as error:
+                sentence = str(error).removeprefix(f"{type(section).__name__}: ")
+                yield f"{path}{field.name}", sentence.removeprefix(field.name)
+
+
+def _joined(complaints: Sequence[str]) -> str:
+    """Return the first complaints in one sentence, and the number of the others."""
+    more = len(complaints) - _MOST_COMPLAINTS
+    return "; ".join([*complaints[:_MOST_COMPLAINTS], *([f"and {more} more"] if more > 0 else [])])
 
 
 class _UnexpectedError(MloptError, ValueError):
@@ -174,13 +203,12 @@ def _is_path(value: Any) -> bool:
 
 
 def _complaints(error: Exception, kind: type) -> list[str]:
-    """Return the first faults of a file, each with its key, and the number of the others."""
+    """Return the faults of a file, each with its key."""
     complaints = []
     for line in cattrs.transform_error(error, path="", format_exception=partial(_complaint, kind)):
         texts, _, path = line.rpartition(" @ ")
         complaints += [f"{path.removeprefix('.') or 'the configuration'}{text}" for text in texts.split(_SEPARATOR)]
-    more = len(complaints) - _MOST_COMPLAINTS
-    return [*complaints[:_MOST_COMPLAINTS], *([f"and {more} more"] if more > 0 else [])]
+    return complaints
 
 
 def _complaint(kind: type, error: BaseException, _: type | None) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .encoder import Encoder
     from .objective import Objective
+    from .phases import Phases
     from .settings import Settings
     from .task import Task
 
@@ -60,7 +61,7 @@ class Experiment:
         shared_checkpoints: the same for phases that depend on the corpus only, which experiments on other tasks can read;
             `checkpoints` if None.
         resume: if True, each phase resumes from its newest checkpoint.
-        progress: if True, show progress bars.
+        phases: shows the progress of each phase; nothing is shown if None.
     """
 
     encoder: Encoder
@@ -76,7 +77,7 @@ class Experiment:
     checkpoints: mlopt.Checkpoints | None = None
     shared_checkpoints: mlopt.Checkpoints | None = None
     resume: bool = False
-    progress: bool = True
+    phases: Phases | None = None
     _start: tuple[Pretraining, dict[str, float]] | None = None
     _seconds_per_pass: float = 0.0
 
@@ -148,14 +149,10 @@ class Experiment:
             self._start = model, norms if self.settings.scale == "gradient" else dict.fromkeys(norms, 1.0)
         return self._start
 
-    def duration(self, passes: int) -> str:
-        """Return a rough time of some passes, from those of `prepare`, such as "7 minutes"."""
-        minutes = passes * self._seconds_per_pass / 60
-        number, unit = (
-            (minutes * 60, "second") if minutes < 1 else (minutes, "minute") if minutes < 60 else (minutes / 60, "hour")
-        )
-        count = max(1, round(number))
-        return f"{count} {unit}{'s' * (count != 1)}"
+    def seconds(self, passes: int) -> float:
+        """Return a rough time of some passes of pretraining, from those of `prepare`."""
+        self.prepare()
+        return passes * self._seconds_per_pass
 
     def model(self) -> Pretraining:
         """Return a new copy of the encoder and the objectives' heads at the start."""
@@ -182,6 +179,7 @@ class Experiment:
         problem: mlopt.Problem,
         steps: int,
         *,
+        title: str | None = None,
         callbacks: Sequence[mlopt.Callback] = (),
         seed: int | None = None,
         labels: bool = True,
@@ -192,6 +190,7 @@ class Experiment:
             phase: the name of the phase, and of its folder of checkpoints.
             problem: the problem.
             steps: outer steps.
+            title: names the phase in the progress; "pretraining (PHASE)" when None.
             callbacks: see `mlopt.Callback`.
             seed: the seed of the experiment when None.
             labels: False if the phase does not depend on the labelled examples.
@@ -199,12 +198,13 @@ class Experiment:
         own = self.checkpoints if labels else self.shared_checkpoints or self.checkpoints
         if own is not None:
             own = attrs.evolve(own, folder=own.folder / phase.replace(":", "-"))
+        shown = [] if self.phases is None else [self.phases.next(title or f"pretraining ({phase})")]
         return mlopt.solve(
             problem,
             steps,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *shown],
             checkpoint=own,
             seed=self.seed if seed is None else seed,
             resume=self.resume,
-            progress=self.progress,
+            progress=False,
         )

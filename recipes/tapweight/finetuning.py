@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 import mlopt
-from mlopt.rng import seed_everything
+from mlopt.problem import to_device
+from mlopt.rng import preserved, seed_everything
 
 from .models import Finetuning, task_losses
+from .task import SCORED_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,9 +25,12 @@ if TYPE_CHECKING:
 
     from .encoder import Encoder
     from .settings import Settings
-    from .task import Task
+    from .task import Split, Task
 
-__all__ = ["Finetuned", "Score", "finetune"]
+__all__ = ["Finetuned", "FinetuningCost", "Score", "finetune", "finetuning_cost"]
+
+#: Steps that are timed.
+_TIMED = 4
 
 
 @attrs.frozen
@@ -101,13 +108,7 @@ def finetune(
     Returns:
         The model of the epoch with the best validation score, and its scores.
     """
-    seed_everything(seed)
-    model = Finetuning(encoder, task).to(next(encoder.parameters()).device)
-    # The encoders of all methods are finetuned in the same mode.
-    model.train()
-    if settings.freeze_encoder:
-        model.encoder.requires_grad_(False).eval()
-    interval = max(1, len(task.splits["train"]) // settings.task_batch_size)
+    model, interval = _start(encoder, task, settings, seed), _interval(task, settings)
     level = mlopt.Level(
         "finetuning",
         model,
@@ -122,6 +123,63 @@ def finetune(
     test = task.score(model.encoder, model.head, "test")
     measures = task.evaluate(model.encoder, model.head, "test")
     return Finetuned(model, Score(valid=best.valid, test=test, epoch=best.epoch), measures)
+
+
+@attrs.frozen(kw_only=True)
+class FinetuningCost:
+    """The cost of one finetuning.
+
+    Attributes:
+        steps: its steps.
+        passes: evaluations of the encoder on a batch: those of the steps and of the scores.
+        seconds: a rough time.
+    """
+
+    steps: int
+    passes: int
+    seconds: float
+
+
+def finetuning_cost(encoder: Encoder, task: Task, settings: Settings, *, seed: int) -> FinetuningCost:
+    """Return the cost of `finetune`, at most: it may stop before. The time is estimated from a few steps of a copy.
+
+    Args:
+        encoder, task, settings, seed: see `finetune`; nothing random outside is changed.
+    """
+    device = next(encoder.parameters()).device
+    with preserved({device}):
+        model = _start(encoder, task, settings, seed)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        batches = [*islice(task.loader("train", settings.task_batch_size, shuffle=True), _TIMED)]
+        begin = time.perf_counter()
+        for batch in batches:
+            loss = _loss(task, model, to_device(batch, device))
+            gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            float(gradient[-1].sum())  # waits for the device
+        step = (time.perf_counter() - begin) / len(batches)
+    steps = settings.epochs * _interval(task, settings)
+    scored: dict[Split, int] = {"valid": settings.epochs, "test": 2}  # how often each split is scored
+    sizes = {split: len(task.splits[split]) for split in scored}
+    chunks = sum(count * math.ceil(sizes[split] / SCORED_AT_ONCE) for split, count in scored.items())
+    # A forward pass takes about a third of a step.
+    forward = step / 3 * sum(count * sizes[split] for split, count in scored.items()) / settings.task_batch_size
+    return FinetuningCost(steps=steps, passes=steps + chunks, seconds=steps * step + forward)
+
+
+def _start(encoder: Encoder, task: Task, settings: Settings, seed: int) -> Finetuning:
+    """Return the model before its first step."""
+    seed_everything(seed)
+    model = Finetuning(encoder, task).to(next(encoder.parameters()).device)
+    # The encoders of all methods are finetuned in the same mode.
+    model.train()
+    if settings.freeze_encoder:
+        model.encoder.requires_grad_(False).eval()
+    return model
+
+
+def _interval(task: Task, settings: Settings) -> int:
+    """Return the steps of an epoch."""
+    return max(1, len(task.splits["train"]) // settings.task_batch_size)
 
 
 def _loss(task: Task, model: Finetuning, batch: Any) -> Tensor:

@@ -18,13 +18,15 @@ from .encoder import Encoder
 from .experiment import Experiment
 from .finetuning import finetune
 from .methods import DEFAULT, Method, make_method
+from .phases import Phases
+from .plan import Plan
 from .result import Outcome, TapWeightResult
 from .settings import Settings
 from .tested import Tested, records_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from .finetuning import Finetuned
     from .objective import Objective
@@ -140,9 +142,10 @@ class TapWeight:
     ) -> Experiment:
         """Return the prepared experiment that all methods of a run share; see `fit` for the arguments."""
         self.prepare()
+        phases = Phases() if progress else None
         if checkpoint is not None and not isinstance(checkpoint, mlopt.Checkpoints):
             checkpoint = mlopt.Checkpoints(checkpoint)
-        return attrs.evolve(self._experiment, steps=steps, checkpoints=checkpoint, resume=resume, progress=progress)
+        return attrs.evolve(self._experiment, steps=steps, checkpoints=checkpoint, resume=resume, phases=phases)
 
     def fit(
         self,
@@ -166,7 +169,7 @@ class TapWeight:
             checkpoint: a folder in which each phase of the run is saved, in a folder of its own, or
                 `mlopt.Checkpoints(folder, every=...)`.
             resume: if True, read the phases that ended from the folder, and continue the others from their newest checkpoint.
-            progress: if True, show progress bars.
+            progress: if True, print the cost first, and show the progress of each phase, see `mlopt.ProgressDisplay`.
 
         Returns:
             The scores of each method; and of the main method the weights and their significance, the history, and the encoder.
@@ -179,17 +182,21 @@ class TapWeight:
         experiments = self._experiments(
             compared, steps, passes, checkpoint=checkpoint, resume=resume, progress=progress
         )
-        if progress:
-            Console().print(_plan(experiments, compared), highlight=False, soft_wrap=True)
+        finetunings = self._finetunings(compared)
         *others, main = compared
+        if (phases := experiments[main.name].phases) is not None:
+            plan = Plan.of(experiments, compared, finetunings)
+            phases.total = len(plan.whole.phases)
+            Console().print(str(plan), highlight=False, soft_wrap=True)
         adapted = {main.name: main.adapt(experiments[main.name], callbacks)}
         adapted |= {method.name: method.adapt(experiments[method.name]) for method in others}
-        count = self._experiment.settings.finetunings
-        counts = {method.name: count for method in others} | {main.name: max(count, self._experiment.settings.ensemble)}
         finetuned = {
-            method.name: _finetune(experiments[method.name], method, adapted[method.name].encoder, counts[method.name])
+            method.name: _finetune(
+                experiments[method.name], method, adapted[method.name].encoder, finetunings[method.name]
+            )
             for method in compared
         }
+        count = self._experiment.settings.finetunings
         outcomes = {
             method.name: Outcome(
                 title=method.title,
@@ -221,6 +228,30 @@ class TapWeight:
             estimator=str(experiment.estimator),
             data={"task": repr(self.task), "corpus": _described(experiment.corpus)},
         )
+
+    def plan(
+        self, steps: int | None = None, *, passes: int | None = None, methods: Sequence[str | Method] = DEFAULT
+    ) -> Plan:
+        """Return what `fit` will do with these arguments, and its cost, without training anything.
+
+        Times are estimated from a few steps, which are taken on copies.
+
+        Args:
+            steps: see `fit`.
+            passes: see `fit`.
+            methods: see `fit`.
+
+        Raises:
+            ValueError: as `fit`.
+        """
+        compared = _methods(methods)
+        return Plan.of(self._experiments(compared, steps, passes), compared, self._finetunings(compared))
+
+    def _finetunings(self, methods: Sequence[Method]) -> dict[str, int]:
+        """Return how often each method's encoder is finetuned; the ensemble is of the last, which is the main one."""
+        settings = self._experiment.settings
+        counts = {method.name: settings.finetunings for method in methods}
+        return counts | {methods[-1].name: max(settings.finetunings, settings.ensemble)}
 
     def _experiments(
         self, methods: Sequence[Method], steps: int | None, passes: int | None, **options: Any
@@ -256,14 +287,6 @@ def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
     return methods
 
 
-def _plan(experiments: Mapping[str, Experiment], methods: Sequence[Method]) -> str:
-    """Return a sentence on the cost of a run."""
-    costs = {method.name: method.passes(experiments[method.name]) for method in methods}
-    total, duration = sum(costs.values()), experiments[methods[-1].name].duration(sum(costs.values()))
-    parts = ", ".join(f"{name} {cost:,}" for name, cost in costs.items())
-    return f"Pretraining takes at most {total:,} encoder passes ({parts}): about {duration} on this machine, then finetuning."
-
-
 def _finetune(experiment: Experiment, method: Method, encoder: Encoder, count: int) -> tuple[Finetuned, ...]:
     """Finetune the encoder of a method several times, each time with its own seed."""
     return tuple(
@@ -272,7 +295,11 @@ def _finetune(experiment: Experiment, method: Method, encoder: Encoder, count: i
             experiment.task,
             experiment.settings,
             seed=derive_seed(experiment.seed, "finetune", k),
-            solve=partial(experiment.solve, f"finetuning-{method.name}-{k}"),
+            solve=partial(
+                experiment.solve,
+                f"finetuning-{method.name}-{k}",
+                title=f"finetuning{f' {k + 1} of {count}' if count > 1 else ''} ({method.name})",
+            ),
         )
         for k in range(count)
     )

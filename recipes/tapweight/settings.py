@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from mlopt.errors import ArgumentError
-from mlopt.validation import at_least, one_of, positive
+from mlopt.validation import at_least, one_of, positive, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["Settings"]
+
+# Literals, so that the command line lists the choices.
+LrSchedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["none", "bf16", "fp16"]
+Scale = Literal["gradient", "none"]
 
 
 @attrs.frozen(kw_only=True)
@@ -57,11 +62,11 @@ class Settings:
     pretraining_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     finetuning_lr: float = attrs.field(default=1e-3, validator=at_least(0.0))
     weight_decay: float = attrs.field(default=0.0, validator=at_least(0.0))
-    lr_schedule: str = attrs.field(default="constant", validator=one_of("constant", "linear", "cosine"))
-    precision: str = attrs.field(default="none", validator=one_of("none", "bf16", "fp16"))
-    warmup: float = attrs.field(default=0.3, validator=attrs.validators.and_(at_least(0.0), attrs.validators.lt(1.0)))
+    lr_schedule: LrSchedule = attrs.field(default="constant", validator=one_of(*get_args(LrSchedule)))
+    precision: Precision = attrs.field(default="none", validator=one_of(*get_args(Precision)))
+    warmup: float = attrs.field(default=0.3, validator=share)
     weights_lr: float = attrs.field(default=1e-2, validator=at_least(0.0))
-    scale: str = attrs.field(default="gradient", validator=one_of("gradient", "none"))
+    scale: Scale = attrs.field(default="gradient", validator=one_of(*get_args(Scale)))
     rehearsal_steps: int = attrs.field(default=100, validator=at_least(1))
     rehearsals: int = attrs.field(default=2, validator=at_least(1))
     epochs: int = attrs.field(default=30, validator=at_least(1))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "valid", "test"]
 ClassWeights = Literal["none", "balanced"]
+#: Examples of a split that are scored at once.
+SCORED_AT_ONCE = 256
 
 
 class Task(ABC):
@@ -103,7 +105,7 @@ class Task(ABC):
         drop = shuffle and len(examples) > batch_size
         return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, drop_last=drop, collate_fn=self.collate)
 
-    def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256) -> float:
+    def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = SCORED_AT_ONCE) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are restored."""
         metric = self.metric()
         for outputs, targets in self._predicted(encoder, head, split, batch_size):
@@ -111,7 +113,7 @@ class Task(ABC):
         return float(metric.compute())
 
     def evaluate(
-        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = 256
+        self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = SCORED_AT_ONCE
     ) -> dict[str, dict[str, float]]:
         """Return every metric of one split that is defined, by task and by name; as `score` does."""
         outputs, targets = zip(*self._predicted(encoder, head, split, batch_size), strict=True)

@@ -25,6 +25,7 @@ _RANK = 100
 SOLVERS: dict[str, Callable[[str], mlopt.Implicit]] = {
     **ESTIMATORS,
     "minres": lambda products: mlopt.MINRES(iterations=3, products=products),
+    "gmres": lambda products: mlopt.GMRES(iterations=3, products=products),
     "nystrom": lambda products: mlopt.Nystrom(rank=_RANK, damping=0.1, products=products),
     "preconditioned": lambda products: mlopt.ConjugateGradient(
         iterations=3, preconditioner=mlopt.linear.NystromPreconditioner(rank=_RANK), damping=0.1, products=products
@@ -278,3 +279,25 @@ def test_a_compiled_product() -> None:
     rules = [mlopt.ConjugateGradient(iterations=3, damping=1.0, products="forward", compile=c) for c in (True, False)]
     compiled, eager = (gradient_of(scales(network, rule, F64, device=DEVICE), seed=2) for rule in rules)
     assert distance(compiled, eager) < 1e-9
+
+
+@pytest.mark.parametrize("products", PRODUCTS[:3])
+def test_levels_with_a_residual(products: str) -> None:
+    def problem() -> mlopt.Problem:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(6, 6, generator=generator, dtype=F64) / 6
+        return mlopt.Problem(
+            mlopt.Level("u", mlopt.variables(torch.ones(6, dtype=F64)), lambda u, batch, *, x: (x() ** 2).sum()),
+            mlopt.Level(
+                "x",
+                mlopt.variables(torch.full((6,), 0.3, dtype=F64)),
+                residual=lambda x, batch, *, u: x() - torch.tanh(batch @ x() + u()),
+                data=[weight],
+                estimator=mlopt.GMRES(products=products),
+            ),
+        )
+
+    gradient = gradient_of(moved(problem()), seed=0)
+    assert gradient.device.type == DEVICE.type
+    bound = DIFFERENCES if products == "finite_difference" else BOUNDS
+    assert distance(gradient.cpu(), gradient_of(problem(), seed=0)) < bound[F64]

@@ -102,6 +102,23 @@ def test_batches_of_unequal_size_count_equally() -> None:
     assert distance(gradient_of(problem), expected) < 1e-10
 
 
+def test_a_condition_is_a_mean_over_batches_too() -> None:
+    """With F = (mean A) x - u, the mixed product is -I and u_bar = (mean A)^-T v."""
+    matrices = torch.eye(3) + 0.3 * torch.randn(10, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def residual(x: nn.Module, batch: Tensor, *, u: nn.Module) -> Tensor:
+        return batch.mean(0) @ x() - u()
+
+    rule = mlopt.Dense(curvature_data=list(matrices), curvature_batches="all")
+    x = mlopt.variables(torch.arange(1.0, 4.0))
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(torch.zeros(3)), lambda u, batch, *, x: x().square().sum() / 2),
+        mlopt.Level("x", x, residual=residual, data=[matrices[0]], estimator=rule),
+    )
+    expected = torch.linalg.solve(matrices.flatten(0, 1).mean(0).mT, x.value.detach())
+    assert distance(gradient_of(problem), expected) < 1e-10
+
+
 class Memory(TorchDispatchMode):
     """The largest number of bytes, of results of operations, that are alive at the same time; views have none."""
 

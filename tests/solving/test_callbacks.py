@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import io
 import json
 import math
 import struct
@@ -17,7 +16,6 @@ import torch
 from callback_cases import play
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from torch.optim import SGD
 
 import mlopt
@@ -302,56 +300,3 @@ def test_a_solved_problem_leaves_its_history_in_both_files(tmp_path):
 def test_an_empty_history_is_an_empty_file(tmp_path):
     write_csv(History(), tmp_path / "history.csv")
     assert (tmp_path / "history.csv").read_bytes() == b""
-
-
-# Progress
-
-
-def drawn(rows, **arguments):
-    """Return the output of a progress display on a terminal."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
-    play(rows, lambda: mlopt.ProgressDisplay("demo", console), **arguments)
-    return console.file.getvalue()
-
-
-def test_progress_shows_steps_losses_and_the_last_evaluation():
-    rows = [
-        {"net/loss": 0.5, "net/size": 7.0},
-        {"net/loss": 0.25, "evaluation/loss": 0.125, "evaluation/acc": math.nan},
-    ]
-    # The terminal is refreshed ten times a second; only its last state is certain.
-    last = [line for line in drawn(rows).splitlines() if "demo" in line][-1]
-    assert " ".join(last.split()).endswith("2/2 0:00:00 net 0.25 loss 0.125 acc nan")
-    last = [line for line in drawn([*rows, {"net/loss": 0.75}]).splitlines() if "demo" in line][-1]
-    assert " ".join(last.split()).endswith("3/3 0:00:00 net 0.75 loss 0.125 acc nan")
-
-
-def test_progress_of_a_resumed_run_starts_at_its_step():
-    starts = []
-
-    class Recording(mlopt.ProgressDisplay):
-        def on_train_begin(self, run):
-            super().on_train_begin(run)
-            starts.append(self._progress.tasks[0].completed)
-
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    play(losses(*range(5)), lambda: Recording("demo", console), save_at=3, killed_at=3)
-    assert starts == [0, 3]
-
-
-def test_progress_prints_nothing_without_a_terminal():
-    console = Console(file=io.StringIO(), width=200)
-    play([{"net/loss": 0.5, "evaluation/m": 1.0}], lambda: mlopt.ProgressDisplay("demo", console))
-    assert console.file.getvalue() == ""
-
-
-def test_progress_reads_no_row_between_logs():
-    """The run here has no history."""
-    watch = mlopt.ProgressDisplay("demo", Console(file=io.StringIO(), force_terminal=True))
-    run = SimpleNamespace(steps=3, step=0)
-    watch.on_train_begin(run)
-    for run.step in (1, 2, 3):
-        watch.on_step_begin(run)
-        watch.on_step_end(run)
-    watch.on_log(run, [])
-    watch.on_train_end(run)

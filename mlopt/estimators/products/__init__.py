@@ -7,8 +7,8 @@ from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
-from .lengths import SMALL, moves_of, search
-from .mean import MeanSecondDerivatives
+from .lengths import SMALL, Moves, moves_of, search
+from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
@@ -22,10 +22,12 @@ __all__ = [
     "ForwardProduct",
     "GaussNewtonProduct",
     "MeanSecondDerivatives",
+    "Moves",
     "Product",
     "SecondDerivatives",
     "full_precision",
     "moves_of",
+    "on_batches",
     "relative_step",
     "search",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ...problem import Block, Term, Vectors, add_into
 from ...tensors import Tensors
 from .difference import Difference
-from .lengths import moves_of
+from .lengths import Moves, moves_of
 from .product import Product
 
 __all__ = ["FiniteDifferenceProduct"]
@@ -24,12 +24,18 @@ class FiniteDifferenceProduct(Product):
         super().__init__(term)
         #: By block that was moved, the mean of its first derivative on both sides, which is that in the middle.
         self._gradients: dict[Block, Tensors] = {}
+        self._moves: dict[tuple[tuple[Block, ...], tuple[Block, ...]], Moves] = {}
 
     def needs_verification(self, direction: Vectors, wanted: Sequence[Block]) -> bool:
         return True
 
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        moves = moves_of(self.term, direction, wanted)
+        blocks = (tuple(direction), tuple(wanted))
+        moves = self._moves.get(blocks) or moves_of(self.term, direction, wanted)
+        if moves is None:  # along a direction of zero, every step is right
+            moves = Moves()
+        else:
+            self._moves[blocks] = moves
         if moves.remark:
             self.remark(moves.remark)
         total: dict[Block, Tensors] = {}

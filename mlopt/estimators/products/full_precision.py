@@ -20,7 +20,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Args:
         device: the device of the variables.
     """
-    with torch.autocast(device.type, enabled=False), _without_tf32():
+    # Entering an autocast region takes longer than to see that there is none to leave.
+    autocast = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext(), _without_tf32():
         yield
 
 

@@ -34,10 +34,8 @@ def differentiable_kernels(term: Term) -> Iterator[None]:
 
     Every function call costs time under `Primitives`. So a term of second order uses them only if its graph showed a need.
     """
-    with contextlib.ExitStack() as entered:
-        entered.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if uses_primitives(term):
-            entered.enter_context(Primitives(term.order))
+    primitives = Primitives(term.order) if uses_primitives(term) else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), primitives:
         yield
 
 

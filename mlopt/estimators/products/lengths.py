@@ -56,8 +56,8 @@ class Moves:
         )
 
 
-def moves_of(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves:
-    """Return the moves for differences along a direction; they are measured once for each term and blocks, and kept.
+def moves_of(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves | None:
+    """Return the moves for differences along a direction, None if it is zero; they are measured once for each term and blocks.
 
     Variables of norm one and more are moved by a fraction of their norm, all by one step. Smaller ones may be of that size, or
     just have left zero, and one step may be too long for the small tensors of a block. Where that is in doubt, differences at
@@ -67,8 +67,8 @@ def moves_of(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves:
     key = "/".join([*term.label, *sorted(map(str, direction)), "by", *sorted(map(str, wanted))])
     if key not in lengths:
         measured = _measure(term, direction, wanted)
-        if measured is None:  # a direction of zero
-            return Moves()
+        if measured is None:
+            return None
         lengths[key] = measured.groups, measured.error, measured.small
     return Moves(*lengths[key])
 

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ...problem import Block, FixedPoint, Level, LevelTerm, Objective, Point, Vectors, add_into, to_device
+from ...problem import Block, Level, Objective, Term, Vectors, add_into, to_device
 from ...tensors import Tensors, scale
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
-__all__ = ["MeanSecondDerivatives"]
+__all__ = ["MeanSecondDerivatives", "on_batches"]
+
+#: Makes the term of a level on the batches of some levels.
+TermOn: TypeAlias = Callable[[Mapping[str, Any]], Term]
+
+
+def on_batches(
+    level: Level, batches: Sequence[Any], term: TermOn, others: Sequence[Term], kind: Callable[[Term], Product]
+) -> SecondDerivatives | MeanSecondDerivatives:
+    """Return products with the second derivatives of a term on a level's curvature batches, plus those of other terms.
+
+    The graph of a single batch is kept from one product to the next.
+    """
+    if len(batches) > 1:
+        return MeanSecondDerivatives(level, batches, term, others, kind)
+    batch = to_device(batches[0], level.device)
+    return SecondDerivatives(Objective((term({level.name: batch}), *others)), kind)
 
 
 class MeanSecondDerivatives:
-    """Products with the second derivatives of (1/B) sum_b loss_b + regularizer + decay, in the memory of one batch.
+    """Products with the second derivatives of (1/B) sum_b term_b + other terms, in the memory of one batch.
 
-    A product passes over the batches in turn. It moves one to the device, evaluates the loss there, and drops the graph before
+    A product passes over the batches in turn. It moves one to the device, evaluates the term there, and drops the graph before
     the next. Nothing of a batch is kept from one product to the next, so `autograd` traces each batch again. Every evaluation
     starts from the level's random numbers.
 
     Args:
         level: the level.
-        point: the point.
         batches: the batches, which count equally.
-        fixed: the condition at which the level's steps end.
+        term: makes the term on one batch.
+        others: terms that use no batch: a regularizer, the decay.
         kind: makes the product of a term.
     """
 
@@ -34,10 +50,14 @@ class MeanSecondDerivatives:
     step: float | Tensor | None = None
 
     def __init__(
-        self, level: Level, point: Point, batches: Sequence[Any], fixed: FixedPoint, kind: type[Product]
+        self,
+        level: Level,
+        batches: Sequence[Any],
+        term: TermOn,
+        others: Sequence[Term],
+        kind: Callable[[Term], Product],
     ) -> None:
-        self._level, self._point, self._batches, self._fixed, self._kind = level, point, batches, fixed, kind
-        _, *others = Objective.minimized(level, point, {level.name: batches[0]}, fixed).terms
+        self._level, self._batches, self._term, self._kind = level, batches, term, kind
         self._others = SecondDerivatives(Objective(others), kind)
         self._remarks: list[str] = []
 
@@ -56,11 +76,9 @@ class MeanSecondDerivatives:
         return total
 
     def _on(self, batch: Any, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """Return the product of the loss on one batch; its graph ends with the call."""
-        level = self._level
-        moved = {level.name: to_device(batch, level.device)}
-        loss = LevelTerm(self._point, level, "loss", moved, self._fixed.sign)
-        products = SecondDerivatives(Objective([loss]), self._kind)
+        """Return the product of the term on one batch; its graph ends with the call."""
+        term = self._term({self._level.name: to_device(batch, self._level.device)})
+        products = SecondDerivatives(Objective([term]), self._kind)
         result = products(direction, wanted)
         self.step = products.step
         self._remarks += [remark for remark in products.remarks if remark not in self._remarks]

@@ -47,7 +47,8 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     fails if g is not the derivative of a function, which stopped gradients and hooks can cause; then the first can hold for
     products that are differences themselves. If one fails, both are repeated in double precision at shorter and shorter steps.
     Rounding and kinks (ReLU, max-pooling) do not matter there. A product is in doubt only if the discrepancy exceeds the
-    difference's own error by far. A loss that cannot be evaluated in double precision is not judged.
+    difference's own error by far. A loss that cannot be evaluated in double precision is not judged. If it also raises an
+    error at displaced variables in its own precision, a remark says that the product was not verified.
 
     Args:
         product: the product.
@@ -58,6 +59,10 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     if blocks in product.settled:
         return product(direction, wanted)
     workspace = product.term.point.workspace
+    kind = (type(product), product.term.label, blocks)
+    if kind in workspace.settled:
+        product.settled.add(blocks)
+        return product(direction, wanted)
     key = ("products", type(product).__name__, *product.term.label, _names(direction), _names(wanted))
     if key in workspace.doubts:
         product.remark(workspace.doubts[key])
@@ -65,6 +70,8 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
         return product(direction, wanted)
     if key in workspace.verified or not product.needs_verification(direction, wanted):
         product.settled.add(blocks)
+        if key in workspace.verified and key not in workspace.doubts:
+            workspace.settled.add(kind)
         return product(direction, wanted)
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):
@@ -80,8 +87,12 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
         results = [check.result() for check in checks]
         workspace.verified.add(key)
         gaps = [check.discrepancy(result) for check, result in zip(checks, results, strict=True)]
+        failure = next((check.failure for check in checks if check.failure is not None), None)
         if known := [gap for gap in gaps if gap is not None]:
             workspace.doubts[key] = _sentence(product, max(known))
+        elif failure is not None:
+            workspace.doubts[key] = _unverified(product, failure)
+        if key in workspace.doubts:
             product.remark(workspace.doubts[key])
     finally:
         workspace.verifying = False
@@ -111,6 +122,11 @@ def _full(direction: Vectors, values: Vectors) -> Vectors:
 
 def _sentence(product: Product, gap: float) -> str:
     _, part = product.term.label
+    if part == "residual":
+        return (
+            f"derivatives of the residual differ from differences of it by {gap:.1%}: look for detach() or no_grad() in it, "
+            "hooks of parameters, custom functions, and kernels with a wrong derivative"
+        )
     if isinstance(product, FiniteDifferenceProduct):
         return (
             f"the gradient of the {part} is not the derivative of a function: second derivatives that must be equal differ by "
@@ -120,6 +136,15 @@ def _sentence(product: Product, gap: float) -> str:
         f"second derivatives of the {part} differ from differences of its gradient by {gap:.1%}: look for detach() or no_grad() "
         "in the loss, hooks of parameters, custom functions, and kernels with a wrong second derivative; in the last two cases, "
         "use products='finite_difference'"
+    )
+
+
+def _unverified(product: Product, failure: Exception) -> str:
+    _, part = product.term.label
+    first = str(failure).strip().partition("\n")[0]
+    return (
+        f"second derivatives of the {part} could not be verified: at variables moved by a small part of their size, it raised "
+        f"{type(failure).__name__} ({first}); let it accept such variables, or compare with check_hypergradient"
     )
 
 
@@ -135,13 +160,15 @@ class _Check:
         #: A hook that masks the gradient of a variable keeps some of its components where they are.
         self._hooked = [bool(x._backward_hooks) for block in wanted for x in product.term.values[block]]
         self._expected: Tensors | None = None
+        #: By comparison that could not be made, the error of the loss beside the present point.
+        self._failures: dict[str, Exception] = {}
         dtypes = [x.dtype for vectors in direction.values() for x in vectors]
         self._close = max(_CLOSE.get(dtype, 0.02) for dtype in dtypes)
 
     def result(self) -> dict[Block, Tensors]:
         """Return the product; the difference comes first, so that its graph is not held beside that of the product."""
         if not self._differences:
-            self._expected = _tried(lambda: self._difference(self._direction, self._wanted))
+            self._expected = self._tried("straight", lambda: self._difference(self._direction, self._wanted))
         return self._product(self._direction, self._wanted)
 
     def discrepancy(self, result: Vectors) -> float | None:
@@ -150,11 +177,37 @@ class _Check:
         if not math.isfinite(float(norm(value))):
             return None
         straight = self._differences or (self._expected is not None and _gap(value, self._expected) <= self._close)
-        if not straight and (gap := _tried(self._straight)) is not None:
+        if not straight and (gap := self._tried("straight", self._straight, last=True)) is not None:
             return gap
-        if self._transposed and not _tried(lambda: self._transposes(value)):
-            return _tried(self._transposed_gap)
+        if self._transposed and not self._tried("transposed", lambda: self._transposes(value)):
+            return self._tried("transposed", self._transposed_gap, last=True)
         return None
+
+    @property
+    def failure(self) -> Exception | None:
+        """The error of the loss for which a comparison could not be made; None if all were made."""
+        return next(iter(self._failures.values()), None)
+
+    def _tried(self, comparison: str, evaluate: Callable[[], T], *, last: bool = False) -> T | None:
+        """Return the value, or None if an evaluation that only a check needs is not possible.
+
+        Args:
+            comparison: "straight" or "transposed".
+            evaluate: returns the value.
+            last: True for the evaluation in double precision. It replaces one that failed. Its own failure says nothing about
+                the loss, since some kernels refuse double precision.
+        """
+        try:
+            value = evaluate()
+        except ProblemError:
+            raise  # the problem is at fault, not the check
+        except (MloptError, RuntimeError, ArithmeticError, TypeError, ValueError) as error:
+            if not last:
+                self._failures[comparison] = error
+            return None
+        if last:
+            self._failures.pop(comparison, None)
+        return value
 
     def _flattened(self, vectors: Vectors) -> Tensors:
         return tuple(x.detach() for block in self._wanted for x in vectors[block])
@@ -253,16 +306,6 @@ def _certain(discrepancy: Tensor, size: Tensor, error: float, least: float) -> f
     if not gap > _MULTIPLE * error or not gap > least * float(size):
         return None
     return gap / float(size)
-
-
-def _tried(evaluate: Callable[[], T]) -> T | None:
-    """Return the value, or None if an evaluation that only a check needs is not possible."""
-    try:
-        return evaluate()
-    except ProblemError:
-        raise  # the problem is at fault, not the check
-    except (MloptError, RuntimeError, ArithmeticError, TypeError, ValueError):
-        return None
 
 
 def _gap(value: Tensors, expected: Tensors) -> float:

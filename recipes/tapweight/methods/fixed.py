@@ -34,6 +34,10 @@ class Direct(Method):
         """Return 0."""
         return 0
 
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return no phase."""
+        return ()
+
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Return the encoder without adaptation."""
         return Adapted(encoder=experiment.model().encoder)

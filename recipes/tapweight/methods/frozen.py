@@ -43,6 +43,10 @@ class Frozen(Method):
         """Return the passes of both phases."""
         return self._learner.passes(experiment) + experiment.pretraining_steps * experiment.views
 
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return the steps of both phases."""
+        return (*self._learner.phases(experiment), experiment.pretraining_steps)
+
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Learn the weights, then pretrain the encoder at them."""
         learned = self._learner.adapt(experiment, callbacks)

@@ -89,6 +89,10 @@ class Method(ABC):
     def passes(self, experiment: Experiment) -> int:
         """Return the cost of `adapt`: how often the encoder is evaluated on a batch. A backward pass is not counted."""
 
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return the outer steps of each phase that `adapt` solves, in their order; by default one phase of pretraining."""
+        return (experiment.pretraining_steps,)
+
     @abstractmethod
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Adapt the encoder.

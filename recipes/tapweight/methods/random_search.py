@@ -9,7 +9,7 @@ import torch
 from mlopt.rng import derive_seed
 
 from .method import Adapted, Method
-from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes
+from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_phases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +38,10 @@ class RandomSearch(Method):
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of all rehearsals, expected at their weights, and the most passes of the main run."""
         return run_passes(experiment, self._rehearsals(experiment))
+
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return the steps of each rehearsal, and those of the main run."""
+        return run_phases(experiment, len(experiment.names))
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse the random weights, choose the best, and pretrain the encoder further."""

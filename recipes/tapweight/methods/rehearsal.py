@@ -21,7 +21,7 @@ from mlopt.rng import derive_seed
 
 from ..significance import compare, shares_of_best
 from .method import Adapted, Method
-from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes
+from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_phases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +49,10 @@ class Rehearsal(Method):
     def passes(self, experiment: Experiment) -> int:
         """Return the most passes: those of all rehearsals and their features, and a main run on the objective of most views."""
         return run_passes(experiment, self._rehearsals(experiment))
+
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return the steps of each rehearsal, and those of the main run."""
+        return run_phases(experiment, len(experiment.names))
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse each objective, choose the weights, and pretrain the encoder further."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TYPE_CHECKING
 
 import attrs
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ..experiment import Experiment
     from ..task import Split
 
-__all__ = ["main_run", "rehearsal_passes", "rehearse", "run_passes"]
+__all__ = ["main_run", "rehearsal_passes", "rehearse", "run_passes", "run_phases"]
 
 #: The head needs no epoch to be chosen, so the labels of both splits serve the weights.
 _LABELLED: tuple[Split, ...] = ("train", "valid")
@@ -47,9 +48,12 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
         NonFiniteError: a rehearsal diverges, or a loss is not finite: there is nothing to choose weights by.
     """
     repeats = []
+    numbers, total = itertools.count(1), experiment.settings.rehearsals * len(candidates)
     for repeat in range(experiment.settings.rehearsals):
-        start = _start(experiment, repeat)
-        losses = [_loss(experiment, start, repeat, name, weights) for name, weights in candidates.items()]
+        start, losses = _start(experiment, repeat), []
+        for name, weights in candidates.items():
+            title = f"rehearsal {next(numbers)} of {total} ({name})"
+            losses.append(_loss(experiment, start, repeat, name, weights, title))
         repeats.append(torch.stack(losses))
     return torch.stack(repeats).mean(0)
 
@@ -64,6 +68,12 @@ def run_passes(experiment: Experiment, rehearsals: int) -> int:
     """Return the most passes of rehearsals of these passes and a main run; `main_run` spends the rest of a budget."""
     most = max(objective.passes for objective in experiment.objectives)
     return max(rehearsals + experiment.pretraining_steps * most, experiment.budget or 0)
+
+
+def run_phases(experiment: Experiment, candidates: int) -> tuple[int, ...]:
+    """Return the steps of each rehearsal of some candidates, and those of the main run; the rest of a budget may add to these."""
+    rehearsals = experiment.settings.rehearsals * candidates
+    return (*[_length(experiment)] * rehearsals, experiment.pretraining_steps)
 
 
 def main_run(
@@ -94,7 +104,9 @@ def main_run(
     return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=experiment.steps)
 
 
-def _loss(experiment: Experiment, start: Pretraining, repeat: int, name: str, weights: Mapping[str, float]) -> Tensor:
+def _loss(
+    experiment: Experiment, start: Pretraining, repeat: int, name: str, weights: Mapping[str, float], title: str
+) -> Tensor:
     """Pretrain a copy of `start` at the weights; return the leave-one-out loss of each labelled example, (n,)."""
     # No weights move in a rehearsal, so its length need not be a multiple of `every`.
     settings = attrs.evolve(experiment.settings, every=1)
@@ -106,6 +118,7 @@ def _loss(experiment: Experiment, start: Pretraining, repeat: int, name: str, we
             f"rehearsal-{repeat}-{name}",
             pretraining(short, model, weights, drawn=True),
             short.pretraining_steps,
+            title=title,
             seed=derive_seed(experiment.seed, "rehearsal", repeat),
             labels=False,
         )

@@ -83,6 +83,10 @@ class ThreeLevels(Method):
         # Each chunk is evaluated again in the backward pass.
         return steps + measurements * 2 * (views + 2 * chunks)
 
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return the outer steps, each of which moves the weights."""
+        return experiment.settings.schedule(experiment.steps)[:1]
+
     def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:
         """Return the three levels, which train `model` in place."""
         settings, task = experiment.settings, experiment.task

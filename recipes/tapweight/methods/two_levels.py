@@ -74,6 +74,10 @@ class TwoLevels(Method):
         # The first outer step has no cotangent of an earlier step, and evaluates the losses of pretraining once more.
         return experiment.pretraining_steps * each + outer + each
 
+    def phases(self, experiment: Experiment) -> tuple[int, ...]:
+        """Return the outer steps, each of which moves the weights."""
+        return experiment.settings.schedule(experiment.steps)[:1]
+
     def problem(self, experiment: Experiment, model: Pretraining) -> mlopt.Problem:
         """Return the two levels, which train `model` in place."""
         settings, task, objectives = experiment.settings, experiment.task, experiment.objectives

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 
 from mlopt.validation import shown
 
-from ..examples import Examples, check_limit, gather
+from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
 from ..labels import is_empty, labels_of, number_of
 from ..names import suggestion
 from ..tables import SUFFIXES, is_folder, list_of, table_of
 from .columns import columns_of, smiles_column_of
-from .graphs import graph_of, import_extra
+from .graphs import import_extra
+from .packed import graphs_of
 from .sdf import sdf_table
 
 if TYPE_CHECKING:
@@ -256,19 +258,26 @@ def _molecules(
     meanings: tuple[Labels, ...],
     *,
     notes: tuple[str, ...],
+    limit: int | None = None,
     **options: Any,
 ) -> Molecules:
-    """Turn records (line, SMILES and label cells) into molecules; `options` are those of `gather`."""
+    """Turn records (line, SMILES and label cells) into molecules; `limit` and `options` are those of `gather`."""
 
-    def example(row: int, record: tuple[Any, Sequence[Any]]) -> Data:
-        smiles, cells = record
-        graph = graph_of(str(smiles or "").strip())
+    def example(row: int, record: tuple[Data | UnusableError, Sequence[Any]]) -> Data:
+        graph, cells = record
+        if isinstance(graph, UnusableError):
+            raise graph
         if meanings:
             labels = [y for each, cell in zip(meanings, cells, strict=True) for y in _label(source, row, each, cell)]
             graph.y = torch.tensor([labels], dtype=torch.float32)
         return graph
 
-    gathered = gather(records, example, source, noun="molecule", **options)
+    listed = list(records)
+    smiles = [str(cell or "").strip() for _, (cell, _) in listed]
+    # Rows beyond the limit take the places of those that are left out.
+    graphs = itertools.chain(graphs_of(smiles[:limit]), graphs_of(smiles[limit:]) if limit is not None else ())
+    rows = ((row, (graph, cells)) for (row, (_, cells)), graph in zip(listed, graphs, strict=True))
+    gathered = gather(rows, example, source, noun="molecule", limit=limit, **options)
     return Molecules(**gathered, meanings=meanings, label_names=_names(meanings), notes=notes)
 
 

@@ -10,7 +10,7 @@ import attrs
 from tyro.conf import arg
 
 from mlopt.rng import seed_everything
-from mlopt.validation import at_least
+from mlopt.validation import at_least, share
 
 from ..command import command
 from ..metrics import MetricName
@@ -96,7 +96,7 @@ class EncoderSettings:
 
     width: int = attrs.field(default=128, validator=at_least(1))
     layers: int = attrs.field(default=4, validator=at_least(1))
-    dropout: float = attrs.field(default=0.0, validator=at_least(0.0))
+    dropout: float = attrs.field(default=0.0, validator=share)
     norm: Literal["batch", "layer"] = "batch"
     pooling: Literal["mean", "sum"] = "mean"
     residual: bool = False

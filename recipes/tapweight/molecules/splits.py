@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..files import DataError
 from ..splits import EIGHT_ONE_ONE, NAMES, check_fractions, ends_of, random_split, stratified_split
+from .cache import cached
 from .graphs import import_extra, unmapped
+from .workers import by_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,10 +103,20 @@ def balanced_scaffold_split(
 
 def _groups(smiles: Sequence[str], *, chirality: bool) -> list[list[int]]:
     """Return the indices of the molecules of each scaffold, in the order of its first molecule."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, molecule in enumerate(smiles):
-        groups[_scaffold(index, molecule, chirality=chirality)].append(index)
+
+    def compute() -> dict[str, Tensor]:
+        chunks = by_chunks(partial(_scaffolds, chirality=chirality), smiles, "scaffolds")
+        numbers: dict[str, int] = {}
+        return {"numbers": torch.tensor([numbers.setdefault(each, len(numbers)) for chunk in chunks for each in chunk])}
+
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, number in enumerate(cached(f"scaffolds {chirality}", smiles, compute)["numbers"].tolist()):
+        groups[number].append(index)
     return list(groups.values())
+
+
+def _scaffolds(first: int, smiles: Sequence[str], *, chirality: bool) -> list[str]:
+    return [_scaffold(first + index, text, chirality=chirality) for index, text in enumerate(smiles)]
 
 
 def _checked(splits: dict[Split, list[int]], scaffolds: int) -> dict[Split, list[int]]:

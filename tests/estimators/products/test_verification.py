@@ -121,6 +121,22 @@ def test_differences_are_right_for_a_stopped_gradient_with_a_symmetric_jacobian(
         assert result.reports["y"].doubtful
 
 
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+def test_a_loss_that_raises_beside_the_present_point_is_in_doubt(products: str) -> None:
+    """It cannot be compared with differences, and its product may be wrong."""
+
+    def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        if bool((module().detach().abs() > 1).any()):
+            raise ValueError("outside the unit cube")
+        return (module() - x()).square().sum()
+
+    problem = two(inner, torch.tensor([1.0, -1.0, 1.0, -1.0]), products)
+    result = mlopt.hypergradient(problem)
+    assert result.gradient["value"].tolist() == pytest.approx([2.0, -2.0, 2.0, -2.0])
+    for _ in range(2):  # a doubt stays
+        assert any("outside the unit cube" in sentence for sentence in doubts(problem))
+
+
 class BadTanh(torch.autograd.Function):
     """tanh, with a backward that forgets that its own result varies."""
 

@@ -129,7 +129,9 @@ def output_of_process(arguments: list[str], folder: Path) -> str:
         [sys.executable, "-m", "mlopt", *arguments],
         cwd=folder, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    # A phase that lasts on a busy machine prints lines, which begin with its number.
+    warned = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert (done.returncode, warned) == (0, [])
     return done.stdout
 
 

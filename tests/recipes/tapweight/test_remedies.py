@@ -16,7 +16,7 @@ RECIPES = Path(configuration.__file__).parent
 #: Option groups that belong to one modality, by the folder of their messages.
 MODALITIES = {"molecules": MoleculeConfiguration, "text": TextConfiguration}
 #: Options of every command, another name of --seeds, options of `predict`, and an option of pip.
-OTHERS = {"--resume", "--overwrite", "--config", "--help", "--seed", "--input", "--columns", "--no-deps"}
+OTHERS = {"--resume", "--overwrite", "--plan", "--config", "--help", "--seed", "--input", "--columns", "--no-deps"}
 
 
 def options_of(kind: type) -> set[str]:

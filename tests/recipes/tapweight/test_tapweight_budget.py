@@ -72,18 +72,8 @@ def test_a_run_within_a_budget_states_what_each_method_takes(capsys: pytest.Capt
     }
     line = " ".join(capsys.readouterr().out.split())
     assert "Pretraining takes at most 240 encoder passes (direct 0, equal 120, rehearsal 120): about" in line
-    assert "on this machine, then finetuning." in line
-
-
-def test_a_time_has_a_unit_that_suits_it() -> None:
-    experiment = attrs.evolve(recipe().experiment(1, progress=False), seconds_per_pass=0.5)
-    assert [experiment.duration(passes) for passes in (1, 60, 120, 840, 14_400)] == [
-        "1 second",
-        "30 seconds",
-        "1 minute",
-        "7 minutes",
-        "2 hours",
-    ]
+    # Three encoders are finetuned for two epochs of the 24 training examples in batches of 8; two scores of each of two splits.
+    assert "on this machine. Finetuning takes at most" in line
 
 
 def test_tasks_share_the_phases_that_do_not_depend_on_labels(tmp_path: Path) -> None:

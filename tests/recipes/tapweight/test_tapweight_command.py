@@ -101,7 +101,7 @@ ERRORS = {
         ("--strict", "corpus.smi, row 41: 'C1CC' is not a molecule"),
         ("--objectives contrastive", "objectives=['contrastive']; give at least two"),
         ("--steps 3 --every 4", "steps=3 at every=4: the weights never move; take at least 4 steps"),
-        ("--dropout 1", "dropout must be at least 0 and below 1; got 1.0"),
+        ("--dropout 1", "--dropout=1.0; it must be a number >= 0 and < 1"),
         ("--corpus-limit 15", "fingerprint_clusters needs at least 20 molecules; the corpus has 15"),
         ("--config nothing.toml", "nothing.toml: no such file; give the path of a configuration"),
         ("--config train.csv", "train.csv: a configuration is a .toml or a .json file"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..graphs import import_extra
 from .regression import Regression
-from .targets import parse
+from .targets import by_molecule, kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from ...encoder import Encoder
 
 
+@kept
 def partial_charges(corpus: Sequence[Data]) -> list[Tensor]:
     """Return the Gasteiger charge of each atom without its hydrogens, float32 (atoms, 1) for each molecule.
 
     A molecule that holds an element without parameters (selenium, tin, platinum) has NaN for all of its atoms.
     """
+    return by_molecule(_charges, corpus, "charges")
+
+
+def _charges(molecules: Sequence[Any]) -> list[Tensor]:
     compute = import_extra("rdkit.Chem.rdPartialCharges").ComputeGasteigerCharges
-    molecules = parse(corpus)
     for molecule in molecules:
         compute(molecule)
     return [
-        torch.tensor([[atom.GetDoubleProp("_GasteigerCharge")] for atom in molecule.GetAtoms()])
+        torch.tensor([[atom.GetDoubleProp("_GasteigerCharge")] for atom in molecule.GetAtoms()], dtype=torch.float32)
         for molecule in molecules
     ]
 

@@ -13,7 +13,7 @@ from mlopt.validation import is_whole
 
 from ...objective import Objective, prepared
 from ..graphs import import_extra
-from .targets import attach, parse, varying_columns
+from .targets import attach, kept, parse, varying_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +43,7 @@ def contexts(molecule: Any, inner: int, outer: int) -> list[Context]:
     ]
 
 
+@kept
 def context_classes(corpus: Sequence[Data], inner: int, outer: int, classes: int) -> list[Tensor]:
     """Return the class of each atom's context, long (atoms,) for each molecule.
 
@@ -51,7 +52,7 @@ def context_classes(corpus: Sequence[Data], inner: int, outer: int, classes: int
     numbers: dict[Context, int] = {}
     rows = [
         torch.tensor([numbers.setdefault(context, len(numbers)) for context in contexts(molecule, inner, outer)])
-        for molecule in parse(corpus)
+        for molecule in parse([graph.smiles for graph in corpus])
     ]
     counts = torch.cat(rows).bincount().tolist()
     ranked = sorted(numbers, key=lambda context: (-counts[numbers[context]], context))[:classes]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +12,7 @@ from mlopt.errors import ArgumentError
 from ...files import DataError
 from ..graphs import import_extra
 from .regression import Regression
-from .targets import parse
+from .targets import by_molecule, kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,7 @@ FAMILIES = {
 _HEAVY_TAILED = ("BertzCT", "Kappa3")
 
 
+@kept
 def descriptors(corpus: Sequence[Data], properties: Sequence[str]) -> Tensor:
     """Return properties of each molecule, float32 (M, F), in their own units, NaN where RDKit does not define them.
 
@@ -86,7 +88,7 @@ def descriptors(corpus: Sequence[Data], properties: Sequence[str]) -> Tensor:
     for name in properties:
         if name not in known:
             raise ArgumentError(f"RDKit has no descriptor {name!r}; rdkit.Chem.Descriptors.descList lists its names")
-    table = torch.tensor([[float(known[name](molecule)) for name in properties] for molecule in parse(corpus)])
+    table = torch.cat(by_molecule(partial(_rows, properties=properties), corpus, "descriptors"))
     for row, column in table.isinf().nonzero().tolist():
         raise DataError(
             f"{properties[column]} of molecule {row} of the corpus, {corpus[row].smiles!r}, is not finite in float32; "
@@ -95,6 +97,12 @@ def descriptors(corpus: Sequence[Data], properties: Sequence[str]) -> Tensor:
     heavy = [column for column, name in enumerate(properties) if name in _HEAVY_TAILED]
     table[:, heavy] = table[:, heavy].sign() * table[:, heavy].abs().log1p()
     return table
+
+
+def _rows(molecules: Sequence[Any], properties: Sequence[str]) -> Tensor:
+    known = dict(import_extra("rdkit.Chem.Descriptors").descList)
+    rows = [[float(known[name](molecule)) for name in properties] for molecule in molecules]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 class Descriptors(Regression):

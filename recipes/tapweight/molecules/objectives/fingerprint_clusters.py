@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from mlopt.errors import ArgumentError
 from ...files import DataError
 from ...objective import Objective, prepared
 from ..graphs import import_extra
-from .targets import attach, parse
+from .targets import attach, by_molecule, kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +31,20 @@ _MOLECULES_PER_CLUSTER = 10
 def morgan_fingerprints(corpus: Sequence[Data]) -> Any:
     """Return the Morgan fingerprints (radius 2, 1,024 bits) of a corpus, a scipy sparse float32 matrix (M, 1024)."""
     sparse = import_extra("scipy.sparse")
+    parts = by_molecule(_bits, corpus, "fingerprints")
+    return sparse.vstack([sparse.csr_matrix(bits.numpy(), dtype="float32") for bits in parts])
+
+
+def _bits(molecules: Sequence[Any]) -> Tensor:
     generator = import_extra("rdkit.Chem.rdFingerprintGenerator").GetMorganGenerator(radius=2, fpSize=_BITS)
-    bits = [list(generator.GetFingerprint(molecule).GetOnBits()) for molecule in parse(corpus)]
-    rows = [row for row, on in enumerate(bits) for _ in on]
-    columns = [column for on in bits for column in on]
-    ones = torch.ones(len(columns)).numpy()
-    return sparse.csr_matrix((ones, (rows, columns)), shape=(len(bits), _BITS))
+    return torch.stack([torch.from_numpy(generator.GetFingerprintAsNumPy(molecule)) for molecule in molecules])
+
+
+@kept
+def clusters_of(corpus: Sequence[Data], numbers: tuple[int, ...], seed: int) -> Tensor:
+    """Return the k-means clusters of each fingerprint, long (M, numbers), for each number of clusters."""
+    fingerprints = morgan_fingerprints(corpus)
+    return torch.stack([cluster(fingerprints, number, seed) for number in numbers], 1)
 
 
 def cluster(fingerprints: Any, clusters: int, seed: int) -> Tensor:
@@ -73,18 +82,18 @@ class FingerprintClusters(Objective):
         Raises:
             ValueError: the corpus has fewer than 20 molecules.
         """
-        fingerprints, self.classes, self.remarks = None, [], []
+        self.classes, self.remarks = [], []
         most = len(corpus) // _MOLECULES_PER_CLUSTER
-        for number in self.clusters:
+        numbers = tuple(min(number, most) for number in self.clusters)
+        clusters = functools.cache(lambda: clusters_of(corpus, numbers, seed))
+        for column, number in enumerate(self.clusters):
 
-            def compute(number: int = number) -> Tensor:
-                nonlocal fingerprints
+            def compute(column: int = column, number: int = number) -> Tensor:
                 if most < 2:
                     raise DataError(f"{self.name} needs at least 20 molecules; the corpus has {len(corpus)}")
                 if number > most:
                     self.remarks.append(f"{number} clusters reduced to {most}: the corpus has {len(corpus)} molecules")
-                fingerprints = morgan_fingerprints(corpus) if fingerprints is None else fingerprints
-                return cluster(fingerprints, min(number, most), seed)
+                return clusters()[:, column]
 
             self.classes.append(int(attach(corpus, f"clusters_{number}", compute).max()) + 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,7 @@ from mlopt.validation import is_whole
 
 from ..graphs import import_extra
 from .regression import Regression
-from .targets import parse
+from .targets import by_molecule, kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 
+@kept
 def common_environments(corpus: Sequence[Data], most: int) -> Tensor:
     """Return how often each molecule has the environments that the most molecules have, uint8 (M, at most `most`).
 
@@ -31,11 +32,17 @@ def common_environments(corpus: Sequence[Data], most: int) -> Tensor:
         corpus: the molecules.
         most: the largest number of environments.
     """
-    generator = import_extra("rdkit.Chem.rdFingerprintGenerator").GetMorganGenerator(radius=2)
-    counts = [generator.GetSparseCountFingerprint(molecule).GetNonzeroElements() for molecule in parse(corpus)]
+    counts: list[dict[int, int]] = [dict(rows.tolist()) for rows in by_molecule(_environments, corpus, "environments")]
     molecules = Counter(environment for row in counts for environment in row)
     chosen = sorted(molecules, key=lambda environment: (-molecules[environment], environment))[:most]
     return torch.tensor([[min(row.get(environment, 0), 255) for environment in chosen] for row in counts]).byte()
+
+
+def _environments(molecules: Sequence[Any]) -> list[Tensor]:
+    """Return the identifier and the count of each environment of each molecule, long (environments, 2)."""
+    generator = import_extra("rdkit.Chem.rdFingerprintGenerator").GetMorganGenerator(radius=2)
+    counts = [generator.GetSparseCountFingerprint(molecule).GetNonzeroElements() for molecule in molecules]
+    return [torch.tensor(list(row.items()), dtype=torch.long).reshape(-1, 2) for row in counts]
 
 
 class FingerprintCounts(Regression):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from mlopt.errors import ArgumentError
 
 from ...files import DataError
+from ..cache import cached
 from ..graphs import import_extra
+from ..workers import by_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch_geometric.data import Data
+
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
 def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor | list[Tensor]]) -> Tensor:
@@ -58,18 +63,62 @@ def _check_atoms(graphs: Sequence[Data], rows: Sequence[Tensor]) -> None:
             )
 
 
-def parse(corpus: Sequence[Data]) -> list[Any]:
-    """Return the RDKit molecules of a corpus, from each graph's `smiles`.
+def kept(function: F) -> F:
+    """Decorate a function of a corpus and settings: its table, as `attach` takes it, is kept in the cache.
+
+    The name of the function, the settings and the SMILES must determine the table.
+    """
+
+    @functools.wraps(function)
+    def wrapped(corpus: Sequence[Data], *settings: Any) -> Tensor | list[Tensor]:
+        def compute() -> dict[str, Tensor]:
+            table = function(corpus, *settings)
+            if isinstance(table, list):
+                return {"rows": torch.cat(table), "lengths": torch.tensor([len(rows) for rows in table])}
+            return {"table": table}
+
+        tensors = cached(f"{function.__name__} {settings}", [graph.smiles for graph in corpus], compute)
+        if "table" in tensors:
+            return tensors["table"]
+        return list(torch.split(tensors["rows"], tensors["lengths"].tolist()))
+
+    return cast("F", wrapped)
+
+
+def by_molecule(
+    function: Callable[[list[Any]], Tensor | list[Tensor]], corpus: Sequence[Data], noun: str
+) -> list[Tensor]:
+    """Return the tables of consecutive parts of a corpus, computed in several processes.
+
+    Args:
+        function: takes molecules of RDKit, and returns a table with a row for each, or a list with a tensor for each.
+        corpus: the molecules.
+        noun: the plural of what is computed, for the progress bar.
+
+    Raises:
+        ValueError: a SMILES that RDKit refuses; the message gives its row.
+    """
+    chunks = by_chunks(functools.partial(_chunk, function), [graph.smiles for graph in corpus], noun)
+    return [torch.from_numpy(table) for tables in chunks for table in tables]
+
+
+def _chunk(function: Callable[[list[Any]], Tensor | list[Tensor]], first: int, smiles: Sequence[str]) -> list[Any]:
+    result = function(parse(smiles, first))
+    return [table.numpy() for table in (result if isinstance(result, list) else [result])]
+
+
+def parse(smiles: Sequence[str], first: int = 0) -> list[Any]:
+    """Return the molecules of some SMILES, the first of which is the corpus's molecule `first`.
 
     Raises:
         ImportError: RDKit is not installed.
         ValueError: a SMILES that RDKit refuses; the message gives its row.
     """
     chem = import_extra("rdkit.Chem")
-    molecules = [chem.MolFromSmiles(graph.smiles) for graph in corpus]
+    molecules = [chem.MolFromSmiles(text) for text in smiles]
     for row, molecule in enumerate(molecules):
         if molecule is None:
-            raise DataError(f"molecule {row} of the corpus is not a SMILES that RDKit reads: {corpus[row].smiles!r}")
+            raise DataError(f"molecule {first + row} of the corpus is not a SMILES that RDKit reads: {smiles[row]!r}")
     return molecules
 
 
