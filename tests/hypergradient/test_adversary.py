@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from adversary_cases import ALONE, NESTED, SHAPES, Spec, specs
+from adversary_cases import ALONE, NESTED, SHAPES, LevelTraps, Spec, specs
 from adversary_problems import Case, UnsolvedError, Verdict, tolerance, verdict
 from core_cases import drawn
 from hypothesis import HealthCheck, assume, given, settings
@@ -120,3 +120,11 @@ def test_zeros_without_storage_do_not_end_the_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "right"), done.stderr
+
+
+def test_a_mask_that_the_first_column_does_not_show_is_in_doubt() -> None:
+    """Differences of a dense solve are verified along a full direction; the first one, a unit vector, decides their steps."""
+    inner = LevelTraps(optimizer="adam", frozen=True, hook=True)
+    middle = LevelTraps(optimizer="adam", regularizer=True)
+    spec = Spec(shape="chain", net="mlp", products="finite_difference", middle=middle, inner=inner, mapping=True)
+    assert attempt(spec)[1].kind == "doubtful"
