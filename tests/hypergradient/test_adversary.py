@@ -128,3 +128,10 @@ def test_a_mask_that_the_first_column_does_not_show_is_in_doubt() -> None:
     middle = LevelTraps(optimizer="adam", regularizer=True)
     spec = Spec(shape="chain", net="mlp", products="finite_difference", middle=middle, inner=inner, mapping=True)
     assert attempt(spec)[1].kind == "doubtful"
+
+
+def test_a_stopped_gradient_that_the_first_direction_hardly_meets_is_in_doubt() -> None:
+    """One random direction more shows it: along the first, the discrepancy is below what is certain."""
+    middle, inner = LevelTraps(optimizer="adam"), LevelTraps(stop_outer=True)
+    spec = Spec(seed=101, shape="nested_referred", activation="elu", estimator="cg", middle=middle, inner=inner)
+    assert attempt(spec)[1].kind == "doubtful"

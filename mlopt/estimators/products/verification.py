@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -42,6 +43,8 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     derivative by the wanted blocks W. Two comparisons show if it is:
 
         product = d/ds g_W(D + s v),        <product, p> = <v, d/ds g_D(W + s p)>    for one p.
+
+    Both are made for the direction that is asked for, and for a random one.
 
     The first fails if torch differentiates a kernel or a custom function wrongly, or if a loss stops gradients. The second
     fails if g is not the derivative of a function, which stopped gradients and hooks can cause; then the first can hold for
@@ -179,12 +182,40 @@ class _Check:
         value = self._flattened(result)
         if not math.isfinite(float(norm(value))):
             return None
-        straight = self._differences or (self._expected is not None and _gap(value, self._expected) <= self._close)
-        if not straight and (gap := self._tried("straight", self._straight, last=True)) is not None:
-            return gap
-        if self._transposed and not self._tried("transposed", lambda: self._transposes(value)):
-            return self._tried("transposed", self._transposed_gap, last=True)
+        return self._compared(self._direction, value, self._expected) or self._compared(*self._another())
+
+    def _compared(self, direction: Vectors, value: Tensors, expected: Tensors | None) -> float | None:
+        """Return the discrepancy of the product with one direction, in either comparison, if it is certain."""
+        straight = self._differences or (expected is not None and _gap(value, expected) <= self._close)
+        if not straight:
+            gap = self._tried("straight", partial(self._straight, direction), last=True)
+            if gap is not None:
+                return gap
+        if self._transposed and not self._tried("transposed", partial(self._transposes, direction, value)):
+            return self._tried("transposed", partial(self._transposed_gap, direction), last=True)
         return None
+
+    def _another(self) -> tuple[Vectors, Tensors, Tensors | None]:
+        """Return a random direction, its product and its difference: the first direction may hardly meet what is wrong."""
+        generator = torch.Generator().manual_seed(2)
+
+        def drawn(x: Tensor, variable: Tensor) -> Tensor:
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+            masked = bool(variable._backward_hooks) and bool(x.any())
+            return noise * (x != 0) if masked else noise
+
+        values, size = self._product.term.values, norm(_flat(self._direction))
+        other = {
+            block: tuple(drawn(x, variable) for x, variable in zip(vectors, values[block], strict=True))
+            for block, vectors in self._direction.items()
+        }
+        share = size / norm(_flat(other))
+        other = {block: tuple((share * x).to(x.dtype) for x in vectors) for block, vectors in other.items()}
+        value, difference = (
+            self._flattened(self._product(other, self._wanted)),
+            partial(self._difference, other, self._wanted),
+        )
+        return other, value, None if self._differences else self._tried("straight", difference)
 
     @property
     def failure(self) -> Exception | None:
@@ -221,11 +252,11 @@ class _Check:
         step = difference.step(torch.where(reach > 0, reach, 1.0))
         return _flat(difference(step))
 
-    def _transposes(self, value: Tensors) -> bool:
+    def _transposes(self, direction: Vectors, value: Tensors) -> bool:
         """Return whether <product, p> = <v, d/ds g_D(W + s p)>, roughly."""
         along = cut(self._probe(value), self._wanted, self._product.term.values)
-        moved = self._difference(along, list(self._direction))
-        left, right = float(dot(value, _flat(along))), float(dot(_flat(self._direction), moved))
+        moved = self._difference(along, list(direction))
+        left, right = float(dot(value, _flat(along))), float(dot(_flat(direction), moved))
         return abs(left - right) <= self._close * max(abs(left), abs(right))
 
     def _probe(self, value: Tensors) -> Tensors:
@@ -242,20 +273,20 @@ class _Check:
         size = norm(value)
         return axpy(size / norm(drawn), drawn, value) if float(size) else tuple(drawn)
 
-    def _straight(self) -> float | None:
+    def _straight(self, direction: Vectors) -> float | None:
         """Return the discrepancy between the product and differences in double precision, if it is certain."""
         term = self._product.term
         with in_double_precision(term.point):
-            direction = {block: _double(vectors) for block, vectors in self._direction.items()}
+            direction = {block: _double(vectors) for block, vectors in direction.items()}
             value = _double(self._flattened(self._product.renewed()(direction, self._wanted)))
             expected, error = _settled(Difference(term, direction, self._wanted))
         return _certain(norm(subtract(value, expected)), max(norm(value), norm(expected)), error, _WRONG)
 
-    def _transposed_gap(self) -> float | None:
+    def _transposed_gap(self, direction: Vectors) -> float | None:
         """Return the discrepancy between both sides of the transposed product in double precision, if it is certain."""
         term = self._product.term
         with in_double_precision(term.point):
-            direction = {block: _double(vectors) for block, vectors in self._direction.items()}
+            direction = {block: _double(vectors) for block, vectors in direction.items()}
             error = 0.0
             if self._differences:  # at shorter steps than those of the product, which kinks spoil
                 value, error = _settled(Difference(term, direction, self._wanted))
