@@ -105,7 +105,9 @@ class LinearizedSolution:
         self._refuse_tangents(cotangent)
         wanted = [name for name, flags in self._cut(needed).items() if any(flags)]
         with self._linearizing() as point:
-            pulled = pull_back(point, self._level.name, {self._level.name: cotangent}, wanted)
+            pulled = pull_back(
+                point, self._level.name, {self._level.name: tuple(x.detach() for x in cotangent)}, wanted
+            )
         zeros = {name: zeros_like(self._values[name]) for name in self._arguments}
         flat = [x for name in self._arguments for x in pulled.get(name, zeros[name])]
         return [x.to(like) if need else None for x, like, need in zip(flat, self._inputs(), needed, strict=True)]
@@ -113,7 +115,9 @@ class LinearizedSolution:
     def pushforward(self, tangents: Sequence[Tensor | None]) -> Tensors:
         """Return (dx*/du) u_dot; a tangent that is None is zero."""
         self._pushed = True
-        filled = [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, self._inputs(), strict=True)]
+        filled = [
+            torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tangents, self._inputs(), strict=True)
+        ]
         with self._linearizing() as point:
             estimator = point.estimator(self._level.name)
             assert estimator is not None
