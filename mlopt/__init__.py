@@ -32,7 +32,19 @@ from .estimators import (
     ValueFunction,
 )
 from .hypergradient import Hypergradient, hypergradient
-from .problem import Level, Mixture, Problem, Report, Response, Variables, game, variables
+from .problem import (
+    Level,
+    Mixture,
+    Problem,
+    Report,
+    Response,
+    Stacked,
+    Variables,
+    game,
+    over_tasks,
+    stacked,
+    variables,
+)
 from .solution import LevelSolution, solution
 from .solving import (
     Callback,
@@ -91,6 +103,7 @@ __all__ = [
     "Response",
     "SecondDerivativeError",
     "Solution",
+    "Stacked",
     "TensorBoardLogger",
     "TrackioLogger",
     "TrustWarning",
@@ -103,7 +116,9 @@ __all__ = [
     "game",
     "hypergradient",
     "linear",
+    "over_tasks",
     "solution",
     "solve",
+    "stacked",
     "variables",
 ]

@@ -146,10 +146,10 @@ def standalone(
     # A response draws the batches of the levels inside from streams.
     solved = _inside_with_solvers(problem, target.name)
     evaluated = [problem[name] for name in (target.name, *solved)] if response is not None else problem.levels
-    batches |= {other.name: workspace.next_batch(other, other.data) for other in evaluated if other.name not in given}
+    batches |= {other.name: workspace.next_batch(other) for other in evaluated if other.name not in given}
     rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
-        name: workspace.next_batch(problem[name], rule.curvature_data, "curvature data")
+        name: workspace.stream(problem[name], rule.curvature_data, "curvature data").take(rule.curvature_batches)
         for name in problem.graph[target.name].interior
         if response is None and (rule := rules[name]) is not None and rule.curvature_data is not None
     }

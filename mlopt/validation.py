@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from .errors import ArgumentError
 
 __all__ = [
     "at_least",
+    "batches_or_none",
     "boolean",
     "is_positive",
     "is_whole",
@@ -88,6 +90,12 @@ boolean = must_be(lambda value: isinstance(value, bool), "True or False")
 positive = must_be(is_positive, "a finite number > 0")
 share = must_be(lambda value: value == 0 or (is_positive(value) and value < 1), "a number >= 0 and < 1")
 positive_or_none = must_be(lambda value: value is None or is_positive(value), "a finite number > 0, or None")
+
+
+batches_or_none = must_be(
+    lambda value: value is None or (isinstance(value, Iterable) and not isinstance(value, (Iterator, Tensor))),
+    "batches that can be iterated repeatedly, such as a DataLoader or a list, or None",
+)
 
 
 def one_of(*values: object) -> Validator:

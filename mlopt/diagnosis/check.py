@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import EstimatorError, SecondDerivativeError
 from ..estimators import Dense, Implicit
 from ..hypergradient import Hypergradient, standalone
-from ..problem import Problem, Report, Workspace
+from ..problem import Estimator, Problem, Report, Workspace
 from ..rng import preserved
 from ..tensors import Tensors, dot, flatten, norm, subtract, unflatten
 from ..validation import is_positive, is_whole, require
@@ -134,9 +134,9 @@ def check_hypergradient(
 ) -> Check:
     """Compare the estimators of a problem with an oracle, at the present point; raise if they disagree.
 
-    "dense" replaces every estimator by `Dense`: the exact implicit derivative at this point. It measures how well the
-    linear systems are solved. "resolve" does not rely on implicit differentiation: with u the variables of the level, x*(u)
-    the levels inside, minimised again by L-BFGS, and unit directions d,
+    "dense" replaces every estimator by `Dense`: the exact implicit derivative at this point, with the Hessian on the same
+    batches. It measures how well the linear systems are solved. "resolve" does not rely on implicit differentiation: with u the
+    variables of the level, x*(u) the levels inside, minimised again by L-BFGS, and unit directions d,
 
         <gradient, d>   against   (f(u + h d, x*(u + h d)) - f(u - h d, x*(u - h d))) / 2h.
 
@@ -194,7 +194,7 @@ def _against_dense(
                 f"check_hypergradient: level {pulled.name!r} has {size:,} variables, and the dense oracle writes out the "
                 f"Hessian of at most {_DENSE_LIMIT:,}; use oracle='resolve'"
             )
-    exact = {level.name: Dense(limit=_DENSE_LIMIT) for level in problem if problem.responds(level.name)}
+    exact = {level.name: _exact(level.estimator) for level in problem if problem.responds(level.name)}
     try:
         truth = standalone(problem, batches, estimate.level, seed, Workspace(), exact)
     except SecondDerivativeError as error:
@@ -213,6 +213,14 @@ def _against_dense(
         reports=estimate.reports,
         remarks=tuple(remarks),
     )
+
+
+def _exact(estimator: Estimator | None) -> Dense:
+    """Return the oracle for an estimator: with the Hessian on the same batches."""
+    if estimator is None:
+        return Dense(limit=_DENSE_LIMIT)
+    data, batches = estimator.curvature_data, estimator.curvature_batches
+    return Dense(limit=_DENSE_LIMIT, curvature_data=data, curvature_batches=batches)
 
 
 def _against_resolved(

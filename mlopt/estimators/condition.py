@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import attrs
 
@@ -11,7 +11,7 @@ from ..errors import NonFiniteError
 from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
 from ..problem import Block, Bounds, FixedPoint, Linearization, Objective, Point, Report, ResidualTerm, Term, Vectors
 from ..tensors import Tensors, add, norm, scale, zeros_like
-from .products import Product, SecondDerivatives
+from .products import MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .recording import doubt_unsteady, record
 
 __all__ = ["Condition"]
@@ -69,10 +69,11 @@ class Condition(Linearization):
         self._decay = fixed.terms(name, point)
         term = ResidualTerm(point, level, sign=fixed.sign)
         self._row: Block = term.multiplier
-        self._derivatives = self._curvature = SecondDerivatives(Objective((term,)), product)
-        if name in point.curvature_batches:
-            other = ResidualTerm(point, level, point.curvature_batches, fixed.sign)
-            self._curvature = SecondDerivatives(Objective((other,)), product)
+        self._derivatives = SecondDerivatives(Objective((term,)), product)
+        self._curvature: SecondDerivatives | MeanSecondDerivatives = self._derivatives
+        if batches := point.curvature_batches.get(name):
+            residual_on = partial(ResidualTerm, point, level, sign=fixed.sign)
+            self._curvature = on_batches(level, batches, residual_on, (), product)
         if fixed.doubt and not isinstance(self._solver, AssumedInverse):
             self.report.doubt(fixed.doubt)
 
@@ -124,7 +125,10 @@ class Condition(Linearization):
         return product
 
     def _products(
-        self, derivatives: SecondDerivatives, direction: Vectors, wanted: Sequence[Block]
+        self,
+        derivatives: SecondDerivatives | MeanSecondDerivatives,
+        direction: Vectors,
+        wanted: Sequence[Block],
     ) -> dict[Block, Tensors]:
         total = derivatives(direction, wanted)
         if derivatives.step is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..problem import (
     Bounds,
     Estimator,
     FixedPoint,
+    LevelTerm,
     Linearization,
     Objective,
     Point,
@@ -27,7 +28,7 @@ from ..problem import (
 )
 from ..tensors import Tensors, dot, norm, scale, zeros_like
 from .condition import Condition
-from .products import PRODUCTS, CompiledProduct, Product, SecondDerivatives
+from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .recording import doubt_unsteady, record
 
 __all__ = ["Implicit", "Stationarity"]
@@ -47,6 +48,9 @@ class Implicit(Estimator):
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
             taken on the level's batch. For a level without levels inside.
+        curvature_batches: number of these batches over which the Hessian of one pullback is averaged, each with equal weight;
+            "all" for those of one epoch. Regularizers count once. Graphs of one batch at a time are in memory; the batches
+            stay where the data hold them.
 
     Example:
         >>> isinstance(mlopt.ConjugateGradient(iterations=5), mlopt.Implicit)
@@ -95,6 +99,7 @@ class Implicit(Estimator):
             "compiled": self.compile,
             "warm start": self.warm_start,
             "curvature data": self.curvature_data is not None,
+            f"{self.curvature_batches} batches": self.curvature_batches != 1,
         }
         return ", ".join(
             [f"{self.solver} with {self.products} products", *(name for name, given in options.items() if given)]
@@ -134,10 +139,12 @@ class Stationarity(Linearization):
             self._find_multipliers(own)
         lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
         self.objective = Objective((*own.terms, *lagrangian))
-        self.second_derivatives = self._curvature = SecondDerivatives(self.objective, estimator.product)
-        if name in point.curvature_batches:
-            other = Objective.minimized(level, point, point.curvature_batches, fixed)
-            self._curvature = SecondDerivatives(other, estimator.product)
+        self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
+        self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
+        if batches := point.curvature_batches.get(name):
+            _, *others = own.terms
+            loss_on = partial(LevelTerm, point, level, "loss", sign=fixed.sign)
+            self._curvature = on_batches(level, batches, loss_on, others, estimator.product)
         hooked = [block for block in self.states if any(p._backward_hooks for p in point.values[block])]
         if self._children and hooked:
             self.report.doubt(
@@ -192,7 +199,9 @@ class Stationarity(Linearization):
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
         return self._apply(self.second_derivatives, direction, wanted)
 
-    def _apply(self, products: SecondDerivatives, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+    def _apply(
+        self, products: SecondDerivatives | MeanSecondDerivatives, direction: Vectors, wanted: Sequence[Block]
+    ) -> dict[Block, Tensors]:
         total = products(direction, wanted)
         if products.step is not None:
             self.report.step = products.step

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, final
+from typing import Any, Literal, final
 
 import attrs
-from torch import Tensor
 
 from .. import linear
 from ..errors import EstimatorError
 from ..problem import Linearization, Point
-from ..validation import boolean, must_be, one_of
+from ..validation import batches_or_none, boolean, is_whole, must_be, one_of
 from .implicit import Implicit, Stationarity
 from .products import PRODUCTS
 from .streamed import Streamed
@@ -116,10 +115,14 @@ def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], valu
         )
 
 
-_batches_or_none = must_be(
-    lambda value: value is None or (isinstance(value, Iterable) and not isinstance(value, (Iterator, Tensor))),
-    "batches that can be iterated repeatedly, such as a DataLoader or a list, or None",
-)
+_count_or_all = must_be(lambda value: value == "all" or is_whole(value, 1), 'a whole number >= 1, or "all"')
+
+
+def _require_data(estimator: Implicit, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value != 1 and estimator.curvature_data is None:
+        raise EstimatorError(
+            f"curvature_batches={value!r} without batches for the Hessian; give curvature_data, such as the level's own loader"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -128,7 +131,10 @@ class _HessianProducts(Implicit):
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
     compile: bool = attrs.field(default=False, validator=[boolean, _require_forward])
-    curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=_batches_or_none, repr=False)
+    curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=batches_or_none, repr=False)
+    curvature_batches: int | Literal["all"] = attrs.field(
+        default=1, validator=[_count_or_all, _require_data], repr=False
+    )
 
     def __attrs_post_init__(self) -> None:
         _ = self.solver  # it checks its arguments
@@ -145,6 +151,8 @@ class LinearSolve(_HessianProducts):
         products: "autograd", "forward", "finite_difference" or, for a level without levels inside, "gauss_newton".
         compile: let torch.compile compile the product with H; for "forward" products.
         curvature_data: batches for H, of their own size; the level's batch if None.
+        curvature_batches: number of them over which H is averaged in each pullback, or "all" for one epoch, in the memory of
+            one. Batches count equally, whatever their size; regularizers count once.
 
     Raises:
         EstimatorError: `curvature_data` is given to a solver that takes no product with H.
@@ -182,6 +190,7 @@ class Neumann(_HessianProducts):
         products: as in `LinearSolve`.
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
+        curvature_batches: as in `LinearSolve`.
 
     Source: Lorraine et al. 2020 (arXiv 1911.02590). One iteration with a warm start is the q update of SOBA (Dagreou et al.
     2022, arXiv 2201.13409).
@@ -221,6 +230,7 @@ class ConjugateGradient(_HessianProducts):
         products: as in `LinearSolve`.
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
+        curvature_batches: as in `LinearSolve`.
 
     Source: Pedregosa 2016 (arXiv 1602.02355); Rajeswaran et al. 2019 (arXiv 1909.04630).
 
@@ -262,6 +272,7 @@ class MINRES(_HessianProducts):
         products: as in `LinearSolve`.
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
+        curvature_batches: as in `LinearSolve`.
 
     Source: Paige & Saunders 1975, SIAM Journal on Numerical Analysis 12(4).
 
@@ -336,6 +347,7 @@ class Nystrom(_HessianProducts):
         products: as in `LinearSolve`.
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
+        curvature_batches: as in `LinearSolve`.
 
     Source: Hataya & Yamada 2023 (arXiv 2302.09726).
 
@@ -367,6 +379,7 @@ class Dense(_HessianProducts):
         products: as in `LinearSolve`.
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
+        curvature_batches: as in `LinearSolve`.
 
     Example:
         >>> from mlopt.testing import quadratic

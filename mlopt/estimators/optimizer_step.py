@@ -62,16 +62,27 @@ class OptimizerStep:
         name: the level.
         used: indices of the variables that are stepped.
         fresh: True if the level's own optimiser starts without state, too.
+        rates: factors on the steps of all variables, each in a shape that expands to that of the variable; none if empty.
     """
 
-    def __init__(self, transformation: Any, point: Point, name: str, used: list[int], *, fresh: bool) -> None:
+    def __init__(
+        self,
+        transformation: Any,
+        point: Point,
+        name: str,
+        used: list[int],
+        *,
+        fresh: bool,
+        rates: Tensors = (),
+    ) -> None:
+        self._rates = rates
         self._clip = point.problem[name].clip
         self._parts: Sequence[_Part] = _parts(transformation, point, name, used, fresh)
         leaves, self._structure = _torchopt().pytree.tree_flatten([part.state for part in self._parts])
         self.initial: Tensors = tuple(leaves)
 
-    def __call__(self, step: Step) -> tuple[Tensors, Tensors]:
-        """Return x_{t+1} and the leaves of s_{t+1}."""
+    def __call__(self, step: Step, rates: Tensors | None = None) -> tuple[Tensors, Tensors]:
+        """Return x_{t+1} and the leaves of s_{t+1}, at other rates if they are given."""
         torchopt = _torchopt()
         moved = list(step.variables)
         states = torchopt.pytree.tree_unflatten(self._structure, step.memory)
@@ -84,16 +95,21 @@ class OptimizerStep:
             for i, variable in zip(part.indices, torchopt.apply_updates(own, along, inplace=False), strict=True):
                 # The count of Adam's steps is in float64, and takes a variable of shape () with it.
                 moved[i] = variable.to(step.variables[i].dtype)
+        rates = self._rates if rates is None else rates
+        if rates:
+            triples = zip(step.variables, moved, rates, strict=True)
+            moved = [before + rate.to(before) * (after - before) for before, after, rate in triples]
         return tuple(moved), tuple(torchopt.pytree.tree_leaves(states))
 
-    def pull(self, step: Step, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Pull cotangents on x_{t+1} and s_{t+1} (zero if empty) back to x_t, g_t and the leaves of s_t."""
-        leaves = (*step.variables, *step.gradient, *step.memory)
+    def pull(self, step: Step, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+        """Pull cotangents on x_{t+1} and s_{t+1} (zero if empty) back to x_t, g_t, the leaves of s_t and the rates."""
+        leaves = (*step.variables, *step.gradient, *step.memory, *self._rates)
         # A step counter is a leaf, too.
         inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in leaves)
         n = len(step.variables)
+        last = 2 * n + len(step.memory)
         with torch.enable_grad():
-            moved, after = self(Step(step.number, inputs[:n], inputs[n : 2 * n], inputs[2 * n :]))
+            moved, after = self(Step(step.number, inputs[:n], inputs[n : 2 * n], inputs[2 * n : last]), inputs[last:])
         pairs = zip((*moved, *after), (*adjoint, *(memory or zeros_like(after))), strict=True)
         traced = [(output, vector) for output, vector in pairs if output.requires_grad]
         gradients = iter(
@@ -106,7 +122,7 @@ class OptimizerStep:
             )
         )
         pulled = tuple(next(gradients) if x.requires_grad else torch.zeros_like(x) for x in inputs)
-        return pulled[:n], pulled[n : 2 * n], pulled[2 * n :]
+        return pulled[:n], pulled[n : 2 * n], pulled[2 * n : last], pulled[last:]
 
 
 def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh: bool) -> list[_Part]:

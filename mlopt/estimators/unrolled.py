@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -12,11 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EstimatorError, NonFiniteError
-from ..problem import Block, Estimator, Linearization, Objective, Point, Report, Vectors, restored, standing_in
+from ..problem import (
+    Block,
+    Estimator,
+    Linearization,
+    Objective,
+    Point,
+    Report,
+    Vectors,
+    add_into,
+    restored,
+    standing_in,
+    to_device,
+)
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
-from ..validation import at_least, is_whole, must_be, one_of
+from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
 from .optimizer_step import OptimizerStep, Step, check_transformation
 from .products import PRODUCTS, SecondDerivatives
+from .referred import Referred, level_of
 
 __all__ = ["Unrolled"]
 
@@ -54,15 +67,22 @@ class Unrolled(Estimator):
             level's own optimiser, which must be torch.optim's SGD, Adam or AdamW, with its present hyperparameters. Inside
             `solve`, or if the level holds an optimiser instance, the steps also start from its present momenta.
             (If a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`.)
+        data: batches of which each virtual step takes the next, with a gradient on that batch; if None, all steps are on the
+            batch of the level.
         start: a level at whose variables the steps start, instead of the present ones; it has the same shapes, and the level's
-            loss names it. It receives the adjoint at x_0, and the optimiser starts without state: this is MAML.
+            loss names it. It receives the adjoint at x_0, and the optimiser starts without state: this is MAML. If the level
+            is stacked (`mlopt.stacked`), the start may have the shapes of one task; it receives the sum over the tasks.
+        learning_rates: a level whose variables r multiply the steps, x_{t+1} = x_t + r (Phi(x_t) - x_t), one tensor r for each
+            variable, in a shape that expands to its own: with an optimiser of learning rate 1, they are learning rates. The
+            level's loss names it. The level's own steps in a run do not use it. Here and in `start`, a place such as "meta.rates"
+            is a submodule of a level's module, so that one level can hold both.
 
     Raises:
         MissingDependencyError: TorchOpt is not installed.
         EstimatorError: `optimizer` is neither a TorchOpt transformation nor None.
 
     Source: Maclaurin et al. 2015 (arXiv 1502.03492); Franceschi et al. 2017 (arXiv 1703.01785); Finn et al. 2017 (arXiv
-    1703.03400) for `start`.
+    1703.03400) for `start`; Li et al. 2017 (arXiv 1707.09835) for `learning_rates`.
 
     Example:
         >>> from functools import partial
@@ -88,10 +108,24 @@ class Unrolled(Estimator):
     checkpoint_every: int | None = attrs.field(default=None, validator=_whole_or_none)
     products: str = attrs.field(default="autograd", validator=one_of(*_EXACT))
     optimizer: Any = attrs.field(default=None)
+    data: Iterable[Any] | None = attrs.field(default=None, validator=batches_or_none, repr=False)
     start: str | None = attrs.field(default=None)
+    learning_rates: str | None = attrs.field(default=None)
 
     def __attrs_post_init__(self) -> None:
         check_transformation(self.optimizer)
+
+    @property
+    def curvature_data(self) -> Iterable[Any] | None:
+        return self.data
+
+    @property
+    def curvature_batches(self) -> int:
+        return self.steps if self.data is not None else 1
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return tuple(level_of(place) for place in (self.start, self.learning_rates) if place is not None)
 
     @contextlib.contextmanager
     def at_solution(self, point: Point, level: str) -> Iterator[None]:
@@ -111,7 +145,8 @@ class Unrolled(Estimator):
 
     def __str__(self) -> str:
         start = f" from {self.start}" if self.start else ""
-        return f"{self.steps} unrolled step{'s' * (self.steps != 1)}{start} with {self.products} products"
+        rates = f" at learning rates {self.learning_rates}" if self.learning_rates else ""
+        return f"{self.steps} unrolled step{'s' * (self.steps != 1)}{start}{rates} with {self.products} products"
 
 
 class _Unrolling(Linearization):
@@ -136,15 +171,15 @@ class _Unrolling(Linearization):
                 trajectory = _Trajectory(self._rule, self._point, self._name, present)
             memory: Tensors = ()
             for held in trajectory.backwards():
-                adjoint, along, memory = trajectory.update.pull(held.step, adjoint, memory)
+                adjoint, along, memory, rates = trajectory.update.pull(held.step, adjoint, memory)
+                if trajectory.rates is not None:
+                    trajectory.rates.add_into(pulled, rates)
                 product = self._product(held, along, wanted)
                 adjoint = add(adjoint, product.pop(self._name))
-                pulled |= {argument: add(pulled[argument], vectors) for argument, vectors in product.items()}
-        if self._rule.start in pulled:
-            start = values[self._rule.start]
-            pulled[self._rule.start] = add(
-                pulled[self._rule.start], tuple(a.to(x) for a, x in zip(adjoint, start, strict=True))
-            )
+                add_into(pulled, product)
+        if (start := trajectory.start) is not None:
+            pairs = zip(adjoint, start.variables, strict=True)
+            start.add_into(pulled, tuple((a if a.dim() == x.dim() else a.sum(0)).to(x) for a, x in pairs))
         self._record(float(norm(adjoint)) / size)
         return pulled
 
@@ -188,24 +223,28 @@ class _Trajectory:
 
     Attributes:
         update: Phi.
+        start: the variables at which the steps start; None for the present ones.
+        rates: the factors on the steps, if there are any.
     """
 
     update: OptimizerStep
 
     def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
         self._rule, self._point, self._level = rule, point, point.problem[name]
-        self._objective = Objective.of(self._level, point)
         self._live = self._level.parameters
         every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
         # The steps since the last checkpoint are held from the first.
         self._every = rule.steps if every == 1 else every
-        variables = present if rule.start is None else self._start(rule.start)
+        self.start, self.rates = self._referred("start"), self._referred("learning_rates")
+        variables = present if self.start is None else self._start_from(self.start)
         _put(self._live, variables)
-        first = self._gradient()
+        first = self._gradient(0)
         used = [i for i, g in enumerate(first) if g is not None]
         self._first = tuple(g for g in first if g is not None)
         self._used = used
-        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=rule.start is not None)
+        rates = () if self.rates is None else self._rates(self.rates)
+        fresh = self.start is not None
+        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=fresh, rates=rates)
         memory = self.update.initial
         self._kept: list[tuple[Tensors, Tensors]] = []
         self._segment: list[_Held] = []
@@ -225,7 +264,7 @@ class _Trajectory:
         for t in range(begin, min(begin + self._every, self._rule.steps)):
             if segment is None:
                 with standing_in(self._point, self._level, _leaves(variables)):
-                    gradient = self._gradient()
+                    gradient = self._gradient(t)
                 filled = tuple(
                     torch.zeros_like(x) if g is None else g for g, x in zip(gradient, variables, strict=True)
                 )
@@ -240,7 +279,7 @@ class _Trajectory:
     def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
         """Trace the gradient at x_t on new leaves, since several steps are held at a time."""
         leaves = _leaves(variables)
-        products = SecondDerivatives(self._objective, PRODUCTS[self._rule.products])
+        products = SecondDerivatives(self._objective(t), PRODUCTS[self._rule.products])
         with standing_in(self._point, self._level, leaves):
             gradient = products.gradient(self._level.name)
         if t == 0:
@@ -259,8 +298,14 @@ class _Trajectory:
                 "changed; the loss must take its parameters from the module argument, not from outside"
             )
 
-    def _gradient(self) -> tuple[Tensor | None, ...]:
-        value = self._objective.value()
+    def _objective(self, t: int) -> Objective:
+        """Return the objective of step t, on the batch of the level or on the step's own."""
+        level, batches = self._level, self._point.curvature_batches.get(self._level.name)
+        own = None if batches is None else {level.name: to_device(batches[t], level.device)}
+        return Objective.of(level, self._point, own)
+
+    def _gradient(self, t: int) -> tuple[Tensor | None, ...]:
+        value = self._objective(t).value()
         if not value.requires_grad:
             return (None,) * len(self._live)
         return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
@@ -276,21 +321,34 @@ class _Trajectory:
             while self._segment:
                 yield self._segment.pop()
 
-    def _start(self, start: str) -> Tensors:
-        name, own = self._level.name, [tuple(x.shape) for x in self._live]
-        if start not in self._point.problem.graph[name].arguments:
+    def _start_from(self, start: Referred) -> Tensors:
+        own = [tuple(x.shape) for x in self._live]
+        if start.shapes not in (own, [shape[1:] for shape in own]):
             raise EstimatorError(
-                f"level {name!r}: Unrolled(start={start!r}), but its loss does not refer to {start!r}; make it one of the loss's "
-                "keyword-only parameters"
+                f"level {self._level.name!r}: Unrolled(start={self._rule.start!r}), whose parameters have shapes {start.shapes}, "
+                f"not {own}; use modules of the same kind for both levels, of which this one may be stacked"
             )
-        variables = self._point.problem[start].parameters
-        shapes = [tuple(x.shape) for x in variables]
-        if shapes != own:
+        return tuple(
+            x.detach().to(own).expand_as(own).contiguous() for x, own in zip(start.variables, self._live, strict=True)
+        )
+
+    def _rates(self, rates: Referred) -> Tensors:
+        own = [tuple(x.shape) for x in self._live]
+        if len(own) != len(rates.shapes) or not all(map(_expands, rates.shapes, own)):
             raise EstimatorError(
-                f"level {name!r}: Unrolled(start={start!r}), whose parameters have shapes {shapes}, not {own}; use "
-                "modules of the same kind for both levels"
+                f"level {self._level.name!r}: Unrolled(learning_rates={self._rule.learning_rates!r}), whose parameters have "
+                f"shapes {rates.shapes}, which do not expand to {own}; give one for each, of its shape or ()"
             )
-        return tuple(x.detach().to(own) for x, own in zip(variables, self._live, strict=True))
+        return tuple(rate.detach() for rate in rates.variables)
+
+    def _referred(self, option: str) -> Referred | None:
+        place: str | None = getattr(self._rule, option)
+        return None if place is None else Referred.of(place, option, self._point, self._level.name)
+
+
+def _expands(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Return True if a tensor of one shape expands to another."""
+    return len(shape) <= len(own) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(own), strict=False))
 
 
 def _leaves(variables: Tensors) -> tuple[nn.Parameter, ...]:

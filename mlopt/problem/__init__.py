@@ -16,6 +16,7 @@ from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
 from .stream import Stream
+from .tasks import Stacked, over_tasks, stacked
 from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
 from .workspace import Workspace
 
@@ -41,6 +42,7 @@ __all__ = [
     "Report",
     "ResidualTerm",
     "Response",
+    "Stacked",
     "Stream",
     "StreamedCotangent",
     "Term",
@@ -59,9 +61,11 @@ __all__ = [
     "faults",
     "game",
     "has_hooks",
+    "over_tasks",
     "own_gradient",
     "require_all_variables",
     "restored",
+    "stacked",
     "standing_in",
     "sum_values",
     "to_device",

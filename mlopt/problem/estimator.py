@@ -7,7 +7,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import attrs
 from torch import Tensor
@@ -164,7 +164,9 @@ class Estimator(ABC):
     """A rule that linearises a level's solution: its pullback is the vector-Jacobian product of x*(u).
 
     Attributes:
-        curvature_data: batches for the Hessian; None to use the level's.
+        curvature_data: batches of the rule's own, for the Hessian or for virtual steps; None to use the level's.
+        curvature_batches: number of these batches that one pullback takes, or "all" of an epoch.
+        references: the levels whose variables the rule uses itself. The level's loss declares them, and need not use them.
         needs_loss: the reason why the rule refuses a level with a residual; empty if it takes both.
         needs_optimizer: True if the rule uses the steps of the level's optimiser, so that a level with a solver of its own
             refuses it.
@@ -179,8 +181,22 @@ class Estimator(ABC):
         True
     """
 
-    curvature_data: Iterable[Any] | None = None
     needs_optimizer: ClassVar[bool] = False
+
+    @property
+    def curvature_data(self) -> Iterable[Any] | None:
+        """Batches of the rule's own, for the Hessian or for virtual steps; None to use the level's."""
+        return None
+
+    @property
+    def curvature_batches(self) -> int | Literal["all"]:
+        """The number of these batches that one pullback takes, or "all" of an epoch."""
+        return 1
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The levels whose variables the rule uses itself."""
+        return ()
 
     @property
     def needs_loss(self) -> str:

@@ -115,9 +115,10 @@ class Inspection:
         """Keep a remark on each level that the loss declares, until an evaluation has a derivative with respect to it."""
         levels, workspace = {other.name: other for other in self._levels}, self._workspace
         # The steps of Unrolled may start at a level: the loss then declares it, and need not use it.
-        start = getattr(self._level.estimator, "start", None)
+        estimator = self._level.estimator
+        own = () if estimator is None else estimator.references
         for name in self._declared:
-            if name == start:
+            if name in own:
                 continue
             key = ("loss", self._level.name, name, self._part)
             if name in reached:

@@ -85,7 +85,7 @@ class Point:
         problem: the problem; its modules hold the variables.
         batches: the batch of each level.
         generators: the state of the random generators for evaluations of each level.
-        curvature_batches: the batch for the Hessian, for each level whose estimator has curvature data.
+        curvature_batches: the batches for the Hessian, for each level whose estimator has curvature data.
         workspace: caches; the problem's if None.
         estimators: estimators by level that replace the problem's.
         carryover: state of the present run; None for pullbacks that do not depend on earlier ones.
@@ -97,7 +97,7 @@ class Point:
         batches: Mapping[str, Any],
         generators: Mapping[str, GeneratorState],
         *,
-        curvature_batches: Mapping[str, Any] | None = None,
+        curvature_batches: Mapping[str, Sequence[Any]] | None = None,
         workspace: Workspace | None = None,
         estimators: Mapping[str, Estimator] | None = None,
         carryover: Carryover | None = None,

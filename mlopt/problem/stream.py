@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ..errors import ProblemError
 from ..rng import GeneratorState, derive_seed, preserved
 from .batch import to_device
+
+T = TypeVar("T")
 
 _END = object()
 
@@ -55,17 +57,31 @@ class Stream:
         """
         if self.data is None:
             return None
+        return self._served(lambda: to_device(self._advance(), self.device))
+
+    def take(self, count: int | Literal["all"]) -> tuple[Any, ...]:
+        """Return several batches where the data hold them, not moved: the next ones, or all of the next epoch.
+
+        Args:
+            count: their number; "all" for the whole of an epoch, which starts with the call.
+
+        Raises:
+            ProblemError: the data hold no batch.
+        """
+        if count == "all":
+            return self._served(self._whole_epoch)
+        return self._served(lambda: tuple(self._advance() for _ in range(count)))
+
+    def _served(self, draw: Callable[[], T]) -> T:
+        """Return what a replay holds, or else draw and record it."""
         if self._replayed:
-            return self._replayed.popleft()
-        if self._draws:
-            with self._isolated():
-                batch = self._advance()
-        else:
-            batch = self._advance()
-        batch = to_device(batch, self.device)
+            replayed: T = self._replayed.popleft()
+            return replayed
+        with self._isolated() if self._draws else contextlib.nullcontext():
+            drawn = draw()
         if self._recorded is not None:
-            self._recorded.append(batch)
-        return batch
+            self._recorded.append(drawn)
+        return drawn
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Any]]:
@@ -138,7 +154,19 @@ class Stream:
                     self.position += 1
                     return batch
             self._start_epoch()
-        raise ProblemError(
+        raise self._empty()
+
+    def _whole_epoch(self) -> tuple[Any, ...]:
+        self._start_epoch()
+        assert self._iterator is not None
+        batches = tuple(self._iterator)
+        self.position = len(batches)
+        if not batches:
+            raise self._empty()
+        return batches
+
+    def _empty(self) -> ProblemError:
+        return ProblemError(
             f"level {self.name!r}: its data hold no batch (with drop_last, is the batch larger than the data?)"
         )
 

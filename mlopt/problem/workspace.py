@@ -56,9 +56,9 @@ class Workspace:
         self.evaluations: dict[tuple[str, str], int] = {}
         self.busy: dict[str, int] = {}
 
-    def next_batch(self, level: Level, data: Any, kind: str = "data") -> Any:
-        """Return the next batch for a standalone call; the arguments are those of `stream`."""
-        return self.stream(level, data, kind).next()
+    def next_batch(self, level: Level) -> Any:
+        """Return the next batch of a level for a standalone call."""
+        return self.stream(level, level.data).next()
 
     def stream(self, level: Level, data: Any, kind: str = "data") -> Stream:
         """Return the stream of batches for standalone calls, from which training does not draw.

@@ -249,7 +249,11 @@ class Gradients:
     def _total_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         """Set `.grad` to the total gradient: average the cotangents over the batches, and pull them back once."""
         interior = self.problem.graph[level.name].interior
-        curvature = {name: stream.next() for name, stream in self.curvature_streams.items() if name in interior}
+        curvature = {
+            name: stream.take(rule.curvature_batches)
+            for name, stream in self.curvature_streams.items()
+            if name in interior and (rule := self.problem[name].estimator) is not None
+        }
         point = Point(
             self.problem, self.batches, self.generators, curvature_batches=curvature, carryover=self.carryover
         )

@@ -227,10 +227,11 @@ class LinearizedSolution:
         for name in self._solved:
             level = self._problem[name]
             if name not in self._batches:
-                self._batches[name] = self._workspace.next_batch(level, level.data)
-            if level.estimator is not None and level.estimator.curvature_data is not None:
-                data = level.estimator.curvature_data
-                self._curvature[name] = self._workspace.next_batch(level, data, "curvature data")
+                self._batches[name] = self._workspace.next_batch(level)
+            rule = level.estimator
+            if rule is not None and rule.curvature_data is not None:
+                stream = self._workspace.stream(level, rule.curvature_data, "curvature data")
+                self._curvature[name] = stream.take(rule.curvature_batches)
 
     def _inputs(self) -> Tensors:
         return tuple(x for name in self._arguments for x in self._values[name])

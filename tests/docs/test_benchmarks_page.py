@@ -168,3 +168,15 @@ def test_every_measurement_in_a_table_of_the_readme_is_on_the_page() -> None:
     assert len(rows) > 10
     assert set(rows) <= set(PAGE.splitlines())
     assert len(README.splitlines()) < 150
+
+
+def test_the_table_of_solutions_is_that_of_the_rows() -> None:
+    rows = rows_of("solutions-2026-11-27.json")
+    ours = {row["problem"]: row["seconds"] for row in rows if row["library"] == "mlopt"}
+    order = {name: k for k, name in enumerate(ours)}
+    expected = [
+        [row["library"], str(row["lines"]), f"{row['error']:.0e}", f"{row['seconds'] / ours[row['problem']]:.2f}"]
+        for row in sorted(rows, key=lambda row: order[row["problem"]])
+    ]
+    cells = table_of(PAGE, "| problem | library | lines | error | time |")
+    assert [[library.lower(), *numbers] for _, library, *numbers in cells] == expected

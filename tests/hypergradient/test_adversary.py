@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import attrs
 import pytest
 import torch
-from adversary_cases import ALONE, NESTED, SHAPES, Spec, specs
+from adversary_cases import ALONE, NESTED, SHAPES, LevelTraps, Spec, specs
 from adversary_problems import Case, UnsolvedError, Verdict, tolerance, verdict
 from core_cases import drawn
 from hypothesis import HealthCheck, assume, given, settings
@@ -103,3 +106,25 @@ def test_the_doctor_calls_no_wrong_hypergradient_safe(trap: str) -> None:
     except mlopt.MloptError:
         return
     assert not diagnosis.safe, f"safe, but {seen.kind}, off by {seen.error}: {seen.sentence}\n{diagnosis}"
+
+
+def test_zeros_without_storage_do_not_end_the_process() -> None:
+    """Forward mode has zeros without storage, and kernels below functorch's transforms read past them (torch 2.13)."""
+    code = (
+        "import torch; torch.set_default_dtype(torch.float64); torch.set_num_threads(1)\n"
+        "from adversary_cases import LevelTraps, Spec\n"
+        "from adversary_problems import Case, verdict\n"
+        "middle, inner = LevelTraps(optimizer='adam', made=True, eps=0.01), LevelTraps(optimizer='adam')\n"
+        "options = dict(shape='nested_referred', net='layer_norm', activation='elu', estimator='cg', products='forward')\n"
+        "print(verdict(Case(Spec(seed=4582, middle=middle, inner=inner, uneven=True, **options))).kind)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "right"), done.stderr
+
+
+def test_a_mask_that_the_first_column_does_not_show_is_in_doubt() -> None:
+    """Differences of a dense solve are verified along a full direction; the first one, a unit vector, decides their steps."""
+    inner = LevelTraps(optimizer="adam", frozen=True, hook=True)
+    middle = LevelTraps(optimizer="adam", regularizer=True)
+    spec = Spec(shape="chain", net="mlp", products="finite_difference", middle=middle, inner=inner, mapping=True)
+    assert attempt(spec)[1].kind == "doubtful"

@@ -8,6 +8,7 @@ from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct
 from .lengths import SMALL, Moves, moves_of, search
+from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
 from .second_derivatives import SecondDerivatives
 
@@ -20,11 +21,13 @@ __all__ = [
     "FiniteDifferenceProduct",
     "ForwardProduct",
     "GaussNewtonProduct",
+    "MeanSecondDerivatives",
     "Moves",
     "Product",
     "SecondDerivatives",
     "full_precision",
     "moves_of",
+    "on_batches",
     "relative_step",
     "search",
 ]

@@ -62,6 +62,9 @@ class _Promotion(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def promote(x: Any) -> Any:
             if isinstance(x, torch.dtype):
                 return torch.float64 if x.is_floating_point else x
+            if isinstance(x, Tensor) and x._is_zerotensor():
+                # Forward mode's zeros without storage: kernels that run below functorch's transforms read past it.
+                return torch.zeros(x.shape, dtype=torch.float64 if x.is_floating_point() else x.dtype, device=x.device)
             if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                 copies.append((x, x.double()))
                 return copies[-1][1]

@@ -76,11 +76,12 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
     size = float(norm(_flat(direction)))
     if size == 0.0 or not math.isfinite(size):
         return product(direction, wanted)
+    probe = _full(direction, product.term.values)
     # The first direction of differences decides their steps.
-    differences = isinstance(product, FiniteDifferenceProduct)
-    probe = direction if differences else _full(direction, product.term.values)
+    decisive = isinstance(product, FiniteDifferenceProduct) and probe is not direction
     workspace.verifying = True
     try:
+        first = product(direction, wanted) if decisive else None
         # Block by block: beside the product for variables of the size 1e-5, that for others would be lost.
         groups = [[block] for block in wanted] if len(wanted) > 1 else [wanted]
         checks = [_Check(product, probe, group) for group in groups if product.needs_verification(direction, group)]
@@ -96,7 +97,9 @@ def verified(product: Product, direction: Vectors, wanted: Sequence[Block]) -> d
             product.remark(workspace.doubts[key])
     finally:
         workspace.verifying = False
-    return results[0] if len(wanted) == 1 and probe is direction else product(direction, wanted)
+    if first is None and len(wanted) == 1 and probe is direction:
+        return results[0]
+    return product(direction, wanted) if first is None else first
 
 
 def _full(direction: Vectors, values: Vectors) -> Vectors:

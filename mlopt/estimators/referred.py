@@ -1,0 +1,75 @@
+"""The variables of another level, or of a part of its module, that virtual steps use: their start, their learning rates."""
+
+from __future__ import annotations
+
+import attrs
+
+from ..errors import EstimatorError
+from ..problem import Block, Point
+from ..tensors import Tensors
+
+__all__ = ["Referred", "level_of"]
+
+
+def level_of(place: str) -> str:
+    """Return the level in the name of a level or of a part of its module, such as "meta" in "meta.rates"."""
+    return place.partition(".")[0]
+
+
+@attrs.frozen(eq=False)
+class Referred:
+    """Variables of another level.
+
+    Attributes:
+        level: the level.
+        variables: the variables.
+        positions: their positions among those of the level.
+    """
+
+    level: str
+    variables: Tensors
+    positions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, place: str, option: str, point: Point, user: str) -> Referred:
+        """Return the variables that an option of an estimator names.
+
+        Args:
+            place: a level, or a level and a submodule of its module.
+            option: the option, for errors.
+            point: the point.
+            user: the level of the estimator.
+
+        Raises:
+            EstimatorError: the loss does not refer to the level, or there is no such submodule.
+        """
+        level, _, path = place.partition(".")
+        if level not in point.problem.graph[user].arguments:
+            raise EstimatorError(
+                f"level {user!r}: Unrolled({option}={place!r}), but its loss does not refer to {level!r}; make it one of the "
+                "loss's keyword-only parameters"
+            )
+        module = point.problem[level].module
+        try:
+            part = module.get_submodule(path)
+        except AttributeError as error:
+            raise EstimatorError(
+                f"level {user!r}: Unrolled({option}={place!r}), but the module of level {level!r} has no submodule {path!r} "
+                f"({error}); it has {', '.join(repr(name) for name, _ in module.named_children())}"
+            ) from error
+        own = {id(parameter) for parameter in part.parameters()}
+        positions = tuple(k for k, variable in enumerate(point.problem[level].parameters) if id(variable) in own)
+        return cls(level, tuple(point.values[level][k] for k in positions), positions)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the variables."""
+        return [tuple(x.shape) for x in self.variables]
+
+    def add_into(self, total: dict[Block, Tensors], vectors: Tensors) -> None:
+        """Add vectors in the shapes of the variables to a sum over blocks, if it holds the level."""
+        if self.level in total:
+            entries = list(total[self.level])
+            for k, vector in zip(self.positions, vectors, strict=True):
+                entries[k] = entries[k] + vector
+            total[self.level] = tuple(entries)
