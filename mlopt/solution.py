@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from .errors import ArgumentError
 from .problem import Level, Problem, Report, Workspace, to_device, variables
-from .solving.linearized import LinearizedSolution
+from .solving.linearized import LinearizedSolution, refuse_transforms
 from .tensors import Tensors
 from .validation import is_whole, require
 
@@ -48,6 +48,8 @@ class LevelSolution:
     reports: dict[str, Report]
 
 
+# torch.compile leaves the call as it is, between the graphs that it makes of the code around it.
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def solution(
     problem: Problem | Level,
     level: str | None = None,
@@ -85,7 +87,8 @@ def solution(
 
     Raises:
         ArgumentError: an argument is invalid, or `values` do not fit the variables.
-        EstimatorError: in forward mode, the level's estimator has no pushforward.
+        EstimatorError: in forward mode, the level's estimator has no pushforward; or a derivative is differentiated again; or
+            torch.func transforms the call, or another thread is in a call on the same problem.
         NonFiniteError: a loss, a gradient or a linear solve is not finite.
         ProblemError: there is no such level, or no batch of it.
 
@@ -114,6 +117,10 @@ def solution(
 
     Source: Amos & Kolter 2017 (arXiv 1703.00443); Blondel et al. 2022 (arXiv 2105.15183).
     """
+    refuse_transforms()
+    if torch.is_inference_mode_enabled():  # its tensors have no versions, and a derivative inside the solve needs them
+        with torch.inference_mode(False), torch.no_grad():
+            return solution(problem, level, values=values, batches=batches, steps=steps, seed=seed)
     require("solution", "problem", problem, isinstance(problem, Problem | Level), "an mlopt.Problem or an mlopt.Level")
     require("solution", "seed", seed, seed is None or is_whole(seed), "a whole number, or None")
     require("solution", "steps", steps, steps is None or is_whole(steps, 0), "a whole number >= 0, or None")
@@ -149,7 +156,8 @@ def _alone(level: Level, values: Mapping[str, Values]) -> Problem:
         )
     for name in names:
         given = values.get(name)
-        require("solution", f"values[{name!r}]", given, isinstance(given, Tensor), "a tensor")
+        floating = isinstance(given, Tensor) and given.is_floating_point()
+        require("solution", f"values[{name!r}]", given, floating, "a tensor of a floating dtype")
     frozen = partial(SGD, lr=0.0)  # an engine asks each level for an optimiser; only `level` takes steps
     outside = [
         Level(name, variables(values[name]), _refers_to(*[level.name] * (name == names[0])), optimizer=frozen)  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -235,6 +237,99 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(first.sum(), decay)
 
 
+@pytest.mark.parametrize(
+    "mixed", ["a tangent", "a tangent by its direction", "a gradient", "a cotangent with a tangent"]
+)
+def test_second_derivatives_of_both_modes_are_refused(mixed: str) -> None:
+    """A term without a graph or a tangent would be missing from the sum in silence."""
+    case = Ridge(0)
+    decay, targets = normal(1, 3).requires_grad_(), normal(2, 6)
+    direction = normal(3, 3).requires_grad_(mixed == "a tangent by its direction")
+    with forward_ad.dual_level():
+        if mixed == "a cotangent with a tangent":
+            own, cotangent = case.layer(decay, targets), forward_ad.make_dual(normal(3, 3), normal(4, 3))
+        else:
+            own = case.layer(forward_ad.make_dual(decay, direction), targets)
+            own = own if mixed == "a gradient" else forward_ad.unpack_dual(own).tangent
+            cotangent = normal(4, 3)
+        by = direction if direction.requires_grad else decay
+        with pytest.raises(mlopt.EstimatorError, match="cannot be differentiated again"):
+            torch.autograd.grad(own, by, cotangent)
+
+
+TRANSFORMED: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(torch.stack([x, x])),
+    "constant": lambda layer, x: torch.func.grad(lambda y: (y * layer(x)).sum())(x),
+    "batched": lambda layer, x: torch.autograd.functional.jacobian(layer, x, vectorize=True),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_of_functions_are_refused(name: str) -> None:
+    case, targets = Ridge(0), normal(1, 6)
+    with pytest.raises(mlopt.EstimatorError, match=r"torch\.func"):
+        TRANSFORMED[name](lambda decay: case.layer(decay, targets), normal(2, 3))
+
+
+@pytest.mark.parametrize("part", ["solve", "derivative"])
+def test_a_second_thread_is_refused(part: str) -> None:
+    """Two threads would move the variables of one module at the same time."""
+    entered, leave, case = threading.Event(), threading.Event(), Ridge(0)
+    waiting = [part == "solve"]
+
+    def loss(module: nn.Module, batch: Tensor, *, decay: nn.Module, targets: nn.Module) -> Tensor:
+        if waiting.pop() if waiting else False:
+            entered.set()
+            assert leave.wait(20)
+        return case.level.loss(module, batch, decay=decay, targets=targets)
+
+    level = mlopt.Level(
+        "weights", case.level.module, loss, solver=case.level.solver, data=[case.inputs], estimator=mlopt.Dense()
+    )
+    decay, targets, gradients = normal(1, 3).requires_grad_(), normal(2, 6), []
+
+    def differentiate() -> None:
+        (own,) = mlopt.solution(level, values={"decay": decay, "targets": targets}).variables.values()
+        waiting.append(part == "derivative")
+        gradients.extend(torch.autograd.grad(own.sum(), decay))
+
+    other = threading.Thread(target=differentiate)
+    other.start()
+    assert entered.wait(20)
+    with pytest.raises(mlopt.EstimatorError, match="another thread"):
+        mlopt.solution(level, values={"decay": decay, "targets": targets})
+    leave.set()
+    other.join()
+    expected = torch.autograd.grad(case.solution(decay, targets).sum(), decay)
+    assert distance(gradients[0], expected[0]) < 1e-10
+    differentiate()
+    assert torch.equal(*gradients)
+
+
+def test_inference_mode_returns_the_solution_without_a_graph() -> None:
+    case = Ridge(0)
+    decay, targets = normal(1, 3).requires_grad_(), normal(2, 6)
+    with torch.inference_mode():
+        inside = [case.layer(decay * 1, targets) for _ in range(3)]
+    assert all(torch.equal(own, case.solution(decay, targets)) and not own.requires_grad for own in inside)
+    (gradient,) = torch.autograd.grad(case.layer(decay, targets).sum(), decay)
+    assert distance(gradient, *torch.autograd.grad(case.solution(decay, targets).sum(), decay)) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch reads it where it leaves a graph
+def test_a_compiled_model_holds_a_solution() -> None:
+    case, targets = Ridge(0), normal(1, 6)
+    compiled = torch.compile(lambda decay: 3 * case.layer(2 * decay, targets), backend="eager")
+    decay = normal(2, 3).requires_grad_()
+    expected = 3 * case.solution(2 * decay, targets)
+    own = compiled(decay)
+    assert distance(own.detach(), expected.detach()) < 1e-12
+    pairs = zip(*(torch.autograd.grad(x.sum(), decay) for x in (own, expected)), strict=True)
+    assert all(distance(a, b) < 1e-10 for a, b in pairs)
+
+
 def test_wrong_arguments_are_named() -> None:
     case = Ridge(0)
     decay, targets = torch.zeros(3, dtype=torch.float64), normal(1, 6)
@@ -244,6 +339,11 @@ def test_wrong_arguments_are_named() -> None:
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (case, {}, "problem=.*an mlopt.Problem or an mlopt.Level"),
         (case.level, {}, r"values\['decay'\]=None; it must be a tensor"),
+        (
+            case.level,
+            {"values": {"decay": decay.long(), "targets": targets}},
+            r"values\['decay'\].*of a floating dtype",
+        ),
         (case.level, {"values": {"decay": decay, "targets": targets, "x": decay}}, r"values\['x'\], but the solution"),
         (stepped, {"values": {"decay": decay, "targets": targets}}, "pass steps"),
         (case.level, {"values": {"decay": decay, "targets": targets}, "steps": 2}, "has a solver"),

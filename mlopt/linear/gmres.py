@@ -78,6 +78,10 @@ class GMRES(LinearSolver):
                 for share, vector in zip(rest[1:], cycle.basis[1:], strict=True):
                     torch._foreach_add_(residual, vector, alpha=share)
         remark = stopping.remark(remaining)
+        if k and not singular and remaining >= stopping.start * (1.0 - stopping.rounding):
+            remark = (
+                f"{k} iterations did not lower the residual; raise {'restart or ' if self.restart else ''}iterations"
+            )
         if singular and not stopping.converged(remaining):
             remark = f"singular to rounding: the residual stays at {remaining / size:.3g}; raise the damping"
             if initial is None and k == 1 and remaining >= size * (1.0 - stopping.rounding):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import attrs
+import torch
 
 from ..errors import NonFiniteError
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
@@ -94,10 +95,8 @@ class LinearSolver(ABC):
             NonFiniteError: the right-hand side or the solution holds NaN or infinity.
         """
         size = float(norm(rhs))
-        if not math.isfinite(size):
-            raise NonFiniteError(NOT_FINITE)
-        if size == 0.0:
-            return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
+        if not _least(rhs) < size < math.inf:
+            return self._solve_rescaled(matvec, rhs, initial)
 
         one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
 
@@ -113,11 +112,31 @@ class LinearSolver(ABC):
         else:
             solution = self._solve(damped, rhs, size, initial)
         if not is_finite(solution.value):
-            raise NonFiniteError(
-                f"{self} found a solution that is not finite after {solution.iterations} iterations; "
-                "raise its damping, lower its step size or the number of iterations"
-            )
+            raise NonFiniteError(self._overflow(solution))
         return solution
+
+    def _solve_rescaled(self, matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> LinearSolution:
+        """Solve for a right-hand side that is zero or not finite, or whose squares are outside the range of their dtype."""
+        sizes = [float(x.abs().max()) for x in rhs if x.numel()]
+        if not all(map(math.isfinite, sizes)):
+            raise NonFiniteError(NOT_FINITE)
+        largest = max(sizes, default=0.0)
+        if largest == 0.0:
+            return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
+        # A power of two changes no digits; one factor would overflow for the least numbers of a dtype.
+        exponent = -math.frexp(largest)[1]
+        start = None if initial is None else _shifted(initial, exponent)
+        solution = self.solve(matvec, _shifted(rhs, exponent), initial=start)
+        value = _shifted(solution.value, -exponent)
+        if not is_finite(value):
+            raise NonFiniteError(self._overflow(solution))
+        return attrs.evolve(solution, value=value)
+
+    def _overflow(self, solution: LinearSolution) -> str:
+        return (
+            f"{self} found a solution that is not finite after {solution.iterations} iterations; "
+            "raise its damping, lower its step size or the number of iterations"
+        )
 
     @abstractmethod
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
@@ -125,3 +144,17 @@ class LinearSolver(ABC):
 
         A solver may overwrite a vector that it passed to `matvec`, but never one that `matvec` returned.
         """
+
+
+def _least(rhs: Tensors) -> float:
+    """Return a norm below which squares of the entries that matter would vanish; the half precisions are squared in single."""
+    if not rhs:
+        return 0.0
+    kinds = [torch.finfo(torch.float32 if x.dtype.itemsize < 4 else x.dtype) for x in rhs]
+    return max(math.sqrt(kind.tiny) / kind.eps for kind in kinds)
+
+
+def _shifted(vector: Tensors, exponent: int) -> Tensors:
+    """Return a vector times 2^exponent, in two factors, since one could be outside the range of the dtype."""
+    half = exponent // 2
+    return tuple(x * 2.0**half * 2.0 ** (exponent - half) for x in vector)

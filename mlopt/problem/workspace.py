@@ -35,6 +35,7 @@ class Workspace:
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
             disagreement of two steps, and whether the variables are small.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
+        busy: while a solution is formed or differentiated, the "thread" that does so, and the "depth" of its calls.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class Workspace:
         self.uses: dict[tuple[str, ...], int] = {}
         self.lengths: dict[str, tuple[Any, ...]] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
+        self.busy: dict[str, int] = {}
 
     def next_batch(self, level: Level) -> Any:
         """Return the next batch of a level for a standalone call."""

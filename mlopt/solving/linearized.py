@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import EstimatorError, TrustWarning
 from ..finiteness import immediate
@@ -17,7 +19,23 @@ from ..problem import Level, Point, Problem, Report, Stream, restored
 from ..tensors import Tensors, zeros_like
 from .engine import Engine
 
-__all__ = ["LinearizedSolution"]
+__all__ = ["LinearizedSolution", "refuse_transforms"]
+
+_AGAIN = (
+    "the derivative of a solution cannot be differentiated again; make the loss that depends on the solution a level of a "
+    "Problem, whose levels may be nested"
+)
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Refuse the transforms of torch.func, whose tensors have no storage that a module could hold."""
+    # torch has no public question for them. Batched gradients are tensors of an older vmap.
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None or any(map(functorch.is_legacy_batchedtensor, tensors)):
+        raise EstimatorError(
+            "a solution is not a function that torch.func (grad, jvp, vmap) or is_grads_batched can transform; use "
+            "torch.autograd.grad, torch.autograd.forward_ad or torch.autograd.functional.jacobian, and a loop in place of vmap"
+        )
 
 
 class LinearizedSolution:
@@ -53,6 +71,8 @@ class LinearizedSolution:
         self._values: dict[str, Tensors] = {}
         self._gradients: dict[str, Tensors] = {}
         self.reports: dict[str, Report] = {}
+        #: True once forward mode has gone through the solution.
+        self._pushed = False
 
     def tensors(self, inputs: Sequence[Tensor]) -> Tensors:
         """Return the solution at u, with a node in autograd's graph."""
@@ -81,16 +101,23 @@ class LinearizedSolution:
 
     def pullback(self, cotangent: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
         """Return (dx*/du)^T x_bar for the inputs that are needed."""
+        refuse_transforms(*cotangent)
+        self._refuse_tangents(cotangent)
         wanted = [name for name, flags in self._cut(needed).items() if any(flags)]
         with self._linearizing() as point:
-            pulled = pull_back(point, self._level.name, {self._level.name: cotangent}, wanted)
+            pulled = pull_back(
+                point, self._level.name, {self._level.name: tuple(x.detach() for x in cotangent)}, wanted
+            )
         zeros = {name: zeros_like(self._values[name]) for name in self._arguments}
         flat = [x for name in self._arguments for x in pulled.get(name, zeros[name])]
         return [x.to(like) if need else None for x, like, need in zip(flat, self._inputs(), needed, strict=True)]
 
     def pushforward(self, tangents: Sequence[Tensor | None]) -> Tensors:
         """Return (dx*/du) u_dot; a tangent that is None is zero."""
-        filled = [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, self._inputs(), strict=True)]
+        self._pushed = True
+        filled = [
+            torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tangents, self._inputs(), strict=True)
+        ]
         with self._linearizing() as point:
             estimator = point.estimator(self._level.name)
             assert estimator is not None
@@ -108,6 +135,15 @@ class LinearizedSolution:
             moved = push(self._cut(filled)).get(self._level.name)
             keep_reports(point, linearization)
         return _clones(zeros_like(self._level.parameters) if moved is None else moved)
+
+    def _refuse_tangents(self, cotangent: Tensors) -> None:
+        """Refuse reverse mode inside forward mode, in which the tangent of the derivative would lack that of the solve."""
+        # torch has no public question for the present level of forward mode.
+        if forward_ad._current_level < 0:
+            return
+        duals = [forward_ad.unpack_dual(x) for x in cotangent]  # type: ignore[no-untyped-call]
+        if self._pushed or any(dual.tangent is not None for dual in duals):
+            raise EstimatorError(_AGAIN)
 
     @contextlib.contextmanager
     def _linearizing(self) -> Iterator[Point]:
@@ -141,11 +177,29 @@ class LinearizedSolution:
     def _placed(self) -> Iterator[None]:
         """Set the live variables to the values that are known; restore them on exit."""
         with contextlib.ExitStack() as stack, torch.enable_grad():
+            stack.enter_context(self._alone())
             for name, own in self._values.items():
                 live = self._problem[name].parameters
                 stack.enter_context(restored(live))
                 torch._foreach_copy_([variable.data for variable in live], list(own))
             yield
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse other threads until exit: they would move the same variables."""
+        here, busy = threading.get_ident(), self._workspace.busy
+        if busy.setdefault("thread", here) != here:
+            raise EstimatorError(
+                f"level {self._level.name!r} is being solved or differentiated in another thread, which moves the variables of "
+                "its module meanwhile; give each thread a copy of the level or the problem (copy.deepcopy)"
+            )
+        busy["depth"] = busy.get("depth", 0) + 1
+        try:
+            yield
+        finally:
+            busy["depth"] -= 1
+            if not busy["depth"]:
+                busy.clear()
 
     @contextlib.contextmanager
     def _stepped(self) -> Iterator[None]:
@@ -203,6 +257,7 @@ class _Solve(torch.autograd.Function):
     def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         context.solution = inputs[0]
         context.save_for_backward(*inputs[1:])
+        context.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(context: Any, *cotangent: Tensor) -> tuple[Any, ...]:
@@ -215,6 +270,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def jvp(context: Any, *tangents: Any) -> Tensors:
         pushed: Tensors = context.solution.pushforward(tangents[1:])
+        if torch.is_grad_enabled():
+            pushed = _Once.apply(len(pushed), *pushed, *context.saved_tensors, *tangents[1:])  # type: ignore[no-untyped-call]
         return pushed
 
 
@@ -227,7 +284,4 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *cotangent: Tensor) -> tuple[Any, ...]:
-        raise EstimatorError(
-            "the derivative of a solution cannot be differentiated again; make the loss that depends on the solution a level of "
-            "a Problem, whose levels may be nested"
-        )
+        raise EstimatorError(_AGAIN)

@@ -271,6 +271,25 @@ def test_indefinite_matrices_are_reported(seed: int, negative: int) -> None:
     assert series.iterations < 2_000
 
 
+@pytest.mark.parametrize("name", ["conjugate_gradient", "dense", "gmres", "minres", "neumann"])
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, -90), (torch.float64, -600)])
+def test_a_right_hand_side_whose_square_has_no_number_is_solved(name: str, dtype: torch.dtype, exponent: int) -> None:
+    """A cotangent whose squares vanish is not zero. The matrix has integers, so that a power of two changes no digit."""
+    solvers: dict[str, linear.LinearSolver] = {
+        "conjugate_gradient": linear.ConjugateGradient(iterations=2),
+        "dense": linear.Dense(),
+        "gmres": linear.GMRES(iterations=2),
+        "minres": linear.MINRES(iterations=2),
+        "neumann": linear.Neumann(iterations=60, step_size=0.25),
+    }
+    matrix, right = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=dtype), torch.tensor([1.0, 2.0], dtype=dtype)
+    plain, scaled = (solvers[name].solve(lambda v: (matrix @ v[0],), (right * 2.0**k,)) for k in (0, exponent))
+    exact = torch.tensor([1.0, 7.0], dtype=dtype) / 11
+    assert distance(scaled.value[0] * 2.0**-exponent, exact) < 1e-5
+    assert scaled.converged == plain.converged
+    assert scaled.products > 0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_nonfinite_right_hand_side_raises(solver: linear.LinearSolver, bad: float) -> None:

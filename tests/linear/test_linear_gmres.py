@@ -166,6 +166,18 @@ def test_coarse_dtypes_stop_at_rounding(dtype: torch.dtype) -> None:
     assert distance(solution.value[0].double(), system.exact()) < 100 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("restart", [1, 3])
+def test_restarts_that_stagnate_are_reported(restart: int) -> None:
+    """The solution stays at zero, which pulls every cotangent back to zero."""
+    shift = torch.roll(torch.eye(5, dtype=torch.float64), 1, 0)
+    right = torch.eye(5, dtype=torch.float64)[0]
+    solution = linear.GMRES(iterations=30, restart=restart).solve(lambda v: (shift @ v[0],), (right,))
+    assert not solution.value[0].any()
+    assert solution.converged is False
+    assert "30 iterations did not lower the residual; raise restart" in solution.remark
+    assert linear.GMRES(iterations=30).solve(lambda v: (shift @ v[0],), (right,)).remark == ""
+
+
 def test_values_that_are_not_finite_raise() -> None:
     def product(vector: Tensors) -> Tensors:
         return (torch.full((3,), torch.inf),)
