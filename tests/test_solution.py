@@ -371,3 +371,27 @@ def test_the_caches_of_a_level_end_with_it() -> None:
     del case, solved
     gc.collect()
     assert level() is None
+
+
+def test_a_backward_pass_has_the_precision_of_the_call() -> None:
+    """As torch's own operations: an autocast region around the backward pass alone changes nothing."""
+    inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+
+    def loss(module: nn.Module, batch: Any, *, targets: nn.Module) -> Tensor:
+        return (inputs @ module() - targets()).square().sum() + module().square().sum()
+
+    level = mlopt.Level(
+        "weights",
+        mlopt.variables(torch.zeros(3)),
+        loss,
+        optimizer=partial(SGD, lr=0.02),
+        estimator=mlopt.Dense(products="autograd"),
+    )
+    gradients = []
+    for enabled in (False, True):
+        targets = torch.arange(6.0, requires_grad=True)
+        solved = mlopt.solution(level, values={"targets": targets}, steps=5).variables["value"]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            solved.sum().backward()
+        gradients.append(targets.grad)
+    assert torch.equal(*gradients)

@@ -73,6 +73,9 @@ class LinearizedSolution:
         self.reports: dict[str, Report] = {}
         #: True once forward mode has gone through the solution.
         self._pushed = False
+        kind = level.device.type
+        #: The autocast region of the call. A backward pass may run in another.
+        self._region = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def tensors(self, inputs: Sequence[Tensor]) -> Tensors:
         """Return the solution at u, with a node in autograd's graph."""
@@ -148,7 +151,8 @@ class LinearizedSolution:
     @contextlib.contextmanager
     def _linearizing(self) -> Iterator[Point]:
         """Yield the point of the solution; keep and warn of the reports on exit."""
-        with self._placed():
+        kind, dtype, enabled = self._region
+        with self._placed(), torch.autocast(kind, dtype=dtype, enabled=enabled):
             point = self._point()
             with point.generators_preserved():
                 estimator = point.estimator(self._level.name)
