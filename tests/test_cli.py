@@ -217,7 +217,7 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
             "there is no method 'equals'; there are 'direct', 'equal', 'uncertainty',",
         ),
         ("--methods equal equal", "methods=['equal', 'equal']; give at least one, and each once"),
-        ("--corpus-limit 1", "corpus_limit=1; it must be a whole number >= 2"),
+        ("--corpus-limit 1", "--corpus-limit=1; it must be a whole number >= 2"),
     ],
 )
 def test_options_that_cannot_be_parsed_end_with_2(more: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ def find_root(residual: Function, newton: Function, start: Tensor, *, tolerance:
     Source: Nocedal & Wright 2006, algorithm 11.4.
 
     Example:
+        >>> import torch
         >>> from mlopt.diagnosis.root import find_root
         >>> root = find_root(lambda x: x**2 - 2, lambda x: -(x**2 - 2) / (2 * x), torch.ones(1), tolerance=1e-6)
         >>> root.variables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
@@ -35,8 +36,36 @@ def differentiable_kernels(term: Term) -> Iterator[None]:
     Every function call costs time under `Primitives`. So a term of second order uses them only if its graph showed a need.
     """
     primitives = Primitives(term.order) if uses_primitives(term) else contextlib.nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), primitives:
+    with _PLAIN_ATTENTION, primitives:
         yield
+
+
+class _PlainAttention:
+    """The attention kernel that has a second derivative, while any thread is inside.
+
+    `sdpa_kernel` sets flags of the process and restores those that it found. Of two threads whose regions overlap, the second to
+    leave would restore the flags of the first, and the fused kernels would stay off. So the first to enter sets them, and the
+    last to leave restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._region = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._region.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._region.close()
+
+
+_PLAIN_ATTENTION = _PlainAttention()
 
 
 def uses_primitives(term: Term) -> bool:

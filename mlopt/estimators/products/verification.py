@@ -182,7 +182,9 @@ class _Check:
         value = self._flattened(result)
         if not math.isfinite(float(norm(value))):
             return None
-        return self._compared(self._direction, value, self._expected) or self._compared(*self._another())
+        gap = self._compared(self._direction, value, self._expected)
+        self._expected = None  # memory: two products and their differences are not held at once
+        return self._compared(*self._another()) if gap is None else gap
 
     def _compared(self, direction: Vectors, value: Tensors, expected: Tensors | None) -> float | None:
         """Return the discrepancy of the product with one direction, in either comparison, if it is certain."""
@@ -211,11 +213,11 @@ class _Check:
         }
         share = size / norm(_flat(other))
         other = {block: tuple((share * x).to(x.dtype) for x in vectors) for block, vectors in other.items()}
-        value, difference = (
-            self._flattened(self._product(other, self._wanted)),
-            partial(self._difference, other, self._wanted),
-        )
-        return other, value, None if self._differences else self._tried("straight", difference)
+        # The difference comes first, as for the first direction.
+        difference = None
+        if not self._differences:
+            difference = self._tried("straight", lambda: self._difference(other, self._wanted))
+        return other, self._flattened(self._product(other, self._wanted)), difference
 
     @property
     def failure(self) -> Exception | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import DataError
 from .graphs import import_extra
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def cached(feature: str, smiles: Sequence[str], compute: Callable[[], Mapping[st
         return _read(file)
     except FileNotFoundError:
         pass
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, DataError) as error:
         warnings.warn(f"{file}: not a whole file of the cache ({error}); it is computed again", stacklevel=2)
     tensors = compute()
     try:
@@ -93,7 +94,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
         stored = (stream.metadata() or {}).get("digest")
     if stored != _digest(tensors):
-        raise ValueError("its content does not have its digest")
+        raise DataError("its content does not have its digest")
     return tensors
 
 

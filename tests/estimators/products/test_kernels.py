@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import distance, flat, gradient_of
+from core_cases import distance, flat, gradient_of, point_of
 from torch import Tensor, nn
 from torch.nn import functional, utils
 
 import mlopt
-from mlopt.problem import Primitives
+from mlopt.estimators.products.kernels import differentiable_kernels
+from mlopt.problem import Objective, Primitives
+from mlopt.testing import quadratic
 
 IN, WIDTH = 3, 4
 
@@ -284,3 +286,23 @@ def test_flat_order_of_parameters() -> None:
     }
     assert len(set(map(str, shapes.values()))) == 1
     assert len(flat(mlopt.hypergradient(meta_learning("hook", mlopt.Identity())).gradient)) == WIDTH * (2 + IN)
+
+
+def test_regions_of_two_threads_that_overlap_leave_the_fused_kernels_on() -> None:
+    """The first region ends while the second is open, as regions of two threads may."""
+    problem = quadratic("two", mlopt.Dense()).problem
+    (term,) = Objective.of(problem["y"], point_of(problem)).terms
+    flags = (
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.backends.cuda.math_sdp_enabled,
+    )
+    before = [flag() for flag in flags]
+    first, second = differentiable_kernels(term), differentiable_kernels(term)
+    first.__enter__()
+    second.__enter__()
+    assert [flag() for flag in flags] == [False, False, True]
+    first.__exit__(None, None, None)
+    assert [flag() for flag in flags] == [False, False, True]
+    second.__exit__(None, None, None)
+    assert [flag() for flag in flags] == before

@@ -325,7 +325,7 @@ def test_a_huge_integer_is_refused_with_its_key(key: str, digits: str, tmp_path:
 
 @pytest.mark.parametrize(
     ("option", "place"),
-    [("--steps", "steps=9"), ("--width", "width=9"), ("--corpus-limit", "corpus_limit=9"), ("--seeds", "seeds=[9")],
+    [("--steps", "steps=9"), ("--width", "width=9"), ("--corpus-limit", "--corpus-limit=9"), ("--seeds", "seeds=[9")],
 )
 def test_a_huge_option_is_refused(option: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, MloptError)) as refusal:
