@@ -27,6 +27,7 @@ from .findings import (
     module_findings,
     point_findings,
     precision_findings,
+    role_findings,
 )
 from .measurements import Measurements, Tap, Trial, measure
 from .solver_rules import SOLVERS, rate_solver
@@ -202,6 +203,7 @@ def _diagnose(
     }
     findings = [
         *_estimator_findings(level, measures, differences),
+        *role_findings(problem, level),
         *module_findings(level, measures),
         *draw_findings(measures, precision),
         *precision_findings(level, differences),

@@ -6,7 +6,7 @@ import torch
 
 from .. import linear
 from ..estimators import Implicit, Unrolled
-from ..problem import Level
+from ..problem import Level, Problem
 from .finding import Finding
 from .measurements import Measurements, normalises
 from .solver_rules import iterations_for
@@ -18,6 +18,7 @@ __all__ = [
     "module_findings",
     "point_findings",
     "precision_findings",
+    "role_findings",
 ]
 
 #: The relative error, or distance from the solution, above which a warning is issued.
@@ -54,6 +55,19 @@ def module_findings(level: Level, measures: Measurements) -> list[Finding]:
     if frozen:
         findings.append(Finding("ok", f"frozen, so not variables: {', '.join(frozen)}"))
     return findings
+
+
+def role_findings(problem: Problem, level: Level) -> list[Finding]:
+    """Return the finding on a level and its host that refer to each other: leader and follower, or a game by mistake."""
+    host = problem.graph[level.name].host
+    if host is None or host == problem.outermost.name:
+        return []
+    if host not in level.references or level.name not in problem[host].references:
+        return []
+    return [
+        Finding("ok", f"{host!r} and it refer to each other: {host!r} is the leader, which knows how this follower responds",
+                "mlopt.game, if they decide at the same time")
+    ]  # fmt: skip
 
 
 def draw_findings(measures: Measurements, precision: float) -> list[Finding]:

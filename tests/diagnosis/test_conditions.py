@@ -15,7 +15,7 @@ from torch.optim import SGD
 import mlopt
 from mlopt import Level, Problem
 from mlopt.diagnosis.root import find_root
-from mlopt.testing import same, snapshot
+from mlopt.testing import quadratic, same, snapshot
 
 
 def linear(matrix: Tensor, start: Tensor, **options: Any) -> Problem:
@@ -141,3 +141,11 @@ def test_a_wrong_estimator_is_found(oracle: str) -> None:
     problem, _ = equilibrium(estimator=mlopt.Identity())
     with pytest.raises(mlopt.DisagreementError):
         mlopt.check_hypergradient(problem, oracle=oracle)
+
+
+@pytest.mark.parametrize(("shape", "followers"), [("nested", ["z"]), ("two", []), ("chain_of_three", [])])
+def test_leader_and_follower_are_named(shape: str, followers: list[str]) -> None:
+    """Two levels inside that refer to each other may have been meant as a game, which only the user knows."""
+    diagnosis = mlopt.diagnose(quadratic(shape, mlopt.Dense()).problem)
+    texts = {name: " ".join(finding.sentence for finding in found.findings) for name, found in diagnosis.levels.items()}
+    assert [name for name, text in texts.items() if "'y' is the leader" in text] == followers
