@@ -197,7 +197,22 @@ class Stationarity(Linearization):
 
     def product(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
+        for child in self._children:
+            self._verify_inside(child, [block for block in wanted if block in child.arguments])
         return self._apply(self.second_derivatives, direction, wanted)
+
+    def _verify_inside(self, child: Stationarity, wanted: Sequence[Block]) -> None:
+        """Take the products of a level inside with its multiplier once, so that they are verified.
+
+        The multiplier term differentiates them, and a comparison of its own does not see gradients that the level's loss stops.
+        """
+        verified, key = self.point.workspace.verified, ("inside", self.name, child.name, *map(str, wanted))
+        if key in verified or not wanted or self.point.workspace.verifying:
+            return
+        multiplier = {block: tuple(x.detach() for x in self.point.values[self.name, block]) for block in child.blocks}
+        if any(bool(x.any()) for vectors in multiplier.values() for x in vectors):
+            child.product(multiplier, wanted)
+            verified.add(key)
 
     def _apply(
         self, products: SecondDerivatives | MeanSecondDerivatives, direction: Vectors, wanted: Sequence[Block]

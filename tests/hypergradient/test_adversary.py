@@ -135,3 +135,11 @@ def test_a_stopped_gradient_that_the_first_direction_hardly_meets_is_in_doubt() 
     middle, inner = LevelTraps(optimizer="adam"), LevelTraps(stop_outer=True)
     spec = Spec(seed=101, shape="nested_referred", activation="elu", estimator="cg", middle=middle, inner=inner)
     assert attempt(spec)[1].kind == "doubtful"
+
+
+def test_a_stopped_gradient_of_a_level_outside_a_nest_is_in_doubt() -> None:
+    """The term of a multiplier differentiates products of the level inside, whose own are verified for that."""
+    middle, inner = LevelTraps(frozen=True), LevelTraps(stop_outer=True)
+    for estimator in ("minres", "cg"):
+        spec = Spec(shape="nested_referred", estimator=estimator, middle=middle, inner=inner)
+        assert attempt(spec)[1].kind == "doubtful"
