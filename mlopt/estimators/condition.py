@@ -98,13 +98,8 @@ class Condition(Linearization):
         return scale(-1.0, self._solve(self._along, change, None))
 
     def _solve(self, matvec: MatVec, load: Tensors, initial: Tensors | None) -> Tensors:
-        bounds = self._bounds
-        rhs = tuple(load)
-        if bounds.free:
-            rhs, matvec = bounds.on_free(rhs), bounds.restrict(matvec)
-            initial = None if initial is None else bounds.on_free(initial)
         try:
-            solution = self._solver.solve(matvec, rhs, initial=initial)
+            solution = self._bounds.solve(self._solver, matvec, tuple(load), initial)
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self.name!r}: {error}") from error
         record(self.report, _without_curvature(solution))

@@ -206,7 +206,7 @@ class Stationarity(Linearization):
 
         The multiplier term differentiates them, and a comparison of its own does not see gradients that the level's loss stops.
         """
-        verified, key = self.point.workspace.verified, ("inside", self.name, child.name, *map(str, wanted))
+        verified, key = self.point.workspace.verified, ("multiplier", self.name, child.name, *map(str, wanted))
         if key in verified or not wanted or self.point.workspace.verifying:
             return
         multiplier = {block: tuple(x.detach() for x in self.point.values[self.name, block]) for block in child.blocks}
@@ -234,12 +234,8 @@ class Stationarity(Linearization):
             rhs, matvec = load_left.get(self.name, zeros_like(self.point.values[self.name])), self._total_hessian
         else:
             rhs, matvec = tuple(load[self.name]), self._hessian
-        bounds = self._bounds
-        if bounds.free:
-            rhs, matvec = bounds.on_free(rhs), bounds.restrict(matvec)
-            initial = None if initial is None else bounds.on_free(initial)
         try:
-            own = self._solver.solve(matvec, rhs, initial=initial)
+            own = self._bounds.solve(self._solver, matvec, rhs, initial)
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self.name!r}: {error}") from error
         record(self.report, own)

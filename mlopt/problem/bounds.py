@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
+from ..linear import LinearSolution, LinearSolver, MatVec
 from ..rng import GeneratorState
 from ..tensors import Tensors, norm
 from .fixed_point import level_optimizer
@@ -36,8 +37,8 @@ class Bounds:
     """The variables of a level that its optimiser moves, and those that it holds at a bound.
 
     A variable is held if its gradient is not zero, and a step of the optimiser along it leaves the variable unchanged, or if its
-    learning rate is zero, and others' are not. The
-    solution of the level moves in the free variables only, so its linear system is that of the free variables.
+    learning rate is zero, and others' are not. The solution of the level moves in the free variables only, so its linear system
+    is that of the free variables.
 
     Attributes:
         free: for each variable, ones where it is free and zeros where it is held; empty if all are free.
@@ -88,10 +89,22 @@ class Bounds:
         """Return vectors with zeros on the held variables."""
         return tuple(torch._foreach_mul(list(vectors), list(self.free))) if self.free and vectors else tuple(vectors)
 
-    def restrict(self, matvec: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
-        """Return the product with the matrix of the free variables, and with the identity on the held ones."""
+    def solve(self, solver: LinearSolver, matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> LinearSolution:
+        """Solve the linear system of the free variables.
+
+        Args:
+            solver: the linear solver.
+            matvec: the product with the matrix of all variables.
+            rhs: the right-hand side.
+            initial: the start; None for the solver's own.
+        """
         if not self.free:
-            return matvec
+            return solver.solve(matvec, rhs, initial=initial)
+        start = None if initial is None else self.on_free(initial)
+        return solver.solve(self._restricted(matvec), self.on_free(rhs), initial=start)
+
+    def _restricted(self, matvec: MatVec) -> MatVec:
+        """Return the product with the matrix of the free variables, and with the identity on the held ones."""
 
         def product(vector: Tensors) -> Tensors:
             kept = self.on_free(vector)

@@ -418,3 +418,22 @@ def test_a_stop_in_other_columns_than_the_first_is_in_doubt(products: str) -> No
         mlopt.Level("y", mlopt.variables(torch.linspace(0.2, 0.8, 4)), inner, estimator=mlopt.Dense(products=products)),
     )
     assert mlopt.hypergradient(problem).reports["y"].doubtful
+
+
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
+def test_a_stop_that_the_first_direction_hardly_meets_is_in_doubt(products: str) -> None:
+    """The cotangent is nearly along x_1, and the gradient by u_2 is stopped, which only x_2 sees. Later cotangents differ."""
+
+    def inner(x: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        return x().square().sum() / 2 - x()[0] * u()[0].sin() - x()[1] * u()[1].sin().detach()
+
+    def outer(u: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        return x()[0] + 1e-4 * x()[1]
+
+    start = torch.tensor([0.5, 0.7], dtype=torch.float64)
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(start), outer),
+        mlopt.Level("x", mlopt.variables(start.sin()), inner, estimator=mlopt.ConjugateGradient(products=products)),
+    )
+    (report,) = mlopt.hypergradient(problem).reports.values()
+    assert report.doubtful
