@@ -180,3 +180,27 @@ def test_the_table_of_solutions_is_that_of_the_rows() -> None:
     ]
     cells = table_of(PAGE, "| problem | library | lines | error | time |")
     assert [[library.lower(), *numbers] for _, library, *numbers in cells] == expected
+
+
+def test_the_table_of_tasks_is_that_of_the_rows() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    cells = table_of(page, "| level of a task | tolerance | iterations, at once | iterations, apart | time ratio |")
+    expected = [
+        [row["rtol"], row["iterations together"], row["iterations apart"], f"{row['time ratio']:.2f}"]
+        for row in rows_of("tasks-2026-11-27.json")
+    ]
+    assert [[float(rtol), int(at_once), int(apart), ratio] for _, rtol, at_once, apart, ratio in cells] == expected
+
+
+def test_the_demonstration_under_two_kinds_of_kernels_is_that_of_the_rows() -> None:
+    rows = rows_of("demo-kernels-2026-11-27.json")
+    scores = {kernels: [row["test"] for row in rows if row["kernels"] == kernels] for kernels in ("default", "avx2")}
+    titles = {"direct": "direct finetuning", "equal": "equal weights", "rehearsal": "TapWeight by rehearsal"}
+    expected = [
+        [title, *(spread([score[name] for score in scores[kernels]]) for kernels in scores)]
+        for name, title in titles.items()
+    ]
+    assert table_of(PAGE, "| method | test RMSE, default kernels | test RMSE, AVX2 kernels |") == expected
+    assert len(rows) == 10
+    assert min(row["test"]["equal"] - row["test"]["rehearsal"] for row in rows) > 0.12
+    assert all("polarity" in row["significant"] and "random_labels" not in row["significant"] for row in rows)
