@@ -305,10 +305,7 @@ class _Trajectory:
         return Objective.of(level, self._point, own)
 
     def _gradient(self, t: int) -> tuple[Tensor | None, ...]:
-        value = self._objective(t).value()
-        if not value.requires_grad:
-            return (None,) * len(self._live)
-        return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
+        return self._objective(t).used_derivatives(self._level.name)
 
     def backwards(self) -> Iterator[_Held]:
         """Yield the steps from the last to the first, and discard each; possible only once."""

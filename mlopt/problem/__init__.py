@@ -8,10 +8,12 @@ from .game import game
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
+from .means import require_mean
 from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
+from .processes import require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
@@ -63,7 +65,9 @@ __all__ = [
     "has_hooks",
     "over_tasks",
     "own_gradient",
+    "require_alike",
     "require_all_variables",
+    "require_mean",
     "restored",
     "stacked",
     "standing_in",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ProblemError
-from ..tensors import Tensors, dot, zeros_like
+from ..tensors import Tensors, dot, scale, zeros_like
 from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
@@ -122,6 +122,9 @@ def cut(flat: Sequence[Tensor], blocks: Sequence[Block], values: Vectors) -> dic
 class Term(ABC):
     """A scalar function of blocks of variables.
 
+    On several processes, `value` and `function` are the piece of this process, whose sum over the processes is the term, and
+    `derivatives` are those of the whole term.
+
     Attributes:
         blocks: the blocks that it depends on.
         values: the live variables, by block.
@@ -137,6 +140,8 @@ class Term(ABC):
     order: int = 2
     #: True if the term knows its derivatives without an evaluation; it then has `product`.
     closed: ClassVar[bool] = False
+    #: True if the pieces of all processes are equal, so that their sum needs no exchange.
+    alike: bool = False
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -152,7 +157,22 @@ class Term(ABC):
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
-        return derivatives(self.value(), wanted, self.values)
+        return self.together(wanted, lambda: derivatives(self.value(), wanted, self.values))
+
+    def together(self, wanted: Sequence[Block], evaluate: Callable[[], dict[Block, Tensors]]) -> dict[Block, Tensors]:
+        """Return the sum over processes of the vectors by wanted block that each evaluates from its piece of the term."""
+        ranks = self.point.problem.ranks
+        if not ranks.several or not wanted:
+            return evaluate()
+        if self.alike:
+            return {block: scale(float(ranks.size), vectors) for block, vectors in evaluate().items()}
+
+        def flat() -> list[Tensor]:
+            pieces = evaluate()
+            return [piece for block in wanted for piece in pieces[block]]
+
+        total = ranks.together(flat, [variable for block in wanted for variable in self.values[block]])
+        return cut(total, wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/dw <grad_D, direction> if `is_mixed`; else None."""
@@ -187,7 +207,10 @@ class LevelTerm(Term):
         sign: float = 1.0,
     ) -> None:
         self._point = self.point = point
-        self._level, self.part, self.label, self._sign = level, part, (level.name, part), sign
+        ranks = point.problem.ranks
+        self.alike = ranks.several and part != "loss"
+        self._level, self.part, self.label = level, part, (level.name, part)
+        self._sign = sign / ranks.size if self.alike else sign
         self._batches = point.batches if batches is None else batches
         self._references = level.regularizer_references if part == "regularizer" else level.loss_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -248,7 +271,14 @@ class LevelTerm(Term):
         with cloned_buffers(self._modules.values()):
             mixture = self._mixture(self._modules)
             weights = mixture.weigh(self._modules[mixture.weights])
-            shares = self._forward_shares(direction) if forward else self._backward_shares(mixture, direction)
+            along = direction[self.name]
+
+            def evaluate() -> list[Tensor]:
+                return [self._forward_shares(along) if forward else self._backward_shares(mixture, along)]
+
+            ranks = self._point.problem.ranks
+            like = [along[0].new_zeros(len(mixture))]
+            (shares,) = ranks.together(evaluate, like) if ranks.several else evaluate()
         return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
 
     def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
@@ -278,13 +308,13 @@ class LevelTerm(Term):
                 self._loss(self._modules)
         return mixtures[self.name] == weights
 
-    def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
-        """Return <grad L_k, direction> for each k, by K backward passes."""
-        own, along, apart = self.values[self.name], direction[self.name], self.values[mixture.weights]
+    def _backward_shares(self, mixture: Mixture, along: Tensors) -> Tensor:
+        """Return <grad L_k, along> for each k, by K backward passes."""
+        own, apart = self.values[self.name], self.values[mixture.weights]
         return torch.stack([dot(mixture.gradient(k, own, apart), along) for k in range(len(mixture))])
 
-    def _forward_shares(self, direction: Vectors) -> Tensor:
-        """Return <grad L_k, direction> for all k, in one forward-mode pass."""
+    def _forward_shares(self, along: Tensors) -> Tensor:
+        """Return <grad L_k, along> for all k, in one forward-mode pass."""
         name = self.name
 
         def losses(variables: Tensors) -> Tensor:
@@ -297,7 +327,7 @@ class LevelTerm(Term):
             return self._pure({name: variables}, read)
 
         start = tuple(v.detach() for v in self.values[name])
-        shares: Tensor = torch.func.jvp(losses, (start,), (tuple(direction[name]),))[1]
+        shares: Tensor = torch.func.jvp(losses, (start,), (tuple(along),))[1]
         return shares
 
     @cached_property
@@ -327,8 +357,9 @@ class LevelTerm(Term):
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        batch, workspace = self._batches[self.name], self._point.workspace
-        return evaluate_loss(self._level, modules, batch, workspace, inspected=self._inspected(modules))
+        batch, point = self._batches[self.name], self._point
+        inspected, ranks = self._inspected(modules), point.problem.ranks
+        return evaluate_loss(self._level, modules, batch, point.workspace, inspected=inspected, ranks=ranks)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":

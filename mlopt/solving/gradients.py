@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ProblemError, TrustWarning
 from ..finiteness import immediate, require_finite
-from ..hypergradient import at_solutions, partial_derivatives, total_derivative
+from ..hypergradient import at_solutions, partial_derivatives, partial_pieces, total_derivative
 from ..problem import (
     Block,
     Carryover,
@@ -30,14 +30,17 @@ from ..problem import (
     add_into,
     call_solver,
     cloned_buffers,
+    cut,
     evaluate_loss,
     evaluate_regularizer,
     evaluate_residual,
+    require_mean,
     sum_values,
 )
 from ..rng import GeneratorState
 from ..tensors import Tensors, add, axpy_, dot, is_finite, norm, scale
 from .precision import Precision
+from .sums import StepSums
 
 __all__ = ["Gradients"]
 
@@ -91,6 +94,9 @@ class Gradients:
         self.logs: dict[str, Any] = {}
         #: For each logged value of the current step, the number of batches that logged it.
         self._log_counts: dict[str, int] = {}
+        #: On several processes: sums over them, and the numbers that a level has logged in its present step.
+        self._sums = StepSums(problem.ranks)
+        self._fresh: dict[str, None] = {}
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
         #: The kinds of remarks that were warned of: a level and a remark without its numbers.
@@ -118,7 +124,7 @@ class Gradients:
         others = [self.problem[name].module for name in level.references]
         # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
-            self._log_counts = {}
+            self._log_counts, self._fresh = {}, {}
             if level.residual is not None:
                 loss = self._residual(level, variables, batches, last)
             elif level.response is not None:
@@ -172,6 +178,58 @@ class Gradients:
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         streamed = self.carryover.cotangents.get(level.name) if last else None
+        if not self.problem.ranks.several:
+            loss, signals = self._backward_all(level, variables, batches, last, streamed)
+        else:
+            loss, signals = self._own_sum(level, variables, batches, last, streamed)
+        if streamed is not None and signals.numel():
+            # If the scaled losses overflowed, the pullback recomputes the signals.
+            overflow = self._precisions[level.name].scaler is not None and not is_finite((signals,))
+            streamed.signals = None if overflow else signals
+        return loss
+
+    def _own_sum(
+        self,
+        level: Level,
+        variables: Tensors,
+        batches: Sequence[Any],
+        last: bool,
+        streamed: StreamedCotangent | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Do the same as `_backward_all` for the sum over processes."""
+
+        def evaluate() -> tuple[list[Tensor], Tensor]:
+            loss, signals = self._backward_all(level, variables, batches, last, streamed)
+            used = torch.tensor([v.grad is not None for v in variables]).to(loss)
+            gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in variables]
+            return [*gradients, used, signals], loss
+
+        (*gradients, used, signals), loss = self._sum(level, evaluate)
+        for variable, gradient, count in zip(variables, gradients, used.tolist(), strict=True):
+            variable.grad = gradient if count else None
+        return loss, signals
+
+    def _sum(self, level: Level, evaluate: Callable[[], tuple[Sequence[Tensor], Tensor]]) -> tuple[Tensors, Tensor]:
+        """Return the sum over processes of vectors and a loss, and of the numbers that the level logs; test the loss."""
+
+        def pieces() -> tuple[list[Tensor], dict[str, Any]]:
+            vectors, loss = evaluate()
+            return [loss, *vectors], {key: self.logs[key] for key in self._fresh}
+
+        (loss, *vectors), logged = self._sums(level.name, pieces)
+        self.logs |= logged
+        require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
+        return tuple(vectors), loss
+
+    def _backward_all(
+        self,
+        level: Level,
+        variables: Tensors,
+        batches: Sequence[Any],
+        last: bool,
+        streamed: StreamedCotangent | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Set `.grad` to the level's own gradient, the mean over batches; return the loss, and the signals of a mixture."""
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses, signals = [], []
         for k, batch in enumerate(batches):
@@ -184,12 +242,9 @@ class Gradients:
             else:
                 loss = self._backward(level, variables, value.loss, share)
             losses.append(loss)
-            self._log(level, loss, value.logs, share, first=k == 0)
-        if streamed is not None and signals:
-            total = torch.stack(signals).sum(0)
-            # If the scaled losses overflowed, the pullback recomputes the signals.
-            streamed.signals = total if precision.scaler is None or is_finite((total,)) else None
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            self._log(level, loss, value, share, first=k == 0)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return loss, torch.stack(signals).sum(0) if signals else loss.new_zeros(0)
 
     def _backward(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
         """Add `share` times the gradient of the objective to `.grad`; return the objective, detached."""
@@ -225,7 +280,8 @@ class Gradients:
                 loss = mixture.loss(k)
             loss, gradient = loss.detach(), mixture.gradient(k, variables, apart, precision.scaled(loss))
             self._add_to_row(f"{level.name}/{mixture.names[k]}", loss, share, first=first)
-            require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
+            if not self.problem.ranks.several:  # the sum over processes is tested
+                require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
             weight = weights[k].to(loss.device)
             total = total + weight * loss
             if streamed is not None:
@@ -258,9 +314,10 @@ class Gradients:
             self.problem, self.batches, self.generators, curvature_batches=curvature, carryover=self.carryover
         )
         precision, share = self._precisions[level.name], 1.0 / len(batches)
-        losses = []
-        cotangents: dict[Block, Tensors] = {}
-        with at_solutions(point, level):
+
+        def evaluate() -> tuple[dict[Block, Tensors], Tensor]:
+            losses = []
+            cotangents: dict[Block, Tensors] = {}
             for k, batch in enumerate(batches):
                 self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
                 with precision.autocast:
@@ -268,10 +325,14 @@ class Gradients:
                     loss = value.total(self._modules[level.name])
                 loss = self._regularized(level, loss)
                 losses.append(loss.detach().clone())
-                self._log(level, losses[-1], value.logs, share, first=k == 0)
+                self._log(level, losses[-1], value, share, first=k == 0)
                 scaled = precision.scaled(loss)
-                own = partial_derivatives(point, level, scaled if share == 1.0 else share * scaled)
-                add_into(cotangents, own)
+                differentiate = partial_pieces if self.problem.ranks.several else partial_derivatives
+                add_into(cotangents, differentiate(point, level, scaled if share == 1.0 else share * scaled))
+            return cotangents, losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+        with at_solutions(point, level):
+            cotangents, loss = self._cotangent_sum(level, point, evaluate) if self.problem.ranks.several else evaluate()
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
                 # The backward pass of the scaled loss overflowed: NaN makes the scaler skip this step.
@@ -282,7 +343,21 @@ class Gradients:
         for variable, derivative in zip(variables, gradient, strict=True):
             variable.grad = derivative.detach()
         self._keep_reports(point)
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return loss
+
+    def _cotangent_sum(
+        self, level: Level, point: Point, evaluate: Callable[[], tuple[dict[Block, Tensors], Tensor]]
+    ) -> tuple[dict[Block, Tensors], Tensor]:
+        """Return the sum over processes of cotangents and a loss."""
+        blocks: list[Block] = []
+
+        def flat() -> tuple[list[Tensor], Tensor]:
+            cotangents, loss = evaluate()
+            blocks.extend(cotangents)
+            return [vector for vectors in cotangents.values() for vector in vectors], loss
+
+        vectors, loss = self._sum(level, flat)
+        return cut(vectors, blocks, point.values), loss
 
     def _response_gradient(
         self, level: Level, response: Response, variables: Tensors, batches: Sequence[Any]
@@ -290,9 +365,15 @@ class Gradients:
         """Set `.grad` to the total derivative by the response of a level; log and return the loss at the present point."""
         self.batches[level.name] = batches[-1]
         self.generators[level.name] = GeneratorState.capture(self._devices)
-        value = self._evaluate(level)
-        loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
-        self._log(level, loss, value.logs, 1.0, first=True)
+        self._require_mean(level, batches[-1])
+
+        def evaluate() -> tuple[Sequence[Tensor], Tensor]:
+            value = self._evaluate(level)
+            loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
+            self._log(level, loss, value, 1.0, first=True)
+            return (), loss
+
+        _, loss = self._sum(level, evaluate) if self.problem.ranks.several else evaluate()
         point = Point(self.problem, self.batches, self.generators, carryover=self.carryover)
         with point.generators_preserved():
             gradient = response.total_derivative(point, level.name, self.response_streams)
@@ -318,13 +399,18 @@ class Gradients:
     def _record_inputs(self, level: Level, batch: Any, *, replayed: bool) -> None:
         """Record the batch, and the state of the generators if a pullback will replay this evaluation."""
         self.batches[level.name] = batch
+        self._require_mean(level, batch)
         if replayed and self.problem.needs_estimator(level.name):
             self.generators[level.name] = GeneratorState.capture(self._devices)
+
+    def _require_mean(self, level: Level, batch: Any) -> None:
+        if self.problem.ranks.several:
+            require_mean(self.problem, level, batch)
 
     def _evaluate(self, level: Level) -> LossValue:
         """Evaluate the loss of a level on its latest batch, with the generators and buffers of training."""
         modules, batch, problem = self._modules[level.name], self.batches[level.name], self.problem
-        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem)
+        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem, ranks=problem.ranks)
 
     def _regularized(self, level: Level, loss: Tensor) -> Tensor:
         """Return the objective of a level, given the value of its loss."""
@@ -334,14 +420,19 @@ class Gradients:
 
     def _regularizer(self, level: Level) -> Tensor:
         problem = self.problem
-        return evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
+        value = evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
+        return value / problem.ranks.size if problem.ranks.several else value
 
-    def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
+    def _log(self, level: Level, loss: Tensor, value: LossValue, share: float, *, first: bool) -> None:
         """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""
         # Copies, because logged variables will change.
-        copies = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in logs.items()}
-        for name, value in {"loss": loss, **copies}.items():
-            self._add_to_row(f"{level.name}/{name}", value, share, first=first)
+        logs = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in value.logs.items()}
+        if several := self.problem.ranks.several:
+            logs = {name: x if name == "count" or not _is_number(x) else value.share * x for name, x in logs.items()}
+        for name, x in {"loss": loss, **logs}.items():
+            self._add_to_row(f"{level.name}/{name}", x, share, first=first)
+        if several:
+            return  # the sum over processes is tested
         require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
 
     def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:
@@ -351,6 +442,12 @@ class Gradients:
             value = share * value if first else self.logs[key] + share * value
             self._log_counts[key] = self._log_counts.get(key, 0) + 1
         self.logs[key] = value
+        if self.problem.ranks.several and _is_number(value):
+            self._fresh[key] = None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _not_finite(name: str) -> Callable[[float], str]:

@@ -1,0 +1,79 @@
+"""A comparison of a loss on a whole batch with the pieces of several processes, once for each problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ProblemError
+from ..ranks import ALONE, Ranks
+from ..rng import GeneratorState, preserved
+from .level import Level
+from .losses import evaluate_loss
+from .problem import Problem
+from .processes import refuse_batch_norm
+from .term import cloned_buffers
+
+__all__ = ["require_mean"]
+
+
+def require_mean(problem: Problem, level: Level, batch: Any) -> None:
+    """Compare a loss on the whole batch with the sum of the pieces of all processes, the first time that it is evaluated.
+
+    Both are equal if the loss is a mean over rows, or over as many things as it states. A loss that draws random numbers cannot
+    be compared; its draws are noted, so that the processes draw different ones for their rows.
+
+    Raises:
+        ProblemError: they differ, or the processes have other batches.
+    """
+    ranks, workspace = problem.ranks, problem.workspace
+    key = ("rows", level.name)
+    if not ranks.several or key in workspace.verified or level.residual is not None:
+        return
+    workspace.verified.add(key)
+    modules = {name: problem[name].module for name in (level.name, *level.loss_references)}
+    if level.splits:
+        refuse_batch_norm(level, modules.values(), ranks)
+    with preserved(problem.devices), cloned_buffers(modules.values()):
+        before = GeneratorState.capture(problem.devices)
+        whole = _value(level, modules, batch)
+        drawing = not GeneratorState.capture(problem.devices).same_as(before)
+        before.restore()
+        piece = _value(level, modules, batch, ranks)
+    values = ranks.all_of((float(whole), float(piece), drawing))
+    _compare(level, values, math.sqrt(torch.finfo(whole.dtype).eps))
+    if any(drawing for _, _, drawing in values):
+        workspace.drawing[level.name] = problem.devices
+
+
+def _value(level: Level, modules: Mapping[str, nn.Module], batch: Any, ranks: Ranks = ALONE) -> Tensor:
+    return evaluate_loss(level, modules, batch, ranks=ranks).total(modules).detach()
+
+
+def _compare(level: Level, values: Sequence[tuple[float, float, bool]], tolerance: float) -> None:
+    """Raise if the values of the whole loss differ between processes, or from the sum of the pieces."""
+    (first, _, _), *_ = values
+    total = math.fsum(piece for _, piece, _ in values)
+    if not math.isfinite(total) or not all(math.isfinite(whole) for whole, _, _ in values):
+        return  # reported by the step that evaluates it
+    for rank, (whole, _, _) in enumerate(values):
+        if not math.isclose(whole, first, rel_tol=tolerance, abs_tol=tolerance):
+            raise ProblemError(
+                f"level {level.name!r}: on its first batch, the loss is {first:.6g} in process 0 and {whole:.6g} in process "
+                f"{rank}: they have other batches; give all processes the same data in the same order, since mlopt splits each "
+                "batch over the processes itself"
+            )
+    if any(drawing for _, _, drawing in values):
+        return
+    if not math.isclose(total, first, rel_tol=tolerance, abs_tol=tolerance):
+        raise ProblemError(
+            f"the loss of level {level.name!r} is {first:.6g} on the whole of its first batch, and {total:.6g} as a mean of the "
+            f"losses on the rows of {len(values)} processes: it is not a mean over rows. If it is a mean over something else, "
+            'such as masked tokens, return {"loss": loss, "count": their number}. If it is a sum, or rows meet in it '
+            "(contrastive losses, statistics of the batch), evaluate it on the whole batch in each process by "
+            "Level(split=False)"
+        )
