@@ -73,7 +73,8 @@ class Objective:
         if not ranks.several:
             return evaluate()[0]
         (total,) = ranks.together(evaluate, [next(iter(self.terms[0].values.values()))[0].new_zeros(())])
-        return pieces[0] + (total - pieces[0].detach())
+        # Exactly the total, so that every process has the same number; the graph is that of the piece.
+        return total + (pieces[0] - pieces[0].detach())
 
     def number(self) -> float:
         """Return the objective at the live variables, summed in double precision; one graph is held at a time."""

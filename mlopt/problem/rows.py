@@ -112,6 +112,7 @@ def share_of_rows(rows: int, rank: int, size: int) -> tuple[int, int, float]:
     """Return the first row of a process, the row after its last, and its share; the first row at share zero if it has none.
 
     Example:
+        >>> from mlopt.problem.rows import share_of_rows
         >>> [share_of_rows(3, rank, 4) for rank in range(4)]
         [(0, 1, 0.0), (0, 1, 0.3333333333333333), (1, 2, 0.3333333333333333), (2, 3, 0.3333333333333333)]
     """
