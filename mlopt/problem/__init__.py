@@ -10,6 +10,7 @@ from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .means import require_mean
 from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values
+from .partial import partial_derivatives, partial_pieces
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
@@ -65,6 +66,8 @@ __all__ = [
     "has_hooks",
     "over_tasks",
     "own_gradient",
+    "partial_derivatives",
+    "partial_pieces",
     "require_alike",
     "require_all_variables",
     "require_mean",

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import ProblemError
 from ..tensors import Tensors, dot, scale, zeros_like
 from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
+from .pure_function import PureFunction, key_of
 
 if TYPE_CHECKING:
     from .level import Level
@@ -246,8 +246,8 @@ class LevelTerm(Term):
         """
         bare = copy.copy(self)  # without references to the point and its batches
         del bare._point, bare.point, bare._batches, bare.values
-        function = _PureFunction(self._modules)
-        names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
+        function = PureFunction(self._modules)
+        names = [f"levels.{key_of(self.name)}.{name}" for name in self._level.parameter_names]
 
         def term(own: Tensors, rest: Mapping[str, Tensor], batch: Any) -> Tensor:
             return function.at(bare._evaluate, {**rest, **dict(zip(names, own, strict=True))}, batch)
@@ -260,7 +260,7 @@ class LevelTerm(Term):
         function = self._pure_function
         rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
         for name in self._level.parameter_names:
-            del rest[f"levels.{_key(self.name)}.{name}"]
+            del rest[f"levels.{key_of(self.name)}.{name}"]
         batch = copied(self._batches[self.name], [])  # here, since a compiled function would change the original
         return tuple(v.detach() for v in self.values[self.name]), rest, batch
 
@@ -331,12 +331,12 @@ class LevelTerm(Term):
         return shares
 
     @cached_property
-    def _pure_function(self) -> _PureFunction:
-        return _PureFunction(self._modules)
+    def _pure_function(self) -> PureFunction:
+        return PureFunction(self._modules)
 
     def _pure(self, values: Vectors, function: Callable[[Mapping[str, nn.Module]], Tensor]) -> Tensor:
         named = {
-            f"levels.{_key(name)}.{parameter}": tensor
+            f"levels.{key_of(name)}.{parameter}": tensor
             for name in self._modules
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
@@ -380,43 +380,3 @@ class LevelTerm(Term):
         if self.part == "regularizer":
             return self._signed(evaluate_regularizer(self._level, modules))
         return self._signed(evaluate_loss(self._level, modules, batch).total(modules))
-
-
-class _PureFunction(nn.Module):
-    """A function of modules as a pure function of their parameters, by torch.func.functional_call on a module that holds them."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.levels = nn.ModuleDict({_key(name): module for name, module in modules.items()})
-        self._names = tuple(modules)
-        places: dict[int, list[str]] = {}
-        names: dict[str, int] = {}
-        seen = set()
-        for path, module in self.named_modules(remove_duplicate=False):
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None:
-                    continue
-                names[f"{path}.{name}"] = id(tensor)
-                if module not in seen:
-                    places.setdefault(id(tensor), []).append(f"{path}.{name}")
-            seen.add(module)
-        #: By name of a tensor, its places: each module once, under its first path. On exit, functional_call would otherwise
-        #: put its own tensors into a module that it finds under a second path.
-        self._places = {name: places[key] for name, key in names.items()}
-
-    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return function({name: self.levels[_key(name)] for name in self._names}, *arguments)
-
-    def at(self, function: Callable[..., Tensor], parameters: Mapping[str, Tensor], *arguments: Any) -> Tensor:
-        """Return the function of the modules, and of further arguments, at other parameters and buffers."""
-        # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
-        buffers = {name: parameters.get(name, buffer).clone() for name, buffer in self.named_buffers()}
-        given = {**parameters, **buffers}
-        placed = {place: tensor for name, tensor in given.items() for place in self._places.get(name, (name,))}
-        result: Tensor = functional_call(self, placed, (function, *arguments), tie_weights=False)
-        return result
-
-
-def _key(name: str) -> str:
-    """Return the key of a level in a ModuleDict, which refuses the names of its own attributes."""
-    return f"level_{name}"

@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ProblemError, TrustWarning
 from ..finiteness import immediate, require_finite
-from ..hypergradient import at_solutions, partial_derivatives, partial_pieces, total_derivative
+from ..hypergradient import at_solutions, total_derivative
 from ..problem import (
     Block,
     Carryover,
@@ -30,16 +31,18 @@ from ..problem import (
     add_into,
     call_solver,
     cloned_buffers,
-    cut,
     evaluate_loss,
     evaluate_regularizer,
     evaluate_residual,
+    partial_derivatives,
+    partial_pieces,
     require_mean,
     sum_values,
 )
 from ..rng import GeneratorState
 from ..tensors import Tensors, add, axpy_, dot, is_finite, norm, scale
 from .precision import Precision
+from .row import Row, is_number
 from .sums import StepSums
 
 __all__ = ["Gradients"]
@@ -65,7 +68,7 @@ class Gradients:
         generators: for each level with an estimator, the state of the generators before its latest evaluation.
         curvature_streams: for each estimator with curvature data, the stream of these data.
         response_streams: if the outermost level has a response, its stream for each level inside.
-        logs: the values that the levels logged in the current outer step.
+        row: the values that the levels logged in the current outer step.
         reports: the last report of each level.
         doubts: for each level whose pullback was doubtful, the number of such steps and the latest remarks.
     """
@@ -91,12 +94,8 @@ class Gradients:
         }
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
-        self.logs: dict[str, Any] = {}
-        #: For each logged value of the current step, the number of batches that logged it.
-        self._log_counts: dict[str, int] = {}
-        #: On several processes: sums over them, and the numbers that a level has logged in its present step.
-        self._sums = StepSums(problem.ranks)
-        self._fresh: dict[str, None] = {}
+        self.row = Row()
+        self._sums = StepSums(problem.ranks, self.row)
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
         #: The kinds of remarks that were warned of: a level and a remark without its numbers.
@@ -105,7 +104,7 @@ class Gradients:
     def rehearsal(self) -> Gradients:
         """Return gradients for steps that will be rolled back: from the same state of pullbacks, with logs of their own."""
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
-        other._warned = self._warned
+        other._warned, other._sums = self._warned, self._sums.on(other.row)
         other.carryover.warm = dict(self.carryover.warm)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
         return other
@@ -124,7 +123,7 @@ class Gradients:
         others = [self.problem[name].module for name in level.references]
         # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
-            self._log_counts, self._fresh = {}, {}
+            self.row.begin()
             if level.residual is not None:
                 loss = self._residual(level, variables, batches, last)
             elif level.response is not None:
@@ -132,11 +131,7 @@ class Gradients:
             else:
                 nested = bool(self.problem.graph[level.name].parts)
                 loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
-        for key, count in self._log_counts.items():
-            if count != len(batches):
-                raise ProblemError(
-                    f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all or for none"
-                )
+        self.row.require_complete(len(batches))
         return loss
 
     def solve_alone(self, level: Level, batch: Any) -> None:
@@ -171,55 +166,23 @@ class Gradients:
         total = scale(1.0 / len(batches), total)
         size = norm(total)
         require_finite((), _not_finite(f"the norm of the residual of level {level.name!r}"), size=size)
-        self.logs[f"{level.name}/residual"] = size
+        self.row.values[f"{level.name}/residual"] = size
         for variable, derivative in zip(variables, precision.scaled_vectors(total), strict=True):
             variable.grad = derivative
         return size
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         streamed = self.carryover.cotangents.get(level.name) if last else None
-        if not self.problem.ranks.several:
-            loss, signals = self._backward_all(level, variables, batches, last, streamed)
+        evaluate = partial(self._backward_all, level, variables, batches, last, streamed)
+        if self.problem.ranks.several:
+            loss, signals = self._sums.gradients(level.name, variables, evaluate, streamed=streamed is not None)
         else:
-            loss, signals = self._own_sum(level, variables, batches, last, streamed)
+            loss, signals = evaluate()
         if streamed is not None and signals.numel():
             # If the scaled losses overflowed, the pullback recomputes the signals.
             overflow = self._precisions[level.name].scaler is not None and not is_finite((signals,))
             streamed.signals = None if overflow else signals
         return loss
-
-    def _own_sum(
-        self,
-        level: Level,
-        variables: Tensors,
-        batches: Sequence[Any],
-        last: bool,
-        streamed: StreamedCotangent | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Do the same as `_backward_all` for the sum over processes."""
-
-        def evaluate() -> tuple[list[Tensor], Tensor]:
-            loss, signals = self._backward_all(level, variables, batches, last, streamed)
-            used = torch.tensor([v.grad is not None for v in variables]).to(loss)
-            gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in variables]
-            return [*gradients, used, signals], loss
-
-        (*gradients, used, signals), loss = self._sum(level, evaluate)
-        for variable, gradient, count in zip(variables, gradients, used.tolist(), strict=True):
-            variable.grad = gradient if count else None
-        return loss, signals
-
-    def _sum(self, level: Level, evaluate: Callable[[], tuple[Sequence[Tensor], Tensor]]) -> tuple[Tensors, Tensor]:
-        """Return the sum over processes of vectors and a loss, and of the numbers that the level logs; test the loss."""
-
-        def pieces() -> tuple[list[Tensor], dict[str, Any]]:
-            vectors, loss = evaluate()
-            return [loss, *vectors], {key: self.logs[key] for key in self._fresh}
-
-        (loss, *vectors), logged = self._sums(level.name, pieces)
-        self.logs |= logged
-        require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
-        return tuple(vectors), loss
 
     def _backward_all(
         self,
@@ -279,7 +242,7 @@ class Gradients:
             with precision.autocast:
                 loss = mixture.loss(k)
             loss, gradient = loss.detach(), mixture.gradient(k, variables, apart, precision.scaled(loss))
-            self._add_to_row(f"{level.name}/{mixture.names[k]}", loss, share, first=first)
+            self.row.add(f"{level.name}/{mixture.names[k]}", loss, share, first=first)
             if not self.problem.ranks.several:  # the sum over processes is tested
                 require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
             weight = weights[k].to(loss.device)
@@ -332,7 +295,8 @@ class Gradients:
             return cotangents, losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
         with at_solutions(point, level):
-            cotangents, loss = self._cotangent_sum(level, point, evaluate) if self.problem.ranks.several else evaluate()
+            several = self.problem.ranks.several
+            cotangents, loss = self._sums.cotangents(level.name, point, evaluate) if several else evaluate()
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
                 # The backward pass of the scaled loss overflowed: NaN makes the scaler skip this step.
@@ -344,20 +308,6 @@ class Gradients:
             variable.grad = derivative.detach()
         self._keep_reports(point)
         return loss
-
-    def _cotangent_sum(
-        self, level: Level, point: Point, evaluate: Callable[[], tuple[dict[Block, Tensors], Tensor]]
-    ) -> tuple[dict[Block, Tensors], Tensor]:
-        """Return the sum over processes of cotangents and a loss."""
-        blocks: list[Block] = []
-
-        def flat() -> tuple[list[Tensor], Tensor]:
-            cotangents, loss = evaluate()
-            blocks.extend(cotangents)
-            return [vector for vectors in cotangents.values() for vector in vectors], loss
-
-        vectors, loss = self._sum(level, flat)
-        return cut(vectors, blocks, point.values), loss
 
     def _response_gradient(
         self, level: Level, response: Response, variables: Tensors, batches: Sequence[Any]
@@ -373,7 +323,7 @@ class Gradients:
             self._log(level, loss, value, 1.0, first=True)
             return (), loss
 
-        _, loss = self._sum(level, evaluate) if self.problem.ranks.several else evaluate()
+        _, loss = self._sums.step(level.name, evaluate) if self.problem.ranks.several else evaluate()
         point = Point(self.problem, self.batches, self.generators, carryover=self.carryover)
         with point.generators_preserved():
             gradient = response.total_derivative(point, level.name, self.response_streams)
@@ -428,26 +378,12 @@ class Gradients:
         # Copies, because logged variables will change.
         logs = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in value.logs.items()}
         if several := self.problem.ranks.several:
-            logs = {name: x if name == "count" or not _is_number(x) else value.share * x for name, x in logs.items()}
+            logs = {name: x if name == "count" or not is_number(x) else value.share * x for name, x in logs.items()}
         for name, x in {"loss": loss, **logs}.items():
-            self._add_to_row(f"{level.name}/{name}", x, share, first=first)
+            self.row.add(f"{level.name}/{name}", x, share, first=first)
         if several:
             return  # the sum over processes is tested
         require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
-
-    def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:
-        if share != 1.0:
-            if first != (key not in self._log_counts):
-                raise ProblemError(f"{key!r} is logged for some of the batches of a step; log it for all or for none")
-            value = share * value if first else self.logs[key] + share * value
-            self._log_counts[key] = self._log_counts.get(key, 0) + 1
-        self.logs[key] = value
-        if self.problem.ranks.several and _is_number(value):
-            self._fresh[key] = None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _not_finite(name: str) -> Callable[[float], str]:
