@@ -229,10 +229,11 @@ class Loop:
             self._log()
         else:
             self._checks.run()
-        if (checkpoints := self.checkpoints) is None or self._saved == self._position:
-            return
-        if self._ranks.several:
+        unsaved = self.checkpoints is not None and self._saved != self._position
+        if self._ranks.several and (last or unsaved):
             require_alike(run.problem, self._ranks, f"after step {run.step}")
+        if (checkpoints := self.checkpoints) is None or not unsaved:
+            return
         try:
             folder = self._ranks.by_first(
                 lambda: checkpoints.save(run.step, run.state_dict(), self._score(checkpoints.best))
