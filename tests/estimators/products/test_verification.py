@@ -442,7 +442,7 @@ def test_a_stop_that_the_first_direction_hardly_meets_is_in_doubt(products: str)
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("size", [1e-12, 1e-8, 1.0, 1e8])
 def test_a_stop_is_in_doubt_at_variables_of_any_size(products: str, size: float) -> None:
-    """The products by x, and their errors, are large if x is small; neither may hide the other. One of three gradients is stopped."""
+    """Products by x, and their errors, are large if x is small. The gradient by one component of x is stopped."""
 
     def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
         u = x() / size
