@@ -229,8 +229,8 @@ def _stronger_than_clip(
         return ""
     return (
         f"the decay of the optimizer of level {level.name!r} has norm {size:.3g}, which a gradient shortened to "
-        f"clip={level.clip:g} cannot balance: the steps end elsewhere than a Hessian without clipping assumes; raise clip, or decay by a regularizer "
-        "of the level"
+        f"clip={level.clip:g} cannot balance: the steps end elsewhere than a Hessian without clipping assumes; raise clip, or "
+        "decay by a regularizer of the level"
     )
 
 
