@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import attrs
 
 from .errors import MloptError
 from .imports import import_optional, installed_version
+from .ranks import require_alone
 
 __all__ = ["main"]
 
@@ -100,14 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["diagnose", "experiment"])  # prints a message on standard error
         2
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and count.isdecimal() and int(count) > 1:
-        return _refuse(
-            f"this is one of {count} processes (WORLD_SIZE), which would all write to one folder; a command runs in one process: "
-            "start it without the launcher, or share a problem between processes in a script of your own",
-            2,
-        )
     try:
+        require_alone("a command")
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return _refuse("interrupted; progress since the last checkpoint is lost", 130)

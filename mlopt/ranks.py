@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import CheckpointError, MloptError, NonFiniteError, ProblemError, ProcessError
 from .tensors import Tensors, zeros_like
 
-__all__ = ["ALONE", "Ranks"]
+__all__ = ["ALONE", "Ranks", "require_alone"]
 
 T = TypeVar("T")
 
@@ -82,6 +82,9 @@ class Ranks:
     def first(self) -> bool:
         """True for the process that writes files."""
         return self.rank == 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # groups cannot be copied
 
     def refuse(self, function: str) -> None:
         """Raise if there are several processes, for a function that does not share its work.
@@ -240,10 +243,29 @@ def _control_of(group: Any) -> Any:
     return _CONTROL[group]
 
 
+def require_alone(what: str) -> None:
+    """Raise if this is one of several processes, of a group or of a launcher, for what writes files of its own.
+
+    Raises:
+        ProblemError: it is.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    if (count := dist.get_world_size() if grouped else _launched()) > 1:
+        raise ProblemError(
+            f"{what} runs in one process, and this is one of {count}, which would all write to the same files; start it without "
+            "the launcher"
+        )
+
+
+def _launched() -> int:
+    """Return the number of processes that a launcher started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if "RANK" in os.environ and count.isdecimal() else 1
+
+
 def _refuse_unconnected() -> None:
     """Raise if a launcher started several processes, which would make one run each without a process group."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and count.isdecimal() and int(count) > 1:
+    if (count := _launched()) > 1:
         raise ProblemError(
             f"Problem: this is one of {count} processes (WORLD_SIZE), and torch.distributed is not initialised, so that each "
             "would make a run of its own; call torch.distributed.init_process_group() first to share the problem, or give "

@@ -287,6 +287,11 @@ EQUAL: dict[str, Callable[[Any], Values]] = {
     },
     "curvature batches": _curvature,
     "own solver": lambda group: of(ridge(group)),
+    "game": lambda group: of(game(group)),
+    "doubtful": lambda group: doubtful(group),
+    "unrolled over batches": lambda group: of(
+        two_levels(mlopt.Unrolled(steps=3, data=[tuple(t[k : k + 10] for t in indexed(37)) for k in (0, 9, 20)]), group)
+    ),
     "residual": lambda group: of(fixed_point(group)),
     "tasks": lambda group: of(tasks(group)),
     "whole batch": lambda group: of(two_levels(mlopt.Dense(), group, split=False)),
@@ -300,6 +305,38 @@ EQUAL: dict[str, Callable[[Any], Values]] = {
     "run: real steps": lambda group: run_of(mixture_by_real_steps(group), 3),
     "run: stopped early": _evaluated,
 }
+
+
+def game(group: Any) -> mlopt.Problem:
+    """Return two players on the rows of a batch."""
+
+    def first(a: nn.Module, batch: Any, *, b: nn.Module, outer: nn.Module) -> Tensor:
+        return (batch[0] @ a() - batch[1]).square().mean() + a() @ b() + outer() @ a()
+
+    def second(b: nn.Module, batch: Any, *, a: nn.Module) -> Tensor:
+        return (batch[0] @ b()).square().mean() - a() @ b() + b().sum()
+
+    def loss(module: nn.Module, batch: Any, *, market: nn.Module) -> Tensor:
+        return (batch[0] @ market["b"]() - batch[1]).square().mean()  # type: ignore[index]
+
+    players = (mlopt.Level("a", vector(4), first), mlopt.Level("b", vector(4), second))
+    options = {"data": [rows(9)], "estimator": mlopt.Dense(), "optimizer": partial(SGD, lr=0.1)}
+    return mlopt.Problem(
+        mlopt.Level("outer", vector(4), loss, data=[rows(7, 1)]), mlopt.game("market", *players, **options), group=group
+    )
+
+
+def doubtful(group: Any) -> Values:
+    """Return the hypergradient and the number of remarks for a loss that stops a gradient."""
+
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
+        inputs, labels, index = batch
+        losses = cross_entropy(module(inputs).squeeze(1), labels, reduction="none")
+        return (torch.sigmoid(weights()[index]) * losses * losses.detach()).mean()
+
+    result = mlopt.hypergradient(_with_loss(loss, group), seed=0)
+    remarks = [remark for remark in result.reports["model"].remarks if "differ from differences" in remark]
+    return {**result.gradient, "remarks": torch.tensor([float(len(remarks))])}
 
 
 def mixture_by_real_steps(group: Any) -> mlopt.Problem:
@@ -384,6 +421,11 @@ def _logging_apart(group: Any) -> Any:
     return run_of(_with_loss(loss, group), 2)
 
 
+def _summed_with_dropout(group: Any) -> Any:
+    module = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1)).double()
+    return of(_with_loss(_summed, group, module))
+
+
 def _normalised(group: Any) -> Any:
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
     return _with_loss(training_loss, group, module)
@@ -411,6 +453,7 @@ def _nan(on_nonfinite: str, group: Any) -> Values:
 #: Cases that raise in every process, with a part of the message by rank, or of all.
 RAISING: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
     "a sum": (lambda group: of(_with_loss(_summed, group)), ("ProblemError", "it is not a mean over rows")),
+    "a sum with dropout": (_summed_with_dropout, ("ProblemError", "it is not a mean over rows")),
     "contrastive": (lambda group: of(_with_loss(_contrastive, group)), ("ProblemError", "Level(split=False)")),
     "other batches": (_other_batches, ("ProblemError", "they have other batches")),
     "other modules": (_other_modules, ("ProblemError", "level 'x' differs between process 0 and process 1")),
@@ -492,9 +535,13 @@ def drawing(group: Any) -> Values:
         return training_loss(lambda x: module(nn.functional.dropout(x, 0.5)), batch, weights=weights)
 
     problem = _with_loss(loss, group)
-    gradients = [mlopt.hypergradient(problem, seed=seed).gradient["value"] for seed in (0, 0, 1)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gradients = [mlopt.hypergradient(problem, seed=seed).gradient["value"] for seed in (0, 0, 1)]
+    assert any("was not compared with the sum over the rows of 2 processes" in str(w.message) for w in caught)
     state = torch.get_rng_state()
-    return {"first": gradients[0], "again": gradients[1], "other": gradients[2], "state": state}
+    run = run_of(problem, 3)["model.0.weight"]
+    return {"first": gradients[0], "again": gradients[1], "other": gradients[2], "state": state, "run": run}
 
 
 def outcome(case: Callable[[Any], Any]) -> Any:

@@ -82,7 +82,7 @@ def test_the_command_line_is_refused_under_a_launcher(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main(["tapweight", "molecules"]) == 2
-    assert "one of 2 processes (WORLD_SIZE), which would all write to one folder" in capsys.readouterr().err
+    assert "mlopt: a command runs in one process, and this is one of 2" in capsys.readouterr().err
 
 
 def test_a_group_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_masks_follow_the_seed_and_leave_the_common_generators_alone(two: list[d
     (first, second) = (own["drawing"] for own in two)
     assert torch.equal(first["first"], first["again"])
     assert not torch.equal(first["first"], first["other"])
-    for name in ("first", "state"):
+    for name in ("first", "state", "run"):
         assert torch.equal(first[name], second[name]), name
 
 
