@@ -168,6 +168,18 @@ class Ranks:
         self._exchange(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
 
+    def all_evaluated(self, evaluate: Callable[[], T]) -> list[T]:
+        """Return the plain values that all processes evaluate, by rank; if one fails, all raise."""
+        value, error = None, None
+        try:
+            value = evaluate()
+        except Exception as raised:
+            error = raised
+        values = self.all_of((error is None, value))
+        if not all(done for done, _ in values):
+            self.fail(error)
+        return [own for _, own in values]  # type: ignore[misc]
+
     def of_first(self, value: T) -> T:
         """Return the plain value of the first process."""
         if not self.several:

@@ -413,6 +413,19 @@ def _failing_in_a_run(group: Any) -> Any:
     return run_of(_with_loss(loss, group), 4, callbacks=[Break()])
 
 
+def _failing_beside_a_count(group: Any) -> Any:
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
+        if int(os.environ["RANK"]) == 1 and mode["fails"]:
+            raise KeyError("no such row")
+        return masked(*batch[:2], module)
+
+    mode = {"fails": False}
+    problem = _with_loss(loss, group)
+    of(problem)
+    mode["fails"] = True
+    return of(problem)
+
+
 def _logging_apart(group: Any) -> Any:
     def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
         value = training_loss(module, batch, weights=weights)
@@ -481,6 +494,10 @@ RAISING: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
     "diagnose": (lambda group: mlopt.diagnose(two_levels(mlopt.Dense(), group)), ("ProblemError", "diagnose")),
     "a loss that fails": (_failing, ("ProcessError", "process 1 of 2 raised KeyError: 'no such row'")),
     "a step that fails": (_failing_in_a_run, ("ProcessError", "process 1 of 2 raised KeyError: 'no such row'")),
+    "a counted loss that fails": (
+        _failing_beside_a_count,
+        ("ProcessError", "another process failed to evaluate the loss of level 'model'"),
+    ),
     "logging apart": (_logging_apart, ("ProblemError", "process 1 logs 'model/loss'")),
     "not a number": (partial(_nan, "raise"), ("NonFiniteError", "the loss of level 'model' is nan")),
 }

@@ -72,16 +72,16 @@ class Mixture:
     def loss(self, k: int) -> Tensor:
         """Return L_k, or the piece of it that belongs to this process; if it was given as a function, evaluate it now."""
         loss: Any = self._losses[k]
-        if callable(loss):
-            with self.portion.numbers():
+        label, count = f"loss {self.names[k]!r} of a Mixture", None
+        with self.portion.evaluating(label) if self.portion.ranks.several else nullcontext():
+            if callable(loss):
                 loss = loss()
-        count = None
-        if isinstance(loss, Mapping):
-            loss, count = loss.get("loss"), loss.get("count")
-        value = _scalar(loss, f"loss {self.names[k]!r} of a Mixture")
-        if self.inspection is not None:
-            self.inspection(value)
-        share = self.portion.weigh(count)
+            if isinstance(loss, Mapping):
+                loss, count = loss.get("loss"), loss.get("count")
+            value = _scalar(loss, label)
+            if self.inspection is not None:
+                self.inspection(value)
+        share = self.portion.weigh(count, label)
         return value if share == 1.0 else share * value
 
     def gradient(
@@ -220,13 +220,15 @@ def _piece(
     ranks: Ranks,
 ) -> LossValue:
     """Return the piece of a loss that belongs to this process."""
-    part = portion(level, batch, ranks, drawing=None if workspace is None else workspace.drawing.get(level.name))
-    with part.numbers():
+    label = "the loss"
+    drawing, counted = (None, None) if workspace is None else (workspace.drawing.get(level.name), workspace.counted)
+    part = portion(level, batch, ranks, drawing=drawing, counted=counted)
+    with part.evaluating(label):
         value = _read(level.definition(module, part.batch, **others), level)
     if isinstance(value.loss, Mixture):
         value.loss.portion, value.share = part, part.share
     else:
-        value.share = part.weigh(value.logs.get("count"))
+        value.share = part.weigh(value.logs.get("count"), label)
         value.loss = value.share * value.loss
     return value
 

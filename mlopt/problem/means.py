@@ -63,15 +63,18 @@ def _compare(problem: Problem, level: Level, modules: Mapping[str, nn.Module], b
     """Compare the whole with the sum of the pieces, unless the loss draws random numbers; return whether it does."""
     devices, ranks = problem.devices, problem.ranks
     before = GeneratorState.capture(devices)
-    whole = evaluate_loss(level, modules, batch).total(modules).detach()
-    drawing = not GeneratorState.capture(devices).same_as(before)
-    before.restore()
-    piece = evaluate_loss(level, modules, batch, ranks=ranks).total(modules).detach()
-    before.restore()
-    values = ranks.all_of((float(whole), float(piece), drawing))
-    tolerance = _TOLERANCE.get(whole.dtype, 0.05)
-    _require_equal(level, values, tolerance)
-    return any(drawing for _, _, drawing in values)
+
+    def evaluate() -> tuple[float, float, bool, float]:
+        whole = evaluate_loss(level, modules, batch).total(modules).detach()
+        drawing = not GeneratorState.capture(devices).same_as(before)
+        before.restore()
+        piece = evaluate_loss(level, modules, batch, problem.workspace, ranks=ranks).total(modules).detach()
+        before.restore()
+        return float(whole), float(piece), drawing, _TOLERANCE.get(whole.dtype, 0.05)
+
+    values = ranks.all_evaluated(evaluate)
+    _require_equal(level, [value[:3] for value in values], values[0][3])
+    return any(drawing for _, _, drawing, _ in values)
 
 
 def _require_equal(level: Level, values: Sequence[tuple[float, float, bool]], tolerance: float) -> None:

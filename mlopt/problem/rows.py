@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..errors import ProblemError
+from ..errors import ProblemError, ProcessError
 from ..ranks import ALONE, Ranks
 from ..rng import GeneratorState, derive_seed
 
@@ -29,25 +30,31 @@ class Portion:
     With a loss that is a mean over rows, L = sum_r share_r L_r, where L_r is the loss of the rows of process r.
 
     Attributes:
+        level: the name of the level.
         batch: the part.
         share: its number of rows over that of the whole batch; 1 / size if every process has the whole.
         ranks: the processes.
         drawing: the devices on which the loss draws random numbers, of which each process has its own; None if it draws none.
+        counted: the losses that have stated a count before, which the processes exchange during an evaluation.
     """
 
+    level: str
     batch: Any
     share: float = 1.0
     ranks: Ranks = ALONE
     drawing: tuple[torch.device, ...] | None = None
+    counted: set[tuple[str, str]] = attrs.field(factory=set)
 
-    def weigh(self, count: Any) -> float:
+    def weigh(self, count: Any, loss: str) -> float:
         """Return the share of this part in a loss that is a mean over `count` things here; over rows if None.
 
         Raises:
             ProblemError: it is not a number >= 0.
+            ProcessError: the evaluation of the loss failed in another process.
         """
         if count is None or not self.ranks.several:
             return self.share
+        self.counted.add((self.level, loss))
         here = float(count)
         if not 0.0 <= here < float("inf"):
             raise ProblemError(
@@ -56,7 +63,20 @@ class Portion:
         if self.share == 0.0:
             here = 0.0  # the row of another process
         total = self.ranks.total(here)
+        if math.isnan(total):
+            raise ProcessError(f"another process failed to evaluate {loss} of level {self.level!r}; see its error")
         return here / total if total else self.share
+
+    @contextlib.contextmanager
+    def evaluating(self, loss: str) -> Iterator[None]:
+        """Evaluate a loss inside; if that fails, the processes that wait for its count fail, too."""
+        try:
+            with self.numbers():
+                yield
+        except Exception:
+            if (self.level, loss) in self.counted:
+                self.ranks.total(math.nan)
+            raise
 
     @contextlib.contextmanager
     def numbers(self) -> Iterator[None]:
@@ -78,10 +98,17 @@ class Portion:
             torch.default_generator.manual_seed(derive_seed("next", words))
 
 
-WHOLE = Portion(None)
+WHOLE = Portion("", None)
 
 
-def portion(level: Level, batch: Any, ranks: Ranks, *, drawing: tuple[torch.device, ...] | None = None) -> Portion:
+def portion(
+    level: Level,
+    batch: Any,
+    ranks: Ranks,
+    *,
+    drawing: tuple[torch.device, ...] | None = None,
+    counted: set[tuple[str, str]] | None = None,
+) -> Portion:
     """Return the part of a batch on which this process evaluates the loss of a level.
 
     Process r of R takes every row from r n / R to (r + 1) n / R, rounded down; one without rows takes the first at share zero. A
@@ -92,20 +119,22 @@ def portion(level: Level, batch: Any, ranks: Ranks, *, drawing: tuple[torch.devi
         batch: the whole batch, the same in every process.
         ranks: the processes.
         drawing: the devices on which the loss draws random numbers; None if it draws none.
+        counted: the losses that have stated a count before; others are added.
 
     Raises:
         ProblemError: the batch cannot be split.
     """
     if not ranks.several:
-        return Portion(batch)
+        return Portion(level.name, batch)
+    counted = set[tuple[str, str]]() if counted is None else counted
     if batch is None or not level.splits:
-        return Portion(batch, 1.0 / ranks.size, ranks)
+        return Portion(level.name, batch, 1.0 / ranks.size, ranks, counted=counted)
     if callable(own := getattr(batch, "portion", None)):
         part, share = own(ranks.rank, ranks.size)
-        return Portion(part, float(share), ranks, drawing)
+        return Portion(level.name, part, float(share), ranks, drawing, counted)
     rows = _rows_of(level, batch, ranks)
     start, stop, share = share_of_rows(rows, ranks.rank, ranks.size)
-    return Portion(_taken(batch, slice(start, stop), rows), share, ranks, drawing)
+    return Portion(level.name, _taken(batch, slice(start, stop), rows), share, ranks, drawing, counted)
 
 
 def share_of_rows(rows: int, rank: int, size: int) -> tuple[int, int, float]:

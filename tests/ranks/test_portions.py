@@ -56,7 +56,7 @@ def test_processes_draw_numbers_of_their_own_and_go_on_with_common_ones() -> Non
     drawn, after = [], []
     for rank in (0, 1, 1):
         torch.manual_seed(0)
-        with Portion(None, 0.5, Ranks(rank, 2), drawing=()).numbers():
+        with Portion("x", None, 0.5, Ranks(rank, 2), drawing=()).numbers():
             drawn.append(torch.rand(3))
         after.append(torch.rand(3))
     assert not torch.equal(drawn[0], drawn[1])
