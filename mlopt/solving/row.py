@@ -21,8 +21,8 @@ class Row:
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        #: For each value of the present step of a level, whether it is a number.
-        self._added: dict[str, bool] = {}
+        #: The columns to which the present step of a level has added.
+        self._added: set[str] = set()
         #: For each value of the present step of a level, the number of batches that logged it.
         self._counts: dict[str, int] = {}
 
@@ -32,7 +32,7 @@ class Row:
 
     def begin(self) -> None:
         """Begin a step of a level."""
-        self._added, self._counts = {}, {}
+        self._added, self._counts = set(), {}
 
     def add(self, key: str, value: Any, share: float, *, first: bool) -> None:
         """Add `share` times a value to a column; the first batch of a step replaces what the column holds.
@@ -46,7 +46,7 @@ class Row:
             value = share * value if first else self.values[key] + share * value
             self._counts[key] = self._counts.get(key, 0) + 1
         self.values[key] = value
-        self._added[key] = is_number(value)
+        self._added.add(key)
 
     def require_complete(self, batches: int) -> None:
         """Raise unless every batch of the step has logged the same columns."""
@@ -59,7 +59,7 @@ class Row:
     @property
     def numbers(self) -> Mapping[str, Any]:
         """The numbers that the present step of a level has added."""
-        return {key: self.values[key] for key, number in self._added.items() if number}
+        return {key: value for key, value in self.values.items() if key in self._added and is_number(value)}
 
 
 def is_number(value: Any) -> bool:
