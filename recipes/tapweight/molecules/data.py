@@ -16,7 +16,7 @@ from mlopt.validation import shown
 
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
-from ..labels import is_empty, labels_of, number_of
+from ..labels import meanings_of
 from ..names import suggestion
 from ..tables import SUFFIXES, is_folder, list_of, table_of
 from .columns import columns_of, smiles_column_of
@@ -181,26 +181,13 @@ def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = 
 
 
 def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequence[str]) -> tuple[Labels, ...]:
-    """Return the meaning of the columns of labels: all are numbers, all two classes, or there is one column of classes."""
-    options: dict[str, Any] = {"missing": missing, "rows_per_class": _ROWS_PER_CLASS}
+    """Return the meaning of the columns of labels."""
     chosen = [(table.header[k], table.column(k)) for k in columns.labels]
-    meanings = [labels_of(table.source, name, column, kind=kind, **options) for name, column in chosen]
-    if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
-        for each in meanings:
-            if fault := _fault(each):
-                raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
-        return tuple(meanings)
-    numeric = [
-        all(number_of(cell) is not None for _, cell in column if not is_empty(cell, missing)) for _, column in chosen
-    ]
-    if kind is None and all(numeric) and any(each.form == "numbers" for each in meanings):
-        return tuple(labels_of(table.source, name, column, kind="regression", **options) for name, column in chosen)
-    if all(each.form == "numbers" for each in meanings):
-        return tuple(meanings)
-    kinds = "; ".join(each.summary() for each in meanings)
-    raise DataError(
-        f"{table.source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels"
-    )
+    meanings = meanings_of(table.source, chosen, kind=kind, missing=missing, rows_per_class=_ROWS_PER_CLASS)
+    for each in meanings:
+        if fault := _fault(each):
+            raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
+    return meanings
 
 
 def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
@@ -290,19 +277,12 @@ def _label(source: str, row: int, meaning: Labels, cell: Any) -> list[float]:
     """Return the columns of `y` of a cell, NaN if it is missing."""
     width = len(meaning.classes) if meaning.form == "classes" else 1
     try:
-        if meaning.is_missing(cell):
-            return [math.nan] * width
-        if meaning.form != "numbers":
-            index = meaning.index(cell)
-            return [float(index)] if width == 1 else [float(k == index) for k in range(width)]
-        value = meaning.number(cell)
+        value = meaning.value(cell)
     except DataError as error:
         raise DataError(
             f"{source}, row {row}, column {shown(meaning.name)}: {error}; correct it, leave the cell empty for a missing label, "
             "or choose the label columns by --labels"
         ) from None
-    if abs(value) > torch.finfo(torch.float32).max:
-        raise DataError(
-            f"{source}, row {row}, column {shown(meaning.name)}: {shown(cell)} is not finite in float32; rescale the column"
-        )
-    return [value]
+    if width == 1 or math.isnan(value):
+        return [value] * width
+    return [float(k == value) for k in range(width)]
