@@ -217,6 +217,8 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
             """Load nothing: nothing was processed."""
 
     key = name.lower()
+    if key not in dataset_class.names and is_folder(name):
+        raise DataError(f"name={name!r} is a folder, not a MoleculeNet data set; give it by --train")
     if key not in dataset_class.names:
         raise DataError(f"name={name!r} is not a MoleculeNet data set{suggestion(key, dataset_class.names)}")
     try:

@@ -54,7 +54,7 @@ class Data(LabelledData):
         sentences: split each text of the corpus into sentences, an example each; sentence_position and same_document require it.
         train: labelled texts: a table as for --corpus, or a folder of a data set (`datasets`), with a column "text" (or "text_a"
             and "text_b") and a column "label". They are split into training, validation and test, unless --valid and --test are
-            given.
+            given, or the folder has a data set for each.
         valid: labelled texts for validation; requires --test.
         test: labelled texts for the final score; requires --valid.
         dataset: a task of GLUE in place of --train, such as cola, mrpc or stsb; fetched if it is missing.
@@ -190,7 +190,8 @@ class TextModality(Modality[TextConfiguration]):
     def read(self, say: Callable[[str], None]) -> None:
         """Read the labelled texts and the corpus, and check that the encoder and the tasks can be built."""
         data, seeds = self.configuration.data, self.configuration.seeds
-        self._read = {seed: self._labelled(seed) for seed in seeds}
+        files = data.files(say)
+        self._read = {seed: self._labelled(seed, files) for seed in seeds}
         self._corpus = None
         if data.corpus is not None:
             self._corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
@@ -218,7 +219,7 @@ class TextModality(Modality[TextConfiguration]):
             seed=seed,
         )
 
-    def _labelled(self, seed: int) -> _Labelled:
+    def _labelled(self, seed: int, files: dict[Split, Path]) -> _Labelled:
         """Read the labelled texts, and divide those of one file."""
         data = self.configuration.data
         if data.dataset is not None:
@@ -232,10 +233,7 @@ class TextModality(Modality[TextConfiguration]):
             "missing": data.missing,
             "strict": data.strict,
         }
-        files = {"train": data.train, "valid": data.valid, "test": data.test}
-        texts: dict[Any, Texts] = {
-            split: read_table(file, **options) for split, file in files.items() if file is not None
-        }
+        texts = {split: read_table(file, **options) for split, file in files.items()}
         if "valid" in texts:
             return _Labelled(splits=texts, metric=data.metric, kind=data.kind)
         whole = texts["train"]
