@@ -23,6 +23,7 @@ from .columns import columns_of, smiles_column_of
 from .graphs import import_extra
 from .packed import graphs_of
 from .sdf import sdf_table
+from .smi import smi_table
 
 if TYPE_CHECKING:
     import os
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Molecules", "molecule_net", "molecule_table", "read_corpus", "read_smiles", "read_table"]
 
-_LISTS = (".smi", ".txt")
+_SMI = ".smi"
+_LISTS = (_SMI, ".txt")
 _STRUCTURES = ".sdf"
 #: Characters of the longest cell: a longer one has an open quote.
 _LONGEST = 2**17
@@ -142,7 +144,8 @@ def read_table(
     Two classes become 0 and 1, by the order of `Labels.classes`. A column of more classes becomes a column of 0 and 1 for each.
 
     Args:
-        path: a table, see `mlopt.recipes.tapweight.tables.table_of`, or `.sdf`. An empty cell, or `nan`, is a missing label.
+        path: a table, see `mlopt.recipes.tapweight.tables.table_of`, `.sdf`, or `.smi` with columns after the SMILES. An empty
+            cell, or `nan`, is a missing label.
         labels: the label columns; by default all but the SMILES and those recognised as an index, an identifier, a molecular
             weight, the name of a split, or text.
         smiles_column: the column of the SMILES; by default "smiles" in any case, else the only column that holds SMILES.
@@ -169,14 +172,16 @@ def read_table(
 
 
 def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
-    """Read a table, an SD file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
+    """Read a table, an SD or a .smi file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
     if hasattr(source, "column_names") or is_folder(source):
         return table_of(source)
-    suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, *lists))
+    suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, _SMI, *lists))
     if suffix == _STRUCTURES:
         return sdf_table(Path(source))
     if suffix in lists:
         return list_of(Path(source), "smiles", lambda line: line.split()[0])
+    if suffix == _SMI:
+        return smi_table(Path(source))
     return table_of(source, longest=_LONGEST)
 
 

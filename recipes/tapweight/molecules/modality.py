@@ -40,9 +40,9 @@ class Data(LabelledData):
         corpus: unlabelled molecules to pretrain on: a table with a column of SMILES (.csv, .tsv, .jsonl, .json, .parquet), .sdf,
             or .smi or .txt with a SMILES a line; also compressed (.gz, .xz, .bz2, .zip).
         corpus_limit: the number of molecules of the corpus to read, from its start.
-        train: labelled molecules: a table as for --corpus, .sdf, or a folder of a data set (`datasets`), with columns of labels.
-            It is split into training, validation and test unless --valid and --test are given, or the folder has a data set for
-            each.
+        train: labelled molecules: a table as for --corpus, .sdf, .smi, or a folder of a data set (`datasets`), with columns of
+            labels. It is split into training, validation and test unless --valid and --test are given, or the folder has a data
+            set for each.
         valid: labelled molecules for validation; requires --test.
         test: labelled molecules for the final score; requires --valid.
         dataset: a MoleculeNet data set in place of --train, such as ESOL, BACE or Tox21; fetched if it is missing.
