@@ -439,6 +439,22 @@ def _summed_with_dropout(group: Any) -> Any:
     return of(_with_loss(_summed, group, module))
 
 
+class Tracking(nn.Linear):
+    """A layer that keeps the mean of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 1, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean.copy_(inputs.mean(0))  # type: ignore[operator]
+        return super().forward(inputs)
+
+
+def _tracking(group: Any) -> Any:
+    return run_of(_with_loss(training_loss, group, Tracking()), 2)
+
+
 def _normalised(group: Any) -> Any:
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
     return _with_loss(training_loss, group, module)
@@ -471,6 +487,10 @@ RAISING: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
     "other batches": (_other_batches, ("ProblemError", "they have other batches")),
     "other modules": (_other_modules, ("ProblemError", "level 'x' differs between process 0 and process 1")),
     "batch norm": (_normalised, ("ProblemError", "BatchNorm1d takes the statistics of the rows")),
+    "buffers of its rows": (
+        _tracking,
+        ("ProblemError", "level 'model' differs between process 0 and process 1 after step 2"),
+    ),
     "a sampler that splits": (_sampled, ("ProblemError", "DistributedSampler, which leaves each process other rows")),
     "compiled": (
         lambda group: two_levels(mlopt.ConjugateGradient(compile=True, products="forward"), group),
@@ -543,6 +563,33 @@ def stopped(group: Any) -> Values:
                 run.stop("enough")
 
     return run_of(two_levels(mlopt.Identity(), group), 50, callbacks=[Stop()])
+
+
+def timed(group: Any) -> dict[str, int]:
+    """Return the steps of a run whose time is over in one process only."""
+    limit = 1e-9 if os.environ["RANK"] == "1" else 1e9
+    return {"steps": len(mlopt.solve(two_levels(mlopt.Identity(), group), 5, progress=False, max_time=limit).history)}
+
+
+def exchanged(group: Any) -> dict[str, list[int]]:
+    """Return how many numbers each exchange of vectors holds, in a hypergradient and in a step of the level inside."""
+    problem = two_levels(mlopt.ConjugateGradient(iterations=5, rtol=1e-300), group)
+    mlopt.hypergradient(problem, seed=0)  # products are verified at first
+    sizes: list[int] = []
+    original = torch.distributed.all_reduce
+
+    def counting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return original(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = counting
+    try:
+        mlopt.hypergradient(problem, seed=0)
+        whole, sizes[:] = list(sizes), []
+        mlopt.solve(problem, 2, seed=0, progress=False)
+    finally:
+        torch.distributed.all_reduce = original
+    return {"hypergradient": whole, "run": list(sizes)}
 
 
 def drawing(group: Any) -> Values:

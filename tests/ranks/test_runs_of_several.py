@@ -11,7 +11,7 @@ from typing import Any
 import process_cases
 import pytest
 import torch
-from process_cases import drawing, interrupted, outcome, resumed, stopped
+from process_cases import drawing, exchanged, interrupted, outcome, resumed, stopped, timed
 from processes import in_processes
 
 import mlopt
@@ -24,6 +24,8 @@ def begin(folder: Path) -> dict[str, Any]:
         "resumed": outcome(lambda group: resumed(group, folder / "one")),
         "stopped": outcome(stopped),
         "drawing": outcome(drawing),
+        "exchanged": outcome(exchanged),
+        "timed": outcome(timed),
     }
 
 
@@ -73,12 +75,42 @@ def test_a_run_that_one_process_stops_ends_in_both(two: list[dict[str, Any]]) ->
     assert [len(own["stopped"]["step"]) for own in two] == [2, 2]
 
 
+def test_time_that_is_over_in_one_process_is_over_in_both(two: list[dict[str, Any]]) -> None:
+    assert [own["timed"] for own in two] == [{"steps": 0}] * 2
+
+
 def test_masks_follow_the_seed_and_leave_the_common_generators_alone(two: list[dict[str, Any]]) -> None:
     (first, second) = (own["drawing"] for own in two)
     assert torch.equal(first["first"], first["again"])
     assert not torch.equal(first["first"], first["other"])
     for name in ("first", "state", "run"):
         assert torch.equal(first[name], second[name]), name
+
+
+def test_a_vector_is_exchanged_once(two: list[dict[str, Any]]) -> None:
+    """With 37 weights and a network of 19 variables in 4 tensors; each exchange has one more number, for failures."""
+    weights, model, tensors = 37, 19, 4
+    products = [model + 1] * 5
+    # The loss, its partial derivatives, five products of conjugate gradients, the mixed product, and the gradient of the report.
+    pullback = [*products, weights + 1, model + 1]
+    assert two[0]["exchanged"]["hypergradient"] == [2, weights + model + 1, *pullback]
+    # Signals; three steps inside with the loss, what is used and two logged numbers; a step outside with the loss and one.
+    step = [3, *[1 + model + tensors + 2 + 1] * 3, 1 + weights + model + 1 + 1, *pullback]
+    first, *run = two[0]["exchanged"]["run"]
+    assert run == step * 2
+    assert first == 3
+
+
+def test_a_mean_of_separate_hypergradients_is_another_number() -> None:
+    """So processes must share the linear solve: each Hessian on the rows of one process is another one."""
+    options = {"count": 37, "steps": 1}
+    whole = process_cases.of(process_cases.two_levels(mlopt.Dense(), None, **options))["value"]
+    batch = process_cases.indexed(37)
+    halves = []
+    for rows in (slice(0, 18), slice(18, 37)):
+        part = process_cases.two_levels(mlopt.Dense(), None, data=[tuple(t[rows] for t in batch)], **options)
+        halves.append(len(range(37)[rows]) / 37 * process_cases.of(part)["value"])
+    assert float((sum(halves) - whole).norm() / whole.norm()) > 0.05
 
 
 def end_one(folder: Path) -> Any:
