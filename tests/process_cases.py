@@ -394,7 +394,8 @@ def _failing(group: Any) -> Any:
 
     mode = {"fails": False}
     problem = _with_loss(loss, group)
-    mlopt.hypergradient(problem, seed=0)
+    for _ in range(2):  # the third loss is not compared with the whole
+        of(problem)
     mode["fails"] = True
     return of(problem)
 
@@ -421,7 +422,8 @@ def _failing_beside_a_count(group: Any) -> Any:
 
     mode = {"fails": False}
     problem = _with_loss(loss, group)
-    of(problem)
+    for _ in range(2):  # the third loss is not compared with the whole
+        of(problem)
     mode["fails"] = True
     return of(problem)
 
@@ -449,6 +451,20 @@ class Tracking(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         self.mean.copy_(inputs.mean(0))  # type: ignore[operator]
         return super().forward(inputs)
+
+
+def _missing_later(group: Any) -> Any:
+    """Take steps on a mean over labels that are there, some of which are missing in the third batch only."""
+    inputs, labels, index = indexed(37)
+    missing = labels.clone()
+    missing[:20:2] = torch.nan
+
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+        kept = ~batch[1].isnan()
+        return training_loss(module, tuple(t[kept] for t in batch), weights=weights)["loss"]
+
+    data = [(inputs, labels, index)] * 3 + [(inputs, missing, index)]
+    return run_of(_with_loss(loss, group, data=data), 5)
 
 
 def _tracking(group: Any) -> Any:
@@ -482,6 +498,7 @@ def _nan(on_nonfinite: str, group: Any) -> Values:
 #: Cases that raise in every process, with a part of the message by rank, or of all.
 RAISING: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
     "a sum": (lambda group: of(_with_loss(_summed, group)), ("ProblemError", "it is not a mean over rows")),
+    "labels that miss later": (_missing_later, ("ProblemError", "it is not a mean over rows")),
     "a sum with dropout": (_summed_with_dropout, ("ProblemError", "it is not a mean over rows")),
     "contrastive": (lambda group: of(_with_loss(_contrastive, group)), ("ProblemError", "Level(split=False)")),
     "other batches": (_other_batches, ("ProblemError", "they have other batches")),
@@ -602,7 +619,7 @@ def drawing(group: Any) -> Values:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gradients = [mlopt.hypergradient(problem, seed=seed).gradient["value"] for seed in (0, 0, 1)]
-    assert any("was not compared with the sum over the rows of 2 processes" in str(w.message) for w in caught)
+    assert any("its loss was not compared with the sum over the rows of 2 processes" in str(w.message) for w in caught)
     state = torch.get_rng_state()
     run = run_of(problem, 3)["model.0.weight"]
     return {"first": gradients[0], "again": gradients[1], "other": gradients[2], "state": state, "run": run}
