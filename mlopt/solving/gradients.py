@@ -101,6 +101,7 @@ class Gradients:
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
         other._warned = self._warned
         other.carryover.warm = dict(self.carryover.warm)
+        other.carryover.histories = dict(self.carryover.histories)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
         return other
 
