@@ -139,8 +139,11 @@ class Stationarity(Linearization):
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
-        lagrangian = (MultiplierTerm(point, name, child, estimator.product) for child in self._children)
-        self.objective = Objective((*own.terms, *lagrangian))
+        lagrangian = (
+            MultiplierTerm(point, name, child.name, child.objective, child.blocks, estimator.product)
+            for child in self._children
+        )
+        self.objective: Objective = Objective((*own.terms, *lagrangian))
         self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
         #: The history of the latest solve; the arguments that the next product includes; such a product, and its direction.

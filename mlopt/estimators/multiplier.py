@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..problem import Block, Point, Term, Vectors, add_into, derivatives
+from ..problem import Block, Objective, Point, Term, Vectors, add_into, derivatives
 from ..tensors import Tensors, dot, zeros_like
 from .products import Product, SecondDerivatives
-
-if TYPE_CHECKING:
-    from .implicit import Stationarity
 
 __all__ = ["MultiplierTerm"]
 
 
 class MultiplierTerm(Term):
-    """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
+    """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c.
 
-    def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind, self.point = child, kind, point
-        self.label = owner, f"response of {child.name!r}"
-        self.order = 1 + max(term.order for term in child.objective.terms)
-        self._owned = {(owner, block): block for block in child.blocks}
+    Args:
+        point: the point.
+        owner: the nested level, whose multipliers M are.
+        name: c.
+        objective: L_c.
+        states: the blocks of c.
+        kind: the kind of products.
+    """
+
+    def __init__(
+        self, point: Point, owner: str, name: str, objective: Objective, states: Sequence[Block], kind: type[Product]
+    ) -> None:
+        self.point, self._objective, self._states, self._kind = point, objective, states, kind
+        self._device = point.problem[name].device
+        self.label = owner, f"response of {name!r}"
+        self.order = 1 + max(term.order for term in objective.terms)
+        self._owned = {(owner, block): block for block in states}
         self.values = point.values
-        self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
+        self.blocks = frozenset(self._owned).union(*(term.blocks for term in objective.terms))
 
     def roots(self) -> list[Tensor]:
-        return [root for term in self._child.objective.terms for root in term.roots()]
+        return [root for term in self._objective.terms for root in term.roots()]
 
     def value(self) -> Tensor:
-        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
-        for term in self._child.objective.terms:
-            blocks = [block for block in self._child.blocks if block in term.blocks]
+        total = torch.zeros((), device=self._device)
+        for term in self._objective.terms:
+            blocks = [block for block in self._states if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)
             for key, block in self._owned.items():
                 if block in gradient:
@@ -46,18 +54,18 @@ class MultiplierTerm(Term):
         values = {**self.values, **values}
 
         def lagrangian(states: dict[Block, Tensors]) -> Tensor:
-            terms = [term.function({**values, **states}) for term in self._child.objective.terms]
+            terms = [term.function({**values, **states}) for term in self._objective.terms]
             return torch.stack(terms).sum()
 
-        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
+        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._states})
         return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
         direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
         total = {block: zeros_like(self.values[block]) for block in wanted}
-        add_into(total, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
+        add_into(total, SecondDerivatives(self._objective, self._kind)(direction, wanted))
         owned = {key: self._owned[key] for key in wanted if key in self._owned}
-        gradient = self._child.objective.derivatives(list(owned.values()))
+        gradient = self._objective.derivatives(list(owned.values()))
         add_into(total, {key: gradient[block] for key, block in owned.items()})
         return total
