@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors, add, axpy, flatten, subtract
+from ..tensors import Tensors, add, flatten, subtract
 from ..validation import at_least
 
 __all__ = ["History", "Pair"]
@@ -19,9 +19,7 @@ __all__ = ["History", "Pair"]
 Pair: TypeAlias = tuple[Tensors, Tensors]
 
 #: The least part of <d, A d> that newer pairs leave of a pair. Below it, the pair shows the change of A and rounding.
-_INDEPENDENT = 1e-2
-#: The part of the latest drift that the next start assumes to follow.
-_DRIFT = 0.5
+_INDEPENDENT = 0.1
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -33,7 +31,7 @@ class History:
         P = D^T D + c (I - D^T Y) (I - Y^T D),    c = 1 / ||y||^2 of the newest pair,
 
     is symmetric and positive definite, and it equals A^-1 on the span of Y if all pairs are of one A. The next system A' q' = b'
-    starts at q + P (b' - A q) + e / 2. The drift e is the difference between the latest solution and q + P (b' - A q), which
+    starts at q + P (b' - A q) + e. The drift e is the difference between the latest solution and q + P (b' - A q), which
     the change of A causes. Neither takes a product.
 
     A solver returns vectors in the form that it works on: one flat tensor, or one for each variable.
@@ -87,16 +85,16 @@ class History:
         history = History(limit=self.limit, solution=solution, image=image, directions=directions, images=images)
         if start is None:
             return history
-        # The start is the prediction, and a part of the drift before.
+        # The start is the prediction, and the drift before.
         drift = subtract(history._corrected(solution, residual), start)
-        return attrs.evolve(history, drift=axpy(_DRIFT, self.drift, drift) if self.drift else drift)
+        return attrs.evolve(history, drift=add(self.drift, drift) if self.drift else drift)
 
     def start(self, rhs: Tensors) -> Tensors | None:
         """Return the start for the next right-hand side; None before the first system."""
         if not self.solution:
             return None
         predicted = self._corrected(self.solution, subtract(rhs, self.image))
-        return self._on_free(axpy(_DRIFT, self.drift, predicted) if self.drift else predicted)
+        return self._on_free(add(predicted, self.drift) if self.drift else predicted)
 
     def precondition(self, vector: Tensors) -> Tensors:
         """Return P v; v if there are no pairs."""
