@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import attrs
-import torch
-from torch import Tensor, nn
 
-from ..errors import EstimatorError, NonFiniteError
-from ..problem import (
-    Block,
-    Estimator,
-    Linearization,
-    Objective,
-    Point,
-    Report,
-    Vectors,
-    add_into,
-    restored,
-    standing_in,
-    to_device,
-)
-from ..tensors import Tensors, add, is_finite, norm, zeros_like
+from ..problem import Block, Estimator, Linearization, Point, Report, Vectors, add_into, restored, standing_in
+from ..tensors import Tensors, add, norm, zeros_like
 from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
-from .optimizer_step import OptimizerStep, Step, check_transformation
-from .products import PRODUCTS, SecondDerivatives
-from .referred import Referred, level_of
+from .optimizer_step import check_transformation
+from .products import PRODUCTS
+from .referred import level_of
+from .trajectory import Held, Trajectory
 
 __all__ = ["Unrolled"]
 
@@ -60,8 +45,9 @@ class Unrolled(Estimator):
     Args:
         steps: T.
         checkpoint_every: the interval, in steps, at which x_t and s_t are kept. The backward pass retakes the steps in between
-            and holds the graphs of g_t of one interval. With 1, no step is retaken and all graphs are held. If None, the square
-            root of T.
+            and holds the graphs of g_t of one interval. With 1, no step is retaken and all graphs are held. If None, intervals that
+            need the least memory, about that of sqrt(2 T h) checkpoints if a graph takes that of h. They are longest for the
+            first steps, since only few checkpoints are left when the backward pass comes there.
         products: "autograd", "forward" or "finite_difference".
         optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts without state each time; if None, the
             level's own optimiser, which must be torch.optim's SGD, Adam or AdamW, with its present hyperparameters. Inside
@@ -132,7 +118,7 @@ class Unrolled(Estimator):
         self._refuse_levels_inside(point, level)
         with restored(point.problem[level].parameters) as present:
             with point.generators_preserved():
-                point.ahead[level] = _Trajectory(self, point, level, present)
+                point.ahead[level] = Trajectory(self, point, level, present)
             try:
                 yield
             finally:
@@ -168,7 +154,7 @@ class _Unrolling(Linearization):
         with restored(values[self._name]) as present:
             trajectory = self._point.ahead.get(self._name)
             if trajectory is None:
-                trajectory = _Trajectory(self._rule, self._point, self._name, present)
+                trajectory = Trajectory(self._rule, self._point, self._name, present)
             memory: Tensors = ()
             for held in trajectory.backwards():
                 adjoint, along, memory, rates = trajectory.update.pull(held.step, adjoint, memory)
@@ -183,7 +169,7 @@ class _Unrolling(Linearization):
         self._record(float(norm(adjoint)) / size)
         return pulled
 
-    def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
+    def _product(self, held: Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
         with standing_in(self._point, self._point.problem[self._name], held.leaves):
             total = held.products({self._name: along}, (self._name, *wanted))
@@ -201,159 +187,3 @@ class _Unrolling(Linearization):
                 *self.report.remarks,
                 f"the adjoint grew by a factor of {growth:.3g} over {self._rule.steps} steps: they diverge, or nearly",
             )
-
-
-@attrs.frozen(eq=False)
-class _Held:
-    """A step that the adjoint has not passed yet, with leaves at x_t and products there."""
-
-    step: Step
-    leaves: tuple[nn.Parameter, ...]
-    products: SecondDerivatives
-
-
-class _Trajectory:
-    """x_0, x_1, ..., x_T: the constructor takes the steps and leaves the live variables at x_T; `backwards` retraces them.
-
-    Args:
-        rule: the estimator.
-        point: the point.
-        name: the level.
-        present: a copy of its variables.
-
-    Attributes:
-        update: Phi.
-        start: the variables at which the steps start; None for the present ones.
-        rates: the factors on the steps, if there are any.
-    """
-
-    update: OptimizerStep
-
-    def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
-        self._rule, self._point, self._level = rule, point, point.problem[name]
-        self._live = self._level.parameters
-        every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
-        # The steps since the last checkpoint are held from the first.
-        self._every = rule.steps if every == 1 else every
-        self.start, self.rates = self._referred("start"), self._referred("learning_rates")
-        variables = present if self.start is None else self._start_from(self.start)
-        _put(self._live, variables)
-        first = self._gradient(0)
-        used = [i for i, g in enumerate(first) if g is not None]
-        self._first = tuple(g for g in first if g is not None)
-        self._used = used
-        rates = () if self.rates is None else self._rates(self.rates)
-        fresh = self.start is not None
-        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=fresh, rates=rates)
-        memory = self.update.initial
-        self._kept: list[tuple[Tensors, Tensors]] = []
-        self._segment: list[_Held] = []
-        for begin in range(0, rule.steps, self._every):
-            self._kept.append((variables, memory))
-            last = begin + self._every >= rule.steps
-            variables, memory = self._walk(begin, self._segment if last else None)
-        if not is_finite(variables):
-            raise NonFiniteError(
-                f"level {name!r}: {rule.steps} virtual steps led to variables that are not finite; take fewer or shorter steps"
-            )
-        _put(self._live, variables)
-
-    def _walk(self, begin: int, segment: list[_Held] | None) -> tuple[Tensors, Tensors]:
-        """Take the steps from one checkpoint to the next, append them to `segment` if given, and return the end point."""
-        variables, memory = self._kept[begin // self._every]
-        for t in range(begin, min(begin + self._every, self._rule.steps)):
-            if segment is None:
-                with standing_in(self._point, self._level, _leaves(variables)):
-                    gradient = self._gradient(t)
-                filled = tuple(
-                    torch.zeros_like(x) if g is None else g for g, x in zip(gradient, variables, strict=True)
-                )
-                step = Step(t, variables, filled, memory)
-            else:
-                segment.append(self._hold(t, variables, memory))
-                step = segment[-1].step
-            with torch.no_grad():
-                variables, memory = self.update(step)
-        return variables, memory
-
-    def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
-        """Trace the gradient at x_t on new leaves, since several steps are held at a time."""
-        leaves = _leaves(variables)
-        products = SecondDerivatives(self._objective(t), PRODUCTS[self._rule.products])
-        with standing_in(self._point, self._level, leaves):
-            gradient = products.gradient(self._level.name)
-        if t == 0:
-            self._check(gradient)
-        return _Held(Step(t, variables, gradient, memory), leaves, products)
-
-    def _check(self, gradient: Tensors) -> None:
-        """Raise if leaves in place of the variables change the gradient: then the loss takes them from outside the module."""
-        noise = 1e3 * torch.finfo(gradient[0].dtype).eps * norm(self._first)
-        pairs = list(zip(self._first, [gradient[i] for i in self._used], strict=True))
-        # One comparison of all of them, since each makes the host wait for the device.
-        excess = [(f - g).norm().to(noise) - 0.01 * f.norm().to(noise) for f, g in pairs]
-        if excess and bool((torch.stack(excess) > noise).any()):
-            raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled evaluates its loss with other parameters in its module, and the gradient "
-                "changed; the loss must take its parameters from the module argument, not from outside"
-            )
-
-    def _objective(self, t: int) -> Objective:
-        """Return the objective of step t, on the batch of the level or on the step's own."""
-        level, batches = self._level, self._point.curvature_batches.get(self._level.name)
-        own = None if batches is None else {level.name: to_device(batches[t], level.device)}
-        return Objective.of(level, self._point, own)
-
-    def _gradient(self, t: int) -> tuple[Tensor | None, ...]:
-        value = self._objective(t).value()
-        if not value.requires_grad:
-            return (None,) * len(self._live)
-        return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
-
-    def backwards(self) -> Iterator[_Held]:
-        """Yield the steps from the last to the first, and discard each; possible only once."""
-        if not self._kept:
-            raise EstimatorError(f"level {self._level.name!r}: its virtual steps were already pulled back through")
-        while self._kept:
-            if not self._segment:
-                self._walk((len(self._kept) - 1) * self._every, self._segment)
-            self._kept.pop()
-            while self._segment:
-                yield self._segment.pop()
-
-    def _start_from(self, start: Referred) -> Tensors:
-        own = [tuple(x.shape) for x in self._live]
-        if start.shapes not in (own, [shape[1:] for shape in own]):
-            raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled(start={self._rule.start!r}), whose parameters have shapes {start.shapes}, "
-                f"not {own}; use modules of the same kind for both levels, of which this one may be stacked"
-            )
-        return tuple(
-            x.detach().to(own).expand_as(own).contiguous() for x, own in zip(start.variables, self._live, strict=True)
-        )
-
-    def _rates(self, rates: Referred) -> Tensors:
-        own = [tuple(x.shape) for x in self._live]
-        if len(own) != len(rates.shapes) or not all(map(_expands, rates.shapes, own)):
-            raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled(learning_rates={self._rule.learning_rates!r}), whose parameters have "
-                f"shapes {rates.shapes}, which do not expand to {own}; give one for each, of its shape or ()"
-            )
-        return tuple(rate.detach() for rate in rates.variables)
-
-    def _referred(self, option: str) -> Referred | None:
-        place: str | None = getattr(self._rule, option)
-        return None if place is None else Referred.of(place, option, self._point, self._level.name)
-
-
-def _expands(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
-    """Return True if a tensor of one shape expands to another."""
-    return len(shape) <= len(own) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(own), strict=False))
-
-
-def _leaves(variables: Tensors) -> tuple[nn.Parameter, ...]:
-    return tuple(nn.Parameter(x.detach()) for x in variables)
-
-
-def _put(live: Tensors, values: Tensors) -> None:
-    torch._foreach_copy_([variable.data for variable in live], list(values))
