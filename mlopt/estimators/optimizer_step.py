@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -141,16 +141,17 @@ class OptimizerStep:
         return pulled[:n], pulled[n : 2 * n], pulled[2 * n : last], pulled[last:]
 
     def _pull_linear(self, number: int, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-        pulled, along = list(adjoint), list(zeros_like(adjoint))
+        pulled, along = dict(enumerate(adjoint)), dict[int, Tensor]()
         states, start = list[Tensor](), 0
         for part in self._parts:
             assert isinstance(part.step, SGDStep)
             stop = start + len(part.state)
             own, slope, state = part.step.pull(number, tuple(adjoint[i] for i in part.indices), memory[start:stop])
+            pulled |= zip(part.indices, own, strict=True)
+            along |= zip(part.indices, slope, strict=True)
             states, start = [*states, *state], stop
-            for i, x, g in zip(part.indices, own, slope, strict=True):
-                pulled[i], along[i] = x, g
-        return tuple(pulled), tuple(along), tuple(states), ()
+        slopes = (along[i] if i in along else torch.zeros_like(x) for i, x in enumerate(adjoint))
+        return tuple(pulled.values()), tuple(slopes), tuple(states), ()
 
 
 def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh: bool) -> list[_Part]:
@@ -233,4 +234,8 @@ def _filled(state: tuple[Any, ...], **fields: list[Tensor]) -> tuple[Any, ...]:
     return tuple(s._replace(**fields) if fields.keys() <= set(s._fields) else s for s in state)
 
 
-_TRANSLATIONS = {SGD: _sgd, Adam: _adam, AdamW: _adam}
+_TRANSLATIONS: dict[type[Optimizer], Callable[..., tuple[SGDStep | _Transformed, Any]]] = {
+    SGD: _sgd,
+    Adam: _adam,
+    AdamW: _adam,
+}
