@@ -235,6 +235,7 @@ ESTIMATORS: dict[str, Callable[[], mlopt.Estimator]] = {
     "nystrom": lambda: mlopt.Nystrom(rank=4, damping=0.1),
     "dense": lambda: mlopt.Dense(),
     "unrolled": lambda: mlopt.Unrolled(steps=4, checkpoint_every=2),
+    "unrolled, balanced": lambda: mlopt.Unrolled(steps=9),
     "value function": lambda: mlopt.ValueFunction(steps=8),
     "sama": lambda: mlopt.SAMA(),
 }
@@ -257,6 +258,11 @@ def _streamed(group: Any) -> Values:
 
 def _lookahead(group: Any) -> Values:
     return run_of(two_levels(mlopt.Identity(), group, data=loader(*indexed(37))), 5, lookahead=True)
+
+
+def _with_history(group: Any) -> Values:
+    kept = mlopt.ConjugateGradient(iterations=4, rtol=1e-3, warm_start=True, history=6)
+    return run_of(two_levels(kept, group, data=loader(*indexed(37))), 8)
 
 
 def _nested_run(group: Any) -> Values:
@@ -298,6 +304,7 @@ EQUAL: dict[str, Callable[[Any], Values]] = {
     "real steps": lambda group: of(mixture_by_real_steps(group)),
     "run: loaders, accumulation, clipping, warm start": _loaders,
     "run: streamed mixture": _streamed,
+    "run: history": _with_history,
     "run: look-ahead": _lookahead,
     "run: nested": _nested_run,
     "run: own solver": lambda group: run_of(ridge(group), 5),

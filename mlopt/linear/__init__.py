@@ -4,6 +4,7 @@ from .assumed_inverse import AssumedInverse, Diagonal, Identity
 from .conjugate_gradient import ConjugateGradient
 from .dense import Dense
 from .gmres import GMRES
+from .history import History
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
@@ -17,6 +18,7 @@ __all__ = [
     "ConjugateGradient",
     "Dense",
     "Diagonal",
+    "History",
     "Identity",
     "LinearSolution",
     "LinearSolver",

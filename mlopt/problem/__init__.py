@@ -9,7 +9,7 @@ from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .means import require_mean
-from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values
+from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values, used_derivatives
 from .partial import partial_derivatives, partial_pieces
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
@@ -77,5 +77,6 @@ __all__ = [
     "sum_values",
     "to_device",
     "unmoved",
+    "used_derivatives",
     "variables",
 ]

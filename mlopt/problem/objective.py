@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["Objective", "add_into", "compare_evaluations", "own_gradient", "sum_values"]
+__all__ = ["Objective", "add_into", "compare_evaluations", "own_gradient", "sum_values", "used_derivatives"]
 
 
 class Objective:
@@ -91,18 +91,6 @@ class Objective:
     def _ranks(self) -> Ranks:
         return self.terms[0].point.problem.ranks
 
-    def used_derivatives(self, block: Block) -> tuple[Tensor | None, ...]:
-        """Return the first derivative by a block without a graph, with None for variables that the objective does not use."""
-        values, ranks = self.terms[0].values[block], self._ranks
-
-        def evaluate() -> tuple[Tensor | None, ...]:
-            value = sum_values(term.value() for term in self.terms)
-            if not value.requires_grad:
-                return (None,) * len(values)
-            return torch.autograd.grad(value, values, allow_unused=True)
-
-        return sum_used(ranks, evaluate, values) if ranks.several else evaluate()
-
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph; absent blocks are zero."""
         total: dict[Block, Tensors] = {}
@@ -112,16 +100,27 @@ class Objective:
         return total
 
 
-def sum_used(
-    ranks: Ranks, evaluate: Callable[[], Sequence[Tensor | None]], variables: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Return the sum over processes of derivatives, with None for variables that no process uses."""
+def used_derivatives(value: Tensor, variables: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor | None, ...]:
+    """Return the first derivatives of an objective, with None for variables that it does not use in any process.
+
+    Args:
+        value: the value of an objective, with its graph.
+        variables: live variables.
+        ranks: the processes that share it.
+    """
+
+    def evaluate() -> tuple[Tensor | None, ...]:
+        if not value.requires_grad:
+            return (None,) * len(variables)
+        return torch.autograd.grad(value, variables, allow_unused=True)
 
     def pieces() -> list[Tensor]:
         own = evaluate()
         used = torch.tensor([g is not None for g in own]).to(variables[0])
         return [*(torch.zeros_like(v) if g is None else g for g, v in zip(own, variables, strict=True)), used]
 
+    if not ranks.several:
+        return evaluate()
     *total, used = ranks.together(pieces, [*variables, variables[0].new_zeros(len(variables))])
     return tuple(g if count else None for g, count in zip(total, used.tolist(), strict=True))
 

@@ -106,6 +106,7 @@ class Gradients:
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
         other._warned, other._sums = self._warned, self._sums.on(other.row)
         other.carryover.warm = dict(self.carryover.warm)
+        other.carryover.histories = dict(self.carryover.histories)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
         return other
 
@@ -375,12 +376,14 @@ class Gradients:
 
     def _log(self, level: Level, loss: Tensor, value: LossValue, share: float, *, first: bool) -> None:
         """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""
-        # Copies, because logged variables will change.
-        logs = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in value.logs.items()}
-        if several := self.problem.ranks.several:
-            logs = {name: x if name == "count" or not is_number(x) else value.share * x for name, x in logs.items()}
-        for name, x in {"loss": loss, **logs}.items():
-            self.row.add(f"{level.name}/{name}", x, share, first=first)
+        several = self.problem.ranks.several
+        self.row.add(f"{level.name}/loss", loss, share, first=first)
+        for name, x in value.logs.items():
+            # Copies, because logged variables will change.
+            kept = x.detach().clone() if isinstance(x, Tensor) else x
+            if several and name != "count" and is_number(x):
+                kept = value.share * kept
+            self.row.add(f"{level.name}/{name}", kept, share, first=first)
         if several:
             return  # the sum over processes is tested
         require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)

@@ -11,8 +11,8 @@ import torch
 from process_cases import EQUAL, RAISING, Values
 from processes import in_processes
 
-#: These are differences: rounding over their step.
-DIFFERENCES = ("differences", "value function", "sama", "real steps")
+#: Rounding over the step of differences; a history of nearly parallel directions amplifies it.
+AMPLIFIED = ("history", "differences", "value function", "sama", "real steps")
 #: Cases for four processes, of which one has no row.
 UNEVEN = [name for name in EQUAL if name.startswith(("three rows", "nested conj", "mixture identity", "run: loaders"))]
 
@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
 
 def require_equal(outcomes: list[Any], name: str) -> None:
     alone: Values = EQUAL[name](None)
-    tolerance = 1e-9 if any(word in name for word in DIFFERENCES) else 1e-12
+    tolerance = 1e-9 if any(word in name for word in AMPLIFIED) else 1e-12
     for outcome in outcomes:
         assert isinstance(outcome[name], dict), outcome[name]
         assert outcome[name].keys() == alone.keys()
