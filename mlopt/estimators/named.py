@@ -302,10 +302,11 @@ class MINRES(_HessianProducts):
 class GMRES(_HessianProducts):
     """Solve F_x^T q = v by generalised minimal residuals, for a level with a residual F; or H q = v, for one with a loss.
 
-    It needs no symmetric matrix. For a Hessian, `MINRES` takes the same steps in less memory.
+    It needs no symmetric matrix. For a Hessian, `MINRES` takes the same steps in less memory. Where it stagnates on a residual,
+    conjugate gradients on the normal equations F_x F_x^T q = F_x v take over, and the report says so.
 
     Args:
-        iterations: the most iterations, one product each.
+        iterations: the most iterations, one product each; and the most of the normal equations, two products each.
         restart: the number of iterations after which the basis, a vector for each, is dropped; None to keep it.
         rtol: stop when ||v - F_x^T q|| <= rtol ||v||.
         damping: added to the diagonal of the matrix.

@@ -9,7 +9,7 @@ from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
 from .preconditioner import Preconditioner
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, Matrix, MatVec
 
 __all__ = [
     "GMRES",
@@ -23,6 +23,7 @@ __all__ = [
     "LinearSolution",
     "LinearSolver",
     "MatVec",
+    "Matrix",
     "Neumann",
     "Nystrom",
     "NystromPreconditioner",

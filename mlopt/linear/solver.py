@@ -14,9 +14,31 @@ from ..errors import ArgumentError, NonFiniteError
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
 from .history import History
 
-__all__ = ["LinearSolution", "LinearSolver", "MatVec"]
+__all__ = ["LinearSolution", "LinearSolver", "MatVec", "Matrix"]
 
 MatVec: TypeAlias = Callable[[Tensors], Tensors]
+
+
+@attrs.frozen
+class Matrix:
+    """A product with A whose transpose is known.
+
+    Args:
+        product: takes v and returns A v.
+        transposed: takes v and returns A^T v.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> whole = mlopt.linear.Matrix(lambda v: (matrix @ v[0],), lambda v: (matrix.T @ v[0],))
+        >>> whole((torch.ones(2),)), whole.transposed((torch.ones(2),))
+        ((tensor([3., 1.]),), (tensor([1., 3.]),))
+    """
+
+    product: MatVec
+    transposed: MatVec
+
+    def __call__(self, vector: Tensors) -> Tensors:
+        return self.product(vector)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -92,7 +114,8 @@ class LinearSolver(ABC):
         """Return x with (A + damping I) x ~ b.
 
         Args:
-            matvec: takes v and returns A v, in the shapes of `rhs`.
+            matvec: takes v and returns A v, in the shapes of `rhs`. A `Matrix` has A^T v as well, which some solvers use for an A
+                that is not symmetric.
             rhs: the right-hand side b.
             initial: the start; zero if None. For conjugate gradients, or the `history` that the solution of the system before
                 has, a new `History` for the first.
@@ -108,18 +131,25 @@ class LinearSolver(ABC):
 
         one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
 
-        def damped(vector: Tensors) -> Tensors:
-            product = (flatten(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
-            return axpy(self.damping, vector, product) if self.damping else product
+        def damped(matvec: MatVec) -> MatVec:
+            def product(vector: Tensors) -> Tensors:
+                plain = (flatten(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
+                return axpy(self.damping, vector, plain) if self.damping else plain
+
+            return product
+
+        whole = (
+            Matrix(damped(matvec.product), damped(matvec.transposed)) if isinstance(matvec, Matrix) else damped(matvec)
+        )
 
         if one:
             # Arithmetic on one long vector takes one kernel; a network has hundreds of parameters.
             start: Any = initial if initial is None or isinstance(initial, History) else (flatten(initial),)
-            solution = self._solve(damped, (flatten(rhs),), size, start)
+            solution = self._solve(whole, (flatten(rhs),), size, start)
             solution = attrs.evolve(solution, value=unflatten(solution.value[0], rhs))
         else:
             start = initial
-            solution = self._solve(damped, rhs, size, start)
+            solution = self._solve(whole, rhs, size, start)
         if not is_finite(solution.value):
             raise NonFiniteError(self._overflow(solution))
         return solution

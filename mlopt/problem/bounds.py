@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
-from ..linear import History, LinearSolution, LinearSolver, MatVec
+from ..linear import History, LinearSolution, LinearSolver, Matrix, MatVec
 from ..rng import GeneratorState
 from ..tensors import Tensors, norm
 from .fixed_point import level_optimizer
@@ -96,7 +96,7 @@ class Bounds:
 
         Args:
             solver: the linear solver.
-            matvec: the product with the matrix of all variables.
+            matvec: the product with the matrix of all variables; a `Matrix` has the transposed one as well.
             rhs: the right-hand side.
             initial: the start, or the history of the system before; None for the solver's own start.
         """
@@ -107,7 +107,10 @@ class Bounds:
             start = initial.restricted(self.free)
         else:
             start = None if initial is None else self.on_free(initial)
-        return solver.solve(self._restricted(matvec), self.on_free(rhs), initial=start)
+        restricted: MatVec = self._restricted(matvec)
+        if isinstance(matvec, Matrix):
+            restricted = Matrix(restricted, self._restricted(matvec.transposed))
+        return solver.solve(restricted, self.on_free(rhs), initial=start)
 
     def _restricted(self, matvec: MatVec) -> MatVec:
         """Return the product with the matrix of the free variables, and with the identity on the held ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
@@ -20,24 +21,26 @@ class AutogradProduct(Product):
     def __init__(self, term: Term) -> None:
         super().__init__(term)
         self._gradients: dict[Block, Tensors] = {}
+        #: In place of the gradients that were dropped, where they enter the graph; None for a constant.
+        self._edges: dict[Block, tuple[GradientEdge | None, ...]] = {}
 
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         mixed = self.term.mixed(direction, wanted, forward=False)
         if mixed is not None:
             return mixed
-        self._trace([block for block in direction if block not in self._gradients])
+        self._trace([block for block in direction if block not in self._gradients and block not in self._edges])
         pairs = [
-            (gradient, vector)
+            (edge, vector)
             for block, vectors in direction.items()
-            for gradient, vector in zip(self._gradients[block], vectors, strict=True)
-            if gradient.requires_grad
+            for edge, vector in zip(self._edges.get(block) or _edges(self._gradients[block]), vectors, strict=True)
+            if edge is not None
         ]
         values = self.term.values
         if not pairs:
             return {block: zeros_like(values[block]) for block in wanted}
         flat = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
+            [edge for edge, _ in pairs],
             [variable for block in wanted for variable in values[block]],
             grad_outputs=[vector for _, vector in pairs],
             retain_graph=True,
@@ -51,6 +54,13 @@ class AutogradProduct(Product):
         if block not in self._gradients:
             self._trace([block])
         return tuple(g.detach() for g in self._gradients[block])
+
+    def graph(self) -> set[Node]:
+        return graph_of([gradient for vectors in self._gradients.values() for gradient in vectors])
+
+    def forget_gradient(self) -> None:
+        self._edges |= {block: _edges(vectors) for block, vectors in self._gradients.items()}
+        self._gradients.clear()
 
     def known_gradient(self, block: Block) -> Tensors | None:
         return tuple(g.detach() for g in self._gradients[block]) if block in self._gradients else None
@@ -70,3 +80,7 @@ class AutogradProduct(Product):
             if right_kernels(self.term, graph):
                 break
         self._gradients |= gradients
+
+
+def _edges(vectors: Tensors) -> tuple[GradientEdge | None, ...]:
+    return tuple(get_gradient_edge(x) if x.requires_grad else None for x in vectors)
