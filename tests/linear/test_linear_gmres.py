@@ -291,9 +291,7 @@ def test_values_that_are_not_finite_raise() -> None:
     ):
         linear.GMRES(iterations=1).solve(shift, (torch.tensor([1.0, 0.0, 0.0]),))
     calls = iter([True, True])
-    shift = linear.Matrix(
-        lambda v: (v[0].roll(1),) if next(calls, False) else product(v), lambda v: (v[0].roll(-1),)
-    )
+    shift = linear.Matrix(lambda v: (v[0].roll(1),) if next(calls, False) else product(v), lambda v: (v[0].roll(-1),))
     with pytest.raises(mlopt.NonFiniteError, match=r"normal equations: a product with the matrix is not finite"):
         linear.GMRES(iterations=1).solve(shift, (torch.tensor([1.0, 0.0, 0.0]),))
 
