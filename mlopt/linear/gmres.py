@@ -128,9 +128,7 @@ class GMRES(LinearSolver):
         iterations, products = spent
         residual = subtract(rhs, matrix(start))
         before = math.sqrt(dots((residual, residual))[0])
-        solution, remaining, (k, more), singular = normal_equations(
-            matrix, start, residual, self.iterations, stopping
-        )
+        solution, remaining, (k, more), singular = normal_equations(matrix, start, residual, self.iterations, stopping)
         remark = stopping.remark(remaining)
         if k:
             remark = (
