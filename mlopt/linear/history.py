@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors, add, flatten, subtract
+from ..tensors import Tensors, add, flatten, norm, subtract
 from ..validation import at_least
 
 __all__ = ["History", "Pair"]
@@ -103,8 +103,8 @@ class History:
         parts = tuple(_wide(x) for x in vector)
         along = _onto(self.directions, parts)
         rest = _from(self.images, -along, parts)
-        newest = sum(float(torch.linalg.vector_norm(rows[0])) ** 2 for rows in self.images)
-        rest = tuple(x / newest for x in rest)
+        newest = norm([rows[0] for rows in self.images])
+        rest = tuple(x / newest.to(x).square() for x in rest)
         full = _from(self.directions, along - _onto(self.images, rest), rest)
         return self._on_free(tuple(x.to(v).view_as(v) for x, v in zip(full, vector, strict=True)))
 
