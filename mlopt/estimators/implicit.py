@@ -28,7 +28,7 @@ from ..problem import (
 )
 from ..tensors import Tensors, dot, norm, scale, zeros_like
 from .condition import Condition
-from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
+from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .recording import doubt_unsteady, record
 
 __all__ = ["Implicit", "Stationarity"]
@@ -44,7 +44,8 @@ class Implicit(Estimator):
         solver: the linear solver for q; None if it depends on the point.
         products: the kind of products with second derivatives: "autograd", "forward", "finite_difference" or, for a level without
             levels inside, "gauss_newton".
-        compile: True if torch.compile compiles the product with a level's own Hessian.
+        compile: True if torch.compile compiles products with a level's loss: all of "autograd" ones, and of "forward" ones that
+            with the level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
             taken on the level's batch. For a level without levels inside.
@@ -76,7 +77,7 @@ class Implicit(Estimator):
     @property
     def product(self) -> type[Product]:
         """The class that evaluates products."""
-        return CompiledProduct if self.compile else PRODUCTS[self.products]
+        return (COMPILED if self.compile else PRODUCTS)[self.products]
 
     @property
     def needs_loss(self) -> str:
@@ -84,7 +85,7 @@ class Implicit(Estimator):
             return "its linear solver needs a symmetric matrix"
         if self.products == "gauss_newton":
             return "products='gauss_newton' approximate the Hessian of a loss"
-        return "compile=True compiles products with the Hessian of a loss" if self.compile else ""
+        return "compile=True compiles products with the second derivatives of a loss" if self.compile else ""
 
     def linearize(self, point: Point, level: str) -> Linearization:
         if point.problem[level].residual is None:

@@ -11,7 +11,7 @@ from ...tensors import Tensors, zeros_like
 from .kernels import differentiable_kernels, graph_of, is_search_due, refuse_once_differentiable, right_kernels
 from .product import Product, name_kernels
 
-__all__ = ["AutogradProduct"]
+__all__ = ["AutogradProduct", "walk"]
 
 
 class AutogradProduct(Product):
@@ -27,24 +27,7 @@ class AutogradProduct(Product):
         if mixed is not None:
             return mixed
         self._trace([block for block in direction if block not in self._gradients])
-        pairs = [
-            (gradient, vector)
-            for block, vectors in direction.items()
-            for gradient, vector in zip(self._gradients[block], vectors, strict=True)
-            if gradient.requires_grad
-        ]
-        values = self.term.values
-        if not pairs:
-            return {block: zeros_like(values[block]) for block in wanted}
-        flat = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
-            [variable for block in wanted for variable in values[block]],
-            grad_outputs=[vector for _, vector in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return cut(flat, wanted, values)
+        return walk(self._gradients, direction, wanted, self.term.values)
 
     @name_kernels
     def gradient(self, block: Block) -> Tensors:
@@ -70,3 +53,24 @@ class AutogradProduct(Product):
             if right_kernels(self.term, graph):
                 break
         self._gradients |= gradients
+
+
+def walk(gradients: Vectors, direction: Vectors, wanted: Sequence[Block], values: Vectors) -> dict[Block, Tensors]:
+    """Return the derivatives of <gradients, direction> by the wanted blocks; the graph is kept."""
+    pairs = [
+        (gradient, vector)
+        for block, vectors in direction.items()
+        for gradient, vector in zip(gradients[block], vectors, strict=True)
+        if gradient.requires_grad
+    ]
+    if not pairs:
+        return {block: zeros_like(values[block]) for block in wanted}
+    flat = torch.autograd.grad(
+        [gradient for gradient, _ in pairs],
+        [variable for block in wanted for variable in values[block]],
+        grad_outputs=[vector for _, vector in pairs],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return cut(flat, wanted, values)
