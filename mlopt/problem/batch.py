@@ -142,7 +142,9 @@ def described(batch: Any, depth: int = _DEPTH) -> Hashable:
     elif depth and hasattr(batch, "__dict__") and not isinstance(batch, (nn.Module, type)) and not callable(batch):
         entries, depth = list(vars(batch).items()), depth - 1
     else:
-        raise ProblemError(f"its batch holds a {kind.__name__}, whose content is out of reach; give tensors and plain numbers")
+        raise ProblemError(
+            f"its batch holds a {kind.__name__}, whose content is out of reach; give tensors and plain numbers"
+        )
     return kind, tuple([(key, described(value, depth)) for key, value in entries])
 
 

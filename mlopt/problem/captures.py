@@ -51,7 +51,9 @@ def setting(term: LevelTerm) -> Hashable:
     """
     blocks = sorted(term.blocks, key=str)
     variables = [
-        (x.shape, x.dtype, x.device, x.requires_grad, *(x._backward_hooks or ())) for b in blocks for x in term.values[b]
+        (x.shape, x.dtype, x.device, x.requires_grad, *(x._backward_hooks or ()))
+        for b in blocks
+        for x in term.values[b]
     ]
     modules = [(m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in _modules(term)]
     first: dict[int, int] = {}

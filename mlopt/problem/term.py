@@ -214,7 +214,7 @@ class LevelTerm(Term):
             return self._total(self._modules)
 
     def plain_value(self) -> Tensor:
-        """Return `value` without its inspection, which reads numbers of tensors: for a tracer."""
+        """Return `value` for a tracer, without the inspection, which reads numbers of tensors."""
         with cloned_buffers(self._modules.values()):
             return self._total(dict(self._modules))
 
@@ -337,8 +337,8 @@ class LevelTerm(Term):
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        batch, workspace = self._batches[self.name], self._point.workspace
-        return evaluate_loss(self._level, modules, batch, workspace, inspected=self._inspected(modules))
+        inspected = self._inspected(modules)
+        return evaluate_loss(self._level, modules, self.batch, self.workspace, inspected=inspected)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":

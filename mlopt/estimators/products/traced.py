@@ -63,7 +63,7 @@ class TracedProduct(AutogradProduct):
         gap = differs(product, live)
         if gap is not None:
             term.workspace.compiled[_key(term)] = None
-            self._evaluations = {blocks: (None, "") for blocks in self._evaluations}
+            self._evaluations = dict.fromkeys(self._evaluations, (None, ""))
             self.remark(
                 f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used: the "
                 f"{term.part} reads numbers or flags that have changed since it was traced, or the folder of torch.compile's "
@@ -74,9 +74,7 @@ class TracedProduct(AutogradProduct):
     def renewed(self) -> Product:
         return AutogradProduct(self.term)
 
-    def _at_point(
-        self, term: LevelTerm, direction: Vectors, wanted: Sequence[Block]
-    ) -> tuple[Evaluate | None, str]:
+    def _at_point(self, term: LevelTerm, direction: Vectors, wanted: Sequence[Block]) -> tuple[Evaluate | None, str]:
         """Return the product as a function of vectors at this point, and a name of its code; None if it must be live."""
         known = term.workspace.compiled.setdefault(_key(term), {})
         if known is None:
@@ -121,7 +119,7 @@ class _Compiled:
             return tuple([x for block in wanted for x in moved[block]])
 
         vectors = tuple([x.detach() for block in direction for x in direction[block]])
-        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()  # it holds casts of variables as they are now
         try:
             recorded = trace(product, vectors, term.point.generators[term.name].restore)
             self._captures = Captures(term, recorded.captured)

@@ -20,8 +20,15 @@ __all__ = ["Trace", "trace"]
 
 _DRAWS, _DATA_SHAPED = torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape
 #: Functions that hand numbers of a tensor to Python without a word to the tracer. (It refuses `item` and `bool` itself.)
-_READING = (torch.equal, torch.allclose, torch.Tensor.equal, torch.Tensor.allclose)
-_READING += (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+_READING: set[Any] = {
+    torch.equal,
+    torch.allclose,
+    Tensor.equal,
+    Tensor.allclose,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+}
 
 
 @attrs.frozen(eq=False)
@@ -62,14 +69,15 @@ def trace(function: Callable[..., Tensors], vectors: Tensors, restore: Callable[
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    # In single steps, more of an operation is outside of what depends on the vectors. Draws must stay as they are.
+    steps = {target: how for target, how in select_decomp_table().items() if _DRAWS not in getattr(target, "tags", ())}
+    restore()
     with _foreign_draws_refused(), _ReadsRefused():
-        recorded = make_fx(function)(*vectors)
+        recorded = make_fx(function, steps)(*vectors)
     captured = _lift(recorded)
     with torch.no_grad():
         restore()
-        # In single steps, more of an operation is outside of what depends on the vectors. Draws must stay as they are.
-        steps = {target: how for target, how in select_decomp_table().items() if _DRAWS not in getattr(target, "tags", ())}
-        pure = make_fx(torch.func.functionalize(recorded), steps)(*(x.detach() for x in captured), *vectors)
+        pure = make_fx(torch.func.functionalize(recorded))(*(x.detach() for x in captured), *vectors)
     return _split(pure, captured)
 
 
@@ -98,10 +106,15 @@ def _foreign_state() -> tuple[Any, ...]:
 
 def _lift(recorded: fx.GraphModule) -> Tensors:
     """Make the tensors that a graph holds its first arguments, each once, and return them."""
-    graph = recorded.graph
+    graph, aten = recorded.graph, torch.ops.aten
+    for node in [node for node in graph.nodes if node.target is aten.bernoulli.p]:
+        # It draws in the order of contiguous memory. `bernoulli_` does not, and is written like this after the next pass.
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
+        node.args = (whole, *node.args[1:])
     first = next(iter(graph.nodes))
     places: dict[int, fx.Node] = {}
-    captured = []
+    captured: list[Tensor] = []
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         tensor = getattr(recorded, str(node.target))
         if id(tensor) not in places:
@@ -116,13 +129,13 @@ def _lift(recorded: fx.GraphModule) -> Tensors:
 
 def _split(pure: fx.GraphModule, captured: Tensors) -> Trace:
     """Return a graph without changes in place, cut into three."""
+    _loosen(pure)
     nodes = list(pure.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     given, vectors, output = inputs[: len(captured)], inputs[len(captured) :], nodes[-1]
-    changed = [node for node in nodes if _has(node, lambda target: target._schema.is_mutable)]
+    changed = [n for n in nodes if _has(n, lambda target: target._schema.is_mutable and _DRAWS not in target.tags)]
     if changed:
         raise RuntimeError(f"it changes a tensor in place that it did not make ({changed[0].target})")
-    _loosen(pure)
     bound = [node for node in nodes if _is_bound_to_numbers(node)]
     head, moving, needed = _ancestors(bound), _descendants(vectors, nodes), _ancestors([output])
     if head & moving:
@@ -133,7 +146,9 @@ def _split(pure: fx.GraphModule, captured: Tensors) -> Trace:
     second = [node for node in inner if node in needed and node not in head | moving]
     third = [node for node in inner if node in needed & moving]
     later = _read_by([*second, *third, output])
-    shared = [n for n in first if isinstance(n.meta["val"], Tensor) and (n in later or n in bound or _is_part(n, bound))]
+    shared = [
+        n for n in first if isinstance(n.meta.get("val"), Tensor) and (n in later or n in bound or _is_part(n, bound))
+    ]
     arguments = [*given, *shared]
     kept = [node for node in second if node in _read_by([*third, output])]
     direct = [k for k, node in enumerate(arguments) if node in _read_by([*third, output])]
@@ -162,13 +177,15 @@ def _is_bound_to_numbers(node: fx.Node) -> bool:
 
 
 def _loosen(pure: fx.GraphModule) -> None:
-    """Let new tensors depend on no other one: the masks of dropout take memory like activations, and no numbers of them."""
-    aten = torch.ops.aten
-    for node in pure.graph.nodes:
-        if node.target is aten.empty_like.default:
-            made = node.meta["val"]
-            node.target, node.args = aten.empty_strided.default, (made.shape, made.stride())
-            node.kwargs = {"dtype": made.dtype, "device": made.device}
+    """Draw the masks of dropout in new memory: they depend on the layout of activations, and on no numbers of them."""
+    aten, graph = torch.ops.aten, pure.graph
+    for node in [node for node in graph.nodes if node.target is aten.bernoulli.p]:
+        like = node.args[0].meta["val"]
+        with graph.inserting_before(node):
+            kind = {"dtype": like.dtype, "device": like.device}
+            new = graph.call_function(aten.empty_strided.default, (like.shape, like.stride()), kind)
+        # `bernoulli` would draw in the order of contiguous memory, unlike `bernoulli_`, which dropout calls.
+        node.target, node.args = aten.bernoulli_.float, (new, *node.args[1:])
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
