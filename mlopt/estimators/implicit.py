@@ -29,6 +29,7 @@ from ..problem import (
 from ..tensors import Tensors, dot, norm, scale, zeros_like
 from .condition import Condition
 from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
+from .products.promotion import Copies, has_half, in_single_precision
 from .recording import doubt_unsteady, record
 
 __all__ = ["Implicit", "Stationarity"]
@@ -138,14 +139,17 @@ class Stationarity(Linearization):
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
-        lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
+        #: Copies of variables in half precision; None if there are none, or for differences, which take no such copies.
+        self._copies: Copies | None = {} if estimator.products != "finite_difference" and has_half(point) else None
+        kind = estimator.product if self._copies is None else PRODUCTS[estimator.products]
+        lagrangian = (_MultiplierTerm(point, name, child, kind) for child in self._children)
         self.objective = Objective((*own.terms, *lagrangian))
-        self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
+        self.second_derivatives = SecondDerivatives(self.objective, kind)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
         if batches := point.curvature_batches.get(name):
             _, *others = own.terms
             loss_on = partial(LevelTerm, point, level, "loss", sign=fixed.sign)
-            self._curvature = on_batches(level, batches, loss_on, others, estimator.product)
+            self._curvature = on_batches(level, batches, loss_on, others, kind)
         hooked = [block for block in self.states if any(p._backward_hooks for p in point.values[block])]
         if self._children and hooked:
             self.report.doubt(
@@ -300,6 +304,9 @@ class Stationarity(Linearization):
         return solution, rest
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
+        return in_single_precision(self.point, self._copies, partial(self._pullback, wanted=wanted), cotangent)
+
+    def _pullback(self, cotangent: Vectors, wanted: Sequence[str] | None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
         warm = self._estimator.warm_start
         solution = self.solve(cotangent, self.point.warm_start(self.name) if warm else None)
@@ -313,6 +320,9 @@ class Stationarity(Linearization):
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
+        return in_single_precision(self.point, self._copies, self._pushforward, tangent)
+
+    def _pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         moved = self.product(tangent, self.blocks)
         return self.solve({block: scale(-1.0, vectors) for block, vectors in moved.items()})
 
