@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...tensors import Tensors
 
-__all__ = ["Trace", "trace"]
+__all__ = ["Part", "Recording", "record"]
 
 _DRAWS, _DATA_SHAPED = torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape
 #: Functions that hand numbers of a tensor to Python without a word to the tracer. (It refuses `item` and `bool` itself.)
@@ -32,32 +32,88 @@ _READING: set[Any] = {
 
 
 @attrs.frozen(eq=False)
-class Trace:
-    """A function of vectors as three graphs, and the tensors that it captured.
+class Part:
+    """The code of some results of a recorded function.
 
     Attributes:
-        captured: the tensors from outside that the function read: variables, buffers, batches, constants.
-        head: draws random numbers, and evaluates tensors whose shape depends on numbers; it takes `captured`, and must run as it
-            is: a compiler may draw in another order.
-        shapes: the shapes of the results of `head`, on which the other graphs rely; empty if `head` does nothing.
-        once: everything else that does not depend on the vectors; it takes `captured`, then the results of `head`.
-        direct: positions, among the arguments of `once`, of those that `each` takes too.
-        each: the result; it takes the results of `once`, its arguments at `direct`, and the vectors.
+        reads: the tensors that `once` takes.
+        once: evaluates what does not depend on the vectors, for every vector; with the results `kept`.
+        kept: the tensors that it adds to those that are known.
+        takes: the known tensors that `each` takes, before the vectors.
+        each: evaluates the results for some vectors.
     """
 
-    captured: Tensors
-    head: fx.GraphModule
-    shapes: tuple[torch.Size, ...]
+    reads: Sequence[fx.Node]
     once: fx.GraphModule
-    direct: tuple[int, ...]
+    kept: Sequence[fx.Node]
+    takes: Sequence[fx.Node]
     each: fx.GraphModule
 
 
-def trace(function: Callable[..., Tensors], vectors: Tensors, restore: Callable[[], None]) -> Trace:
-    """Return a function of vectors as graphs, without the operations that its result does not need.
+class Recording:
+    """A function of vectors as a graph of operations, from which the code of some of its results can be cut.
 
     Args:
-        function: evaluated with derivatives of its own on live tensors; control flow that it takes is that of the trace.
+        pure: the graph, whose operations change nothing in place.
+        captured: the tensors that the function read, the first arguments of the graph.
+
+    Attributes:
+        captured: these tensors: variables, buffers, batches, constants.
+        given: the nodes that they are the values of.
+        head: draws random numbers, and evaluates tensors whose shape depends on numbers; it takes `captured`, and must run as it
+            is, since a compiler may draw in another order.
+        shared: the nodes of its results; empty if it does nothing.
+
+    Raises:
+        RuntimeError: draws or shapes depend on the vectors, or a captured tensor is changed in place.
+    """
+
+    def __init__(self, pure: fx.GraphModule, captured: Tensors) -> None:
+        _loosen(pure)
+        self._pure, self.captured = pure, captured
+        self._nodes = nodes = list(pure.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        self.given, self._vectors = inputs[: len(captured)], inputs[len(captured) :]
+        self._results: Any = nodes[-1].args[0]
+        changed = [n for n in nodes if _has(n, lambda target: target._schema.is_mutable and _DRAWS not in target.tags)]
+        if changed:
+            raise RuntimeError(f"it changes a tensor in place that it did not make ({changed[0].target})")
+        bound = [node for node in nodes if _is_bound_to_numbers(node)]
+        self._moving, head = _descendants(self._vectors, nodes), _ancestors(bound)
+        if head & self._moving:
+            raise RuntimeError("its derivatives draw random numbers, or have shapes that depend on numbers")
+        head |= {node for node in nodes if node.target is operator.getitem and node.args[0] in head}
+        first = self._calls(head)
+        later = _read_by(node for node in nodes if node not in head)
+        self.shared = [n for n in first if isinstance(n.meta.get("val"), Tensor) and (n in later or n in bound)]
+        self.shared += [n for n in first if n not in self.shared and _is_part(n, bound)]
+        self.head = _graph(pure, self.given, first, self.shared)
+
+    def part(self, positions: Sequence[int], known: Collection[fx.Node]) -> Part:
+        """Return the code of some results, which uses tensors that are known at a point."""
+        results = [self._results[k] for k in positions]
+        needed = _ancestors(results, known)
+        second, third = self._calls(needed - self._moving - set(known)), self._calls(needed & self._moving)
+        read = _read_by(third) | set(results)
+        kept = [node for node in second if node in read]
+        takes = [*kept, *(node for node in known if node in read)]
+        reads = [node for node in known if node in _read_by(second)]
+        once, each = (
+            _graph(self._pure, reads, second, kept),
+            _graph(self._pure, [*takes, *self._vectors], third, results),
+        )
+        return Part(reads, once, kept, takes, each)
+
+    def _calls(self, chosen: Collection[fx.Node]) -> list[fx.Node]:
+        """Return the operations among some nodes, in their order."""
+        return [node for node in self._nodes if node in chosen and node.op == "call_function"]
+
+
+def record(function: Callable[..., Tensors], vectors: Tensors, restore: Callable[[], None]) -> Recording:
+    """Return a function of vectors as a recording.
+
+    Args:
+        function: evaluated with derivatives of its own on live tensors; control flow that it takes is that of the recording.
         vectors: its arguments.
         restore: restores the random generators.
 
@@ -78,7 +134,7 @@ def trace(function: Callable[..., Tensors], vectors: Tensors, restore: Callable[
     with torch.no_grad():
         restore()
         pure = make_fx(torch.func.functionalize(recorded))(*(x.detach() for x in captured), *vectors)
-    return _split(pure, captured)
+    return Recording(pure, captured)
 
 
 class _ReadsRefused(TorchFunctionMode):
@@ -127,41 +183,6 @@ def _lift(recorded: fx.GraphModule) -> Tensors:
     return tuple(captured)
 
 
-def _split(pure: fx.GraphModule, captured: Tensors) -> Trace:
-    """Return a graph without changes in place, cut into three."""
-    _loosen(pure)
-    nodes = list(pure.graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    given, vectors, output = inputs[: len(captured)], inputs[len(captured) :], nodes[-1]
-    changed = [n for n in nodes if _has(n, lambda target: target._schema.is_mutable and _DRAWS not in target.tags)]
-    if changed:
-        raise RuntimeError(f"it changes a tensor in place that it did not make ({changed[0].target})")
-    bound = [node for node in nodes if _is_bound_to_numbers(node)]
-    head, moving, needed = _ancestors(bound), _descendants(vectors, nodes), _ancestors([output])
-    if head & moving:
-        raise RuntimeError("its derivatives draw random numbers, or have shapes that depend on numbers")
-    head |= {node for node in nodes if node.target is operator.getitem and node.args[0] in head}
-    inner = [node for node in nodes if node.op == "call_function"]
-    first = [node for node in inner if node in head]
-    second = [node for node in inner if node in needed and node not in head | moving]
-    third = [node for node in inner if node in needed & moving]
-    later = _read_by([*second, *third, output])
-    shared = [
-        n for n in first if isinstance(n.meta.get("val"), Tensor) and (n in later or n in bound or _is_part(n, bound))
-    ]
-    arguments = [*given, *shared]
-    kept = [node for node in second if node in _read_by([*third, output])]
-    direct = [k for k, node in enumerate(arguments) if node in _read_by([*third, output])]
-    return Trace(
-        captured,
-        _graph(pure, given, first, shared),
-        tuple(node.meta["val"].shape for node in shared),
-        _graph(pure, arguments, second, kept),
-        tuple(direct),
-        _graph(pure, [*kept, *(arguments[k] for k in direct), *vectors], third, output.args[0]),
-    )
-
-
 def _has(node: fx.Node, condition: Callable[[Any], bool]) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and condition(node.target)
 
@@ -188,14 +209,16 @@ def _loosen(pure: fx.GraphModule) -> None:
         node.target, node.args = aten.bernoulli_.float, (new, *node.args[1:])
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def _ancestors(nodes: Iterable[fx.Node], known: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Return some nodes and those from which they follow, as far as nodes that are known."""
     pending = list(nodes)
     seen = set(pending)
     while pending:
-        for node in pending.pop().all_input_nodes:
-            if node not in seen:
-                seen.add(node)
-                pending.append(node)
+        node = pending.pop()
+        for source in () if node in known else node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
     return seen
 
 

@@ -286,7 +286,7 @@ def test_a_mask_of_fixed_shape_is_compiled(replayed: list[Any]) -> None:
 
     compiled, live = pair(nn.Linear(3, 2), loss)
     compare(compiled, live)
-    assert not any(code._trace.shapes for known in compiled.workspace.compiled.values() for code in known.values())
+    assert not any(code.recording.shared for known in compiled.workspace.compiled.values() for code in known.values())
 
 
 def test_a_flag_that_changes_is_found_out(replayed: list[Any]) -> None:
