@@ -38,7 +38,7 @@ class GMRES(LinearSolver):
 
     Where the method stagnates, and products with A^T are known (a `Matrix`; the derivative of a condition is one), conjugate
     gradients on the normal equations take over from its solution, for as many iterations, and a remark says so. It stagnates if
-    a cycle lowers the residual by less than a hundredth, or if A is singular on the space of the basis.
+    a whole cycle lowers the residual by less than a hundredth, or if A is singular on the space of the basis.
 
     Args:
         iterations: the most iterations, in all cycles together.
@@ -72,17 +72,17 @@ class GMRES(LinearSolver):
         stopping = Stopping.of(self.rtol, rhs, size, remaining)
         ranges: list[tuple[float, float]] = []
         k, singular, stagnant, whole = 0, False, False, isinstance(matvec, Matrix)
+        longest = min(self.restart or self.iterations, self.iterations)
         while k < self.iterations and not singular and not stagnant and not stopping.met(remaining):
-            length = min(self.restart or self.iterations, self.iterations - k)
             cycle = _Cycle(self, matvec, residual, remaining, stopping)
-            singular = cycle.run(length, k)
+            singular = cycle.run(min(longest, self.iterations - k), k)
             k += cycle.length
             ranges.append(cycle.curvature())
             coefficients, rest = cycle.least_squares()
             for coefficient, vector in zip(coefficients, cycle.basis, strict=False):
                 torch._foreach_add_(solution, vector, alpha=coefficient)
             before, remaining = remaining, math.hypot(*rest)
-            stagnant = whole and remaining > _STAGNANT * before
+            stagnant = whole and cycle.length == longest and remaining > _STAGNANT * before
             if not singular and k < self.iterations:
                 residual = scale(rest[0], cycle.basis[0])
                 for share, vector in zip(rest[1:], cycle.basis[1:], strict=True):
@@ -128,11 +128,13 @@ class GMRES(LinearSolver):
         iterations, products = spent
         residual = subtract(rhs, matrix(start))
         before = math.sqrt(dots((residual, residual))[0])
-        solution, remaining, k, singular = normal_equations(matrix, start, residual, self.iterations, stopping)
-        remark = (
-            f"GMRES stagnated at a residual of {before / size:.3g} after {iterations} iterations; {k} of conjugate gradients on "
-            f"the normal equations lowered it to {remaining / size:.3g}"
-        )
+        solution, remaining, (k, more), singular = normal_equations(matrix, start, residual, self.iterations, stopping)
+        remark = stopping.remark(remaining)
+        if k:
+            remark = (
+                f"GMRES stagnated at a residual of {before / size:.3g} after {iterations} iterations; {k} of conjugate gradients "
+                f"on the normal equations lowered it to {remaining / size:.3g}"
+            )
         if singular and not stopping.converged(remaining):
             remark = f"singular to rounding: the residual stays at {remaining / size:.3g}; raise the damping"
             if not k and not any(bool(x.any()) for x in solution):
@@ -141,7 +143,7 @@ class GMRES(LinearSolver):
             value=solution,
             residual=remaining / size,
             iterations=iterations + k,
-            products=products + 2 + 2 * k,
+            products=products + 1 + more,
             converged=stopping.converged(remaining),
             curvature=_joined(ranges),
             remark=remark,

@@ -209,6 +209,11 @@ def meanings_of(
     meanings = tuple(labels_of(source, name, column, kind=kind, **options) for name, column in columns)
     if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
         return meanings
+    if constant := next((each for each in meanings if len(each.classes) == 1), None):
+        raise DataError(
+            f"{source}, column {shown(constant.name)}: one class only, {shown(constant.classes[0])}: nothing can be learnt; "
+            "leave it out by --labels"
+        )
     numeric = all(
         number_of(cell) is not None for _, column in columns for _, cell in column if not is_empty(cell, missing)
     )

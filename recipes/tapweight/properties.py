@@ -149,7 +149,7 @@ class Properties:
         needed = 2 if self.form == "classes" else measure_of(self.metric_name, self.form).distinct
         for split, table in labels.items():
             distinct = [column[~column.isnan()].unique() for column in table.T]
-            for name, values in zip(self.names, distinct, strict=True):
+            for k, (name, values) in enumerate(zip(self.names, distinct, strict=True)):
                 if not len(values):
                     raise DataError(
                         f"task {name!r} has no label in the {split} split; leave it out by --labels, or {words.otherwise}"
@@ -158,8 +158,10 @@ class Properties:
                     remark = f"no {words.example} of the {split} split is of class {name!r}"
                     remarks.append(remark if not values[0] else "")
                 elif len(values) < needed:
+                    named = self.form == "binary" and self._pairs
+                    label = self._pairs[k][int(values[0])] if named else f"{values[0]:g}"
                     remarks.append(
-                        f"task {name!r} has only the label {values[0]:g} in the {split} split, "
+                        f"task {name!r} has only the label {label} in the {split} split, "
                         f"and is left out of its {self.metric_name}"
                     )
             if all(len(values) < needed for values in distinct):

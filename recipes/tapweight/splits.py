@@ -186,7 +186,9 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
     place = {number: index for index, number in enumerate(records)}
     if listed and not 0 <= min(listed) <= max(listed) <= max(records):
         wrong = next(number for number in listed if not 0 <= number <= max(records))
-        raise DataError(f"{file}: {source} has no row {wrong} (the first is 0); give the file of the split as --train")
+        raise DataError(
+            f"{file}: {source} has no row {wrong} (the first is 0); give the splits.json of a run on it by --splits"
+        )
     splits = {name: [place[k] for k in numbers if k in place] for name, numbers in zip(NAMES, lists, strict=True)}
     for name, indices in splits.items():
         if not indices:

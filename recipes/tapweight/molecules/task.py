@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from ..task_mean import TaskMean
 
 _FORMS: dict[Kind, Form] = {"classification": "binary", "regression": "numbers"}
-_WORDS = Words(example="molecule", otherwise="give --split stratified, random or balanced, or other --split-fractions")
+_WORDS = Words(
+    example="molecule", otherwise="give --split stratified, random or balanced, other --split-fractions, or other files"
+)
 
 
 class MoleculeTask(Task):

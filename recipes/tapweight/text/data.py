@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from mlopt.validation import shown
+
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
 from ..labels import is_empty
@@ -229,7 +231,9 @@ def _read(
 ) -> Texts:
     """Return the texts of a table, with their labels if columns of labels are named."""
     places = _text_places(table, text, "--text")
-    labels = _label_places(table, [label] if isinstance(label, str) else label, places.values()) if label else ()
+    labels: tuple[int, ...] = ()
+    if label is not None:
+        labels = _label_places(table, [label] if isinstance(label, str) else label, places.values())
 
     def example(cells: Sequence[Any]) -> Example:
         made = {key: cells[place] for key, place in places.items()}
@@ -244,6 +248,9 @@ def _read(
 def _label_places(table: Table, labels: Sequence[str], texts: Collection[int]) -> tuple[int, ...]:
     """Return the index of each column of labels."""
     remedy = "name the column by --labels"
+    if not labels:
+        header = ", ".join(map(shown, table.header))
+        raise DataError(f"{table.source}: labels={list(labels)!r} names no column; there are {header}; {remedy}")
     places = tuple(column_of(table.source, table.header, label, remedy) for label in labels)
     if len(set(places)) < len(places) or set(places) & set(texts):
         raise DataError(

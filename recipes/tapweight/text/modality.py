@@ -72,7 +72,7 @@ class Data(LabelledData):
         strict: stop at an empty text or a missing label in --corpus or the labelled files, instead of leaving its row out.
     """
 
-    file_options: ClassVar[tuple[str, ...]] = (*LabelledData.file_options, "text", "missing")
+    file_options: ClassVar[tuple[str, ...]] = (*LabelledData.file_options, "text", "labels", "missing")
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the texts of --train)")] = None
     sentences: bool = False

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MultiTextTask"]
 
-_WORDS = Words(example="text", otherwise="give --split random or stratified, or other --split-fractions")
+_WORDS = Words(example="text", otherwise="give --split random or stratified, other --split-fractions, or other files")
 
 
 class MultiTextTask(OnTexts):
@@ -68,7 +68,7 @@ class MultiTextTask(OnTexts):
         check_texts_of_task(splits, kind, head)
         train = splits["train"]
         for texts in splits.values():
-            if texts.label_names != train.label_names:
+            if [*map(str.casefold, texts.label_names)] != [*map(str.casefold, train.label_names)]:
                 raise DataError(
                     f"{texts.source}: the labels are {', '.join(texts.label_names)}, and those of {train.source} "
                     f"{', '.join(train.label_names)}; give the same columns"

@@ -85,7 +85,7 @@ def test_a_file_lists_the_splits(tmp_path: Path) -> None:
         ('{"train": [0, 1], "valid": [1], "test": [2]}', "row 1 is listed twice"),
         (
             '{"train": [0], "valid": [9], "test": [2]}',
-            r"a\.csv has no row 9 \(the first is 0\); give the file of the split as",
+            r"a\.csv has no row 9 \(the first is 0\); give the splits\.json of a run on it by --splits",
         ),
         ('{"train": [0], "valid": [], "test": [2]}', r"no row of a\.csv is in valid"),
         ("{", "not valid JSON"),

@@ -135,8 +135,9 @@ def test_a_missing_required_option_is_named(missing: str, capsys: pytest.Capture
 def test_valid_and_test_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--model=a", "--train=a.csv", "--output=a", "--valid=b.csv"]) == 2
     assert "--valid is given without --test; give both, or neither" in capsys.readouterr().err
-    assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--text=b"]) == 2
-    assert "--text requires --train; the data set of --dataset has its own" in capsys.readouterr().err
+    for option in ("text", "labels"):
+        assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", f"--{option}=b"]) == 2
+        assert f"--{option} requires --train; the data set of --dataset has its own" in capsys.readouterr().err
 
 
 def test_missing_keys_of_a_configuration_are_the_defaults_of_text(tmp_path: Path) -> None:

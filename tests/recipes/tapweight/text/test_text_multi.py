@@ -195,6 +195,10 @@ def test_each_combination_of_classes_has_its_share_of_each_split(tmp_path: Path)
         ("kind kind", "labels=['kind', 'kind'] must be different columns, not those of the text; correct --labels"),
         ("kind text", "must be different columns, not those of the text; correct --labels"),
         ("kind lnog", "no column 'lnog'"),
+        (
+            "",
+            "labels=[] names no column; there are 'text', 'kind', 'long', 'words', 'letters'; name the column by --labels",
+        ),
     ],
 )
 def test_columns_that_do_not_go_together_are_refused(
@@ -229,6 +233,45 @@ def test_faults_of_the_cells_and_of_the_splits(tmp_path: Path) -> None:
         DataError, match=r"few\.csv: the labels are kind, and those of .*good\.csv kind, long; give the"
     ):
         MultiTextTask({"train": good, "valid": other, "test": good}, encoder().collate)
+
+
+def test_names_of_columns_may_differ_in_case(tmp_path: Path) -> None:
+    good = read(written(tmp_path / "good.csv"), CLASSES)
+    (tmp_path / "case.csv").write_text((tmp_path / "good.csv").read_text().replace("text,kind,long", "Text,Kind,LONG"))
+    task = MultiTextTask(
+        {"train": good, "valid": read(tmp_path / "case.csv", CLASSES), "test": good}, encoder().collate
+    )
+    assert task.label_names == ("kind", "long")
+
+
+def test_a_split_with_one_label_is_reported_by_its_name(tmp_path: Path) -> None:
+    good = {names[0]: read(written(tmp_path / "good.csv"), names) for names in (CLASSES, NUMBERS)}
+    (tmp_path / "few.csv").write_text("text,kind,long,words,letters\na,yes,0,2,3\nb,yes,1,2,4\n")
+    classes, numbers = read(tmp_path / "few.csv", CLASSES), read(tmp_path / "few.csv", NUMBERS)
+    splits = {"train": good["kind"], "valid": good["kind"], "test": classes}
+    remarks = MultiTextTask(splits, encoder().collate).remarks
+    assert "task 'kind' has only the label yes in the test split, and is left out of its roc_auc" in remarks
+    splits = {"train": good["words"], "valid": numbers, "test": good["words"]}
+    remarks = MultiTextTask(splits, encoder().collate, metric="r2").remarks
+    assert "task 'words' has only the label 2 in the valid split, and is left out of its r2" in remarks
+
+
+def test_columns_of_predictions_have_different_names(tmp_path: Path) -> None:
+    """Labels may be called as columns of the file of predictions are."""
+    table = (written(tmp_path / "a.csv", 24)).read_text().replace("text,kind,long", "text,row,row_predicted")
+    (tmp_path / "a.csv").write_text(table)
+    texts, own = read(tmp_path / "a.csv", ["row", "row_predicted"]), encoder()
+    task = MultiTextTask(dict.fromkeys(("train", "valid", "test"), texts), own.collate)
+    result = tapweight(own, ("masked_tokens", "contrastive"), task=task).fit(1, methods=["direct"], progress=False)
+    result.save(tmp_path / "run")
+    header = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[0].split(",")
+    assert header == [
+        *("row", "text", "row_2", "row_predicted", "row_predicted_2", "row_predicted_predicted"),
+        *("row_probability", "row_predicted_probability"),
+    ]
+    assert read_table(tmp_path / "run" / "predictions.csv", label=["row_2", "row_predicted"]).cells() == [
+        (a, b) for a, b in texts.cells()
+    ]
 
 
 def test_a_row_without_any_label_is_left_out(tmp_path: Path) -> None:
