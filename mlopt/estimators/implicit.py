@@ -27,7 +27,8 @@ from ..problem import (
 from ..tensors import Tensors, norm, scale, zeros_like
 from .condition import Condition
 from .multiplier import MultiplierTerm
-from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
+from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
+from .products.promotion import Copies, has_half, in_single_precision
 from .recording import doubt_unsteady, record
 
 __all__ = ["Implicit", "Stationarity"]
@@ -43,7 +44,8 @@ class Implicit(Estimator):
         solver: the linear solver for q; None if it depends on the point.
         products: the kind of products with second derivatives: "autograd", "forward", "finite_difference" or, for a level without
             levels inside, "gauss_newton".
-        compile: True if torch.compile compiles the product with a level's own Hessian.
+        compile: True if torch.compile compiles products with a level's loss: all of "autograd" ones, and of "forward" ones that
+            with the level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
         history: the number of pairs that `solve` keeps from one linear solve to the next; 0 for none.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
@@ -77,7 +79,7 @@ class Implicit(Estimator):
     @property
     def product(self) -> type[Product]:
         """The class that evaluates products."""
-        return CompiledProduct if self.compile else PRODUCTS[self.products]
+        return (COMPILED if self.compile else PRODUCTS)[self.products]
 
     @property
     def needs_loss(self) -> str:
@@ -85,7 +87,7 @@ class Implicit(Estimator):
             return "its linear solver needs a symmetric matrix"
         if self.products == "gauss_newton":
             return "products='gauss_newton' approximate the Hessian of a loss"
-        return "compile=True compiles products with the Hessian of a loss" if self.compile else ""
+        return "compile=True compiles products with the second derivatives of a loss" if self.compile else ""
 
     def linearize(self, point: Point, level: str) -> Linearization:
         if point.problem[level].residual is None:
@@ -139,12 +141,14 @@ class Stationarity(Linearization):
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
+        #: Copies of variables in half precision; None if there are none, or for differences, which take no such copies.
+        self._copies: Copies | None = {} if estimator.products != "finite_difference" and has_half(point) else None
+        kind = estimator.product if self._copies is None else PRODUCTS[estimator.products]
         lagrangian = (
-            MultiplierTerm(point, name, child.name, child.objective, child.blocks, estimator.product)
-            for child in self._children
+            MultiplierTerm(point, name, child.name, child.objective, child.blocks, kind) for child in self._children
         )
         self.objective: Objective = Objective((*own.terms, *lagrangian))
-        self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
+        self.second_derivatives = SecondDerivatives(self.objective, kind)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
         #: The history of the latest solve; the arguments that the next product includes; such a product, and its direction.
         self._history: History | None = None
@@ -153,7 +157,7 @@ class Stationarity(Linearization):
         if batches := point.curvature_batches.get(name):
             _, *others = own.terms
             loss_on = partial(LevelTerm, point, level, "loss", sign=fixed.sign)
-            self._curvature = on_batches(level, batches, loss_on, others, estimator.product)
+            self._curvature = on_batches(level, batches, loss_on, others, kind)
         hooked = [block for block in self.states if any(p._backward_hooks for p in point.values[block])]
         if self._children and hooked:
             self.report.doubt(
@@ -314,6 +318,9 @@ class Stationarity(Linearization):
         return solution, rest
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
+        return in_single_precision(self.point, self._copies, partial(self._pullback, wanted=wanted), cotangent)
+
+    def _pullback(self, cotangent: Vectors, wanted: Sequence[str] | None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
         solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
@@ -349,6 +356,9 @@ class Stationarity(Linearization):
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
+        return in_single_precision(self.point, self._copies, self._pushforward, tangent)
+
+    def _pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         moved = self.product(tangent, self.blocks)
         return self.solve({block: scale(-1.0, vectors) for block, vectors in moved.items()})
 

@@ -13,7 +13,7 @@ from ..errors import EstimatorError
 from ..problem import Linearization, Point
 from ..validation import batches_or_none, boolean, is_whole, must_be, one_of
 from .implicit import Implicit, Stationarity
-from .products import PRODUCTS
+from .products import COMPILED, PRODUCTS
 from .streamed import Streamed
 
 __all__ = [
@@ -29,6 +29,14 @@ __all__ = [
 ]
 
 
+def _require_compiled(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
+    if value and estimator.products not in COMPILED:
+        raise EstimatorError(
+            f"compile=True with products={estimator.products!r}: only second derivatives are compiled; use products='autograd' "
+            "or 'forward'"
+        )
+
+
 @final
 @attrs.frozen(kw_only=True)
 class Identity(Implicit):
@@ -39,6 +47,7 @@ class Identity(Implicit):
     Args:
         scale: c.
         products: "autograd", "forward" or "finite_difference".
+        compile: as in `LinearSolve`.
         streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the gradients that
             its training step computes, with the cotangent of the previous outer step. It costs no network pass.
 
@@ -53,6 +62,7 @@ class Identity(Implicit):
 
     scale: float = 1.0
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    compile: bool = attrs.field(default=False, validator=[boolean, _require_compiled])
     streamed: bool = attrs.field(default=False, validator=boolean)
 
     def __attrs_post_init__(self) -> None:
@@ -108,13 +118,6 @@ class FiniteDifference(Implicit):
         return linear.Identity(scale=self.scale)
 
 
-def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
-    if value and estimator.products != "forward":
-        raise EstimatorError(
-            f"compile=True with products={estimator.products!r}: a compiled gradient has no derivative; use products='forward'"
-        )
-
-
 _count_or_all = must_be(lambda value: value == "all" or is_whole(value, 1), 'a whole number >= 1, or "all"')
 
 
@@ -130,7 +133,7 @@ class _HessianProducts(Implicit):
     """The options of every estimator that takes products with the Hessian."""
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
-    compile: bool = attrs.field(default=False, validator=[boolean, _require_forward])
+    compile: bool = attrs.field(default=False, validator=[boolean, _require_compiled])
     curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=batches_or_none, repr=False)
     curvature_batches: int | Literal["all"] = attrs.field(
         default=1, validator=[_count_or_all, _require_data], repr=False
@@ -149,7 +152,8 @@ class LinearSolve(_HessianProducts):
         solver: the linear solver.
         warm_start: inside `solve`, start from the q of the previous outer step.
         products: "autograd", "forward", "finite_difference" or, for a level without levels inside, "gauss_newton".
-        compile: let torch.compile compile the product with H; for "forward" products.
+        compile: let torch.compile compile products with the loss; for "autograd" and "forward" products. The first call takes
+            seconds to minutes. Compiled products are compared with live ones at first use and now and then.
         curvature_data: batches for H, of their own size; the level's batch if None.
         curvature_batches: number of them over which H is averaged in each pullback, or "all" for one epoch, in the memory of
             one. Batches count equally, whatever their size; regularizers count once.

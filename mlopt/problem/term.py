@@ -187,7 +187,7 @@ class LevelTerm(Term):
         sign: float = 1.0,
     ) -> None:
         self._point = self.point = point
-        self._level, self.part, self.label, self._sign = level, part, (level.name, part), sign
+        self._level, self.part, self.label, self.sign = level, part, (level.name, part), sign
         self._batches = point.batches if batches is None else batches
         self._references = level.regularizer_references if part == "regularizer" else level.loss_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -200,6 +200,11 @@ class LevelTerm(Term):
         return self._level.name
 
     @property
+    def batch(self) -> Any:
+        """The batch of the loss; None for a regularizer."""
+        return None if self.part == "regularizer" else self._batches[self.name]
+
+    @property
     def module(self) -> nn.Module:
         """The level's module."""
         return self._level.module
@@ -207,6 +212,11 @@ class LevelTerm(Term):
     def value(self) -> Tensor:
         with cloned_buffers(self._modules.values()):
             return self._total(self._modules)
+
+    def plain_value(self) -> Tensor:
+        """Return `value` for a tracer, without the inspection, which reads numbers of tensors."""
+        with cloned_buffers(self._modules.values()):
+            return self._total(dict(self._modules))
 
     def function(self, values: Vectors) -> Tensor:
         return self._pure(values, self._total)
@@ -327,8 +337,8 @@ class LevelTerm(Term):
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        batch, workspace = self._batches[self.name], self._point.workspace
-        return evaluate_loss(self._level, modules, batch, workspace, inspected=self._inspected(modules))
+        inspected = self._inspected(modules)
+        return evaluate_loss(self._level, modules, self.batch, self.workspace, inspected=inspected)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
@@ -338,7 +348,7 @@ class LevelTerm(Term):
         return self._signed(value)
 
     def _signed(self, value: Tensor) -> Tensor:
-        return value if self._sign == 1.0 else self._sign * value
+        return value if self.sign == 1.0 else self.sign * value
 
     def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
         """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""

@@ -11,8 +11,10 @@ from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
 from .second_derivatives import SecondDerivatives
+from .traced import TracedProduct
 
 __all__ = [
+    "COMPILED",
     "PRODUCTS",
     "SMALL",
     "AutogradProduct",
@@ -25,6 +27,7 @@ __all__ = [
     "Moves",
     "Product",
     "SecondDerivatives",
+    "TracedProduct",
     "full_precision",
     "moves_of",
     "on_batches",
@@ -39,3 +42,6 @@ PRODUCTS: dict[str, type[Product]] = {
     "finite_difference": FiniteDifferenceProduct,
     "gauss_newton": GaussNewtonProduct,
 }
+
+#: Those that can be compiled, and the classes that do so.
+COMPILED: dict[str, type[Product]] = {"autograd": TracedProduct, "forward": CompiledProduct}

@@ -14,10 +14,10 @@ from ...errors import MloptError, ProblemError
 from ...problem import Block, LevelTerm, Vectors, cut
 from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
 from .difference import Difference
-from .double_precision import in_double_precision
 from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .product import Product
+from .promotion import promoted
 
 __all__ = ["verified"]
 
@@ -278,7 +278,7 @@ class _Check:
     def _straight(self, direction: Vectors) -> float | None:
         """Return the discrepancy between the product and differences in double precision, if it is certain."""
         term = self._product.term
-        with in_double_precision(term.point):
+        with promoted(term.point):
             direction = {block: _double(vectors) for block, vectors in direction.items()}
             value = _double(self._flattened(self._product.renewed()(direction, self._wanted)))
             expected, error = _settled(Difference(term, direction, self._wanted))
@@ -287,7 +287,7 @@ class _Check:
     def _transposed_gap(self, direction: Vectors) -> float | None:
         """Return the discrepancy between both sides of the transposed product in double precision, if it is certain."""
         term = self._product.term
-        with in_double_precision(term.point):
+        with promoted(term.point):
             direction = {block: _double(vectors) for block, vectors in direction.items()}
             error = 0.0
             if self._differences:  # at shorter steps than those of the product, which kinks spoil
