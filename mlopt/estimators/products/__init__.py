@@ -11,6 +11,7 @@ from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
 from .second_derivatives import SecondDerivatives
+from .supplied import SuppliedProduct
 
 __all__ = [
     "PRODUCTS",
@@ -25,6 +26,7 @@ __all__ = [
     "Moves",
     "Product",
     "SecondDerivatives",
+    "SuppliedProduct",
     "full_precision",
     "moves_of",
     "on_batches",
