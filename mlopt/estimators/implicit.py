@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
 
+import attrs
 import torch
-from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, LinearSolver, MatVec
+from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
 from ..problem import (
     Block,
     Bounds,
@@ -21,13 +21,13 @@ from ..problem import (
     Objective,
     Point,
     Report,
-    Term,
     Vectors,
     add_into,
-    derivatives,
+    cut,
 )
-from ..tensors import Tensors, dot, norm, scale, zeros_like
+from ..tensors import Tensors, norm, scale, zeros_like
 from .condition import Condition
+from .multiplier_term import MultiplierTerm
 from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .recording import doubt_unsteady, record
 
@@ -46,6 +46,8 @@ class Implicit(Estimator):
             levels inside, "gauss_newton".
         compile: True if torch.compile compiles the product with a level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
+        joint: True if one solve finds q together with the response of the levels inside, in place of a solve of theirs for each
+            product with the level's total Hessian.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
             taken on the level's batch. For a level without levels inside.
         curvature_batches: number of these batches over which the Hessian of one pullback is averaged, each with equal weight;
@@ -62,6 +64,7 @@ class Implicit(Estimator):
     products: str
     compile: bool = False
     warm_start: bool = False
+    joint: bool = False
 
     @property
     @abstractmethod
@@ -137,8 +140,11 @@ class Stationarity(Linearization):
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
-        lagrangian = (_MultiplierTerm(point, name, child, estimator.product) for child in self._children)
-        self.objective = Objective((*own.terms, *lagrangian))
+        lagrangian = (
+            MultiplierTerm(point, name, child.name, child.objective, child.blocks, estimator.product)
+            for child in self._children
+        )
+        self.objective: Objective = Objective((*own.terms, *lagrangian))
         self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
         if batches := point.curvature_batches.get(name):
@@ -160,6 +166,8 @@ class Stationarity(Linearization):
             "products='gauss_newton'": estimator.products == "gauss_newton",
             "curvature_data": estimator.curvature_data is not None,
             type(estimator).__name__: estimator.solver is None,
+            "damping next to joint=True": estimator.joint and self._solver.damping > 0,
+            "warm_start next to joint=True": estimator.joint and estimator.warm_start,
         }.items():
             if given:
                 raise EstimatorError(
@@ -228,21 +236,50 @@ class Stationarity(Linearization):
         """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
+        if self._children and self._estimator.joint:
+            return self._solve_jointly(load)
         matvec: MatVec
         if self._children:
             _, load_left = self._complete(None, load)
             rhs, matvec = load_left.get(self.name, zeros_like(self.point.values[self.name])), self._total_hessian
         else:
             rhs, matvec = tuple(load[self.name]), self._hessian
-        try:
-            own = self._bounds.solve(self._solver, matvec, rhs, initial)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"level {self.name!r}: {error}") from error
+        own = self._solved(self._bounds, matvec, rhs, initial)
         record(self.report, own)
         if not self._children:
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
         return solution
+
+    def _solve_jointly(self, load: Vectors) -> dict[Block, Tensors]:
+        """Return the same by one solve of the whole symmetric system, in which no level inside is eliminated."""
+        values = self.point.values
+
+        def joined(vectors: Vectors) -> Tensors:
+            return tuple(x for block in self.blocks for x in vectors.get(block) or zeros_like(values[block]))
+
+        def matvec(vector: Tensors) -> Tensors:
+            return joined(self.product(cut(vector, self.blocks, values), self.blocks))
+
+        free = self._free()
+        ones = {block: tuple(map(torch.ones_like, values[block])) for block in self.blocks} if free else {}
+        bounds = Bounds(free=joined({**ones, **free}) if free else ())
+        solution = self._solved(bounds, matvec, joined(load), None)
+        # The system is indefinite, whatever the curvature of the level.
+        record(self.report, attrs.evolve(solution, curvature=None))
+        return cut(solution.value, self.blocks, values)
+
+    def _solved(self, bounds: Bounds, matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> LinearSolution:
+        try:
+            return bounds.solve(self._solver, matvec, rhs, initial)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"level {self.name!r}: {error}") from error
+
+    def _free(self) -> dict[Block, Tensors]:
+        """Return, by block with variables at a bound, zeros on those and ones on the others; multipliers as the variables."""
+        inside = {block: mask for child in self._children for block, mask in child._free().items()}
+        own = {self.name: self._bounds.free} if self._bounds.free else {}
+        return {**own, **inside, **{(self.name, block): mask for block, mask in inside.items()}}
 
     @cached_property
     def _bounds(self) -> Bounds:
@@ -334,48 +371,3 @@ class Stationarity(Linearization):
         for child in self._children:
             merged |= child.reports()
         return merged
-
-
-class _MultiplierTerm(Term):
-    """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
-
-    def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind, self.point = child, kind, point
-        self.label = owner, f"response of {child.name!r}"
-        self.order = 1 + max(term.order for term in child.objective.terms)
-        self._owned = {(owner, block): block for block in child.blocks}
-        self.values = point.values
-        self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
-
-    def roots(self) -> list[Tensor]:
-        return [root for term in self._child.objective.terms for root in term.roots()]
-
-    def value(self) -> Tensor:
-        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
-        for term in self._child.objective.terms:
-            blocks = [block for block in self._child.blocks if block in term.blocks]
-            gradient = derivatives(term.value(), blocks, self.values, traced=True)
-            for key, block in self._owned.items():
-                if block in gradient:
-                    total = total + dot(self.values[key], gradient[block])
-        return total
-
-    def function(self, values: Vectors) -> Tensor:
-        values = {**self.values, **values}
-
-        def lagrangian(states: dict[Block, Tensors]) -> Tensor:
-            terms = [term.function({**values, **states}) for term in self._child.objective.terms]
-            return torch.stack(terms).sum()
-
-        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
-        return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
-
-    def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
-        direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
-        total = {block: zeros_like(self.values[block]) for block in wanted}
-        add_into(total, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
-        owned = {key: self._owned[key] for key in wanted if key in self._owned}
-        gradient = self._child.objective.derivatives(list(owned.values()))
-        add_into(total, {key: gradient[block] for key, block in owned.items()})
-        return total
