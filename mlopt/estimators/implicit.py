@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
+from ..linear import AssumedInverse, History, LinearSolution, LinearSolver, MatVec
 from ..problem import (
     Block,
     Bounds,
@@ -27,7 +27,8 @@ from ..problem import (
 )
 from ..tensors import Tensors, norm, scale, zeros_like
 from .condition import Condition
-from .multiplier_term import MultiplierTerm
+from .joint import joined, joint_system
+from .multiplier import MultiplierTerm
 from .products import PRODUCTS, CompiledProduct, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .recording import doubt_unsteady, record
 
@@ -46,8 +47,8 @@ class Implicit(Estimator):
             levels inside, "gauss_newton".
         compile: True if torch.compile compiles the product with a level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
-        joint: True if one solve finds q together with the response of the levels inside, in place of a solve of theirs for each
-            product with the level's total Hessian.
+        joint: True if one solve finds q and the response of the levels inside, which otherwise each product solves for.
+        history: the number of pairs that `solve` keeps from one linear solve to the next; 0 for none.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
             taken on the level's batch. For a level without levels inside.
         curvature_batches: number of these batches over which the Hessian of one pullback is averaged, each with equal weight;
@@ -65,6 +66,7 @@ class Implicit(Estimator):
     compile: bool = False
     warm_start: bool = False
     joint: bool = False
+    history: int = 0
 
     @property
     @abstractmethod
@@ -101,6 +103,7 @@ class Implicit(Estimator):
         options = {
             "compiled": self.compile,
             "warm start": self.warm_start,
+            f"history of {self.history} pairs": self.history > 0,
             "curvature data": self.curvature_data is not None,
             f"{self.curvature_batches} batches": self.curvature_batches != 1,
         }
@@ -147,6 +150,10 @@ class Stationarity(Linearization):
         self.objective: Objective = Objective((*own.terms, *lagrangian))
         self.second_derivatives = SecondDerivatives(self.objective, estimator.product)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
+        #: The history of the latest solve; the arguments that the next product includes; such a product, and its direction.
+        self._history: History | None = None
+        self._asked: tuple[str, ...] = ()
+        self._mixed: tuple[Tensors, dict[Block, Tensors]] | None = None
         if batches := point.curvature_batches.get(name):
             _, *others = own.terms
             loss_on = partial(LevelTerm, point, level, "loss", sign=fixed.sign)
@@ -166,8 +173,8 @@ class Stationarity(Linearization):
             "products='gauss_newton'": estimator.products == "gauss_newton",
             "curvature_data": estimator.curvature_data is not None,
             type(estimator).__name__: estimator.solver is None,
-            "damping next to joint=True": estimator.joint and self._solver.damping > 0,
-            "warm_start next to joint=True": estimator.joint and estimator.warm_start,
+            "damping or warm_start next to joint=True": estimator.joint
+            and (estimator.warm_start or self._solver.damping > 0),
         }.items():
             if given:
                 raise EstimatorError(
@@ -232,13 +239,12 @@ class Stationarity(Linearization):
             self.report.doubt(remark)
         return total
 
-    def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
+    def solve(self, load: Vectors, initial: Tensors | History | None = None) -> dict[Block, Tensors]:
         """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
         if self._children and self._estimator.joint:
             return self._solve_jointly(load)
-        matvec: MatVec
         if self._children:
             _, load_left = self._complete(None, load)
             rhs, matvec = load_left.get(self.name, zeros_like(self.point.values[self.name])), self._total_hessian
@@ -246,6 +252,7 @@ class Stationarity(Linearization):
             rhs, matvec = tuple(load[self.name]), self._hessian
         own = self._solved(self._bounds, matvec, rhs, initial)
         record(self.report, own)
+        self._history = own.history
         if not self._children:
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
@@ -253,25 +260,17 @@ class Stationarity(Linearization):
 
     def _solve_jointly(self, load: Vectors) -> dict[Block, Tensors]:
         """Return the same by one solve of the whole symmetric system, in which no level inside is eliminated."""
-        values = self.point.values
-
-        def joined(vectors: Vectors) -> Tensors:
-            return tuple(x for block in self.blocks for x in vectors.get(block) or zeros_like(values[block]))
-
-        def matvec(vector: Tensors) -> Tensors:
-            return joined(self.product(cut(vector, self.blocks, values), self.blocks))
-
-        free = self._free()
-        ones = {block: tuple(map(torch.ones_like, values[block])) for block in self.blocks} if free else {}
-        bounds = Bounds(free=joined({**ones, **free}) if free else ())
-        solution = self._solved(bounds, matvec, joined(load), None)
+        values, free = self.point.values, self._free()
+        bounds = Bounds(free=joined(free, self.blocks, values, 1.0) if free else ())
+        matvec, rhs = joint_system(lambda v: self.product(v, self.blocks), load, self.blocks, values)
+        solution = self._solved(bounds, matvec, rhs, None)
         # The system is indefinite, whatever the curvature of the level.
         record(self.report, attrs.evolve(solution, curvature=None))
         return cut(solution.value, self.blocks, values)
 
-    def _solved(self, bounds: Bounds, matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> LinearSolution:
+    def _solved(self, bounds: Bounds, matvec: MatVec, rhs: Tensors, start: Tensors | History | None) -> LinearSolution:
         try:
-            return bounds.solve(self._solver, matvec, rhs, initial)
+            return bounds.solve(self._solver, matvec, rhs, start)
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self.name!r}: {error}") from error
 
@@ -309,8 +308,13 @@ class Stationarity(Linearization):
         return self._estimator.solver_at(self.point, self.name)
 
     def _hessian(self, q: Tensors) -> Tensors:
-        """Return H q, on the curvature batch if there is one."""
-        return self._apply(self._curvature, {self.name: q}, [self.name])[self.name]
+        """Return H q, on the curvature batch if there is one; once along with the mixed product, if that is asked for."""
+        blocks, self._asked = [self.name, *self._asked], ()
+        products = self._apply(self._curvature, {self.name: q}, blocks)
+        own = products.pop(self.name)
+        if len(blocks) > 1:
+            self._mixed = q, products
+        return own
 
     def _total_hessian(self, q: Tensors) -> Tensors:
         """Return the product with the Hessian of the total objective, which includes the response of the levels inside."""
@@ -337,15 +341,37 @@ class Stationarity(Linearization):
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        warm = self._estimator.warm_start
-        solution = self.solve(cotangent, self.point.warm_start(self.name) if warm else None)
+        solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
         if measured and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
-        if warm:
-            self.point.keep_warm(self.name, solution[self.name], self.report.residual)
-        return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
+        if self._estimator.warm_start or self._estimator.history:
+            self.point.keep_warm(self.name, solution[self.name], self.report.residual, self._history)
+        return {block: scale(-1.0, vectors) for block, vectors in self._mixed_product(solution, wanted).items()}
+
+    def _initial(self, wanted: Sequence[str]) -> Tensors | History | None:
+        """Return the start of the linear solve: a history if the estimator keeps one in a run, else a warm start, if any."""
+        limit = self._estimator.history
+        if not limit or self.point.carryover is None:
+            return self.point.warm_start(self.name) if self._estimator.warm_start else None
+        history = self.point.history(self.name)
+        if history is not None and self._takes_both:
+            # The start may be the solution; then its product with the Hessian measures the residual and is all that is needed.
+            self._asked = tuple(wanted)
+        return History(limit=limit) if history is None else attrs.evolve(history, limit=limit)
+
+    @property
+    def _takes_both(self) -> bool:
+        """True if one product may have components in the level's own variables and in its arguments."""
+        estimator = self._estimator
+        same = self._curvature is self.second_derivatives and not estimator.compile
+        return same and not self._children and estimator.products != "gauss_newton"
+
+    def _mixed_product(self, solution: dict[Block, Tensors], wanted: Sequence[str]) -> dict[Block, Tensors]:
+        if self._mixed is not None and all(map(torch.equal, self._mixed[0], solution[self.name])):
+            return self._mixed[1]
+        return self.product(solution, wanted)
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""

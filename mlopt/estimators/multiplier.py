@@ -19,21 +19,21 @@ class MultiplierTerm(Term):
 
     Args:
         point: the point.
-        owner: the nested level.
-        inner: c.
+        owner: the nested level, whose multipliers M are.
+        name: c.
         objective: L_c.
-        blocks: the states of c: its variables, and the states and multipliers of the levels inside it.
-        kind: makes products with the second derivatives of a term.
+        states: the blocks of c.
+        kind: the kind of products.
     """
 
     def __init__(
-        self, point: Point, owner: str, inner: str, objective: Objective, blocks: Sequence[Block], kind: type[Product]
+        self, point: Point, owner: str, name: str, objective: Objective, states: Sequence[Block], kind: type[Product]
     ) -> None:
-        self._objective, self._inner, self._inner_blocks = objective, inner, blocks
-        self._kind, self.point = kind, point
-        self.label = owner, f"response of {inner!r}"
+        self.point, self._objective, self._states, self._kind = point, objective, states, kind
+        self._device = point.problem[name].device
+        self.label = owner, f"response of {name!r}"
         self.order = 1 + max(term.order for term in objective.terms)
-        self._owned = {(owner, block): block for block in blocks}
+        self._owned = {(owner, block): block for block in states}
         self.values = point.values
         self.blocks = frozenset(self._owned).union(*(term.blocks for term in objective.terms))
 
@@ -41,9 +41,9 @@ class MultiplierTerm(Term):
         return [root for term in self._objective.terms for root in term.roots()]
 
     def value(self) -> Tensor:
-        total = torch.zeros((), device=self.point.problem[self._inner].device)
+        total = torch.zeros((), device=self._device)
         for term in self._objective.terms:
-            blocks = [block for block in self._inner_blocks if block in term.blocks]
+            blocks = [block for block in self._states if block in term.blocks]
             gradient = derivatives(term.value(), blocks, self.values, traced=True)
             for key, block in self._owned.items():
                 if block in gradient:
@@ -57,7 +57,7 @@ class MultiplierTerm(Term):
             terms = [term.function({**values, **states}) for term in self._objective.terms]
             return torch.stack(terms).sum()
 
-        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._inner_blocks})
+        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._states})
         return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
