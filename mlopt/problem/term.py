@@ -227,7 +227,7 @@ class LevelTerm(Term):
 
     def _second_order(self, direction: Vectors, wanted: Sequence[Block]) -> Mapping[Block, Sequence[Tensor | None]]:
         # The product is linear in the direction, which so can take the sign.
-        signed = direction if self.sign == 1.0 else {b: scale(self._sign, v) for b, v in direction.items()}
+        signed = direction if self.sign == 1.0 else {b: scale(self.sign, v) for b, v in direction.items()}
         product: Mapping[Block, Sequence[Tensor | None]] = self._level.regularizer.product(signed, wanted)  # type: ignore[union-attr]
         return product
 
