@@ -13,7 +13,7 @@ from ..errors import EstimatorError
 from ..problem import Linearization, Point
 from ..validation import batches_or_none, boolean, is_whole, must_be, one_of
 from .implicit import Implicit, Stationarity
-from .products import PRODUCTS
+from .products import COMPILED, PRODUCTS
 from .streamed import Streamed
 
 __all__ = [
@@ -29,9 +29,31 @@ __all__ = [
 ]
 
 
+def _require_compiled(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
+    if value and estimator.products not in COMPILED:
+        raise EstimatorError(
+            f"compile=True with products={estimator.products!r}: only second derivatives are compiled; use products='autograd' "
+            "or 'forward'"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class _ScaledIdentity(Implicit):
+    """The estimators that assume the inverse Hessian c I."""
+
+    scale: float = 1.0
+
+    def __attrs_post_init__(self) -> None:
+        _ = self.solver  # it checks its arguments
+
+    @cached_property
+    def solver(self) -> linear.Identity:
+        return linear.Identity(scale=self.scale)
+
+
 @final
 @attrs.frozen(kw_only=True)
-class Identity(Implicit):
+class Identity(_ScaledIdentity):
     """Assume that the inverse Hessian is c I: u_bar = -c (d2f / du dx) v.
 
     T1-T2 and DARTS set c to the learning rate of the level: then u_bar is the derivative through its latest SGD step.
@@ -39,6 +61,7 @@ class Identity(Implicit):
     Args:
         scale: c.
         products: "autograd", "forward" or "finite_difference".
+        compile: as in `LinearSolve`.
         streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the gradients that
             its training step computes, with the cotangent of the previous outer step. It costs no network pass.
 
@@ -51,16 +74,9 @@ class Identity(Implicit):
         0
     """
 
-    scale: float = 1.0
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
+    compile: bool = attrs.field(default=False, validator=[boolean, _require_compiled])
     streamed: bool = attrs.field(default=False, validator=boolean)
-
-    def __attrs_post_init__(self) -> None:
-        _ = self.solver  # it checks its arguments
-
-    @cached_property
-    def solver(self) -> linear.Identity:
-        return linear.Identity(scale=self.scale)
 
     @property
     def needs_loss(self) -> str:
@@ -78,7 +94,7 @@ class Identity(Implicit):
 
 @final
 @attrs.frozen(kw_only=True)
-class FiniteDifference(Implicit):
+class FiniteDifference(_ScaledIdentity):
     """Assume that the inverse Hessian is c I, with the mixed product by central differences: two gradients of u.
 
     u_bar = -c (f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. It takes first
@@ -98,21 +114,6 @@ class FiniteDifference(Implicit):
     """
 
     products = "finite_difference"
-    scale: float = 1.0
-
-    def __attrs_post_init__(self) -> None:
-        _ = self.solver  # it checks its arguments
-
-    @cached_property
-    def solver(self) -> linear.Identity:
-        return linear.Identity(scale=self.scale)
-
-
-def _require_forward(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
-    if value and estimator.products != "forward":
-        raise EstimatorError(
-            f"compile=True with products={estimator.products!r}: a compiled gradient has no derivative; use products='forward'"
-        )
 
 
 _count_or_all = must_be(lambda value: value == "all" or is_whole(value, 1), 'a whole number >= 1, or "all"')
@@ -130,7 +131,7 @@ class _HessianProducts(Implicit):
     """The options of every estimator that takes products with the Hessian."""
 
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
-    compile: bool = attrs.field(default=False, validator=[boolean, _require_forward])
+    compile: bool = attrs.field(default=False, validator=[boolean, _require_compiled])
     curvature_data: Iterable[Any] | None = attrs.field(default=None, validator=batches_or_none, repr=False)
     curvature_batches: int | Literal["all"] = attrs.field(
         default=1, validator=[_count_or_all, _require_data], repr=False
@@ -149,7 +150,8 @@ class LinearSolve(_HessianProducts):
         solver: the linear solver.
         warm_start: inside `solve`, start from the q of the previous outer step.
         products: "autograd", "forward", "finite_difference" or, for a level without levels inside, "gauss_newton".
-        compile: let torch.compile compile the product with H; for "forward" products.
+        compile: let torch.compile compile products with the loss; for "autograd" and "forward" products. The first call takes
+            seconds to minutes. Compiled products are compared with live ones at first use and now and then.
         curvature_data: batches for H, of their own size; the level's batch if None.
         curvature_batches: number of them over which H is averaged in each pullback, or "all" for one epoch, in the memory of
             one. Batches count equally, whatever their size; regularizers count once.
@@ -273,10 +275,9 @@ class MINRES(_HessianProducts):
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
         warm_start: inside `solve`, start from the q of the previous outer step.
-        products: as in `LinearSolve`.
-        compile: as in `LinearSolve`.
-        curvature_data: as in `LinearSolve`.
-        curvature_batches: as in `LinearSolve`.
+        joint: solve the conditions of a nested level and of the levels inside it as one symmetric system, so that the products
+            of nested levels add up and do not multiply. Not next to `damping` or `warm_start`.
+        products, compile, curvature_data, curvature_batches: as in `LinearSolve`.
 
     Source: Paige & Saunders 1975, SIAM Journal on Numerical Analysis 12(4).
 
@@ -291,6 +292,7 @@ class MINRES(_HessianProducts):
     rtol: float = 1e-10
     damping: float = 0.0
     warm_start: bool = attrs.field(default=False, validator=boolean)
+    joint: bool = attrs.field(default=False, validator=boolean)
 
     @cached_property
     def solver(self) -> linear.MINRES:

@@ -2,6 +2,7 @@
 
 from .batch import to_device
 from .bounds import Bounds, has_hooks, unmoved
+from .captures import Captures, setting
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint, require_all_variables
 from .game import game
@@ -27,6 +28,7 @@ __all__ = [
     "FAULTS",
     "Block",
     "Bounds",
+    "Captures",
     "Carryover",
     "Estimator",
     "Fault",
@@ -72,6 +74,7 @@ __all__ = [
     "require_all_variables",
     "require_mean",
     "restored",
+    "setting",
     "stacked",
     "standing_in",
     "sum_values",

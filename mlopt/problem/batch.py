@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import enum
+import weakref
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from operator import is_not
 from typing import Any
 
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import ProblemError
 
-__all__ = ["copied", "to_device", "versions"]
+__all__ = ["copied", "described", "to_device", "versions"]
 
 #: Depth to which the attributes of an object are searched for tensors.
 _DEPTH = 4
+#: Kinds of values that their representation describes in full; a weak reference leads back to an object that is described anyway.
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, range, torch.dtype, torch.device, weakref.ref)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -113,6 +117,35 @@ def _search(value: Any, tensors: list[Tensor], depth: int) -> None:
             entries = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
         for entry in list(entries):
             _search(entry, tensors, depth - 1)
+
+
+def described(batch: Any, depth: int = _DEPTH) -> Hashable:
+    """Return all that a batch holds but the numbers in its tensors: kinds, shapes, dtypes, and plain values.
+
+    Args:
+        batch: the batch.
+        depth: to which attributes of objects are searched.
+
+    Raises:
+        ProblemError: it holds an object whose content is out of reach, such as an array of numpy.
+    """
+    if isinstance(batch, Tensor):
+        return "tensor", batch.shape, batch.stride(), batch.dtype, batch.device, batch.requires_grad
+    kind = type(batch)
+    if batch is None or isinstance(batch, _PLAIN):
+        return kind, repr(batch)  # since 1, 1.0 and True are equal, and NaN does not equal itself
+    entries: Any
+    if isinstance(batch, Mapping):
+        entries = [(repr(key), value) for key, value in batch.items()]
+    elif isinstance(batch, (list, tuple)):
+        entries = list(enumerate(batch))
+    elif depth and hasattr(batch, "__dict__") and not isinstance(batch, (nn.Module, type)) and not callable(batch):
+        entries, depth = list(vars(batch).items()), depth - 1
+    else:
+        raise ProblemError(
+            f"its batch holds a {kind.__name__}, whose content is out of reach; give tensors and plain numbers"
+        )
+    return kind, tuple([(key, described(value, depth)) for key, value in entries])
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

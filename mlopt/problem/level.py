@@ -183,7 +183,10 @@ class Level:
         split: on several processes, whether each evaluates the loss on its own rows of a batch; False for a loss that is not a
             mean over rows, which every process then evaluates on the whole batch.
         regularizer: a term of the objective that uses no batch: weight decay, a proximal coupling. Products
-            that concern only levels named here need no pass over the data. It must not draw random numbers.
+            that concern only levels named here need no pass over the data. It must not draw random numbers. A regularizer r
+            with a method `product(direction, wanted)` supplies its second-order products, d/dw <grad_D r, direction> for each
+            level w in `wanted`. Its arguments are the names of levels: `direction` maps those of D to a tuple of tensors, one
+            for each variable, and so does the result, with None for zero. It is compared with differences at first use.
 
     Raises:
         ProblemError: an argument is invalid.

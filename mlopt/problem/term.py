@@ -142,6 +142,8 @@ class Term(ABC):
     closed: ClassVar[bool] = False
     #: True if the pieces of all processes are equal, so that their sum needs no exchange.
     alike: bool = False
+    #: Returns products with the term's second derivatives, by block, where its author supplied them; see `Level.regularizer`.
+    second_order: Callable[[Vectors, Sequence[Block]], Mapping[Block, Sequence[Tensor | None]]] | None = None
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -209,18 +211,25 @@ class LevelTerm(Term):
         self._point = self.point = point
         ranks = point.problem.ranks
         self.alike = ranks.several and part != "loss"
-        self._level, self.part, self.label = level, part, (level.name, part)
-        self._sign = sign / ranks.size if self.alike else sign
+        self._level, self.part, self.label, self.sign = level, part, (level.name, part), sign
+        self._factor = sign / ranks.size if self.alike else sign
         self._batches = point.batches if batches is None else batches
         self._references = level.regularizer_references if part == "regularizer" else level.loss_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
         self.blocks = frozenset(self._modules)
         self.values = point.values
+        if part == "regularizer" and getattr(level.regularizer, "product", None) is not None:
+            self.second_order = self._second_order
 
     @property
     def name(self) -> str:
         """The level's name."""
         return self._level.name
+
+    @property
+    def batch(self) -> Any:
+        """The batch of the loss; None for a regularizer."""
+        return None if self.part == "regularizer" else self._batches[self.name]
 
     @property
     def module(self) -> nn.Module:
@@ -231,8 +240,19 @@ class LevelTerm(Term):
         with cloned_buffers(self._modules.values()):
             return self._total(self._modules)
 
+    def plain_value(self) -> Tensor:
+        """Return `value` for a tracer, without the inspection, which reads numbers of tensors."""
+        with cloned_buffers(self._modules.values()):
+            return self._total(dict(self._modules))
+
     def function(self, values: Vectors) -> Tensor:
         return self._pure(values, self._total)
+
+    def _second_order(self, direction: Vectors, wanted: Sequence[Block]) -> Mapping[Block, Sequence[Tensor | None]]:
+        # The product is linear in the direction, which so can take the sign.
+        signed = direction if self.sign == 1.0 else {b: scale(self.sign, v) for b, v in direction.items()}
+        product: Mapping[Block, Sequence[Tensor | None]] = self._level.regularizer.product(signed, wanted)  # type: ignore[union-attr]
+        return product
 
     @property
     def workspace(self) -> Workspace:
@@ -357,9 +377,8 @@ class LevelTerm(Term):
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        batch, point = self._batches[self.name], self._point
-        inspected, ranks = self._inspected(modules), point.problem.ranks
-        return evaluate_loss(self._level, modules, batch, point.workspace, inspected=inspected, ranks=ranks)
+        inspected, ranks = self._inspected(modules), self._point.problem.ranks
+        return evaluate_loss(self._level, modules, self.batch, self.workspace, inspected=inspected, ranks=ranks)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
@@ -369,7 +388,7 @@ class LevelTerm(Term):
         return self._signed(value)
 
     def _signed(self, value: Tensor) -> Tensor:
-        return value if self._sign == 1.0 else self._sign * value
+        return value if self._factor == 1.0 else self._factor * value
 
     def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
         """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +24,8 @@ class Workspace:
     Attributes:
         calls: number of standalone calls so far; it seeds the random numbers of a call without a seed.
         mixtures: for each level whose loss has been evaluated, the level that weighs it, or None if it is not a `Mixture`.
-        compiled: by level and part of its objective, the product with its Hessian that torch.compile returned; None if it was
-            wrong.
+        compiled: by level and part of its objective, the product with its Hessian that torch.compile returned; with "autograd"
+            as a third key, the recorded products by blocks and setting. None if they were wrong.
         optimizers: by level, the optimiser that its factory made outside a run, to read its options.
         rules: by level, the sign and the decay that were read off the steps of an optimiser of unknown kind.
         verified: checks that were made and need no repetition: the name of a check, then what it was made for.
@@ -48,7 +48,7 @@ class Workspace:
         #: States of streams that have not been opened since the run was resumed.
         self._states: dict[str, Any] = {}
         self.mixtures: dict[str, str | None] = {}
-        self.compiled: dict[tuple[str, str], Callable[..., Any] | None] = {}
+        self.compiled: dict[tuple[str, ...], Any] = {}
         self.optimizers: dict[str, Any] = {}
         self.rules: dict[str, list[Any]] = {}
         self.verified: set[tuple[str, ...]] = set()

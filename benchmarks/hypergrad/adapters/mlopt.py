@@ -59,6 +59,8 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "MINRES": lambda case, k, **how: mlopt.MINRES(iterations=k, rtol=0.0, **how),
     "Nystrom": lambda case, k, **how: mlopt.Nystrom(rank=k, **how),
 }
+#: Those of them that are measured with compiled products too.
+COMPILED = ("Identity", "Neumann", "ConjugateGradient")
 _PLAIN: dict[str, Callable[[Case, int], Any]] = {
     "FiniteDifference": lambda case, k: mlopt.FiniteDifference(),
     "Dense": lambda case, k: mlopt.Dense(),
@@ -73,6 +75,8 @@ def _estimators() -> dict[str, Callable[[Case, int], Callable[[], Tensor]]]:
     estimators: dict[str, Callable[[Case, int], Any]] = {}
     for name, make in _TABLE.items():
         estimators[name] = make
+        if name in COMPILED:
+            estimators[f"{name} compiled"] = partial(make, compile=True)
         # The kinds of products are an axis of their own, measured with one solver.
         if name == "ConjugateGradient":
             estimators |= {f"{name} {spelling}": partial(make, products=kind) for kind, spelling in SPELLING.items()}

@@ -11,8 +11,11 @@ from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
 from .second_derivatives import SecondDerivatives
+from .supplied import SuppliedProduct
+from .traced import TracedProduct
 
 __all__ = [
+    "COMPILED",
     "PRODUCTS",
     "SMALL",
     "AutogradProduct",
@@ -25,6 +28,8 @@ __all__ = [
     "Moves",
     "Product",
     "SecondDerivatives",
+    "SuppliedProduct",
+    "TracedProduct",
     "full_precision",
     "moves_of",
     "on_batches",
@@ -39,3 +44,6 @@ PRODUCTS: dict[str, type[Product]] = {
     "finite_difference": FiniteDifferenceProduct,
     "gauss_newton": GaussNewtonProduct,
 }
+
+#: Those that can be compiled, and the classes that do so.
+COMPILED: dict[str, type[Product]] = {"autograd": TracedProduct, "forward": CompiledProduct}

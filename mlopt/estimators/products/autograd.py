@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ...problem import Block, Term, Vectors, cut, derivatives
@@ -12,7 +14,7 @@ from ...tensors import Tensors, zeros_like
 from .kernels import differentiable_kernels, graph_of, is_search_due, refuse_once_differentiable, right_kernels
 from .product import Product, name_kernels
 
-__all__ = ["AutogradProduct"]
+__all__ = ["AutogradProduct", "walk"]
 
 
 class AutogradProduct(Product):
@@ -34,24 +36,8 @@ class AutogradProduct(Product):
     def _piece(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the product with the piece of this process."""
         self._trace([block for block in direction if block not in self._gradients and block not in self._edges])
-        pairs = [
-            (edge, vector)
-            for block, vectors in direction.items()
-            for edge, vector in zip(self._edges.get(block) or _edges(self._gradients[block]), vectors, strict=True)
-            if edge is not None
-        ]
-        values = self.term.values
-        if not pairs:
-            return {block: zeros_like(values[block]) for block in wanted}
-        flat = torch.autograd.grad(
-            [edge for edge, _ in pairs],
-            [variable for block in wanted for variable in values[block]],
-            grad_outputs=[vector for _, vector in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return cut(flat, wanted, values)
+        sources = {block: self._edges.get(block) or self._gradients[block] for block in direction}
+        return walk(sources, direction, wanted, self.term.values)
 
     @name_kernels
     def gradient(self, block: Block) -> Tensors:
@@ -91,3 +77,36 @@ class AutogradProduct(Product):
 
 def _edges(vectors: Tensors) -> tuple[GradientEdge | None, ...]:
     return tuple(get_gradient_edge(x) if x.requires_grad else None for x in vectors)
+
+
+def walk(
+    sources: Mapping[Block, Sequence[Tensor | GradientEdge | None]],
+    direction: Vectors,
+    wanted: Sequence[Block],
+    values: Vectors,
+) -> dict[Block, Tensors]:
+    """Return the derivatives of <g, direction> by the wanted blocks; the graph is kept.
+
+    Args:
+        sources: g, by block: a gradient, or the edge at which it enters the graph; None for a constant.
+        direction: the vectors, by block.
+        wanted: the wanted blocks.
+        values: the variables, by block.
+    """
+    pairs: list[tuple[Any, Tensor]] = [
+        (source, vector)
+        for block, vectors in direction.items()
+        for source, vector in zip(sources[block], vectors, strict=True)
+        if source is not None and (not isinstance(source, Tensor) or source.requires_grad)
+    ]
+    if not pairs:
+        return {block: zeros_like(values[block]) for block in wanted}
+    flat = torch.autograd.grad(
+        [source for source, _ in pairs],
+        [variable for block in wanted for variable in values[block]],
+        grad_outputs=[vector for _, vector in pairs],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return cut(flat, wanted, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,19 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...errors import EstimatorError
 from ...problem import Block, LevelTerm, Vectors
-from ...tensors import Tensors, norm, subtract
+from ...tensors import Tensors
+from .checked import compiler_named, differs, is_due
 from .forward import ForwardProduct
 from .kernels import differentiable_kernels, prepare, uses_primitives
 from .product import name_kernels
 
 __all__ = ["CompiledProduct"]
-
-
-#: Distances beyond which compiled and live products differ by more than rounding; compiled code may skip that of autocast.
-_ROUNDING = {torch.float64: 1e-4, torch.float32: 5e-2}
-_COARSE = 0.25
 
 
 class CompiledProduct(ForwardProduct):
@@ -43,9 +37,6 @@ class CompiledProduct(ForwardProduct):
         if uses_primitives(term):
             # torch.compile does not apply a function mode within the transforms of torch.func (torch 2.13).
             return super().__call__(direction, wanted)
-        # Imported here since the import takes as long as the rest of torch.
-        from torch._dynamo.exc import TorchDynamoException
-
         key = (term.name, term.part)
         compiled = term.workspace.compiled
         if key not in compiled:
@@ -54,19 +45,13 @@ class CompiledProduct(ForwardProduct):
         if function is None:
             return super().__call__(direction, wanted)
         arguments = (*term.own_arguments(), tuple(direction[term.name]))
-        with differentiable_kernels(term):
-            try:
-                product = function(*arguments)
-            except TorchDynamoException as error:
-                raise EstimatorError(
-                    f"level {term.name!r}: torch.compile cannot compile its {term.part} "
-                    f"({str(error).strip().splitlines()[0]}); use compile=False"
-                ) from error
-        if not _is_due(term, arguments):
-            return {term.name: product}
+        with differentiable_kernels(term), compiler_named(term):
+            product = {term.name: function(*arguments)}
+        if not is_due(term, [x for x in tree_leaves(arguments[2:]) if isinstance(x, Tensor)]):
+            return product
         live = super().__call__(direction, wanted)
-        gap, rounding = _gap(product, live[term.name]), _ROUNDING.get(live[term.name][0].dtype, _COARSE)
-        if gap > rounding:
+        gap = differs(product, live)
+        if gap is not None:
             compiled[key] = None
             self.remark(
                 f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used; delete "
@@ -76,22 +61,6 @@ class CompiledProduct(ForwardProduct):
 
     def renewed(self) -> ForwardProduct:
         return ForwardProduct(self.term)
-
-
-def _is_due(term: LevelTerm, arguments: Any) -> bool:
-    """Return whether a compiled product should be compared: at the first, tenth and hundredth use, and every thousandth."""
-    shapes = str([x.shape for x in tree_leaves(arguments[2:]) if isinstance(x, Tensor)])
-    uses = term.workspace.uses
-    count = uses[*term.label, shapes] = uses.get((*term.label, shapes), 0) + 1
-    return count in (1, 10, 100) or count % 1000 == 0
-
-
-def _gap(product: Tensors, live: Tensors) -> float:
-    """Return the relative distance between two products; infinite if only the first is not finite."""
-    size, gap = float(norm(live)), float(norm(subtract(product, live)))
-    if not math.isfinite(size) or gap == 0.0:
-        return 0.0
-    return gap / size if math.isfinite(gap) and size else math.inf
 
 
 def _compile(term: LevelTerm) -> Callable[..., Tensors]:

@@ -14,10 +14,11 @@ from ...errors import MloptError, ProblemError
 from ...problem import Block, LevelTerm, Vectors, cut
 from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
 from .difference import Difference
-from .double_precision import in_double_precision
 from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .product import Product
+from .promotion import promoted
+from .supplied import SuppliedProduct
 
 __all__ = ["verified"]
 
@@ -127,7 +128,12 @@ def _full(direction: Vectors, values: Vectors) -> Vectors:
 
 
 def _sentence(product: Product, gap: float) -> str:
-    _, part = product.term.label
+    level, part = product.term.label
+    if isinstance(product, SuppliedProduct):
+        return (
+            f"the product that the regularizer of level {level!r} supplies differs from differences of its gradient by "
+            f"{gap:.1%}; correct it, or leave it out"
+        )
     if part == "residual":
         return (
             f"derivatives of the residual differ from differences of it by {gap:.1%}: look for detach() or no_grad() in it, "
@@ -278,7 +284,7 @@ class _Check:
     def _straight(self, direction: Vectors) -> float | None:
         """Return the discrepancy between the product and differences in double precision, if it is certain."""
         term = self._product.term
-        with in_double_precision(term.point):
+        with promoted(term.point):
             direction = {block: _double(vectors) for block, vectors in direction.items()}
             value = _double(self._flattened(self._product.renewed()(direction, self._wanted)))
             expected, error = _settled(Difference(term, direction, self._wanted))
@@ -287,7 +293,7 @@ class _Check:
     def _transposed_gap(self, direction: Vectors) -> float | None:
         """Return the discrepancy between both sides of the transposed product in double precision, if it is certain."""
         term = self._product.term
-        with in_double_precision(term.point):
+        with promoted(term.point):
             direction = {block: _double(vectors) for block, vectors in direction.items()}
             error = 0.0
             if self._differences:  # at shorter steps than those of the product, which kinks spoil

@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy
 
 import mlopt
 from mlopt.estimators import LinearSolve
+from mlopt.estimators.products.checked import is_due
 
 INPUTS, LABELS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 2
 BATCHES = [(INPUTS, LABELS), (2 * INPUTS, LABELS), (INPUTS[:4], LABELS[:4])]
 
 
-def problem_of(network: nn.Module, compile: bool, loss: Any = None) -> mlopt.Problem:
+def problem_of(network: nn.Module, compile: bool, loss: Any = None, products: str = "forward") -> mlopt.Problem:
     """Return weights of samples over a network with dropout and batch norm."""
 
     def training(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
@@ -30,7 +31,7 @@ def problem_of(network: nn.Module, compile: bool, loss: Any = None) -> mlopt.Pro
     def decay(module: nn.Module) -> Tensor:
         return torch.stack([p.square().sum() for p in module.parameters()]).sum()
 
-    rule = LinearSolve(solver=mlopt.linear.ConjugateGradient(iterations=4), products="forward", compile=compile)
+    rule = LinearSolve(solver=mlopt.linear.ConjugateGradient(iterations=4), products=products, compile=compile)
     return mlopt.Problem(
         mlopt.Level("weights", mlopt.variables(torch.rand(7)), validation),
         mlopt.Level("network", network, loss or training, data=BATCHES, estimator=rule, regularizer=decay),
@@ -66,6 +67,27 @@ def test_compiled_products_are_those_of_eager_code() -> None:
     assert set(compiled.workspace.compiled) == {("network", "loss"), ("network", "regularizer")}
 
 
+@pytest.mark.usefixtures("inductor")
+def test_recorded_products_are_those_of_eager_code() -> None:
+    """With batches of other values, the same dropout masks, and buffers left alone."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2))
+    torch.manual_seed(1)
+    compiled = problem_of(network, compile=True, products="autograd")
+    torch.manual_seed(1)
+    eager = problem_of(network, compile=False, products="autograd")
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    seen = []
+    for seed in range(3):
+        batches = {"network": BATCHES[seed % 2]}
+        gradient, expected = (gradient_of(problem, batches=batches, seed=seed) for problem in (compiled, eager))
+        assert distance(gradient, expected) < 1e-12
+        seen.append(expected)
+    assert distance(seen[0], seen[1]) > 1e-2
+    assert all(map(torch.equal, network.buffers(), buffers))
+    assert set(compiled.workspace.compiled) == {("network", part, "autograd") for part in ("loss", "regularizer")}
+
+
 def test_a_loss_that_cannot_be_compiled_is_named() -> None:
     def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
         print("a side effect")
@@ -77,9 +99,10 @@ def test_a_loss_that_cannot_be_compiled_is_named() -> None:
         mlopt.hypergradient(problem_of(nn.Sequential(nn.Linear(3, 2)), compile=True, loss=loss))
 
 
-def test_only_forward_products_are_compiled() -> None:
-    with pytest.raises(mlopt.EstimatorError, match="compile=True with products='autograd'"):
-        LinearSolve(solver=mlopt.linear.Dense(), compile=True)
+@pytest.mark.parametrize("products", ["finite_difference", "gauss_newton"])
+def test_only_second_derivatives_are_compiled(products: str) -> None:
+    with pytest.raises(mlopt.EstimatorError, match=f"compile=True with products='{products}'.*'autograd' or 'forward'"):
+        LinearSolve(solver=mlopt.linear.Dense(), products=products, compile=True)
 
 
 def broken_after(uses: int) -> Any:
@@ -122,11 +145,9 @@ def test_a_wrong_compiled_product_is_reported_and_dropped(uses: int, monkeypatch
     assert right
 
 
-def test_compiled_products_are_compared_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_products_are_compared_now_and_then() -> None:
     """At the first use of each shape, the tenth, the hundredth, and every thousandth."""
-    from mlopt.estimators.products import compiled as module
-
     term = type("Term", (), {"label": ("y", "loss"), "workspace": mlopt.problem.Workspace()})()
     for length in (3, 4):
-        due = [use for use in range(1, 3001) if module._is_due(term, ((), {}, torch.ones(length), ()))]
+        due = [use for use in range(1, 3001) if is_due(term, (torch.ones(length),))]
         assert due == [1, 10, 100, 1000, 2000, 3000]
