@@ -169,11 +169,8 @@ class Term(ABC):
         if self.alike:
             return {block: scale(float(ranks.size), vectors) for block, vectors in evaluate().items()}
 
-        def flat() -> list[Tensor]:
-            pieces = evaluate()
-            return [piece for block in wanted for piece in pieces[block]]
-
-        total = ranks.together(flat, [variable for block in wanted for variable in self.values[block]])
+        like = [variable for block in wanted for variable in self.values[block]]
+        total = ranks.together(lambda: [x for pieces in [evaluate()] for block in wanted for x in pieces[block]], like)
         return cut(total, wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
