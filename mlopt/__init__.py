@@ -12,6 +12,7 @@ from .errors import (
     MloptError,
     NonFiniteError,
     ProblemError,
+    ProcessError,
     SecondDerivativeError,
     TrustWarning,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "Nystrom",
     "Problem",
     "ProblemError",
+    "ProcessError",
     "ProgressDisplay",
     "RealSteps",
     "Report",

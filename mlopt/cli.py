@@ -12,6 +12,7 @@ import attrs
 
 from .errors import MloptError
 from .imports import import_optional, installed_version
+from .ranks import require_alone
 
 __all__ = ["main"]
 
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     try:
+        require_alone("a command")
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return _refuse("interrupted; progress since the last checkpoint is lost", 130)

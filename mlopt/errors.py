@@ -12,6 +12,7 @@ __all__ = [
     "MloptError",
     "NonFiniteError",
     "ProblemError",
+    "ProcessError",
     "SecondDerivativeError",
     "TrustWarning",
 ]
@@ -133,6 +134,15 @@ class CheckpointError(MloptError, RuntimeError):
         Traceback (most recent call last):
         ...
         mlopt.errors.CheckpointError: runs/first already holds checkpoints, the newest step-00000001: resume from it with ...
+    """
+
+
+class ProcessError(MloptError, RuntimeError):
+    """Another process of the run failed or ended, so this one stops, too. The error of the other one has the cause.
+
+    Example:
+        >>> issubclass(mlopt.ProcessError, mlopt.MloptError)
+        True
     """
 
 

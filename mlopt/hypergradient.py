@@ -30,8 +30,9 @@ from .problem import (
     call_solver,
     cloned_buffers,
     compare_evaluations,
-    derivatives,
     own_gradient,
+    partial_derivatives,
+    require_mean,
     restored,
     to_device,
 )
@@ -45,7 +46,6 @@ __all__ = [
     "hypergradient",
     "inspect_inside",
     "keep_reports",
-    "partial_derivatives",
     "pull_back",
     "report_doubts",
     "run_solvers",
@@ -162,6 +162,10 @@ def standalone(
         workspace=workspace,
         estimators=estimators,
     )
+    for other in evaluated if problem.ranks.several else ():
+        with point.generators_preserved():
+            point.generators[other.name].restore()
+            require_mean(problem, other, batches[other.name])
     if response is None:
         with point.generators_preserved(), at_solutions(point, target):
             loss = Objective.of(target, point).value()
@@ -264,23 +268,6 @@ def _run_solver(point: Point, level: Level) -> None:
     with cloned_buffers(modules.values()):
         call_solver(level, modules, point.batches[level.name], point.problem)
     point.gradients[level.name] = own_gradient(level, point)
-
-
-def partial_derivatives(point: Point, level: Level, loss: Tensor) -> dict[Block, Tensors]:
-    """Return the derivatives of a level's objective with respect to its own variables and the solutions it depends on.
-
-    Raises:
-        NonFiniteError: the loss is NaN or infinite.
-        ProblemError: the loss depends on no variable of the level or of those solved inside it.
-    """
-    require_finite((), lambda value: f"the loss of level {level.name!r} is {value}", size=loss.detach())
-    if not loss.requires_grad:
-        raise ProblemError(
-            f"the loss of level {level.name!r} does not depend on its variables: was it computed under no_grad, or detached?"
-        )
-    node = point.problem.graph[level.name]
-    names = [level.name, *(name for name in node.interior if name in node.references)]
-    return derivatives(loss, names, point.values)
 
 
 def total_derivative(point: Point, level: Level, cotangents: Mapping[Block, Tensors]) -> Tensors:

@@ -133,6 +133,7 @@ def solution(
     else:
         require("solution", "level", level, isinstance(level, str), f"one of {', '.join(x.name for x in problem)}")
         name = problem[str(level)].name
+    problem.ranks.refuse("solution")
     inputs = _inputs(problem, name, values)
     steps = _steps(problem[name], steps, values)
     problem.workspace.calls += 1
@@ -163,7 +164,7 @@ def _alone(level: Level, values: Mapping[str, Values]) -> Problem:
         Level(name, variables(values[name]), _refers_to(*[level.name] * (name == names[0])), optimizer=frozen)  # type: ignore[arg-type]
         for name in names
     ]
-    return Problem(*outside, level)
+    return Problem(*outside, level, group=None)
 
 
 def _refers_to(*references: str) -> Any:

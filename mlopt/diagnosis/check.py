@@ -173,6 +173,7 @@ def check_hypergradient(
     require(own, "tolerance", tolerance, is_positive(tolerance), "a finite number > 0")
     require(own, "directions", directions, is_whole(directions, 1), "a whole number >= 1")
     require(own, "seed", seed, is_whole(seed), "a whole number")
+    problem.ranks.refuse(own)
     name = (problem.outermost if level is None else problem[level]).name
     batches = fixed_batches(problem, batches, seed)
     estimate = standalone(problem, batches, name, seed, Workspace())

@@ -134,6 +134,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
         (True, 'ok')
     """
     require("diagnose", "seed", seed, is_whole(seed), "a whole number")
+    problem.ranks.refuse("diagnose")
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
     with put_back(problem), preserved(problem.devices):

@@ -8,8 +8,19 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from ..hypergradient import partial_derivatives, total_derivative
-from ..problem import FixedPoint, Level, Objective, Point, Problem, Stream, own_gradient, restored, to_device
+from ..hypergradient import total_derivative
+from ..problem import (
+    FixedPoint,
+    Level,
+    Objective,
+    Point,
+    Problem,
+    Stream,
+    own_gradient,
+    partial_derivatives,
+    restored,
+    to_device,
+)
 from ..rng import derive_seed
 from ..tensors import Tensors, norm
 

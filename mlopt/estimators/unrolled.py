@@ -23,6 +23,7 @@ from ..problem import (
     restored,
     standing_in,
     to_device,
+    used_derivatives,
 )
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
@@ -278,7 +279,8 @@ class _Trajectory:
         own = saved(products.graph())
         for shared in (*standing, *(x.untyped_storage().data_ptr() for x in leaves)):
             own.pop(shared, None)
-        return sum(own.values())
+        # The processes have different rows, and must retake the same steps.
+        return int(self._point.problem.ranks.most([sum(own.values())])[0])
 
     def _segments(self, variables: Tensors, memory: Tensors, traced: int) -> list[int]:
         steps, every = self._rule.steps, self._rule.checkpoint_every
@@ -339,9 +341,7 @@ class _Trajectory:
         return Objective.of(level, self._point, own)
 
     def _gradient(self, value: Tensor) -> tuple[Tensor | None, ...]:
-        if not value.requires_grad:
-            return (None,) * len(self._live)
-        return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
+        return used_derivatives(value, self._point.values[self._level.name], self._point.problem.ranks)
 
     def backwards(self) -> Iterator[_Held]:
         """Yield the steps from the last to the first, and discard each; possible only once."""

@@ -9,10 +9,13 @@ from .game import game
 from .graph import Graph, Node
 from .level import Level, Variables, variables
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
-from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values
+from .means import require_mean
+from .objective import Objective, add_into, compare_evaluations, own_gradient, sum_values, used_derivatives
+from .partial import partial_derivatives, partial_pieces
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
+from .processes import require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
@@ -65,7 +68,11 @@ __all__ = [
     "has_hooks",
     "over_tasks",
     "own_gradient",
+    "partial_derivatives",
+    "partial_pieces",
+    "require_alike",
     "require_all_variables",
+    "require_mean",
     "restored",
     "setting",
     "stacked",
@@ -73,5 +80,6 @@ __all__ = [
     "sum_values",
     "to_device",
     "unmoved",
+    "used_derivatives",
     "variables",
 ]

@@ -54,7 +54,9 @@ class DecayTerm(Term):
     def function(self, values: Vectors) -> Tensor:
         variables = values.get(self._name, self.values[self._name])
         parts = zip(self._decays, self._metrics, variables, strict=True)
-        return torch.stack([c / 2 * (p * x.square()).sum() for c, p, x in parts]).sum()
+        total = torch.stack([c / 2 * (p * x.square()).sum() for c, p, x in parts]).sum()
+        ranks = self.point.problem.ranks
+        return total / ranks.size if ranks.several else total
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         return {block: self._times(self.values[block]) for block in wanted}

@@ -180,6 +180,8 @@ class Level:
         estimator: the rule that pulls cotangents back through the level's solution. Every level but the outermost needs one.
         response: for the outermost level, a rule for its whole hypergradient in place of pullbacks by the estimators of the
             levels inside, such as `mlopt.RealSteps(steps=300)`. Those levels then need no estimator.
+        split: on several processes, whether each evaluates the loss on its own rows of a batch; False for a loss that is not a
+            mean over rows, which every process then evaluates on the whole batch.
         regularizer: a term of the objective that uses no batch: weight decay, a proximal coupling. Products
             that concern only levels named here need no pass over the data. It must not draw random numbers. A regularizer r
             with a method `product(direction, wanted)` supplies its second-order products, d/dw <grad_D r, direction> for each
@@ -248,6 +250,7 @@ class Level:
         ),
         kw_only=True,
     )
+    split: bool = attrs.field(default=True, validator=_check_type(bool, "give True or False"), kw_only=True)
     regularizer: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
     solver: Callable[..., Any] | None = attrs.field(default=None, kw_only=True)
     response: Response | None = attrs.field(
@@ -346,6 +349,11 @@ class Level:
         function = self.loss if self.residual is None else self.residual
         assert function is not None
         return function
+
+    @property
+    def splits(self) -> bool:
+        """True if several processes evaluate the loss on rows of their own; not for a residual, or a sum over tasks."""
+        return self.split and self.residual is None and not getattr(self.loss, "over_tasks", False)
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
+from ..ranks import ALONE, Ranks
 from ..tensors import Tensors, zeros_like
 from .batch import copied
 from .inspection import Inspection, drawing_refused
+from .rows import WHOLE, Portion, portion
 
 if TYPE_CHECKING:
     from .level import Level
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossValue", "Mixture", "evaluate_loss", "evaluate_regularizer"]
 
-Loss = Tensor | Callable[[], Tensor]
+#: A loss of a mixture, which may state the number of things that it is a mean over.
+Loss = Tensor | Mapping[str, Any] | Callable[[], Tensor | Mapping[str, Any]]
 
 
 class Mixture:
@@ -34,7 +37,8 @@ class Mixture:
 
     Args:
         losses: the L_k: scalar tensors or functions without arguments that return them, in a sequence, or by name. Functions
-            are called one after the other, so that memory holds one network pass at a time.
+            are called one after the other, so that memory holds one network pass at a time. On several processes, a loss that
+            is a mean over something else than rows, such as masked tokens, is a mapping {"loss": loss, "count": their number}.
         weights: the name of the level that weighs them. The loss must name it among its keyword-only parameters.
 
     Example:
@@ -59,17 +63,26 @@ class Mixture:
         self.weights = weights
         #: Inspects the weights and each loss when they are evaluated.
         self.inspection: Inspection | None = None
+        #: The part of the batch that the losses are evaluated on.
+        self.portion: Portion = WHOLE
 
     def __len__(self) -> int:
         return len(self._losses)
 
     def loss(self, k: int) -> Tensor:
-        """Return L_k; if it was given as a function, evaluate it now."""
-        loss = self._losses[k]
-        value = _scalar(loss if isinstance(loss, Tensor) else loss(), f"loss {self.names[k]!r} of a Mixture")
-        if self.inspection is not None:
-            self.inspection(value)
-        return value
+        """Return L_k, or the piece of it that belongs to this process; if it was given as a function, evaluate it now."""
+        loss: Any = self._losses[k]
+        label, count = f"loss {self.names[k]!r} of a Mixture", None
+        with self.portion.evaluating(label) if self.portion.ranks.several else nullcontext():
+            if callable(loss):
+                loss = loss()
+            if isinstance(loss, Mapping):
+                loss, count = loss.get("loss"), loss.get("count")
+            value = _scalar(loss, label)
+            if self.inspection is not None:
+                self.inspection(value)
+        share = self.portion.weigh(count, label)
+        return value if share == 1.0 else share * value
 
     def gradient(
         self, k: int, variables: Sequence[Tensor], apart: Sequence[Tensor], loss: Tensor | None = None
@@ -126,10 +139,19 @@ class Mixture:
 
 @attrs.define(eq=False)  # not frozen: torch.compile does not support how attrs fills frozen classes
 class LossValue:
-    """The value of a loss: a scalar or a mixture, and scalars to log."""
+    """The value of a loss: a scalar or a mixture, and scalars to log.
+
+    On several processes, the scalar, and each loss of the mixture, is the piece of this process: their sum is the loss.
+
+    Attributes:
+        loss: the value.
+        logs: what it logs, not weighed.
+        share: the share of this process, which weighs what it logs.
+    """
 
     loss: Tensor | Mixture
     logs: Mapping[str, Any]
+    share: float = 1.0
 
     def total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         """Return the scalar loss; a mixture is weighed by the module of its level."""
@@ -149,6 +171,7 @@ def evaluate_loss(
     workspace: Workspace | None = None,
     *,
     inspected: Iterable[Level] = (),
+    ranks: Ranks = ALONE,
 ) -> LossValue:
     """Return the value of a level's loss. Every evaluation in the library is made by this function.
 
@@ -158,6 +181,7 @@ def evaluate_loss(
         batch: the batch. The loss receives a copy of its containers, so that it may take entries out.
         workspace: records whether the loss is a mixture.
         inspected: all levels of the problem, for an evaluation on the live modules, which is then inspected.
+        ranks: the processes that share the batch: the value is the piece of this one, on its rows.
 
     Raises:
         ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`, changed a tensor of the
@@ -172,7 +196,10 @@ def evaluate_loss(
     inspection = None
     if inspected and workspace is not None:
         inspection = Inspection(level, "loss", inspected, workspace, tensors)
-    value = _read(level.definition(modules[level.name], batch, **others), level)
+    if ranks.several:
+        value = _piece(level, modules[level.name], batch, others, workspace, ranks)
+    else:
+        value = _read(level.definition(modules[level.name], batch, **others), level)
     if workspace is not None:
         workspace.mixtures[level.name] = value.loss.weights if isinstance(value.loss, Mixture) else None
     if inspection is not None:
@@ -181,6 +208,28 @@ def evaluate_loss(
             value.loss.inspection = inspection
         else:
             inspection(value.loss)
+    return value
+
+
+def _piece(
+    level: Level,
+    module: nn.Module,
+    batch: Any,
+    others: Mapping[str, nn.Module],
+    workspace: Workspace | None,
+    ranks: Ranks,
+) -> LossValue:
+    """Return the piece of a loss that belongs to this process."""
+    label = "the loss"
+    drawing, counted = (None, None) if workspace is None else (workspace.drawing.get(level.name), workspace.counted)
+    part = portion(level, batch, ranks, drawing=drawing, counted=counted)
+    with part.evaluating(label):
+        value = _read(level.definition(module, part.batch, **others), level)
+    if isinstance(value.loss, Mixture):
+        value.loss.portion, value.share = part, part.share
+    else:
+        value.share = part.weigh(value.logs.get("count"), label)
+        value.loss = value.share * value.loss
     return value
 
 

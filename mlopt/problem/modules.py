@@ -30,7 +30,7 @@ def refuse_module(level: Level) -> None:
         if _WRAPPERS.intersection(_classes(module)):
             raise ProblemError(
                 f"{place} is a {type(module).__name__}, which exchanges gradients between processes by hooks that hypergradients "
-                "do not reach; several processes are not supported yet: give the module that it wraps"
+                "do not reach; give the module that it wraps: the processes of a group share every problem"
             )
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
@@ -43,7 +43,8 @@ def refuse_module(level: Level) -> None:
             if "DTensor" in _classes(tensor):
                 raise ProblemError(
                     f"{place} has {key!r} sharded over processes (a DTensor, as fully_shard makes it), whose derivatives would "
-                    "silently be zero; several processes are not supported yet: give the module before it is sharded"
+                    "silently be zero; sharded levels are not supported yet: give the module before it is sharded, which every "
+                    "process then holds whole"
                 )
 
 

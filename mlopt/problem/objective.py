@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ranks import Ranks
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
 from .fixed_point import FixedPoint
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .level import Level
     from .point import Point
 
-__all__ = ["Objective", "add_into", "compare_evaluations", "own_gradient", "sum_values"]
+__all__ = ["Objective", "add_into", "compare_evaluations", "own_gradient", "sum_values", "used_derivatives"]
 
 
 class Objective:
@@ -62,12 +63,33 @@ class Objective:
         return cls((*cls.parts(level, point, batches, fixed.sign), *fixed.terms(level.name, point)))
 
     def value(self) -> Tensor:
-        """Return the objective at the live variables, a scalar with a graph."""
-        return sum_values(term.value() for term in self.terms)
+        """Return the objective at the live variables, a scalar with a graph; on several processes, that of this one's piece."""
+        ranks, pieces = self._ranks, list[Tensor]()
+
+        def evaluate() -> list[Tensor]:
+            pieces.append(sum_values(term.value() for term in self.terms))
+            return pieces
+
+        if not ranks.several:
+            return evaluate()[0]
+        (total,) = ranks.together(evaluate, [next(iter(self.terms[0].values.values()))[0].new_zeros(())])
+        # Exactly the total, so that every process has the same number; the graph is that of the piece.
+        return total + (pieces[0] - pieces[0].detach())
 
     def number(self) -> float:
         """Return the objective at the live variables, summed in double precision; one graph is held at a time."""
-        return sum(float(term.value().detach()) for term in self.terms)
+
+        def evaluate() -> float:
+            return sum(float(term.value().detach()) for term in self.terms)
+
+        if not self._ranks.several:
+            return evaluate()
+        like = torch.zeros((), dtype=torch.float64, device=next(iter(self.terms[0].values.values()))[0].device)
+        return float(self._ranks.together(lambda: [torch.full_like(like, evaluate())], [like])[0])
+
+    @property
+    def _ranks(self) -> Ranks:
+        return self.terms[0].point.problem.ranks
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph; absent blocks are zero."""
@@ -76,6 +98,31 @@ class Objective:
             if own := [block for block in wanted if block in term.blocks]:
                 add_into(total, term.derivatives(own))
         return total
+
+
+def used_derivatives(value: Tensor, variables: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor | None, ...]:
+    """Return the first derivatives of an objective, with None for variables that it does not use in any process.
+
+    Args:
+        value: the value of an objective, with its graph.
+        variables: live variables.
+        ranks: the processes that share it.
+    """
+
+    def evaluate() -> tuple[Tensor | None, ...]:
+        if not value.requires_grad:
+            return (None,) * len(variables)
+        return torch.autograd.grad(value, variables, allow_unused=True)
+
+    def pieces() -> list[Tensor]:
+        own = evaluate()
+        used = torch.tensor([g is not None for g in own]).to(variables[0])
+        return [*(torch.zeros_like(v) if g is None else g for g, v in zip(own, variables, strict=True)), used]
+
+    if not ranks.several:
+        return evaluate()
+    *total, used = ranks.together(pieces, [*variables, variables[0].new_zeros(len(variables))])
+    return tuple(g if count else None for g, count in zip(total, used.tolist(), strict=True))
 
 
 def own_gradient(level: Level, point: Point) -> Tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,9 +11,11 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ..errors import ProblemError
+from ..ranks import Ranks
 from .graph import Graph
 from .level import Level
 from .modules import refuse_module, refuse_shared_memory
+from .processes import require_alike, require_supported
 from .signature import settings
 from .workspace import Workspace
 
@@ -25,13 +28,20 @@ class Problem:
     A level is solved inside the innermost outer level that its loss depends on, directly or through the losses of inner
     levels; if there is none, inside the outermost. Printing a problem draws the graph.
 
+    If torch.distributed has a process group, its processes share the problem: each must build it, batches are the same in all of
+    them, and every process evaluates losses on its own rows of a batch.
+
     Args:
         levels: outermost first.
+        group: the processes that share the problem: a process group of torch.distributed, "default" for the default one, or None
+            for this process alone.
 
     Raises:
         ProblemError: a repeated name, a reference to a level that does not exist, a level that cannot influence the
             outermost objective, a level without variables, a tensor trained by two levels, a missing estimator, a parameter of a
-            loss that has the name of a level and a default value, a module that is lazy or distributed over processes.
+            loss that has the name of a level and a default value, a module that is lazy or distributed over processes. On
+            several processes: modules that differ between them, data that each process splits for itself, BatchNorm in
+            training mode, compiled products; and processes of a launcher without a process group.
 
     Example:
         >>> inner = mlopt.Level("inner", mlopt.variables(torch.ones(2)), lambda inner, batch: inner().square().sum())
@@ -41,7 +51,7 @@ class Problem:
         └── inner  2 variables, 1 step a solve
     """
 
-    def __init__(self, *levels: Level) -> None:
+    def __init__(self, *levels: Level, group: Any = "default") -> None:
         for position, level in enumerate(levels):
             if not isinstance(level, Level):
                 raise ProblemError(
@@ -82,6 +92,11 @@ class Problem:
                     f"{', '.join(map(repr, self.graph[level.name].arguments))}, so cotangents must be pulled back through it; "
                     "give one, such as mlopt.ConjugateGradient(iterations=10)"
                 )
+        #: The processes that share the problem.
+        self.ranks = Ranks.of(group)
+        if self.ranks.several:
+            require_supported(levels, self.ranks)
+            require_alike(levels, self.ranks, "at the start")
         #: Caches and standalone calls of everything that evaluates this problem without a workspace of its own.
         self.workspace = Workspace()
 

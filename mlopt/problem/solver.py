@@ -54,6 +54,8 @@ def call_solver(level: Level, modules: Mapping[str, nn.Module], batch: Any, prob
             f"the solver of level {level.name!r} replaced, froze or unfroze parameters of its module; it must move them in "
             "place, such as by module.weight.data.copy_(solution)"
         )
+    # Every process solves on the whole batch; threads may round differently.
+    problem.ranks.give(variable.data for variable in after)
 
 
 @contextlib.contextmanager

@@ -145,6 +145,7 @@ def over_tasks(loss: Callable[..., Any]) -> Callable[..., Any]:
             return values.sum()
         return {key: value.sum() if key == "loss" else value.mean() for key, value in values.items()}
 
+    summed.over_tasks = True  # type: ignore[attr-defined]
     return summed
 
 

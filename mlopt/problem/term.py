@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import ProblemError
 from ..tensors import Tensors, dot, scale, zeros_like
 from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
+from .pure_function import PureFunction, key_of
 
 if TYPE_CHECKING:
     from .level import Level
@@ -122,6 +122,9 @@ def cut(flat: Sequence[Tensor], blocks: Sequence[Block], values: Vectors) -> dic
 class Term(ABC):
     """A scalar function of blocks of variables.
 
+    On several processes, `value` and `function` are the piece of this process, whose sum over the processes is the term, and
+    `derivatives` are those of the whole term.
+
     Attributes:
         blocks: the blocks that it depends on.
         values: the live variables, by block.
@@ -137,6 +140,8 @@ class Term(ABC):
     order: int = 2
     #: True if the term knows its derivatives without an evaluation; it then has `product`.
     closed: ClassVar[bool] = False
+    #: True if the pieces of all processes are equal, so that their sum needs no exchange.
+    alike: bool = False
     #: Returns products with the term's second derivatives, by block, where its author supplied them; see `Level.regularizer`.
     second_order: Callable[[Vectors, Sequence[Block]], Mapping[Block, Sequence[Tensor | None]]] | None = None
 
@@ -154,7 +159,19 @@ class Term(ABC):
 
     def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
         """Return the first derivatives at the live variables, without a graph."""
-        return derivatives(self.value(), wanted, self.values)
+        return self.together(wanted, lambda: derivatives(self.value(), wanted, self.values))
+
+    def together(self, wanted: Sequence[Block], evaluate: Callable[[], dict[Block, Tensors]]) -> dict[Block, Tensors]:
+        """Return the sum over processes of the vectors by wanted block that each evaluates from its piece of the term."""
+        ranks = self.point.problem.ranks
+        if not ranks.several or not wanted:
+            return evaluate()
+        if self.alike:
+            return {block: scale(float(ranks.size), vectors) for block, vectors in evaluate().items()}
+
+        like = [variable for block in wanted for variable in self.values[block]]
+        total = ranks.together(lambda: [x for pieces in [evaluate()] for block in wanted for x in pieces[block]], like)
+        return cut(total, wanted, self.values)
 
     def mixed(self, direction: Vectors, wanted: Sequence[Block], *, forward: bool) -> dict[Block, Tensors] | None:
         """Return d/dw <grad_D, direction> if `is_mixed`; else None."""
@@ -189,7 +206,10 @@ class LevelTerm(Term):
         sign: float = 1.0,
     ) -> None:
         self._point = self.point = point
+        ranks = point.problem.ranks
+        self.alike = ranks.several and part != "loss"
         self._level, self.part, self.label, self.sign = level, part, (level.name, part), sign
+        self._factor = sign / ranks.size if self.alike else sign
         self._batches = point.batches if batches is None else batches
         self._references = level.regularizer_references if part == "regularizer" else level.loss_references
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
@@ -243,8 +263,8 @@ class LevelTerm(Term):
         """
         bare = copy.copy(self)  # without references to the point and its batches
         del bare._point, bare.point, bare._batches, bare.values
-        function = _PureFunction(self._modules)
-        names = [f"levels.{_key(self.name)}.{name}" for name in self._level.parameter_names]
+        function = PureFunction(self._modules)
+        names = [f"levels.{key_of(self.name)}.{name}" for name in self._level.parameter_names]
 
         def term(own: Tensors, rest: Mapping[str, Tensor], batch: Any) -> Tensor:
             return function.at(bare._evaluate, {**rest, **dict(zip(names, own, strict=True))}, batch)
@@ -257,7 +277,7 @@ class LevelTerm(Term):
         function = self._pure_function
         rest = {name: tensor.detach() for name, tensor in (*function.named_parameters(), *function.named_buffers())}
         for name in self._level.parameter_names:
-            del rest[f"levels.{_key(self.name)}.{name}"]
+            del rest[f"levels.{key_of(self.name)}.{name}"]
         batch = copied(self._batches[self.name], [])  # here, since a compiled function would change the original
         return tuple(v.detach() for v in self.values[self.name]), rest, batch
 
@@ -268,7 +288,14 @@ class LevelTerm(Term):
         with cloned_buffers(self._modules.values()):
             mixture = self._mixture(self._modules)
             weights = mixture.weigh(self._modules[mixture.weights])
-            shares = self._forward_shares(direction) if forward else self._backward_shares(mixture, direction)
+            along = direction[self.name]
+
+            def evaluate() -> list[Tensor]:
+                return [self._forward_shares(along) if forward else self._backward_shares(mixture, along)]
+
+            ranks = self._point.problem.ranks
+            like = [along[0].new_zeros(len(mixture))]
+            (shares,) = ranks.together(evaluate, like) if ranks.several else evaluate()
         return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
 
     def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
@@ -298,13 +325,13 @@ class LevelTerm(Term):
                 self._loss(self._modules)
         return mixtures[self.name] == weights
 
-    def _backward_shares(self, mixture: Mixture, direction: Vectors) -> Tensor:
-        """Return <grad L_k, direction> for each k, by K backward passes."""
-        own, along, apart = self.values[self.name], direction[self.name], self.values[mixture.weights]
+    def _backward_shares(self, mixture: Mixture, along: Tensors) -> Tensor:
+        """Return <grad L_k, along> for each k, by K backward passes."""
+        own, apart = self.values[self.name], self.values[mixture.weights]
         return torch.stack([dot(mixture.gradient(k, own, apart), along) for k in range(len(mixture))])
 
-    def _forward_shares(self, direction: Vectors) -> Tensor:
-        """Return <grad L_k, direction> for all k, in one forward-mode pass."""
+    def _forward_shares(self, along: Tensors) -> Tensor:
+        """Return <grad L_k, along> for all k, in one forward-mode pass."""
         name = self.name
 
         def losses(variables: Tensors) -> Tensor:
@@ -317,16 +344,16 @@ class LevelTerm(Term):
             return self._pure({name: variables}, read)
 
         start = tuple(v.detach() for v in self.values[name])
-        shares: Tensor = torch.func.jvp(losses, (start,), (tuple(direction[name]),))[1]
+        shares: Tensor = torch.func.jvp(losses, (start,), (tuple(along),))[1]
         return shares
 
     @cached_property
-    def _pure_function(self) -> _PureFunction:
-        return _PureFunction(self._modules)
+    def _pure_function(self) -> PureFunction:
+        return PureFunction(self._modules)
 
     def _pure(self, values: Vectors, function: Callable[[Mapping[str, nn.Module]], Tensor]) -> Tensor:
         named = {
-            f"levels.{_key(name)}.{parameter}": tensor
+            f"levels.{key_of(name)}.{parameter}": tensor
             for name in self._modules
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
@@ -347,8 +374,8 @@ class LevelTerm(Term):
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
         self._point.generators[self.name].restore()
-        inspected = self._inspected(modules)
-        return evaluate_loss(self._level, modules, self.batch, self.workspace, inspected=inspected)
+        inspected, ranks = self._inspected(modules), self._point.problem.ranks
+        return evaluate_loss(self._level, modules, self.batch, self.workspace, inspected=inspected, ranks=ranks)
 
     def _total(self, modules: Mapping[str, nn.Module]) -> Tensor:
         if self.part == "loss":
@@ -358,7 +385,7 @@ class LevelTerm(Term):
         return self._signed(value)
 
     def _signed(self, value: Tensor) -> Tensor:
-        return value if self.sign == 1.0 else self.sign * value
+        return value if self._factor == 1.0 else self._factor * value
 
     def _inspected(self, modules: Mapping[str, nn.Module]) -> Iterable[Level]:
         """Return the levels of the problem for an evaluation on the live modules, none for one of a pure function."""
@@ -369,43 +396,3 @@ class LevelTerm(Term):
         if self.part == "regularizer":
             return self._signed(evaluate_regularizer(self._level, modules))
         return self._signed(evaluate_loss(self._level, modules, batch).total(modules))
-
-
-class _PureFunction(nn.Module):
-    """A function of modules as a pure function of their parameters, by torch.func.functional_call on a module that holds them."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.levels = nn.ModuleDict({_key(name): module for name, module in modules.items()})
-        self._names = tuple(modules)
-        places: dict[int, list[str]] = {}
-        names: dict[str, int] = {}
-        seen = set()
-        for path, module in self.named_modules(remove_duplicate=False):
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None:
-                    continue
-                names[f"{path}.{name}"] = id(tensor)
-                if module not in seen:
-                    places.setdefault(id(tensor), []).append(f"{path}.{name}")
-            seen.add(module)
-        #: By name of a tensor, its places: each module once, under its first path. On exit, functional_call would otherwise
-        #: put its own tensors into a module that it finds under a second path.
-        self._places = {name: places[key] for name, key in names.items()}
-
-    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return function({name: self.levels[_key(name)] for name in self._names}, *arguments)
-
-    def at(self, function: Callable[..., Tensor], parameters: Mapping[str, Tensor], *arguments: Any) -> Tensor:
-        """Return the function of the modules, and of further arguments, at other parameters and buffers."""
-        # Buffers are cloned inside the transform, which then owns the clone: BatchNorm counts in place.
-        buffers = {name: parameters.get(name, buffer).clone() for name, buffer in self.named_buffers()}
-        given = {**parameters, **buffers}
-        placed = {place: tensor for name, tensor in given.items() for place in self._places.get(name, (name,))}
-        result: Tensor = functional_call(self, placed, (function, *arguments), tie_weights=False)
-        return result
-
-
-def _key(name: str) -> str:
-    """Return the key of a level in a ModuleDict, which refuses the names of its own attributes."""
-    return f"level_{name}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..rng import derive_seed
 from .stream import Stream
 
@@ -35,6 +37,8 @@ class Workspace:
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
             disagreement of two steps, and whether the variables are small.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
+        drawing: on several processes, by level whose loss draws random numbers, the devices of the problem.
+        counted: on several processes, the losses that state a count.
         busy: while a solution is formed or differentiated, the "thread" that does so, and the "depth" of its calls.
     """
 
@@ -54,6 +58,8 @@ class Workspace:
         self.uses: dict[tuple[str, ...], int] = {}
         self.lengths: dict[str, tuple[Any, ...]] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
+        self.drawing: dict[str, tuple[torch.device, ...]] = {}
+        self.counted: set[tuple[str, str]] = set()
         self.busy: dict[str, int] = {}
 
     def next_batch(self, level: Level) -> Any:

@@ -70,7 +70,7 @@ class Engine:
     @property
     def logs(self) -> dict[str, Any]:
         """The values that the levels logged in the current outer step."""
-        return self.gradients.logs
+        return self.gradients.row.values
 
     def warm_up(self) -> bool:
         """Take one warm-up step of the last listed level that still needs one; return False if there is none."""
@@ -92,7 +92,7 @@ class Engine:
             self._step(outermost, last=True)
 
     def _begin_step(self) -> None:
-        self.gradients.logs = {}
+        self.gradients.row.clear()
         carryover, before = self.gradients.carryover, self.gradients.carryover.variables
         carryover.variables = {
             name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()

@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ProblemError, TrustWarning
 from ..finiteness import immediate, require_finite
-from ..hypergradient import at_solutions, partial_derivatives, total_derivative
+from ..hypergradient import at_solutions, total_derivative
 from ..problem import (
     Block,
     Carryover,
@@ -33,11 +34,16 @@ from ..problem import (
     evaluate_loss,
     evaluate_regularizer,
     evaluate_residual,
+    partial_derivatives,
+    partial_pieces,
+    require_mean,
     sum_values,
 )
 from ..rng import GeneratorState
 from ..tensors import Tensors, add, axpy_, dot, is_finite, norm, scale
 from .precision import Precision
+from .row import Row, is_number
+from .sums import StepSums
 
 __all__ = ["Gradients"]
 
@@ -62,7 +68,7 @@ class Gradients:
         generators: for each level with an estimator, the state of the generators before its latest evaluation.
         curvature_streams: for each estimator with curvature data, the stream of these data.
         response_streams: if the outermost level has a response, its stream for each level inside.
-        logs: the values that the levels logged in the current outer step.
+        row: the values that the levels logged in the current outer step.
         reports: the last report of each level.
         doubts: for each level whose pullback was doubtful, the number of such steps and the latest remarks.
     """
@@ -88,9 +94,8 @@ class Gradients:
         }
         self.batches: dict[str, Any] = {}
         self.generators: dict[str, GeneratorState] = {}
-        self.logs: dict[str, Any] = {}
-        #: For each logged value of the current step, the number of batches that logged it.
-        self._log_counts: dict[str, int] = {}
+        self.row = Row()
+        self._sums = StepSums(problem.ranks, self.row)
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
         #: The kinds of remarks that were warned of: a level and a remark without its numbers.
@@ -99,7 +104,7 @@ class Gradients:
     def rehearsal(self) -> Gradients:
         """Return gradients for steps that will be rolled back: from the same state of pullbacks, with logs of their own."""
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
-        other._warned = self._warned
+        other._warned, other._sums = self._warned, self._sums.on(other.row)
         other.carryover.warm = dict(self.carryover.warm)
         other.carryover.histories = dict(self.carryover.histories)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
@@ -119,7 +124,7 @@ class Gradients:
         others = [self.problem[name].module for name in level.references]
         # Only the steps of a level itself may change the buffers of its module.
         with cloned_buffers(others, apart=level.module) if others else _NOTHING:
-            self._log_counts = {}
+            self.row.begin()
             if level.residual is not None:
                 loss = self._residual(level, variables, batches, last)
             elif level.response is not None:
@@ -127,11 +132,7 @@ class Gradients:
             else:
                 nested = bool(self.problem.graph[level.name].parts)
                 loss = (self._total_gradient if nested else self._own_gradient)(level, variables, batches, last)
-        for key, count in self._log_counts.items():
-            if count != len(batches):
-                raise ProblemError(
-                    f"{key!r} is logged for {count} of the {len(batches)} batches of a step; log it for all or for none"
-                )
+        self.row.require_complete(len(batches))
         return loss
 
     def solve_alone(self, level: Level, batch: Any) -> None:
@@ -166,13 +167,33 @@ class Gradients:
         total = scale(1.0 / len(batches), total)
         size = norm(total)
         require_finite((), _not_finite(f"the norm of the residual of level {level.name!r}"), size=size)
-        self.logs[f"{level.name}/residual"] = size
+        self.row.values[f"{level.name}/residual"] = size
         for variable, derivative in zip(variables, precision.scaled_vectors(total), strict=True):
             variable.grad = derivative
         return size
 
     def _own_gradient(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         streamed = self.carryover.cotangents.get(level.name) if last else None
+        evaluate = partial(self._backward_all, level, variables, batches, last, streamed)
+        if self.problem.ranks.several:
+            loss, signals = self._sums.gradients(level.name, variables, evaluate, streamed=streamed is not None)
+        else:
+            loss, signals = evaluate()
+        if streamed is not None and signals.numel():
+            # If the scaled losses overflowed, the pullback recomputes the signals.
+            overflow = self._precisions[level.name].scaler is not None and not is_finite((signals,))
+            streamed.signals = None if overflow else signals
+        return loss
+
+    def _backward_all(
+        self,
+        level: Level,
+        variables: Tensors,
+        batches: Sequence[Any],
+        last: bool,
+        streamed: StreamedCotangent | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Set `.grad` to the level's own gradient, the mean over batches; return the loss, and the signals of a mixture."""
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses, signals = [], []
         for k, batch in enumerate(batches):
@@ -185,12 +206,9 @@ class Gradients:
             else:
                 loss = self._backward(level, variables, value.loss, share)
             losses.append(loss)
-            self._log(level, loss, value.logs, share, first=k == 0)
-        if streamed is not None and signals:
-            total = torch.stack(signals).sum(0)
-            # If the scaled losses overflowed, the pullback recomputes the signals.
-            streamed.signals = total if precision.scaler is None or is_finite((total,)) else None
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            self._log(level, loss, value, share, first=k == 0)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return loss, torch.stack(signals).sum(0) if signals else loss.new_zeros(0)
 
     def _backward(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
         """Add `share` times the gradient of the objective to `.grad`; return the objective, detached."""
@@ -225,8 +243,9 @@ class Gradients:
             with precision.autocast:
                 loss = mixture.loss(k)
             loss, gradient = loss.detach(), mixture.gradient(k, variables, apart, precision.scaled(loss))
-            self._add_to_row(f"{level.name}/{mixture.names[k]}", loss, share, first=first)
-            require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
+            self.row.add(f"{level.name}/{mixture.names[k]}", loss, share, first=first)
+            if not self.problem.ranks.several:  # the sum over processes is tested
+                require_finite((), _not_finite(f"loss {mixture.names[k]!r} of level {level.name!r}"), size=loss)
             weight = weights[k].to(loss.device)
             total = total + weight * loss
             if streamed is not None:
@@ -259,9 +278,10 @@ class Gradients:
             self.problem, self.batches, self.generators, curvature_batches=curvature, carryover=self.carryover
         )
         precision, share = self._precisions[level.name], 1.0 / len(batches)
-        losses = []
-        cotangents: dict[Block, Tensors] = {}
-        with at_solutions(point, level):
+
+        def evaluate() -> tuple[dict[Block, Tensors], Tensor]:
+            losses = []
+            cotangents: dict[Block, Tensors] = {}
             for k, batch in enumerate(batches):
                 self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
                 with precision.autocast:
@@ -269,10 +289,15 @@ class Gradients:
                     loss = value.total(self._modules[level.name])
                 loss = self._regularized(level, loss)
                 losses.append(loss.detach().clone())
-                self._log(level, losses[-1], value.logs, share, first=k == 0)
+                self._log(level, losses[-1], value, share, first=k == 0)
                 scaled = precision.scaled(loss)
-                own = partial_derivatives(point, level, scaled if share == 1.0 else share * scaled)
-                add_into(cotangents, own)
+                differentiate = partial_pieces if self.problem.ranks.several else partial_derivatives
+                add_into(cotangents, differentiate(point, level, scaled if share == 1.0 else share * scaled))
+            return cotangents, losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+        with at_solutions(point, level):
+            several = self.problem.ranks.several
+            cotangents, loss = self._sums.cotangents(level.name, point, evaluate) if several else evaluate()
             cotangents = {block: precision.unscaled(vectors) for block, vectors in cotangents.items()}
             if precision.scaler is not None and not all(is_finite(vectors) for vectors in cotangents.values()):
                 # The backward pass of the scaled loss overflowed: NaN makes the scaler skip this step.
@@ -283,7 +308,7 @@ class Gradients:
         for variable, derivative in zip(variables, gradient, strict=True):
             variable.grad = derivative.detach()
         self._keep_reports(point)
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return loss
 
     def _response_gradient(
         self, level: Level, response: Response, variables: Tensors, batches: Sequence[Any]
@@ -291,9 +316,15 @@ class Gradients:
         """Set `.grad` to the total derivative by the response of a level; log and return the loss at the present point."""
         self.batches[level.name] = batches[-1]
         self.generators[level.name] = GeneratorState.capture(self._devices)
-        value = self._evaluate(level)
-        loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
-        self._log(level, loss, value.logs, 1.0, first=True)
+        self._require_mean(level, batches[-1])
+
+        def evaluate() -> tuple[Sequence[Tensor], Tensor]:
+            value = self._evaluate(level)
+            loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
+            self._log(level, loss, value, 1.0, first=True)
+            return (), loss
+
+        _, loss = self._sums.step(level.name, evaluate) if self.problem.ranks.several else evaluate()
         point = Point(self.problem, self.batches, self.generators, carryover=self.carryover)
         with point.generators_preserved():
             gradient = response.total_derivative(point, level.name, self.response_streams)
@@ -319,13 +350,18 @@ class Gradients:
     def _record_inputs(self, level: Level, batch: Any, *, replayed: bool) -> None:
         """Record the batch, and the state of the generators if a pullback will replay this evaluation."""
         self.batches[level.name] = batch
+        self._require_mean(level, batch)
         if replayed and self.problem.needs_estimator(level.name):
             self.generators[level.name] = GeneratorState.capture(self._devices)
+
+    def _require_mean(self, level: Level, batch: Any) -> None:
+        if self.problem.ranks.several:
+            require_mean(self.problem, level, batch)
 
     def _evaluate(self, level: Level) -> LossValue:
         """Evaluate the loss of a level on its latest batch, with the generators and buffers of training."""
         modules, batch, problem = self._modules[level.name], self.batches[level.name], self.problem
-        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem)
+        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem, ranks=problem.ranks)
 
     def _regularized(self, level: Level, loss: Tensor) -> Tensor:
         """Return the objective of a level, given the value of its loss."""
@@ -335,24 +371,22 @@ class Gradients:
 
     def _regularizer(self, level: Level) -> Tensor:
         problem = self.problem
-        return evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
+        value = evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
+        return value / problem.ranks.size if problem.ranks.several else value
 
-    def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
+    def _log(self, level: Level, loss: Tensor, value: LossValue, share: float, *, first: bool) -> None:
         """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""
-        self._add_to_row(f"{level.name}/loss", loss, share, first=first)
-        for name, value in logs.items():
+        several = self.problem.ranks.several
+        self.row.add(f"{level.name}/loss", loss, share, first=first)
+        for name, x in value.logs.items():
             # Copies, because logged variables will change.
-            kept = value.detach().clone() if isinstance(value, Tensor) else value
-            self._add_to_row(f"{level.name}/{name}", kept, share, first=first)
+            kept = x.detach().clone() if isinstance(x, Tensor) else x
+            if several and name != "count" and is_number(x):
+                kept = value.share * kept
+            self.row.add(f"{level.name}/{name}", kept, share, first=first)
+        if several:
+            return  # the sum over processes is tested
         require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
-
-    def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:
-        if share != 1.0:
-            if first != (key not in self._log_counts):
-                raise ProblemError(f"{key!r} is logged for some of the batches of a step; log it for all or for none")
-            value = share * value if first else self.logs[key] + share * value
-            self._log_counts[key] = self._log_counts.get(key, 0) + 1
-        self.logs[key] = value
 
 
 def _not_finite(name: str) -> Callable[[float], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 import warnings
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointWarning, Interrupted, NonFiniteError, ProblemError
 from ..finiteness import DeferredChecks, deferred, immediate
-from ..problem import Problem
+from ..problem import Problem, require_alike
+from ..ranks import ALONE, Ranks
 from ..rng import GeneratorState, preserved
 from .callbacks import Callback
 from .checkpoints import Checkpoints
@@ -56,6 +58,7 @@ class Loop:
     #: The reason to stop that a resumed run forgets: a signal, or the time limit.
     _interrupted_by: str | None = attrs.field(default=None, init=False)
     _start_time: float = attrs.field(default=0.0, init=False)
+    _ranks: Ranks = attrs.field(default=ALONE, init=False)
 
     def execute(self, resume: bool, seed: int | None) -> str:
         """Run until the end; return the status.
@@ -65,8 +68,9 @@ class Loop:
             seed: the seed that a resumed run must have; any seed if None.
         """
         self._start_time = time.monotonic()
-        if self.checkpoints is not None:
-            self.checkpoints.prepare(resume)
+        self._ranks = self.run.problem.ranks
+        if (checkpoints := self.checkpoints) is not None:
+            self._ranks.by_first(lambda: checkpoints.prepare(resume))
         generators = self._resume(seed) if resume else None
         try:
             self._call("on_train_begin")
@@ -94,7 +98,7 @@ class Loop:
     def _resume(self, seed: int | None) -> GeneratorState | None:
         """Load the newest checkpoint, if there is one."""
         assert self.checkpoints is not None
-        newest = self.checkpoints.newest()
+        newest = self._ranks.by_first(self.checkpoints.newest)
         if newest is None:
             return None
         _, folder, state = newest
@@ -115,6 +119,8 @@ class Loop:
 
         def in_progress() -> bool:
             timeout = self.max_seconds is not None and time.monotonic() - self._start_time >= self.max_seconds
+            if self._ranks.several:
+                timeout = self._agree(interruption, timeout)
             if interruption is not None and interruption.received is not None:
                 self._interrupted_by = f"{interruption.received.name} received"
             elif timeout and run.step < run.steps:
@@ -126,6 +132,16 @@ class Loop:
                 self._save()
         while run.step < run.steps and in_progress():
             self._step()
+
+    def _agree(self, interruption: Interruption | None, timeout: bool) -> bool:
+        """Let all processes stop after the same step: at a signal, a time limit or a `stop` in any of them; return the second."""
+        received = interruption.received if interruption is not None else None
+        number, late, stopped = self._ranks.most([float(received or 0), timeout, self.run.status is not None])
+        if interruption is not None and number and received is None:
+            interruption.received = signal.Signals(int(number))
+        if stopped and self.run.status is None:
+            self.run.stop("stopped in another process")
+        return bool(late)
 
     def _step(self) -> None:
         run = self.run
@@ -181,6 +197,8 @@ class Loop:
             metrics = {name: float(v.detach() if isinstance(v, Tensor) else v) for name, v in metrics.items()}
         except (TypeError, ValueError, RuntimeError) as error:
             raise ProblemError(f"evaluate returned {dict(metrics)!r} ({error}); {remedy}") from error
+        # The processes decide alike on what follows from the metrics.
+        metrics = self._ranks.of_first(metrics)
         self.run.history.amend({f"evaluation/{name}": value for name, value in metrics.items()})
         self._call("on_evaluate", metrics)
 
@@ -211,10 +229,15 @@ class Loop:
             self._log()
         else:
             self._checks.run()
-        if self.checkpoints is None or self._saved == self._position:
+        unsaved = self.checkpoints is not None and self._saved != self._position
+        if self._ranks.several and (last or unsaved):
+            require_alike(run.problem, self._ranks, f"after step {run.step}")
+        if (checkpoints := self.checkpoints) is None or not unsaved:
             return
         try:
-            folder = self.checkpoints.save(run.step, run.state_dict(), self._score(self.checkpoints.best))
+            folder = self._ranks.by_first(
+                lambda: checkpoints.save(run.step, run.state_dict(), self._score(checkpoints.best))
+            )
         except CheckpointError as error:
             if last or not isinstance(error.__cause__, OSError):
                 raise
@@ -258,21 +281,23 @@ class Loop:
         message = f"{f'outer step {step}' if step else 'warm-up'}: {error}" + (
             f" (estimators: {estimators})" if estimators else ""
         )
-        if self.checkpoints is not None:
+        if (checkpoints := self.checkpoints) is not None:
             try:
-                message += f"; the current state is saved in {self.checkpoints.save_fault(step, run.state_dict())}"
+                folder = self._ranks.by_first(lambda: checkpoints.save_fault(step, run.state_dict()))
+                message += f"; the current state is saved in {folder}"
             except CheckpointError as unsaved:
                 message += f"; the current state could not be saved: {unsaved}"
         return NonFiniteError(message, step=step)
 
-    def _exit(self, signal: str) -> None:
+    def _exit(self, name: str) -> None:
         assert self.checkpoints is not None
-        print(
-            f"mlopt: {signal}: step {self.run.step} of {self.run.steps} is finished and saved in {self.checkpoints.folder}; pass "
-            "resume=True (--resume on the command line) to continue",
-            file=sys.stderr,
-        )
-        raise Interrupted(0 if signal == "SIGTERM" else 130)
+        if self._ranks.first:
+            print(
+                f"mlopt: {name}: step {self.run.step} of {self.run.steps} is finished and saved in {self.checkpoints.folder}; "
+                "pass resume=True (--resume on the command line) to continue",
+                file=sys.stderr,
+            )
+        raise Interrupted(0 if name == "SIGTERM" else 130)
 
     def _end(self, error: BaseException | None) -> None:
         """Call `on_train_end` of every callback, even if one fails; an error that ends the run takes precedence."""

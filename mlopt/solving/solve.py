@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from ..errors import ArgumentError, TrustWarning
-from ..problem import Problem, Report
+from ..problem import Problem, Report, require_alike
 from ..rng import seed_everything
 from ..validation import is_whole, require
 from .callbacks import Callback, ProgressDisplay
@@ -138,14 +138,23 @@ def solve(
     seconds = _seconds(max_time)
     valid = isinstance(callbacks, Sequence) and all(isinstance(callback, Callback) for callback in callbacks)
     _require("callbacks", callbacks, valid, "a sequence of mlopt.Callback objects")
-    if seed is not None:
-        seed_everything(seed)
+    ranks = problem.ranks
     data_seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+    if ranks.several:
+        # The processes draw the same numbers, also those of the data, except in losses on rows of their own.
+        data_seed = ranks.of_first(data_seed)
+        require_alike(problem, ranks, "at the start of the run")
+    if seed is not None or ranks.several:
+        seed_everything(data_seed)
     skip_limit = nonfinite_limit if on_nonfinite == "skip" else 0
     run = Run(problem, steps, data_seed, callbacks, lookahead=lookahead, skip_limit=skip_limit)
     loop = Loop(
         run=run,
-        callbacks=(*callbacks, ProgressDisplay()) if progress else tuple(callbacks),
+        callbacks=[
+            callback
+            for callback in (*callbacks, *([ProgressDisplay()] if progress else ()))
+            if ranks.first or callback.in_every_process
+        ],
         checkpoints=Checkpoints(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint,
         evaluate=evaluate,
         evaluate_every=evaluate_every,

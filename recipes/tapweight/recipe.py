@@ -11,6 +11,7 @@ from rich.console import Console
 
 import mlopt
 from mlopt.errors import ArgumentError
+from mlopt.ranks import require_alone
 from mlopt.rng import derive_seed
 from mlopt.validation import require
 
@@ -178,6 +179,7 @@ class TapWeight:
             ValueError: both steps and passes, or neither; too few of them; an unknown method, no method or one given twice; an
                 objective that gives the encoder no gradient.
         """
+        require_alone("TapWeight.fit")
         compared = _methods(methods)
         experiments = self._experiments(
             compared, steps, passes, checkpoint=checkpoint, resume=resume, progress=progress

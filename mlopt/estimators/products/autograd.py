@@ -31,15 +31,22 @@ class AutogradProduct(Product):
         mixed = self.term.mixed(direction, wanted, forward=False)
         if mixed is not None:
             return mixed
+        return self.term.together(wanted, lambda: self._piece(direction, wanted))
+
+    def _piece(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        """Return the product with the piece of this process."""
         self._trace([block for block in direction if block not in self._gradients and block not in self._edges])
         sources = {block: self._edges.get(block) or self._gradients[block] for block in direction}
         return walk(sources, direction, wanted, self.term.values)
 
     @name_kernels
     def gradient(self, block: Block) -> Tensors:
-        if block not in self._gradients:
-            self._trace([block])
-        return tuple(g.detach() for g in self._gradients[block])
+        def evaluate() -> dict[Block, Tensors]:
+            if block not in self._gradients:
+                self._trace([block])
+            return {block: tuple(g.detach() for g in self._gradients[block])}
+
+        return self.term.together([block], evaluate)[block]
 
     def graph(self) -> set[Node]:
         return graph_of([gradient for vectors in self._gradients.values() for gradient in vectors])
@@ -49,7 +56,7 @@ class AutogradProduct(Product):
         self._gradients.clear()
 
     def known_gradient(self, block: Block) -> Tensors | None:
-        return tuple(g.detach() for g in self._gradients[block]) if block in self._gradients else None
+        return self.gradient(block) if block in self._gradients else None
 
     def _trace(self, blocks: Sequence[Block]) -> None:
         if not blocks:

@@ -39,8 +39,13 @@ class ForwardProduct(Product):
         live = prepare(self.term)
         with _FORWARD_MODE, differentiable_kernels(self.term):
             mixed = self.term.mixed(direction, wanted, forward=True)
-            if mixed is not None:
-                return mixed
+        if mixed is not None:
+            return mixed
+        return self.term.together(wanted, lambda: self._piece(direction, wanted, live[0] if live else None))
+
+    def _piece(self, direction: Vectors, wanted: Sequence[Block], live: Tensor | None) -> dict[Block, Tensors]:
+        """Return the product with the piece of this process; `live` is its value, if it was evaluated already."""
+        with _FORWARD_MODE, differentiable_kernels(self.term):
             start = {block: tuple(v.detach() for v in self.term.values[block]) for block in self.term.blocks}
 
             def gradient(moved: dict[Block, Tensors]) -> tuple[dict[Block, Tensors], Tensor]:
@@ -52,13 +57,15 @@ class ForwardProduct(Product):
             along = {block: tuple(vectors) for block, vectors in direction.items()}
             origin = {block: start[block] for block in along}
             (present, value), (product, _) = torch.func.jvp(gradient, (origin,), (along,))[:2]
-            verify(self.term, value, live[0] if live else None)
+            verify(self.term, value, live)
             self._gradients |= {block: present[block] for block in wanted if block in direction}
         # In float32, torch's forward mode takes a Python number times a scalar to float64.
         return {block: tuple(x.to(v) for x, v in zip(product[block], start[block], strict=True)) for block in wanted}
 
     def known_gradient(self, block: Block) -> Tensors | None:
-        return self._gradients.get(block)
+        if block not in self._gradients:
+            return None
+        return self.term.together([block], lambda: {block: self._gradients[block]})[block]
 
 
 def _refuse_hooks(term: Term) -> None:

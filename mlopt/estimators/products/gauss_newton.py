@@ -45,6 +45,11 @@ class GaussNewtonProduct(AutogradProduct):
         if self.is_exact(direction, wanted):
             return super().__call__(direction, wanted)
         assert isinstance(self.term, LevelTerm)
+        return self.term.together(wanted, lambda: self._approximated(direction))
+
+    def _approximated(self, direction: Vectors) -> dict[Block, Tensors]:
+        """Return the product with the matrix of the piece of this process."""
+        assert isinstance(self.term, LevelTerm)
         if self._linearized is None:
             self._linearized = _Linearized(self.term)
         return {self.term.name: self._linearized.product(direction[self.term.name])}

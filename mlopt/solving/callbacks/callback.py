@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -14,6 +14,9 @@ __all__ = ["Callback"]
 
 class Callback:
     """Base class of callbacks, whose methods `solve` calls; override those that are needed.
+
+    On several processes, the callbacks run in each of them, except those with `in_every_process = False`, which run in the first
+    only: those that write files. All processes see the same history.
 
     Every method does nothing by default. Several callbacks are called in the order in which they are passed to `solve`.
 
@@ -27,6 +30,9 @@ class Callback:
         >>> mlopt.solve(problem, steps=1_000, callbacks=[Stop()]).status
         'the loss is negative'
     """
+
+    #: Whether the callback runs in every process of a run on several, and not in the first only.
+    in_every_process: ClassVar[bool] = True
 
     def on_train_begin(self, run: Run) -> None:
         """Called before the first step. In a resumed run, `run.step` > 0 and `run.history` holds the earlier rows."""

@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from ...files import named_errors, replacing
 from ..history import History
@@ -49,6 +49,8 @@ def write_csv(history: History, file: str | os.PathLike[str]) -> None:
 
 class _FileLogger(Callback):
     """Appends rows to a file, which is rewritten from the history when a run starts or resumes."""
+
+    in_every_process: ClassVar[bool] = False
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file)

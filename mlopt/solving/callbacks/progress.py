@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,6 +44,8 @@ class ProgressDisplay(Callback):
         >>> bar = mlopt.ProgressDisplay("reweighting")
         >>> solution = mlopt.solve(problem, steps=10, progress=False, callbacks=[bar])
     """
+
+    in_every_process: ClassVar[bool] = False
 
     def __init__(
         self,

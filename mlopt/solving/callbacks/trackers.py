@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...imports import import_optional
 from .callback import Callback
@@ -18,6 +18,8 @@ __all__ = ["MLflowLogger", "TensorBoardLogger", "TrackioLogger", "WandbLogger"]
 
 class _Tracker(Callback):
     """Sends each row with its outer step; a resumed run starts with the first row that was not sent before its checkpoint."""
+
+    in_every_process: ClassVar[bool] = False
 
     def __init__(self, module: str, requirement: str) -> None:
         self._package = import_optional(module, type(self).__name__, requirement)

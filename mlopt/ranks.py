@@ -1,0 +1,285 @@
+"""The processes that share a problem: each holds a piece of every vector, and the vector is the sum of the pieces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import CheckpointError, MloptError, NonFiniteError, ProblemError, ProcessError
+from .tensors import Tensors, zeros_like
+
+__all__ = ["ALONE", "Ranks", "require_alone"]
+
+T = TypeVar("T")
+
+_HALF = (torch.float16, torch.bfloat16)
+#: Errors that are of the same class in every process, because a run handles them.
+_SAME: dict[str, type[MloptError]] = {kind.__name__: kind for kind in (NonFiniteError, ProblemError)}
+#: Groups on the CPU for plain values, by the group whose tensors live on accelerators.
+_CONTROL: dict[Any, Any] = {}
+
+
+@attrs.frozen(eq=False)
+class Ranks:
+    """The processes of a group that work on one problem, and this one among them.
+
+    A process alone has size 1, and none of the methods communicates then. On several processes, every method must be called by
+    all of them in the same order.
+
+    Attributes:
+        rank: the number of this process in the group.
+        size: the number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    _group: Any = None
+    _control: Any = None
+
+    @classmethod
+    def of(cls, group: Any) -> Ranks:
+        """Return the processes of a group of torch.distributed; "default" for the default group, None for this process alone.
+
+        Raises:
+            ProblemError: a launcher started several processes that have no group, or this process is not in the group.
+        """
+        if group is None:
+            return ALONE
+        if not (dist.is_available() and dist.is_initialized()):
+            if group != "default":
+                raise ProblemError(
+                    f"Problem: group={group!r}, and torch.distributed is not initialised; call "
+                    "torch.distributed.init_process_group first, or give group=None"
+                )
+            _refuse_unconnected()
+            return ALONE
+        chosen = dist.group.WORLD if group == "default" else group
+        try:
+            size, rank = dist.get_world_size(chosen), dist.get_rank(chosen)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ProblemError(
+                f"Problem: group={group!r} is not a process group ({error}); give one of torch.distributed, or group=None"
+            ) from error
+        if rank < 0:
+            raise ProblemError(
+                "Problem: this process is not in the group; build the problem in the processes of the group"
+            )
+        return ALONE if size == 1 else cls(rank, size, chosen, _control_of(chosen))
+
+    @property
+    def several(self) -> bool:
+        """True if there is more than one process."""
+        return self.size > 1
+
+    @property
+    def first(self) -> bool:
+        """True for the process that writes files."""
+        return self.rank == 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # groups cannot be copied
+
+    def refuse(self, function: str) -> None:
+        """Raise if there are several processes, for a function that does not share its work.
+
+        Raises:
+            ProblemError: there are.
+        """
+        if self.several:
+            raise ProblemError(
+                f"{function} does not work on a problem that {self.size} processes share; call it on one built with group=None, "
+                "which belongs to one process"
+            )
+
+    def together(self, evaluate: Callable[[], Sequence[Tensor]], like: Sequence[Tensor]) -> Tensors:
+        """Return the sum over processes of the tensors that each evaluates, by one reduction for each dtype and device.
+
+        Args:
+            evaluate: returns the pieces of this process.
+            like: tensors of their shapes and dtypes.
+
+        Raises:
+            ProcessError: the evaluation failed in another process. Its error is raised in that one. So no process waits for one
+                that has ended.
+        """
+        error: Exception | None = None
+        pieces: Sequence[Tensor]
+        try:
+            pieces = [piece.detach() for piece in evaluate()]
+        except Exception as raised:
+            error, pieces = raised, zeros_like(like)
+        *total, failures = self.sum([*pieces, pieces[0].new_full((), float(error is not None))])
+        if float(failures):
+            self.fail(error)
+        return tuple(total)
+
+    def sum(self, pieces: Sequence[Tensor]) -> Tensors:
+        """Return the sum over processes of tensors, by one reduction for each dtype and device."""
+        total: list[Tensor] = list(pieces)
+        for kind in dict.fromkeys((piece.dtype, piece.device) for piece in pieces):
+            here = [k for k, piece in enumerate(pieces) if (piece.dtype, piece.device) == kind]
+            flat = torch.cat([pieces[k].detach().reshape(-1) for k in here])
+            # Sums in half precision would depend on the number of processes.
+            wide = flat.float() if flat.dtype in _HALF else flat
+            self._exchange(partial(dist.all_reduce, wide, group=self._group))
+            parts = wide.to(flat.dtype).split_with_sizes([pieces[k].numel() for k in here])
+            for k, part in zip(here, parts, strict=True):
+                # A copy, so that a vector that is kept does not hold the others in memory.
+                total[k] = part.view(pieces[k].shape).clone() if len(here) > 1 else part.view(pieces[k].shape)
+        return tuple(total)
+
+    def fail(self, error: Exception | None) -> NoReturn:
+        """Raise in every process after an error in some of them; `error` is that of this process, if it has one."""
+        reasons = self.all_of(None if error is None else (type(error).__name__, str(error)))
+        if error is not None:
+            raise error
+        where, (kind, text) = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+        raise _SAME.get(kind, ProcessError)(f"process {where} of {self.size} raised {kind}: {text}")
+
+    def total(self, number: float) -> float:
+        """Return the sum of a number over processes, on the host; also inside the transforms of torch.func."""
+        if not self.several:
+            return number
+        with torch._C._DisableFuncTorch():
+            value = torch.tensor(number, dtype=torch.float64, device="cpu")
+            self._exchange(lambda: dist.all_reduce(value, group=self._control))
+            return value.item()
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """Return the greatest of each number over processes, on the host."""
+        if not self.several:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        self._exchange(lambda: dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._control))
+        return values.tolist()
+
+    def all_of(self, value: T) -> list[T]:
+        """Return the plain values of all processes, by rank."""
+        if not self.several:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._exchange(lambda: dist.all_gather_object(values, value, group=self._control))
+        return values
+
+    def all_evaluated(self, evaluate: Callable[[], T]) -> list[T]:
+        """Return the plain values that all processes evaluate, by rank; if one fails, all raise."""
+        value, error = None, None
+        try:
+            value = evaluate()
+        except Exception as raised:
+            error = raised
+        values = self.all_of((error is None, value))
+        if not all(done for done, _ in values):
+            self.fail(error)
+        return [own for _, own in values]  # type: ignore[misc]
+
+    def of_first(self, value: T) -> T:
+        """Return the plain value of the first process."""
+        if not self.several:
+            return value
+        values = [value]
+        self._exchange(lambda: dist.broadcast_object_list(values, group_src=0, group=self._control))
+        return values[0]
+
+    def by_first(self, action: Callable[[], T]) -> T:
+        """Let the first process do something, such as write a file; all processes return its plain result, or raise its error."""
+        if not self.several:
+            return action()
+        result, error = None, None
+        if self.first:
+            try:
+                result = action()
+            except Exception as raised:
+                error = raised
+        outcome = self.of_first((result, None if error is None else _Failure.of(error)))
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            outcome[1].again()
+        return outcome[0]  # type: ignore[return-value]
+
+    def give(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the values of the first, in place."""
+        if self.several:
+            for tensor in tensors:
+                value = tensor.detach().contiguous()
+                self._exchange(partial(dist.broadcast, value, group_src=0, group=self._group))
+                tensor.detach().copy_(value)
+
+    def _exchange(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise ProcessError(
+                f"process {self.rank} of {self.size} could not exchange values with the others ({first}): another one ended, or "
+                "took another way through the program; see its output"
+            ) from error
+
+
+ALONE = Ranks()
+
+
+@attrs.frozen
+class _Failure:
+    """An error of the first process, as the others raise it."""
+
+    message: str
+    #: CheckpointError is told apart by its cause: a run continues after one that the operating system caused.
+    is_checkpoint: bool
+    by_system: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        return cls(str(error), isinstance(error, CheckpointError), isinstance(error.__cause__, OSError))
+
+    def again(self) -> NoReturn:
+        if self.is_checkpoint:
+            raise CheckpointError(self.message) from OSError() if self.by_system else None
+        raise ProcessError(f"process 0 failed: {self.message}")
+
+
+def _control_of(group: Any) -> Any:
+    """Return a group of the same processes for values on the CPU."""
+    if "gloo" in dist.get_backend(group):
+        return group
+    if group not in _CONTROL:
+        _CONTROL[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return _CONTROL[group]
+
+
+def require_alone(what: str) -> None:
+    """Raise if this is one of several processes, of a group or of a launcher, for what writes files of its own.
+
+    Raises:
+        ProblemError: it is.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    if (count := dist.get_world_size() if grouped else _launched()) > 1:
+        raise ProblemError(
+            f"{what} runs in one process, and this is one of {count}, which would all write to the same files; start it without "
+            "the launcher"
+        )
+
+
+def _launched() -> int:
+    """Return the number of processes that a launcher started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if "RANK" in os.environ and count.isdecimal() else 1
+
+
+def _refuse_unconnected() -> None:
+    """Raise if a launcher started several processes, which would make one run each without a process group."""
+    if (count := _launched()) > 1:
+        raise ProblemError(
+            f"Problem: this is one of {count} processes (WORLD_SIZE), and torch.distributed is not initialised, so that each "
+            "would make a run of its own; call torch.distributed.init_process_group() first to share the problem, or give "
+            "group=None for separate runs"
+        )
