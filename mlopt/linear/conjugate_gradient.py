@@ -91,7 +91,8 @@ class ConjugateGradient(LinearSolver):
             torch._foreach_add_(solution, direction, alpha=slope / curvature)
             torch._foreach_add_(residual, product, alpha=-slope / curvature)
             conditioned, previous = precondition(residual), slope
-            slope, square = dots((residual, conditioned), (residual, residual))
+            (square,) = dots((residual, residual))
+            slope = square if conditioned is residual else dots((residual, conditioned))[0]
             torch._foreach_mul_(direction, slope / previous)
             torch._foreach_add_(direction, conditioned)
         reached = LinearSolution(

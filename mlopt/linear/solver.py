@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import attrs
 import torch
+from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
@@ -101,7 +102,7 @@ class LinearSolver(ABC):
         one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
 
         def damped(vector: Tensors) -> Tensors:
-            product = (flatten(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
+            product = (_joined(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
             return axpy(self.damping, vector, product) if self.damping else product
 
         if one:
@@ -158,3 +159,8 @@ def _shifted(vector: Tensors, exponent: int) -> Tensors:
     """Return a vector times 2^exponent, in two factors, since one could be outside the range of the dtype."""
     half = exponent // 2
     return tuple(x * 2.0**half * 2.0 ** (exponent - half) for x in vector)
+
+
+def _joined(product: Tensors) -> Tensor:
+    """Return a product, which is never overwritten, as one vector; that of a single tensor is not copied."""
+    return product[0].reshape(-1) if len(product) == 1 else flatten(product)

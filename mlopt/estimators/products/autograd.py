@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from ...problem import Block, Term, Vectors, cut, derivatives
 from ...tensors import Tensors, zeros_like
 from .kernels import differentiable_kernels, graph_of, is_search_due, refuse_once_differentiable, right_kernels
 from .product import Product, name_kernels
 
-__all__ = ["AutogradProduct", "walk"]
+__all__ = ["AutogradProduct", "Ends", "ends_of", "walk"]
+
+#: Gradients with a graph, their positions among the vectors of a direction, and variables.
+Ends: TypeAlias = tuple[list[Tensor], list[int], list[Tensor]]
 
 
 class AutogradProduct(Product):
@@ -20,14 +25,19 @@ class AutogradProduct(Product):
     def __init__(self, term: Term) -> None:
         super().__init__(term)
         self._gradients: dict[Block, Tensors] = {}
+        #: By blocks, the tensors to differentiate and those to differentiate by; small levels take many products.
+        self._ends: dict[tuple[tuple[Block, ...], tuple[Block, ...]], Ends] = {}
 
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        mixed = self.term.mixed(direction, wanted, forward=False)
-        if mixed is not None:
-            return mixed
-        self._trace([block for block in direction if block not in self._gradients])
-        return walk(self._gradients, direction, wanted, self.term.values)
+        blocks = (tuple(direction), tuple(wanted))
+        if blocks not in self._ends:
+            mixed = self.term.mixed(direction, wanted, forward=False)
+            if mixed is not None:
+                return mixed
+            self._trace([block for block in direction if block not in self._gradients])
+            self._ends[blocks] = ends_of(self._gradients, direction, wanted, self.term.values)
+        return walk(self._ends[blocks], direction, wanted, self.term.values)
 
     @name_kernels
     def gradient(self, block: Block) -> Tensors:
@@ -55,20 +65,23 @@ class AutogradProduct(Product):
         self._gradients |= gradients
 
 
-def walk(gradients: Vectors, direction: Vectors, wanted: Sequence[Block], values: Vectors) -> dict[Block, Tensors]:
+def ends_of(gradients: Vectors, direction: Iterable[Block], wanted: Sequence[Block], values: Vectors) -> Ends:
+    """Return the gradients by the blocks of a direction, which of them have a graph, and the variables of the wanted blocks."""
+    outputs = [gradient for block in direction for gradient in gradients[block]]
+    chosen = [k for k, gradient in enumerate(outputs) if gradient.requires_grad]
+    return [outputs[k] for k in chosen], chosen, [variable for block in wanted for variable in values[block]]
+
+
+def walk(ends: Ends, direction: Vectors, wanted: Sequence[Block], values: Vectors) -> dict[Block, Tensors]:
     """Return the derivatives of <gradients, direction> by the wanted blocks; the graph is kept."""
-    pairs = [
-        (gradient, vector)
-        for block, vectors in direction.items()
-        for gradient, vector in zip(gradients[block], vectors, strict=True)
-        if gradient.requires_grad
-    ]
-    if not pairs:
+    outputs, chosen, inputs = ends
+    if not outputs:
         return {block: zeros_like(values[block]) for block in wanted}
+    vectors = [vector for block in direction for vector in direction[block]]
     flat = torch.autograd.grad(
-        [gradient for gradient, _ in pairs],
-        [variable for block in wanted for variable in values[block]],
-        grad_outputs=[vector for _, vector in pairs],
+        outputs,
+        inputs,
+        grad_outputs=[vectors[k] for k in chosen],
         retain_graph=True,
         allow_unused=True,
         materialize_grads=True,
