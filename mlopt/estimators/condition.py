@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import attrs
 
 from ..errors import NonFiniteError
-from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
+from ..linear import AssumedInverse, LinearSolution, LinearSolver, Matrix, MatVec
 from ..problem import Block, Bounds, FixedPoint, Linearization, Objective, Point, Report, ResidualTerm, Term, Vectors
 from ..tensors import Tensors, add, norm, scale, zeros_like
 from .products import MeanSecondDerivatives, Product, SecondDerivatives, on_batches
@@ -82,7 +82,7 @@ class Condition(Linearization):
         if self.name not in cotangent:
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         initial = self.point.warm_start(self.name) if self._warm_start else None
-        solution = self._solve(self._transposed, cotangent[self.name], initial)
+        solution = self._solve(Matrix(self._transposed, self._along), cotangent[self.name], initial)
         if self._warm_start and any(bool(x.any()) for x in solution):
             self.point.keep_warm(self.name, solution, self.report.residual)
         pulled = self._products(self._derivatives, {self._row: solution}, wanted)
@@ -95,7 +95,7 @@ class Condition(Linearization):
 
     def respond(self, change: Tensors) -> Tensors:
         """Return -F_x^-1 times a change of F: the first-order change of the solution."""
-        return scale(-1.0, self._solve(self._along, change, None))
+        return scale(-1.0, self._solve(Matrix(self._along, self._transposed), change, None))
 
     def _solve(self, matvec: MatVec, load: Tensors, initial: Tensors | None) -> Tensors:
         try:

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
 
+import attrs
 import torch
-from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, LinearSolver, MatVec
+from ..linear import AssumedInverse, History, LinearSolver, MatVec
 from ..problem import (
     Block,
     Bounds,
@@ -21,13 +21,12 @@ from ..problem import (
     Objective,
     Point,
     Report,
-    Term,
     Vectors,
     add_into,
-    derivatives,
 )
-from ..tensors import Tensors, dot, norm, scale, zeros_like
+from ..tensors import Tensors, norm, scale, zeros_like
 from .condition import Condition
+from .multiplier import MultiplierTerm
 from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .products.promotion import Copies, has_half, in_single_precision
 from .recording import doubt_unsteady, record
@@ -48,6 +47,7 @@ class Implicit(Estimator):
         compile: True if torch.compile compiles products with a level's loss: all of "autograd" ones, and of "forward" ones that
             with the level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
+        history: the number of pairs that `solve` keeps from one linear solve to the next; 0 for none.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
             taken on the level's batch. For a level without levels inside.
         curvature_batches: number of these batches over which the Hessian of one pullback is averaged, each with equal weight;
@@ -64,6 +64,7 @@ class Implicit(Estimator):
     products: str
     compile: bool = False
     warm_start: bool = False
+    history: int = 0
 
     @property
     @abstractmethod
@@ -100,6 +101,7 @@ class Implicit(Estimator):
         options = {
             "compiled": self.compile,
             "warm start": self.warm_start,
+            f"history of {self.history} pairs": self.history > 0,
             "curvature data": self.curvature_data is not None,
             f"{self.curvature_batches} batches": self.curvature_batches != 1,
         }
@@ -142,10 +144,16 @@ class Stationarity(Linearization):
         #: Copies of variables in half precision; None if there are none, or for differences, which take no such copies.
         self._copies: Copies | None = {} if estimator.products != "finite_difference" and has_half(point) else None
         kind = estimator.product if self._copies is None else PRODUCTS[estimator.products]
-        lagrangian = (_MultiplierTerm(point, name, child, kind) for child in self._children)
-        self.objective = Objective((*own.terms, *lagrangian))
+        lagrangian = (
+            MultiplierTerm(point, name, child.name, child.objective, child.blocks, kind) for child in self._children
+        )
+        self.objective: Objective = Objective((*own.terms, *lagrangian))
         self.second_derivatives = SecondDerivatives(self.objective, kind)
         self._curvature: SecondDerivatives | MeanSecondDerivatives = self.second_derivatives
+        #: The history of the latest solve; the arguments that the next product includes; such a product, and its direction.
+        self._history: History | None = None
+        self._asked: tuple[str, ...] = ()
+        self._mixed: tuple[Tensors, dict[Block, Tensors]] | None = None
         if batches := point.curvature_batches.get(name):
             _, *others = own.terms
             loss_on = partial(LevelTerm, point, level, "loss", sign=fixed.sign)
@@ -229,7 +237,7 @@ class Stationarity(Linearization):
             self.report.doubt(remark)
         return total
 
-    def solve(self, load: Vectors, initial: Tensors | None = None) -> dict[Block, Tensors]:
+    def solve(self, load: Vectors, initial: Tensors | History | None = None) -> dict[Block, Tensors]:
         """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
@@ -244,6 +252,7 @@ class Stationarity(Linearization):
         except NonFiniteError as error:
             raise NonFiniteError(f"level {self.name!r}: {error}") from error
         record(self.report, own)
+        self._history = own.history
         if not self._children:
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
@@ -277,8 +286,13 @@ class Stationarity(Linearization):
         return self._estimator.solver_at(self.point, self.name)
 
     def _hessian(self, q: Tensors) -> Tensors:
-        """Return H q, on the curvature batch if there is one."""
-        return self._apply(self._curvature, {self.name: q}, [self.name])[self.name]
+        """Return H q, on the curvature batch if there is one; once along with the mixed product, if that is asked for."""
+        blocks, self._asked = [self.name, *self._asked], ()
+        products = self._apply(self._curvature, {self.name: q}, blocks)
+        own = products.pop(self.name)
+        if len(blocks) > 1:
+            self._mixed = q, products
+        return own
 
     def _total_hessian(self, q: Tensors) -> Tensors:
         """Return the product with the Hessian of the total objective, which includes the response of the levels inside."""
@@ -308,15 +322,37 @@ class Stationarity(Linearization):
 
     def _pullback(self, cotangent: Vectors, wanted: Sequence[str] | None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        warm = self._estimator.warm_start
-        solution = self.solve(cotangent, self.point.warm_start(self.name) if warm else None)
+        solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
         if measured and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
-        if warm:
-            self.point.keep_warm(self.name, solution[self.name], self.report.residual)
-        return {block: scale(-1.0, vectors) for block, vectors in self.product(solution, wanted).items()}
+        if self._estimator.warm_start or self._estimator.history:
+            self.point.keep_warm(self.name, solution[self.name], self.report.residual, self._history)
+        return {block: scale(-1.0, vectors) for block, vectors in self._mixed_product(solution, wanted).items()}
+
+    def _initial(self, wanted: Sequence[str]) -> Tensors | History | None:
+        """Return the start of the linear solve: a history if the estimator keeps one in a run, else a warm start, if any."""
+        limit = self._estimator.history
+        if not limit or self.point.carryover is None:
+            return self.point.warm_start(self.name) if self._estimator.warm_start else None
+        history = self.point.history(self.name)
+        if history is not None and self._is_joint:
+            # The start may be the solution; then its product with the Hessian measures the residual and is all that is needed.
+            self._asked = tuple(wanted)
+        return History(limit=limit) if history is None else attrs.evolve(history, limit=limit)
+
+    @property
+    def _is_joint(self) -> bool:
+        """True if one product may have components in the level's own variables and in its arguments."""
+        estimator = self._estimator
+        same = self._curvature is self.second_derivatives and not estimator.compile
+        return same and not self._children and estimator.products != "gauss_newton"
+
+    def _mixed_product(self, solution: dict[Block, Tensors], wanted: Sequence[str]) -> dict[Block, Tensors]:
+        if self._mixed is not None and all(map(torch.equal, self._mixed[0], solution[self.name])):
+            return self._mixed[1]
+        return self.product(solution, wanted)
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
@@ -345,48 +381,3 @@ class Stationarity(Linearization):
         for child in self._children:
             merged |= child.reports()
         return merged
-
-
-class _MultiplierTerm(Term):
-    """<M, grad L_c> over the states of a level c inside: the part of a nested level's Lagrangian that belongs to c."""
-
-    def __init__(self, point: Point, owner: str, child: Stationarity, kind: type[Product]) -> None:
-        self._child, self._kind, self.point = child, kind, point
-        self.label = owner, f"response of {child.name!r}"
-        self.order = 1 + max(term.order for term in child.objective.terms)
-        self._owned = {(owner, block): block for block in child.blocks}
-        self.values = point.values
-        self.blocks = frozenset(self._owned).union(*(term.blocks for term in child.objective.terms))
-
-    def roots(self) -> list[Tensor]:
-        return [root for term in self._child.objective.terms for root in term.roots()]
-
-    def value(self) -> Tensor:
-        total = torch.zeros((), device=self._child.point.problem[self._child.name].device)
-        for term in self._child.objective.terms:
-            blocks = [block for block in self._child.blocks if block in term.blocks]
-            gradient = derivatives(term.value(), blocks, self.values, traced=True)
-            for key, block in self._owned.items():
-                if block in gradient:
-                    total = total + dot(self.values[key], gradient[block])
-        return total
-
-    def function(self, values: Vectors) -> Tensor:
-        values = {**self.values, **values}
-
-        def lagrangian(states: dict[Block, Tensors]) -> Tensor:
-            terms = [term.function({**values, **states}) for term in self._child.objective.terms]
-            return torch.stack(terms).sum()
-
-        gradient = torch.func.grad(lagrangian)({block: values[block] for block in self._child.blocks})
-        return torch.stack([dot(values[key], gradient[block]) for key, block in self._owned.items()]).sum()
-
-    def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        """Return products with the second derivatives of c for its states and arguments, its first ones for the multipliers."""
-        direction = {block: tuple(m.detach() for m in self.values[key]) for key, block in self._owned.items()}
-        total = {block: zeros_like(self.values[block]) for block in wanted}
-        add_into(total, SecondDerivatives(self._child.objective, self._kind)(direction, wanted))
-        owned = {key: self._owned[key] for key in wanted if key in self._owned}
-        gradient = self._child.objective.derivatives(list(owned.values()))
-        add_into(total, {key: gradient[block] for key, block in owned.items()})
-        return total

@@ -231,6 +231,9 @@ class ConjugateGradient(_HessianProducts):
         preconditioner: such as `mlopt.linear.NystromPreconditioner(rank=5)`.
         negative_curvature: the reaction to a direction in which H is not positive definite: "stop", "raise" or "continue".
         warm_start: inside `solve`, start from the q of the previous outer step.
+        history: inside `solve`, the number of pairs (d, H d) of earlier solves to keep, two vectors each; 0 for none. They start
+            and precondition the solve of the next outer step (see `mlopt.linear.History`). While H changes slowly, the start
+            meets a tolerance of about 1%, and its product with H, which includes the mixed product, is the only one.
         products: as in `LinearSolve`.
         compile: as in `LinearSolve`.
         curvature_data: as in `LinearSolve`.
@@ -251,6 +254,7 @@ class ConjugateGradient(_HessianProducts):
     preconditioner: linear.Preconditioner | None = None
     negative_curvature: str = "stop"
     warm_start: bool = attrs.field(default=False, validator=boolean)
+    history: int = attrs.field(default=0, validator=must_be(lambda value: is_whole(value, 0), "a whole number >= 0"))
 
     @cached_property
     def solver(self) -> linear.ConjugateGradient:
@@ -302,10 +306,11 @@ class MINRES(_HessianProducts):
 class GMRES(_HessianProducts):
     """Solve F_x^T q = v by generalised minimal residuals, for a level with a residual F; or H q = v, for one with a loss.
 
-    It needs no symmetric matrix. For a Hessian, `MINRES` takes the same steps in less memory.
+    It needs no symmetric matrix. For a Hessian, `MINRES` takes the same steps in less memory. Where it stagnates on a residual,
+    conjugate gradients on the normal equations F_x F_x^T q = F_x v take over, and the report says so.
 
     Args:
-        iterations: the most iterations, one product each.
+        iterations: the most iterations, one product each; and the most of the normal equations, two products each.
         restart: the number of iterations after which the basis, a vector for each, is dropped; None to keep it.
         rtol: stop when ||v - F_x^T q|| <= rtol ||v||.
         damping: added to the diagonal of the matrix.

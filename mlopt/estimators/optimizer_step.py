@@ -1,8 +1,8 @@
-"""An optimiser's step as a function, on TorchOpt's differentiable optimisers: the only file that imports torchopt."""
+"""An optimiser's step as a function: SGD in closed form, others on TorchOpt, which no other file imports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -15,6 +15,7 @@ from ..imports import import_optional
 from ..problem import Point, require_all_variables
 from ..tensors import Tensors, zeros_like
 from .clipping import clipped
+from .sgd_step import SGDStep
 
 __all__ = ["OptimizerStep", "Step", "check_transformation"]
 
@@ -44,12 +45,24 @@ class Step:
 
 
 @attrs.frozen(eq=False)
+class _Transformed:
+    """A TorchOpt transformation as a step."""
+
+    transformation: Any
+
+    def __call__(self, number: int, variables: Tensors, gradient: Tensors, state: Any) -> tuple[Tensors, Any]:
+        along, state = self.transformation.update(list(gradient), state, params=list(variables), inplace=False)
+        moved = _torchopt().apply_updates(list(variables), along, inplace=False)
+        # The count of Adam's steps is in float64, and takes a variable of shape () with it.
+        return tuple(x.to(variable.dtype) for x, variable in zip(moved, variables, strict=True)), state
+
+
+@attrs.frozen(eq=False)
 class _Part:
-    """A transformation for some of the variables: its form in the first step, its form in later steps, its first state."""
+    """The step of some of the variables, and its first state."""
 
     indices: list[int]
-    first: Any
-    later: Any
+    step: SGDStep | _Transformed
     state: Any
 
 
@@ -78,31 +91,34 @@ class OptimizerStep:
         self._rates = rates
         self._clip = point.problem[name].clip
         self._parts: Sequence[_Part] = _parts(transformation, point, name, used, fresh)
+        #: True if the step is linear, so that its transpose depends on neither x_t, g_t nor s_t.
+        self.is_linear = not rates and self._clip is None and all(isinstance(p.step, SGDStep) for p in self._parts)
         leaves, self._structure = _torchopt().pytree.tree_flatten([part.state for part in self._parts])
         self.initial: Tensors = tuple(leaves)
 
     def __call__(self, step: Step, rates: Tensors | None = None) -> tuple[Tensors, Tensors]:
         """Return x_{t+1} and the leaves of s_{t+1}, at other rates if they are given."""
-        torchopt = _torchopt()
         moved = list(step.variables)
-        states = torchopt.pytree.tree_unflatten(self._structure, step.memory)
+        states = _torchopt().pytree.tree_unflatten(self._structure, step.memory)
         gradient = clipped(step.gradient, self._clip)
         for k, part in enumerate(self._parts):
-            transformation = part.later if step.number else part.first
-            own = [step.variables[i] for i in part.indices]
-            along = [gradient[i] for i in part.indices]
-            along, states[k] = transformation.update(along, states[k], params=own, inplace=False)
-            for i, variable in zip(part.indices, torchopt.apply_updates(own, along, inplace=False), strict=True):
-                # The count of Adam's steps is in float64, and takes a variable of shape () with it.
-                moved[i] = variable.to(step.variables[i].dtype)
+            own, along = (tuple(v[i] for i in part.indices) for v in (step.variables, gradient))
+            own, states[k] = part.step(step.number, own, along, states[k])
+            for i, variable in zip(part.indices, own, strict=True):
+                moved[i] = variable
         rates = self._rates if rates is None else rates
         if rates:
             triples = zip(step.variables, moved, rates, strict=True)
             moved = [before + rate.to(before) * (after - before) for before, after, rate in triples]
-        return tuple(moved), tuple(torchopt.pytree.tree_leaves(states))
+        return tuple(moved), tuple(_torchopt().pytree.tree_leaves(states))
 
     def pull(self, step: Step, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-        """Pull cotangents on x_{t+1} and s_{t+1} (zero if empty) back to x_t, g_t, the leaves of s_t and the rates."""
+        """Pull cotangents on x_{t+1} and s_{t+1} (zero if empty) back to x_t, g_t, the leaves of s_t and the rates.
+
+        A linear step needs its number only.
+        """
+        if self.is_linear:
+            return self._pull_linear(step.number, adjoint, memory)
         leaves = (*step.variables, *step.gradient, *step.memory, *self._rates)
         # A step counter is a leaf, too.
         inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in leaves)
@@ -124,13 +140,26 @@ class OptimizerStep:
         pulled = tuple(next(gradients) if x.requires_grad else torch.zeros_like(x) for x in inputs)
         return pulled[:n], pulled[n : 2 * n], pulled[2 * n : last], pulled[last:]
 
+    def _pull_linear(self, number: int, adjoint: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+        pulled, along = dict(enumerate(adjoint)), dict[int, Tensor]()
+        states, start = list[Tensor](), 0
+        for part in self._parts:
+            assert isinstance(part.step, SGDStep)
+            stop = start + len(part.state)
+            own, slope, state = part.step.pull(number, tuple(adjoint[i] for i in part.indices), memory[start:stop])
+            pulled |= zip(part.indices, own, strict=True)
+            along |= zip(part.indices, slope, strict=True)
+            states, start = [*states, *state], stop
+        slopes = (along[i] if i in along else torch.zeros_like(x) for i, x in enumerate(adjoint))
+        return tuple(pulled.values()), tuple(slopes), tuple(states), ()
+
 
 def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh: bool) -> list[_Part]:
     """Return the given transformation or, if it is None, the translation of the level's optimiser."""
     level = point.problem[name]
     if transformation is not None:
         own = [level.parameters[i].detach() for i in used]
-        return [_Part(used, *(_settled(transformation, own),) * 2, transformation.init(own))]
+        return [_Part(used, _Transformed(_settled(transformation, own)), transformation.init(own))]
     optimizer: Any = point.optimizer(name) or level.optimizer
     if optimizer is None:
         raise EstimatorError(
@@ -178,18 +207,14 @@ def _settled(transformation: Any, variables: list[Tensor]) -> Any:
     return transformation
 
 
-def _sgd(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]], live: bool) -> tuple[Any, Any, Any]:
-    settings = {key: float(group[key]) for key in ("lr", "momentum", "weight_decay")}
-    settings |= {key: bool(group[key]) for key in ("nesterov", "maximize")}
-    sgd = _torchopt().sgd
-    later = _settled(sgd(dampening=float(group["dampening"]), **settings), own)
-    # The first gradient enters torch's momentum undamped.
-    first = later if live else _settled(sgd(dampening=0.0, **settings), own)
-    traces = {"trace": [s["momentum_buffer"] for s in states]} if live else {}
-    return first, later, _filled(later.init(own), **traces)
+def _sgd(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]], live: bool) -> tuple[SGDStep, Tensors]:
+    step = SGDStep.of(group, live=live)
+    return step, step.initial(tuple(own), states)
 
 
-def _adam(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]], live: bool) -> tuple[Any, Any, Any]:
+def _adam(
+    group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]], live: bool
+) -> tuple[_Transformed, Any]:
     settings: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
     settings |= {"betas": tuple(map(float, group["betas"])), "maximize": bool(group["maximize"])}
     make = _torchopt().adamw if group.get("decoupled_weight_decay") else _torchopt().adam
@@ -201,7 +226,7 @@ def _adam(group: dict[str, Any], own: list[Tensor], states: list[dict[str, Any]]
         for v, s in zip(own, states, strict=True)
     ]
     moments = {"mu": [s["exp_avg"] for s in states], "nu": [s["exp_avg_sq"] for s in states]} if live else {}
-    return adam, adam, _filled(adam.init(own), count=counts, **moments)
+    return _Transformed(adam), _filled(adam.init(own), count=counts, **moments)
 
 
 def _filled(state: tuple[Any, ...], **fields: list[Tensor]) -> tuple[Any, ...]:
@@ -209,4 +234,8 @@ def _filled(state: tuple[Any, ...], **fields: list[Tensor]) -> tuple[Any, ...]:
     return tuple(s._replace(**fields) if fields.keys() <= set(s._fields) else s for s in state)
 
 
-_TRANSLATIONS = {SGD: _sgd, Adam: _adam, AdamW: _adam}
+_TRANSLATIONS: dict[type[Optimizer], Callable[..., tuple[SGDStep | _Transformed, Any]]] = {
+    SGD: _sgd,
+    Adam: _adam,
+    AdamW: _adam,
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -29,7 +28,9 @@ from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
 from .optimizer_step import OptimizerStep, Step, check_transformation
 from .products import PRODUCTS, SecondDerivatives
+from .products.kernels import graph_of
 from .referred import Referred, level_of
+from .segments import balanced, bytes_of, saved, uniform
 
 __all__ = ["Unrolled"]
 
@@ -60,8 +61,9 @@ class Unrolled(Estimator):
     Args:
         steps: T.
         checkpoint_every: the interval, in steps, at which x_t and s_t are kept. The backward pass retakes the steps in between
-            and holds the graphs of g_t of one interval. With 1, no step is retaken and all graphs are held. If None, the square
-            root of T.
+            and holds the graphs of g_t of one interval. With 1, no step is retaken and all graphs are held. If None, the
+            intervals need the least memory: that of about sqrt(2 T h) checkpoints if a graph takes that of h. They are longest
+            for the first steps, since only few checkpoints are left when the backward pass comes there.
         products: "autograd", "forward" or "finite_difference".
         optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts without state each time; if None, the
             level's own optimiser, which must be torch.optim's SGD, Adam or AdamW, with its present hyperparameters. Inside
@@ -165,23 +167,32 @@ class _Unrolling(Linearization):
         size = float(norm(adjoint))
         if not pulled or size == 0.0:
             return pulled
-        with restored(values[self._name]) as present:
-            trajectory = self._point.ahead.get(self._name)
-            if trajectory is None:
+        trajectory: _Trajectory | None = self._point.ahead.get(self._name)
+        if trajectory is not None:
+            adjoint = self._pull(trajectory, adjoint, pulled)
+        else:
+            with restored(values[self._name]) as present:
                 trajectory = _Trajectory(self._rule, self._point, self._name, present)
-            memory: Tensors = ()
-            for held in trajectory.backwards():
-                adjoint, along, memory, rates = trajectory.update.pull(held.step, adjoint, memory)
-                if trajectory.rates is not None:
-                    trajectory.rates.add_into(pulled, rates)
-                product = self._product(held, along, wanted)
-                adjoint = add(adjoint, product.pop(self._name))
-                add_into(pulled, product)
+                adjoint = self._pull(trajectory, adjoint, pulled)
         if (start := trajectory.start) is not None:
             pairs = zip(adjoint, start.variables, strict=True)
             start.add_into(pulled, tuple((a if a.dim() == x.dim() else a.sum(0)).to(x) for a, x in pairs))
         self._record(float(norm(adjoint)) / size)
         return pulled
+
+    def _pull(self, trajectory: _Trajectory, adjoint: Tensors, pulled: dict[Block, Tensors]) -> Tensors:
+        """Return the adjoint at x_0 for that at x_T, and add the cotangents on the arguments to `pulled`."""
+        memory: Tensors = ()
+        for held in trajectory.backwards():
+            adjoint, along, memory, rates = trajectory.update.pull(held.step, adjoint, memory)
+            if trajectory.rates is not None:
+                trajectory.rates.add_into(pulled, rates)
+            product = self._product(held, along, tuple(pulled))
+            adjoint = add(adjoint, product.pop(self._name))
+            add_into(pulled, product)
+            # The next step may have to be retaken, with its segment, and needs the memory.
+            del held, along, product
+        return adjoint
 
     def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
@@ -232,64 +243,87 @@ class _Trajectory:
     def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
         self._rule, self._point, self._level = rule, point, point.problem[name]
         self._live = self._level.parameters
-        every = rule.checkpoint_every or math.isqrt(rule.steps - 1) + 1
-        # The steps since the last checkpoint are held from the first.
-        self._every = rule.steps if every == 1 else every
         self.start, self.rates = self._referred("start"), self._referred("learning_rates")
         variables = present if self.start is None else self._start_from(self.start)
         _put(self._live, variables)
-        first = self._gradient(0)
+        value = self._objective(0).value()
+        measured = rule.checkpoint_every is None and rule.steps > 1
+        traced = self._traced_bytes(value, variables) if measured else 0
+        first = self._gradient(value)
         used = [i for i, g in enumerate(first) if g is not None]
-        self._first = tuple(g for g in first if g is not None)
-        self._used = used
+        #: The gradient at x_0 on the live variables, until it was compared with that on leaves.
+        self._first: Sequence[Tensor | None] = first
         rates = () if self.rates is None else self._rates(self.rates)
-        fresh = self.start is not None
-        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=fresh, rates=rates)
+        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=self.start is not None, rates=rates)
         memory = self.update.initial
-        self._kept: list[tuple[Tensors, Tensors]] = []
+        self._lengths = self._segments(variables, memory, traced)
+        self._kept: list[tuple[int, Tensors, Tensors]] = []
         self._segment: list[_Held] = []
-        for begin in range(0, rule.steps, self._every):
-            self._kept.append((variables, memory))
-            last = begin + self._every >= rule.steps
-            variables, memory = self._walk(begin, self._segment if last else None)
+        begin = 0
+        for length in self._lengths:
+            self._kept.append((begin, variables, memory))
+            begin += length
+            variables, memory = self._walk(self._segment if begin == rule.steps else None)
         if not is_finite(variables):
             raise NonFiniteError(
                 f"level {name!r}: {rule.steps} virtual steps led to variables that are not finite; take fewer or shorter steps"
             )
         _put(self._live, variables)
 
-    def _walk(self, begin: int, segment: list[_Held] | None) -> tuple[Tensors, Tensors]:
-        """Take the steps from one checkpoint to the next, append them to `segment` if given, and return the end point."""
-        variables, memory = self._kept[begin // self._every]
-        for t in range(begin, min(begin + self._every, self._rule.steps)):
+    def _traced_bytes(self, value: Tensor, variables: Tensors) -> int:
+        """Return the bytes that the trace of a gradient holds, without those that it shares with the graph of `value`."""
+        standing = saved(graph_of([value])).keys()
+        leaves = _leaves(variables)
+        _, products = self._trace(0, leaves)
+        own = saved(products.graph())
+        for shared in (*standing, *(x.untyped_storage().data_ptr() for x in leaves)):
+            own.pop(shared, None)
+        return sum(own.values())
+
+    def _segments(self, variables: Tensors, memory: Tensors, traced: int) -> list[int]:
+        steps, every = self._rule.steps, self._rule.checkpoint_every
+        if every is not None:
+            # The steps since the last checkpoint are held from the first.
+            return uniform(steps, steps if every == 1 else every)
+        point = bytes_of(variables)
+        checkpoint = point + bytes_of(memory)
+        held = traced + (point if self.update.is_linear else point + checkpoint)
+        return balanced(steps, held / max(checkpoint, 1))
+
+    def _walk(self, segment: list[_Held] | None) -> tuple[Tensors, Tensors]:
+        """Take the steps from the last checkpoint to the next, append them to `segment` if given, and return the end point."""
+        begin, variables, memory = self._kept[-1]
+        for t in range(begin, begin + self._lengths[len(self._kept) - 1]):
+            leaves = _leaves(variables)
             if segment is None:
-                with standing_in(self._point, self._level, _leaves(variables)):
-                    gradient = self._gradient(t)
-                filled = tuple(
-                    torch.zeros_like(x) if g is None else g for g, x in zip(gradient, variables, strict=True)
-                )
-                step = Step(t, variables, filled, memory)
+                with standing_in(self._point, self._level, leaves):
+                    derivatives = self._gradient(self._objective(t).value())
+                pairs = zip(derivatives, variables, strict=True)
+                gradient = tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
             else:
-                segment.append(self._hold(t, variables, memory))
-                step = segment[-1].step
+                gradient, products = self._trace(t, leaves)
+            if t == 0 and self._first:
+                self._check(gradient)
+            step = Step(t, variables, gradient, memory)
             with torch.no_grad():
                 variables, memory = self.update(step)
+            if segment is not None:
+                products.forget_gradient()
+                segment.append(_Held(Step(t, (), (), ()) if self.update.is_linear else step, leaves, products))
+            del gradient, step
         return variables, memory
 
-    def _hold(self, t: int, variables: Tensors, memory: Tensors) -> _Held:
-        """Trace the gradient at x_t on new leaves, since several steps are held at a time."""
-        leaves = _leaves(variables)
+    def _trace(self, t: int, leaves: tuple[nn.Parameter, ...]) -> tuple[Tensors, SecondDerivatives]:
+        """Trace the gradient at x_t on leaves of its own, since several steps are held at a time."""
         products = SecondDerivatives(self._objective(t), PRODUCTS[self._rule.products])
         with standing_in(self._point, self._level, leaves):
-            gradient = products.gradient(self._level.name)
-        if t == 0:
-            self._check(gradient)
-        return _Held(Step(t, variables, gradient, memory), leaves, products)
+            return products.gradient(self._level.name), products
 
     def _check(self, gradient: Tensors) -> None:
         """Raise if leaves in place of the variables change the gradient: then the loss takes them from outside the module."""
-        noise = 1e3 * torch.finfo(gradient[0].dtype).eps * norm(self._first)
-        pairs = list(zip(self._first, [gradient[i] for i in self._used], strict=True))
+        pairs = [(f, g) for f, g in zip(self._first, gradient, strict=True) if f is not None]
+        self._first = ()
+        noise = 1e3 * torch.finfo(gradient[0].dtype).eps * norm([f for f, _ in pairs])
         # One comparison of all of them, since each makes the host wait for the device.
         excess = [(f - g).norm().to(noise) - 0.01 * f.norm().to(noise) for f, g in pairs]
         if excess and bool((torch.stack(excess) > noise).any()):
@@ -304,8 +338,7 @@ class _Trajectory:
         own = None if batches is None else {level.name: to_device(batches[t], level.device)}
         return Objective.of(level, self._point, own)
 
-    def _gradient(self, t: int) -> tuple[Tensor | None, ...]:
-        value = self._objective(t).value()
+    def _gradient(self, value: Tensor) -> tuple[Tensor | None, ...]:
         if not value.requires_grad:
             return (None,) * len(self._live)
         return torch.autograd.grad(value, self._point.values[self._level.name], allow_unused=True)
@@ -316,7 +349,7 @@ class _Trajectory:
             raise EstimatorError(f"level {self._level.name!r}: its virtual steps were already pulled back through")
         while self._kept:
             if not self._segment:
-                self._walk((len(self._kept) - 1) * self._every, self._segment)
+                self._walk(self._segment)
             self._kept.pop()
             while self._segment:
                 yield self._segment.pop()

@@ -4,11 +4,12 @@ from .assumed_inverse import AssumedInverse, Diagonal, Identity
 from .conjugate_gradient import ConjugateGradient
 from .dense import Dense
 from .gmres import GMRES
+from .history import History
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
 from .preconditioner import Preconditioner
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, Matrix, MatVec
 
 __all__ = [
     "GMRES",
@@ -17,10 +18,12 @@ __all__ = [
     "ConjugateGradient",
     "Dense",
     "Diagonal",
+    "History",
     "Identity",
     "LinearSolution",
     "LinearSolver",
     "MatVec",
+    "Matrix",
     "Neumann",
     "Nystrom",
     "NystromPreconditioner",

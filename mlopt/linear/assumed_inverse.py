@@ -11,6 +11,7 @@ import torch
 from ..finiteness import require_finite
 from ..tensors import Tensors, scale
 from ..validation import positive
+from .history import History
 from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec
 
 __all__ = ["AssumedInverse", "Diagonal", "Identity"]
@@ -36,7 +37,7 @@ class AssumedInverse(LinearSolver):
     def image(self, vector: Tensors) -> Tensors:
         """Return P times a vector."""
 
-    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
+    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | History | None = None) -> LinearSolution:
         require_finite(rhs, lambda _: NOT_FINITE)
         return LinearSolution(value=self.image(rhs))
 

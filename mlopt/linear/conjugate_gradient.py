@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from typing import ClassVar
 
 import attrs
 import torch
 
 from ..errors import EstimatorError, NonFiniteError
-from ..tensors import Tensors
+from ..tensors import Tensors, subtract
 from ..validation import at_least, must_be, one_of
+from .history import History, Pair
 from .krylov import Stopping, begin, dots, first_step, restarted
 from .preconditioner import Preconditioner
 from .solver import LinearSolution, LinearSolver, MatVec
@@ -25,6 +28,7 @@ class ConjugateGradient(LinearSolver):
     A direction of negative or no curvature shows that A is not positive definite. If it is the first direction d, a warm start
     is dropped, and the solution from zero is d ||b|| / ||A d||, or d if A d = 0. The method keeps four vectors, and one more with
     a preconditioner, besides those of the preconditioner. A preconditioner that turns out not to be positive definite is dropped.
+    A history with pairs takes the place of the preconditioner.
 
     Args:
         iterations: the most iterations.
@@ -53,19 +57,30 @@ class ConjugateGradient(LinearSolver):
     )
     negative_curvature: str = attrs.field(default="stop", validator=one_of("stop", "raise", "continue"))
 
-    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
+    _remembers: ClassVar[bool] = True
+
+    def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | History | None) -> LinearSolution:
         # Solution, residual and direction are overwritten in place; arguments and products never are.
-        solution, residual, spent = begin(matvec, rhs, initial)
+        before, start = (initial, initial.start(rhs)) if isinstance(initial, History) else (None, initial)
+        solution, residual, spent = begin(matvec, rhs, start)
         (square,) = dots((residual, residual))
+        if before is not None and not square <= size**2:
+            # The systems differ too much. Zero is a better start, and needs no product.
+            start, square, (solution, residual, _) = None, size**2, begin(matvec, rhs, None)
         stopping = Stopping.of(self.rtol, rhs, size, math.sqrt(square))
         precondition: MatVec = _unchanged
-        if self.preconditioner is not None and not stopping.met(math.sqrt(square)):
-            precondition, more = self.preconditioner.prepare(matvec, rhs, self.damping)
-            spent += more
-        conditioned = precondition(residual)
-        (slope,) = dots((residual, conditioned))
+        slope, conditioned = square, residual
+        if not stopping.met(math.sqrt(square)):
+            if before is not None and before.directions:
+                precondition = before.precondition
+            elif self.preconditioner is not None:
+                precondition, more = self.preconditioner.prepare(matvec, rhs, self.damping)
+                spent += more
+            conditioned = precondition(residual)
+            (slope,) = dots((residual, conditioned))
         direction = tuple(x.clone() for x in conditioned)
         low, high, dropped, remark, k = math.inf, -math.inf, "", "", 0
+        pairs: deque[Pair] = deque(maxlen=before.limit if before is not None else 0)
         while k < self.iterations and not stopping.met(math.sqrt(square)):
             if slope <= 0:
                 dropped = f"the preconditioner is not positive definite (dropped at iteration {k + 1})"
@@ -87,12 +102,16 @@ class ConjugateGradient(LinearSolver):
                         torch._foreach_add_(residual, product, alpha=-alpha)
                         (square,) = dots((residual, residual))
                     break
+            elif before is not None:
+                pairs.append((tuple(x.clone() for x in direction), product))
             k += 1
             torch._foreach_add_(solution, direction, alpha=slope / curvature)
             torch._foreach_add_(residual, product, alpha=-slope / curvature)
             conditioned, previous = precondition(residual), slope
-            (square,) = dots((residual, residual))
-            slope = square if conditioned is residual else dots((residual, conditioned))[0]
+            if conditioned is residual:
+                (square,) = (slope,) = dots((residual, residual))
+            else:
+                slope, square = dots((residual, conditioned), (residual, residual))
             torch._foreach_mul_(direction, slope / previous)
             torch._foreach_add_(direction, conditioned)
         reached = LinearSolution(
@@ -103,6 +122,7 @@ class ConjugateGradient(LinearSolver):
             converged=stopping.converged(math.sqrt(square)),
             curvature=(low, high) if high >= low else None,
             remark="; ".join(filter(None, (dropped, remark))) or stopping.remark(math.sqrt(square)),
+            history=before and before.after(start, solution, subtract(rhs, residual), residual, pairs),
         )
         if k == 0 and remark and initial is not None:
             return restarted(self._solve(matvec, rhs, size, None), reached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..tensors import Tensors, axpy, scale
+from ..tensors import Tensors, axpy, scale, subtract
 from ..validation import at_least, is_whole, must_be
 from .krylov import Stopping, begin, dots, inner, numbers
-from .solver import LinearSolution, LinearSolver, MatVec
+from .normal_equations import normal_equations
+from .solver import LinearSolution, LinearSolver, Matrix, MatVec
 
 __all__ = ["GMRES"]
+
+#: The share of the residual that a cycle may leave at most.
+_STAGNANT = 0.99
 
 
 @attrs.frozen(kw_only=True)
@@ -31,10 +36,14 @@ class GMRES(LinearSolver):
     its range, the solution has the least residual that the basis allows, and a remark says so. If A b = 0, it is b, since zero
     would pull every cotangent back to zero.
 
+    Where the method stagnates, and products with A^T are known (a `Matrix`; the derivative of a condition is one), conjugate
+    gradients on the normal equations take over from its solution, for as many iterations, and a remark says so. It stagnates if
+    a whole cycle lowers the residual by less than a hundredth, or if A is singular on the space of the basis.
+
     Args:
         iterations: the most iterations, in all cycles together.
         restart: the number of iterations after which the basis is dropped, and a new one is begun at the residual; None to keep
-            it. A restart bounds the memory and may prevent convergence.
+            it. A restart bounds the memory and may prevent convergence, see above.
         rtol: stop when ||b - A x|| <= rtol ||b||, or at rounding if that comes first.
         damping: added to the diagonal of A.
 
@@ -62,21 +71,24 @@ class GMRES(LinearSolver):
         remaining = math.sqrt(dots((residual, residual))[0])
         stopping = Stopping.of(self.rtol, rhs, size, remaining)
         ranges: list[tuple[float, float]] = []
-        k, singular = 0, False
-        while k < self.iterations and not singular and not stopping.met(remaining):
-            length = min(self.restart or self.iterations, self.iterations - k)
+        k, singular, stagnant, whole = 0, False, False, isinstance(matvec, Matrix)
+        longest = min(self.restart or self.iterations, self.iterations)
+        while k < self.iterations and not singular and not stagnant and not stopping.met(remaining):
             cycle = _Cycle(self, matvec, residual, remaining, stopping)
-            singular = cycle.run(length, k)
+            singular = cycle.run(min(longest, self.iterations - k), k)
             k += cycle.length
             ranges.append(cycle.curvature())
             coefficients, rest = cycle.least_squares()
             for coefficient, vector in zip(coefficients, cycle.basis, strict=False):
                 torch._foreach_add_(solution, vector, alpha=coefficient)
-            remaining = math.hypot(*rest)
+            before, remaining = remaining, math.hypot(*rest)
+            stagnant = whole and cycle.length == longest and remaining > _STAGNANT * before
             if not singular and k < self.iterations:
                 residual = scale(rest[0], cycle.basis[0])
                 for share, vector in zip(rest[1:], cycle.basis[1:], strict=True):
                     torch._foreach_add_(residual, vector, alpha=share)
+        if isinstance(matvec, Matrix) and (stagnant or singular) and not stopping.converged(remaining):
+            return self._continued(matvec, rhs, size, solution, stopping, (k, spent + k), ranges)
         remark = stopping.remark(remaining)
         if k and not singular and remaining >= stopping.start * (1.0 - stopping.rounding):
             remark = (
@@ -92,9 +104,55 @@ class GMRES(LinearSolver):
             iterations=k,
             products=spent + k,
             converged=stopping.converged(remaining),
-            curvature=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+            curvature=_joined(ranges),
             remark=remark,
         )
+
+    def _continued(
+        self,
+        matrix: Matrix,
+        rhs: Tensors,
+        size: float,
+        start: Tensors,
+        stopping: Stopping,
+        spent: tuple[int, int],
+        ranges: Sequence[tuple[float, float]],
+    ) -> LinearSolution:
+        """Return the solution that conjugate gradients on the normal equations reach from a start.
+
+        Args:
+            matrix, rhs, size, start, stopping: of the system.
+            spent: the iterations and the products so far.
+            ranges: the curvature met so far.
+        """
+        iterations, products = spent
+        residual = subtract(rhs, matrix(start))
+        before = math.sqrt(dots((residual, residual))[0])
+        solution, remaining, (k, more), singular = normal_equations(matrix, start, residual, self.iterations, stopping)
+        remark = stopping.remark(remaining)
+        if k:
+            remark = (
+                f"GMRES stagnated at a residual of {before / size:.3g} after {iterations} iterations; {k} of conjugate gradients "
+                f"on the normal equations lowered it to {remaining / size:.3g}"
+            )
+        if singular and not stopping.converged(remaining):
+            remark = f"singular to rounding: the residual stays at {remaining / size:.3g}; raise the damping"
+            if not k and not any(bool(x.any()) for x in solution):
+                solution = tuple(x.clone() for x in rhs)
+        return LinearSolution(
+            value=solution,
+            residual=remaining / size,
+            iterations=iterations + k,
+            products=products + 1 + more,
+            converged=stopping.converged(remaining),
+            curvature=_joined(ranges),
+            remark=remark,
+        )
+
+
+def _joined(ranges: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return the range that holds all ranges."""
+    return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 
 
 class _Cycle:

@@ -128,9 +128,8 @@ class _LowRank:
     def combine(self, vector: Tensors, inside: Tensor, outside: float) -> Tensors:
         """Return (U diag(inside) U^T + outside (I - U U^T)) v."""
         flat = flatten(vector).to(self.basis.dtype)
-        along = self.basis @ flat
-        rest = flat - self.basis.T @ along
-        mixed = torch.add(self.basis.T @ (inside * along), rest, alpha=outside)
+        along = (inside - outside) * (self.basis @ flat)
+        mixed = torch.addmv(flat, self.basis.T, along, beta=outside)
         return tuple(x.to(y.dtype) for x, y in zip(unflatten(mixed, vector), vector, strict=True))
 
 
@@ -145,17 +144,19 @@ def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed:
     image = torch.empty_like(rows)
     for row, out in zip(rows, image, strict=True):
         probe = tuple(x.to(y.dtype) for x, y in zip(unflatten(row, like), like, strict=True))
-        out.copy_(flatten(matvec(probe)))
-        # The matrix was applied to the probe after its rounding to the vectors' dtype.
-        row.copy_(flatten(probe))
+        torch.cat([x.reshape(-1).to(working) for x in matvec(probe)], out=out)
+        if any(x.dtype != working for x in like):
+            # The matrix was applied to the probe after its rounding to the vectors' dtype.
+            row.copy_(flatten(probe))
+    # A shift by rounding, that of the damping included, keeps the division by small Ritz values stable; it is subtracted again
+    # at the end.
+    shift = torch.finfo(working).eps * float(torch.linalg.matrix_norm(image))
+    if not math.isfinite(shift):
+        raise NonFiniteError("Nystrom: a product with the Hessian is not finite")
     # The damping belongs beside the approximation, not in it: outside the span of the probes it acts in full.
     image.sub_(rows, alpha=damping)
-    if not all(map(math.isfinite, torch.stack(image.aminmax()).tolist())):
-        raise NonFiniteError("Nystrom: a product with the Hessian is not finite")
-    core = image @ rows.T
+    core = _products(image, rows, working)
     ritz, vectors = torch.linalg.eigh((core + core.T) / 2)
-    # A shift by rounding keeps the division by small Ritz values stable; it is subtracted again at the end.
-    shift = float(torch.finfo(working).eps * torch.linalg.matrix_norm(image))
     image.add_(rows, alpha=shift)
     del rows
     kept = ritz > 0
@@ -171,35 +172,43 @@ def _approximate(matvec: MatVec, like: Tensors, rank: int, damping: float, seed:
 
 
 def _orthonormalize(rows: Tensor) -> None:
-    """Make the rows orthonormal in place, by Gram-Schmidt; a second pass removes the rounding of the first."""
-    for k, row in enumerate(rows):
-        for _ in range(2):
-            row.addmv_(rows[:k].T, rows[:k] @ row, alpha=-1)
-        row.div_(torch.linalg.vector_norm(row))
+    """Make independent rows orthonormal in place: whiten them by their Gram matrix until it is well conditioned."""
+    for _ in range(_PASSES):
+        squares, vectors = torch.linalg.eigh(_products(rows, rows, rows.dtype))
+        floor = len(rows) * torch.finfo(rows.dtype).eps * squares[-1]
+        _multiply((vectors / squares.clamp_min(floor).sqrt()).T.to(rows.dtype), rows)
+        if squares[-1] < _WELL * squares[0]:
+            return
 
 
 def _decompose(weights: Tensor, image: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues and eigenvectors of F^T F - shift I, with F = weights @ image; overwrite the image.
 
-    The eigenvectors are the right singular vectors of F. Two Gram matrices in double precision replace its decomposition, which
-    would copy it several times: the first finds the vectors up to rounding over their eigenvalue, the second makes them
-    orthonormal.
+    The eigenvectors are the right singular vectors of F. Gram matrices in double precision replace its decomposition, which would
+    copy it several times: the first finds the vectors up to rounding over their eigenvalue. That suffices for vectors in single
+    precision; a second makes those in double precision orthonormal.
     """
-    factor = _multiply(weights.to(_precise(image)), image)
-    squares, left = torch.linalg.eigh(_gram(factor))
+    factor = _multiply(weights, image)
+    squares, left = torch.linalg.eigh(_products(factor, factor, weights.dtype))
     above = squares > 2 * shift
     squares, left = squares[above], left[:, above]
     sizes = squares.sqrt()
     basis = _multiply((left / sizes).T, factor)
-    # F = left diag(sizes) basis, with rows of the basis that are orthonormal but for rounding.
-    gram, vectors = torch.linalg.eigh(_gram(basis))
-    whiten, root = vectors / gram.sqrt(), vectors * gram.sqrt()
-    _, sizes, right = torch.linalg.svd(sizes[:, None] * root)
-    return (sizes.square() - shift).to(image.dtype), _multiply(right @ whiten.T, basis)
+    if basis.dtype == weights.dtype:
+        # F = left diag(sizes) basis, with rows of the basis that are orthonormal but for rounding.
+        squares, vectors = torch.linalg.eigh(_products(basis, basis, basis.dtype))
+        whiten, root = vectors / squares.sqrt(), vectors * squares.sqrt()
+        _, sizes, right = torch.linalg.svd(sizes[:, None] * root)
+        basis = _multiply(right @ whiten.T, basis)
+    return (sizes.square() - shift).to(image.dtype), basis
 
 
-#: Columns that are multiplied at a time.
-_COLUMNS = 2**15
+#: Columns that are multiplied at a time: their product fits into the cache.
+_COLUMNS = 2**13
+#: The most passes of orthonormalisation; each but the first of dependent rows removes rounding.
+_PASSES = 5
+#: A Gram matrix with a condition below this leaves rows that are orthonormal to rounding.
+_WELL = 10.0
 
 
 def _precise(matrix: Tensor) -> torch.dtype:
@@ -207,12 +216,12 @@ def _precise(matrix: Tensor) -> torch.dtype:
     return matrix.dtype if matrix.device.type == "mps" else torch.float64
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """Return M M^T in double precision."""
-    total = torch.zeros(len(matrix), len(matrix), dtype=_precise(matrix), device=matrix.device)
-    for part in torch.split(matrix, _COLUMNS, dim=1):
-        wide = part.to(total.dtype)
-        total.addmm_(wide, wide.T)
+def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return A B^T, summed in double precision over parts that are multiplied in `dtype`."""
+    total = torch.zeros(len(a), len(b), dtype=_precise(a), device=a.device)
+    for part, other in zip(torch.split(a, _COLUMNS, dim=1), torch.split(b, _COLUMNS, dim=1), strict=True):
+        wide = part.to(dtype)
+        total.add_(wide @ (wide if a is b else other.to(dtype)).T)
     return total
 
 

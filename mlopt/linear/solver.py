@@ -11,12 +11,35 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import ArgumentError, NonFiniteError
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
+from .history import History
 
-__all__ = ["LinearSolution", "LinearSolver", "MatVec"]
+__all__ = ["LinearSolution", "LinearSolver", "MatVec", "Matrix"]
 
 MatVec: TypeAlias = Callable[[Tensors], Tensors]
+
+
+@attrs.frozen
+class Matrix:
+    """A product with A whose transpose is known.
+
+    Args:
+        product: takes v and returns A v.
+        transposed: takes v and returns A^T v.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> whole = mlopt.linear.Matrix(lambda v: (matrix @ v[0],), lambda v: (matrix.T @ v[0],))
+        >>> whole((torch.ones(2),)), whole.transposed((torch.ones(2),))
+        ((tensor([3., 1.]),), (tensor([1., 3.]),))
+    """
+
+    product: MatVec
+    transposed: MatVec
+
+    def __call__(self, vector: Tensors) -> Tensors:
+        return self.product(vector)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -31,6 +54,7 @@ class LinearSolution:
         converged: True if the residual fell to the tolerance; None if it was not measured.
         curvature: the smallest and largest Rayleigh quotient <p, A p> / <p, p> that the solver met, or None.
         remark: a sentence about a difficulty (negative curvature, divergence), else "".
+        history: the history that was passed for `initial`, with this system added; None without one.
 
     Example:
         >>> solution = mlopt.linear.Dense().solve(lambda v: (2.0 * v[0],), (torch.ones(3),))
@@ -45,6 +69,7 @@ class LinearSolution:
     converged: bool | None = None
     curvature: tuple[float, float] | None = None
     remark: str = ""
+    history: History | None = None
 
 
 #: The message for a right-hand side that is not finite.
@@ -74,6 +99,8 @@ class LinearSolver(ABC):
     damping: float
     #: If True, A must be symmetric, as the Hessian of a loss is and the derivative of a condition is not.
     needs_symmetry: ClassVar[bool] = True
+    #: If True, `_solve` takes a history for `initial`, and returns the next.
+    _remembers: ClassVar[bool] = False
     #: If True, `_solve` receives each vector as one flat tensor, provided that its parts share a dtype and a device.
     _in_one: ClassVar[bool] = True
 
@@ -84,39 +111,51 @@ class LinearSolver(ABC):
         shown = [f for k, f in enumerate(fields) if f.repr and (k == 0 or getattr(self, f.name) != f.default)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
-    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | None = None) -> LinearSolution:
+    def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | History | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.
 
         Args:
-            matvec: takes v and returns A v, in the shapes of `rhs`.
+            matvec: takes v and returns A v, in the shapes of `rhs`. A `Matrix` has A^T v as well, which some solvers use for an A
+                that is not symmetric.
             rhs: the right-hand side b.
-            initial: the start; zero if None.
+            initial: the start; zero if None. For conjugate gradients, or the `history` that the solution of the system before
+                has, a new `History` for the first.
 
         Raises:
             NonFiniteError: the right-hand side or the solution holds NaN or infinity.
         """
         size = float(norm(rhs))
+        if isinstance(initial, History) and not self._remembers:
+            raise ArgumentError(f"{self} keeps no history; pass initial=None or a vector, or use ConjugateGradient")
         if not _least(rhs) < size < math.inf:
             return self._solve_rescaled(matvec, rhs, initial)
 
         one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
 
-        def damped(vector: Tensors) -> Tensors:
-            product = (_joined(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
-            return axpy(self.damping, vector, product) if self.damping else product
+        def damped(matvec: MatVec) -> MatVec:
+            def product(vector: Tensors) -> Tensors:
+                plain = (_joined(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
+                return axpy(self.damping, vector, plain) if self.damping else plain
+
+            return product
+
+        whole = (
+            Matrix(damped(matvec.product), damped(matvec.transposed)) if isinstance(matvec, Matrix) else damped(matvec)
+        )
 
         if one:
             # Arithmetic on one long vector takes one kernel; a network has hundreds of parameters.
-            start = None if initial is None else (flatten(initial),)
-            solution = self._solve(damped, (flatten(rhs),), size, start)
+            start: Any = initial if initial is None or isinstance(initial, History) else (flatten(initial),)
+            solution = self._solve(whole, (flatten(rhs),), size, start)
             solution = attrs.evolve(solution, value=unflatten(solution.value[0], rhs))
         else:
-            solution = self._solve(damped, rhs, size, initial)
+            start = initial
+            solution = self._solve(whole, rhs, size, start)
         if not is_finite(solution.value):
             raise NonFiniteError(self._overflow(solution))
         return solution
 
-    def _solve_rescaled(self, matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> LinearSolution:
+    def _solve_rescaled(self, matvec: MatVec, rhs: Tensors, initial: Tensors | History | None) -> LinearSolution:
         """Solve for a right-hand side that is zero or not finite, or whose squares are outside the range of their dtype."""
         sizes = [float(x.abs().max()) for x in rhs if x.numel()]
         if not all(map(math.isfinite, sizes)):
@@ -126,7 +165,8 @@ class LinearSolver(ABC):
             return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
         # A power of two changes no digits; one factor would overflow for the least numbers of a dtype.
         exponent = -math.frexp(largest)[1]
-        start = None if initial is None else _shifted(initial, exponent)
+        # Its history would be in other units.
+        start = None if initial is None or isinstance(initial, History) else _shifted(initial, exponent)
         solution = self.solve(matvec, _shifted(rhs, exponent), initial=start)
         value = _shifted(solution.value, -exponent)
         if not is_finite(value):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
-from ..linear import LinearSolution, LinearSolver, MatVec
+from ..linear import History, LinearSolution, LinearSolver, Matrix, MatVec
 from ..rng import GeneratorState
 from ..tensors import Tensors, norm
 from .fixed_point import level_optimizer
@@ -89,19 +89,28 @@ class Bounds:
         """Return vectors with zeros on the held variables."""
         return tuple(torch._foreach_mul(list(vectors), list(self.free))) if self.free and vectors else tuple(vectors)
 
-    def solve(self, solver: LinearSolver, matvec: MatVec, rhs: Tensors, initial: Tensors | None) -> LinearSolution:
+    def solve(
+        self, solver: LinearSolver, matvec: MatVec, rhs: Tensors, initial: Tensors | History | None
+    ) -> LinearSolution:
         """Solve the linear system of the free variables.
 
         Args:
             solver: the linear solver.
-            matvec: the product with the matrix of all variables.
+            matvec: the product with the matrix of all variables; a `Matrix` has the transposed one as well.
             rhs: the right-hand side.
-            initial: the start; None for the solver's own.
+            initial: the start, or the history of the system before; None for the solver's own start.
         """
         if not self.free:
             return solver.solve(matvec, rhs, initial=initial)
-        start = None if initial is None else self.on_free(initial)
-        return solver.solve(self._restricted(matvec), self.on_free(rhs), initial=start)
+        start: Tensors | History | None
+        if isinstance(initial, History):
+            start = initial.restricted(self.free)
+        else:
+            start = None if initial is None else self.on_free(initial)
+        restricted: MatVec = self._restricted(matvec)
+        if isinstance(matvec, Matrix):
+            restricted = Matrix(restricted, self._restricted(matvec.transposed))
+        return solver.solve(restricted, self.on_free(rhs), initial=start)
 
     def _restricted(self, matvec: MatVec) -> MatVec:
         """Return the product with the matrix of the free variables, and with the identity on the held ones."""

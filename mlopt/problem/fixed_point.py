@@ -27,6 +27,10 @@ __all__ = ["DecayTerm", "FixedPoint", "level_optimizer"]
 _PROBES = ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0), (2.0, 1.0), (1.0, -2.0))
 
 
+#: Share of `clip` from which the decay counts as too strong: clipped steps approach the limit from below.
+_CLIPPED = 0.99
+
+
 class DecayTerm(Term):
     """The decay of an optimiser as a term of a level's objective, sum_i c_i <x_i, P_i x_i> / 2.
 
@@ -74,7 +78,7 @@ class FixedPoint:
         sign: the sign of the level's own objective f: -1.0 if its optimiser maximises f.
         decays: c for each variable; empty without decay.
         metrics: the diagonal of P for each variable, a number or a tensor.
-        doubt: a sentence, if the decay of the optimiser is not known; else "".
+        doubt: a sentence, if the decay of the optimiser is not known, or if clipping moves the fixed point; else "".
 
     Source: for decoupled decay, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
     """
@@ -111,6 +115,7 @@ class FixedPoint:
         if not any(rule.decay for rule in own):
             return cls(sign=sign, doubt=doubt)
         decays = tuple(sign * rule.sign * rule.decay for rule in own)
+        doubt = doubt or _stronger_than_clip(level, decays, metrics, variables)
         return cls(sign=sign, decays=decays, metrics=tuple(metrics), doubt=doubt)
 
     def terms(self, name: str, point: Point) -> tuple[DecayTerm, ...]:
@@ -207,6 +212,25 @@ def _unknown(level: Level, optimizer: Optimizer, rule: _Rule) -> str:
     return (
         f"the decay of {kind} is left out of the Hessian of level {level.name!r}: the point at which its steps end is not known; "
         "set it to zero and decay by a regularizer of the level, or use SGD, Adam or AdamW"
+    )
+
+
+def _stronger_than_clip(
+    level: Level, decays: Sequence[float], metrics: Sequence[float | Tensor], variables: Tensors
+) -> str:
+    """Return a sentence if a clipped gradient cannot balance the decay at the present variables, else an empty one.
+
+    Where steps end, the gradient after clipping is the negative of the decay, which is therefore at most `clip`.
+    """
+    if level.clip is None:
+        return ""
+    size = float(norm([c * p * x.detach() for c, p, x in zip(decays, metrics, variables, strict=True)]))
+    if not size > _CLIPPED * level.clip:
+        return ""
+    return (
+        f"the decay of the optimizer of level {level.name!r} has norm {size:.3g}, which a gradient shortened to "
+        f"clip={level.clip:g} cannot balance: the steps end elsewhere than a Hessian without clipping assumes; raise clip, or "
+        "decay by a regularizer of the level"
     )
 
 

@@ -225,6 +225,8 @@ def _scalar(value: Any, label: str) -> Tensor:
 
 def _read(value: Any, level: Level) -> LossValue:
     """Return the value that the loss of a level returned, checked."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return LossValue(value, {})  # the usual kind, before the slower tests for the others
     logs: Mapping[str, Any] = {}
     if isinstance(value, Mapping):
         if "loss" not in value:

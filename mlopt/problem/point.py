@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..linear import History
 from ..rng import GeneratorState, preserved
 from ..tensors import Tensors, norm, scale
 from .estimator import Block, Estimator, Report
@@ -61,6 +62,7 @@ class Carryover:
         devices: the devices of the levels' variables; read from the modules if None.
         variables: the variables of each level in the present outer step; read from the modules if empty.
         warm: the last solution of each level's linear system.
+        histories: the history of each level's linear systems, of solvers that keep one.
         cotangents: the state of each streamed pullback.
         held: by level whose optimiser has step hooks, where its latest step left a variable unchanged against its gradient.
         gradient_norms: by level with a `clip`, the norm of the gradient of its latest step before clipping.
@@ -71,9 +73,15 @@ class Carryover:
     devices: Sequence[torch.device] | None = None
     variables: Mapping[str, Tensors] = attrs.field(factory=dict)
     warm: dict[str, Tensors] = attrs.field(factory=dict)
+    histories: dict[str, History] = attrs.field(factory=dict)
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
     held: dict[str, Tensors] = attrs.field(factory=dict)
     gradient_norms: dict[str, Tensor] = attrs.field(factory=dict)
+
+    def forget(self, name: str) -> None:
+        """Drop the solution and the history of a level's linear system."""
+        self.warm.pop(name, None)
+        self.histories.pop(name, None)
 
 
 class Point:
@@ -149,20 +157,26 @@ class Point:
         """Return the solution of a level's linear system that `keep_warm` kept, if any."""
         return None if self.carryover is None else self.carryover.warm.get(name)
 
-    def keep_warm(self, name: str, solution: Tensors, residual: float | None) -> None:
+    def history(self, name: str) -> History | None:
+        """Return the history of a level's linear systems that `keep_warm` kept, if any."""
+        return None if self.carryover is None else self.carryover.histories.get(name)
+
+    def keep_warm(self, name: str, solution: Tensors, residual: float | None, history: History | None = None) -> None:
         """Keep a solution of a level's linear system for the next outer step of a run, unless its residual is too large.
 
         Args:
             name: the level.
             solution: the solution.
             residual: its residual relative to the cotangent; None if it was not measured.
+            history: the history that the solve returned, if any; it is kept along with the solution.
         """
         if self.carryover is None:
             return
+        self.carryover.forget(name)
         if residual is None or residual < _LOST:
             self.carryover.warm[name] = solution
-        else:
-            self.carryover.warm.pop(name, None)
+            if history is not None:
+                self.carryover.histories[name] = history
 
     @cached_property
     def devices(self) -> Sequence[torch.device]:

@@ -57,7 +57,9 @@ class Stream:
         """
         if self.data is None:
             return None
-        return self._served(lambda: to_device(self._advance(), self.device))
+        if self._draws or self._replayed or self._recorded is not None:
+            return self._served(lambda: to_device(self._advance(), self.device))
+        return to_device(self._advance(), self.device)
 
     def take(self, count: int | Literal["all"]) -> tuple[Any, ...]:
         """Return several batches where the data hold them, not moved: the next ones, or all of the next epoch.

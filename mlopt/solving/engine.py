@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
+from ..linear import History
 from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
 from ..tensors import norm
 from .gradients import Gradients
@@ -99,7 +100,7 @@ class Engine:
         for name, variables in before.items():
             if len(variables) != len(carryover.variables[name]):
                 # A callback froze or unfroze parameters, so the shapes of these vectors are out of date.
-                carryover.warm.pop(name, None)
+                carryover.forget(name)
                 carryover.cotangents.pop(name, None)
 
     def _step(self, level: Level, *, last: bool) -> None:
@@ -308,7 +309,9 @@ class Engine:
         names = [level.name for level in self.problem]
         modules = (level.module for level in self.problem)
         carryover = self.gradients.carryover
-        return Snapshot(modules, map(self._stateful, names), (carryover.warm, carryover.cotangents))
+        return Snapshot(
+            modules, map(self._stateful, names), (carryover.warm, carryover.histories, carryover.cotangents)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that later steps depend on, except the generators."""
@@ -323,6 +326,7 @@ class Engine:
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
             "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
             "warm": dict(carryover.warm),
+            "histories": {name: attrs.asdict(history, recurse=False) for name, history in carryover.histories.items()},
             "cotangents": {
                 name: attrs.asdict(cotangent, recurse=False) for name, cotangent in carryover.cotangents.items()
             },
@@ -359,6 +363,8 @@ class Engine:
                     stream.load_state_dict(state[kind][name])
         for name, vectors in state["warm"].items():
             carryover.warm[name] = to_device(vectors, problem[name].device)
+        for name, fields in state.get("histories", {}).items():
+            carryover.histories[name] = History(**to_device(fields, problem[name].device))
         for name, fields in state["cotangents"].items():
             carryover.cotangents[name] = StreamedCotangent(**to_device(fields, problem[name].device))
         gradients.doubts |= state["doubts"]

@@ -101,6 +101,7 @@ class Gradients:
         other = Gradients(self.problem, self.carryover.optimizers, self._precisions, self._seed)
         other._warned = self._warned
         other.carryover.warm = dict(self.carryover.warm)
+        other.carryover.histories = dict(self.carryover.histories)
         other.carryover.cotangents = {name: attrs.evolve(held) for name, held in self.carryover.cotangents.items()}
         return other
 
@@ -338,10 +339,11 @@ class Gradients:
 
     def _log(self, level: Level, loss: Tensor, logs: Mapping[str, Any], share: float, *, first: bool) -> None:
         """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""
-        # Copies, because logged variables will change.
-        copies = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in logs.items()}
-        for name, value in {"loss": loss, **copies}.items():
-            self._add_to_row(f"{level.name}/{name}", value, share, first=first)
+        self._add_to_row(f"{level.name}/loss", loss, share, first=first)
+        for name, value in logs.items():
+            # Copies, because logged variables will change.
+            kept = value.detach().clone() if isinstance(value, Tensor) else value
+            self._add_to_row(f"{level.name}/{name}", kept, share, first=first)
         require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
 
     def _add_to_row(self, key: str, value: Any, share: float, *, first: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
@@ -27,6 +28,8 @@ __all__ = ["CommandLine", "ConfigurationError", "parse", "read", "write"]
 C = TypeVar("C")
 #: Faults of one file that an error names; a file of another program can have hundreds.
 _MOST_COMPLAINTS = 3
+#: Types of options that are numbers, with the words for them in errors.
+_NUMBERS = {int: "a whole number", float: "a number"}
 #: Between the faults of one section; `shown` escapes it.
 _SEPARATOR = "\x1f"
 
@@ -82,10 +85,67 @@ def parse(arguments: Sequence[str], kind: type[C], *, prog: str, description: st
             config=(tyro.conf.OmitArgPrefixes,),
             prog=prog,
             description=description,
+            registry=_REGISTRY,
         )
-    for path, reason in _faults(line.run):
-        raise ConfigurationError(f"--{path.rpartition('.')[2].replace('_', '-')}{reason}")
+    # Validators would compare words with numbers.
+    for path, reason in itertools.chain(_unread(line.run), _faults(line.run)):
+        raise ConfigurationError(f"{_as_written(path.rpartition('.')[2], arguments)}{reason}")
     return line
+
+
+class _Unread(str):
+    """A word of the command line that is not the number that it should be; tyro's own message would be a box."""
+
+    expected: str
+
+    def __new__(cls, word: str, expected: str) -> Self:
+        made = super().__new__(cls, word)
+        made.expected = expected
+        return made
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Return rules by which tyro reads numbers and keeps other words, so that the error can name the option."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def number(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if kind.type not in _NUMBERS:
+            return None
+
+        def read(words: list[str]) -> Any:
+            try:
+                return kind.type(words[0])
+            except ValueError:
+                return _Unread(words[0], _NUMBERS[kind.type])
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.type.__name__.upper(),
+            instance_from_str=read,
+            is_instance=lambda value: type(value) is kind.type or (kind.type is float and type(value) is int),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _unread(section: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted path of each value that holds a word in place of a number, and the rest of the sentence on it."""
+    for field in attrs.fields(type(section)):
+        value = getattr(section, field.name)
+        if attrs.has(type(value)):
+            yield from _unread(value, f"{path}{field.name}.")
+        for entry in value if isinstance(value, tuple) else (value,):
+            if isinstance(entry, _Unread):
+                yield f"{path}{field.name}", f"={shown(str(entry))}; it must be {entry.expected}"
+
+
+def _as_written(name: str, arguments: Sequence[str]) -> str:
+    """Return the option of a key as it is among the arguments: --seed is another name of --seeds."""
+    option = f"--{name.replace('_', '-')}"
+    written = {argument.partition("=")[0] for argument in arguments}
+    return option[:-1] if option not in written and option.endswith("s") and option[:-1] in written else option
 
 
 def read(file: Path, kind: type[C]) -> C:
@@ -231,4 +291,4 @@ def _unknown(key: str, section: type, whole: type) -> str:
     )
 
 
-_CONVERTER = _converter()
+_CONVERTER, _REGISTRY = _converter(), _registry()

@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
+import numpy as np
 
 from mlopt.validation import shown
 
@@ -17,7 +18,7 @@ from .files import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Form", "Kind", "Labels", "is_empty", "labels_of", "name_of", "number_of"]
+__all__ = ["Form", "Kind", "Labels", "is_empty", "labels_of", "meanings_of", "name_of", "number_of"]
 
 #: The choice of a user.
 Kind = Literal["classification", "regression"]
@@ -30,6 +31,8 @@ _POSITIVE = frozenset(("1", "active", "hit", "pos", "positive", "t", "toxic", "t
 _BOUND = re.compile(r"\s*[<>\u2264\u2265~]=?\s*[+-]?[\d.,]+(e[+-]?\d+)?\s*", re.IGNORECASE)
 #: Whole numbers with more distinct values are classes only if there are this many rows for each.
 _FEW_CLASSES, _ROWS_OF_MANY = 20, 20
+#: Numbers are learned in single precision.
+_LARGEST = float(np.finfo(np.float32).max)
 _NAMED = 3
 
 
@@ -82,6 +85,19 @@ class Labels:
         if (name := name_of(cell)) not in self.classes:
             raise DataError(f"{shown(name)} is not one of the classes, {', '.join(self.classes)}")
         return self.classes.index(name)
+
+    def value(self, cell: Any) -> float:
+        """Return the number of a cell, or the index of its class; NaN if it is missing.
+
+        Raises:
+            DataError: as `number` and `index`, or the number is too large for single precision.
+        """
+        if self.form != "numbers":
+            return math.nan if self.is_missing(cell) else float(self.index(cell))
+        value = self.number(cell)
+        if abs(value) > _LARGEST:
+            raise DataError(f"{shown(cell)} is not finite in float32 (rescale the column)")
+        return value
 
     def indicators(self, cell: Any) -> list[float]:
         """Return a 1 for each class that a cell of several holds, 0 for the others.
@@ -167,6 +183,49 @@ def labels_of(
         present = [cell for cell, value in zip(present, values, strict=True) if value == value]  # "NA" among numbers
     assumed = kind is None and mostly and not _are_usual(set(numbers))
     return attrs.evolve(_of_names(name, present, missing), assumed=assumed)
+
+
+def meanings_of(
+    source: str,
+    columns: Sequence[tuple[str, Sequence[tuple[int, Any]]]],
+    *,
+    kind: Kind | None = None,
+    missing: Sequence[str] = (),
+    rows_per_class: int = 1,
+) -> tuple[Labels, ...]:
+    """Return the meaning of columns that are predicted together: all are numbers, all two classes, or there is one column.
+
+    Columns of numbers, some of which could be classes alone, are numbers.
+
+    Args:
+        source: the file, for errors.
+        columns: the name of each column, with the place and the cell of each record.
+        kind, missing, rows_per_class: as in `labels_of`.
+
+    Raises:
+        DataError: as `labels_of`, or the columns are of different kinds.
+    """
+    options: dict[str, Any] = {"missing": missing, "rows_per_class": rows_per_class}
+    meanings = tuple(labels_of(source, name, column, kind=kind, **options) for name, column in columns)
+    if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
+        return meanings
+    if constant := next((each for each in meanings if len(each.classes) == 1), None):
+        raise DataError(
+            f"{source}, column {shown(constant.name)}: one class only, {shown(constant.classes[0])}: nothing can be learnt; "
+            "leave it out by --labels"
+        )
+    numeric = all(
+        number_of(cell) is not None for _, column in columns for _, cell in column if not is_empty(cell, missing)
+    )
+    if kind is None and numeric and any(each.form == "numbers" for each in meanings):
+        return tuple(labels_of(source, name, column, kind="regression", **options) for name, column in columns)
+    if all(each.form == "numbers" for each in meanings):
+        return meanings
+    kinds = "; ".join(each.summary() for each in meanings)
+    remedy = ", or give --kind regression if they are numbers to predict" if kind is None and numeric else ""
+    raise DataError(
+        f"{source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels{remedy}"
+    )
 
 
 def _minus_one(source: str, place: str, row: int, numbers: Sequence[float]) -> DataError:

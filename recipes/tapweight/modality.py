@@ -20,8 +20,9 @@ from .methods import DEFAULT, METHODS, make_method
 from .names import suggestion
 from .recipe import TapWeight
 from .settings import Settings
-from .splits import EIGHT_ONE_ONE, check_fractions
-from .task import ClassWeights
+from .splits import EIGHT_ONE_ONE, check_fractions, folder_split
+from .tables import is_folder, parts_of
+from .task import ClassWeights, Split
 
 __all__ = ["Configuration", "Device", "LabelledData", "Modality", "device_of", "objectives_field", "objectives_option"]
 
@@ -156,6 +157,31 @@ class LabelledData:
         if len(ways) > 1:
             first, second = (f"--{name.replace('_', '-')}" for name in ways[:2])
             raise ConfigurationError(f"{first} and {second} do not go together; give one of them")
+
+    def files(self, say: Callable[[str], None]) -> dict[Split, Path]:
+        """Return the files of the labelled examples: "train" alone, which is to be split, or three.
+
+        Args:
+            say: prints a sentence if --train is a folder with a data set for each split.
+
+        Raises:
+            DataError: the folder lacks a split, or the options name another split.
+        """
+        given: dict[Split, Path | None] = {"train": self.train, "valid": self.valid, "test": self.test}
+        files = {name: path for name, path in given.items() if path is not None}
+        folder = self.train
+        if folder is None or len(files) > 1 or not is_folder(folder) or not (parts := parts_of(folder)):
+            return files
+        if other := next((name for name in ("splits", "split_column") if getattr(self, name) is not None), None):
+            raise DataError(
+                f"{folder} holds the data sets {', '.join(parts)}; give one of them as --train, or leave out "
+                f"--{other.replace('_', '-')} to use them as splits"
+            )
+        split = folder_split(folder)
+        rest = ", ".join(part for part in parts if folder / part not in split.values())
+        named = ", ".join(path.name for path in split.values())
+        say(f"Splits: {named} of {folder}{f'; not read: {rest}' if rest else ''}.")
+        return split
 
 
 D = TypeVar("D", bound=LabelledData)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from typing import TYPE_CHECKING, TypeVar
 
 from mlopt.errors import ArgumentError
@@ -11,7 +12,7 @@ from mlopt.validation import shown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["chosen", "suggestion"]
+__all__ = ["chosen", "distinct", "suggestion"]
 
 T = TypeVar("T")
 
@@ -30,6 +31,15 @@ def chosen(kind: str, name: str, known: Mapping[str, T]) -> T:
     if name not in known:
         raise ArgumentError(f"there is no {kind} {shown(name)}{suggestion(name, known)}")
     return known[name]
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Return names for the columns of a table: a name that stands before gets the next free number, as in "a", "a_2"."""
+    given: list[str] = []
+    for name in names:
+        free = (f"{name}_{k}" for k in itertools.count(2))
+        given.append(name if name not in given else next(other for other in free if other not in given))
+    return given
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from mlopt.imports import import_optional
 from .configuration import ConfigurationError
 from .files import DataError
 from .modality import Device, device_of
+from .names import distinct
 from .predictor import Predictor, describe, model_folder
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _write(
     """Write the contents of each row, its cells, and the reason if it cannot be used."""
     with replacing(file) as staged, open(staged, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow([*predictor.columns, *header, "reason"])
+        writer.writerow(distinct([*predictor.columns, *header, "reason"]))
         for content, row, reason in zip(contents, cells, reasons, strict=True):
             writer.writerow([*([content] if isinstance(content, str | None) else content), *row, reason])
 

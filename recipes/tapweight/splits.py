@@ -13,7 +13,7 @@ import torch
 from mlopt.validation import shown
 
 from .files import DataError
-from .tables import column_of
+from .tables import column_of, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -27,6 +27,7 @@ __all__ = [
     "NAMES",
     "check_fractions",
     "ends_of",
+    "folder_split",
     "is_name_of_split",
     "listed_split",
     "named_split",
@@ -135,6 +136,22 @@ def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split
     return splits
 
 
+def folder_split(folder: Path) -> dict[Split, Path]:
+    """Return the data set of each split of a folder that `datasets.DatasetDict.save_to_disk` wrote.
+
+    Raises:
+        DataError: the data sets are not one of each split: train, valid (also val, validation, dev) and test.
+    """
+    parts = parts_of(folder)
+    named = [(_SPELLINGS[part.casefold()], folder / part) for part in parts if is_name_of_split(part)]
+    if sorted(name for name, _ in named) != sorted(NAMES):
+        raise DataError(
+            f"{folder} holds the data sets {', '.join(parts)}, not one each of train, valid and test; give three of them by "
+            f"--train, --valid and --test, or one by --train, such as {folder / parts[0]}, which is split"
+        )
+    return {name: dict(named)[name] for name in NAMES}
+
+
 def is_name_of_split(cell: Any) -> bool:
     """Return True if a cell names a split."""
     return str(cell).strip().casefold() in _SPELLINGS
@@ -169,7 +186,9 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
     place = {number: index for index, number in enumerate(records)}
     if listed and not 0 <= min(listed) <= max(listed) <= max(records):
         wrong = next(number for number in listed if not 0 <= number <= max(records))
-        raise DataError(f"{file}: {source} has no row {wrong} (the first is 0); give the file of the split as --train")
+        raise DataError(
+            f"{file}: {source} has no row {wrong} (the first is 0); give the splits.json of a run on it by --splits"
+        )
     splits = {name: [place[k] for k in numbers if k in place] for name, numbers in zip(NAMES, lists, strict=True)}
     for name, indices in splits.items():
         if not indices:

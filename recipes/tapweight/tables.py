@@ -21,7 +21,7 @@ from .names import suggestion
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "list_of", "table_of"]
+__all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "list_of", "parts_of", "table_of"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 #: Names of the separators of cells. The first is usual in .csv; a tab, in .tsv.
@@ -298,10 +298,15 @@ def _parquet(path: Path) -> Table:
     return _columns(str(path), {name: table[name].to_pylist() for name in table.column_names}, first=1)
 
 
+def parts_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the data sets in a folder that `datasets.DatasetDict.save_to_disk` wrote; none in another folder."""
+    return tuple(sorted(part.name for part in folder.iterdir() if (part / "state.json").is_file()))
+
+
 def _folder(path: Path) -> Table:
     """Read a folder that `datasets` wrote."""
-    parts = sorted(part.name for part in path.iterdir() if (part / "state.json").is_file())
     if not (path / "state.json").is_file():
+        parts = parts_of(path)
         remedy = f"give one of its data sets: {', '.join(parts)}" if parts else "give the path of a data file"
         raise DataError(f"{path}: Is a directory; {remedy}")
     datasets = import_optional("datasets", "Reading a folder of a data set", "datasets")
@@ -310,6 +315,8 @@ def _folder(path: Path) -> Table:
 
 def _dataset(dataset: Any, name: str) -> Table:
     """Read a `datasets.Dataset`; numbers of classes become their names, negative ones, which stand for no label, None."""
+    if isinstance(dataset.column_names, dict):
+        raise DataError(f"{name} holds several data sets; give one of them: {', '.join(dataset.column_names)}")
     columns = {}
     for column in dataset.column_names:
         values, classes = list(dataset[column]), getattr(dataset.features[column], "names", None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .examples import Examples
+from .names import distinct
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,7 +77,7 @@ class Tested:
         names = self.predictions.target.labels
         with open(file, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["row", *self.columns, *names, *self.predictions.header])
+            writer.writerow(distinct(["row", *self.columns, *names, *self.predictions.header]))
             for row, *parts in zip(self.rows, self.contents, self.labels, self.predictions.cells, strict=True):
                 writer.writerow([row, *(cell for part in parts for cell in part)])
 

@@ -61,6 +61,41 @@ def test_a_layer_in_equilibrium_has_the_derivative_of_an_unrolled_one(name: str)
     assert distance(gradient_of(problem), expected) < 1e-8
 
 
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
+@pytest.mark.parametrize("restart", [1, 3])
+def test_a_cyclic_permutation_has_the_closed_form_where_restarts_stagnate(restart: int, products: str) -> None:
+    """F = P x - M u with a cyclic P, on which restarted GMRES stays at zero; u_bar = M^T P v. The report says what was used."""
+    size = 8
+    generator = torch.Generator().manual_seed(2)
+    shift = torch.roll(torch.eye(size, dtype=torch.float64), 1, 0)
+    mixing, start = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((size, 3), (3,)))
+    target = torch.zeros(size, dtype=torch.float64)
+    target[2] = 1.0
+
+    def problem(restart: int | None) -> Problem:
+        return Problem(
+            Level("u", mlopt.variables(start), lambda u, batch, *, x: x() @ target + 0 * u().sum()),
+            Level(
+                "x",
+                mlopt.variables(shift.T @ mixing @ start),
+                residual=lambda x, batch, *, u: shift @ x() - mixing @ u(),
+                estimator=mlopt.GMRES(iterations=6, restart=restart, products=products),
+            ),
+        )
+
+    result = mlopt.hypergradient(problem(restart))
+    assert distance(result.gradient["value"], mixing.T @ shift @ target) < 1e-8
+    report = result.reports["x"]
+    assert report.converged is True
+    assert any("conjugate gradients on the normal equations lowered it to" in remark for remark in report.remarks)
+    # The pushforward solves the transposed system.
+    point = point_of(problem(restart))
+    rule = point.problem["x"].estimator.linearize(point, "x")
+    tangent = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    (moved,) = rule.pushforward({"u": (tangent,)})["x"]
+    assert distance(moved, shift.T @ mixing @ tangent) < 1e-8
+
+
 def test_the_identity_is_a_backward_pass_without_a_solve() -> None:
     """Jacobian-free: the derivative of one more iteration of the map at the solution."""
     problem, _ = equilibrium(2, estimator=mlopt.Identity())

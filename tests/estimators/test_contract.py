@@ -52,6 +52,11 @@ class TestConjugateGradientByDifferences(EstimatorContract):
         return conjugate_gradient("finite_difference")
 
 
+class TestConjugateGradientWithAHistory(TestConjugateGradient):
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.ConjugateGradient(iterations=200, rtol=1e-13, history=5)
+
+
 class TestFewConjugateGradients(EstimatorContract):
     """Not exact, and not linear: held to the residual that it reports."""
 

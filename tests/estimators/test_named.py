@@ -59,6 +59,10 @@ PRINTED = [
         "ConjugateGradient(iterations=4, damping=0.1, negative_curvature='raise') with autograd products, curvature data",
     ),
     (
+        mlopt.ConjugateGradient(rtol=0.01, history=5),
+        "ConjugateGradient(iterations=10, rtol=0.01) with autograd products, history of 5 pairs",
+    ),
+    (
         mlopt.MINRES(products="forward", compile=True, warm_start=True),
         "MINRES(iterations=10) with forward products, compiled, warm start",
     ),

@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlopt
+from benchmarks.hypergrad.measuring import peak_memory
 
 
 def build(estimator: mlopt.Unrolled, layers: int = 2) -> mlopt.Problem:
@@ -64,3 +65,24 @@ def test_the_host_does_not_wait_for_every_tensor() -> None:
             mlopt.hypergradient(problem, seed=0)
         counts.append(waits.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("steps", "copies"), [(32, 15), (128, 24)])
+def test_the_memory_of_sgd_is_that_of_the_least_checkpoints(steps: int, copies: int) -> None:
+    """A held step has its x_t and no gradient, so sqrt(2 T) copies of the parameters suffice, and a few vectors."""
+    network, inputs = nn.Linear(2_000, 100), torch.randn(20, 2_000)
+
+    def inner(module: nn.Module, batch: None, *, outer: nn.Module) -> Tensor:
+        return (module(inputs).tanh().square().mean(1) * outer()).mean()
+
+    def outer(module: nn.Module, batch: None, *, inner: nn.Module) -> Tensor:
+        return inner(inputs).square().mean()
+
+    rule = mlopt.Unrolled(steps=steps)
+    problem = mlopt.Problem(
+        mlopt.Level("outer", mlopt.variables(torch.ones(20)), outer),
+        mlopt.Level("inner", network, inner, optimizer=partial(SGD, lr=0.1), estimator=rule),
+    )
+    mlopt.hypergradient(problem)
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    assert peak_memory(lambda: mlopt.hypergradient(problem), "cpu") < copies * size

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import mlopt
 from mlopt import linear
+from mlopt.linear.krylov import Stopping
+from mlopt.linear.normal_equations import normal_equations
 from mlopt.tensors import Tensors, flatten, unflatten
 
 shifts = st.floats(-3.0, 6.0)
@@ -178,12 +180,120 @@ def test_restarts_that_stagnate_are_reported(restart: int) -> None:
     assert linear.GMRES(iterations=30).solve(lambda v: (shift @ v[0],), (right,)).remark == ""
 
 
+def whole(matrix: Tensor) -> linear.Matrix:
+    return linear.Matrix(lambda v: (matrix @ v[0],), lambda v: (matrix.T @ v[0],))
+
+
+@pytest.mark.parametrize("restart", [1, 2, 4, None])
+def test_normal_equations_take_over_where_restarts_stagnate(restart: int | None) -> None:
+    """A cyclic permutation is orthogonal, so one iteration solves the normal equations."""
+    size = 9
+    shift = torch.roll(torch.eye(size, dtype=torch.float64), 1, 0)
+    right = torch.eye(size, dtype=torch.float64)[0]
+    calls = {"plain": 0, "transposed": 0}
+
+    def counted(kind: str, matrix: Tensor) -> linear.MatVec:
+        def product(vector: Tensors) -> Tensors:
+            calls[kind] += 1
+            return (matrix @ vector[0],)
+
+        return product
+
+    both = linear.Matrix(counted("plain", shift), counted("transposed", shift.T))
+    solution = linear.GMRES(iterations=8, restart=restart).solve(both, (right,))
+    assert distance(solution.value[0], torch.linalg.solve(shift, right)) < 1e-12
+    first = restart or 8
+    assert (solution.converged, solution.iterations) == (True, first + 1)
+    assert solution.products == sum(calls.values()) == first + 3
+    assert calls["transposed"] == 1
+    assert solution.remark == (
+        f"GMRES stagnated at a residual of 1 after {first} iterations; 1 of conjugate gradients on the normal equations lowered "
+        f"it to {solution.residual:.3g}"
+    )
+
+
+@drawn(25)
+@given(seed=seeds, shift=shifts, iterations=st.integers(1, 5), damping=st.one_of(st.just(0.0), st.floats(0.01, 5)))
+def test_normal_equations_leave_the_least_residual_of_their_space(
+    seed: int, shift: float, iterations: int, damping: float
+) -> None:
+    system = nonsymmetric(seed, shift)
+    matrix, right = system.matrix + damping * torch.eye(SIZE), flatten(system.right)
+    size = float(right.norm())
+    stopping = Stopping.of(0.0, (right,), size, size)
+    (value,), remaining, (k, products), singular = normal_equations(
+        whole(matrix), (torch.zeros(SIZE),), (right,), iterations, stopping
+    )
+    space = krylov(matrix.T @ matrix, matrix.T @ right, iterations)
+    best = space @ torch.linalg.lstsq(matrix @ space, right).solution
+    assert (k, products, singular) == (iterations, 2 * iterations, False)
+    assert distance(matrix @ value, matrix @ best) < 1e-7
+    assert remaining == pytest.approx(float((right - matrix @ value).norm()), abs=1e-9 * size)
+
+
+def test_a_singular_matrix_with_a_solution_outside_the_krylov_space_is_solved() -> None:
+    """A b = 0, so the Krylov space of b is b alone; the solution is orthogonal to it."""
+    matrix = torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    solution = linear.GMRES().solve(whole(matrix), (torch.tensor([1.0, 0.0], dtype=torch.float64),))
+    assert solution.value[0].tolist() == [0.0, 0.5]
+    assert solution.converged is True
+
+
+@drawn(20)
+@given(seed=seeds, rank=st.integers(1, SIZE - 1))
+def test_a_singular_matrix_without_a_solution_leaves_the_least_residual(seed: int, rank: int) -> None:
+    system = of_rank(seed, rank)
+    right = flatten(system.right)
+    solution = linear.GMRES(iterations=1_000, rtol=0.0).solve(whole(system.matrix), (right,))
+    least = right - system.matrix @ torch.linalg.lstsq(system.matrix, right, driver="gelsd").solution
+    assert solution.converged is False
+    assert solution.remark.startswith("singular to rounding: the residual stays at ")
+    assert solution.residual == pytest.approx(float(least.norm() / right.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e-12, 1e10, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normal_equations_do_not_depend_on_the_units_of_the_matrix(dtype: torch.dtype, unit: float) -> None:
+    """The squares of products with A^T A would leave the range of the dtype."""
+    shift = torch.roll(torch.eye(SIZE), 1, 0).to(dtype)
+    matrix, right = (shift * unit).to(dtype), flatten(System(3, torch.ones(SIZE)).right).to(dtype)
+    solution = linear.GMRES(restart=1).solve(whole(matrix), (right,))
+    assert solution.converged is True
+    expected = right.double().roll(-1) / matrix.double().max()
+    assert distance(solution.value[0].double(), expected) < 10 * torch.finfo(dtype).eps
+
+
+def test_a_short_last_cycle_does_not_count_as_stagnation() -> None:
+    """The first cycles lower the residual; the last has one iteration, which cannot."""
+    matrix = torch.block_diag(torch.roll(torch.eye(2, dtype=torch.float64), 1, 0) * torch.tensor([[1.0], [-1.0]]))
+    matrix = torch.block_diag(matrix, 1.01 * matrix, 1.5 * matrix)
+    right = torch.ones(6, dtype=torch.float64)
+    solution = linear.GMRES(iterations=3, restart=2).solve(whole(matrix), (right,))
+    assert (solution.iterations, solution.products, solution.remark) == (3, 3, "")
+    assert 0.0 < solution.residual < 0.5
+
+
+def test_a_wrong_transpose_leaves_the_solution() -> None:
+    both = linear.Matrix(lambda v: (v[0] * torch.tensor([0.0, 1.0]),), lambda v: v)
+    solution = linear.GMRES(iterations=3).solve(both, (torch.tensor([1.0, 0.0]),))
+    assert (solution.residual, solution.converged) == (1.0, False)
+
+
 def test_values_that_are_not_finite_raise() -> None:
     def product(vector: Tensors) -> Tensors:
         return (torch.full((3,), torch.inf),)
 
     with pytest.raises(mlopt.NonFiniteError, match=r"GMRES.*product with the matrix is not finite at iteration 1"):
         linear.GMRES().solve(product, (torch.ones(3),))
+    shift = linear.Matrix(lambda v: (v[0].roll(1),), product)
+    with pytest.raises(
+        mlopt.NonFiniteError, match=r"normal equations: a product with the transposed matrix is not finite"
+    ):
+        linear.GMRES(iterations=1).solve(shift, (torch.tensor([1.0, 0.0, 0.0]),))
+    calls = iter([True, True])
+    shift = linear.Matrix(lambda v: (v[0].roll(1),) if next(calls, False) else product(v), lambda v: (v[0].roll(-1),))
+    with pytest.raises(mlopt.NonFiniteError, match=r"normal equations: a product with the matrix is not finite"):
+        linear.GMRES(iterations=1).solve(shift, (torch.tensor([1.0, 0.0, 0.0]),))
 
 
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("restart", 0), ("restart", True), ("rtol", -1.0)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mlopt
 from benchmarks.hypergrad.measuring import peak_memory
 from mlopt import linear
-from mlopt.linear.nystrom import _approximate
+from mlopt.linear.nystrom import _approximate, _orthonormalize
 from mlopt.tensors import Tensors, axpy, flatten, scale, unflatten
 
 #: The size of a matrix whose eigenvalues spread over sixteen orders of magnitude.
@@ -255,6 +255,56 @@ def test_the_approximation_is_orthonormal_and_as_exact_as_rounding_over_sixteen_
     expected = images @ torch.linalg.inv(probes.T @ images) @ images.T if rank < SPREAD else exact
     approximation = (low_rank.basis.T * low_rank.eigenvalues) @ low_rank.basis
     assert torch.linalg.matrix_norm(approximation - expected, ord=2) < 100 * epsilon
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@drawn(60)
+@given(seed=seeds, n=st.integers(1, 6), spare=st.integers(0, 3), zeros=st.integers(0, 6), damping=st.floats(1e-2, 10.0))
+def test_tiny_and_rank_deficient_matrices(
+    dtype: torch.dtype, seed: int, n: int, spare: int, zeros: int, damping: float
+) -> None:
+    """The solution is exact if the probes span the range, up to rounding over the damping and the angle between the two."""
+    rank = max(n - zeros, 0)
+    eigenvalues = torch.zeros(n)
+    eigenvalues[:rank] = torch.linspace(1, 5, rank)
+    matrix = random_matrix(seed, eigenvalues).to(dtype)
+    right = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    multiplied: list[Tensor] = []
+
+    def matvec(vector: Tensors) -> Tensors:
+        multiplied.append(vector[0])
+        return (matrix @ vector[0],)
+
+    solution = linear.Nystrom(rank=max(rank + spare, 1), damping=damping).solve(matvec, (right,))
+    epsilon = torch.finfo(dtype).eps
+    probes = torch.stack(multiplied[:-1])
+    assert len(probes) == min(max(rank + spare, 1), n)
+    assert torch.allclose(probes @ probes.T, torch.eye(len(probes), dtype=dtype), atol=30 * epsilon)
+    expected = torch.linalg.solve(matrix.double() + damping * torch.eye(n), right.double())
+    met = float(
+        torch.linalg.svdvals(probes.double() @ torch.linalg.pinv(matrix.double(), rtol=1e-5) @ matrix.double())[
+            rank - 1
+        ]
+    )
+    assert (
+        distance(solution.value[0].double(), expected) < 100 * epsilon * (1 + 5 / damping) / (met if rank else 1.0) ** 2
+    )
+    assert solution.remark == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@drawn(30)
+@given(seed=seeds, count=st.integers(2, 6), spread=st.floats(0, 5))
+def test_nearly_dependent_probes_are_made_orthonormal(dtype: torch.dtype, seed: int, count: int, spread: float) -> None:
+    """A Gram matrix alone would lose twice as many digits as the rows' condition has; the span stays that of the rows."""
+    rows = torch.randn(count, 50, generator=torch.Generator().manual_seed(seed))
+    rows[1:] = rows[0] + 10**-spread * rows[1:]
+    rows = rows.to(dtype)
+    before = rows.double()
+    _orthonormalize(rows)
+    assert torch.allclose(rows @ rows.T, torch.eye(count, dtype=dtype), atol=30 * torch.finfo(dtype).eps)
+    outside = before - (before @ rows.double().T) @ rows.double()
+    assert outside.norm() < 300 * torch.finfo(dtype).eps * before.norm()
 
 
 @pytest.mark.parametrize("rank", [1, 10])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,23 @@ def test_the_closed_form_is_where_the_steps_end() -> None:
     assert report.converged
     assert report.stationarity < 1e-8  # type: ignore[operator]
     assert float((problem["outer"].parameters[0].grad - expected()).norm()) < 1e-8  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [partial(SGD, lr=0.1), partial(SGD, lr=0.1, momentum=0.9)], ids=["sgd", "momentum"]
+)
+def test_decay_that_a_clipped_gradient_cannot_balance_is_doubtful(optimizer: Any) -> None:
+    """With a wider clip the same steps end at the closed form, and nothing is in doubt."""
+    size = float((DECAY * solution(OUTER, DECAY)).norm())
+    for clip, doubtful in ((0.5 * size, True), (1.1 * size, False)):
+        problem = build(partial(optimizer, weight_decay=DECAY), mlopt.Dense())
+        level = attrs.evolve(problem["model"], clip=clip)
+        problem = mlopt.Problem(problem["outer"], level)
+        with pytest.warns(mlopt.TrustWarning, match="raise clip") if doubtful else pytest.MonkeyPatch.context():
+            run = mlopt.solve(problem, 200, progress=False)
+        assert run.reports["model"].doubtful == doubtful
+        off = float((level.parameters[0].detach() - solution(OUTER, DECAY)).norm() / solution(OUTER, DECAY).norm())
+        assert off > 0.1 if doubtful else off < 1e-8
 
 
 def test_unrolled_steps_do_not_count_the_decay_twice() -> None:

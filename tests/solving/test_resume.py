@@ -90,6 +90,7 @@ def build(kind: str) -> Problem:
     estimators = {
         "streamed": mlopt.Identity(streamed=True),
         "warm": mlopt.ConjugateGradient(iterations=2, warm_start=True, damping=1.0),
+        "history": mlopt.ConjugateGradient(iterations=4, rtol=0.1, damping=1.0, history=3),
         "curvature": mlopt.Neumann(
             iterations=3, step_size=0.1, curvature_data=DataLoader(Augmented(8), batch_size=4, shuffle=True)
         ),
@@ -164,7 +165,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("kind", ["streamed", "warm", "curvature", "unrolled", "fp16"])
+@pytest.mark.parametrize("kind", ["streamed", "warm", "history", "curvature", "unrolled", "fp16"])
 @pytest.mark.parametrize("cut", [0, 3, STEPS])
 def test_a_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(
     kind: str, cut: int, whole: Any, tmp_path: Path

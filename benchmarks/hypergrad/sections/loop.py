@@ -6,10 +6,11 @@ is well conditioned because of its proximal term. At every tenth outer step the 
 exact one at the same point (conjugate gradients in float64, relative residual 1e-6), with the clock stopped; the tracking error
 is the median of these relative errors.
 
-mlopt runs `mlopt.solve` with warm-started conjugate gradients at two tolerances, and with one warm-started Neumann term; the
-fastest setting that tracks counts. The other libraries are called by a loop of ten lines, which spares them an engine. Their
-number of iterations is the smallest of 5, 10, 20, 40 and 80 (1 to 80 with a warm start) that reaches the target tracking error in
-30 untimed steps before (up to 20 with --quick). Timed runs take turns of ten steps; the first step of each run is not timed.
+mlopt runs `mlopt.solve` with warm-started conjugate gradients at two tolerances, with a history of 20 pairs in place of the warm
+start, and with one warm-started Neumann term; the fastest setting that tracks counts. The other libraries are called by a loop of
+ten lines, which spares them an engine. Their number of iterations is the smallest of 5, 10, 20, 40 and 80 (1 to 80 with a warm
+start) that reaches the target tracking error in 30 untimed steps before (up to 20 with --quick). Timed runs take turns of ten
+steps; the first step of each run is not timed.
 """
 
 from __future__ import annotations

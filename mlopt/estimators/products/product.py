@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ...errors import SecondDerivativeError
 from ...problem import Block, Term, Vectors
@@ -103,6 +104,13 @@ class Product(ABC):
     def gradient(self, block: Block) -> Tensors:
         """Return the term's first derivative by one of its blocks, without a graph; a product may keep and reuse the graph."""
         return self.term.derivatives([block])[block]
+
+    def graph(self) -> set[Node]:
+        """Return the nodes of the graph that the product keeps; none if it keeps no graph."""
+        return set()
+
+    def forget_gradient(self) -> None:  # noqa: B027 (a product that keeps no value has none to drop)
+        """Drop the value of the first derivative, and keep its graph, in which products are taken."""
 
     def known_gradient(self, block: Block) -> Tensors | None:
         """Return the term's first derivative by a block if earlier products leave it behind; else None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ...problem import Block, Objective, Term, Vectors, add_into
 from ...tensors import Tensors
@@ -54,6 +55,15 @@ class SecondDerivatives:
             if block in product.term.blocks:
                 add_into(total, {block: product.gradient(block)})
         return total[block]
+
+    def graph(self) -> set[Node]:
+        """Return the nodes of the graphs that the products keep."""
+        return set().union(*(product.graph() for product in self.products))
+
+    def forget_gradient(self) -> None:
+        """Drop the value of the first derivative, and keep its graph, in which products are taken."""
+        for product in self.products:
+            product.forget_gradient()
 
     def known_gradient(self, block: Block) -> Tensors | None:
         """Return the objective's first derivative by a block if earlier products leave it behind; else None."""

@@ -298,7 +298,7 @@ class _Check:
             paired = _flat(direction)
             moved, other = _settled(Difference(term, cut(along, self._wanted, term.values), list(direction)), paired)
             left, right = dot(value, along), dot(paired, moved)
-            error = error * float(norm(value) * norm(along)) + other
+            error = error * float(norm(along)) + other
         return _certain((left - right).abs(), max(left.abs(), right.abs()), error, _UNEQUAL)
 
 

@@ -16,13 +16,14 @@ from mlopt.validation import shown
 
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
-from ..labels import is_empty, labels_of, number_of
+from ..labels import meanings_of
 from ..names import suggestion
 from ..tables import SUFFIXES, is_folder, list_of, table_of
 from .columns import columns_of, smiles_column_of
 from .graphs import import_extra
 from .packed import graphs_of
 from .sdf import sdf_table
+from .smi import smi_table
 
 if TYPE_CHECKING:
     import os
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Molecules", "molecule_net", "molecule_table", "read_corpus", "read_smiles", "read_table"]
 
-_LISTS = (".smi", ".txt")
+_SMI = ".smi"
+_LISTS = (_SMI, ".txt")
 _STRUCTURES = ".sdf"
 #: Characters of the longest cell: a longer one has an open quote.
 _LONGEST = 2**17
@@ -142,7 +144,8 @@ def read_table(
     Two classes become 0 and 1, by the order of `Labels.classes`. A column of more classes becomes a column of 0 and 1 for each.
 
     Args:
-        path: a table, see `mlopt.recipes.tapweight.tables.table_of`, or `.sdf`. An empty cell, or `nan`, is a missing label.
+        path: a table, see `mlopt.recipes.tapweight.tables.table_of`, `.sdf`, or `.smi` with columns after the SMILES. An empty
+            cell, or `nan`, is a missing label.
         labels: the label columns; by default all but the SMILES and those recognised as an index, an identifier, a molecular
             weight, the name of a split, or text.
         smiles_column: the column of the SMILES; by default "smiles" in any case, else the only column that holds SMILES.
@@ -169,38 +172,27 @@ def read_table(
 
 
 def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
-    """Read a table, an SD file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
+    """Read a table, an SD or a .smi file as a table, or, if its suffix is among `lists`, a file with a SMILES a line."""
     if hasattr(source, "column_names") or is_folder(source):
         return table_of(source)
-    suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, *lists))
+    suffix = suffix_of(Path(source), (*SUFFIXES, _STRUCTURES, _SMI, *lists))
     if suffix == _STRUCTURES:
         return sdf_table(Path(source))
     if suffix in lists:
         return list_of(Path(source), "smiles", lambda line: line.split()[0])
+    if suffix == _SMI:
+        return smi_table(Path(source))
     return table_of(source, longest=_LONGEST)
 
 
 def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequence[str]) -> tuple[Labels, ...]:
-    """Return the meaning of the columns of labels: all are numbers, all two classes, or there is one column of classes."""
-    options: dict[str, Any] = {"missing": missing, "rows_per_class": _ROWS_PER_CLASS}
+    """Return the meaning of the columns of labels."""
     chosen = [(table.header[k], table.column(k)) for k in columns.labels]
-    meanings = [labels_of(table.source, name, column, kind=kind, **options) for name, column in chosen]
-    if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
-        for each in meanings:
-            if fault := _fault(each):
-                raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
-        return tuple(meanings)
-    numeric = [
-        all(number_of(cell) is not None for _, cell in column if not is_empty(cell, missing)) for _, column in chosen
-    ]
-    if kind is None and all(numeric) and any(each.form == "numbers" for each in meanings):
-        return tuple(labels_of(table.source, name, column, kind="regression", **options) for name, column in chosen)
-    if all(each.form == "numbers" for each in meanings):
-        return tuple(meanings)
-    kinds = "; ".join(each.summary() for each in meanings)
-    raise DataError(
-        f"{table.source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels"
-    )
+    meanings = meanings_of(table.source, chosen, kind=kind, missing=missing, rows_per_class=_ROWS_PER_CLASS)
+    for each in meanings:
+        if fault := _fault(each):
+            raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
+    return meanings
 
 
 def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
@@ -230,6 +222,8 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
             """Load nothing: nothing was processed."""
 
     key = name.lower()
+    if key not in dataset_class.names and is_folder(name):
+        raise DataError(f"name={name!r} is a folder, not a MoleculeNet data set; give it by --train")
     if key not in dataset_class.names:
         raise DataError(f"name={name!r} is not a MoleculeNet data set{suggestion(key, dataset_class.names)}")
     try:
@@ -290,19 +284,12 @@ def _label(source: str, row: int, meaning: Labels, cell: Any) -> list[float]:
     """Return the columns of `y` of a cell, NaN if it is missing."""
     width = len(meaning.classes) if meaning.form == "classes" else 1
     try:
-        if meaning.is_missing(cell):
-            return [math.nan] * width
-        if meaning.form != "numbers":
-            index = meaning.index(cell)
-            return [float(index)] if width == 1 else [float(k == index) for k in range(width)]
-        value = meaning.number(cell)
+        value = meaning.value(cell)
     except DataError as error:
         raise DataError(
             f"{source}, row {row}, column {shown(meaning.name)}: {error}; correct it, leave the cell empty for a missing label, "
             "or choose the label columns by --labels"
         ) from None
-    if abs(value) > torch.finfo(torch.float32).max:
-        raise DataError(
-            f"{source}, row {row}, column {shown(meaning.name)}: {shown(cell)} is not finite in float32; rescale the column"
-        )
-    return [value]
+    if width == 1 or math.isnan(value):
+        return [value] * width
+    return [float(k == value) for k in range(width)]

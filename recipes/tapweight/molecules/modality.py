@@ -17,6 +17,7 @@ from ..metrics import MetricName
 from ..modality import Configuration, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
 from ..settings import Settings
+from ..splits import listed_split
 from .data import molecule_net, read_corpus
 from .encoder import GINE
 from .objectives import DEFAULT, OBJECTIVES, make_objective
@@ -25,6 +26,8 @@ from .task import MoleculeTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ..task import Split
 
 __all__ = ["Data", "EncoderSettings", "MoleculeConfiguration", "MoleculeModality", "main"]
 
@@ -37,8 +40,9 @@ class Data(LabelledData):
         corpus: unlabelled molecules to pretrain on: a table with a column of SMILES (.csv, .tsv, .jsonl, .json, .parquet), .sdf,
             or .smi or .txt with a SMILES a line; also compressed (.gz, .xz, .bz2, .zip).
         corpus_limit: the number of molecules of the corpus to read, from its start.
-        train: labelled molecules: a table as for --corpus, .sdf, or a folder of a data set (`datasets`), with columns of labels.
-            It is split into training, validation and test unless --valid and --test are given.
+        train: labelled molecules: a table as for --corpus, .sdf, .smi, or a folder of a data set (`datasets`), with columns of
+            labels. It is split into training, validation and test unless --valid and --test are given, or the folder has a data
+            set for each.
         valid: labelled molecules for validation; requires --test.
         test: labelled molecules for the final score; requires --valid.
         dataset: a MoleculeNet data set in place of --train, such as ESOL, BACE or Tox21; fetched if it is missing.
@@ -54,14 +58,15 @@ class Data(LabelledData):
             (balanced), at random, or at random with equal shares of each class (stratified).
         split_fractions: the fractions of training, validation and test.
         split_column: the column that names the split of each molecule: train, valid or test.
-        splits: a splits.json of an earlier run on the same --train.
+        splits: a splits.json of an earlier run on the same --train or --dataset.
         chirality: distinguish scaffolds that differ in stereochemistry only.
         class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
         strict: stop at a SMILES that cannot be read in --corpus or the labelled files, instead of leaving its row out.
     """
 
+    # MoleculeNet has no splits of its own, so --splits may divide it.
     file_options: ClassVar[tuple[str, ...]] = (
-        *LabelledData.file_options, "smiles_column", "labels", "ignore_columns", "missing"
+        "valid", "test", "split_column", "smiles_column", "labels", "ignore_columns", "missing"
     )  # fmt: skip
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(required)")] = None
@@ -126,7 +131,8 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
     def read(self, say: Callable[[str], None]) -> None:
         """Read the labelled molecules and the corpus."""
         data, seeds = self.configuration.data, self.configuration.seeds
-        self._tasks = {seed: self._task(seed) for seed in seeds}
+        files = data.files(say)
+        self._tasks = {seed: self._task(seed, files) for seed in seeds}
         assert data.corpus is not None  # checked
         self._corpus = read_corpus(
             data.corpus, smiles_column=data.smiles_column, strict=data.strict, limit=data.corpus_limit
@@ -146,17 +152,20 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
             seed=seed,
         )
 
-    def _task(self, seed: int) -> MoleculeTask:
+    def _task(self, seed: int, files: dict[Split, Path]) -> MoleculeTask:
         data = self.configuration.data
-        names = ("kind", "split", "chirality", "metric", "class_weights")
+        names = ("kind", "chirality", "metric", "class_weights")
         options: dict[str, Any] = {name: getattr(data, name) for name in names}
         options |= {"fractions": data.split_fractions, "seed": seed}
         if data.dataset is not None:
-            return MoleculeTask.from_molecules(molecule_net(data.dataset, data.root), **options)
-        assert data.train is not None  # checked
-        places = ("valid", "test", "split_column", "splits", "smiles_column", "labels", "missing", "strict")
-        files: dict[str, Any] = {name: getattr(data, name) for name in places}
-        return MoleculeTask.from_csv(data.train, ignore=data.ignore_columns, **files, **options)
+            molecules = molecule_net(data.dataset, data.root)
+            split: Any = data.split
+            if data.splits is not None:
+                split = listed_split(data.splits, molecules.source, molecules.record_numbers())
+            return MoleculeTask.from_molecules(molecules, split=split, **options)
+        places = ("split", "split_column", "splits", "smiles_column", "labels", "missing", "strict")
+        options |= {name: getattr(data, name) for name in places} | files
+        return MoleculeTask.from_csv(ignore=data.ignore_columns, **options)
 
 
 main = partial(command, MoleculeModality)

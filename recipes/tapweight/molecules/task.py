@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from ..files import DataError
 from ..labels import Form, Kind
-from ..metrics import measure_of, measures_of
-from ..predictions import Target
+from ..properties import Properties, Words
 from ..repetition import repetitions, shared
 from ..splits import EIGHT_ONE_ONE, listed_split, named_split
-from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
+from ..task import ClassWeights, Split, Task
 from .data import Molecules, molecule_table, read_table
 from .graphs import canonical
 from .joining import join
-from .metric import TaskMean, by_task, check_shapes
 from .predictor import Predictor, linear_head
 from .splitting import Method, divided
 
@@ -31,10 +28,12 @@ if TYPE_CHECKING:
 
     from ..encoder import Encoder
     from ..predictor import Member
+    from ..task_mean import TaskMean
 
 _FORMS: dict[Kind, Form] = {"classification": "binary", "regression": "numbers"}
-_DEFAULTS: dict[Form, str] = {"binary": "roc_auc", "classes": "roc_auc", "numbers": "rmse"}
-_OTHERWISE = "give --split stratified, random or balanced, or other --split-fractions"
+_WORDS = Words(
+    example="molecule", otherwise="give --split stratified, random or balanced, other --split-fractions, or other files"
+)
 
 
 class MoleculeTask(Task):
@@ -85,7 +84,7 @@ class MoleculeTask(Task):
         super().__init__(splits)
         if set(splits) != {"train", "valid", "test"}:
             raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
-        self.label_names, self.class_column, self.class_names = tuple(label_names), class_column, tuple(class_names)
+        self.label_names, self.class_column = tuple(label_names), class_column
         self.dropout = dropout
         labels = {split: _labels(split, examples, self.label_names) for split, examples in splits.items()}
         self.kind = kind or _infer_kind(labels.values())
@@ -93,18 +92,22 @@ class MoleculeTask(Task):
             others = "regression or " if class_column is None else ""
             raise DataError(f"kind={kind!r}: give {others}classification by --kind")
         self.form: Form = _FORMS[self.kind] if class_column is None else "classes"
-        self.metric_name = _DEFAULTS[self.form] if metric is None else metric
-        self.greater_is_better = measure_of(self.metric_name, self.form).greater_is_better
         if self.kind == "classification":
             for split, examples in splits.items():
                 _check_classes(split, examples, labels[split], self.label_names)
-        self.remarks = (*remarks, *self._coverage(labels))
-        self.mean, self.std = self._standardisation(labels["train"])
-        self.class_weights = None
-        if check_class_weights(class_weights, self.form) == "balanced":
-            own = labels["train"]
-            counts = (own == 1).sum(0) if self.form == "classes" else torch.stack([(own == k).sum(0) for k in (0, 1)])
-            self.class_weights = balanced_weights(counts)
+        self._properties = Properties(
+            labels,
+            self.label_names,
+            self.form,
+            _WORDS,
+            metric=metric,
+            column=class_column,
+            pairs=class_names,
+            class_weights=class_weights,
+        )
+        self.metric_name, self.greater_is_better = self._properties.metric_name, self._properties.greater_is_better
+        self.mean, self.std = self._properties.mean, self._properties.std
+        self.remarks = (*remarks, *self._properties.remarks)
 
     @classmethod
     def from_molecules(
@@ -228,59 +231,23 @@ class MoleculeTask(Task):
 
     def columns(self, batch: Batch) -> Tensor:
         """Return standardised labels, or classes as 1 and 0, (B, T); NaN if missing."""
-        labels = self.targets(batch)
-        return (labels - self.mean.to(labels)) / self.std.to(labels)
+        return self._properties.columns(self.targets(batch))
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss over the labelled tasks of each molecule, 0 for a molecule without a label.
-
-        Args:
-            outputs: (B, T) logits, whose loss is the binary cross-entropy, or the cross-entropy if the columns are the classes of
-                one task; or standardised predictions, whose loss is the squared error of standardised labels.
-            batch: B molecules.
-
-        Returns:
-            (B,) losses, in float32 at least.
-
-        Raises:
-            ValueError: the outputs are not (B, T).
-        """
-        labels = self.targets(batch)
-        check_shapes(outputs, labels)
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        present = ~labels.isnan()
-        # Missing labels are filled before any arithmetic: the gradient of a masked NaN would still be NaN.
-        labels = (torch.where(present, labels, 0).to(outputs) - self.mean.to(outputs)) / self.std.to(outputs)
-        if self.form == "classes":
-            weights = None if self.class_weights is None else (self.class_weights.to(labels) * labels).sum(1)
-            losses = cross_entropy(outputs, labels, reduction="none")
-            return torch.where(present.all(1), losses if weights is None else losses * weights, 0)
-        loss = binary_cross_entropy_with_logits if self.kind == "classification" else mse_loss
-        losses = torch.where(present, loss(outputs, labels, reduction="none"), 0)
-        if self.class_weights is not None:
-            negative, positive = self.class_weights.to(losses)
-            losses = losses * torch.where(labels > 0.5, positive, negative)
-        return losses.sum(dim=1) / present.sum(dim=1).clamp(min=1)
+        """Return the mean loss over the labelled tasks of each molecule (B,), see `Properties.losses`."""
+        return self._properties.losses(outputs, self.targets(batch))
 
     def metric(self) -> TaskMean:
         """Return a fresh metric in the labels' unit, a mean over tasks."""
-        return TaskMean(self.metric_name, self.mean, self.std, self.form)
+        return self._properties.metric()
 
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
         """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, task by task."""
-        outputs = outputs.double() * self.std.to(outputs.device) + self.mean.to(outputs.device)
-        names = self.label_names if self.class_column is None else (self.class_column,)
-        parts = by_task(outputs, targets.double(), self.form)
-        return {name: measures_of(self.form, *part) for name, part in zip(names, parts, strict=True) if len(part[1])}
+        return self._properties.measures(outputs, targets)
 
     def predictor(self, members: Sequence[Member]) -> Predictor:
         """Return the predictor of finetuned models."""
-        if self.class_column is not None:
-            return Predictor(members, Target(form="classes", labels=(self.class_column,), classes=self.label_names))
-        if self.kind == "classification":
-            return Predictor(members, Target.binary(self.label_names, self.class_names))
-        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
-        return Predictor(members, Target(form="numbers", labels=self.label_names, mean=mean, std=std))
+        return Predictor(members, self._properties.target())
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
@@ -289,47 +256,6 @@ class MoleculeTask(Task):
     def subject(self) -> str:
         """Return the kind of the task and the names of the labels."""
         return f"{self.kind} {'into' if self.form == 'classes' else 'of'} {', '.join(self.label_names)}"
-
-    def _coverage(self, labels: Mapping[Split, Tensor]) -> list[str]:
-        """Check that each split can be scored, and return a sentence on each task that is left out."""
-        remarks = []
-        # Of the classes of one task, each is a column of 0 and 1.
-        needed = 2 if self.form == "classes" else measure_of(self.metric_name, self.form).distinct
-        for split, table in labels.items():
-            distinct = [column[~column.isnan()].unique() for column in table.T]
-            for name, values in zip(self.label_names, distinct, strict=True):
-                if not len(values):
-                    raise DataError(
-                        f"task {name!r} has no label in the {split} split; leave it out by --labels, or {_OTHERWISE}"
-                    )
-                if len(values) < needed and self.form == "classes":
-                    remarks.append(f"no molecule of the {split} split is of class {name!r}" if not values[0] else "")
-                elif len(values) < needed:
-                    remarks.append(
-                        f"task {name!r} has only the label {values[0]:g} in the {split} split, "
-                        f"and is left out of its {self.metric_name}"
-                    )
-            if all(len(values) < needed for values in distinct):
-                raise DataError(
-                    f"no task has two classes in the {split} split, so its {self.metric_name} is undefined; {_OTHERWISE}, or "
-                    "give more molecules"
-                )
-        return [remark for remark in remarks if remark]
-
-    def _standardisation(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation (T,) of training labels (N, T); 0 and 1 for classes."""
-        if self.kind == "classification":
-            return torch.zeros(labels.shape[1], dtype=torch.float64), torch.ones(labels.shape[1], dtype=torch.float64)
-        mean = labels.double().nanmean(dim=0)
-        std = (labels.double() - mean).square().nanmean(dim=0).sqrt()
-        for name, column in zip(self.label_names, labels.T, strict=True):
-            values = column[~column.isnan()].unique()
-            if len(values) == 1:
-                raise DataError(
-                    f"task {name!r} has one label, {values[0]:g}, throughout the train split: nothing can be learnt; "
-                    "leave it out by --labels"
-                )
-        return mean, std
 
 
 def _labels(split: Split, examples: Sequence[Data], names: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .data import from_dataset, read_corpus, read_table
     from .encoder import TextEncoder
     from .glue_tasks import glue
+    from .multi import MultiTextTask
     from .objectives import OBJECTIVES, make_objective
     from .predictor import Predictor
     from .task import TextTask
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OBJECTIVES",
     "Collate",
+    "MultiTextTask",
     "Predictor",
     "TextEncoder",
     "TextTask",
@@ -35,6 +37,7 @@ __getattr__ = import_lazily(
         "data": ("from_dataset", "read_corpus", "read_table"),
         "encoder": ("TextEncoder",),
         "glue_tasks": ("glue",),
+        "multi": ("MultiTextTask",),
         "objectives": ("OBJECTIVES", "make_objective"),
         "predictor": ("Predictor",),
         "task": ("TextTask",),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
+
+from mlopt.validation import shown
 
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
@@ -36,19 +38,25 @@ _USUAL = (("text",), ("text_a", "text_b"), ("sentence",), ("sentence1", "sentenc
 class Texts(Examples["Example"]):
     """The texts of one file or data set, in its order.
 
-    Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label", as the file has it.
+    Each example has "text", for a pair of texts also "text_b", and, if there are labels, "label": the cell of the file, or a
+    tuple of the cells of several columns, with None for a missing label.
 
     Args:
-        label_name: the column of the labels.
+        label_names: the columns of the labels.
     """
 
-    label_name: str = "label"
+    label_names: tuple[str, ...] = ("label",)
 
     noun = "texts"
 
     def copy(self) -> Texts:
         """Return the same texts in examples of their own, to which objectives may attach targets."""
         return attrs.evolve(self, examples=tuple(dict(example) for example in self.examples))
+
+    def cells(self) -> list[tuple[Any, ...]]:
+        """Return the labels of each example, one for each column."""
+        several = len(self.label_names) > 1
+        return [tuple(example["label"]) if several else (example["label"],) for example in self.examples]
 
     def unlabelled(self) -> Texts:
         """Return every distinct text without labels, the two of a pair separately: a corpus of the task's own texts."""
@@ -142,7 +150,7 @@ def read_table(
     source: str | os.PathLike[str] | Any,
     *,
     text: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     missing: Sequence[str] = (),
     name: str | None = None,
     strict: bool = False,
@@ -153,7 +161,7 @@ def read_table(
         source: a table, see `mlopt.recipes.tapweight.tables.table_of`: a file, a folder of a data set, or a `datasets.Dataset`.
         text: the column of the text, or the two columns of a pair; by default "text", "text_a" and "text_b", "sentence", or
             "sentence1" and "sentence2", the first that the file has.
-        label: the column of the label; by default "label" or "labels".
+        label: the column of the label, or the columns of several; by default "label" or "labels".
         missing: labels that stand for no label, such as "-1".
         name: the name of a data set in messages.
         strict: refuse a text that is empty or not Unicode, or has no label, instead of leaving its row out and reporting it.
@@ -164,6 +172,14 @@ def read_table(
     Raises:
         DataError: the file cannot be used; the message names the file, the row, its content and the remedy.
         FileNotFoundError: there is no such file.
+
+    Example:
+        >>> from mlopt.recipes.tapweight.text import read_table
+        >>> with open("reports.csv", "w") as file:
+        ...     file.writelines(["text,urgent,solved\\n", "fire,1,0\\n", "rain,0,\\n", "sun,,\\n"])
+        >>> reports = read_table("reports.csv", label=["urgent", "solved"])
+        >>> reports.cells(), reports.skipped
+        ([('1', '0'), ('0', None)], (Skipped(row=4, reason='the label is missing'),))
     """
     table = table_of(source, name=name)
     if label is None:
@@ -176,7 +192,7 @@ def from_dataset(
     dataset: Any,
     *,
     text: Sequence[str] | None = None,
-    label: str | None = "label",
+    label: str | Sequence[str] | None = "label",
     name: str = "the data set",
     strict: bool = False,
 ) -> Texts:
@@ -185,7 +201,7 @@ def from_dataset(
     Args:
         dataset: one split. Labels of a column of classes become their names; a negative one is missing.
         text: as in `read_table`.
-        label: the column of the label; None for an unlabelled corpus.
+        label: the column of the label, or the columns of several; None for an unlabelled corpus.
         name: its name in messages.
         strict: as in `read_table`.
 
@@ -206,15 +222,41 @@ def _table(source: str | os.PathLike[str] | Any) -> Table:
     return list_of(Path(source), "text")
 
 
-def _read(table: Table, text: Sequence[str] | None, label: str | None, missing: Sequence[str], strict: bool) -> Texts:
-    """Return the texts of a table, with their labels if a column of labels is named."""
-    header, source = table.header, table.source
+def _read(
+    table: Table,
+    text: Sequence[str] | None,
+    label: str | Sequence[str] | None,
+    missing: Sequence[str],
+    strict: bool,
+) -> Texts:
+    """Return the texts of a table, with their labels if columns of labels are named."""
     places = _text_places(table, text, "--text")
+    labels: tuple[int, ...] = ()
     if label is not None:
-        places["label"] = column_of(source, header, label, "name the column by --label")
-    records = ((row, {key: cells[place] for key, place in places.items()}) for row, cells in table.records())
-    texts = _gathered(records, source, notes=table.notes, missing=missing, strict=strict)
-    return attrs.evolve(texts, label_name=header[places["label"]]) if "label" in places else texts
+        labels = _label_places(table, [label] if isinstance(label, str) else label, places.values())
+
+    def example(cells: Sequence[Any]) -> Example:
+        made = {key: cells[place] for key, place in places.items()}
+        own = tuple(None if is_empty(cells[place], missing) else cells[place] for place in labels)
+        return {**made, "label": own if len(own) > 1 else own[0]} if own else made
+
+    records = ((row, example(cells)) for row, cells in table.records())
+    texts = _gathered(records, table.source, notes=table.notes, strict=strict)
+    return attrs.evolve(texts, label_names=tuple(table.header[place] for place in labels)) if labels else texts
+
+
+def _label_places(table: Table, labels: Sequence[str], texts: Collection[int]) -> tuple[int, ...]:
+    """Return the index of each column of labels."""
+    remedy = "name the column by --labels"
+    if not labels:
+        header = ", ".join(map(shown, table.header))
+        raise DataError(f"{table.source}: labels={list(labels)!r} names no column; there are {header}; {remedy}")
+    places = tuple(column_of(table.source, table.header, label, remedy) for label in labels)
+    if len(set(places)) < len(places) or set(places) & set(texts):
+        raise DataError(
+            f"{table.source}: labels={list(labels)!r} must be different columns, not those of the text; correct --labels"
+        )
+    return places
 
 
 def _text_places(table: Table, columns: Sequence[str] | None, option: str) -> dict[str, int]:
@@ -237,7 +279,6 @@ def _gathered(
     source: str,
     *,
     notes: tuple[str, ...],
-    missing: Sequence[str] = (),
     **options: Any,
 ) -> Texts:
     """Check the examples; leave out those without a text, a whole one, or a label. `options` are those of `gather`."""
@@ -249,11 +290,15 @@ def _gathered(
                     f"{source}, row {row}: {record[key]!r} is not text; give strings, or name another column by --text"
                 )
         check_texts(_texts(record))
-        if "label" in record and is_empty(record["label"], missing):
+        if "label" in record and _is_missing(record["label"]):
             raise UnusableError("the label is missing")
         return record
 
     return Texts(**gather(records, example, source, noun="text", **options), notes=notes)
+
+
+def _is_missing(label: Any) -> bool:
+    return all(cell is None for cell in label) if isinstance(label, tuple) else label is None
 
 
 def _texts(example: Example) -> list[Any]:

@@ -92,7 +92,8 @@ def demonstration(seed: int) -> TapWeight:
     return TapWeight(
         encoder,
         [*(make_objective(name, encoder.tokenizer) for name in BUILT_IN), ModuleOf()],
-        TextTask(splits, encoder.collate),  # type: ignore[arg-type]
+        # The documentation differs from Python to Python, and a short training split may lack a kind.
+        TextTask(splits, encoder.collate, classes=sorted({text.kind for text in labelled if text.kind})),  # type: ignore[arg-type]
         _corpus(rest),
         settings=SETTINGS,
         seed=seed,

@@ -10,6 +10,7 @@ import datasets
 from ..files import DataError
 from ..names import suggestion
 from ..splits import random_split
+from ..tables import is_folder
 from .data import from_dataset
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def glue(
 
     Source: Wang et al., "GLUE", ICLR 2019.
     """
+    if name not in GLUE and is_folder(name):
+        raise DataError(f"dataset={name!r} is a folder, not a task of GLUE; give it by --train")
     if name not in GLUE:
         raise DataError(f"dataset={name!r} is not a task of GLUE{suggestion(name, GLUE)}")
     task = GLUE[name]

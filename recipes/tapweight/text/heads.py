@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["ClassifierHead", "LinearHead", "ModelError", "OwnHead", "TiedHead", "linear_head"]
+__all__ = ["ClassifierHead", "LinearHead", "ModelError", "OwnHead", "Problem", "TiedHead", "linear_head"]
+
+#: The kinds of labels of a model of `AutoModelForSequenceClassification`.
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 class ModelError(MloptError, ValueError):
@@ -68,21 +71,19 @@ class ClassifierHead(nn.Module):
         self.model = model
 
     @classmethod
-    def new(cls, encoder: nn.Module, outputs: int, *, several: bool = False) -> ClassifierHead:
+    def new(cls, encoder: nn.Module, outputs: int, problem: Problem) -> ClassifierHead:
         """Return a new head for an encoder of transformers.
 
         Args:
             encoder: the encoder.
-            outputs: the number of classes; 1 for a number.
-            several: True if a text has any number of classes.
+            outputs: the number of outputs.
+            problem: the name that transformers has for the kind of the labels.
 
         Raises:
             ModelError: transformers has no such head for the encoder, or the encoder lacks a part that the head needs.
         """
         config: Any = copy.deepcopy(encoder.config)
-        config.num_labels = outputs
-        one = "single_label_classification" if outputs > 1 else "regression"
-        config.problem_type = "multi_label_classification" if several else one
+        config.num_labels, config.problem_type = outputs, problem
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=next(encoder.parameters()).dtype)
         except ValueError as error:

@@ -23,16 +23,18 @@ from ..tables import table_of
 from .chunks import chunked
 from .data import Texts, read_corpus, read_table
 from .encoder import TextEncoder
+from .multi import MultiTextTask
 from .objectives import DEFAULT, OBJECTIVES, make_objective
-from .splitting import Method, divided, meaning_of, remarks_of
+from .splitting import Method, divided, meanings, remarks_of
 from .task import TextTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..examples import Skipped
-    from ..labels import Kind
+    from ..labels import Kind, Labels
     from ..task import Split
+    from .on_texts import OnTexts
 
 __all__ = ["Data", "EncoderSettings", "Settings", "TextConfiguration", "TextModality", "main"]
 
@@ -52,16 +54,16 @@ class Data(LabelledData):
         sentences: split each text of the corpus into sentences, an example each; sentence_position and same_document require it.
         train: labelled texts: a table as for --corpus, or a folder of a data set (`datasets`), with a column "text" (or "text_a"
             and "text_b") and a column "label". They are split into training, validation and test, unless --valid and --test are
-            given.
+            given, or the folder has a data set for each.
         valid: labelled texts for validation; requires --test.
         test: labelled texts for the final score; requires --valid.
         dataset: a task of GLUE in place of --train, such as cola, mrpc or stsb; fetched if it is missing.
         text: the column of the text, or the two columns of a pair.
-        label: the column of the label, or of lists of labels.
-        missing: labels that stand for no label, such as -1; their rows are left out.
+        labels: the column of the label, or of lists of labels; or several columns, all of two classes or all of numbers.
+        missing: cells that stand for no label, such as -1; a row without any label is left out.
         kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: accuracy, f1, macro_f1, micro_f1, matthews, roc_auc or pr_auc for classification, pearson, spearman,
-            rmse, mae or r2 for regression.
+            rmse, mae or r2 for regression. Of several columns, their mean.
         class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
         split: the split of --train: at random, with equal shares of each class (stratified) or not (random).
         split_fractions: the fractions of training, validation and test.
@@ -70,7 +72,7 @@ class Data(LabelledData):
         strict: stop at an empty text or a missing label in --corpus or the labelled files, instead of leaving its row out.
     """
 
-    file_options: ClassVar[tuple[str, ...]] = (*LabelledData.file_options, "text", "missing")
+    file_options: ClassVar[tuple[str, ...]] = (*LabelledData.file_options, "text", "labels", "missing")
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the texts of --train)")] = None
     sentences: bool = False
@@ -78,9 +80,16 @@ class Data(LabelledData):
         tuple[str, ...] | None,
         arg(metavar="COLUMN [COLUMN]", help_behavior_hint='(default: "text", or a pair\'s columns)'),
     ] = None
-    label: Annotated[str | None, arg(metavar="COLUMN", help_behavior_hint='(default: "label" or "labels")')] = None
+    labels: Annotated[
+        tuple[str, ...] | None,
+        arg(metavar="COLUMN [COLUMN ...]", aliases=["--label"], help_behavior_hint='(default: "label" or "labels")'),
+    ] = None
     metric: Annotated[
-        MetricName | None, arg(metavar="NAME", help_behavior_hint="(default: accuracy, micro_f1 or pearson)")
+        MetricName | None,
+        arg(
+            metavar="NAME",
+            help_behavior_hint="(default: accuracy, micro_f1 or pearson; of several columns roc_auc or rmse)",
+        ),
     ] = None
     split: Method = "stratified"
 
@@ -156,12 +165,12 @@ class TextConfiguration(Configuration[Data, EncoderSettings]):
 
 @attrs.frozen(kw_only=True)
 class _Labelled:
-    """The labelled texts of a task, and its options; `skipped` holds the rows left out of a file that was divided."""
+    """The labelled texts of a task, and its options; of a file that was divided, the labels and the rows left out."""
 
     splits: dict[Split, Texts]
     metric: str | None
     kind: Kind | None
-    classes: tuple[str, ...] = ()
+    labels: tuple[Labels, ...] = ()
     remarks: tuple[str, ...] = ()
     divided: tuple[tuple[str, tuple[Skipped, ...]], ...] = ()
 
@@ -181,7 +190,8 @@ class TextModality(Modality[TextConfiguration]):
     def read(self, say: Callable[[str], None]) -> None:
         """Read the labelled texts and the corpus, and check that the encoder and the tasks can be built."""
         data, seeds = self.configuration.data, self.configuration.seeds
-        self._read = {seed: self._labelled(seed) for seed in seeds}
+        files = data.files(say)
+        self._read = {seed: self._labelled(seed, files) for seed in seeds}
         self._corpus = None
         if data.corpus is not None:
             self._corpus = read_corpus(data.corpus, strict=data.strict, limit=data.corpus_limit)
@@ -209,7 +219,7 @@ class TextModality(Modality[TextConfiguration]):
             seed=seed,
         )
 
-    def _labelled(self, seed: int) -> _Labelled:
+    def _labelled(self, seed: int, files: dict[Split, Path]) -> _Labelled:
         """Read the labelled texts, and divide those of one file."""
         data = self.configuration.data
         if data.dataset is not None:
@@ -219,46 +229,44 @@ class TextModality(Modality[TextConfiguration]):
             return _Labelled(splits=splits, metric=data.metric or metric, kind=data.kind)
         options: dict[str, Any] = {
             "text": data.text,
-            "label": data.label,
+            "label": data.labels,
             "missing": data.missing,
             "strict": data.strict,
         }
-        files = {"train": data.train, "valid": data.valid, "test": data.test}
-        texts: dict[Any, Texts] = {
-            split: read_table(file, **options) for split, file in files.items() if file is not None
-        }
+        texts = {split: read_table(file, **options) for split, file in files.items()}
         if "valid" in texts:
             return _Labelled(splits=texts, metric=data.metric, kind=data.kind)
         whole = texts["train"]
-        meaning = meaning_of(whole, data.kind)
+        labels = meanings(whole, data.kind)
         if data.splits is not None:
             parts = listed_split(data.splits, whole.source, whole.record_numbers())
         elif data.split_column is not None:
             parts = named_split(table_of(data.train), data.split_column, whole.record_numbers())
         else:
-            parts = divided(whole, meaning, data.split, data.split_fractions, seed=seed)
+            parts = divided(whole, labels, data.split, data.split_fractions, seed=seed)
         return _Labelled(
             splits={split: whole.subset(rows) for split, rows in parts.items()},
             metric=data.metric,
             # Those of the whole file: a split may lack a rare class, or all numbers that are not whole.
-            kind="regression" if meaning.form == "numbers" else data.kind,
-            classes=meaning.classes,
-            remarks=tuple(remarks_of(whole, meaning)),
+            kind="regression" if labels[0].form == "numbers" else data.kind,
+            labels=labels,
+            remarks=tuple(remarks_of(whole, labels)),
             divided=((whole.source, whole.skipped),),
         )
 
-    def _task(self, seed: int, encoder: TextEncoder) -> TextTask:
+    def _task(self, seed: int, encoder: TextEncoder) -> OnTexts:
         read, data = self._read[seed], self.configuration.data
-        return TextTask(
-            read.splits,
-            encoder.collate,
-            kind=read.kind,
-            metric=read.metric,
-            classes=read.classes,
-            remarks=read.remarks,
-            head=self.configuration.encoder.head,
-            class_weights=data.class_weights,
-        )
+        options: dict[str, Any] = {
+            "kind": read.kind,
+            "metric": read.metric,
+            "remarks": read.remarks,
+            "head": self.configuration.encoder.head,
+            "class_weights": data.class_weights,
+        }
+        if len(read.splits["train"].label_names) > 1:
+            return MultiTextTask(read.splits, encoder.collate, labels=read.labels, **options)
+        classes = read.labels[0].classes if read.labels else ()
+        return TextTask(read.splits, encoder.collate, classes=classes, **options)
 
     def _chosen_length(self, encoder: TextEncoder, say: Callable[[str], None]) -> int:
         """Return the tokens of the longest labelled text, at least 128, at most what the encoder takes; say so if it is more."""

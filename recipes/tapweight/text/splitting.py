@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..labels import labels_of, name_of
+from ..labels import is_empty, meanings_of, name_of
 from ..repetition import repetitions
 from ..splits import EIGHT_ONE_ONE, random_split, stratified_split
 
@@ -16,24 +16,28 @@ if TYPE_CHECKING:
     from .batches import Example
     from .data import Texts
 
-__all__ = ["Method", "content", "divided", "meaning_of", "remarks_of"]
+__all__ = ["Method", "content", "divided", "meanings", "remarks_of"]
 
 Method = Literal["stratified", "random"]
 
 
-def meaning_of(texts: Texts, kind: Kind | None = None) -> Labels:
-    """Return the meaning of the labels of a file.
+def meanings(texts: Texts, kind: Kind | None = None) -> tuple[Labels, ...]:
+    """Return the meaning of each column of labels of a file.
 
     Raises:
-        DataError: as `labels_of`.
+        DataError: as `meanings_of`.
     """
-    column = [(row, example["label"]) for row, example in zip(texts.rows, texts.examples, strict=True)]
-    return labels_of(texts.source, texts.label_name, column, kind=kind)
+    columns = zip(*texts.cells(), strict=True)
+    named = [
+        (name, list(zip(texts.rows, column, strict=True)))
+        for name, column in zip(texts.label_names, columns, strict=True)
+    ]
+    return meanings_of(texts.source, named, kind=kind)
 
 
 def divided(
     texts: Texts,
-    meaning: Labels,
+    labels: Sequence[Labels],
     method: Method = "stratified",
     fractions: Sequence[float] = EIGHT_ONE_ONE,
     *,
@@ -43,8 +47,9 @@ def divided(
 
     Args:
         texts: labelled texts.
-        meaning: of their labels.
-        method: "stratified": at random, with equal shares of each class, where each text has one class; or "random".
+        labels: the meaning of each column of their labels.
+        method: "stratified": at random, with equal shares of each class (of several columns, of each combination), where each
+            column has one class a text; or "random".
         fractions: of train, valid and test.
         seed: the seed.
 
@@ -52,9 +57,9 @@ def divided(
         DataError: the fractions are wrong, or a split would be empty.
     """
     groups = [content(example) for example in texts]
-    if method == "random" or meaning.form not in ("binary", "classes"):
+    if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
         return random_split(len(texts), fractions, seed, groups)
-    return stratified_split([name_of(example["label"]) for example in texts], fractions, seed, groups)
+    return stratified_split([tuple(map(name_of, cells)) for cells in texts.cells()], fractions, seed, groups)
 
 
 def content(example: Example) -> tuple[str, ...]:
@@ -62,10 +67,10 @@ def content(example: Example) -> tuple[str, ...]:
     return tuple(example[key].strip() for key in ("text", "text_b") if key in example)
 
 
-def remarks_of(texts: Texts, meaning: Labels) -> list[str]:
+def remarks_of(texts: Texts, labels: Sequence[Labels]) -> list[str]:
     """Return sentences on how a file and its labels were read, and on texts that are listed more than once."""
     sentences = [texts.summary()] if texts.skipped or texts.notes else []
-    sentences += meaning.remarks()
+    sentences += [remark for each in labels for remark in each.remarks()]
     keys = [" | ".join(content(example)) for example in texts]
-    labels = [[name_of(example["label"])] for example in texts]
-    return sentences + repetitions(texts, keys, labels, [texts.label_name])
+    written = [[None if is_empty(cell) else name_of(cell) for cell in cells] for cells in texts.cells()]
+    return sentences + repetitions(texts, keys, written, texts.label_names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -18,27 +18,28 @@ from ..files import DataError
 from ..labels import Form, Kind
 from ..metrics import measure_of, measures_of
 from ..predictions import Target
-from ..repetition import shared
-from ..task import ClassWeights, Split, Task, balanced_weights, check_class_weights
-from .data import Texts, read_table
-from .encoder import TextEncoder
-from .heads import ClassifierHead, linear_head
-from .predictor import Predictor, outputs_of
-from .splitting import content, meaning_of
+from ..task import ClassWeights, Split, balanced_weights, check_class_weights
+from .data import Texts
+from .on_texts import HeadName, OnTexts, check_texts_of_task
+from .splitting import meanings
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
 
     from ..encoder import Encoder
     from ..labels import Labels
-    from ..predictor import Member
-    from .batches import Batch, Collate, Example
+    from .batches import Batch, Collate
+    from .heads import Problem
 
 __all__ = ["SplitScore", "TextTask"]
 
 #: The metric of a form of labels if none is named.
 _DEFAULTS: dict[Form, str] = {"classes": "accuracy", "several": "micro_f1", "numbers": "pearson"}
+_PROBLEMS: dict[Form, Problem] = {
+    "classes": "single_label_classification",
+    "several": "multi_label_classification",
+    "numbers": "regression",
+}
 
 
 class SplitScore(Metric):
@@ -77,7 +78,7 @@ class SplitScore(Metric):
         return self._function(dim_zero_cat(self.outputs), dim_zero_cat(self.labels))
 
 
-class TextTask(Task):
+class TextTask(OnTexts):
     """Predict a class of a text, or of a pair of texts, any number of classes, or a number.
 
     Numbers are standardised by the mean and the (population) standard deviation of the training split.
@@ -106,9 +107,6 @@ class TextTask(Task):
             and others are not.
     """
 
-    splits: Mapping[Split, Sequence[Example]]
-    noun = "texts"
-
     def __init__(
         self,
         splits: Mapping[Split, Texts],
@@ -118,25 +116,14 @@ class TextTask(Task):
         metric: str | None = None,
         classes: Sequence[str] | None = None,
         dropout: float = 0.1,
-        head: Literal["linear", "classifier"] = "linear",
+        head: HeadName = "linear",
         class_weights: ClassWeights = "none",
         remarks: Sequence[str] = (),
     ) -> None:
-        if set(splits) != {"train", "valid", "test"}:
-            raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
-        for texts in splits.values():
-            if not all("label" in example for example in texts):
-                raise DataError(f"{texts.source}: there are no labels; a task needs them")
-        pairs = any("text_b" in example for example in splits["train"])
-        for split, texts in splits.items():
-            if any(("text_b" in example) is not pairs for example in texts):
-                here, there = ("single texts", "pairs") if pairs else ("pairs", "single texts")
-                raise DataError(f"{texts.source}: '{split}' has {here}, 'train' has {there}; give all the same columns")
-        if kind not in (None, "classification", "regression"):
-            raise DataError(f"kind={kind!r}: give classification or regression by --kind")
-        if head not in ("linear", "classifier"):
-            raise DataError(f"head={head!r}: give linear or classifier by --head")
-        meaning = meaning_of(splits["train"], kind)
+        check_texts_of_task(splits, kind, head)
+        if len(names := splits["train"].label_names) > 1:
+            raise DataError(f"{splits['train'].source}: the labels are {', '.join(names)}; MultiTextTask takes several")
+        (meaning,) = meanings(splits["train"], kind)
         stated = [] if classes else meaning.remarks()
         if classes:
             meaning = attrs.evolve(
@@ -152,61 +139,27 @@ class TextTask(Task):
         self.metric_name = _DEFAULTS[self.form] if metric is None else metric
         self.greater_is_better = measure_of(self.metric_name, self.form).greater_is_better
         self.classes, self.label_name = meaning.classes, meaning.name
-        super().__init__({split: _labelled(texts, meaning) for split, texts in splits.items()})
-        self.collate_texts, self.dropout, self.own_head = collate, dropout, head == "classifier"
+        super().__init__(
+            splits,
+            (meaning,),
+            _label,
+            collate,
+            several=False,
+            head=head,
+            dropout=dropout,
+            outputs=len(meaning.classes) or 1,
+            problem=_PROBLEMS[self.form],
+            remarks=[*remarks, *stated],
+        )
         labels = [example["label"] for example in self.splits["train"]]
         self.mean, self.std = _standardisation(splits["train"], labels, self.kind)
         self.class_weights = None
         if check_class_weights(class_weights, self.form) == "balanced":
             self.class_weights = balanced_weights(torch.bincount(torch.tensor(labels), minlength=len(self.classes)))
-        read = [texts.summary() for texts in splits.values() if texts.skipped or texts.notes]
-        self.remarks = [*remarks, *stated, *read, *shared(splits, content)]
-        self.skipped = [(texts.source, texts.skipped) for texts in splits.values()]
-        for split, examples in self.splits.items():
-            self.remarks += collate.remark(examples, splits[split].name)
-
-    @classmethod
-    def from_files(
-        cls,
-        train: str | os.PathLike[str],
-        valid: str | os.PathLike[str],
-        test: str | os.PathLike[str],
-        collate: Collate,
-        *,
-        text: Sequence[str] | None = None,
-        label: str | None = None,
-        strict: bool = False,
-        **options: Any,
-    ) -> TextTask:
-        """Read a task from three files.
-
-        Args:
-            train, valid, test: tables, see `read_table`.
-            collate, options: as in the constructor.
-            text, label, strict: as in `read_table`.
-
-        Raises:
-            DataError: as in `read_table` and the constructor.
-        """
-        files = {"train": train, "valid": valid, "test": test}
-        texts = {split: read_table(file, text=text, label=label, strict=strict) for split, file in files.items()}
-        return cls(texts, collate, **options)  # type: ignore[arg-type]
-
-    def collate(self, examples: list[Example]) -> Batch:
-        """Join texts into a batch."""
-        return self.collate_texts(examples)
-
-    def head(self, encoder: Encoder) -> nn.Module:
-        """Build a head to logits (B, C), or one number (B, 1)."""
-        count = len(self.classes) or 1
-        if not self.own_head:
-            return linear_head(encoder.width, count, self.dropout)
-        assert isinstance(encoder, TextEncoder)
-        return ClassifierHead.new(encoder.model, count, several=self.form == "several")
 
     def outputs(self, encoder: Encoder, head: nn.Module, batch: Batch) -> Tensor:
         """Return logits (B, C), or standardised predictions (B,)."""
-        outputs = outputs_of(encoder, head, batch)
+        outputs = super().outputs(encoder, head, batch)
         return outputs if self.classes else outputs.squeeze(1)
 
     def targets(self, batch: Batch) -> Tensor:
@@ -249,17 +202,13 @@ class TextTask(Task):
             outputs, targets = outputs * self.std + self.mean, targets.double()
         return {self.label_name: measures_of(self.form, outputs, targets)}
 
-    def predictor(self, members: Sequence[Member]) -> Predictor | None:
-        """Return the predictor of finetuned models; None for encoders of another class than `TextEncoder`."""
-        if not all(isinstance(encoder, TextEncoder) for encoder, _ in members):
-            return None
-        columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
+    def target(self) -> Target:
+        """Return the meaning of the outputs for a predictor."""
         if self.form == "several":
-            return Predictor(members, Target.binary(self.classes), columns)
+            return Target.binary(self.classes)
         if self.classes:
-            return Predictor(members, Target(form="classes", labels=(self.label_name,), classes=self.classes), columns)
-        target = Target(form="numbers", labels=(self.label_name,), mean=(self.mean,), std=(self.std,))
-        return Predictor(members, target, columns)
+            return Target(form="classes", labels=(self.label_name,), classes=self.classes)
+        return Target(form="numbers", labels=(self.label_name,), mean=(self.mean,), std=(self.std,))
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
@@ -282,19 +231,7 @@ def _check_shapes(outputs: Tensor, labels: Tensor, classes: int, several: bool) 
         )
 
 
-def _labelled(texts: Texts, meaning: Labels) -> Texts:
-    """Return the texts with their labels as numbers."""
-    examples = []
-    for row, example in zip(texts.rows, texts.examples, strict=True):
-        try:
-            examples.append({**example, "label": _label(example["label"], meaning)})
-        except DataError as error:
-            place = f"{texts.source}, row {row}, column {shown(meaning.name)}"
-            raise DataError(f"{place}: {error}; correct it, or leave the row out") from None
-    return attrs.evolve(texts, examples=tuple(examples))
-
-
-def _label(cell: Any, meaning: Labels) -> int | float | list[float]:
+def _label(meaning: Labels, cell: Any) -> int | float | list[float]:
     """Return a label as a number, or as a 0 or 1 for each of several classes."""
     if meaning.is_missing(cell):
         raise DataError(f"the label is missing: {shown(cell)} stands in its place, see --missing")
@@ -311,6 +248,6 @@ def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple
     std = float(values.std(correction=0))
     if std == 0:
         raise DataError(
-            f"{texts.source}: all labels are {labels[0]:g}: nothing can be learnt; give another column by --label"
+            f"{texts.source}: all labels are {labels[0]:g}: nothing can be learnt; give another column by --labels"
         )
     return float(values.mean()), std

@@ -437,3 +437,19 @@ def test_a_stop_that_the_first_direction_hardly_meets_is_in_doubt(products: str)
     )
     (report,) = mlopt.hypergradient(problem).reports.values()
     assert report.doubtful
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("size", [1e-12, 1e-8, 1.0, 1e8])
+def test_a_stop_is_in_doubt_at_variables_of_any_size(products: str, size: float) -> None:
+    """Products by x, and their errors, are large if x is small. The gradient by one component of x is stopped."""
+
+    def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        u = x() / size
+        weights = torch.cat([u[:3], u[3:].detach()]).exp()
+        return (weights * (module().cosh() - 1).square()).sum() + (module() - u[:1]).square().sum()
+
+    problem = two(inner, torch.linspace(0.2, 0.8, 4), products, size * torch.linspace(0.5, 1.5, 4))
+    with pytest.warns(mlopt.TrustWarning, match="detach"):
+        (report,) = mlopt.hypergradient(problem).reports.values()
+    assert report.doubtful

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlopt.recipes.tapweight.files import DataError
-from mlopt.recipes.tapweight.labels import Labels, labels_of
+from mlopt.recipes.tapweight.labels import Labels, labels_of, meanings_of
 
 
 def of(*cells: Any, **options: Any) -> Labels:
@@ -112,6 +112,14 @@ def test_other_columns_are_refused(cells: tuple[Any, ...], options: dict[str, An
     with pytest.raises(DataError) as error:
         of(*cells, **options)
     assert sentence in str(error.value)
+
+
+def test_one_column_of_one_class_among_others_is_named() -> None:
+    columns = [("a", [(2, "yes"), (3, "no")]), ("b", [(2, "same"), (3, "same")])]
+    with pytest.raises(
+        DataError, match=r"a\.csv, column 'b': one class only, 'same': nothing can be learnt; leave it out"
+    ):
+        meanings_of("a.csv", columns)
 
 
 def test_the_kind_is_stated() -> None:

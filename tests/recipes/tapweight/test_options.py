@@ -78,6 +78,27 @@ def test_a_refusal_names_the_option_and_no_class(
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--steps many", "--steps='many'; it must be a whole number"),
+        ("--steps=many", "--steps='many'; it must be a whole number"),
+        ("--seed 1.5", "--seed='1.5'; it must be a whole number"),
+        ("--seeds 1 2 x", "--seeds='x'; it must be a whole number"),
+        ("--corpus-limit 1e3", "--corpus-limit='1e3'; it must be a whole number"),
+        ("--finetune-lr fast", "--finetune-lr='fast'; it must be a number"),
+        ("--split-fractions 0.8 0.1 rest", "--split-fractions='rest'; it must be a number"),
+        ("--seed -1", "--seed=[-1]; seeds are whole numbers from 0 to 4294967295"),
+    ],
+)
+def test_a_word_in_place_of_a_number_gets_one_sentence(
+    name: str, words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tapweight", name, *words.split()]) == 2
+    assert capsys.readouterr().err == f"mlopt: {sentence}\n"
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_the_help_lists_the_choices(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The metrics are listed in the text of the option: which of them fit depends on the labels."""
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlopt.recipes.tapweight.files import DataError
-from mlopt.recipes.tapweight.splits import listed_split, named_split, random_split, stratified_split
+from mlopt.recipes.tapweight.splits import folder_split, listed_split, named_split, random_split, stratified_split
 from mlopt.recipes.tapweight.tables import Table
 
 
@@ -85,7 +85,7 @@ def test_a_file_lists_the_splits(tmp_path: Path) -> None:
         ('{"train": [0, 1], "valid": [1], "test": [2]}', "row 1 is listed twice"),
         (
             '{"train": [0], "valid": [9], "test": [2]}',
-            r"a\.csv has no row 9 \(the first is 0\); give the file of the split as",
+            r"a\.csv has no row 9 \(the first is 0\); give the splits\.json of a run on it by --splits",
         ),
         ('{"train": [0], "valid": [], "test": [2]}', r"no row of a\.csv is in valid"),
         ("{", "not valid JSON"),
@@ -100,3 +100,26 @@ def test_another_list_is_refused(content: str, sentence: str, tmp_path: Path) ->
 def test_a_missing_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"No such file or directory; give the path of a splits\.json by --splits"):
         listed_split(tmp_path / "none.json", "a.csv", [0])
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train", "validation", "test"), {"train": "train", "valid": "validation", "test": "test"}),
+        (("Training", "dev", "test", "unsupervised"), {"train": "Training", "valid": "dev", "test": "test"}),
+        (("train", "test"), None),
+        (("train", "dev", "val", "test"), None),
+    ],
+)
+def test_a_folder_holds_the_splits(names: tuple[str, ...], splits: dict[str, str] | None, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
+    if splits is not None:
+        assert list(folder_split(tmp_path).items()) == [(split, tmp_path / name) for split, name in splits.items()]
+        return
+    first = min(names)
+    with pytest.raises(
+        DataError, match=rf"holds the data sets {first}, .*, not one each of .* such as .*/{first}, which"
+    ):
+        folder_split(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 from pathlib import Path
 
 import attrs
+import datasets
 import pytest
 import torch
 from command_cases import SMILES, Case, load, output_of_process, same_run, succeed
@@ -92,6 +94,40 @@ def test_a_data_set_of_molecule_net(molecules: Case, tmp_path: Path) -> None:
     files = f"--corpus {molecules.folder / 'corpus.smi'} --dataset ESOL --root {tmp_path} --output {tmp_path / 'net'}"
     succeed([*molecules.command, *files.split(), *molecules.fast.split(), "--metric", "mae"])
     assert load(tmp_path, "net", "scores.json")["metric"] == "mae"
+    # The split of that run, and one that leaves rows out.
+    split = load(tmp_path, "net", "splits.json")
+    (tmp_path / "own.json").write_text(json.dumps({**split, "test": split["test"][1:]}))
+    for name, listed in (("net", split), ("own", {**split, "test": split["test"][1:]})):
+        file = tmp_path / "net" / "splits.json" if name == "net" else tmp_path / "own.json"
+        again = f"{files}-{name} --splits {file} --split scaffold --seed 5"
+        succeed([*molecules.command, *again.split(), *molecules.fast.replace("--split random", "").split()])
+        assert load(tmp_path, f"net-{name}", "splits.json") == listed
+
+
+def test_a_folder_with_a_data_set_for_each_split(
+    molecules: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"validation": SMILES[:6], "train": SMILES[6:30], "test": SMILES[30:], "more": SMILES[:2]}
+    made = {
+        name: datasets.Dataset.from_dict({"smiles": own, "length": [len(x) / 10 for x in own]})
+        for name, own in parts.items()
+    }
+    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "data"))
+    options = f"--corpus {molecules.folder / 'corpus.smi'} --train {tmp_path / 'data'} --output {tmp_path / 'run'}"
+    command = [*molecules.command, *options.split(), *molecules.fast.split()]
+    succeed(command)
+    stated = f"Splits: train, validation, test of {tmp_path / 'data'}; not read: more."
+    assert stated in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "run" / "predictions.csv").open() as stream:
+        assert [row["smiles"] for row in csv.DictReader(stream)] == SMILES[30:]
+    assert cli.main([*command, "--overwrite", "--split-column", "length"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "holds the data sets more, test, train, validation; give one of them as --train, or leave out --split-c"
+        in message
+    )
+    assert cli.main([*molecules.command, *options.replace("--train", "--dataset").split(), "--overwrite"]) == 2
+    assert "is a folder, not a MoleculeNet data set; give it by --train" in capsys.readouterr().err
 
 
 def interrupted_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

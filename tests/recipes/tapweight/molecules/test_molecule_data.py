@@ -203,9 +203,9 @@ def test_file_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet: not a file of Parquet"):
         read_corpus(write(tmp_path, "a.parquet", "C\n"))
     with pytest.raises(
-        DataError, match=r"suffix '\.smi' is not one of \.csv, \.tsv, \.jsonl, \.json, \.parquet, \.sdf, also"
+        DataError, match=r"suffix '\.txt' is not one of \.csv, \.tsv, \.jsonl, \.json, \.parquet, \.sdf, \.smi, also"
     ):
-        read_table(write(tmp_path, "a.smi", "C\n"))
+        read_table(write(tmp_path, "a.txt", "C\n"))
     with pytest.raises(DataError, match="a corpus of one molecule is too small"):
         read_corpus(write(tmp_path, "one.smi", "C\n"))
     whole = gzip.compress(b"smiles,y\nC,1\n" * 100)

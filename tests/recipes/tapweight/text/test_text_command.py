@@ -75,6 +75,24 @@ def test_a_task_of_glue_by_its_name(text: Case, monkeypatch: pytest.MonkeyPatch,
     assert " texts of GLUE cola train\n" in card
 
 
+def test_a_folder_with_a_data_set_for_each_split(
+    text: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"train": sentences(24, 0), "dev": sentences(8, 1), "test": sentences(9, 2)}
+    made = {
+        name: datasets.Dataset.from_dict({"text": [t for t, _ in rows], "label": [y for _, y in rows]})
+        for name, rows in parts.items()
+    }
+    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "data"))
+    more = f"--model {text.folder / 'model'} --train {tmp_path / 'data'} {text.fast} --output {tmp_path / 'run'}"
+    succeed([*COMMAND, *more.split()])
+    assert "texts: 24 train, 8 valid, 9 test" in " ".join(capsys.readouterr().out.split())
+    rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == [own for own, _ in parts["test"]]
+    assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--splits=b"]) == 2
+    assert "--splits requires --train; the data set of --dataset has its own" in capsys.readouterr().err
+
+
 def test_truncated_texts_are_reported(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
     text.run("cut", "--max-length", "6")
     printed = capsys.readouterr().out
@@ -117,8 +135,9 @@ def test_a_missing_required_option_is_named(missing: str, capsys: pytest.Capture
 def test_valid_and_test_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--model=a", "--train=a.csv", "--output=a", "--valid=b.csv"]) == 2
     assert "--valid is given without --test; give both, or neither" in capsys.readouterr().err
-    assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--text=b"]) == 2
-    assert "--text requires --train; the data set of --dataset has its own" in capsys.readouterr().err
+    for option in ("text", "labels"):
+        assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", f"--{option}=b"]) == 2
+        assert f"--{option} requires --train; the data set of --dataset has its own" in capsys.readouterr().err
 
 
 def test_missing_keys_of_a_configuration_are_the_defaults_of_text(tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.text.chunks import chunked
 from mlopt.recipes.tapweight.text.data import Texts, read_corpus, read_table
-from mlopt.recipes.tapweight.text.splitting import divided, meaning_of, remarks_of
+from mlopt.recipes.tapweight.text.splitting import divided, meanings, remarks_of
 from mlopt.recipes.tapweight.text.task import TextTask
 
 CASES = Path(__file__).parents[1] / "cases" / "text"
 
 
 def task_of(texts: Texts, **options: Any) -> TextTask:
-    meaning = meaning_of(texts)
-    splits = {split: texts.subset(rows) for split, rows in divided(texts, meaning).items()}
-    return TextTask(splits, encoder().collate, classes=meaning.classes, **options)
+    labels = meanings(texts)
+    splits = {split: texts.subset(rows) for split, rows in divided(texts, labels).items()}
+    return TextTask(splits, encoder().collate, classes=labels[0].classes, **options)
 
 
 def objects_of(name: str) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def test_rows_without_text_are_left_out_and_counted_also_if_one_file_is_divided(
     empty = [row for row, record in enumerate(objects_of("empty_rows.jsonl"), start=1) if not record["text"]]
     assert [each.row for each in texts.skipped] == empty
     assert len(empty) == 12
-    assert remarks_of(texts, meaning_of(texts))[0].startswith(
+    assert remarks_of(texts, meanings(texts))[0].startswith(
         "48 texts of empty_rows.jsonl; 12 skipped: row 1 (the text is empty)"
     )
 
@@ -100,9 +100,9 @@ def test_whole_scores_are_classes_only_with_a_line_that_states_it() -> None:
     rows = [{"text": f"text {k}", "label": k % 6} for k in range(60)]
     whole = Texts(examples=tuple(rows), rows=tuple(range(60)), source="a")
     stated = "label: 6 classes, 0, 1, 2, 3, 4, 5; give --kind regression if these are numbers to predict"
-    parts = {split: whole.subset(indices) for split, indices in divided(whole, meaning_of(whole)).items()}
+    parts = {split: whole.subset(indices) for split, indices in divided(whole, meanings(whole)).items()}
     assert TextTask(parts, encoder().collate).remarks[0] == stated
-    assert remarks_of(whole, meaning_of(whole)) == [stated]
+    assert remarks_of(whole, meanings(whole)) == [stated]
     numbers = TextTask(parts, encoder().collate, kind="regression")
     assert (numbers.form, numbers.remarks) == ("numbers", [])
 
@@ -138,9 +138,9 @@ def test_texts_that_are_listed_twice_stay_together_and_contradictions_are_named(
     rows = [(f"text {k}", "ab"[k % 2]) for k in range(30)] + [("text 0", "b"), (" text 1 ", "b")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
     texts = read_table(tmp_path / "a.jsonl")
-    splits = divided(texts, meaning_of(texts), "random")
+    splits = divided(texts, meanings(texts), "random")
     assert all(sum({first, second} <= set(own) for own in splits.values()) == 1 for first, second in ((0, 30), (1, 31)))
-    assert remarks_of(texts, meaning_of(texts)) == [
+    assert remarks_of(texts, meanings(texts)) == [
         "label: two classes, a, b; b is the positive one",
         "texts of a.jsonl listed more than once: 2",
         "of these, with different labels: 1; text 0 in rows 1, 31 (label: a, b)",

@@ -1,4 +1,4 @@
-"""The metric of a split of molecules: the mean over tasks, some of whose labels may be missing."""
+"""The metric of a split: the mean over tasks, some of whose labels may be missing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from mlopt.errors import ArgumentError
 
-from ..files import DataError
-from ..metrics import measure_of
+from .files import DataError
+from .metrics import measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..labels import Form
+    from .labels import Form
 
 __all__ = ["TaskMean", "by_task", "check_shapes"]
 
