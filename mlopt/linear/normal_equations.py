@@ -17,9 +17,9 @@ def normal_equations(
 ) -> tuple[Tensors, float, tuple[int, int], bool]:
     """Solve A^T A x = A^T b by conjugate gradients, for any A: the residual decreases in every iteration.
 
-    The condition number is squared, so this is for systems that other methods leave where they are. An iteration takes a product
-    with A and one with A^T, neither with A^T A itself (CGLS), which keeps the accuracy of A. Residuals and gradients are
-    normalised before each product, so that no square leaves the range of the dtype, whatever the units of A are.
+    The condition number is squared, so this is for systems on which other methods stagnate. An iteration takes a product with A
+    and one with A^T, and none with A^T A (CGLS), which keeps the accuracy of A. Residuals and gradients are normalised before
+    each product, so that no square leaves the range of the dtype, whatever the units of A are.
 
     Args:
         matrix: the products with A and A^T.

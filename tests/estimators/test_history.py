@@ -110,6 +110,22 @@ def test_in_single_precision() -> None:
     assert max(watch.errors) <= 1e-2
 
 
+def test_in_half_precision() -> None:
+    """The variables and the vectors of the solver are in bfloat16, the pairs in single precision."""
+    problem = cleaning(mlopt.ConjugateGradient(iterations=20, rtol=5e-2, history=12), dtype=torch.bfloat16)
+    seen: list[tuple[int, float]] = []
+
+    class Reports(mlopt.Callback):
+        def on_step_end(self, run: Any) -> None:
+            report = run.engine.gradients.reports["model"]
+            seen.append((report.products, report.residual))
+            assert run.engine.gradients.carryover.histories["model"].directions[0].dtype == torch.float32
+
+    mlopt.solve(problem, 25, callbacks=[Reports()], progress=False)
+    assert max(residual for _, residual in seen) <= 5e-2
+    assert sum(products for products, _ in seen[10:]) / 15 <= 1.5
+
+
 class Clamped(torch.optim.SGD):
     """Gradient descent with non-negative variables."""
 

@@ -192,7 +192,6 @@ def test_switches_and_data_are_checked(kind: Callable[..., Any], option: str, va
 def test_options_exist_only_where_they_have_a_meaning() -> None:
     for kind, option in [
         (mlopt.Identity, "warm_start"),
-        (mlopt.Identity, "compile"),
         (mlopt.Identity, "curvature_data"),
         (mlopt.Dense, "streamed"),
         (mlopt.Dense, "warm_start"),

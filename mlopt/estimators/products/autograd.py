@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,7 @@ from ...tensors import Tensors, zeros_like
 from .kernels import differentiable_kernels, graph_of, is_search_due, refuse_once_differentiable, right_kernels
 from .product import Product, name_kernels
 
-__all__ = ["AutogradProduct", "edges_of", "walk"]
-
-#: Where gradients enter their graph; None for a constant.
-Edges: TypeAlias = tuple[GradientEdge | None, ...]
-#: Such edges, and variables.
-Ends: TypeAlias = tuple[Sequence[GradientEdge | None], list[Tensor]]
+__all__ = ["AutogradProduct", "walk"]
 
 
 class AutogradProduct(Product):
@@ -29,21 +24,16 @@ class AutogradProduct(Product):
         super().__init__(term)
         self._gradients: dict[Block, Tensors] = {}
         #: In place of the gradients that were dropped, where they enter the graph; None for a constant.
-        self._edges: dict[Block, Edges] = {}
-        #: By blocks, where products begin and end; small levels take many of them.
-        self._ends: dict[tuple[tuple[Block, ...], tuple[Block, ...]], Ends] = {}
+        self._edges: dict[Block, tuple[GradientEdge | None, ...]] = {}
 
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        blocks = (tuple(direction), tuple(wanted))
-        if blocks not in self._ends:
-            mixed = self.term.mixed(direction, wanted, forward=False)
-            if mixed is not None:
-                return mixed
-            self._trace([block for block in direction if block not in self._gradients and block not in self._edges])
-            edges = [e for b in direction for e in self._edges.get(b) or edges_of(self._gradients[b])]
-            self._ends[blocks] = edges, [variable for block in wanted for variable in self.term.values[block]]
-        return walk(self._ends[blocks], direction, wanted, self.term.values)
+        mixed = self.term.mixed(direction, wanted, forward=False)
+        if mixed is not None:
+            return mixed
+        self._trace([block for block in direction if block not in self._gradients and block not in self._edges])
+        sources = {block: self._edges.get(block) or self._gradients[block] for block in direction}
+        return walk(sources, direction, wanted, self.term.values)
 
     @name_kernels
     def gradient(self, block: Block) -> Tensors:
@@ -55,7 +45,7 @@ class AutogradProduct(Product):
         return graph_of([gradient for vectors in self._gradients.values() for gradient in vectors])
 
     def forget_gradient(self) -> None:
-        self._edges |= {block: edges_of(vectors) for block, vectors in self._gradients.items()}
+        self._edges |= {block: _edges(vectors) for block, vectors in self._gradients.items()}
         self._gradients.clear()
 
     def known_gradient(self, block: Block) -> Tensors | None:
@@ -78,28 +68,35 @@ class AutogradProduct(Product):
         self._gradients |= gradients
 
 
-def edges_of(gradients: Tensors) -> Edges:
-    """Return where gradients enter their graph; None for constants."""
-    return tuple(get_gradient_edge(x) if x.requires_grad else None for x in gradients)
+def _edges(vectors: Tensors) -> tuple[GradientEdge | None, ...]:
+    return tuple(get_gradient_edge(x) if x.requires_grad else None for x in vectors)
 
 
-def walk(ends: Ends, direction: Vectors, wanted: Sequence[Block], values: Vectors) -> dict[Block, Tensors]:
-    """Return the derivatives of <gradients, direction> by the wanted blocks; the graph is kept.
+def walk(
+    sources: Mapping[Block, Sequence[Tensor | GradientEdge | None]],
+    direction: Vectors,
+    wanted: Sequence[Block],
+    values: Vectors,
+) -> dict[Block, Tensors]:
+    """Return the derivatives of <g, direction> by the wanted blocks; the graph is kept.
 
     Args:
-        ends: where the gradients by the direction's blocks enter the graph, and the variables of the wanted blocks.
-        direction: a vector for each gradient, by block.
-        wanted: the blocks.
-        values: the variables by block.
+        sources: g, by block: a gradient, or the edge at which it enters the graph; None for a constant.
+        direction: the vectors, by block.
+        wanted: the wanted blocks.
+        values: the variables, by block.
     """
-    edges, variables = ends
-    vectors = [vector for block in direction for vector in direction[block]]
-    pairs = [(edge, vector) for edge, vector in zip(edges, vectors, strict=True) if edge is not None]
+    pairs: list[tuple[Any, Tensor]] = [
+        (source, vector)
+        for block, vectors in direction.items()
+        for source, vector in zip(sources[block], vectors, strict=True)
+        if source is not None and (not isinstance(source, Tensor) or source.requires_grad)
+    ]
     if not pairs:
         return {block: zeros_like(values[block]) for block in wanted}
     flat = torch.autograd.grad(
-        [edge for edge, _ in pairs],
-        variables,
+        [source for source, _ in pairs],
+        [variable for block in wanted for variable in values[block]],
         grad_outputs=[vector for _, vector in pairs],
         retain_graph=True,
         allow_unused=True,

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ...errors import EstimatorError, ProblemError
 from ...problem import Block, Captures, LevelTerm, Vectors, cut, derivatives, setting
 from ...tensors import Tensors
-from .autograd import AutogradProduct, edges_of, walk
+from .autograd import AutogradProduct, walk
 from .checked import compiler_named, differs, is_due
 from .kernels import differentiable_kernels, uses_primitives
 from .product import Product, name_kernels
@@ -128,14 +128,12 @@ class _Compiled:
 
     def __init__(self, term: LevelTerm, direction: Vectors) -> None:
         blocks = sorted(term.blocks, key=str)
-        variables = [variable for block in blocks for variable in term.values[block]]
 
         def product(*vectors: Tensor) -> Tensors:
             with differentiable_kernels(term):
                 gradients = derivatives(term.plain_value(), list(direction), term.values, traced=True)
             along = cut(vectors, list(direction), term.values)
-            ends = edges_of(tuple([g for block in direction for g in gradients[block]])), variables
-            moved = walk(ends, along, blocks, term.values)
+            moved = walk(gradients, along, blocks, term.values)
             return tuple([x for block in blocks for x in moved[block]])
 
         self.vectors = tuple([x.detach() for block in direction for x in direction[block]])
