@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from ..errors import EstimatorError, NonFiniteError
-from ..linear import AssumedInverse, History, LinearSolver, MatVec
+from ..linear import AssumedInverse, History, LinearSolution, LinearSolver, MatVec
 from ..problem import (
     Block,
     Bounds,
@@ -23,9 +23,11 @@ from ..problem import (
     Report,
     Vectors,
     add_into,
+    cut,
 )
 from ..tensors import Tensors, norm, scale, zeros_like
 from .condition import Condition
+from .joint import joined, joint_system
 from .multiplier import MultiplierTerm
 from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .products.promotion import Copies, has_half, in_single_precision
@@ -47,6 +49,7 @@ class Implicit(Estimator):
         compile: True if torch.compile compiles products with a level's loss: all of "autograd" ones, and of "forward" ones that
             with the level's own Hessian.
         warm_start: True if `solve` starts each linear solve from the q of the previous outer step.
+        joint: True if one solve finds q and the response of the levels inside, which otherwise each product solves for.
         history: the number of pairs that `solve` keeps from one linear solve to the next; 0 for none.
         curvature_data: batches for the Hessian, of their own size; the level's batch if None. The mixed product is always
             taken on the level's batch. For a level without levels inside.
@@ -64,6 +67,7 @@ class Implicit(Estimator):
     products: str
     compile: bool = False
     warm_start: bool = False
+    joint: bool = False
     history: int = 0
 
     @property
@@ -173,6 +177,8 @@ class Stationarity(Linearization):
             "products='gauss_newton'": estimator.products == "gauss_newton",
             "curvature_data": estimator.curvature_data is not None,
             type(estimator).__name__: estimator.solver is None,
+            "damping or warm_start next to joint=True": estimator.joint
+            and (estimator.warm_start or self._solver.damping > 0),
         }.items():
             if given:
                 raise EstimatorError(
@@ -241,22 +247,42 @@ class Stationarity(Linearization):
         """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
         if not load:
             return {}
-        matvec: MatVec
+        if self._children and self._estimator.joint:
+            return self._solve_jointly(load)
         if self._children:
             _, load_left = self._complete(None, load)
             rhs, matvec = load_left.get(self.name, zeros_like(self.point.values[self.name])), self._total_hessian
         else:
             rhs, matvec = tuple(load[self.name]), self._hessian
-        try:
-            own = self._bounds.solve(self._solver, matvec, rhs, initial)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"level {self.name!r}: {error}") from error
+        own = self._solved(self._bounds, matvec, rhs, initial)
         record(self.report, own)
         self._history = own.history
         if not self._children:
             return {self.name: own.value}
         solution, _ = self._complete(own.value, load)
         return solution
+
+    def _solve_jointly(self, load: Vectors) -> dict[Block, Tensors]:
+        """Return the same by one solve of the whole symmetric system, in which no level inside is eliminated."""
+        values, free = self.point.values, self._free()
+        bounds = Bounds(free=joined(free, self.blocks, values, 1.0) if free else ())
+        matvec, rhs = joint_system(lambda v: self.product(v, self.blocks), load, self.blocks, values)
+        solution = self._solved(bounds, matvec, rhs, None)
+        # The system is indefinite, whatever the curvature of the level.
+        record(self.report, attrs.evolve(solution, curvature=None))
+        return cut(solution.value, self.blocks, values)
+
+    def _solved(self, bounds: Bounds, matvec: MatVec, rhs: Tensors, start: Tensors | History | None) -> LinearSolution:
+        try:
+            return bounds.solve(self._solver, matvec, rhs, start)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"level {self.name!r}: {error}") from error
+
+    def _free(self) -> dict[Block, Tensors]:
+        """Return, by block with variables at a bound, zeros on those and ones on the others; multipliers as the variables."""
+        inside = {block: mask for child in self._children for block, mask in child._free().items()}
+        own = {self.name: self._bounds.free} if self._bounds.free else {}
+        return {**own, **inside, **{(self.name, block): mask for block, mask in inside.items()}}
 
     @cached_property
     def _bounds(self) -> Bounds:
@@ -337,13 +363,13 @@ class Stationarity(Linearization):
         if not limit or self.point.carryover is None:
             return self.point.warm_start(self.name) if self._estimator.warm_start else None
         history = self.point.history(self.name)
-        if history is not None and self._is_joint:
+        if history is not None and self._takes_both:
             # The start may be the solution; then its product with the Hessian measures the residual and is all that is needed.
             self._asked = tuple(wanted)
         return History(limit=limit) if history is None else attrs.evolve(history, limit=limit)
 
     @property
-    def _is_joint(self) -> bool:
+    def _takes_both(self) -> bool:
         """True if one product may have components in the level's own variables and in its arguments."""
         estimator = self._estimator
         same = self._curvature is self.second_derivatives and not estimator.compile

@@ -37,9 +37,23 @@ def _require_compiled(estimator: Implicit, attribute: attrs.Attribute[bool], val
         )
 
 
+@attrs.frozen(kw_only=True)
+class _ScaledIdentity(Implicit):
+    """The estimators that assume the inverse Hessian c I."""
+
+    scale: float = 1.0
+
+    def __attrs_post_init__(self) -> None:
+        _ = self.solver  # it checks its arguments
+
+    @cached_property
+    def solver(self) -> linear.Identity:
+        return linear.Identity(scale=self.scale)
+
+
 @final
 @attrs.frozen(kw_only=True)
-class Identity(Implicit):
+class Identity(_ScaledIdentity):
     """Assume that the inverse Hessian is c I: u_bar = -c (d2f / du dx) v.
 
     T1-T2 and DARTS set c to the learning rate of the level: then u_bar is the derivative through its latest SGD step.
@@ -60,17 +74,9 @@ class Identity(Implicit):
         0
     """
 
-    scale: float = 1.0
     products: str = attrs.field(default="autograd", validator=one_of(*PRODUCTS))
     compile: bool = attrs.field(default=False, validator=[boolean, _require_compiled])
     streamed: bool = attrs.field(default=False, validator=boolean)
-
-    def __attrs_post_init__(self) -> None:
-        _ = self.solver  # it checks its arguments
-
-    @cached_property
-    def solver(self) -> linear.Identity:
-        return linear.Identity(scale=self.scale)
 
     @property
     def needs_loss(self) -> str:
@@ -88,7 +94,7 @@ class Identity(Implicit):
 
 @final
 @attrs.frozen(kw_only=True)
-class FiniteDifference(Implicit):
+class FiniteDifference(_ScaledIdentity):
     """Assume that the inverse Hessian is c I, with the mixed product by central differences: two gradients of u.
 
     u_bar = -c (f_u(x + e v, u) - f_u(x - e v, u)) / 2e, with e from the norms of x and v and the dtype. It takes first
@@ -108,14 +114,6 @@ class FiniteDifference(Implicit):
     """
 
     products = "finite_difference"
-    scale: float = 1.0
-
-    def __attrs_post_init__(self) -> None:
-        _ = self.solver  # it checks its arguments
-
-    @cached_property
-    def solver(self) -> linear.Identity:
-        return linear.Identity(scale=self.scale)
 
 
 _count_or_all = must_be(lambda value: value == "all" or is_whole(value, 1), 'a whole number >= 1, or "all"')
@@ -277,10 +275,9 @@ class MINRES(_HessianProducts):
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
         warm_start: inside `solve`, start from the q of the previous outer step.
-        products: as in `LinearSolve`.
-        compile: as in `LinearSolve`.
-        curvature_data: as in `LinearSolve`.
-        curvature_batches: as in `LinearSolve`.
+        joint: solve the conditions of a nested level and of the levels inside it as one symmetric system, so that the products
+            of nested levels add up and do not multiply. Not next to `damping` or `warm_start`.
+        products, compile, curvature_data, curvature_batches: as in `LinearSolve`.
 
     Source: Paige & Saunders 1975, SIAM Journal on Numerical Analysis 12(4).
 
@@ -295,6 +292,7 @@ class MINRES(_HessianProducts):
     rtol: float = 1e-10
     damping: float = 0.0
     warm_start: bool = attrs.field(default=False, validator=boolean)
+    joint: bool = attrs.field(default=False, validator=boolean)
 
     @cached_property
     def solver(self) -> linear.MINRES:

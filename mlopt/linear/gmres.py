@@ -71,12 +71,14 @@ class GMRES(LinearSolver):
         remaining = math.sqrt(dots((residual, residual))[0])
         stopping = Stopping.of(self.rtol, rhs, size, remaining)
         ranges: list[tuple[float, float]] = []
+        norm = 0.0
         k, singular, stagnant, whole = 0, False, False, isinstance(matvec, Matrix)
         longest = min(self.restart or self.iterations, self.iterations)
         while k < self.iterations and not singular and not stagnant and not stopping.met(remaining):
             cycle = _Cycle(self, matvec, residual, remaining, stopping)
             singular = cycle.run(min(longest, self.iterations - k), k)
             k += cycle.length
+            norm = max(norm, cycle.norm)
             ranges.append(cycle.curvature())
             coefficients, rest = cycle.least_squares()
             for coefficient, vector in zip(coefficients, cycle.basis, strict=False):
@@ -88,7 +90,7 @@ class GMRES(LinearSolver):
                 for share, vector in zip(rest[1:], cycle.basis[1:], strict=True):
                     torch._foreach_add_(residual, vector, alpha=share)
         if isinstance(matvec, Matrix) and (stagnant or singular) and not stopping.converged(remaining):
-            return self._continued(matvec, rhs, size, solution, stopping, (k, spent + k), ranges)
+            return self._continued(matvec, rhs, size, solution, stopping, (k, spent + k), ranges, norm)
         remark = stopping.remark(remaining)
         if k and not singular and remaining >= stopping.start * (1.0 - stopping.rounding):
             remark = (
@@ -117,6 +119,7 @@ class GMRES(LinearSolver):
         stopping: Stopping,
         spent: tuple[int, int],
         ranges: Sequence[tuple[float, float]],
+        norm: float,
     ) -> LinearSolution:
         """Return the solution that conjugate gradients on the normal equations reach from a start.
 
@@ -124,11 +127,14 @@ class GMRES(LinearSolver):
             matrix, rhs, size, start, stopping: of the system.
             spent: the iterations and the products so far.
             ranges: the curvature met so far.
+            norm: the largest norm of a product with a unit vector so far.
         """
         iterations, products = spent
         residual = subtract(rhs, matrix(start))
         before = math.sqrt(dots((residual, residual))[0])
-        solution, remaining, (k, more), singular = normal_equations(matrix, start, residual, self.iterations, stopping)
+        solution, remaining, (k, more), singular = normal_equations(
+            matrix, start, residual, self.iterations, stopping, norm
+        )
         remark = stopping.remark(remaining)
         if k:
             remark = (
@@ -167,10 +173,12 @@ class _Cycle:
 
     Attributes:
         basis: the orthonormal vectors; one more than iterations, unless the last product lay in their span.
+        norm: the largest norm of a product with one of them.
     """
 
     def __init__(self, solver: GMRES, matvec: MatVec, residual: Tensors, size: float, stopping: Stopping) -> None:
         self._solver, self._matvec, self._size, self._stopping = solver, matvec, size, stopping
+        self.norm = 0.0
         self.basis: list[Tensors] = [scale(1.0 / size, residual)]
         #: Columns of the Hessenberg matrix, of growing length, and what plane rotations make of them.
         self._columns: list[list[float]] = []
@@ -189,7 +197,7 @@ class _Cycle:
             iterations: the most iterations.
             before: the number of iterations of earlier cycles.
         """
-        remaining, largest = self._size, 0.0
+        remaining = self._size
         while self.length < iterations and not self._stopping.met(remaining):
             product = self._matvec(self.basis[-1])
             (square,) = dots((product, product))
@@ -199,8 +207,8 @@ class _Cycle:
                 )
             column, vector = self._orthogonalised(product)
             below = math.sqrt(dots((vector, vector))[0])
-            largest = max(largest, math.sqrt(square))
-            exhausted = below <= self._stopping.rounding * largest
+            self.norm = max(self.norm, math.sqrt(square))
+            exhausted = below <= self._stopping.rounding * self.norm
             column.append(0.0 if exhausted else below)
             self._columns.append(column)
             remaining *= abs(self._rotate(column))

@@ -13,7 +13,7 @@ __all__ = ["normal_equations"]
 
 
 def normal_equations(
-    matrix: Matrix, solution: Tensors, residual: Tensors, iterations: int, stopping: Stopping
+    matrix: Matrix, solution: Tensors, residual: Tensors, iterations: int, stopping: Stopping, norm: float = 0.0
 ) -> tuple[Tensors, float, tuple[int, int], bool]:
     """Solve A^T A x = A^T b by conjugate gradients, for any A: the residual decreases in every iteration.
 
@@ -27,6 +27,7 @@ def normal_equations(
         residual: b - A x there.
         iterations: the most iterations.
         stopping: the stopping rule.
+        norm: a lower bound of the norm of A, against which A^T r counts as rounding.
 
     Returns:
         The solution, the norm of its residual, the numbers of iterations and of products, and True if A^T r vanished before r
@@ -37,7 +38,7 @@ def normal_equations(
 
     Source: Hestenes & Stiefel 1952, section 10; Paige & Saunders 1982, ACM Transactions on Mathematical Software 8(1), section 7.
     """
-    remaining, largest, previous, k = math.sqrt(dots((residual, residual))[0]), 0.0, math.inf, 0
+    remaining, largest, previous, k = math.sqrt(dots((residual, residual))[0]), norm, math.inf, 0
     direction = zeros_like(residual)
     while k < iterations and not stopping.met(remaining):
         gradient = matrix.transposed(scale(1.0 / remaining, residual))

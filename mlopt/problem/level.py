@@ -181,7 +181,10 @@ class Level:
         response: for the outermost level, a rule for its whole hypergradient in place of pullbacks by the estimators of the
             levels inside, such as `mlopt.RealSteps(steps=300)`. Those levels then need no estimator.
         regularizer: a term of the objective that uses no batch: weight decay, a proximal coupling. Products
-            that concern only levels named here need no pass over the data. It must not draw random numbers.
+            that concern only levels named here need no pass over the data. It must not draw random numbers. A regularizer r
+            with a method `product(direction, wanted)` supplies its second-order products, d/dw <grad_D r, direction> for each
+            level w in `wanted`. Its arguments are the names of levels: `direction` maps those of D to a tuple of tensors, one
+            for each variable, and so does the result, with None for zero. It is compared with differences at first use.
 
     Raises:
         ProblemError: an argument is invalid.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ProblemError
-from ..tensors import Tensors, dot, zeros_like
+from ..tensors import Tensors, dot, scale, zeros_like
 from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
@@ -137,6 +137,8 @@ class Term(ABC):
     order: int = 2
     #: True if the term knows its derivatives without an evaluation; it then has `product`.
     closed: ClassVar[bool] = False
+    #: Returns products with the term's second derivatives, by block, where its author supplied them; see `Level.regularizer`.
+    second_order: Callable[[Vectors, Sequence[Block]], Mapping[Block, Sequence[Tensor | None]]] | None = None
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -193,6 +195,8 @@ class LevelTerm(Term):
         self._modules = {name: point.problem[name].module for name in (level.name, *self._references)}
         self.blocks = frozenset(self._modules)
         self.values = point.values
+        if part == "regularizer" and getattr(level.regularizer, "product", None) is not None:
+            self.second_order = self._second_order
 
     @property
     def name(self) -> str:
@@ -220,6 +224,12 @@ class LevelTerm(Term):
 
     def function(self, values: Vectors) -> Tensor:
         return self._pure(values, self._total)
+
+    def _second_order(self, direction: Vectors, wanted: Sequence[Block]) -> Mapping[Block, Sequence[Tensor | None]]:
+        # The product is linear in the direction, which so can take the sign.
+        signed = direction if self.sign == 1.0 else {b: scale(self.sign, v) for b, v in direction.items()}
+        product: Mapping[Block, Sequence[Tensor | None]] = self._level.regularizer.product(signed, wanted)  # type: ignore[union-attr]
+        return product
 
     @property
     def workspace(self) -> Workspace:

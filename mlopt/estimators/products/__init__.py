@@ -11,6 +11,7 @@ from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
 from .second_derivatives import SecondDerivatives
+from .supplied import SuppliedProduct
 from .traced import TracedProduct
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Moves",
     "Product",
     "SecondDerivatives",
+    "SuppliedProduct",
     "TracedProduct",
     "full_precision",
     "moves_of",

@@ -10,6 +10,7 @@ from torch.autograd.graph import Node
 from ...problem import Block, Objective, Term, Vectors, add_into
 from ...tensors import Tensors
 from .product import Product
+from .supplied import SuppliedProduct
 from .verification import verified
 
 __all__ = ["SecondDerivatives"]
@@ -27,7 +28,7 @@ class SecondDerivatives:
     step: float | Tensor | None = None
 
     def __init__(self, objective: Objective, kind: Callable[[Term], Product]) -> None:
-        self.products = [kind(term) for term in objective.terms]
+        self.products = [kind(t) if t.second_order is None else SuppliedProduct(t) for t in objective.terms]
 
     @property
     def remarks(self) -> list[str]:

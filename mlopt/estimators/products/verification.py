@@ -18,6 +18,7 @@ from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .product import Product
 from .promotion import promoted
+from .supplied import SuppliedProduct
 
 __all__ = ["verified"]
 
@@ -127,7 +128,12 @@ def _full(direction: Vectors, values: Vectors) -> Vectors:
 
 
 def _sentence(product: Product, gap: float) -> str:
-    _, part = product.term.label
+    level, part = product.term.label
+    if isinstance(product, SuppliedProduct):
+        return (
+            f"the product that the regularizer of level {level!r} supplies differs from differences of its gradient by "
+            f"{gap:.1%}; correct it, or leave it out"
+        )
     if part == "residual":
         return (
             f"derivatives of the residual differ from differences of it by {gap:.1%}: look for detach() or no_grad() in it, "

@@ -17,7 +17,7 @@ import mlopt
 
 from ..models import Finetuning, objective_losses, task_losses
 from ..task import evaluation
-from .proximal import Proximal
+from .proximal import Coupling, Proximal
 from .weights import SimplexWeights
 
 if TYPE_CHECKING:
@@ -88,18 +88,15 @@ def three_levels(
     def finetuning_loss(own: Finetuning, batch: Any) -> Tensor:
         return task_losses(own, batch, task).mean()
 
-    def coupling(own: Finetuning, *, pretraining: Pretraining) -> Tensor:
-        return coupled(own.encoder, pretraining.encoder)
-
     def reweighting_loss(own: SimplexWeights, batch: Any, *, finetuning: Finetuning) -> dict[str, Any]:
         loss = _validation_loss(finetuning, batch, task)
         return {"loss": loss, **dict(zip(names, own().detach(), strict=True))}
 
     schedulers = schedulers or {}
-    coupled = Proximal(model.encoder, gamma, proximal)
     names = [f"weight/{objective.name}" for objective in objectives]
     device = next(model.parameters()).device
     finetuned = Finetuning(model.encoder, task).to(device)
+    coupling = Coupling(Proximal(model.encoder, gamma, proximal), finetuned, model)
 
     def training(level: str) -> dict[str, Any]:
         return {"optimizer": optimizers[level], "scheduler": schedulers.get(level), "precision": precision}

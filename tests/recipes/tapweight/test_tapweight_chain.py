@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 import mlopt
 from mlopt.recipes.tapweight.methods.levels import Chunks, three_levels
-from mlopt.recipes.tapweight.methods.proximal import Proximal
+from mlopt.recipes.tapweight.methods.proximal import Coupling, Proximal
 from mlopt.recipes.tapweight.models import Pretraining
 from mlopt.recipes.tapweight.significance import judge, verdict
 
@@ -167,6 +167,54 @@ def test_the_products_of_the_coupling_are_exact():
     for x, h, m in zip(v, own, mixed, strict=True):
         torch.testing.assert_close(h, 1.4 * x, rtol=1e-14, atol=0)
         torch.testing.assert_close(m, -1.4 * x, rtol=1e-14, atol=0)
+
+
+def test_the_supplied_products_are_those_of_autograd():
+    """In all directions, with heads and frozen parameters on both sides."""
+    problem, _ = chain(0.7)
+    own, anchor = problem["finetuning"].module, problem["pretraining"].module
+    own.head.bias.requires_grad_(False)
+    coupling = Coupling(Proximal(own.encoder, 0.7), own, anchor)
+    levels = {"finetuning": problem["finetuning"].parameters, "pretraining": problem["pretraining"].parameters}
+    along = {name: [torch.randn_like(p) for p in parameters] for name, parameters in levels.items()}
+    everything = [p for parameters in levels.values() for p in parameters]
+    gradient = torch.autograd.grad(
+        coupling(own, pretraining=anchor), everything, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    traced = dict(zip(map(id, everything), gradient, strict=True))
+    for blocks in (["finetuning"], ["pretraining"], ["finetuning", "pretraining"]):
+        direction = {name: along[name] for name in blocks}
+        pairs = [
+            (traced[id(p)], v)
+            for name in blocks
+            for p, v in zip(levels[name], along[name], strict=True)
+            if traced[id(p)].requires_grad
+        ]
+        inner = sum((g * v).sum() for g, v in pairs)
+        for wanted, parameters in levels.items():
+            expected = torch.autograd.grad(
+                inner, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            product = coupling.product(direction, [wanted])[wanted]
+            for actual, reference in zip(product, expected, strict=True):
+                actual = torch.zeros_like(reference) if actual is None else actual
+                torch.testing.assert_close(actual, reference, rtol=1e-14, atol=1e-14)
+
+
+def test_the_coupling_is_not_evaluated_for_a_pullback(monkeypatch):
+    problem, batches = chain()
+    mlopt.hypergradient(problem, batches)  # the first one verifies the product
+    calls = []
+    original = Proximal.__call__
+    monkeypatch.setattr(Proximal, "__call__", lambda *arguments: calls.append(1) or original(*arguments))
+    mlopt.hypergradient(problem, batches)
+    assert not calls
+
+
+def test_the_other_distance_has_no_constant_products():
+    problem, _ = chain()
+    own, anchor = problem["finetuning"].module, problem["pretraining"].module
+    assert Coupling(Proximal(own.encoder, 0.7, "l1"), own, anchor).product is None
 
 
 def test_a_frozen_encoder_is_refused():
