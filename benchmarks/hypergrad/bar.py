@@ -13,6 +13,8 @@ Row = dict[str, Any]
 Check = tuple[str, str, bool | None]
 
 EXACT = ("Dense", "Converged")
+#: The estimators of one mixed product without a product with H, of which the best one counts.
+ONE_PRODUCT = ("FiniteDifference", "Identity forward", "Identity compiled")
 #: A library is equally accurate if its error is at most this multiple of the least error of mlopt at the same iterations.
 AS_RIGHT = 1.5
 
@@ -108,7 +110,7 @@ def _loop(rows: list[Row]) -> list[Check]:
 def _identity(rows: list[Row]) -> list[Check]:
     measured = _of(rows, "identity", "time", "error", "deviation")
     betty = next((row for row in measured if row["library"] == "betty" and _family(row) == "FiniteDifference"), None)
-    candidates = [row for row in _ours(measured) if row["estimator"] in ("FiniteDifference", "Identity forward")]
+    candidates = [row for row in _ours(measured) if row["estimator"] in ONE_PRODUCT]
     if not candidates:
         return [("4 identity", "not measured", None)]
     # One estimator of mlopt must meet all four: take the one that misses the fewest limits, then the fastest.

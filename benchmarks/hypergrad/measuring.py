@@ -2,64 +2,41 @@
 
 from __future__ import annotations
 
-import weakref
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["MemoryTracker", "flops", "peak_memory"]
-
-
-class MemoryTracker(TorchDispatchMode):
-    """Track the storages that operators return, from allocation to release.
-
-    Memory that a kernel allocates and frees internally is not counted; neither are storages that existed before.
-
-    Attributes:
-        live: bytes held now.
-        peak: the most bytes held at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A storage keeps one Python object for its lifetime, so the id and the finalizer of that object identify the storage.
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        storages = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor))}
-        for key in storages.keys() - before:
-            self._follow(storages[key])
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._ended, size)
-
-    def _ended(self, size: int) -> None:
-        self.live -= size
+__all__ = ["flops", "peak_memory"]
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> int:
-    """Return the most bytes that a call holds, without those held before the call."""
+    """Return the most bytes that a call holds, without those held before the call.
+
+    On a CPU, it counts every allocation that torch's profiler records, in compiled code too.
+    """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with MemoryTracker() as tracker:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    return tracker.peak
+    assert profiler.profiler is not None
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    sizes: list[tuple[int, int]] = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(itertools.accumulate((size for _, size in sorted(sizes)), initial=0))
 
 
 class _FlopCounter(TorchDispatchMode):

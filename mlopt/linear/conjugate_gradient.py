@@ -108,7 +108,10 @@ class ConjugateGradient(LinearSolver):
             torch._foreach_add_(solution, direction, alpha=slope / curvature)
             torch._foreach_add_(residual, product, alpha=-slope / curvature)
             conditioned, previous = precondition(residual), slope
-            slope, square = dots((residual, conditioned), (residual, residual))
+            if conditioned is residual:
+                (square,) = (slope,) = dots((residual, residual))
+            else:
+                slope, square = dots((residual, conditioned), (residual, residual))
             torch._foreach_mul_(direction, slope / previous)
             torch._foreach_add_(direction, conditioned)
         reached = LinearSolution(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import attrs
 import torch
+from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
@@ -133,7 +134,7 @@ class LinearSolver(ABC):
 
         def damped(matvec: MatVec) -> MatVec:
             def product(vector: Tensors) -> Tensors:
-                plain = (flatten(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
+                plain = (_joined(matvec(unflatten(vector[0], rhs))),) if one else matvec(vector)
                 return axpy(self.damping, vector, plain) if self.damping else plain
 
             return product
@@ -198,3 +199,8 @@ def _shifted(vector: Tensors, exponent: int) -> Tensors:
     """Return a vector times 2^exponent, in two factors, since one could be outside the range of the dtype."""
     half = exponent // 2
     return tuple(x * 2.0**half * 2.0 ** (exponent - half) for x in vector)
+
+
+def _joined(product: Tensors) -> Tensor:
+    """Return a product, which is never overwritten, as one vector; that of a single tensor is not copied."""
+    return product[0].reshape(-1) if len(product) == 1 else flatten(product)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from ...errors import EstimatorError
 from ...problem import LevelTerm, Vectors
@@ -35,15 +34,14 @@ def compiler_named(term: LevelTerm) -> Iterator[None]:
         ) from error
 
 
-def is_due(term: LevelTerm, tensors: Sequence[Tensor], *kind: str) -> bool:
+def is_due(term: LevelTerm, code: str) -> bool:
     """Return whether a compiled product should be compared: at the first, tenth and hundredth use, and every thousandth.
 
     Args:
         term: the term.
-        tensors: the arguments; uses are counted for each set of shapes.
-        kind: whatever else distinguishes the compiled code.
+        code: a name of the code, with the shapes of its arguments; uses are counted for each.
     """
-    uses, key = term.workspace.uses, (*term.label, *kind, str([x.shape for x in tensors]))
+    uses, key = term.workspace.uses, (*term.label, code)
     count = uses[key] = uses.get(key, 0) + 1
     return count in (1, 10, 100) or count % 1000 == 0
 

@@ -22,7 +22,7 @@ __all__ = ["TracedProduct"]
 
 #: The most settings (shapes of a batch, modes of modules) of a term for which code is compiled and kept.
 _MOST = 8
-Evaluate = Callable[[Tensors], Tensors]
+Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Operations = Callable[..., Sequence[Tensor]]
 
 
@@ -41,31 +41,34 @@ class TracedProduct(AutogradProduct):
 
     def __init__(self, term: Any) -> None:
         super().__init__(term)
-        self._evaluations: dict[tuple[tuple[Block, ...], tuple[Block, ...]], tuple[Evaluate | None, str]] = {}
+        self._evaluations: dict[
+            tuple[tuple[Block, ...], tuple[Block, ...]], tuple[Evaluate, LevelTerm, str] | None
+        ] = {}
         #: By blocks of the direction, the code at this point and its name; None if products must be live.
         self._points: dict[tuple[Block, ...], tuple[_AtPoint | None, str]] = {}
 
     @name_kernels
     def __call__(self, direction: Vectors, wanted: Sequence[Block]) -> dict[Block, Tensors]:
-        term = self.term
-        if not isinstance(term, LevelTerm) or term.is_mixed(direction, wanted):
-            return super().__call__(direction, wanted)
         blocks = (tuple(direction), tuple(wanted))
         if blocks not in self._evaluations:
-            self._evaluations[blocks] = self._at_point(term, direction, wanted)
-        evaluate, name = self._evaluations[blocks]
-        if evaluate is None:
+            term = self.term
+            if isinstance(term, LevelTerm) and not term.is_mixed(direction, wanted):
+                self._evaluations[blocks] = self._at_point(term, direction, wanted)
+            else:
+                self._evaluations[blocks] = None
+        entry = self._evaluations[blocks]
+        if entry is None:
             return super().__call__(direction, wanted)
-        vectors = tuple([x for block in direction for x in direction[block]])
-        with compiler_named(term), torch.no_grad():
-            product = cut(evaluate(vectors), wanted, term.values)
-        if not is_due(term, vectors, name):
+        evaluate, term, name = entry
+        with torch.no_grad():
+            product = cut(evaluate([x for block in direction for x in direction[block]]), wanted, term.values)
+        if not is_due(term, name):
             return product
         live = AutogradProduct(term)(direction, wanted)
         gap = differs(product, live)
         if gap is not None:
             term.workspace.compiled[_key(term)] = None
-            self._evaluations = dict.fromkeys(self._evaluations, (None, ""))
+            self._evaluations = dict.fromkeys(self._evaluations)
             self.remark(
                 f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used: the "
                 f"{term.part} reads numbers or flags that have changed since it was traced, or the folder of torch.compile's "
@@ -76,11 +79,13 @@ class TracedProduct(AutogradProduct):
     def renewed(self) -> Product:
         return AutogradProduct(self.term)
 
-    def _at_point(self, term: LevelTerm, direction: Vectors, wanted: Sequence[Block]) -> tuple[Evaluate | None, str]:
-        """Return the product as a function of vectors at this point, and a name of its code; None if it must be live."""
+    def _at_point(
+        self, term: LevelTerm, direction: Vectors, wanted: Sequence[Block]
+    ) -> tuple[Evaluate, LevelTerm, str] | None:
+        """Return the product at this point as a function of vectors, the term, and a name of the code; None for live products."""
         known = term.workspace.compiled.setdefault(_key(term), {})
         if known is None:
-            return None, ""
+            return None
         along = tuple(direction)
         if along not in self._points:
             key = self._setting(term, direction)
@@ -95,9 +100,9 @@ class TracedProduct(AutogradProduct):
             self._points[along] = None if code is None else code.at(term), str(list(known).index(key) if code else "")
         values, name = self._points[along]
         if values is None:
-            return None, ""
+            return None
         with compiler_named(term), torch.no_grad():
-            return values.product(tuple(wanted)), f"{name}: {wanted}"
+            return values.product(tuple(wanted)), term, f"{name}: {wanted}"
 
     def _setting(self, term: LevelTerm, direction: Vectors) -> tuple[Any, ...]:
         try:
@@ -127,7 +132,8 @@ class _Compiled:
         def product(*vectors: Tensor) -> Tensors:
             with differentiable_kernels(term):
                 gradients = derivatives(term.plain_value(), list(direction), term.values, traced=True)
-            moved = walk(gradients, cut(vectors, list(direction), term.values), blocks, term.values)
+            along = cut(vectors, list(direction), term.values)
+            moved = walk(gradients, along, blocks, term.values)
             return tuple([x for block in blocks for x in moved[block]])
 
         self.vectors = tuple([x.detach() for block in direction for x in direction[block]])
@@ -204,7 +210,7 @@ class _AtPoint:
         code = owner.codes[wanted]
         code.run(values)
         each, kept = code.each, [values[node] for node in code.part.takes]
-        return lambda vectors: tuple(each(*kept, *vectors))
+        return lambda vectors: each(*kept, *vectors)
 
 
 def compiled(graph: GraphModule, arguments: Sequence[Tensor]) -> Operations:
