@@ -277,7 +277,10 @@ class MINRES(_HessianProducts):
         warm_start: inside `solve`, start from the q of the previous outer step.
         joint: solve the conditions of a nested level and of the levels inside it as one symmetric system, so that the products
             of nested levels add up and do not multiply. Not next to `damping` or `warm_start`.
-        products, compile, curvature_data, curvature_batches: as in `LinearSolve`.
+        products: as in `LinearSolve`.
+        compile: as in `LinearSolve`.
+        curvature_data: as in `LinearSolve`.
+        curvature_batches: as in `LinearSolve`.
 
     Source: Paige & Saunders 1975, SIAM Journal on Numerical Analysis 12(4).
 
