@@ -56,9 +56,10 @@ class _Numpy:
 
     def _current(self) -> Any:
         """Return the state that was captured or restored last, if it is still the current one."""
-        if self._known is None or self._words() != self._known[1] or self._pending(self._known[1]):
+        known = self._known  # another thread may replace it
+        if known is None or self._words() != known[1] or self._pending(known[1]):
             return None
-        return self._known[0]
+        return known[0]
 
     @staticmethod
     def _pending(words: bytes) -> bool:
@@ -81,8 +82,9 @@ class _Numpy:
 
     def _words_of(self, state: Any) -> bytes | None:
         """Return the words of a state, if they are all of it and the present generator is of its kind."""
-        if self._known is not None and self._known[0] is state and self._words() is not None:
-            return self._known[1]
+        known = self._known
+        if known is not None and known[0] is state and self._words() is not None:
+            return known[1]
         if state["has_gauss"] or state["bit_generator"] != "MT19937" or self._words() is None:
             return None
         key, position = state["state"]["key"], state["state"]["pos"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -198,3 +200,31 @@ def test_generators_of_every_accelerator_are_replayed(monkeypatch: pytest.Monkey
         absent = GeneratorState.from_state_dict(state.state_dict())
         absent.restore()
         monkeypatch.setattr(torch, kind, module)
+
+
+def test_threads_may_capture_and_restore_at_once() -> None:
+    """They share one generator, so their numbers mix, but no call fails."""
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            state = GeneratorState.seeded(seed)
+            for _ in range(100):
+                with preserved(()):
+                    state.restore()
+                    np.random.normal()
+        except BaseException as failure:
+            failures.append(failure)
+
+    before, interval = plain(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+        put(before)
+    assert not failures
