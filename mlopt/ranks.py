@@ -141,7 +141,8 @@ class Ranks:
         if error is not None:
             raise error
         where, (kind, text) = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
-        raise _SAME.get(kind, ProcessError)(f"process {where} of {self.size} raised {kind}: {text}")
+        other: MloptError = _SAME.get(kind, ProcessError)(f"process {where} of {self.size} raised {kind}: {text}")
+        raise other
 
     def total(self, number: float) -> float:
         """Return the sum of a number over processes, on the host; also inside the transforms of torch.func."""

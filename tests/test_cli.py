@@ -206,7 +206,7 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
     ("more", "sentence"),
     [
         ("--stepps 3", "Perhaps you meant: --steps"),
-        ("--steps four", "--steps: invalid literal for int() with base 10: 'four'"),
+        ("--steps four", "--steps='four'; it must be a whole number"),
         ("--steps 0", "steps=0; it must be a whole number >= 1"),
         ("--gamma -1", "gamma=-1.0; it must be a finite number > 0"),
         ("--seeds 1 1", "seeds=[1, 1]; give at least one, and each once"),
@@ -254,7 +254,7 @@ def test_the_help_explains_every_option(
     structure = ("run", "data", "settings", "encoder")
     entries = re.split(r"\n\W{0,3}(?=--)", re.sub(r"\(default.*?\)", "", text, flags=re.DOTALL))
     for name in (field.name.replace("_", "-") for field in fields if field.name not in structure):
-        described = [entry for entry in entries if re.match(rf"(--\S+( N \[N ...\])?, )?--{name}[\s,]", entry)]
+        described = [entry for entry in entries if re.match(rf"(--\S+( (\w+) \[\3 ...\])?, )?--{name}[\s,]", entry)]
         assert len(described) == 1, name
         words = re.findall(r"(?<![-{,])\b[a-z]{2,}\b", described[0])
         assert len(words) > 3, described

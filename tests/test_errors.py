@@ -19,6 +19,11 @@ ALLOWED = {
         "mlopt/estimators/products/kernels.py",
         "RuntimeError",
     ): "its caller reports it like the RuntimeErrors of autograd",
+    (
+        "mlopt/estimators/products/tracing.py",
+        "RuntimeError",
+    ): "its caller names the level, like those of torch's tracer",
+    ("mlopt/problem/captures.py", "RuntimeError"): "its caller names the level, like those of torch's tracer",
     ("mlopt/imports.py", "AttributeError"): "the protocol of a module's __getattr__",
     (
         "mlopt/files.py",

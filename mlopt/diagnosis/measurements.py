@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MloptError
 from ..estimators import GMRES, Condition, LinearSolve
+from ..estimators.implicit import Stationarity
 from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
 from ..problem import Bounds, FixedPoint, Level, Objective, Point, Problem, Report, Workspace
@@ -209,7 +210,7 @@ def _try(point: Point, level: Level, kind: str, vector: Tensors) -> Trial:
         rule = LinearSolve(solver=tap, products=kind).linearize(point, level.name)
         before = rule.report.remarks
         mixed = rule.pullback({level.name: vector})
-        trial.matvec = tap.matvecs[-1]
+        trial.matvec = rule.outside(tap.matvecs[-1]) if isinstance(rule, Stationarity) else tap.matvecs[-1]
         trial.own = flatten(trial.matvec(vector)).double()
         matvec = trial.matvec
         trial.seconds = _timed(lambda: matvec(vector), level.device)

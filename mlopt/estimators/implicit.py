@@ -145,8 +145,10 @@ class Stationarity(Linearization):
         if self._children:
             self._refuse_options_of_leaves()
             self._find_multipliers(own)
-        #: Copies of variables in half precision; None if there are none, or for differences, which take no such copies.
-        self._copies: Copies | None = {} if estimator.products != "finite_difference" and has_half(point) else None
+        #: Copies of variables in half precision, or None. Differences need no copies. A nest takes none, since the graphs of the
+        #: levels inside refer to the variables themselves.
+        single = estimator.products != "finite_difference" and not self._children and has_half(point)
+        self._copies: Copies | None = {} if single else None
         kind = estimator.product if self._copies is None else PRODUCTS[estimator.products]
         lagrangian = (
             MultiplierTerm(point, name, child.name, child.objective, child.blocks, kind) for child in self._children
@@ -319,6 +321,17 @@ class Stationarity(Linearization):
         if len(blocks) > 1:
             self._mixed = q, products
         return own
+
+    def outside(self, matvec: MatVec) -> MatVec:
+        """Return a product that a linear solver received in a pullback as one for use after it, at the same copies."""
+
+        def product(vector: Tensors) -> Tensors:
+            def own(vectors: Vectors) -> dict[Block, Tensors]:
+                return {self.name: matvec(tuple(vectors[self.name]))}
+
+            return in_single_precision(self.point, self._copies, own, {self.name: vector})[self.name]
+
+        return product
 
     def _total_hessian(self, q: Tensors) -> Tensors:
         """Return the product with the Hessian of the total objective, which includes the response of the levels inside."""

@@ -93,6 +93,15 @@ def test_second_derivatives_of_half_precision_are_taken_in_single_precision() ->
         assert 1e-4 < distance(*pulled) < 3e-3
 
 
+@pytest.mark.parametrize("products", ["autograd", "forward"])
+@pytest.mark.parametrize("shape", ["two", "chain_of_three", "diamond", "nested", "nested_twice"])
+def test_half_precision_against_the_closed_form(shape: str, products: str) -> None:
+    """The matrices and the variables are rounded to eight bits."""
+    rule = mlopt.ConjugateGradient(iterations=30, rtol=1e-6, products=products)
+    half = quadratic(shape, rule, size=2, condition=2.0, dtype=torch.bfloat16)
+    assert half.error(mlopt.hypergradient(half.problem, seed=0).gradient) < 0.02
+
+
 def test_differences_are_taken_outside_autocast() -> None:
     """Its rounding would be divided by the step: the error would be several times as large."""
     exact = gradient_of(cleaning(torch.float64, mlopt.Identity()))

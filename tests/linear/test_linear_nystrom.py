@@ -102,7 +102,7 @@ def test_the_error_falls_with_the_spectrum(seed: int, decay: float, damping: flo
         oversampled**2 - 1
     ) * eigenvalues[p:].sum()
     assert error < 10 * bound
-    assert error < 0.2
+    assert error < 0.5  # of the largest eigenvalue, which is 1
     # The approximation is from below: the remainder is positive semi-definite.
     assert torch.linalg.eigvalsh(matrix - approximation)[0] > -1e-9
 
