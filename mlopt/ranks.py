@@ -233,7 +233,7 @@ class _Failure:
     """An error of the first process, as the others raise it."""
 
     message: str
-    #: CheckpointError is told apart by its cause: a run continues after one that the operating system caused.
+    #: The cause matters: a run continues after a CheckpointError that the operating system caused.
     is_checkpoint: bool
     by_system: bool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import warnings
@@ -59,6 +60,16 @@ def regularizer(module: nn.Module) -> Tensor:
     return 0.1 * decay(module)
 
 
+class Supplied:
+    """The same regularizer with its second-order product."""
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        return regularizer(module)
+
+    def product(self, direction: dict[Any, Any], wanted: Any) -> dict[Any, Any]:
+        return {block: tuple(0.2 * v for v in vectors) for block, vectors in direction.items()}
+
+
 def indexed(count: int) -> tuple[Tensor, ...]:
     return (*rows(count), torch.arange(count))
 
@@ -67,7 +78,8 @@ def two_levels(
     estimator: mlopt.Estimator | None, group: Any, count: int = 37, *, response: Any = None, **options: Any
 ) -> mlopt.Problem:
     """Return weights of `count` rows outside, a network with a regularizer inside."""
-    options = {"data": [indexed(count)], "steps": 3, "optimizer": partial(SGD, lr=0.1, momentum=0.9)} | options
+    optimizer = partial(SGD, lr=0.1, momentum=0.9)
+    options = {"data": [indexed(count)], "steps": 3, "optimizer": optimizer, "regularizer": regularizer} | options
     return mlopt.Problem(
         mlopt.Level(
             "weights",
@@ -77,7 +89,7 @@ def two_levels(
             optimizer=partial(Adam, lr=0.1),
             response=response,
         ),
-        mlopt.Level("model", network(), training_loss, regularizer=regularizer, estimator=estimator, **options),
+        mlopt.Level("model", network(), training_loss, estimator=estimator, **options),
         group=group,
     )
 
@@ -291,6 +303,10 @@ EQUAL: dict[str, Callable[[Any], Values]] = {
         f"mixture {name}": lambda group, e=ESTIMATORS[name]: of(mixture(e(), group))
         for name in ("identity", "forward", "value function", "finite differences")
     },
+    "nested joint": lambda group: of(three_levels(lambda: mlopt.MINRES(iterations=30, joint=True), group)),
+    "supplied product": lambda group: of(
+        two_levels(mlopt.ConjugateGradient(iterations=5), group, regularizer=Supplied())
+    ),
     "curvature batches": _curvature,
     "own solver": lambda group: of(ridge(group)),
     "game": lambda group: of(game(group)),
@@ -394,14 +410,24 @@ def _other_modules(group: Any) -> Any:
 
 
 def _failing(group: Any) -> Any:
+    return _failing_third(group, lambda net, batch, weights: training_loss(net, batch, weights=weights), rows=37)
+
+
+def _failing_beside_a_count(group: Any) -> Any:
+    return _failing_third(group, lambda net, batch, weights: masked(*batch[:2], net))
+
+
+def _failing_third(group: Any, plain: Callable[..., Any], rows: float = math.inf) -> Any:
+    """Let a loss fail in one process, on batches of fewer rows, the third time: it is then not compared with the whole."""
+
     def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
-        if int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and mode["fails"]:
+        if int(os.environ["RANK"]) == 1 and len(batch[0]) < rows and mode["fails"]:
             raise KeyError("no such row")
-        return training_loss(module, batch, weights=weights)
+        return plain(module, batch, weights)
 
     mode = {"fails": False}
     problem = _with_loss(loss, group)
-    for _ in range(2):  # the third loss is not compared with the whole
+    for _ in range(2):
         of(problem)
     mode["fails"] = True
     return of(problem)
@@ -419,20 +445,6 @@ def _failing_in_a_run(group: Any) -> Any:
 
     mode = {"fails": False}
     return run_of(_with_loss(loss, group), 4, callbacks=[Break()])
-
-
-def _failing_beside_a_count(group: Any) -> Any:
-    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
-        if int(os.environ["RANK"]) == 1 and mode["fails"]:
-            raise KeyError("no such row")
-        return masked(*batch[:2], module)
-
-    mode = {"fails": False}
-    problem = _with_loss(loss, group)
-    for _ in range(2):  # the third loss is not compared with the whole
-        of(problem)
-    mode["fails"] = True
-    return of(problem)
 
 
 def _logging_apart(group: Any) -> Any:

@@ -16,7 +16,7 @@ __all__ = ["Captures", "setting"]
 
 
 class Captures:
-    """Where captured tensors are found at any point: among the variables, in the batch, in a module, or where they were.
+    """The places of captured tensors at any point: the variables, the batch, a module, or the captured tensors themselves.
 
     Args:
         term: the term whose evaluation captured them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from .files import DataError
 from .metrics import measure_of, measures_of
 from .predictions import Target
-from .task import balanced_weights, check_class_weights
+from .task import Task, balanced_weights, check_class_weights
 from .task_mean import TaskMean, by_task, check_shapes
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .labels import Form
     from .task import ClassWeights, Split
 
-__all__ = ["Properties", "Words"]
+__all__ = ["Properties", "PropertyTask", "Words"]
 
 _DEFAULTS: dict[Form, str] = {"binary": "roc_auc", "classes": "roc_auc", "numbers": "rmse"}
 
@@ -185,3 +185,29 @@ class Properties:
                     "leave it out by --labels"
                 )
         return mean, std
+
+
+class PropertyTask(Task):
+    """A task whose labels (B, T) are properties. A constructor sets `_properties`."""
+
+    _properties: Properties
+
+    def columns(self, batch: Any) -> Tensor:
+        """Return standardised labels, or classes as 1 and 0, (B, T); NaN if missing."""
+        return self._properties.columns(self.targets(batch))
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the mean loss over the labels of each example (B,), see `Properties.losses`."""
+        return self._properties.losses(outputs, self.targets(batch))
+
+    def metric(self) -> TaskMean:
+        """Return a fresh metric in the labels' unit, a mean over properties."""
+        return self._properties.metric()
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+        """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, label by label."""
+        return self._properties.measures(outputs, targets)
+
+    def target(self) -> Target:
+        """Return the meaning of the outputs for a predictor."""
+        return self._properties.target()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import process_cases
@@ -34,14 +33,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The outcomes of some cases in four processes."""
     return in_processes(4, evaluate, UNEVEN, raising=False, folder=tmp_path_factory.mktemp("four"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def require_equal(outcomes: list[Any], name: str) -> None:

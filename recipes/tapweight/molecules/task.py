@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..files import DataError
 from ..labels import Form, Kind
-from ..properties import Properties, Words
+from ..properties import Properties, PropertyTask, Words
 from ..repetition import repetitions, shared
 from ..splits import EIGHT_ONE_ONE, listed_split, named_split
-from ..task import ClassWeights, Split, Task
+from ..task import ClassWeights, Split
 from .data import Molecules, molecule_table, read_table
 from .graphs import canonical
 from .joining import join
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from ..encoder import Encoder
     from ..predictor import Member
-    from ..task_mean import TaskMean
 
 _FORMS: dict[Kind, Form] = {"classification": "binary", "regression": "numbers"}
 _WORDS = Words(
@@ -36,7 +35,7 @@ _WORDS = Words(
 )
 
 
-class MoleculeTask(Task):
+class MoleculeTask(PropertyTask):
     """Predict one or several properties of molecules; labels may be missing.
 
     Regression labels are standardised, task by task, by the mean and the (population) standard deviation of the
@@ -229,25 +228,9 @@ class MoleculeTask(Task):
         labels: Tensor = batch.y
         return labels
 
-    def columns(self, batch: Batch) -> Tensor:
-        """Return standardised labels, or classes as 1 and 0, (B, T); NaN if missing."""
-        return self._properties.columns(self.targets(batch))
-
-    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss over the labelled tasks of each molecule (B,), see `Properties.losses`."""
-        return self._properties.losses(outputs, self.targets(batch))
-
-    def metric(self) -> TaskMean:
-        """Return a fresh metric in the labels' unit, a mean over tasks."""
-        return self._properties.metric()
-
-    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
-        """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, task by task."""
-        return self._properties.measures(outputs, targets)
-
     def predictor(self, members: Sequence[Member]) -> Predictor:
         """Return the predictor of finetuned models."""
-        return Predictor(members, self._properties.target())
+        return Predictor(members, self.target())
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())

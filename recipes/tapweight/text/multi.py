@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import DataError
-from ..properties import Properties, Words
+from ..properties import Properties, PropertyTask, Words
 from .on_texts import HeadName, OnTexts, check_texts_of_task
 from .splitting import meanings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
     from ..labels import Form, Kind, Labels
-    from ..predictions import Target
     from ..task import ClassWeights, Split
-    from ..task_mean import TaskMean
-    from .batches import Batch, Collate
+    from .batches import Collate
     from .data import Texts
 
 __all__ = ["MultiTextTask"]
@@ -28,7 +24,7 @@ __all__ = ["MultiTextTask"]
 _WORDS = Words(example="text", otherwise="give --split random or stratified, other --split-fractions, or other files")
 
 
-class MultiTextTask(OnTexts):
+class MultiTextTask(PropertyTask, OnTexts):
     """Predict several labels of a text, or of a pair of texts: two classes each, or a number each. Some may be missing.
 
     Args:
@@ -103,26 +99,6 @@ class MultiTextTask(OnTexts):
         )
         self.metric_name, self.greater_is_better = self._properties.metric_name, self._properties.greater_is_better
         self.remarks += self._properties.remarks
-
-    def columns(self, batch: Batch) -> Tensor:
-        """Return standardised labels, or classes as 1 and 0, (B, T); NaN if missing."""
-        return self._properties.columns(self.targets(batch))
-
-    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss over the labels of each text (B,), see `Properties.losses`."""
-        return self._properties.losses(outputs, self.targets(batch))
-
-    def metric(self) -> TaskMean:
-        """Return a fresh metric, a mean over columns."""
-        return self._properties.metric()
-
-    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
-        """Return every metric that is defined for the outputs (N, T) and labels (N, T) of a split, column by column."""
-        return self._properties.measures(outputs, targets)
-
-    def target(self) -> Target:
-        """Return the meaning of the outputs for a predictor."""
-        return self._properties.target()
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
