@@ -6,7 +6,8 @@ from .difference import Difference, relative_step
 from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
-from .gauss_newton import GaussNewtonProduct
+from .gauss_newton import GaussNewtonProduct, cut_at_outputs
+from .kernels import differentiable_kernels
 from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
 from .product import Product
@@ -30,6 +31,8 @@ __all__ = [
     "SecondDerivatives",
     "SuppliedProduct",
     "TracedProduct",
+    "cut_at_outputs",
+    "differentiable_kernels",
     "full_precision",
     "moves_of",
     "on_batches",

@@ -18,7 +18,7 @@ from .autograd import AutogradProduct
 from .kernels import differentiable_kernels, prepare
 from .product import name_kernels
 
-__all__ = ["GaussNewtonProduct"]
+__all__ = ["GaussNewtonProduct", "cut_at_outputs"]
 
 
 class GaussNewtonProduct(AutogradProduct):
@@ -61,7 +61,7 @@ class _Linearized:
     def __init__(self, term: LevelTerm) -> None:
         self._variables = term.values[term.name]
         prepare(term)
-        with differentiable_kernels(term), _cut_at_outputs(term.module) as (outputs, leaves):
+        with differentiable_kernels(term), cut_at_outputs(term.module) as (outputs, leaves):
             value = term.value()
         if not outputs and term.part == "loss":
             raise EstimatorError(
@@ -105,7 +105,7 @@ def _grad(
 
 
 @contextmanager
-def _cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Replace the module's outputs by leaves inside the context, and yield both."""
     outputs: list[Tensor] = []
     leaves: list[Tensor] = []
