@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import final
+from typing import Any, final
 
 import attrs
 import torch
@@ -201,12 +201,13 @@ class _Curvature:
         columns = max(root.shape[-1] for root in roots) if draws is None else draws
         variables = [self._variables[k] for k in self._rest]
         edges = [call.edge for call in self._calls]
+        targets: list[Any] = [*edges, *variables]
         self._means = [v.new_zeros(()) for v in variables]
         inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self._places}
         gradients: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self._places}
         for column in range(columns):
             along = [self._along(r, x, None if draws else column) for r, x in zip(roots, self._outputs, strict=True)]
-            bent = torch.autograd.grad(self._outputs, [*edges, *variables], along, retain_graph=True, allow_unused=True)
+            bent = torch.autograd.grad(self._outputs, targets, along, retain_graph=True, allow_unused=True)
             for call, gradient in zip(self._calls, bent, strict=False):
                 if gradient is not None:
                     own, rows = call.rows(self._rows, gradient)
@@ -218,7 +219,9 @@ class _Curvature:
                 for mean, g in zip(self._means, bent[len(edges) :], strict=True)
             ]
         self._factors = {
-            layer: Kronecker.of(_moment(layer, torch.cat(inputs[layer]), len(own)), sum(gradients[layer]))
+            layer: Kronecker.of(
+                _moment(layer, torch.cat(inputs[layer]), len(own)), torch.stack(gradients[layer]).sum(0)
+            )
             for layer, own in self._places.items()
         }
 
@@ -284,7 +287,8 @@ def _roots(matrices: Tensor) -> Tensor:
 def _moment(layer: nn.Module, inputs: Tensor, parameters: int) -> Tensor:
     """Return the mean of a a^T, or its diagonal for an embedding, whose inputs a are unit vectors."""
     if isinstance(layer, nn.Embedding):
-        return torch.bincount(inputs, minlength=layer.num_embeddings).to(layer.weight.dtype) / len(inputs)
+        counts: Tensor = torch.bincount(inputs, minlength=layer.num_embeddings).to(layer.weight.dtype)
+        return counts / len(inputs)
     if parameters > 1:
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
     return inputs.mT @ inputs / len(inputs)
@@ -302,6 +306,7 @@ def _parted(layer: nn.Module, matrix: Tensor) -> Tensors:
     """Return the parts of `_joined` again."""
     if isinstance(layer, nn.Embedding):
         return (matrix.mT.contiguous(),)
+    assert isinstance(layer, nn.Linear)
     width = layer.weight.shape[1]
     return matrix[:, :width].contiguous(), *(column.contiguous() for column in matrix[:, width:].unbind(1))
 
