@@ -74,7 +74,7 @@ STANDARD = Plan(
     labels=(300,),
     passes=1_200,
     test_limit=1_000,
-    encoder={"start": "pretrained", "layers": 2, "tokens": 32},
+    encoder={"start": "pretrained", "layers": 2, "tokens": 64, "corpus_tokens": 24},
     settings=Settings(
         batch_size=32,
         task_batch_size=32,
@@ -113,9 +113,11 @@ class TextStudy(Modality):
         known = {example["text"] for example in test}
         pool = [index for index, example in enumerate(train) if example["text"] not in known]
         order = permutation(len(test), "test", seed)[: self.plan.test_limit]
+        # By length: a batch is padded to its longest text.
+        order.sort(key=lambda index: len(test[index]["text"]))
         chosen = dict(zip(("train", "valid"), train_and_valid(pool, labels, seed), strict=True))
         return TextTask(
-            {split: train.subset(indices) for split, indices in chosen.items()} | {"test": test.subset(sorted(order))},
+            {split: train.subset(indices) for split, indices in chosen.items()} | {"test": test.subset(order)},
             self._collate,
             kind="classification" if metric else None,
             metric=metric,
@@ -149,6 +151,8 @@ class TextStudy(Modality):
             task,
             self._corpus(corpus),
             settings=self.plan.settings,
+            # Labelled texts are longer than this: their ends count, and their features are cheap.
+            collate=Collate(encoder.tokenizer, self.plan.encoder["corpus_tokens"]),
             seed=seed,
         )
 
