@@ -93,7 +93,7 @@ def plan_of(standard: Plan, options: argparse.Namespace) -> Plan:
         plan = _quick(plan)
     elif options.full:
         plan = attrs.evolve(
-            plan, seeds=tuple(range(10, 20)), labels=(50, 100, 200, 500, "all"), finetunings=FINETUNINGS
+            plan, methods=(), seeds=tuple(range(10, 20)), labels=(50, 100, 200, 500, "all"), finetunings=FINETUNINGS
         )
     given = {
         field: tuple(value) if isinstance(value, list) else value
