@@ -58,8 +58,8 @@ def test_halving_leaves_out_the_objectives_of_the_larger_losses(
         (["8-size"], 8, 2),
     ]
     assert adapted.weights == {"masked_atoms": 0.0, "size": 1.0, "functional_groups": 0.0, "random_labels": 0.0}
-    # 4 x 2 + 2 x 4 + 2 x 8 steps of one pass, and a pass of features for each of 8 arms; the rest of 120 is the main run.
-    assert adapted.steps == 120 - (8 + 8 + 16) - 8
+    # 4 x 2 + 2 x 4 + 2 x 8 steps of one pass, and features of two splits for each of 8 arms; the rest is the main run.
+    assert adapted.steps == 120 - (8 + 8 + 16) - 2 * 8
 
 
 def weighed(monkeypatch: pytest.MonkeyPatch, weights: list[float], significant: bool) -> None:
