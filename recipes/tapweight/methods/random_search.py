@@ -37,7 +37,7 @@ class RandomSearch(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of all rehearsals, expected at their weights, and the most passes of the main run."""
-        return run_passes(experiment, self._rehearsals(experiment))
+        return run_passes(experiment, self.rehearsals(experiment))
 
     def phases(self, experiment: Experiment) -> tuple[int, ...]:
         """Return the steps of each rehearsal, and those of the main run."""
@@ -48,11 +48,11 @@ class RandomSearch(Method):
         candidates = _drawn(experiment)
         losses = rehearse(experiment, candidates).mean(1)
         weights = [*candidates.values()][int(losses.argmin())]
-        return main_run(experiment, self.name, weights, self._rehearsals(experiment), callbacks)
+        return main_run(experiment, self.name, weights, self.rehearsals(experiment), callbacks)
 
     @staticmethod
-    def _rehearsals(experiment: Experiment) -> int:
-        """Return the expected passes of all rehearsals."""
+    def rehearsals(experiment: Experiment) -> int:
+        """Return the passes of all rehearsals, expected at their weights."""
         views = {objective.name: objective.passes for objective in experiment.objectives}
         return rehearsal_passes(
             experiment, [sum(weights[name] * views[name] for name in views) for weights in _drawn(experiment).values()]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import mlopt
 
     from ..experiment import Experiment
+    from ..significance import Signal
 
 __all__ = ["Rehearsal"]
 
@@ -48,7 +49,7 @@ class Rehearsal(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return the most passes: those of all rehearsals and their features, and a main run on the objective of most views."""
-        return run_passes(experiment, self._rehearsals(experiment))
+        return run_passes(experiment, self.rehearsals(experiment))
 
     def phases(self, experiment: Experiment) -> tuple[int, ...]:
         """Return the steps of each rehearsal, and those of the main run."""
@@ -56,14 +57,19 @@ class Rehearsal(Method):
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse each objective, choose the weights, and pretrain the encoder further."""
+        weights, signals = self.weigh(experiment)
+        adapted = main_run(experiment, self.name, weights, self.rehearsals(experiment), callbacks)
+        return attrs.evolve(adapted, signals=signals)
+
+    @staticmethod
+    def weigh(experiment: Experiment) -> tuple[dict[str, float], dict[str, Signal]]:
+        """Rehearse each objective; return the weight of each, and how it compares with the average of all."""
         names = experiment.names
         losses = rehearse(experiment, {name: {other: float(other == name) for other in names} for name in names})
         seed = derive_seed(experiment.seed, "bootstrap")
-        weights = dict(zip(names, shares_of_best(losses, seed).tolist(), strict=True))
-        adapted = main_run(experiment, self.name, weights, self._rehearsals(experiment), callbacks)
-        return attrs.evolve(adapted, signals=compare(names, losses, seed))
+        return dict(zip(names, shares_of_best(losses, seed).tolist(), strict=True)), compare(names, losses, seed)
 
     @staticmethod
-    def _rehearsals(experiment: Experiment) -> int:
+    def rehearsals(experiment: Experiment) -> int:
         """Return the passes of all rehearsals."""
         return rehearsal_passes(experiment, [objective.passes for objective in experiment.objectives])

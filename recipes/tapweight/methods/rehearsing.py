@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import TYPE_CHECKING
 
 import attrs
@@ -31,6 +32,8 @@ __all__ = ["main_run", "rehearsal_passes", "rehearse", "run_passes", "run_phases
 
 #: The head needs no epoch to be chosen, so the labels of both splits serve the weights.
 _LABELLED: tuple[Split, ...] = ("train", "valid")
+#: Weights sum to one but for rounding, and a budget that pays a whole number of steps pays all of them.
+_ROUNDING = 1e-6
 
 
 def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float]]) -> Tensor:
@@ -95,13 +98,16 @@ def main_run(
         rehearsals: the passes of all rehearsals.
         callbacks: see `mlopt.Callback`.
     """
+    steps = experiment.pretraining_steps
     if experiment.budget is not None:
         views = sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
-        experiment = attrs.evolve(experiment, steps=int((experiment.budget - rehearsals) / views))
+        steps = math.floor((experiment.budget - rehearsals) / views + _ROUNDING)
+    # No weights move in the main run, so its length need not be a multiple of `every`.
+    experiment = attrs.evolve(experiment, steps=steps, settings=attrs.evolve(experiment.settings, every=1))
     model = experiment.model()
     problem = pretraining(experiment, model, weights, drawn=True)
-    solution = experiment.solve(phase, problem, experiment.pretraining_steps, callbacks=callbacks)
-    return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=experiment.steps)
+    solution = experiment.solve(phase, problem, steps, callbacks=callbacks)
+    return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=steps)
 
 
 def _loss(
