@@ -109,6 +109,12 @@ def differing(folder: Path) -> Any:
     return failed(lambda: recipe(seed=get_rank()).fit(8, methods=["equal"], progress=False))
 
 
+def other_labels(folder: Path) -> Any:
+    made = recipe()
+    made.task.splits["valid"][get_rank()] += 1.0  # type: ignore[index]
+    return failed(lambda: made.fit(8, methods=["equal"], progress=False))
+
+
 class Other(Method):
     """A method whose encoder is of another architecture."""
 

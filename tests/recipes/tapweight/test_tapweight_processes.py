@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from processes import in_processes
 
 import mlopt
-from mlopt.recipes.tapweight.sharing import owners_of, shared
 from mlopt.ranks import ALONE
+from mlopt.recipes.tapweight.sharing import owners_of, shared
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     # The process that a signal ends comes last: it leaves the group.
-    names = ["whole", "fitted", "diverging", "differing", "replaced", "signalled"]
+    names = ["whole", "fitted", "diverging", "differing", "other_labels", "replaced", "signalled"]
     return in_processes(2, evaluate, folder, names, folder=folder)
 
 
