@@ -1,6 +1,6 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
-from .batch import to_device
+from .batch import copied, to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
 from .estimator import Block, Estimator, Linearization, Report, Vectors
@@ -15,7 +15,7 @@ from .partial import partial_derivatives, partial_pieces
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
-from .processes import require_alike
+from .processes import fingerprint, require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
@@ -58,12 +58,14 @@ __all__ = [
     "call_solver",
     "cloned_buffers",
     "compare_evaluations",
+    "copied",
     "cut",
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
     "evaluate_residual",
     "faults",
+    "fingerprint",
     "game",
     "has_hooks",
     "over_tasks",

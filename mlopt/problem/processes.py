@@ -14,7 +14,7 @@ from ..errors import ProblemError
 from ..ranks import Ranks
 from .level import Level
 
-__all__ = ["refuse_batch_norm", "require_alike", "require_supported"]
+__all__ = ["fingerprint", "refuse_batch_norm", "require_alike", "require_supported"]
 
 
 def require_supported(levels: Sequence[Level], ranks: Ranks) -> None:
@@ -46,7 +46,7 @@ def require_alike(levels: Iterable[Level], ranks: Ranks, when: str) -> None:
     Raises:
         ProblemError: they differ.
     """
-    prints = ranks.all_of([(level.name, _fingerprint(level.module)) for level in levels])
+    prints = ranks.all_of([(level.name, fingerprint(level.module)) for level in levels])
     for rank, other in enumerate(prints):
         if other == prints[0]:
             continue
@@ -83,7 +83,7 @@ def _splitting_sampler(data: Any) -> str:
     return ""
 
 
-def _fingerprint(module: nn.Module) -> int:
+def fingerprint(module: nn.Module) -> int:
     """Return a checksum of the parameters and buffers of a module, with their names, shapes and dtypes."""
     total = 0
     for name, tensor in _tensors(module):
