@@ -18,6 +18,7 @@ from .problem import Problem
 from .processes import require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
+from .sharded import backward
 from .solver import call_solver
 from .stream import Stream
 from .tasks import Stacked, over_tasks, stacked
@@ -55,6 +56,7 @@ __all__ = [
     "Vectors",
     "Workspace",
     "add_into",
+    "backward",
     "call_solver",
     "cloned_buffers",
     "compare_evaluations",
