@@ -1,5 +1,6 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
+from .backward import backward
 from .batch import to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
@@ -18,7 +19,6 @@ from .problem import Problem
 from .processes import require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
-from .sharded import backward
 from .solver import call_solver
 from .stream import Stream
 from .tasks import Stacked, over_tasks, stacked

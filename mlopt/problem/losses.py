@@ -14,6 +14,7 @@ from ..errors import ProblemError
 from ..ranks import ALONE, Ranks
 from ..shards import any_sharded, is_sharded, reshard, whole
 from ..tensors import Tensors, zeros_like
+from .backward import backward
 from .batch import copied
 from .inspection import Inspection, drawing_refused
 from .rows import WHOLE, Portion, portion

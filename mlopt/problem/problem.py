@@ -102,7 +102,8 @@ class Problem:
         if self.ranks.several:
             require_supported(levels, self.ranks)
             if self.sharded:
-                require_shards(self)
+                pulled = {level.name: self.graph[level.name].interior for level in levels if level.name in self._pulled}
+                require_shards(levels, self.sharded, pulled, self.ranks)
                 self.ranks = attrs.evolve(self.ranks, sharded=True)
             require_alike(levels, self.ranks, "at the start")
         #: Caches and standalone calls of everything that evaluates this problem without a workspace of its own.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..errors import ProblemError
 from ..shards import any_sharded, reshard
 from ..tensors import Tensors, dot, scale, zeros_like
+from .backward import backward
 from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .pure_function import PureFunction, key_of
-from .sharded import backward
 
 if TYPE_CHECKING:
     from .level import Level
