@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import process_cases
 import torch
-from process_cases import Values, decay, indexed, loader, mixture_loss, network, regularizer, rows, training_loss, vector
+from process_cases import Values, indexed, loader, mixture_loss, network, regularizer, rows, training_loss, vector
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
@@ -166,7 +165,11 @@ def of(problem: mlopt.Problem, **options: Any) -> Values:
 def run_of(problem: mlopt.Problem, steps: int, **options: Any) -> Values:
     """Return the variables, whole, and the logged values after a run."""
     solution = mlopt.solve(problem, steps, seed=0, progress=False, **options)
-    values = {f"{o.name}.{n}": whole(p.detach()) for o in problem for n, p in zip(o.parameter_names, o.parameters)}
+    values = {
+        f"{o.name}.{n}": whole(p.detach())
+        for o in problem
+        for n, p in zip(o.parameter_names, o.parameters, strict=True)
+    }
     history = {name: torch.tensor(solution.history.column(name)) for name in solution.history.names}
     return {name: value.clone().double() for name, value in (values | history).items()}
 
@@ -248,4 +251,37 @@ EQUAL: dict[str, Callable[[Sharding], Values]] = {
     "run: an evaluation without a backward pass": _forward_only,
     "run: skips what is not a number": partial(_nan, "skip"),
     "run: rolls back what is not a number": partial(_nan, "rollback"),
+}
+
+
+def resumed(shard: Sharding, folder: Path, steps: int) -> Values:
+    """Return a run with checkpoints in a folder, from which it resumes if there are any."""
+    problem = two_levels(mlopt.FiniteDifference(), shard, optimizer=partial(Adam, lr=0.05))
+    return run_of(problem, steps, checkpoint=folder, resume=True)
+
+
+def _direct_loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    loss: Tensor = training_loss(module, batch, weights=weights)["loss"]
+    return loss + 0.1 * whole(next(module.parameters()).square().sum())
+
+
+#: Cases that raise when the problem is built or first evaluated, with a part of the message.
+REFUSED: dict[str, tuple[Callable[[Sharding], Any], str]] = {
+    "autograd": (lambda shard: two_levels(mlopt.ConjugateGradient(), shard), "products='finite_difference'"),
+    "unrolled": (lambda shard: two_levels(mlopt.Unrolled(steps=2), shard), "use FiniteDifference()"),
+    "dense": (lambda shard: two_levels(mlopt.Dense(products="finite_difference"), shard), "Dense computes"),
+    "nystrom": (
+        lambda shard: two_levels(mlopt.Nystrom(rank=2, damping=0.1, products="finite_difference"), shard),
+        "Nystrom computes",
+    ),
+    "history": (lambda shard: two_levels(differences(history=3, warm_start=True), shard), "a history"),
+    "half precision": (lambda shard: two_levels(differences(), shard, precision="fp16"), "use precision='bf16'"),
+    "optimizer": (
+        lambda shard: of(two_levels(differences(), shard, optimizer=partial(torch.optim.Adafactor, lr=0.1))),
+        "Adafactor may compute with norms",
+    ),
+    "parameters in a loss": (
+        lambda shard: of(two_levels(differences(), shard, loss=_direct_loss)),
+        "move that term to the regularizer",
+    ),
 }

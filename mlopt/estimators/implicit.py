@@ -96,7 +96,9 @@ class Implicit(Estimator):
     @property
     def needs_whole(self) -> str:
         if self.products != "finite_difference":
-            return f"{self.products} products take second derivatives, which do not pass through the hooks of fully_shard"
+            return (
+                f"{self.products} products take second derivatives, which do not pass through the hooks of fully_shard"
+            )
         if self.solver is not None and not self.solver.takes_shards:
             return f"{type(self.solver).__name__} computes with the entries of whole vectors"
         return "a history and joint solves compute with whole vectors" if self.history or self.joint else ""

@@ -98,7 +98,9 @@ class Problem:
                     "give one, such as mlopt.ConjugateGradient(iterations=10)"
                 )
         #: The levels whose variables are sharded over the processes.
-        self.sharded = frozenset(level.name for level in levels if level.sharded or any_sharded(level.module.parameters()))
+        self.sharded = frozenset(
+            level.name for level in levels if level.sharded or any_sharded(level.module.parameters())
+        )
         if self.ranks.several:
             require_supported(levels, self.ranks)
             if self.sharded:

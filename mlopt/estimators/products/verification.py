@@ -111,7 +111,11 @@ def _full(direction: Vectors, values: Vectors) -> Vectors:
     """Return a direction, or a random one in place of a unit vector, as `Dense` takes: that would show one column only."""
     entries = [x for vectors in direction.values() for x in vectors]
     # One count for all tensors: the host waits for the device at each that it reads.
-    if any_sharded(entries) or sum(x.numel() for x in entries) == 1 or int(sum(x.count_nonzero() for x in entries)) != 1:
+    if (
+        any_sharded(entries)
+        or sum(x.numel() for x in entries) == 1
+        or int(sum(x.count_nonzero() for x in entries)) != 1
+    ):
         return direction
     generator = torch.Generator().manual_seed(1)
 
