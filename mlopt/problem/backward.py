@@ -55,5 +55,5 @@ def _gradient(variable: Any) -> Tensor | None:
 
 
 def _placed(variable: Any, gradient: Any) -> Tensor:
-    """Return the gradient of a regularizer by a sharded variable with the variable's shards, to which a unit adds that of a loss."""
+    """Return the gradient of a regularizer in the shards of its variable, to which a unit adds that of a loss."""
     return gradient.redistribute(placements=variable.placements).clone()  # type: ignore[no-any-return]

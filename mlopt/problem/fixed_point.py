@@ -270,7 +270,7 @@ def _require_elementwise(level: Level, optimizer: Optimizer) -> None:
     else:
         state = f"its {type(optimizer).__name__} may compute with norms or shapes of variables"
     raise ProblemError(
-        f"level {level.name!r}: {state}, and of its variables, which fully_shard has sharded, each process has a part; use one of "
+        f"level {level.name!r}: {state}, and each process has a part of its variables, which are sharded; use one of "
         f"torch.optim without hooks: {', '.join(sorted(_ELEMENTWISE))}"
     )
 

@@ -147,9 +147,9 @@ class Inspection:
                 reached.add(other.name)
                 if is_sharded(parameter) and self._part != "regularizer":
                     raise ProblemError(
-                        f"the {self._part} of level {level.name!r} computes with {name!r} of level {other.name!r}, which is sharded, "
-                        "outside of the forward pass of its module, in which each process has its own rows; compute with what the "
-                        f"module returns, or move that term to the regularizer of level {level.name!r}"
+                        f"the {self._part} of level {level.name!r} computes with {name!r} of level {other.name!r}, which is "
+                        "sharded, outside of the forward pass of its module, in which each process has its own rows; compute "
+                        f"with what the module returns, or move that term to the regularizer of level {level.name!r}"
                     )
                 if other.name not in known and (units(other.module) or _reaches(value, parameter)):
                     raise ProblemError(

@@ -292,8 +292,8 @@ def _refuse_shards(value: Tensor, label: str) -> None:
     """Raise if a loss is a number that the processes share: each would weigh it by its own share of the rows."""
     if is_sharded(value):
         raise ProblemError(
-            f"{label} computes with sharded parameters outside of the forward pass of their module, in which each process has its "
-            "own rows; compute with what the module returns, or move that term to the regularizer of the level"
+            f"{label} computes with sharded parameters outside of the forward pass of their module, in which each process has "
+            "its own rows; compute with what the module returns, or move that term to the regularizer of the level"
         )
 
 

@@ -30,7 +30,7 @@ def require_shards(
     """
     if levels[0].name in sharded:
         raise ProblemError(
-            f"level {levels[0].name!r}: it is the outermost level, and sharded by fully_shard, which is supported for levels inside; "
+            f"level {levels[0].name!r}: fully_shard has sharded it, and it is the outermost level; only levels inside may be sharded; "
             "give its module before it is sharded"
         )
     for level in levels:

@@ -249,7 +249,7 @@ class Loop:
         self._call("on_save", folder)
 
     def _state(self) -> Callable[[], dict[str, Any]]:
-        """Return a function of the first process that returns the state of the run; sharded tensors are made whole now, by all."""
+        """Return a function that returns the state of the run to the first process; all make sharded tensors whole now."""
         if not self.run.problem.sharded:
             return self.run.state_dict
         state: dict[str, Any] = whole_values(self.run.state_dict(), kept=self._ranks.first)

@@ -47,11 +47,11 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def require_equal(outcomes: list[Any], name: str, expected: dict[str, torch.Tensor]) -> None:
-    for outcome in outcomes:
-        assert isinstance(outcome[name], dict), outcome[name]
-        assert outcome[name].keys() == expected.keys()
+    for own in outcomes:
+        assert isinstance(own[name], dict), own[name]
+        assert own[name].keys() == expected.keys()
         for key, value in expected.items():
-            gap = (outcome[name][key] - value).nan_to_num().norm() / value.nan_to_num().norm().clamp_min(1e-3)
+            gap = (own[name][key] - value).nan_to_num().norm() / value.nan_to_num().norm().clamp_min(1e-3)
             assert float(gap) <= 1e-10, (key, float(gap))
 
 
