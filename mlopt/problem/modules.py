@@ -47,7 +47,7 @@ def refuse_module(level: Level, ranks: Ranks) -> None:
             if is_sharded(tensor) and not ranks.several:
                 raise ProblemError(
                     f"{place} has {key!r} sharded over processes (a DTensor of fully_shard), and the problem belongs "
-                    "to this process alone; give the module before it is sharded, or share the problem among those processes (group)"
+                    "to this process alone; give the module before it is sharded, or a group"
                 )
 
 

@@ -30,7 +30,7 @@ def require_shards(
     """
     if levels[0].name in sharded:
         raise ProblemError(
-            f"level {levels[0].name!r}: fully_shard has sharded it, and it is the outermost level; only levels inside may be sharded; "
+            f"level {levels[0].name!r}: fully_shard has sharded it, and it is the outermost level; "
             "give its module before it is sharded"
         )
     for level in levels:
