@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CheckpointError, MloptError, NonFiniteError, ProblemError, ProcessError
+from .shards import is_sharded, local
 from .tensors import Tensors, zeros_like
 
 __all__ = ["ALONE", "Ranks", "alone", "joined", "require_alone"]
@@ -43,12 +44,14 @@ class Ranks:
     Attributes:
         rank: the number of this process in the group.
         size: the number of processes.
+        sharded: True if evaluations exchange values themselves, because a module is sharded.
     """
 
     rank: int = 0
     size: int = 1
     _group: Any = None
     _control: Any = None
+    sharded: bool = False
 
     @classmethod
     def of(cls, group: Any) -> Ranks:
@@ -123,6 +126,11 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # groups cannot be copied
 
+    def are_those_of(self, group: Any) -> bool:
+        """Return True if a process group has the same processes, in the same order."""
+        own, other = (dist.get_process_group_ranks(x) for x in (self._group, group))
+        return own == other
+
     def refuse(self, function: str) -> None:
         """Raise if there are several processes, for a function that does not share its work.
 
@@ -151,17 +159,20 @@ class Ranks:
         try:
             pieces = [piece.detach() for piece in evaluate()]
         except Exception as raised:
+            if self.sharded:
+                raise  # the others wait in an exchange of the evaluation, which this one cannot meet
             error, pieces = raised, zeros_like(like)
-        *total, failures = self.sum([*pieces, pieces[0].new_full((), float(error is not None))])
+        *total, failures = self.sum([*pieces, local(pieces)[0].new_full((), float(error is not None))])
         if float(failures):
             self.fail(error)
         return tuple(total)
 
     def sum(self, pieces: Sequence[Tensor]) -> Tensors:
-        """Return the sum over processes of tensors, by one reduction for each dtype and device."""
+        """Return the sum over processes of tensors, by one reduction for each dtype and device; sharded ones are sums already."""
         total: list[Tensor] = list(pieces)
-        for kind in dict.fromkeys((piece.dtype, piece.device) for piece in pieces):
-            here = [k for k, piece in enumerate(pieces) if (piece.dtype, piece.device) == kind]
+        whole = [k for k, piece in enumerate(pieces) if not is_sharded(piece)]
+        for kind in dict.fromkeys((pieces[k].dtype, pieces[k].device) for k in whole):
+            here = [k for k in whole if (pieces[k].dtype, pieces[k].device) == kind]
             flat = torch.cat([pieces[k].detach().reshape(-1) for k in here])
             # Sums in half precision would depend on the number of processes.
             wide = flat.float() if flat.dtype in _HALF else flat

@@ -1,5 +1,6 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
+from .backward import backward
 from .batch import copied, to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
@@ -55,6 +56,7 @@ __all__ = [
     "Vectors",
     "Workspace",
     "add_into",
+    "backward",
     "call_solver",
     "cloned_buffers",
     "compare_evaluations",

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ProblemError
 from ..ranks import Ranks
+from ..shards import is_sharded, reshard
 from .level import Level
 
 __all__ = ["fingerprint", "refuse_batch_norm", "require_alike", "require_supported"]
@@ -84,11 +85,12 @@ def _splitting_sampler(data: Any) -> str:
 
 
 def fingerprint(module: nn.Module) -> int:
-    """Return a checksum of the parameters and buffers of a module, with their names, shapes and dtypes."""
+    """Return a checksum of the parameters and buffers of a module, with their names, shapes and dtypes; sharded ones differ."""
+    reshard((module,))
     total = 0
     for name, tensor in _tensors(module):
         total = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), total)
-        if tensor.numel() and not tensor.is_meta:
+        if tensor.numel() and not tensor.is_meta and not is_sharded(tensor):
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             total = zlib.crc32(flat.numpy().data, total)
     return total
