@@ -3,6 +3,7 @@
 from .batch import to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
+from .cost import LevelSize, PullbackCost
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint, require_all_variables
 from .game import game
@@ -35,6 +36,7 @@ __all__ = [
     "FixedPoint",
     "Graph",
     "Level",
+    "LevelSize",
     "LevelTerm",
     "Linearization",
     "LossValue",
@@ -44,6 +46,7 @@ __all__ = [
     "Point",
     "Primitives",
     "Problem",
+    "PullbackCost",
     "Report",
     "ResidualTerm",
     "Response",
