@@ -1,7 +1,7 @@
 """How far one problem scales over GPUs: a formula, with the exchanges that a run of two processes counts.
 
-Two gloo processes run a problem of two levels, and count the numbers and the sums that they exchange in an outer step. The rest is
-arithmetic with assumed speeds of GPUs and links: nothing was run on several GPUs. The global batch is the same for any number.
+Two gloo processes run a problem of two levels, and count the numbers and the sums that they exchange in an outer step. The rest
+is arithmetic with assumed speeds of GPUs and links: nothing was run on several GPUs. The global batch is the same for any number.
 """
 
 from __future__ import annotations

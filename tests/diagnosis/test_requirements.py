@@ -69,18 +69,9 @@ def test_the_peak_grows_with_the_variables(variables: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
-def test_pairs_of_a_history_count() -> None:
-    optimizer, rule = partial(SGD, lr=1e-3), partial(CG, history=4)
-    estimate = estimate_requirements(of(rule(), optimizer))
-    size = estimate.levels["net"].gradient
-    assert estimate.levels["net"].kept == 11 * size  # two vectors a pair, the solution, its product and the drift
-    assert estimate.memory == pytest.approx(measured(of(rule(), optimizer)), rel=0.25)
-
-
-@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
-@pytest.mark.parametrize("name", [*ESTIMATORS, "cg, forward", "cg, gauss-newton"])
+@pytest.mark.parametrize("name", [*(name for name in ESTIMATORS if name != "cg, warm"), "cg, forward"])
 def test_evaluations_and_products_are_those_of_a_run(name: str) -> None:
-    kinds = {"cg, forward": partial(CG, products="forward"), "cg, gauss-newton": partial(CG, products="gauss_newton")}
+    kinds = {"cg, forward": partial(CG, products="forward")}
     estimator = (ESTIMATORS | kinds)[name]()
     calls: list[str] = []
     marks: list[int] = []
@@ -159,13 +150,6 @@ def test_activations_are_those_of_the_rows_of_one_process() -> None:
     one, eight = (estimate_requirements(problem, processes=n) for n in (1, 8))
     assert eight.levels["x"].pullback == pytest.approx(one.levels["x"].pullback / 8, rel=0.01)
     assert eight.memory == pytest.approx(one.memory / 8, rel=0.01)
-
-
-def test_vectors_are_whole_on_every_process() -> None:
-    problem = of(CG(), partial(Adam, lr=1e-3))
-    one, four = (estimate_requirements(problem, processes=n).levels["net"] for n in (1, 4))
-    assert (four.gradient, four.optimizer) == (one.gradient, one.optimizer)
-    assert four.pullback >= one.pullback
 
 
 def test_a_rule_that_does_not_state_its_cost_is_named() -> None:
