@@ -16,10 +16,12 @@ from ..problem import (
     Bounds,
     Estimator,
     FixedPoint,
+    LevelSize,
     LevelTerm,
     Linearization,
     Objective,
     Point,
+    PullbackCost,
     Report,
     Vectors,
     add_into,
@@ -27,6 +29,7 @@ from ..problem import (
 )
 from ..tensors import Tensors, is_zero, norm, scale, zeros_like
 from .condition import Condition
+from .cost import implicit_cost
 from .joint import joined, joint_system
 from .multiplier import MultiplierTerm
 from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
@@ -109,6 +112,14 @@ class Implicit(Estimator):
         solver = self.solver_at(point, level)
         return Condition(
             point, level, estimator=str(self), solver=solver, product=self.product, warm_start=self.warm_start
+        )
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        solve, batches = None if self.solver is None else self.solver.cost(size.unknowns), self.curvature_batches
+        if solve is None or batches == "all" or self.joint:
+            return None
+        return implicit_cost(
+            solve, size, self.product, history=self.history, warm_start=self.warm_start, batches=batches
         )
 
     def __str__(self) -> str:

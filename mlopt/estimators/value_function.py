@@ -9,8 +9,21 @@ import attrs
 import torch
 
 from ..errors import NonFiniteError
-from ..linear.neumann import largest_eigenvalue
-from ..problem import Block, Bounds, Estimator, FixedPoint, Linearization, Objective, Point, Report, Vectors, restored
+from ..linear.neumann import POWER_ITERATIONS, largest_eigenvalue
+from ..problem import (
+    Block,
+    Bounds,
+    Estimator,
+    FixedPoint,
+    LevelSize,
+    Linearization,
+    Objective,
+    Point,
+    PullbackCost,
+    Report,
+    Vectors,
+    restored,
+)
 from ..tensors import Tensors, add, axpy, is_finite, norm, overwrite, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
 from .products import FiniteDifferenceProduct, Moves, SecondDerivatives, full_precision, moves_of, relative_step
@@ -66,6 +79,18 @@ class ValueFunction(Estimator):
     def linearize(self, point: Point, level: str) -> Linearization:
         self._refuse_levels_inside(point, level)
         return _Penalty(self, point, level)
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        searches = self.step_size is None
+        power = 2 * size.variables + size.product if searches else 0
+        # Copies of the present variables, the penalty, the slope, and both ends of the descents.
+        descent = 5 * size.variables + size.gradient
+        return PullbackCost(
+            memory=max(power, descent),
+            kept=self.warm_start * size.variables,
+            evaluations=2 * self.steps + 2 + 2 * POWER_ITERATIONS * searches,
+            products=POWER_ITERATIONS * searches,
+        )
 
     def __str__(self) -> str:
         warm = ", warm start" * self.warm_start

@@ -15,7 +15,7 @@ from ..validation import at_least, must_be, one_of
 from .history import History, Pair
 from .krylov import Stopping, begin, dots, first_step, restarted
 from .preconditioner import Preconditioner
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, MatVec, SolveCost
 
 __all__ = ["ConjugateGradient"]
 
@@ -62,6 +62,13 @@ class ConjugateGradient(LinearSolver):
     @property
     def takes_shards(self) -> bool:
         return self.preconditioner is None
+
+    def cost(self, unknowns: int) -> SolveCost | None:
+        # The right-hand side, the solution, the residual and the direction.
+        if self.preconditioner is None:
+            return SolveCost(4, self.iterations)
+        prepared = self.preconditioner.cost(unknowns)
+        return None if prepared is None else SolveCost(5 + prepared.vectors, self.iterations + prepared.products)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | History | None) -> LinearSolution:
         # Solution, residual and direction are overwritten in place; arguments and products never are.

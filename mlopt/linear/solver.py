@@ -16,7 +16,7 @@ from ..shards import any_sharded, largest
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
 from .history import History
 
-__all__ = ["LinearSolution", "LinearSolver", "MatVec", "Matrix"]
+__all__ = ["LinearSolution", "LinearSolver", "MatVec", "Matrix", "SolveCost"]
 
 MatVec: TypeAlias = Callable[[Tensors], Tensors]
 
@@ -73,6 +73,24 @@ class LinearSolution:
     history: History | None = None
 
 
+@attrs.frozen
+class SolveCost:
+    """The most that one linear solve takes.
+
+    Attributes:
+        vectors: the number of vectors, each as long as the right-hand side, that it holds during a product, its copy of the
+            right-hand side included. The product itself and two more, with which the first one is compared, are not.
+        products: the number of products with A, without one for a given start.
+
+    Example:
+        >>> mlopt.linear.ConjugateGradient(iterations=7).cost(1_000)
+        SolveCost(vectors=4, products=7)
+    """
+
+    vectors: int
+    products: int
+
+
 #: The message for a right-hand side that is not finite.
 NOT_FINITE = (
     "the right-hand side of a linear solve (the cotangent on a level's solution) is not finite: look at the loss that refers to "
@@ -116,6 +134,10 @@ class LinearSolver(ABC):
         fields = attrs.fields(kind) if attrs.has(kind) else ()
         shown = [f for k, f in enumerate(fields) if f.repr and (k == 0 or getattr(self, f.name) != f.default)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    def cost(self, unknowns: int) -> SolveCost | None:
+        """Return the most that a solve for a number of unknowns takes; None if the solver does not know."""
+        return None
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | History | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.

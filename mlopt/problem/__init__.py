@@ -4,6 +4,7 @@ from .backward import backward
 from .batch import copied, to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
+from .cost import LevelSize, PullbackCost
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint, require_all_variables
 from .game import game
@@ -36,6 +37,7 @@ __all__ = [
     "FixedPoint",
     "Graph",
     "Level",
+    "LevelSize",
     "LevelTerm",
     "Linearization",
     "LossValue",
@@ -45,6 +47,7 @@ __all__ = [
     "Point",
     "Primitives",
     "Problem",
+    "PullbackCost",
     "Report",
     "ResidualTerm",
     "Response",

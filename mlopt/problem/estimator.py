@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import EstimatorError
 from ..tensors import Tensors
+from .cost import LevelSize, PullbackCost
 
 if TYPE_CHECKING:
     from .point import Point
@@ -218,6 +219,10 @@ class Estimator(ABC):
         generators as they were before it entered the context.
         """
         return contextlib.nullcontext()
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        """Return the most that one pullback takes, given what parts of a level's evaluations take; None if not known."""
+        return None
 
     def _refuse_levels_inside(self, point: Point, level: str) -> None:
         """Raise if the level's objective depends on the solutions of levels inside it."""
