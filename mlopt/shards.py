@@ -45,7 +45,7 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, by an exchange that all processes make; a whole tensor is returned as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole_values(state: Any, *, kept: bool) -> Any:

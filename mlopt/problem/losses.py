@@ -107,7 +107,7 @@ class Mixture:
         if not loss.requires_grad:
             return zeros_like(variables)
         if any_sharded(variables) or any_sharded(apart):
-            values = {"own": variables, "apart": apart, "others": self.leaves}
+            values = {"own": tuple(variables), "apart": tuple(apart), "others": tuple(self.leaves)}
             pieces = backward(loss, ["own", "apart"], values, retain_graph=True)
             gradients: Sequence[Tensor | None] = (*pieces["own"], *pieces["apart"])
         else:

@@ -79,7 +79,7 @@ def load_state(part: Any, state: Mapping[str, Any]) -> None:
     parameters = [parameter for group in part.param_groups for parameter in group["params"]]
     if any_sharded(parameters):
         state = {**state, "state": {k: _spread(saved, parameters[k]) for k, saved in state["state"].items()}}
-    part.load_state_dict(state)
+    part.load_state_dict(dict(state))
     for index, saved in state["state"].items():
         loaded = part.state[parameters[index]]
         for name, value in saved.items():
