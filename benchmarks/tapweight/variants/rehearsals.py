@@ -116,7 +116,7 @@ class FromRehearsal(ThreeLevels):
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse each objective, then learn the weights from there on."""
-        weights, _ = Rehearsal.weigh(experiment)
+        weights, _ = Rehearsal().weigh(experiment)
         return _Started(self.name, weights).adapt(experiment, callbacks)
 
 

@@ -14,6 +14,8 @@ from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_ph
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     import mlopt
 
     from ..experiment import Experiment
@@ -43,11 +45,14 @@ class RandomSearch(Method):
         """Return the steps of each rehearsal, and those of the main run."""
         return run_phases(experiment, len(experiment.names))
 
+    def rehearse(self, experiment: Experiment) -> Tensor:
+        """Return the losses of the labelled examples after pretraining at each random weights, (K, n)."""
+        return rehearse(experiment, _drawn(experiment))
+
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse the random weights, choose the best, and pretrain the encoder further."""
-        candidates = _drawn(experiment)
-        losses = rehearse(experiment, candidates).mean(1)
-        weights = [*candidates.values()][int(losses.argmin())]
+        losses = self.rehearse(experiment) if experiment.rehearsed is None else experiment.rehearsed
+        weights = [*_drawn(experiment).values()][int(losses.mean(1).argmin())]
         return main_run(experiment, self.name, weights, self.rehearsals(experiment), callbacks)
 
     @staticmethod

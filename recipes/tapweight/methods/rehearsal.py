@@ -26,6 +26,8 @@ from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_ph
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     import mlopt
 
     from ..experiment import Experiment
@@ -55,17 +57,21 @@ class Rehearsal(Method):
         """Return the steps of each rehearsal, and those of the main run."""
         return run_phases(experiment, len(experiment.names))
 
+    def rehearse(self, experiment: Experiment) -> Tensor:
+        """Return the losses of the labelled examples after pretraining on each objective alone, (K, n)."""
+        names = experiment.names
+        return rehearse(experiment, {name: {other: float(other == name) for other in names} for name in names})
+
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse each objective, choose the weights, and pretrain the encoder further."""
         weights, signals = self.weigh(experiment)
         adapted = main_run(experiment, self.name, weights, self.rehearsals(experiment), callbacks)
         return attrs.evolve(adapted, signals=signals)
 
-    @staticmethod
-    def weigh(experiment: Experiment) -> tuple[dict[str, float], dict[str, Signal]]:
+    def weigh(self, experiment: Experiment) -> tuple[dict[str, float], dict[str, Signal]]:
         """Rehearse each objective; return the weight of each, and how it compares with the average of all."""
-        names = experiment.names
-        losses = rehearse(experiment, {name: {other: float(other == name) for other in names} for name in names})
+        names, losses = experiment.names, experiment.rehearsed
+        losses = self.rehearse(experiment) if losses is None else losses
         seed = derive_seed(experiment.seed, "bootstrap")
         return dict(zip(names, shares_of_best(losses, seed).tolist(), strict=True)), compare(names, losses, seed)
 

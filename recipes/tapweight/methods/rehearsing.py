@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -15,6 +15,7 @@ from mlopt.rng import derive_seed, seed_everything
 
 from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
 from ..models import Pretraining
+from ..sharing import shared
 from .method import Adapted
 from .pretraining import pretraining
 
@@ -40,7 +41,7 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
     """Return the leave-one-out loss of each labelled example after pretraining at each candidate, (C, n).
 
     All candidates have the same start and batches. The losses are means over the rehearsals of the settings, each of which has
-    batches and heads of its own.
+    batches and heads of its own. Several processes share the rehearsals.
 
     Args:
         experiment: the start, the batches and the settings.
@@ -50,15 +51,16 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
     Raises:
         NonFiniteError: a rehearsal diverges, or a loss is not finite: there is nothing to choose weights by.
     """
-    repeats = []
-    numbers, total = itertools.count(1), experiment.settings.rehearsals * len(candidates)
-    for repeat in range(experiment.settings.rehearsals):
-        start, losses = _start(experiment, repeat), []
-        for name, weights in candidates.items():
-            title = f"rehearsal {next(numbers)} of {total} ({name})"
-            losses.append(_loss(experiment, start, repeat, name, weights, title))
-        repeats.append(torch.stack(losses))
-    return torch.stack(repeats).mean(0)
+    repeats = range(experiment.settings.rehearsals)
+    views = {objective.name: objective.passes for objective in experiment.objectives}
+    rehearsals = [(repeat, name) for repeat in repeats for name in candidates]
+    tasks, costs = [], []
+    for number, (repeat, name) in enumerate(rehearsals, 1):
+        title = f"rehearsal {number} of {len(rehearsals)} ({name})"
+        tasks.append(partial(_loss, experiment, repeat, name, candidates[name], title))
+        costs.append(sum(weight * views[objective] for objective, weight in candidates[name].items()))
+    losses = torch.stack(shared(experiment.ranks, tasks, costs))
+    return losses.reshape(len(repeats), len(candidates), -1).mean(0)
 
 
 def rehearsal_passes(experiment: Experiment, views: Sequence[float]) -> int:
@@ -110,14 +112,12 @@ def main_run(
     return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=steps)
 
 
-def _loss(
-    experiment: Experiment, start: Pretraining, repeat: int, name: str, weights: Mapping[str, float], title: str
-) -> Tensor:
-    """Pretrain a copy of `start` at the weights; return the leave-one-out loss of each labelled example, (n,)."""
+def _loss(experiment: Experiment, repeat: int, name: str, weights: Mapping[str, float], title: str) -> Tensor:
+    """Pretrain the encoder at the weights; return the leave-one-out loss of each labelled example, (n,)."""
     # No weights move in a rehearsal, so its length need not be a multiple of `every`.
     settings = attrs.evolve(experiment.settings, every=1)
     short = attrs.evolve(experiment, steps=_length(experiment), settings=settings)
-    model = copy.deepcopy(start)
+    model = _start(experiment, repeat)
     remedy = "lower pretraining_lr, or leave the objective out"
     try:
         short.solve(
