@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import attrs
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..errors import EstimatorError
+from ..errors import EstimatorError, NonFiniteError, SecondDerivativeError
 from ..linear import Kronecker, MatVec, Preconditioner
 from ..problem import LevelTerm, Objective, Point, to_device
 from ..tensors import Tensors, flatten, unflatten
 from ..validation import at_least, is_whole, must_be
-from .products import AutogradProduct, SecondDerivatives, cut_at_outputs, differentiable_kernels
+from .products import (
+    AutogradProduct,
+    SecondDerivatives,
+    cut_at_outputs,
+    differentiable_kernels,
+    graph_of,
+    name_kernels,
+)
 
 __all__ = ["KFACPreconditioner"]
 
+#: A layer whose curvature is approximated by a Kronecker product.
+_Layer: TypeAlias = nn.Linear | nn.Embedding
 #: Curvatures below this share of the largest are raised to it.
 _FLOOR = 1e-4
 #: The most columns of an output; each costs a product with the second derivative of the loss by the outputs.
 _COLUMNS = 256
+_USER, _REMEDY = "KFACPreconditioner", "use mlopt.linear.NystromPreconditioner()"
 
 
 @final
@@ -40,15 +50,20 @@ class KFACPreconditioner(Preconditioner):
 
     P changes the number of iterations, not the solution. It costs a forward pass, a backward pass for each draw, and an
     eigendecomposition of A and G, O(d^3) for a layer of width d, for each linear solve. They are not counted as products.
-    With curvature batches, P is taken on the first of them.
+    With curvature batches, P is taken on the first of them. The factors of a layer with m outputs and n inputs hold about
+    m^2 + n^2 numbers, which the number of unknowns does not determine, so `cost` returns None.
+
+    Layers count as other variables if their outputs do not reach those of the module, if a frozen or computed weight leaves
+    nothing to precondition, or if they are convolutions or recurrent.
 
     Args:
         draws: the number of random vectors that stand in for the columns of the root, a backward pass each; None for all columns.
         seed: of the random vectors.
 
     Raises:
-        EstimatorError: in a pullback, if the loss never calls the level's module, the module's outputs have more than 256
-            columns, or the problem is shared by several processes.
+        EstimatorError: in a pullback, if the loss never calls the level's module or feeds its outputs back into it, the outputs
+            have more than 256 columns, or the problem is shared by several processes.
+        SecondDerivativeError: in a pullback, if the loss has no second derivative by the outputs.
 
     Source: Martens & Grosse 2015 (arXiv 1503.05671); Eschenhagen et al. 2023 (arXiv 2311.00636) for shared weights; Liao, Dangel
     & Yu 2026 (arXiv 2603.29108) for hypergradients.
@@ -75,9 +90,7 @@ class KFACPreconditioner(Preconditioner):
     def at(self, point: Point, level: str) -> Preconditioner:
         """Return the preconditioner of a level at a point."""
         if point.problem.ranks.several:
-            raise EstimatorError(
-                f"level {level!r}: KFACPreconditioner works on one process; use mlopt.linear.NystromPreconditioner()"
-            )
+            raise EstimatorError(f"level {level!r}: KFACPreconditioner works on one process; {_REMEDY}")
         return _AtPoint(rule=self, point=point, level=level)
 
 
@@ -91,18 +104,28 @@ class _AtPoint(Preconditioner):
 
     def prepare(self, matvec: MatVec, like: Tensors, damping: float) -> tuple[MatVec, int]:
         variables = self.point.values[self.level]
+        try:
+            inverse = self._inverse(damping)
+        except SecondDerivativeError as error:
+            raise SecondDerivativeError(
+                f"level {self.level!r}: KFACPreconditioner takes second derivatives of the loss by the outputs of its module, "
+                f"and they do not exist ({error.__cause__}); {_REMEDY}"
+            ) from error
+        if [x.shape for x in like] == [v.shape for v in variables]:
+            return inverse, 0
+        return lambda vector: (flatten(inverse(unflatten(vector[0], variables))),), 0
+
+    @name_kernels
+    def _inverse(self, damping: float) -> MatVec:
         loss, *others = Objective.minimized(self.point.problem[self.level], self.point).terms
         assert isinstance(loss, LevelTerm)
         curvature = _Curvature(self._on_curvature_batch(loss), self.rule.draws, self.rule.seed)
         direct = [damping + own for own in curvature.direct]
         if others:
-            probe = curvature.signs(variables)
+            probe = curvature.signs(self.point.values[self.level])
             rest = SecondDerivatives(Objective(others), AutogradProduct)({self.level: probe}, [self.level])
             direct = [d + _mean(p, r) for d, p, r in zip(direct, probe, rest[self.level], strict=True)]
-        inverse = curvature.inverse(direct)
-        if [x.shape for x in like] == [v.shape for v in variables]:
-            return inverse, 0
-        return lambda vector: (flatten(inverse(unflatten(vector[0], variables))),), 0
+        return curvature.inverse(direct)
 
     def _on_curvature_batch(self, loss: LevelTerm) -> LevelTerm:
         level = self.point.problem[self.level]
@@ -116,14 +139,16 @@ class _AtPoint(Preconditioner):
 class _Call:
     """One call of a layer: its input, and where its output, of this shape, enters the graph."""
 
-    layer: nn.Module
+    layer: _Layer
     input: Tensor
     edge: GradientEdge
     shape: torch.Size
 
     def rows(self, rows: torch.Size, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and gradients as matrices; positions that share one of the given rows of the outputs are added."""
-        inputs, k = self.input, len(rows)
+        inputs, gradient, k = self.input, _at_least_single(gradient), len(rows)
+        if not isinstance(self.layer, nn.Embedding):
+            inputs = _at_least_single(inputs)
         if not isinstance(self.layer, nn.Embedding) and self.shape[:k] == rows and len(self.shape) - 1 > k:
             inputs, gradient = inputs.flatten(k, -2).mean(k), gradient.flatten(k, -2).sum(k)
         width = () if isinstance(self.layer, nn.Embedding) else inputs.shape[-1:]
@@ -141,23 +166,25 @@ class _Curvature:
         self._term, self._variables = term, term.values[term.name]
         self._generator = torch.Generator().manual_seed(seed)
         places = {id(variable): k for k, variable in enumerate(self._variables)}
-        self._places: dict[nn.Module, list[int]] = {}
+        self._places: dict[_Layer, list[int]] = {}
         for layer in term.module.modules():
-            if isinstance(layer, nn.Linear | nn.Embedding) and id(layer.weight) in places:
+            if isinstance(layer, _Layer) and id(layer.weight) in places:
                 bias = getattr(layer, "bias", None)
                 self._places[layer] = [places.pop(id(p)) for p in (layer.weight, bias) if id(p) in places]
         # The layers' hooks come first: one may be the module itself, whose output is then replaced.
         with (
             differentiable_kernels(term),
-            _recorded(self._places) as self._calls,
-            cut_at_outputs(term.module) as (outputs, leaves),
+            _recorded(self._places) as calls,
+            cut_at_outputs(term.module, _USER, _REMEDY) as (outputs, leaves),
         ):
             value = term.value()
         if not outputs:
             raise EstimatorError(
                 f"level {term.name!r}: KFACPreconditioner needs the outputs of its {type(term.module).__name__}, but its loss "
-                "never calls it with gradients; call the module in the loss, or use mlopt.linear.NystromPreconditioner()"
+                f"never calls it with gradients; call the module in the loss, or {_REMEDY}"
             )
+        reached = graph_of(outputs)
+        self._calls = [call for call in calls if call.edge.node in reached]
         called = {call.layer for call in self._calls}
         self._places = {layer: own for layer, own in self._places.items() if layer in called}
         covered = {k for own in self._places.values() for k in own}
@@ -188,13 +215,19 @@ class _Curvature:
         if columns > _COLUMNS:
             raise EstimatorError(
                 f"level {self._term.name!r}: the outputs of its {type(self._term.module).__name__} have {columns} columns, and "
-                f"KFACPreconditioner takes at most {_COLUMNS}; use mlopt.linear.NystromPreconditioner()"
+                f"KFACPreconditioner takes at most {_COLUMNS}; {_REMEDY}"
             )
         if not wide.requires_grad:
             return wide.new_zeros(len(wide), columns, columns)
         bent = [_grad(wide[:, c].sum(), [leaf])[0].reshape(wide.shape) for c in range(columns)]
-        matrix = torch.stack(bent, dim=-1)
+        matrix = _at_least_single(torch.stack(bent, dim=-1))
+        self._require_finite(matrix, "second derivative of the loss by the outputs")
         return _roots((matrix + matrix.mT) / 2)
+
+    def _require_finite(self, matrix: Tensor, name: str) -> None:
+        # An eigendecomposition fails at NaN without saying where it comes from.
+        if not bool(matrix.isfinite().all()):
+            raise NonFiniteError(f"level {self._term.name!r}: KFACPreconditioner: the {name} is not finite")
 
     def _factorise(self, roots: Sequence[Tensor], draws: int | None) -> None:
         """Accumulate A and G of each layer, and the mean curvature of the other variables."""
@@ -203,36 +236,40 @@ class _Curvature:
         edges = [call.edge for call in self._calls]
         targets: list[Any] = [*edges, *variables]
         self._means = [v.new_zeros(()) for v in variables]
-        inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self._places}
-        gradients: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self._places}
+        inputs: dict[_Layer, list[Tensor]] = {layer: [] for layer in self._places}
+        gradients: dict[_Layer, list[Tensor]] = {layer: [] for layer in self._places}
         for column in range(columns):
             along = [self._along(r, x, None if draws else column) for r, x in zip(roots, self._outputs, strict=True)]
-            bent = torch.autograd.grad(self._outputs, targets, along, retain_graph=True, allow_unused=True)
+            bent: Sequence[Any] = torch.autograd.grad(
+                self._outputs, targets, along, retain_graph=True, allow_unused=True
+            )
             for call, gradient in zip(self._calls, bent, strict=False):
-                if gradient is not None:
-                    own, rows = call.rows(self._rows, gradient)
-                    gradients[call.layer].append(rows.mT @ rows / (draws or 1))
-                    if column == 0:
-                        inputs[call.layer].append(own)
+                if gradient is None:  # of a function that returns none
+                    gradient = call.layer.weight.new_zeros(call.shape)
+                own, rows = call.rows(self._rows, gradient)
+                gradients[call.layer].append(rows.mT @ rows / (draws or 1))
+                if column == 0:
+                    inputs[call.layer].append(own)
             self._means = [
                 mean if g is None else mean + g.square().mean() / (draws or 1)
                 for mean, g in zip(self._means, bent[len(edges) :], strict=True)
             ]
-        self._factors = {
-            layer: Kronecker.of(
-                _moment(layer, torch.cat(inputs[layer]), len(own)), torch.stack(gradients[layer]).sum(0)
-            )
-            for layer, own in self._places.items()
-        }
+        self._factors: dict[_Layer, Kronecker] = {}
+        for layer, places in self._places.items():
+            right = _moment(layer, torch.cat(inputs[layer]), len(places))
+            left = torch.stack(gradients[layer]).sum(0)
+            for factor in (right, left):
+                self._require_finite(factor, f"curvature of a {type(layer).__name__}")
+            self._factors[layer] = Kronecker.of(right, left)
 
     def _along(self, root: Tensor, output: Tensor, column: int | None) -> Tensor:
         """Return a random combination of the columns of the roots, or one column, with a random sign for each row."""
         if column is None:
             (signs,) = self.signs([root[..., :1]])
-            return (root @ signs).reshape(output.shape)
+            return (root @ signs).reshape(output.shape).to(output)
         (signs,) = self.signs([root[:, :1, 0]])
         own = root[..., column] if column < root.shape[-1] else torch.zeros_like(root[..., 0])
-        return (signs * own).reshape(output.shape)
+        return (signs * own).reshape(output.shape).to(output)
 
     def inverse(self, direct: Sequence[Tensor]) -> MatVec:
         """Return v -> P^-1 v, given the curvature to be added for each variable."""
@@ -258,18 +295,19 @@ class _Curvature:
 
 
 @contextmanager
-def _recorded(layers: Iterable[nn.Module]) -> Iterator[list[_Call]]:
+def _recorded(layers: Iterable[_Layer]) -> Iterator[list[_Call]]:
     """Record the calls of layers inside the context."""
     calls: list[_Call] = []
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if inputs and output.requires_grad:
+    def record(layer: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            (given,) = (*inputs, *named.values())
             # The edge stays that of the layer if the output is changed in place later.
-            calls.append(_Call(layer, inputs[0].detach(), get_gradient_edge(output), output.shape))
+            calls.append(_Call(layer, given.detach(), get_gradient_edge(output), output.shape))
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(record).remove)
+            stack.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
         yield calls
 
 
@@ -284,17 +322,18 @@ def _roots(matrices: Tensor) -> Tensor:
     return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
 
 
-def _moment(layer: nn.Module, inputs: Tensor, parameters: int) -> Tensor:
+def _moment(layer: _Layer, inputs: Tensor, parameters: int) -> Tensor:
     """Return the mean of a a^T, or its diagonal for an embedding, whose inputs a are unit vectors."""
     if isinstance(layer, nn.Embedding):
-        counts: Tensor = torch.bincount(inputs, minlength=layer.num_embeddings).to(layer.weight.dtype)
-        return counts / len(inputs)
+        counts = torch.bincount(inputs, minlength=layer.num_embeddings)
+        shares: Tensor = counts.to(torch.promote_types(layer.weight.dtype, torch.float32)) / len(inputs)
+        return shares
     if parameters > 1:
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
     return inputs.mT @ inputs / len(inputs)
 
 
-def _joined(layer: nn.Module, vectors: Sequence[Tensor]) -> Tensor:
+def _joined(layer: _Layer, vectors: Sequence[Tensor]) -> Tensor:
     """Return the parts of a vector for the parameters of a layer as one matrix (outputs, inputs)."""
     if isinstance(layer, nn.Embedding):
         return vectors[0].mT
@@ -302,13 +341,17 @@ def _joined(layer: nn.Module, vectors: Sequence[Tensor]) -> Tensor:
     return torch.cat([weight, *(b[:, None] for b in bias)], dim=1)
 
 
-def _parted(layer: nn.Module, matrix: Tensor) -> Tensors:
+def _parted(layer: _Layer, matrix: Tensor) -> Tensors:
     """Return the parts of `_joined` again."""
     if isinstance(layer, nn.Embedding):
         return (matrix.mT.contiguous(),)
-    assert isinstance(layer, nn.Linear)
     width = layer.weight.shape[1]
     return matrix[:, :width].contiguous(), *(column.contiguous() for column in matrix[:, width:].unbind(1))
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    """Return a tensor in single precision if its precision is lower: there are no eigendecompositions in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(probe: Tensor, image: Tensor) -> Tensor:

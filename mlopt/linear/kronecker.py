@@ -33,6 +33,8 @@ class Kronecker:
     @classmethod
     def of(cls, right: Tensor, left: Tensor) -> Kronecker:
         """Return the operator with these factors: A (n, n), or its diagonal (n,), and G (m, m)."""
+        dtype = torch.promote_types(right.dtype, left.dtype)
+        right, left = right.to(dtype), left.to(dtype)
         left_values, left_basis = torch.linalg.eigh(left)
         values, basis = (right, None) if right.dim() == 1 else torch.linalg.eigh(right)
         # Rounding can leave eigenvalues below zero.

@@ -7,10 +7,10 @@ from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct, cut_at_outputs
-from .kernels import differentiable_kernels
+from .kernels import differentiable_kernels, graph_of
 from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
-from .product import Product
+from .product import Product, name_kernels
 from .second_derivatives import SecondDerivatives
 from .supplied import SuppliedProduct
 from .traced import TracedProduct
@@ -34,7 +34,9 @@ __all__ = [
     "cut_at_outputs",
     "differentiable_kernels",
     "full_precision",
+    "graph_of",
     "moves_of",
+    "name_kernels",
     "on_batches",
     "relative_step",
     "search",
