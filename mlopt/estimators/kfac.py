@@ -319,7 +319,8 @@ def _cut_rows(output: Tensor) -> torch.Size:
 def _roots(matrices: Tensor) -> Tensor:
     """Return R with R R^T = M for each positive semi-definite M; negative eigenvalues count as zero."""
     values, vectors = torch.linalg.eigh(matrices)
-    return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+    roots: Tensor = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+    return roots
 
 
 def _moment(layer: _Layer, inputs: Tensor, parameters: int) -> Tensor:
@@ -351,7 +352,8 @@ def _parted(layer: _Layer, matrix: Tensor) -> Tensors:
 
 def _at_least_single(x: Tensor) -> Tensor:
     """Return a tensor in single precision if its precision is lower: there are no eigendecompositions in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    wide: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide
 
 
 def _mean(probe: Tensor, image: Tensor) -> Tensor:
