@@ -20,7 +20,7 @@ import torch
 
 import mlopt
 from mlopt import cli
-from mlopt.recipes.tapweight.configuration import CommandLine
+from mlopt.recipes.tapweight.command_line import CommandLine
 from mlopt.validation import at_least
 
 if TYPE_CHECKING:

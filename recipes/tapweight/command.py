@@ -19,7 +19,8 @@ import mlopt
 from mlopt.durations import in_words
 from mlopt.files import replacing
 
-from .configuration import ConfigurationError, parse, read, write
+from .command_line import parse, written_options
+from .configuration import ConfigurationError, read, write
 from .modality import Configuration, Modality, device_of
 from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
@@ -65,7 +66,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     """
     line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
     configuration: Configuration[Any, Any] = line.run
-    configuration.check()
+    configuration.check(written_options(arguments, kind.configuration_class))
     output, device = Path(configuration.output or ""), device_of(configuration.device)
     _check_output(output, line.overwrite, line.resume)
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)

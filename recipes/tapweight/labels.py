@@ -18,7 +18,7 @@ from .files import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Form", "Kind", "Labels", "is_empty", "labels_of", "meanings_of", "name_of", "number_of"]
+__all__ = ["Form", "Kind", "Labels", "are_classes", "is_empty", "labels_of", "meanings_of", "name_of", "number_of"]
 
 #: The choice of a user.
 Kind = Literal["classification", "regression"]
@@ -173,7 +173,7 @@ def labels_of(
     if kind == "regression" or (kind is None and mostly):
         if others:
             raise _not_numbers(source, place, others, kind)
-        if kind == "regression" or not _are_classes(numbers, rows_per_class):
+        if kind == "regression" or not are_classes(numbers, rows_per_class):
             return Labels(name, "numbers", missing=tuple(missing))
         if {-1.0, 0.0, 1.0} <= set(numbers):
             row = next(row for row, cell in present if number_of(cell) == -1)
@@ -247,7 +247,7 @@ def _check_whole(source: str, place: str, present: Sequence[tuple[int, Any]]) ->
             )
 
 
-def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
+def are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
     """Return True if numbers are the names of classes."""
     distinct = set(numbers)
     if _are_usual(distinct):

@@ -19,7 +19,7 @@ from .files import DataError, suffix_of, text_of, unpacked
 from .names import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "list_of", "parts_of", "table_of"]
 
@@ -44,6 +44,7 @@ class Table:
             files; 0-based in a data set.
         cells: the cells of each record: text, or values of JSON, Parquet and data sets.
         notes: clauses that a user should read on how the file was read.
+        named: False if the file does not name its columns.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Table:
     rows: tuple[int, ...]
     cells: tuple[Sequence[Any], ...]
     notes: tuple[str, ...] = ()
+    named: bool = True
 
     def records(self) -> Iterator[tuple[int, Sequence[Any]]]:
         """Return the place and the cells of each record."""
@@ -103,13 +105,12 @@ def table_of(source: str | os.PathLike[str] | Any, *, name: str | None = None, l
     return _objects(path, suffix) if suffix in (".jsonl", ".json") else _delimited(path, suffix, longest)
 
 
-def list_of(path: Path, column: str, entry: Callable[[str], str] = str.strip) -> Table:
+def list_of(path: Path, column: str) -> Table:
     """Read a file with an entry a line as a table of one column; blank lines are skipped.
 
     Args:
         path: the file, also compressed.
         column: the name of the column.
-        entry: returns the entry of a line.
 
     Raises:
         DataError: the file cannot be read; the message names the file, the row and the remedy.
@@ -121,7 +122,7 @@ def list_of(path: Path, column: str, entry: Callable[[str], str] = str.strip) ->
         source=str(path),
         header=(column,),
         rows=tuple(row for row, _ in lines),
-        cells=tuple((entry(line),) for _, line in lines),
+        cells=tuple((line.strip(),) for _, line in lines),
         notes=content.notes,
     )
 

@@ -11,7 +11,7 @@ import attrs
 from mlopt.validation import shown
 
 from ..files import DataError
-from ..labels import is_empty, name_of, number_of
+from ..labels import are_classes, is_empty, name_of, number_of
 from ..splits import is_name_of_split
 from ..tables import column_of
 from .graphs import import_extra
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from ..tables import Table
 
-__all__ = ["Columns", "columns_of", "smiles_column_of"]
+__all__ = ["ROWS_PER_CLASS", "Columns", "columns_of", "smiles_column_of"]
 
+#: The fewest molecules for each distinct whole number, by which whole numbers are classes.
+ROWS_PER_CLASS = 5
 #: Records by which a column of SMILES is recognised.
 _SAMPLE = 20
 #: Fewest records by which a column of consecutive numbers is recognised.
@@ -141,6 +143,9 @@ def _reason(table: Table, index: int) -> str:
         return "empty"
     numbers = [number_of(cell) for cell in cells]
     if all(number is not None for number in numbers):
+        whole = [number for number in numbers if number is not None and number == number]
+        if not table.named and whole and all(map(float.is_integer, whole)) and not are_classes(whole, ROWS_PER_CLASS):
+            return "whole numbers, which may be those of a catalogue"
         steps = {float(b) - float(a) for a, b in pairwise(numbers) if a is not None and b is not None}
         return "consecutive numbers" if len(cells) >= _LEAST and steps == {1.0} else ""
     names = {name_of(cell) for cell in cells}

@@ -18,12 +18,12 @@ from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
 from ..labels import meanings_of
 from ..names import suggestion
-from ..tables import SUFFIXES, is_folder, list_of, table_of
-from .columns import columns_of, smiles_column_of
+from ..tables import SUFFIXES, is_folder, table_of
+from .columns import ROWS_PER_CLASS, columns_of, smiles_column_of
 from .graphs import import_extra
 from .packed import graphs_of
 from .sdf import sdf_table
-from .smi import smi_table
+from .smi import smi_list, smi_table
 
 if TYPE_CHECKING:
     import os
@@ -42,8 +42,6 @@ _LISTS = (_SMI, ".txt")
 _STRUCTURES = ".sdf"
 #: Characters of the longest cell: a longer one has an open quote.
 _LONGEST = 2**17
-#: The fewest molecules for each distinct whole number, by which whole numbers are classes.
-_ROWS_PER_CLASS = 5
 
 
 @attrs.frozen(eq=False, repr=False, kw_only=True)
@@ -179,7 +177,7 @@ def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = 
     if suffix == _STRUCTURES:
         return sdf_table(Path(source))
     if suffix in lists:
-        return list_of(Path(source), "smiles", lambda line: line.split()[0])
+        return smi_list(Path(source))
     if suffix == _SMI:
         return smi_table(Path(source))
     return table_of(source, longest=_LONGEST)
@@ -188,7 +186,7 @@ def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = 
 def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequence[str]) -> tuple[Labels, ...]:
     """Return the meaning of the columns of labels."""
     chosen = [(table.header[k], table.column(k)) for k in columns.labels]
-    meanings = meanings_of(table.source, chosen, kind=kind, missing=missing, rows_per_class=_ROWS_PER_CLASS)
+    meanings = meanings_of(table.source, chosen, kind=kind, missing=missing, rows_per_class=ROWS_PER_CLASS)
     for each in meanings:
         if fault := _fault(each):
             raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
