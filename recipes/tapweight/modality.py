@@ -160,7 +160,9 @@ class LabelledData:
     def idle(cls) -> Iterator[Idle]:
         """Yield the options of the data that have no effect in some runs."""
         own, divide = "of --dataset, which has its own", ("split", "split_fractions")
-        yield Idle(cls.beside_dataset, lambda run: run.data.dataset is not None, f"on the data set {own}", "give --train")
+        yield Idle(
+            cls.beside_dataset, lambda run: run.data.dataset is not None, f"on the data set {own}", "give --train"
+        )
         yield Idle(
             divide,
             lambda run: run.data.valid is not None,

@@ -103,7 +103,10 @@ def stratified_split(
             name = max(NAMES, key=behind.__getitem__) if k else "train"
             behind[name] -= len(group)
             splits[name] += group
-    return _checked({name: sorted(indices) for name, indices in splits.items()}, len(classes), fractions)
+    words = f"{len(strata)} classes"
+    return _checked(
+        {name: sorted(indices) for name, indices in splits.items()}, len(members), len(classes), fractions, words
+    )
 
 
 def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split, list[int]]:
@@ -231,14 +234,19 @@ def _cut(
         name = next(name for name, end in zip(NAMES, ends, strict=True) if taken < end)
         splits[name] += group
         taken += len(group)
-    return _checked({name: sorted(indices) for name, indices in splits.items()}, n, fractions)
+    return _checked({name: sorted(indices) for name, indices in splits.items()}, len(members), n, fractions)
 
 
-def _checked(splits: dict[Split, list[int]], n: int, fractions: Sequence[float]) -> dict[Split, list[int]]:
+def _checked(
+    splits: dict[Split, list[int]], distinct: int, n: int, fractions: Sequence[float], classes: str = ""
+) -> dict[Split, list[int]]:
     """Refuse an empty split."""
     for name, indices in splits.items():
         if not indices:
+            words = [f"{distinct} distinct"] * (distinct < n) + [classes] * bool(classes)
+            counted = f"{n} example{'s' * (n > 1)}" + (f" ({', '.join(words)})" if words else "")
             raise DataError(
-                f"{n} examples are too few for the {name} split at fractions={tuple(fractions)}; {_REMEDY} examples"
+                f"{counted} {'are' if n > 1 else 'is'} too few for the {name} split at fractions={tuple(fractions)}; {_REMEDY} "
+                "examples"
             )
     return splits

@@ -97,7 +97,9 @@ def _groups(words: Sequence[str], positional: bool) -> Iterator[tuple[str, list[
         elif groups:
             groups[-1][1].append(word)
         elif not positional:
-            raise ConfigurationError(f"{shown(word)} stands before the first option; give options, such as --output FOLDER")
+            raise ConfigurationError(
+                f"{shown(word)} stands before the first option; give options, such as --output FOLDER"
+            )
     yield from groups
 
 

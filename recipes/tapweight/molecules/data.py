@@ -14,6 +14,7 @@ import torch
 
 from mlopt.validation import shown
 
+from ..cells import is_empty
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
 from ..labels import meanings_of
@@ -265,7 +266,7 @@ def _molecules(
         return graph
 
     listed = list(records)
-    smiles = [str(cell or "").strip() for _, (cell, _) in listed]
+    smiles = ["" if is_empty(cell) else str(cell).strip() for _, (cell, _) in listed]
     # Rows beyond the limit take the places of those that are left out.
     graphs = itertools.chain(graphs_of(smiles[:limit]), graphs_of(smiles[limit:]) if limit is not None else ())
     rows = ((row, (graph, cells)) for (row, (_, cells)), graph in zip(listed, graphs, strict=True))

@@ -60,7 +60,7 @@ def smi_table(path: Path) -> Table:
 def smi_list(path: Path) -> Table:
     """Read a file of SMILES as a table of one column "smiles": the first word of each line, or the column that has this name.
 
-    A first line with the names of the columns, and comments, are as in `smi_table`; the lines may have different numbers of words.
+    A first line with the names of the columns, and comments, are as in `smi_table`. Lines may have different numbers of words.
 
     Args:
         path: the file, also compressed.

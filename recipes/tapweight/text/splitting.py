@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..labels import is_empty, meanings_of, name_of
+from ..cells import is_empty, name_of
+from ..labels import meanings_of
 from ..repetition import repetitions
 from ..splits import EIGHT_ONE_ONE, random_split, stratified_split
 

@@ -69,7 +69,7 @@ def test_three_files_of_classes_and_a_gzipped_corpus_in_a_process_of_its_own(mol
     for name, part in (("train", lines[1::2]), ("valid", [*lines[2::4], "xx,1,1"]), ("test", lines[4::4])):
         (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *part]) + "\n")
     files = "--corpus corpus.csv.gz --corpus-limit 25 --train train.csv --valid valid.csv --test test.csv"
-    more = f"{files} {molecules.fast} --labels nitrogen --output output --freeze-encoder --seed 1"
+    more = f"{files} {molecules.fast.replace('--split random', '')} --labels nitrogen --output output --freeze-encoder --seed 1"
     printed = output_of_process([*molecules.command, *more.split()], tmp_path)
     for sentence in (
         "Corpus: 25 molecules of corpus.csv.gz.\nTask: classification of nitrogen, scored by roc_auc;",
@@ -100,7 +100,7 @@ def test_a_data_set_of_molecule_net(molecules: Case, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps({**split, "test": split["test"][1:]}))
     for name, listed in (("net", split), ("own", {**split, "test": split["test"][1:]})):
         file = tmp_path / "net" / "splits.json" if name == "net" else tmp_path / "own.json"
-        again = f"{files}-{name} --splits {file} --split scaffold --seed 5"
+        again = f"{files}-{name} --splits {file} --seed 5"
         succeed([*molecules.command, *again.split(), *molecules.fast.replace("--split random", "").split()])
         assert load(tmp_path, f"net-{name}", "splits.json") == listed
 

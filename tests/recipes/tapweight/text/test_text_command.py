@@ -91,7 +91,10 @@ def test_a_folder_with_a_data_set_for_each_split(
     rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == [own for own, _ in parts["test"]]
     assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--splits=b"]) == 2
-    assert "--splits has no effect on the data set of --dataset, which has its own; leave it out, or give --train" in capsys.readouterr().err
+    assert (
+        "--splits has no effect on the data set of --dataset, which has its own; leave it out, or give --train"
+        in capsys.readouterr().err
+    )
 
 
 def test_truncated_texts_are_reported(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
