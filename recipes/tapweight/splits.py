@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from .files import DataError
 from .tables import column_of, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from pathlib import Path
 
     from .tables import Table
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EIGHT_ONE_ONE",
     "NAMES",
+    "about",
     "check_fractions",
     "ends_of",
     "folder_split",
@@ -207,6 +209,15 @@ def check_fractions(fractions: Sequence[float]) -> None:
             f"fractions={tuple(fractions)!r}: give three positive numbers (train, valid, test) whose sum is 1, such as "
             "--split-fractions 0.8 0.1 0.1"
         )
+
+
+@contextmanager
+def about(source: str) -> Iterator[None]:
+    """Put the file of the examples before a sentence on their splits."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 def ends_of(n: int, fractions: Sequence[float]) -> list[int]:

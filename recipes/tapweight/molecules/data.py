@@ -85,6 +85,7 @@ def read_corpus(
     path: str | os.PathLike[str],
     *,
     smiles_column: str | None = None,
+    optional: bool = True,
     strict: bool = False,
     limit: int | None = None,
 ) -> Molecules:
@@ -93,8 +94,8 @@ def read_corpus(
     Args:
         path: a table with a column of SMILES, see `mlopt.recipes.tapweight.tables.table_of`; `.sdf`; or `.smi` or `.txt` with a
             SMILES a line, with or without a blank and a name after it. Each may be compressed (.gz, .xz, .bz2, .zip).
-        smiles_column: the column of the SMILES of a table, if the table has it; otherwise "smiles" in any case, else the only
-            column that holds SMILES.
+        smiles_column: the column of the SMILES of a table; by default "smiles" in any case, else the only one that holds SMILES.
+        optional: take the default column of a table that does not have `smiles_column`.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
         limit: the most molecules; at least 2.
 
@@ -107,7 +108,7 @@ def read_corpus(
     """
     check_limit(limit, "molecules")
     table = molecule_table(path, _LISTS)
-    column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header else None)
+    column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header or not optional else None)
     rows = ((row, (cells[column], ())) for row, cells in table.records())
     return _molecules(table.source, rows, (), notes=(*table.notes, *chosen), strict=strict, limit=limit, least=2)
 

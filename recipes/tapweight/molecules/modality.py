@@ -155,7 +155,11 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
         self._tasks = {seed: self._task(seed, files) for seed in seeds}
         assert data.corpus is not None  # checked
         self._corpus = read_corpus(
-            data.corpus, smiles_column=data.smiles_column, strict=data.strict, limit=data.corpus_limit
+            data.corpus,
+            smiles_column=data.smiles_column,
+            optional=data.train is not None,
+            strict=data.strict,
+            limit=data.corpus_limit,
         )
         self.skipped = [*self._tasks[seeds[0]].skipped, (self._corpus.source, self._corpus.skipped)]
         say(f"Corpus: {self._corpus.summary()}.")

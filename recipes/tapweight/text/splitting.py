@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from ..cells import is_empty, name_of
 from ..labels import meanings_of
 from ..repetition import repetitions
-from ..splits import EIGHT_ONE_ONE, random_split, stratified_split
+from ..splits import EIGHT_ONE_ONE, about, random_split, stratified_split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,9 +58,10 @@ def divided(
         DataError: the fractions are wrong, or a split would be empty.
     """
     groups = [content(example) for example in texts]
-    if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
-        return random_split(len(texts), fractions, seed, groups)
-    return stratified_split([tuple(map(name_of, cells)) for cells in texts.cells()], fractions, seed, groups)
+    with about(texts.source):
+        if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
+            return random_split(len(texts), fractions, seed, groups)
+        return stratified_split([tuple(map(name_of, cells)) for cells in texts.cells()], fractions, seed, groups)
 
 
 def content(example: Example) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ def test_labels_after_the_smiles(
         ("CCO\nCC\n", r"a\.smi: nothing after the SMILES, and a task needs labels; add them, or give a \.csv"),
         (
             "CCO 5793\nCC 702\nC 297\n",
-            r"no column of labels beside 'smiles'; ignored: 'column 2' \(whole numbers, which may be those of a catalogue\); name "
-            r"the columns to predict by --labels",
+            r"no column of labels beside 'smiles'; ignored: 'column 2' \(whole numbers, which may be those of a catalogue\); "
+            r"name the columns to predict by --labels",
         ),
         # One that repeats is not a label either: molecules have synonyms and salts.
         (
