@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     cleaning = HyperCleaning(10 if options.quick else 40)
     cases = {
-        "a level of ten variables": (*ten_variables(500 if options.quick else 2_000), 1.3),
+        "a level of ten variables": (*ten_variables(500 if options.quick else 2_000), 1.2),
         "hyper-cleaning": (cleaning.ours, cleaning.by_hand, 1.05),
     }
     table, rows = Table("loop", "solve / by hand", "target: at most"), []

@@ -137,6 +137,9 @@ LOOPS: dict[str, Callable[[Case], Any]] = {
         iterations=50, rtol=5e-3, warm_start=True
     ),
     "ConjugateGradient history, rtol 1e-2": lambda case: mlopt.ConjugateGradient(iterations=50, rtol=1e-2, history=20),
+    "ConjugateGradient history compiled, rtol 1e-2": lambda case: mlopt.ConjugateGradient(
+        iterations=50, rtol=1e-2, history=20, compile=True
+    ),
     "Neumann warm, one term": lambda case: mlopt.Neumann(iterations=1, step_size=case.step_size, warm_start=True),
 }
 
