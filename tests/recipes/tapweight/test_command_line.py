@@ -78,7 +78,7 @@ def test_words_of_predict_and_embed(command: str, words: str, sentence: str, cap
 
 
 def test_values_that_look_like_options_are_values() -> None:
-    words = "--missing -1 - -.5 --labels=-x --split-fractions .8 .1 .1 --no-strict".split()
+    words = ["--missing", "-1", "-", "-.5", "--labels=-x", "--split-fractions", ".8", ".1", ".1", "--no-strict"]
     written = written_options(words, MoleculeConfiguration)
     assert written == {
         "missing": "--missing",

@@ -117,7 +117,7 @@ def test_other_columns_are_refused(cells: tuple[Any, ...], options: dict[str, An
 def test_one_column_of_one_class_among_others_is_named() -> None:
     columns = [("a", [(2, "yes"), (3, "no")]), ("b", [(2, "same"), (3, "same")])]
     with pytest.raises(
-        DataError, match=r"a\.csv, column 'b': one class only, 'same': nothing can be learnt; leave it out"
+        DataError, match=r"a\.csv, column 'b': one class only, 'same': nothing can be learned; leave it out"
     ):
         meanings_of("a.csv", columns)
 
