@@ -16,7 +16,7 @@ from .files import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Form", "Kind", "Labels", "are_classes", "labels_of", "meanings_of"]
+__all__ = ["Form", "Kind", "Labels", "are_classes", "check_varied", "labels_of", "meanings_of"]
 
 #: The choice of a user.
 Kind = Literal["classification", "regression"]
@@ -208,8 +208,6 @@ def meanings_of(
     """
     options: dict[str, Any] = {"missing": missing, "rows_per_class": rows_per_class}
     meanings = tuple(labels_of(source, name, column, kind=kind, **options) for name, column in columns)
-    if len(meanings) == 1:
-        _check_varied(source, meanings[0], columns[0][1])
     if len(meanings) == 1 or all(each.form == "binary" for each in meanings):
         return meanings
     if constant := next((each for each in meanings if len(each.classes) == 1), None):
@@ -264,12 +262,21 @@ def _check_case(source: str, place: str, present: Sequence[tuple[int, Any]]) -> 
             )
 
 
-def _check_varied(source: str, meaning: Labels, column: Sequence[tuple[int, Any]]) -> None:
-    """Refuse numbers, or 0 and 1, that are the same in all rows."""
-    values = {name_of(cell) for _, cell in column if not meaning.is_missing(cell)}
-    if len(values) == 1 and (meaning.form == "numbers" or meaning.classes == ("0", "1")):
+def check_varied(source: str, name: str, labels: Iterable[Any]) -> None:
+    """Refuse labels that are the same in all rows.
+
+    Args:
+        source: the file.
+        name: the column.
+        labels: the labels, the missing ones apart.
+
+    Raises:
+        DataError: the labels are the same.
+    """
+    distinct = set(labels)
+    if len(distinct) == 1:
         raise DataError(
-            f"{source}, column {shown(meaning.name)}: each label is {values.pop()}: nothing can be learned; name another column "
+            f"{source}, column {shown(name)}: each label is {distinct.pop()}: nothing can be learned; name another column "
             "by --labels"
         )
 

@@ -120,7 +120,7 @@ def columns_of(
         if index != smiles and index not in ignored and (reason := _reason(table, index)):
             ignored[index] = reason
     columns = tuple(index for index in range(len(header)) if index != smiles and index not in ignored)
-    if len(header) == 1:
+    if len(header) == 1 and len(header[0].split()) > 1:
         raise DataError(
             f"{source}: one column only, {shown(header[0])}, and a task needs labels; add a column, or separate the cells by "
             "commas, semicolons, tabs or bars"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from ..files import DataError
+from ..labels import check_varied
 from ..splits import EIGHT_ONE_ONE, about, random_split, stratified_split
 from .graphs import canonical
 from .splits import balanced_scaffold_split, scaffold_split
@@ -45,6 +46,9 @@ def divided(
     """
     if method not in get_args(Method):
         raise DataError(f"split={method!r}: give {', '.join(map(repr, get_args(Method)))}")
+    if len(molecules.label_names) == 1:
+        values = [float(graph.y) for graph in molecules]
+        check_varied(molecules.source, molecules.label_names[0], (f"{value:g}" for value in values if value == value))
     with about(molecules.source):
         return _divided(molecules, method, fractions, chirality=chirality, seed=seed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from ..cells import is_empty, name_of
-from ..labels import meanings_of
+from ..labels import check_varied, meanings_of
 from ..repetition import repetitions
 from ..splits import EIGHT_ONE_ONE, about, random_split, stratified_split
 
@@ -58,6 +58,8 @@ def divided(
         DataError: the fractions are wrong, or a split would be empty.
     """
     groups = [content(example) for example in texts]
+    if len(labels) == 1:
+        check_varied(texts.source, labels[0].name, (str(cell) for (cell,) in texts.cells()))
     with about(texts.source):
         if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
             return random_split(len(texts), fractions, seed, groups)

@@ -39,7 +39,7 @@ def of(*cells: Any, **options: Any) -> Labels:
 )
 def test_the_form_follows_from_the_cells(cells: tuple[Any, ...], form: str, classes: tuple[str, ...]) -> None:
     if classes == ("x",):
-        with pytest.raises(DataError, match="the lists hold 1 classes; give at least two"):
+        with pytest.raises(DataError, match="the lists hold no class but 'x'; give at least two"):
             of(*cells)
         return
     assert (of(*cells).form, of(*cells).classes) == (form, classes)

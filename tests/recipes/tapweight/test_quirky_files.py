@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from mlopt.recipes.tapweight.files import DataError
-from mlopt.recipes.tapweight.labels import labels_of, meanings_of
+from mlopt.recipes.tapweight.labels import labels_of
 from mlopt.recipes.tapweight.molecules.data import read_table
+from mlopt.recipes.tapweight.molecules.task import MoleculeTask
 from mlopt.recipes.tapweight.splits import random_split, stratified_split
 from mlopt.recipes.tapweight.tables import table_of
+from mlopt.recipes.tapweight.text.data import read_table as text_table
+from mlopt.recipes.tapweight.text.splitting import divided, meanings
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def column(*cells: Any) -> list[tuple[int, Any]]:
             r"f, row 2, column 'y': '0.4 uM' is not a number; write numbers without units",
         ),
         (
-            ["1,000", "2,500", "3,250"] * 9,
+            ["1,000", "2,500", "3,250"],
             r"row 2, column 'y': '1,000' is not a number; .*, or give --kind classification",
         ),
         ([f"{k / 2}%" for k in range(40)], r"'0.0%' is not a number; write numbers without units and commas"),
@@ -86,12 +89,17 @@ def test_cells_that_are_not_labels(cells: list[Any], sentence: str) -> None:
         labels_of("f", "y", column(*cells), rows_per_class=5)
 
 
-@pytest.mark.parametrize("cells", [["1"] * 9, ["0", "", "0"], ["3.5", "3.5", "nan"], [3, 3, 3]])
-def test_one_value_in_all_rows_cannot_be_learned(cells: list[Any]) -> None:
-    with pytest.raises(
-        DataError, match=r"f, column 'y': each label is .*: nothing can be learned; name another column"
-    ):
-        meanings_of("f", [("y", column(*cells))])
+@pytest.mark.parametrize("cell", ["1", "0", "3.5"])
+def test_one_value_in_all_rows_cannot_be_learned(cell: str, tmp_path: Path) -> None:
+    rows = "".join(f"{'C' * k},{cell if k % 3 else ''}\n" for k in range(1, 20))
+    (tmp_path / "t.csv").write_text(f"smiles,y\n{rows}")
+    sentence = rf"t\.csv, column 'y': each label is {cell}: nothing can be learned; name another column by --labels"
+    with pytest.raises(DataError, match=sentence):
+        MoleculeTask.from_csv(tmp_path / "t.csv", split="random")
+    (tmp_path / "t.csv").write_text(f"smiles,text,label\n{''.join(f'C,text {k},{cell}' + chr(10) for k in range(20))}")
+    texts = text_table(tmp_path / "t.csv")
+    with pytest.raises(DataError, match=sentence.replace("'y'", "'label'")):
+        divided(texts, meanings(texts))
 
 
 @pytest.mark.parametrize("spelling", ["#N/A", "None", "<NA>", "nan", "NULL", "n/a", "-nan"])
