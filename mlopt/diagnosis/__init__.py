@@ -3,6 +3,7 @@
 from .check import Check, DisagreementError, Row, check_hypergradient
 from .diagnosis import Diagnosis, LevelDiagnosis, diagnose
 from .finding import Finding
+from .requirements import LevelRequirements, Requirements, estimate_requirements
 
 __all__ = [
     "Check",
@@ -10,7 +11,10 @@ __all__ = [
     "DisagreementError",
     "Finding",
     "LevelDiagnosis",
+    "LevelRequirements",
+    "Requirements",
     "Row",
     "check_hypergradient",
     "diagnose",
+    "estimate_requirements",
 ]

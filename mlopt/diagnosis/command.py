@@ -41,9 +41,12 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt diagnose") -> int:
         "problem", metavar="MODULE:ATTRIBUTE", help="a mlopt.Problem, or a function without arguments that returns one"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of random numbers and batches (default: 0)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes for which memory is estimated (default: 1)"
+    )
     options = parser.parse_args(arguments)
     problem = load_problem(options.problem)
-    diagnosis = diagnose(problem, seed=options.seed)
+    diagnosis = diagnose(problem, seed=options.seed, processes=options.processes)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     console.print(problem)
     console.print(diagnosis)

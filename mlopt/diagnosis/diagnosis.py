@@ -30,6 +30,7 @@ from .findings import (
     role_findings,
 )
 from .measurements import Measurements, Tap, Trial, measure
+from .requirements import Requirements, estimate_requirements
 from .solver_rules import SOLVERS, rate_solver
 from .spectrum import Spectrum
 
@@ -82,6 +83,7 @@ class Diagnosis:
 
     Attributes:
         levels: by name, the levels that cotangents are pulled back through.
+        requirements: an estimate of the memory and the passes of an outer step.
 
     Example:
         >>> from mlopt.testing import logistic_regression
@@ -91,6 +93,7 @@ class Diagnosis:
     """
 
     levels: dict[str, LevelDiagnosis]
+    requirements: Requirements
 
     @property
     def safe(self) -> bool:
@@ -100,26 +103,32 @@ class Diagnosis:
     def __rich__(self) -> RenderableType:
         conclusion = "safe to run" if self.safe else "not safe to run: see the errors"
         return Group(
-            *self.levels.values(), conclusion if self.levels else "no level is pulled back: nothing to diagnose"
+            *self.levels.values(),
+            self.requirements,
+            conclusion if self.levels else "no level is pulled back: nothing to diagnose",
         )
 
     def __str__(self) -> str:
         return rendered(self)
 
 
-def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed: int = 0) -> Diagnosis:
+def diagnose(
+    problem: Problem, batches: Mapping[str, Any] | None = None, *, seed: int = 0, processes: int = 1
+) -> Diagnosis:
     """Diagnose every level that cotangents are pulled back through, at the present point, before a long run.
 
     Each kind of products is tried on a cotangent v that is pulled back here, and compared with autograd's. Some twenty
     Lanczos steps estimate the ends of the Hessian's spectrum, which determine the solvers that converge and their speed:
     conjugate gradients need about sqrt(kappa) / 2 ln(2 / 0.01) iterations for an error of 1%, a Neumann series a step size
-    below 2 / lambda_max. Nothing moves: parameters, buffers, optimisers, `.grad` and generators are bit-identical
-    afterwards.
+    below 2 / lambda_max. The memory and the passes of an outer step are estimated, as by
+    `mlopt.diagnosis.estimate_requirements`. Nothing moves: parameters, buffers, optimisers, `.grad` and generators are
+    bit-identical afterwards.
 
     Args:
         problem: the problem; its modules hold the point.
         batches: the batch of each level by name; a missing one is the first of the level's data, in the order of `seed`.
         seed: seed of the random numbers that the losses draw, of the data's order and of the random vectors.
+        processes: the number of processes for which memory is estimated.
 
     Returns:
         Findings for each level, also on each kind of products and each solver; printing it shows tables.
@@ -137,6 +146,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
     problem.ranks.refuse("diagnose")
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
+    needed = estimate_requirements(problem, batches, processes=processes, seed=seed)
     with put_back(problem), preserved(problem.devices):
         start = Point(problem, batches, seeded_generators(problem, "seed", seed), workspace=workspace)
         run_solvers(start, problem.outermost)
@@ -146,7 +156,7 @@ def diagnose(problem: Problem, batches: Mapping[str, Any] | None = None, *, seed
                 measures = measure(problem, workspace, batches, name, seed, cotangents.get(name))
                 more = [*_unused(name, workspace), *_refused(problem, workspace, batches, name, seed)]
                 levels[name] = _diagnose(problem, name, measures, name in cotangents, more)
-    return Diagnosis(levels=levels)
+    return Diagnosis(levels=levels, requirements=needed)
 
 
 def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:

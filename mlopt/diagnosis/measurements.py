@@ -23,7 +23,7 @@ from ..tensors import Tensors, flatten, norm, unflatten
 from .evaluation import evaluate
 from .spectrum import Spectrum, lanczos
 
-__all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure"]
+__all__ = ["KINDS", "Measurements", "Tap", "Trial", "measure", "random_vector"]
 
 #: The kinds of products that must agree with one another.
 KINDS = ("autograd", "forward", "finite_difference")
@@ -145,7 +145,7 @@ def measure(
     measures.spread = _distance(flatten(bounds.on_free(evaluate(other, level)[1])).double(), start)
     measures.unused, measures.kernels = _used(point, level)
     generator = torch.Generator().manual_seed(seed)
-    p, q = (bounds.on_free(_random(level, generator)) for _ in range(2))
+    p, q = (bounds.on_free(random_vector(level, generator)) for _ in range(2))
     vector = p if cotangent is None else bounds.on_free(cotangent)
     measures.trials = {kind: _try(point, level, kind, vector) for kind in KINDS}
     # Doubtful products are better than none: they show the asymmetry.
@@ -246,7 +246,7 @@ def _used(point: Point, level: Level) -> tuple[tuple[str, ...], tuple[str, ...]]
     return unused, tuple(dict.fromkeys(kernels.names))
 
 
-def _random(level: Level, generator: torch.Generator) -> Tensors:
+def random_vector(level: Level, generator: torch.Generator) -> Tensors:
     """Return a random vector in the shapes of the variables, the same on every device."""
     drawn = (torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu") for p in level.parameters)
     return tuple(vector.to(p) for vector, p in zip(drawn, level.parameters, strict=True))

@@ -16,17 +16,20 @@ from ..problem import (
     Bounds,
     Estimator,
     FixedPoint,
+    LevelSize,
     LevelTerm,
     Linearization,
     Objective,
     Point,
+    PullbackCost,
     Report,
     Vectors,
     add_into,
     cut,
 )
-from ..tensors import Tensors, norm, scale, zeros_like
+from ..tensors import Tensors, is_zero, norm, scale, zeros_like
 from .condition import Condition
+from .cost import implicit_cost
 from .joint import joined, joint_system
 from .multiplier import MultiplierTerm
 from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
@@ -93,12 +96,30 @@ class Implicit(Estimator):
             return "products='gauss_newton' approximate the Hessian of a loss"
         return "compile=True compiles products with the second derivatives of a loss" if self.compile else ""
 
+    @property
+    def needs_whole(self) -> str:
+        if self.products != "finite_difference":
+            return (
+                f"{self.products} products take second derivatives, which do not pass through the hooks of fully_shard"
+            )
+        if self.solver is not None and not self.solver.takes_shards:
+            return f"{type(self.solver).__name__} computes with the entries of whole vectors"
+        return "a history and joint solves compute with whole vectors" if self.history or self.joint else ""
+
     def linearize(self, point: Point, level: str) -> Linearization:
         if point.problem[level].residual is None:
             return Stationarity(point, level, self)
         solver = self.solver_at(point, level)
         return Condition(
             point, level, estimator=str(self), solver=solver, product=self.product, warm_start=self.warm_start
+        )
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        solve, batches = None if self.solver is None else self.solver.cost(size.unknowns), self.curvature_batches
+        if solve is None or batches == "all" or self.joint:
+            return None
+        return implicit_cost(
+            solve, size, self.product, history=self.history, warm_start=self.warm_start, batches=batches
         )
 
     def __str__(self) -> str:
@@ -364,7 +385,7 @@ class Stationarity(Linearization):
         solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
-        if measured and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
+        if measured and all(map(is_zero, solution.values())):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         if self._estimator.warm_start or self._estimator.history:
             self.point.keep_warm(self.name, solution[self.name], self.report.residual, self._history)

@@ -10,7 +10,7 @@ import attrs
 
 from .. import linear
 from ..errors import EstimatorError
-from ..problem import Linearization, Point
+from ..problem import LevelSize, Linearization, Point, PullbackCost
 from ..validation import batches_or_none, boolean, is_whole, must_be, one_of
 from .implicit import Implicit, Stationarity
 from .products import COMPILED, PRODUCTS
@@ -87,6 +87,13 @@ class Identity(_ScaledIdentity):
         if isinstance(conditions, Stationarity) and self.streamed and point.carryover is not None:
             return Streamed(conditions, self.scale)
         return conditions
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        cost = super().cost(size)
+        if cost is None or not self.streamed:
+            return cost
+        # A run keeps the cotangent, and the training step evaluates the losses; the first pullback is an ordinary one.
+        return attrs.evolve(cost, kept=size.variables, evaluations=0)
 
     def __str__(self) -> str:
         return Implicit.__str__(self) + ", streamed" * self.streamed

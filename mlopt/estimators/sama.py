@@ -12,10 +12,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import linear
 from ..errors import EstimatorError
-from ..problem import Level, Objective, Point
+from ..problem import Level, LevelSize, Objective, Point, PullbackCost
 from ..tensors import Tensors, norm
 from ..validation import one_of
 from .clipping import ClippedInverse, clipped
+from .cost import implicit_cost
 from .implicit import Implicit
 from .products import PRODUCTS
 
@@ -68,6 +69,10 @@ class SAMA(Implicit):
         if own.clip is None or size is None:
             return diagonal
         return ClippedInverse(inverse=diagonal, gradient=gradient, size=size, limit=own.clip)
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        # The diagonal, and the image of the cotangent.
+        return implicit_cost(linear.SolveCost(2, 0), size, self.product)
 
     def __str__(self) -> str:
         return f"{linear.Identity()} with {self.products} products, adapted"

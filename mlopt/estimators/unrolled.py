@@ -14,9 +14,11 @@ from ..errors import EstimatorError, NonFiniteError
 from ..problem import (
     Block,
     Estimator,
+    LevelSize,
     Linearization,
     Objective,
     Point,
+    PullbackCost,
     Report,
     Vectors,
     add_into,
@@ -27,6 +29,7 @@ from ..problem import (
 )
 from ..tensors import Tensors, add, is_finite, norm, zeros_like
 from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
+from .cost import unrolled_cost
 from .optimizer_step import OptimizerStep, Step, check_transformation
 from .products import PRODUCTS, SecondDerivatives
 from .products.kernels import graph_of
@@ -145,6 +148,9 @@ class Unrolled(Estimator):
     def linearize(self, point: Point, level: str) -> Linearization:
         self._refuse_levels_inside(point, level)
         return _Unrolling(self, point, level)
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        return unrolled_cost(self.steps, self.checkpoint_every, size)
 
     def __str__(self) -> str:
         start = f" from {self.start}" if self.start else ""

@@ -9,9 +9,22 @@ import attrs
 import torch
 
 from ..errors import NonFiniteError
-from ..linear.neumann import largest_eigenvalue
-from ..problem import Block, Bounds, Estimator, FixedPoint, Linearization, Objective, Point, Report, Vectors, restored
-from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
+from ..linear.neumann import POWER_ITERATIONS, largest_eigenvalue
+from ..problem import (
+    Block,
+    Bounds,
+    Estimator,
+    FixedPoint,
+    LevelSize,
+    Linearization,
+    Objective,
+    Point,
+    PullbackCost,
+    Report,
+    Vectors,
+    restored,
+)
+from ..tensors import Tensors, add, axpy, is_finite, norm, overwrite, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
 from .products import FiniteDifferenceProduct, Moves, SecondDerivatives, full_precision, moves_of, relative_step
 
@@ -59,9 +72,25 @@ class ValueFunction(Estimator):
     rtol: float | None = attrs.field(default=None, validator=positive_or_none)
     warm_start: bool = attrs.field(default=False, validator=boolean)
 
+    @property
+    def needs_whole(self) -> str:
+        return ""
+
     def linearize(self, point: Point, level: str) -> Linearization:
         self._refuse_levels_inside(point, level)
         return _Penalty(self, point, level)
+
+    def cost(self, size: LevelSize) -> PullbackCost | None:
+        searches = self.step_size is None
+        power = 2 * size.variables + size.product if searches else 0
+        # Copies of the present variables, the penalty, the slope, and both ends of the descents.
+        descent = 5 * size.variables + size.gradient
+        return PullbackCost(
+            memory=max(power, descent),
+            kept=self.warm_start * size.variables,
+            evaluations=2 * self.steps + 2 + 2 * POWER_ITERATIONS * searches,
+            products=POWER_ITERATIONS * searches,
+        )
 
     def __str__(self) -> str:
         warm = ", warm start" * self.warm_start
@@ -145,7 +174,7 @@ class _Penalty(Linearization):
         return relative_step(present) * min(sizes) / reach
 
     def _put(self, values: Tensors) -> None:
-        torch._foreach_copy_([variable.data for variable in self._live], list(values))
+        overwrite([variable.data for variable in self._live], values)
 
     def _record(self, residual: float, nu: float) -> None:
         self.report.iterations += self._rule.steps

@@ -9,7 +9,7 @@ from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
 from .preconditioner import Preconditioner
-from .solver import LinearSolution, LinearSolver, Matrix, MatVec
+from .solver import LinearSolution, LinearSolver, Matrix, MatVec, SolveCost
 
 __all__ = [
     "GMRES",
@@ -28,4 +28,5 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Preconditioner",
+    "SolveCost",
 ]

@@ -12,7 +12,7 @@ from ..finiteness import require_finite
 from ..tensors import Tensors, scale
 from ..validation import positive
 from .history import History
-from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec
+from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec, SolveCost
 
 __all__ = ["AssumedInverse", "Diagonal", "Identity"]
 
@@ -31,11 +31,15 @@ class AssumedInverse(LinearSolver):
     """
 
     needs_symmetry: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = True
     damping = 0.0
 
     @abstractmethod
     def image(self, vector: Tensors) -> Tensors:
         """Return P times a vector."""
+
+    def cost(self, unknowns: int) -> SolveCost:
+        return SolveCost(2, 0)
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | History | None = None) -> LinearSolution:
         require_finite(rhs, lambda _: NOT_FINITE)
@@ -60,6 +64,9 @@ class Identity(AssumedInverse):
     """
 
     scale: float = attrs.field(default=1.0, validator=positive)
+
+    def cost(self, unknowns: int) -> SolveCost:
+        return SolveCost(int(self.scale != 1.0), 0)
 
     def __str__(self) -> str:
         return "Identity()" if self.scale == 1.0 else f"Identity(scale={self.scale!r})"

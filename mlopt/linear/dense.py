@@ -10,7 +10,7 @@ import torch
 from ..errors import EstimatorError, NonFiniteError
 from ..tensors import Tensors, flatten, unflatten
 from ..validation import at_least
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, MatVec, SolveCost
 
 __all__ = ["Dense"]
 
@@ -40,6 +40,10 @@ class Dense(LinearSolver):
 
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
     limit: int = attrs.field(default=5_000, validator=at_least(1))
+
+    def cost(self, unknowns: int) -> SolveCost:
+        # The matrix, its columns, the unit vectors and a symmetric copy, in numbers of columns.
+        return SolveCost(4 * unknowns + 1, unknowns)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         flat = flatten(rhs)

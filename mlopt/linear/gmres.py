@@ -15,7 +15,7 @@ from ..tensors import Tensors, axpy, scale, subtract
 from ..validation import at_least, is_whole, must_be
 from .krylov import Stopping, begin, dots, inner, numbers
 from .normal_equations import normal_equations
-from .solver import LinearSolution, LinearSolver, Matrix, MatVec
+from .solver import LinearSolution, LinearSolver, Matrix, MatVec, SolveCost
 
 __all__ = ["GMRES"]
 
@@ -58,6 +58,8 @@ class GMRES(LinearSolver):
 
     needs_symmetry: ClassVar[bool] = False
 
+    takes_shards: ClassVar[bool] = True
+
     iterations: int = attrs.field(default=30, validator=at_least(1))
     restart: int | None = attrs.field(
         default=None,
@@ -65,6 +67,10 @@ class GMRES(LinearSolver):
     )
     rtol: float = attrs.field(default=1e-10, validator=at_least(0.0))
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
+
+    def cost(self, unknowns: int) -> SolveCost:
+        # The basis of one cycle.
+        return SolveCost(min(self.restart or self.iterations, self.iterations) + 2, self.iterations)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         solution, residual, spent = begin(matvec, rhs, initial)

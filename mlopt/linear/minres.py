@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import attrs
 import torch
@@ -11,7 +12,7 @@ from ..errors import NonFiniteError
 from ..tensors import Tensors, zeros_like
 from ..validation import at_least
 from .krylov import Stopping, begin, dots, restarted
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, MatVec, SolveCost
 
 __all__ = ["MINRES"]
 
@@ -41,9 +42,14 @@ class MINRES(LinearSolver):
         True
     """
 
+    takes_shards: ClassVar[bool] = True
+
     iterations: int = attrs.field(default=10, validator=at_least(1))
     rtol: float = attrs.field(default=1e-10, validator=at_least(0.0))
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
+
+    def cost(self, unknowns: int) -> SolveCost:
+        return SolveCost(6, self.iterations)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         # `vector` and `before` are Lanczos' last two vectors, `direction` and `older` the last two directions of the solution.

@@ -12,12 +12,12 @@ from ..errors import NonFiniteError
 from ..tensors import Tensors, axpy, norm, scale, subtract
 from ..validation import at_least, positive_or_none
 from .krylov import inner, numbers
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, MatVec, SolveCost
 
 __all__ = ["Neumann", "largest_eigenvalue"]
 
 #: A few power iterations find an eigenvalue below the largest; the margin keeps the series safe.
-_POWER_ITERATIONS = 10
+POWER_ITERATIONS = 10
 _MARGIN = 1.2
 #: The series is abandoned once the residual exceeds the right-hand side by this factor.
 _DIVERGED = 1e4
@@ -46,15 +46,20 @@ class Neumann(LinearSolver):
 
     needs_symmetry: ClassVar[bool] = False
 
+    takes_shards: ClassVar[bool] = True
+
     iterations: int = attrs.field(default=10, validator=at_least(1))
     step_size: float | None = attrs.field(default=None, validator=positive_or_none)
     rtol: float = attrs.field(default=0.0, validator=at_least(0.0))
     damping: float = attrs.field(default=0.0, validator=at_least(0.0))
 
+    def cost(self, unknowns: int) -> SolveCost:
+        return SolveCost(3, self.iterations + POWER_ITERATIONS * (self.step_size is None))
+
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         alpha, spent = self.step_size, 0
         if alpha is None:
-            largest, spent = largest_eigenvalue(matvec, rhs), _POWER_ITERATIONS
+            largest, spent = largest_eigenvalue(matvec, rhs), POWER_ITERATIONS
             if not math.isfinite(largest):
                 raise NonFiniteError(f"{self}: a product with the Hessian is not finite")
             if largest == 0.0:
@@ -105,7 +110,7 @@ def largest_eigenvalue(matvec: MatVec, start: Tensors) -> float:
     All ten are taken, since a large eigenvalue with a small share of the right-hand side shows only after the bound has settled.
     """
     vector, largest = scale(1.0 / norm(start), start), 0.0
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(POWER_ITERATIONS):
         product = matvec(vector)
         largest = float(norm(product))
         if largest == 0.0 or not math.isfinite(largest):

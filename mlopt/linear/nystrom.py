@@ -13,7 +13,7 @@ from ..errors import NonFiniteError
 from ..tensors import Tensors, flatten, norm, subtract, unflatten
 from ..validation import at_least, positive
 from .preconditioner import Preconditioner
-from .solver import LinearSolution, LinearSolver, MatVec
+from .solver import LinearSolution, LinearSolver, MatVec, SolveCost
 
 __all__ = ["Nystrom", "NystromPreconditioner"]
 
@@ -53,6 +53,10 @@ class Nystrom(LinearSolver):
     damping: float = attrs.field(default=1e-2, validator=positive)
     rtol: float = attrs.field(default=1e-3, validator=at_least(0.0))
     seed: int = attrs.field(default=0, validator=at_least(0))
+
+    def cost(self, unknowns: int) -> SolveCost:
+        probes = min(self.rank, unknowns)
+        return SolveCost(2 * probes + 1, probes + 1)
 
     def _solve(self, matvec: MatVec, rhs: Tensors, size: float, initial: Tensors | None) -> LinearSolution:
         low_rank = _approximate(matvec, rhs, self.rank, self.damping, self.seed)
@@ -99,6 +103,10 @@ class NystromPreconditioner(Preconditioner):
 
     rank: int = attrs.field(default=10, validator=at_least(1))
     seed: int = attrs.field(default=0, validator=at_least(0))
+
+    def cost(self, unknowns: int) -> SolveCost:
+        probes = min(self.rank, unknowns)
+        return SolveCost(2 * probes, probes)
 
     def prepare(self, matvec: MatVec, like: Tensors, damping: float) -> tuple[MatVec, int]:
         low_rank = _approximate(matvec, like, self.rank, damping, self.seed)

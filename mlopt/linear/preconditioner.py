@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from ..tensors import Tensors
-from .solver import MatVec
+from .solver import MatVec, SolveCost
 
 __all__ = ["Preconditioner"]
 
@@ -21,6 +21,10 @@ class Preconditioner(ABC):
         >>> solver.solve(lambda v: (2.0 * v[0],), (torch.ones(2),)).iterations
         1
     """
+
+    def cost(self, unknowns: int) -> SolveCost | None:
+        """Return the vectors that a preconditioner holds and the products that it takes; None if it does not know."""
+        return None
 
     @abstractmethod
     def prepare(self, matvec: MatVec, like: Tensors, damping: float) -> tuple[MatVec, int]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError
+from ..shards import any_sharded, largest
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
 from .history import History
 
-__all__ = ["LinearSolution", "LinearSolver", "MatVec", "Matrix"]
+__all__ = ["LinearSolution", "LinearSolver", "MatVec", "Matrix", "SolveCost"]
 
 MatVec: TypeAlias = Callable[[Tensors], Tensors]
 
@@ -72,6 +73,24 @@ class LinearSolution:
     history: History | None = None
 
 
+@attrs.frozen
+class SolveCost:
+    """The most that one linear solve takes.
+
+    Attributes:
+        vectors: the number of vectors, each as long as the right-hand side, that it holds during a product, its copy of the
+            right-hand side included. The product itself and two more, with which the first one is compared, are not.
+        products: the number of products with A, without one for a given start.
+
+    Example:
+        >>> mlopt.linear.ConjugateGradient(iterations=7).cost(1_000)
+        SolveCost(vectors=4, products=7)
+    """
+
+    vectors: int
+    products: int
+
+
 #: The message for a right-hand side that is not finite.
 NOT_FINITE = (
     "the right-hand side of a linear solve (the cotangent on a level's solution) is not finite: look at the loss that refers to "
@@ -104,12 +123,21 @@ class LinearSolver(ABC):
     #: If True, `_solve` receives each vector as one flat tensor, provided that its parts share a dtype and a device.
     _in_one: ClassVar[bool] = True
 
+    @property
+    def takes_shards(self) -> bool:
+        """True if the solver computes with vectors by mlopt's functions only, so that their tensors may be sharded."""
+        return False
+
     def __str__(self) -> str:
         """Return the name, the first argument, and the other arguments that differ from their defaults."""
         kind: Any = type(self)
         fields = attrs.fields(kind) if attrs.has(kind) else ()
         shown = [f for k, f in enumerate(fields) if f.repr and (k == 0 or getattr(self, f.name) != f.default)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    def cost(self, unknowns: int) -> SolveCost | None:
+        """Return the most that a solve for a number of unknowns takes; None if the solver does not know."""
+        return None
 
     def solve(self, matvec: MatVec, rhs: Tensors, *, initial: Tensors | History | None = None) -> LinearSolution:
         """Return x with (A + damping I) x ~ b.
@@ -130,7 +158,7 @@ class LinearSolver(ABC):
         if not _least(rhs) < size < math.inf:
             return self._solve_rescaled(matvec, rhs, initial)
 
-        one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
+        one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1 and not any_sharded(rhs)
 
         def damped(matvec: MatVec) -> MatVec:
             def product(vector: Tensors) -> Tensors:
@@ -157,14 +185,14 @@ class LinearSolver(ABC):
 
     def _solve_rescaled(self, matvec: MatVec, rhs: Tensors, initial: Tensors | History | None) -> LinearSolution:
         """Solve for a right-hand side that is zero or not finite, or whose squares are outside the range of their dtype."""
-        sizes = [float(x.abs().max()) for x in rhs if x.numel()]
+        sizes = [largest(x) for x in rhs]
         if not all(map(math.isfinite, sizes)):
             raise NonFiniteError(NOT_FINITE)
-        largest = max(sizes, default=0.0)
-        if largest == 0.0:
+        greatest = max(sizes, default=0.0)
+        if greatest == 0.0:
             return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
         # A power of two changes no digits; one factor would overflow for the least numbers of a dtype.
-        exponent = -math.frexp(largest)[1]
+        exponent = -math.frexp(greatest)[1]
         # Its history would be in other units.
         start = None if initial is None or isinstance(initial, History) else _shifted(initial, exponent)
         solution = self.solve(matvec, _shifted(rhs, exponent), initial=start)

@@ -1,8 +1,10 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
-from .batch import to_device
+from .backward import backward
+from .batch import copied, to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
+from .cost import LevelSize, PullbackCost
 from .estimator import Block, Estimator, Linearization, Report, Vectors
 from .fixed_point import FixedPoint, require_all_variables
 from .game import game
@@ -15,7 +17,7 @@ from .partial import partial_derivatives, partial_pieces
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
-from .processes import require_alike
+from .processes import fingerprint, require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
@@ -35,6 +37,7 @@ __all__ = [
     "FixedPoint",
     "Graph",
     "Level",
+    "LevelSize",
     "LevelTerm",
     "Linearization",
     "LossValue",
@@ -44,6 +47,7 @@ __all__ = [
     "Point",
     "Primitives",
     "Problem",
+    "PullbackCost",
     "Report",
     "ResidualTerm",
     "Response",
@@ -55,15 +59,18 @@ __all__ = [
     "Vectors",
     "Workspace",
     "add_into",
+    "backward",
     "call_solver",
     "cloned_buffers",
     "compare_evaluations",
+    "copied",
     "cut",
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
     "evaluate_residual",
     "faults",
+    "fingerprint",
     "game",
     "has_hooks",
     "over_tasks",

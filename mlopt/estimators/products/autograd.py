@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ __all__ = ["AutogradProduct", "walk"]
 
 class AutogradProduct(Product):
     """Reverse over reverse: the gradient's graph is traced once and kept, and each product is one walk through it."""
+
+    traces: ClassVar[int] = 1
 
     def __init__(self, term: Term) -> None:
         super().__init__(term)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ...problem import Block, Term, Vectors, add_into
 from ...tensors import Tensors
@@ -19,6 +20,8 @@ class FiniteDifferenceProduct(Product):
     The step moves the variables by a fraction of their norm that suits their dtype. Small variables, and tensors of very
     different sizes, take a few differences more at first use, at which steps are compared.
     """
+
+    evaluations: ClassVar[int] = 2
 
     def __init__(self, term: Term) -> None:
         super().__init__(term)

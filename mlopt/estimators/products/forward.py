@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class ForwardProduct(Product):
     (Reverse over forward would take fewer passes for a mixed product, but is wrong through batch, layer and instance norms:
     torch's forward mode takes their statistics to be constants.)
     """
+
+    evaluations: ClassVar[int] = 1
 
     def __init__(self, term: Term) -> None:
         super().__init__(term)

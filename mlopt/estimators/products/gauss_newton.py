@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class GaussNewtonProduct(AutogradProduct):
     Source: Schraudolph 2002, Neural Computation 14(7).
     """
 
+    #: The loss cut in two, and the whole one for the mixed product.
+    traces: ClassVar[int] = 2
     _linearized: _Linearized | None = None
 
     def is_exact(self, direction: Vectors, wanted: Sequence[Block]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -70,6 +70,9 @@ class Product(ABC):
         term: the term.
     """
 
+    #: The number of evaluations of a loss, each with a backward pass: of the graph that is kept, and of each product.
+    traces: ClassVar[int] = 0
+    evaluations: ClassVar[int] = 0
     #: The last finite-difference step, in units of the direction; None if none was taken.
     step: float | Tensor | None = None
 

@@ -1,0 +1,193 @@
+"""The memory and the passes of an outer step, estimated before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+
+from ..hypergradient import seeded_generators
+from ..problem import Level, LevelSize, Point, Problem, PullbackCost, Workspace
+from ..problem.rows import portion
+from ..ranks import Ranks
+from ..rng import preserved
+from ..validation import is_whole, require
+from .counts import Counts
+from .evaluation import fixed_batches, put_back, rendered
+from .measurements import random_vector
+from .sizes import bytes_of, level_size, optimizer_size
+
+__all__ = ["LevelRequirements", "Requirements", "estimate_requirements"]
+
+_MIB = 2**20
+
+
+@attrs.frozen(kw_only=True)
+class LevelRequirements:
+    """What one level takes in an outer step; memory in bytes, of one process.
+
+    Attributes:
+        variables: its parameters and buffers.
+        gradient: the gradients of its variables, which a run keeps from one step to the next.
+        optimizer: the state of its optimiser.
+        step: the most that a step allocates besides: activations, a first derivative, and what the optimiser needs for a moment.
+        kept: what its estimator keeps from one outer step to the next.
+        pullback: the most that a pullback through it allocates; None if its estimator does not state it.
+        steps: the number of its steps.
+        evaluations: the number of evaluations of its loss, each with a backward pass; None if not known.
+        products: the number of products with its Hessian in linear solves; None if not known.
+    """
+
+    variables: int
+    gradient: int
+    optimizer: int
+    step: int
+    kept: int
+    pullback: int | None
+    steps: int
+    evaluations: int | None
+    products: int | None
+
+
+@attrs.frozen(kw_only=True)
+class Requirements:
+    """The memory and the passes of an outer step of `solve`; it prints as a table.
+
+    Attributes:
+        processes: the number of processes, each of which holds all variables and evaluates its rows of a batch.
+        levels: the requirements of each level by name.
+        memory: the most bytes that one process holds in an outer step, modules included, batches not.
+        unknown: the levels with an estimator whose cost is not known; `memory` does not include their pullbacks.
+
+    Example:
+        >>> from mlopt.testing import logistic_regression
+        >>> problem = logistic_regression(mlopt.ConjugateGradient(iterations=3)).problem
+        >>> mlopt.diagnose(problem).requirements.levels["regression"].products
+        3
+    """
+
+    processes: int
+    levels: dict[str, LevelRequirements]
+    memory: int
+    unknown: tuple[str, ...] = ()
+
+    def __rich__(self) -> RenderableType:
+        several = f", for one of {self.processes} processes" if self.processes > 1 else ""
+        table = Table(
+            title=f"an outer step{several}: memory in MiB (2^20 bytes); steps, evaluations of the loss and products with the "
+            "Hessian are counts",
+            title_justify="left",
+        )
+        names = [field.name for field in attrs.fields(LevelRequirements)]
+        for name in ("level", *names):
+            table.add_column(name, justify="left" if name == "level" else "right")
+        for level, own in self.levels.items():
+            memory = [_mib(getattr(own, name)) for name in names[:6]]
+            counts = ["not known" if (n := getattr(own, name)) is None else f"{n:,}" for name in names[6:]]
+            table.add_row(level, *memory, *counts)
+        missing = f", without pullbacks through {', '.join(self.unknown)}" if self.unknown else ""
+        table.caption, table.caption_justify = f"peak of a process: {_mib(self.memory)} MiB{missing}", "left"
+        return table
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+def _mib(size: int | None) -> str:
+    return "not known" if size is None else f"{size / _MIB:,.3g}" if size < 1000 * _MIB else f"{size / _MIB:,.0f}"
+
+
+def estimate_requirements(
+    problem: Problem, batches: Mapping[str, Any] | None = None, *, processes: int = 1, seed: int = 0
+) -> Requirements:
+    """Estimate the memory and the passes of an outer step of `solve`, before the run.
+
+    Counts of vectors are those that the estimators and their linear solvers state; activations and products are measured: each
+    loss is evaluated on the rows of one process, and one product of each kind is taken. No optimiser state is allocated, and no
+    linear solve is run. With several processes, each holds all variables, gradients, states and vectors; activations are those
+    of its rows. The first outer step has the peak, since products are compared with differences there. The options of `solve`,
+    such as `lookahead`, are left out, and so are batches, and what kernels allocate for a moment.
+
+    Args:
+        problem: the problem, of one process; its modules hold the point.
+        batches: the batch of each level by name; a missing one is the first of the level's data, in the order of `seed`.
+        processes: the number of processes that will share the problem.
+        seed: seed of the random numbers that the losses draw, and of the data's order.
+
+    Returns:
+        Bytes and counts for each level, and the peak of a process; it prints as a table.
+
+    Raises:
+        ArgumentError: `processes` is not a whole number above zero.
+        ProblemError: a batch cannot be split over the processes.
+
+    Example:
+        >>> from mlopt.diagnosis import estimate_requirements
+        >>> from mlopt.testing import logistic_regression
+        >>> result = estimate_requirements(logistic_regression(mlopt.Neumann(iterations=3, step_size=0.1)).problem, processes=2)
+        >>> result.levels["regression"].evaluations, result.levels["regression"].products
+        (2, 3)
+    """
+    require("estimate_requirements", "processes", processes, is_whole(processes, 1), "a whole number >= 1")
+    problem.ranks.refuse("estimate_requirements")
+    fixed = fixed_batches(problem, batches, seed)
+    # The last process has the most rows.
+    ranks = Ranks(processes - 1, processes)
+    parts = {level.name: portion(level, fixed[level.name], ranks).batch for level in problem}
+    with put_back(problem), preserved(problem.devices):
+        point = Point(problem, parts, seeded_generators(problem, "seed", seed), workspace=Workspace())
+        sizes = {
+            level.name: level_size(point, level, random_vector(level, torch.Generator().manual_seed(seed)))
+            for level in problem
+        }
+    costs = {
+        level.name: level.estimator.cost(sizes[level.name])
+        for level in problem
+        if level.estimator is not None and problem.needs_estimator(level.name)
+    }
+    counts = Counts(problem, costs)
+    levels = {level.name: _requirements(level, sizes[level.name], costs, counts, processes) for level in problem}
+    unknown = tuple(name for name, cost in costs.items() if cost is None)
+    return Requirements(processes=processes, levels=levels, memory=_peak(problem, levels), unknown=unknown)
+
+
+def _requirements(
+    level: Level, size: LevelSize, costs: Mapping[str, PullbackCost | None], counts: Counts, processes: int
+) -> LevelRequirements:
+    cost = costs.get(level.name)
+    # A sum over processes takes a flat vector and its parts.
+    exchanged = 2 * size.variables if processes > 1 else 0
+    return LevelRequirements(
+        variables=bytes_of([*level.module.parameters(), *level.module.buffers()]),
+        gradient=size.variables,
+        optimizer=size.state,
+        step=max(size.gradient - size.variables, optimizer_size(level)[1], exchanged),
+        kept=cost.kept if cost is not None else 0,
+        pullback=None if level.name in costs and cost is None else (cost.memory + exchanged if cost is not None else 0),
+        steps=counts.steps[level.name],
+        evaluations=counts.evaluations(level.name),
+        products=counts.products(level.name),
+    )
+
+
+def _peak(problem: Problem, levels: Mapping[str, LevelRequirements]) -> int:
+    """Return the most bytes that one process holds: in a step of a level, or in a pullback through one."""
+    tensors = [x for level in problem for x in (*level.module.parameters(), *level.module.buffers())]
+    gradients = {name: own.gradient for name, own in levels.items()}
+    moments = [0]
+    for level in problem:
+        node, others = problem.graph[level.name], sum(gradients.values()) - gradients[level.name]
+        cotangents = gradients[level.name] + sum(gradients[name] for name in node.interior if name in node.references)
+        moments.append(others + gradients[level.name] + levels[level.name].step)
+        if level.response is None:
+            pulled = [levels[part].pullback or 0 for part in node.parts if problem.graph[part].arguments]
+            moments.append(others + cotangents + max(pulled, default=0))
+        else:  # steps inside, beside what restores the levels inside
+            inside = [levels[other.name] for other in problem.levels[1:]]
+            snapshot = sum(own.variables + own.optimizer + own.gradient for own in inside)
+            moments.append(sum(gradients.values()) + snapshot + max(own.step for own in inside))
+    return bytes_of(tensors) + sum(own.optimizer + own.kept for own in levels.values()) + max(moments)
