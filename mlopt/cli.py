@@ -12,7 +12,7 @@ import attrs
 
 from .errors import MloptError
 from .imports import import_optional, installed_version
-from .ranks import require_alone
+from .ranks import joined, require_alone
 
 __all__ = ["main"]
 
@@ -26,12 +26,14 @@ class Command:
         module: the module with its function, `function(arguments, *, prog)`, which may return an exit status.
         extra: the extra that it needs; empty if it needs none.
         function: the name of the function.
+        shared: True if several processes of a launcher can run it together.
     """
 
     summary: str
     module: str
     extra: str = ""
     function: str = "main"
+    shared: bool = False
 
 
 @attrs.frozen
@@ -54,9 +56,13 @@ _RECIPES = {
                 "predict properties of molecules, from SMILES",
                 "mlopt.recipes.tapweight.molecules.modality",
                 "molecules",
+                shared=True,
             ),
             "text": Command(
-                "classify texts, or predict numbers for them", "mlopt.recipes.tapweight.text.modality", "text"
+                "classify texts, or predict numbers for them",
+                "mlopt.recipes.tapweight.text.modality",
+                "text",
+                shared=True,
             ),
             "predict": Command(
                 "predict with the result of a run",
@@ -101,7 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     try:
-        require_alone("a command")
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return _refuse("interrupted; progress since the last checkpoint is lost", 130)
@@ -114,7 +119,10 @@ def _dispatch(arguments: list[str]) -> int:
     known, rest = _parser().parse_known_args(arguments)
     chosen: Command | argparse.ArgumentParser = known.chosen
     if isinstance(chosen, Command):
-        status = getattr(_load(chosen, known.prog), chosen.function)(rest, prog=known.prog)
+        if not chosen.shared:
+            require_alone(f"`{known.prog}`")
+        with joined():
+            status = getattr(_load(chosen, known.prog), chosen.function)(rest, prog=known.prog)
         return status if isinstance(status, int) else 0
     if rest:
         chosen.error(f"unrecognised arguments: {' '.join(rest)}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -13,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CheckpointError, MloptError, NonFiniteError, ProblemError, ProcessError
+from .shards import is_sharded, local
 from .tensors import Tensors, zeros_like
 
-__all__ = ["ALONE", "Ranks", "require_alone"]
+__all__ = ["ALONE", "Ranks", "alone", "joined", "require_alone"]
 
 T = TypeVar("T")
 
@@ -24,6 +28,10 @@ _HALF = (torch.float16, torch.bfloat16)
 _SAME: dict[str, type[MloptError]] = {kind.__name__: kind for kind in (NonFiniteError, ProblemError)}
 #: Groups on the CPU for plain values, by the group whose tensors live on accelerators.
 _CONTROL: dict[Any, Any] = {}
+#: The same groups with a long patience.
+_PATIENT: dict[Any, Any] = {}
+_PATIENCE = timedelta(days=30)
+_APART: ContextVar[bool] = ContextVar("apart", default=False)
 
 
 @attrs.frozen(eq=False)
@@ -36,12 +44,14 @@ class Ranks:
     Attributes:
         rank: the number of this process in the group.
         size: the number of processes.
+        sharded: True if evaluations exchange values themselves, because a module is sharded.
     """
 
     rank: int = 0
     size: int = 1
     _group: Any = None
     _control: Any = None
+    sharded: bool = False
 
     @classmethod
     def of(cls, group: Any) -> Ranks:
@@ -50,7 +60,7 @@ class Ranks:
         Raises:
             ProblemError: a launcher started several processes that have no group, or this process is not in the group.
         """
-        if group is None:
+        if group is None or (group == "default" and _APART.get()):
             return ALONE
         if not (dist.is_available() and dist.is_initialized()):
             if group != "default":
@@ -73,6 +83,24 @@ class Ranks:
             )
         return ALONE if size == 1 else cls(rank, size, chosen, _control_of(chosen))
 
+    @classmethod
+    def of_work(cls, user: str) -> Ranks:
+        """Return the processes of the default group, `patient`, for a function that gives each of them work of its own.
+
+        Args:
+            user: the name of the function, for the error.
+
+        Raises:
+            ProblemError: a launcher started several processes that have no group.
+        """
+        grouped = dist.is_available() and dist.is_initialized()
+        if not (grouped or _APART.get()) and (count := _launched()) > 1:
+            raise ProblemError(
+                f"{user}: this is one of {count} processes (WORLD_SIZE), and torch.distributed is not initialised, so that each "
+                "would make the whole run; call torch.distributed.init_process_group() first, or start it without the launcher"
+            )
+        return cls.of("default").patient()
+
     @property
     def several(self) -> bool:
         """True if there is more than one process."""
@@ -83,8 +111,25 @@ class Ranks:
         """True for the process that writes files."""
         return self.rank == 0
 
+    def patient(self) -> Ranks:
+        """Return the same processes, whose plain values wait days for one another: for work that takes different times.
+
+        A process that ends is still noticed at once.
+        """
+        if not self.several:
+            return self
+        if self._group not in _PATIENT:
+            members = dist.get_process_group_ranks(self._group)
+            _PATIENT[self._group] = dist.new_group(members, backend="gloo", timeout=_PATIENCE)
+        return attrs.evolve(self, control=_PATIENT[self._group])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # groups cannot be copied
+
+    def are_those_of(self, group: Any) -> bool:
+        """Return True if a process group has the same processes, in the same order."""
+        own, other = (dist.get_process_group_ranks(x) for x in (self._group, group))
+        return own == other
 
     def refuse(self, function: str) -> None:
         """Raise if there are several processes, for a function that does not share its work.
@@ -114,17 +159,20 @@ class Ranks:
         try:
             pieces = [piece.detach() for piece in evaluate()]
         except Exception as raised:
+            if self.sharded:
+                raise  # the others wait in an exchange of the evaluation, which this one cannot meet
             error, pieces = raised, zeros_like(like)
-        *total, failures = self.sum([*pieces, pieces[0].new_full((), float(error is not None))])
+        *total, failures = self.sum([*pieces, local(pieces)[0].new_full((), float(error is not None))])
         if float(failures):
             self.fail(error)
         return tuple(total)
 
     def sum(self, pieces: Sequence[Tensor]) -> Tensors:
-        """Return the sum over processes of tensors, by one reduction for each dtype and device."""
+        """Return the sum over processes of tensors, by one reduction for each dtype and device; sharded ones are sums already."""
         total: list[Tensor] = list(pieces)
-        for kind in dict.fromkeys((piece.dtype, piece.device) for piece in pieces):
-            here = [k for k, piece in enumerate(pieces) if (piece.dtype, piece.device) == kind]
+        whole = [k for k, piece in enumerate(pieces) if not is_sharded(piece)]
+        for kind in dict.fromkeys((pieces[k].dtype, pieces[k].device) for k in whole):
+            here = [k for k in whole if (pieces[k].dtype, pieces[k].device) == kind]
             flat = torch.cat([pieces[k].detach().reshape(-1) for k in here])
             # Sums in half precision would depend on the number of processes.
             wide = flat.float() if flat.dtype in _HALF else flat
@@ -183,10 +231,14 @@ class Ranks:
 
     def of_first(self, value: T) -> T:
         """Return the plain value of the first process."""
+        return self.of_one(value, 0)
+
+    def of_one(self, value: T, rank: int) -> T:
+        """Return the plain value of the process with this number."""
         if not self.several:
             return value
         values = [value]
-        self._exchange(lambda: dist.broadcast_object_list(values, group_src=0, group=self._control))
+        self._exchange(lambda: dist.broadcast_object_list(values, group_src=rank, group=self._control))
         return values[0]
 
     def by_first(self, action: Callable[[], T]) -> T:
@@ -254,6 +306,46 @@ def _control_of(group: Any) -> Any:
     if group not in _CONTROL:
         _CONTROL[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
     return _CONTROL[group]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let the problems that are built inside belong to this process, also under a launcher or in a group."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Let the processes that a launcher such as torchrun started be a group inside; each takes one GPU, if there are any.
+
+    The group is one of gloo, for plain values: processes that exchange vectors on GPUs make a group of NCCL instead.
+
+    Raises:
+        ProblemError: the processes cannot form a group.
+    """
+    if _launched() == 1 or (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    if count := torch.cuda.device_count() if torch.cuda.is_available() else 0:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % count)
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ProblemError(
+            f"the {_launched()} processes of the launcher cannot form a group ({reason}); start them by torchrun, or set RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
+        ) from error
+    try:
+        yield
+    finally:
+        _CONTROL.clear()
+        _PATIENT.clear()
+        dist.destroy_process_group()
 
 
 def require_alone(what: str) -> None:

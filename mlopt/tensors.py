@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .shards import any_sharded, gathered, is_sharded, largest, local, total
+
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
@@ -19,7 +21,9 @@ __all__ = [
     "dot",
     "flatten",
     "is_finite",
+    "is_zero",
     "norm",
+    "overwrite",
     "scale",
     "subtract",
     "unflatten",
@@ -31,6 +35,8 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return the inner product <a, b>, a scalar tensor."""
     if not a:
         return torch.zeros((), device="cpu")
+    if any_sharded(a):
+        return total([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(local(a), local(b), strict=True)], a)
     if len(a) == len(b) == 1:
         return torch.dot(a[0].reshape(-1), b[0].reshape(-1))
     return _stacked([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
@@ -40,11 +46,22 @@ def norm(a: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm ||a||, a scalar tensor."""
     if not a:
         return torch.zeros((), device="cpu")
+    if any_sharded(a):
+        return _shared_norm(a)
     if len(a) == 1:
         single: Tensor = torch.linalg.vector_norm(a[0])
         return single
     total: Tensor = torch.linalg.vector_norm(_stacked(torch._foreach_norm(list(a))))
     return total
+
+
+def _shared_norm(a: Sequence[Tensor]) -> Tensor:
+    """Return the norm of a vector some of whose tensors are sharded; a sum of squares would overflow before."""
+    split = [x for x in a if is_sharded(x)]
+    own: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(local(split))))
+    rest = [torch.linalg.vector_norm(x) for x in a if not is_sharded(x)]
+    size: Tensor = torch.linalg.vector_norm(torch.cat([gathered(own, split[0]), *(x.reshape(1) for x in rest)]))
+    return size
 
 
 def _stacked(scalars: Sequence[Tensor]) -> Tensor:
@@ -98,6 +115,20 @@ def zeros_like(a: Sequence[Tensor]) -> Tensors:
 def is_finite(a: Sequence[Tensor]) -> bool:
     """Return whether all components are finite."""
     return math.isfinite(float(norm(a)))
+
+
+def is_zero(a: Sequence[Tensor]) -> bool:
+    """Return whether all components are zero; the same in every process."""
+    if any_sharded(a):
+        return all(largest(x) == 0.0 for x in a)
+    return not any(bool(x.any()) for x in a)
+
+
+def overwrite(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Copy the components of b to a, in place."""
+    if any_sharded(a):
+        a, b = local(a), local(b)
+    torch._foreach_copy_(list(a), list(b))
 
 
 def flatten(a: Sequence[Tensor]) -> Tensor:

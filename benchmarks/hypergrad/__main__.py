@@ -7,7 +7,6 @@ the head of Betty exist only as repositories: name a Python that can import them
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,29 +54,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _libraries(place: Workplace) -> list[dict[str, Any]]:
+    """Show the libraries; return a row for each that takes part, and one for each absent library with the reason."""
+    versions = {library.name: library.about["version"] for library in place.libraries}
+    show_libraries(versions, place.absent)
+    present = [{"section": "libraries", "library": name, "version": version} for name, version in versions.items()]
+    absent = [{"section": "libraries", "library": name, "note": f"absent: {why}"} for name, why in place.absent.items()]
+    return present + absent
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sections, print their tables and the targets."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(dict(options.peer), options.device, options.quick, Path(folder))
-        versions = {library.name: library.about["version"] for library in place.libraries}
-        show_libraries(versions, place.absent)
-        rows += [{"section": "libraries", "library": name, "version": version} for name, version in versions.items()]
-        rows += [
-            {"section": "libraries", "library": name, "note": f"absent: {why}"} for name, why in place.absent.items()
-        ]
-        try:
-            for name in options.only or SECTIONS:
-                begin = time.monotonic()
+    try:
+        for name in options.only or SECTIONS:
+            begin = time.monotonic()
+            # New processes, because a process keeps the memory of its largest case.
+            with Workplace(dict(options.peer), options.device, options.quick) as place:
+                if not rows:
+                    rows += _libraries(place)
                 section_rows = [{"section": name, **row} for row in SECTIONS[name](place)]
-                rows += section_rows
-                show_rows(name, section_rows)
-                console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
-        finally:
-            write(options.json, options.device, rows)
-            place.close()
+            rows += section_rows
+            show_rows(name, section_rows)
+            console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
+    finally:
+        write(options.json, options.device, rows)
     show_bar(bar(rows))
     if options.figures is not None:
         for file in draw(rows, options.figures):

@@ -114,17 +114,17 @@ class Library:
 
 
 class Workplace:
-    """The context of every section: the available libraries, the absent ones, and the cases as files.
+    """The context of a section: the available libraries, the absent ones, and the cases as files.
 
     Args:
         pythons: for each library by name, a Python other than the default one.
         device: "cpu" or "cuda".
         quick: fewer cases, rounds and steps.
-        folder: where the cases are written.
     """
 
-    def __init__(self, pythons: Mapping[str, str], device: str, quick: bool, folder: Path) -> None:
-        self.device, self.quick, self._folder = device, quick, folder
+    def __init__(self, pythons: Mapping[str, str], device: str, quick: bool) -> None:
+        self.device, self.quick = device, quick
+        self._folder = tempfile.TemporaryDirectory()
         self.libraries: list[Library] = []
         self.absent: dict[str, str] = {}
         self._files: dict[str, Path] = {}
@@ -140,7 +140,7 @@ class Workplace:
     def case(self, name: str) -> str:
         """Return the file of a case; create it on first use."""
         if name not in self._files:
-            self._files[name] = self._folder / f"{len(self._files)}.pt"
+            self._files[name] = Path(self._folder.name) / f"{len(self._files)}.pt"
             cases.make(name, self._files[name])
         return str(self._files[name])
 
@@ -156,10 +156,14 @@ class Workplace:
                 ratios.append(library.result("time", key=key) / plain)
         return [statistics.median(ratios) for ratios in by_call]
 
-    def close(self) -> None:
-        """End all processes."""
-        for library in self.libraries:
-            library.close()
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all processes, and remove the files."""
+        with self._folder:
+            for library in self.libraries:
+                library.close()
 
 
 def _usual_python(name: str) -> str:

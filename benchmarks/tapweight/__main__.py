@@ -1,4 +1,4 @@
-"""Run a study, or report the rows of earlier ones: `molecules`, `text`, `report` or `cost`; molecules if none is named."""
+"""Run a study or an ablation, or report earlier rows: `molecules` (if none is named), `text`, `ablation`, `report` or `cost`."""
 
 import sys
 

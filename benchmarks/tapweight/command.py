@@ -1,14 +1,18 @@
-"""The commands: `molecules` and `text` run a study, `report` prints its tables, `cost` measures the methods' cost."""
+"""The commands: `molecules` and `text` run a study, `ablation` variants; `report` prints tables, `cost` measures the cost."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from .ablation import ABLATIONS, DEVELOPMENT, FRESH, report
+from .estimate import estimate
 from .options import parser, plan_of, standard_of
-from .rows import read
+from .plan import Plan
+from .rows import Row, read
 from .study import run
 from .tables import markdown
 
@@ -24,22 +28,53 @@ def main(arguments: Sequence[str]) -> int:
 def _study(modality: str) -> Callable[[Sequence[str]], int]:
     def command(arguments: Sequence[str]) -> int:
         own = parser(modality)
-        options = own.parse_args(arguments)
-        if (options.corpus is None) != (options.table is None):
-            own.error("--corpus and --table go together; give both, or neither for the named tasks")
-        if options.corpus is None and not options.data.is_dir():
-            own.error(f"no folder {options.data}: give --data, or your own files by --corpus and --table")
-        plan = plan_of(standard_of(modality), options)
-        with tempfile.TemporaryDirectory() as folder:
-            file = options.json or Path(folder) / "rows.jsonl"
-            faults = run(plan, file, options.processes)
-            rows = [row for row in read([file] if file.exists() else []) if row["key"] == plan.key]
-            print(markdown(rows))
-        for fault in faults:
-            print(f"Not computed: {fault}")
-        return 1 if faults else 0
+        options = _checked(own, arguments)
+        return _run(plan_of(standard_of(modality), options), options, markdown)
 
     return command
+
+
+def _ablation(arguments: Sequence[str]) -> int:
+    first = argparse.ArgumentParser(prog="python -m benchmarks.tapweight ablation", add_help=False)
+    first.add_argument("name", choices=ABLATIONS)
+    first.add_argument("modality", choices=("molecules", "text"), nargs="?", default="molecules")
+    if not arguments or arguments[0].startswith("-"):
+        first.error(f"name an ablation first: {', '.join(ABLATIONS)}")
+    named = 1 + (len(arguments) > 1 and not arguments[1].startswith("-"))
+    chosen = first.parse_args(arguments[:named])
+    ablation = ABLATIONS[chosen.name]
+    own = parser(chosen.modality)
+    own.prog = f"{first.prog} {chosen.name} {chosen.modality}"
+    own.description = f"{ablation.question} Ten development seeds, or ten fresh ones."
+    own.add_argument("--fresh", action="store_true", help="the seeds that confirm what the development seeds showed")
+    options = _checked(own, arguments[named:])
+    options.methods = options.methods or [ablation.reference, *ablation.variants]
+    options.seeds = options.seeds or [*(FRESH if options.fresh else DEVELOPMENT)]
+    return _run(plan_of(standard_of(chosen.modality), options), options, partial(report, ablation=ablation))
+
+
+def _checked(own: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a study; end with a sentence if their files do not go together."""
+    options = own.parse_args(arguments)
+    if (options.corpus is None) != (options.table is None):
+        own.error("--corpus and --table go together; give both, or neither for the named tasks")
+    if options.corpus is None and not options.data.is_dir():
+        own.error(f"no folder {options.data}: give --data, or your own files by --corpus and --table")
+    return options
+
+
+def _run(plan: Plan, options: argparse.Namespace, printed: Callable[[Sequence[Row]], str]) -> int:
+    """Compute the rows that the file lacks, and print all of them; or print the plan only."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = options.json or Path(folder) / "rows.jsonl"
+        if options.plan:
+            print(estimate(plan, file))
+            return 0
+        faults = run(plan, file, options.processes)
+        print(printed([row for row in read([file] if file.exists() else []) if row["key"] == plan.key]))
+    for fault in faults:
+        print(f"Not computed: {fault}")
+    return 1 if faults else 0
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -68,6 +103,7 @@ def _cost(arguments: Sequence[str]) -> int:
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "molecules": _study("molecules"),
     "text": _study("text"),
+    "ablation": _ablation,
     "report": _report,
     "cost": _cost,
 }

@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from mlopt.recipes.tapweight.experiment import Experiment
-from mlopt.recipes.tapweight.methods import METHODS, Equal, Method, ThreeLevels, make_method
+from mlopt.recipes.tapweight.methods import METHODS, Equal, Method, ThreeLevels
 from mlopt.solving.engine import Engine
 
 from ..hypergrad.measuring import peak_memory
@@ -19,6 +19,7 @@ from .options import parser, plan_of, standard_of
 from .plan import Plan
 from .study import modality_of
 from .tables import table
+from .variants import method_of
 
 __all__ = ["iteration_ratio", "main", "measure"]
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(1)
     experiment = experiment_of(plan)
     counts = [count for count in COUNTS if count <= len(experiment.objectives)]
-    methods = [make_method(name) for name in (options.methods or _METHODS)]
+    methods = [method_of(name) for name in (options.methods or _METHODS)]
     rows = [row for count in counts for row in measure(experiment, methods, count, options.steps, options.rounds)]
     ratios = {every: iteration_ratio(experiment, every, 10 * options.rounds) for every in (1, 4)}
     print(markdown(rows, ratios))

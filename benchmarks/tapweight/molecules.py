@@ -15,6 +15,7 @@ from torch import Tensor
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus, read_table
 from mlopt.recipes.tapweight.molecules.encoder import GINE
+from mlopt.recipes.tapweight.molecules.graphs import canonical
 from mlopt.recipes.tapweight.molecules.objectives import make_objective
 from mlopt.recipes.tapweight.molecules.splits import scaffold_split
 from mlopt.recipes.tapweight.molecules.task import Kind, MoleculeTask
@@ -75,12 +76,15 @@ class MoleculeStudy(Modality):
     def task(self, name: str, seed: int, labels: Labels) -> MoleculeTask:
         """Return a task; its scaffolds are shuffled by the seed, and those of half of the molecules are the test set."""
         file = self.plan.table or self.plan.data / "mol" / f"{name}.csv"
-        molecules, scaffolds = _read(file)
+        molecules, scaffolds, names = _read(file)
         if self.plan.split == "usual":
             usual = scaffold_split(molecules.smiles)
             pool, test = usual["train"] + usual["valid"], usual["test"]
         else:
             pool, test = half_of_the_groups(scaffolds, seed)
+        # ESOL lists five molecules twice, some of them without a ring.
+        known = {names[index] for index in pool}
+        test = [index for index in test if names[index] not in known]
         test = sorted(test[place] for place in permutation(len(test), "test", seed)[: self.plan.test_limit])
         for attempt in range(_ATTEMPTS):
             if self.plan.split == "usual" and labels == "all":
@@ -124,8 +128,8 @@ class MoleculeStudy(Modality):
 
 
 @cache
-def _read(file: Path) -> tuple[Molecules, tuple[str, ...]]:
-    """Return the molecules of a file, and the scaffold of each; a molecule without a ring is a group of its own.
+def _read(file: Path) -> tuple[Molecules, tuple[str, ...], tuple[str, ...]]:
+    """Return the molecules of a file, their scaffolds and canonical SMILES; a molecule without a ring is a group of its own.
 
     As one group they would never be in the test set where they are more than half, as in FreeSolv.
     """
@@ -133,7 +137,8 @@ def _read(file: Path) -> tuple[Molecules, tuple[str, ...]]:
     molecules = read_table(file, kind="regression")
     with BlockLogs():
         scaffolds = [MurckoScaffoldSmiles(smiles, includeChirality=True) for smiles in molecules.smiles]
-    return molecules, tuple(scaffold or f"row {row}" for scaffold, row in zip(scaffolds, molecules.rows, strict=True))
+    groups = tuple(scaffold or f"row {row}" for scaffold, row in zip(scaffolds, molecules.rows, strict=True))
+    return molecules, groups, tuple(map(canonical, molecules.smiles))
 
 
 def _kind(molecules: Molecules) -> Kind:

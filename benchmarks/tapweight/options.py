@@ -9,10 +9,11 @@ from pathlib import Path
 
 import attrs
 
-from mlopt.recipes.tapweight.methods import METHODS, make_method
+from mlopt.recipes.tapweight.methods import METHODS
 from mlopt.recipes.tapweight.names import chosen
 
 from .plan import FINETUNINGS, PLAIN, Labels, Plan
+from .variants import VARIANTS, method_of
 
 __all__ = ["parser", "plan_of", "standard_of"]
 
@@ -32,7 +33,10 @@ def parser(modality: str) -> argparse.ArgumentParser:
     own.add_argument("--json", metavar="FILE", type=Path, help="append the rows to FILE, a row a line")
     own.add_argument("--tasks", nargs="+", metavar="TASK", help="the tasks (default: all of the modality)")
     own.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help=f"of {', '.join((*METHODS, 'single:OBJECTIVE', PLAIN))}"
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"of {', '.join((*METHODS, 'single:OBJECTIVE', PLAIN, *VARIANTS))}; METHOD:SETTING=VALUE,... changes settings",
     )
     own.add_argument("--objectives", nargs="+", metavar="NAME", help="the objectives (default: all of the modality)")
     own.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="use fresh ones for a claim")
@@ -50,6 +54,9 @@ def parser(modality: str) -> argparse.ArgumentParser:
     )
     own.add_argument("--device", default="cpu", help="cpu or cuda")
     own.add_argument("--processes", type=int, default=1, metavar="N", help="seeds that run at the same time")
+    own.add_argument(
+        "--plan", action="store_true", help="print the missing rows and about how long they take, and stop"
+    )
     return own
 
 
@@ -80,13 +87,13 @@ def plan_of(standard: Plan, options: argparse.Namespace) -> Plan:
         chosen("task", task, dict.fromkeys(standard.tasks))
     for method in options.methods or ():
         if method != PLAIN:
-            make_method(method)
+            method_of(method)
     plan = standard
     if options.quick:
         plan = _quick(plan)
     elif options.full:
         plan = attrs.evolve(
-            plan, seeds=tuple(range(10, 20)), labels=(50, 100, 200, 500, "all"), finetunings=FINETUNINGS
+            plan, methods=(), seeds=tuple(range(10, 20)), labels=(50, 100, 200, 500, "all"), finetunings=FINETUNINGS
         )
     given = {
         field: tuple(value) if isinstance(value, list) else value

@@ -18,7 +18,7 @@ import torch
 import mlopt
 from mlopt.errors import MloptError
 from mlopt.recipes.tapweight.experiment import Experiment
-from mlopt.recipes.tapweight.methods import Adapted, Method, make_method
+from mlopt.recipes.tapweight.methods import Adapted, Method
 from mlopt.recipes.tapweight.task import Task
 
 from ..report import environment
@@ -27,8 +27,9 @@ from .plan import PLAIN, Cell, Plan
 from .resources import Used, measured
 from .rows import Rows
 from .scoring import full, plain, probe
+from .variants import method_of
 
-__all__ = ["run"]
+__all__ = ["missing_cells", "modality_of", "run"]
 
 
 def run(plan: Plan, file: Path, processes: int = 1) -> list[str]:
@@ -44,13 +45,8 @@ def run(plan: Plan, file: Path, processes: int = 1) -> list[str]:
     """
     rows = Rows(file, plan.key)
     rows.start()
-    present, modality = rows.present(), modality_of(plan)
-    missing = {
-        seed: [cell for cell in plan.cells(seed) if cell not in present and _possible(cell, modality)]
-        for seed in plan.seeds
-    }
-    jobs = [cells for cells in missing.values() if cells]
-    print(f"{sum(map(len, jobs))} rows to compute, {len(present)} in {file}.", flush=True)
+    jobs = [cells for cells in missing_cells(plan, file).values() if cells]
+    print(f"{sum(map(len, jobs))} rows to compute, {len(rows.present())} in {file}.", flush=True)
     work = partial(_run_seed, plan, rows)
     if processes == 1:
         faults = [work(cells) for cells in jobs]
@@ -58,6 +54,15 @@ def run(plan: Plan, file: Path, processes: int = 1) -> list[str]:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             faults = list(pool.map(work, jobs))
     return [fault for job in faults for fault in job]
+
+
+def missing_cells(plan: Plan, file: Path) -> dict[int, list[Cell]]:
+    """Return the rows of a plan that its file does not hold, by seed."""
+    present, modality = Rows(file, plan.key).present(), modality_of(plan)
+    return {
+        seed: [cell for cell in plan.cells(seed) if cell not in present and _possible(cell, modality)]
+        for seed in plan.seeds
+    }
 
 
 def modality_of(plan: Plan) -> Modality:
@@ -126,7 +131,7 @@ class SeedRun:
                 if name == PLAIN:
                     own = _Run(title=self.modality.plain)
                 elif shared is None or shared.uses_labels:
-                    own = shared = self.adapt(make_method(name), experiment)
+                    own = shared = self.adapt(method_of(name), experiment)
                 else:
                     own = shared
                 for cell in group:

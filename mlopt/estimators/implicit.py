@@ -27,7 +27,7 @@ from ..problem import (
     add_into,
     cut,
 )
-from ..tensors import Tensors, norm, scale, zeros_like
+from ..tensors import Tensors, is_zero, norm, scale, zeros_like
 from .condition import Condition
 from .cost import implicit_cost
 from .joint import joined, joint_system
@@ -95,6 +95,16 @@ class Implicit(Estimator):
         if self.products == "gauss_newton":
             return "products='gauss_newton' approximate the Hessian of a loss"
         return "compile=True compiles products with the second derivatives of a loss" if self.compile else ""
+
+    @property
+    def needs_whole(self) -> str:
+        if self.products != "finite_difference":
+            return (
+                f"{self.products} products take second derivatives, which do not pass through the hooks of fully_shard"
+            )
+        if self.solver is not None and not self.solver.takes_shards:
+            return f"{type(self.solver).__name__} computes with the entries of whole vectors"
+        return "a history and joint solves compute with whole vectors" if self.history or self.joint else ""
 
     def linearize(self, point: Point, level: str) -> Linearization:
         if point.problem[level].residual is None:
@@ -375,7 +385,7 @@ class Stationarity(Linearization):
         solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
-        if measured and not any(bool(v.any()) for vectors in solution.values() for v in vectors):
+        if measured and all(map(is_zero, solution.values())):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         if self._estimator.warm_start or self._estimator.history:
             self.point.keep_warm(self.name, solution[self.name], self.report.residual, self._history)

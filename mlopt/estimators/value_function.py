@@ -24,7 +24,7 @@ from ..problem import (
     Vectors,
     restored,
 )
-from ..tensors import Tensors, add, axpy, is_finite, norm, scale, subtract, zeros_like
+from ..tensors import Tensors, add, axpy, is_finite, norm, overwrite, scale, subtract, zeros_like
 from ..validation import at_least, boolean, positive_or_none
 from .products import FiniteDifferenceProduct, Moves, SecondDerivatives, full_precision, moves_of, relative_step
 
@@ -71,6 +71,10 @@ class ValueFunction(Estimator):
     perturbation: float | None = attrs.field(default=None, validator=positive_or_none)
     rtol: float | None = attrs.field(default=None, validator=positive_or_none)
     warm_start: bool = attrs.field(default=False, validator=boolean)
+
+    @property
+    def needs_whole(self) -> str:
+        return ""
 
     def linearize(self, point: Point, level: str) -> Linearization:
         self._refuse_levels_inside(point, level)
@@ -170,7 +174,7 @@ class _Penalty(Linearization):
         return relative_step(present) * min(sizes) / reach
 
     def _put(self, values: Tensors) -> None:
-        torch._foreach_copy_([variable.data for variable in self._live], list(values))
+        overwrite([variable.data for variable in self._live], values)
 
     def _record(self, residual: float, nu: float) -> None:
         self.report.iterations += self._rule.steps

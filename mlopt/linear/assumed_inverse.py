@@ -31,6 +31,7 @@ class AssumedInverse(LinearSolver):
     """
 
     needs_symmetry: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = True
     damping = 0.0
 
     @abstractmethod

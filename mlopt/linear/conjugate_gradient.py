@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from ..errors import EstimatorError, NonFiniteError
-from ..tensors import Tensors, subtract
+from ..tensors import Tensors, overwrite, subtract
 from ..validation import at_least, must_be, one_of
 from .history import History, Pair
 from .krylov import Stopping, begin, dots, first_step, restarted
@@ -59,6 +59,10 @@ class ConjugateGradient(LinearSolver):
 
     _remembers: ClassVar[bool] = True
 
+    @property
+    def takes_shards(self) -> bool:
+        return self.preconditioner is None
+
     def cost(self, unknowns: int) -> SolveCost | None:
         # The right-hand side, the solution, the residual and the direction.
         if self.preconditioner is None:
@@ -92,7 +96,7 @@ class ConjugateGradient(LinearSolver):
             if slope <= 0:
                 dropped = f"the preconditioner is not positive definite (dropped at iteration {k + 1})"
                 precondition, slope = _unchanged, square
-                torch._foreach_copy_(direction, residual)
+                overwrite(direction, residual)
             product = matvec(direction)
             spent += 1
             curvature, length = dots((direction, product), (direction, direction))

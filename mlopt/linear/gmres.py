@@ -58,6 +58,8 @@ class GMRES(LinearSolver):
 
     needs_symmetry: ClassVar[bool] = False
 
+    takes_shards: ClassVar[bool] = True
+
     iterations: int = attrs.field(default=30, validator=at_least(1))
     restart: int | None = attrs.field(
         default=None,

@@ -67,7 +67,7 @@ def inner(a: Tensors, b: Tensors) -> Tensor:
     The half precisions are summed in single precision, in which squares neither overflow nor vanish.
     """
     # Most vectors are one long tensor, and small problems take many inner products.
-    if len(a) == 1 and a[0].dim() == 1 and a[0].dtype not in _HALF:
+    if len(a) == 1 and a[0].dim() == 1 and type(a[0]) is Tensor and a[0].dtype not in _HALF:
         return torch.dot(a[0], b[0])
     return dot(_widened(a), _widened(b))
 

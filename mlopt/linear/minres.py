@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import attrs
 import torch
@@ -40,6 +41,8 @@ class MINRES(LinearSolver):
         >>> torch.allclose(solution.value[0], 1 / indefinite)
         True
     """
+
+    takes_shards: ClassVar[bool] = True
 
     iterations: int = attrs.field(default=10, validator=at_least(1))
     rtol: float = attrs.field(default=1e-10, validator=at_least(0.0))

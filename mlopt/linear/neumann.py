@@ -46,6 +46,8 @@ class Neumann(LinearSolver):
 
     needs_symmetry: ClassVar[bool] = False
 
+    takes_shards: ClassVar[bool] = True
+
     iterations: int = attrs.field(default=10, validator=at_least(1))
     step_size: float | None = attrs.field(default=None, validator=positive_or_none)
     rtol: float = attrs.field(default=0.0, validator=at_least(0.0))

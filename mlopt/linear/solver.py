@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError
+from ..shards import any_sharded, largest
 from ..tensors import Tensors, axpy, flatten, is_finite, norm, unflatten, zeros_like
 from .history import History
 
@@ -122,6 +123,11 @@ class LinearSolver(ABC):
     #: If True, `_solve` receives each vector as one flat tensor, provided that its parts share a dtype and a device.
     _in_one: ClassVar[bool] = True
 
+    @property
+    def takes_shards(self) -> bool:
+        """True if the solver computes with vectors by mlopt's functions only, so that their tensors may be sharded."""
+        return False
+
     def __str__(self) -> str:
         """Return the name, the first argument, and the other arguments that differ from their defaults."""
         kind: Any = type(self)
@@ -152,7 +158,7 @@ class LinearSolver(ABC):
         if not _least(rhs) < size < math.inf:
             return self._solve_rescaled(matvec, rhs, initial)
 
-        one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1
+        one = self._in_one and len({(x.dtype, x.device) for x in rhs}) == 1 and not any_sharded(rhs)
 
         def damped(matvec: MatVec) -> MatVec:
             def product(vector: Tensors) -> Tensors:
@@ -179,14 +185,14 @@ class LinearSolver(ABC):
 
     def _solve_rescaled(self, matvec: MatVec, rhs: Tensors, initial: Tensors | History | None) -> LinearSolution:
         """Solve for a right-hand side that is zero or not finite, or whose squares are outside the range of their dtype."""
-        sizes = [float(x.abs().max()) for x in rhs if x.numel()]
+        sizes = [largest(x) for x in rhs]
         if not all(map(math.isfinite, sizes)):
             raise NonFiniteError(NOT_FINITE)
-        largest = max(sizes, default=0.0)
-        if largest == 0.0:
+        greatest = max(sizes, default=0.0)
+        if greatest == 0.0:
             return LinearSolution(value=zeros_like(rhs), residual=0.0, converged=True)
         # A power of two changes no digits; one factor would overflow for the least numbers of a dtype.
-        exponent = -math.frexp(largest)[1]
+        exponent = -math.frexp(greatest)[1]
         # Its history would be in other units.
         start = None if initial is None or isinstance(initial, History) else _shifted(initial, exponent)
         solution = self.solve(matvec, _shifted(rhs, exponent), initial=start)

@@ -1,6 +1,7 @@
 """Levels, the graph that their losses imply, and their objectives as functions of variables."""
 
-from .batch import to_device
+from .backward import backward
+from .batch import copied, to_device
 from .bounds import Bounds, has_hooks, unmoved
 from .captures import Captures, setting
 from .cost import LevelSize, PullbackCost
@@ -16,7 +17,7 @@ from .partial import partial_derivatives, partial_pieces
 from .point import Carryover, Point, StreamedCotangent, restored
 from .primitives import FAULTS, Fault, Primitives, faults
 from .problem import Problem
-from .processes import require_alike
+from .processes import fingerprint, require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
@@ -58,15 +59,18 @@ __all__ = [
     "Vectors",
     "Workspace",
     "add_into",
+    "backward",
     "call_solver",
     "cloned_buffers",
     "compare_evaluations",
+    "copied",
     "cut",
     "derivatives",
     "evaluate_loss",
     "evaluate_regularizer",
     "evaluate_residual",
     "faults",
+    "fingerprint",
     "game",
     "has_hooks",
     "over_tasks",

@@ -169,6 +169,7 @@ class Estimator(ABC):
         curvature_batches: number of these batches that one pullback takes, or "all" of an epoch.
         references: the levels whose variables the rule uses itself. The level's loss declares them, and need not use them.
         needs_loss: the reason why the rule refuses a level with a residual; empty if it takes both.
+        needs_whole: the reason why the rule refuses variables that are sharded over processes; empty if it takes them.
         needs_optimizer: True if the rule uses the steps of the level's optimiser, so that a level with a solver of its own
             refuses it.
 
@@ -202,6 +203,10 @@ class Estimator(ABC):
     @property
     def needs_loss(self) -> str:
         return "it differentiates the minimum of a loss"
+
+    @property
+    def needs_whole(self) -> str:
+        return "it is not known to take first derivatives alone, and second ones do not pass through the hooks of fully_shard"
 
     @abstractmethod
     def linearize(self, point: Point, level: str) -> Linearization:

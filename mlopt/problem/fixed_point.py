@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, NAdam, Optimizer
 
 from ..errors import ProblemError
+from ..shards import any_sharded, largest
 from ..tensors import Tensors, add, norm, scale
 from .estimator import Block, Vectors
 from .term import Term
@@ -27,6 +28,8 @@ __all__ = ["DecayTerm", "FixedPoint", "level_optimizer"]
 _PROBES = ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0), (2.0, 1.0), (1.0, -2.0))
 
 
+#: The optimisers of torch.optim that move each entry of a variable by itself.
+_ELEMENTWISE = {"SGD", "ASGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop"}
 #: Share of `clip` from which the decay counts as too strong: clipped steps approach the limit from below.
 _CLIPPED = 0.99
 
@@ -148,7 +151,7 @@ class FixedPoint:
         decay = norm([c * p * x for c, p, _, x in decoupled])
         own = norm([g - c * p * x for c, p, g, x in decoupled])
         moments = norm([p for _, p, _, _ in decoupled if isinstance(p, Tensor)])
-        strongest = max(abs(c) * float(p.max()) for c, p, _, _ in decoupled if isinstance(p, Tensor))
+        strongest = max(abs(c) * largest(p) for c, p, _, _ in decoupled if isinstance(p, Tensor))
         return bool(decay > 0.1 * own) and bool(own > 0.5 * moments) and strongest > 0.01 * curvature
 
 
@@ -242,6 +245,8 @@ def require_all_variables(level: Level, optimizer: Optimizer) -> None:
     Raises:
         ProblemError: it holds other tensors, or leaves out variables, which would never move.
     """
+    if any_sharded(level.parameters):
+        _require_elementwise(level, optimizer)
     own = {id(variable) for variable in level.parameters}
     held = {id(variable) for group in optimizer.param_groups for variable in group["params"] if variable.requires_grad}
     if not held <= own:
@@ -254,6 +259,20 @@ def require_all_variables(level: Level, optimizer: Optimizer) -> None:
             f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
             "them, or freeze them with requires_grad_(False)"
         )
+
+
+def _require_elementwise(level: Level, optimizer: Optimizer) -> None:
+    """Raise unless an optimiser moves each entry of a sharded variable by itself, as is known of some."""
+    if type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ in _ELEMENTWISE:
+        if not getattr(optimizer, "_optimizer_step_post_hooks", None):
+            return
+        state = f"its {type(optimizer).__name__} has step hooks, which may project"
+    else:
+        state = f"its {type(optimizer).__name__} may compute with norms or shapes of variables"
+    raise ProblemError(
+        f"level {level.name!r}: {state}, and each process has a part of its variables, which are sharded; use one of "
+        f"torch.optim without hooks: {', '.join(sorted(_ELEMENTWISE))}"
+    )
 
 
 def level_optimizer(level: Level, point: Point) -> Optimizer | None:

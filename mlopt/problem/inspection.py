@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ProblemError
 from ..rng import GeneratorState
+from ..shards import is_sharded, units
 from .batch import versions
 
 if TYPE_CHECKING:
@@ -137,14 +138,20 @@ class Inspection:
         ends = {
             get_gradient_edge(parameter).node: (other, name, parameter)
             for other in self._levels
-            for name, parameter in zip(other.parameter_names, other.parameters, strict=True)
+            for name, parameter in _leaves(other)
         }
         known = (level.name, *self._declared)
         for node in _nodes(value):
             if node in ends:
                 other, name, parameter = ends[node]
                 reached.add(other.name)
-                if other.name not in known and _reaches(value, parameter):
+                if is_sharded(parameter) and self._part != "regularizer":
+                    raise ProblemError(
+                        f"the {self._part} of level {level.name!r} computes with {name!r} of level {other.name!r}, which is "
+                        "sharded, outside of the forward pass of its module, in which each process has its own rows; compute "
+                        f"with what the module returns, or move that term to the regularizer of level {level.name!r}"
+                    )
+                if other.name not in known and (units(other.module) or _reaches(value, parameter)):
                     raise ProblemError(
                         f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r} and does not "
                         f"declare it, so that this dependence would be missing from hypergradients; make {other.name!r} a "
@@ -156,6 +163,18 @@ class Inspection:
                     "tensor, and vectors over the variables must be dense; use sparse=False"
                 )
         return reached
+
+
+def _leaves(level: Level) -> Iterator[tuple[str, Tensor]]:
+    """Yield the variables of a level by name; of a sharded one also those that its units gather for a forward pass."""
+    yield from zip(level.parameter_names, level.parameters, strict=True)
+    for unit in units(level.module):
+        before = sum(map(is_sharded, unit.parameters()))
+        unit.unshard()
+        whole = [(name, p) for name, p in unit.named_parameters() if not is_sharded(p)]
+        yield from ((name, p) for name, p in whole if p.requires_grad)
+        if sum(map(is_sharded, unit.parameters())) < before:
+            unit.reshard()
 
 
 def _same(present: Tensor, before: Tensor) -> bool:

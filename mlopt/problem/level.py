@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import ProblemError
+from ..shards import units
 from ..tensors import Tensors
 from ..validation import is_positive, is_whole
 from .estimator import Estimator
@@ -266,6 +267,13 @@ class Level:
     regularizer_references: tuple[str, ...] = attrs.field(init=False, repr=False)
     solver_references: tuple[str, ...] = attrs.field(init=False, repr=False)
 
+    #: The parameters of a sharded module: it has others while it holds those that it gathered for a forward pass.
+    _shards: tuple[tuple[str, Tensor], ...] = attrs.field(init=False, repr=False)
+
+    @_shards.default
+    def _read_shards(self) -> tuple[tuple[str, Tensor], ...]:
+        return tuple(self.module.named_parameters()) if units(self.module) else ()
+
     @loss_references.default
     def _read_loss(self) -> tuple[str, ...]:
         if (self.loss is None) == (self.residual is None):
@@ -339,6 +347,11 @@ class Level:
                 )
 
     @property
+    def sharded(self) -> bool:
+        """True if the module was given to `fully_shard`."""
+        return bool(self._shards)
+
+    @property
     def part(self) -> str:
         """The part that defines the level: "loss" or "residual"."""
         return "loss" if self.residual is None else "residual"
@@ -363,12 +376,12 @@ class Level:
     @property
     def parameters(self) -> Tensors:
         """The level's variables: its module's trainable parameters, tied parameters once."""
-        return tuple(p for p in self.module.parameters() if p.requires_grad)
+        return tuple(p for _, p in self._shards or self.module.named_parameters() if p.requires_grad)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """The names of `parameters`, in the same order."""
-        return tuple(name for name, p in self.module.named_parameters() if p.requires_grad)
+        return tuple(name for name, p in self._shards or self.module.named_parameters() if p.requires_grad)
 
     @property
     def device(self) -> torch.device:

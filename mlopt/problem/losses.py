@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import ProblemError
 from ..ranks import ALONE, Ranks
+from ..shards import any_sharded, is_sharded, reshard, whole
 from ..tensors import Tensors, zeros_like
+from .backward import backward
 from .batch import copied
 from .inspection import Inspection, drawing_refused
 from .rows import WHOLE, Portion, portion
@@ -65,6 +67,8 @@ class Mixture:
         self.inspection: Inspection | None = None
         #: The part of the batch that the losses are evaluated on.
         self.portion: Portion = WHOLE
+        #: If one of the modules that the losses use is sharded, the parameters of all of them.
+        self.leaves: Tensors = ()
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -79,6 +83,7 @@ class Mixture:
             if isinstance(loss, Mapping):
                 loss, count = loss.get("loss"), loss.get("count")
             value = _scalar(loss, label)
+            _refuse_shards(value, label)
             if self.inspection is not None:
                 self.inspection(value)
         share = self.portion.weigh(count, label)
@@ -101,16 +106,12 @@ class Mixture:
         loss = self.loss(k) if loss is None else loss
         if not loss.requires_grad:
             return zeros_like(variables)
-        # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
-        try:
-            gradients = torch.autograd.grad(loss, [*variables, *apart], retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "donated buffers" not in str(error):
-                raise
-            raise ProblemError(
-                f"loss {self.names[k]!r} of a Mixture uses a module that torch.compile compiled, whose graph cannot be kept for "
-                "the other losses; give the module as it was before torch.compile, or return the plain sum of weighted losses"
-            ) from error
+        if any_sharded(variables) or any_sharded(apart):
+            values = {"own": tuple(variables), "apart": tuple(apart), "others": tuple(self.leaves)}
+            pieces = backward(loss, ["own", "apart"], values, retain_graph=True)
+            gradients: Sequence[Tensor | None] = (*pieces["own"], *pieces["apart"])
+        else:
+            gradients = self._gradients(k, loss, [*variables, *apart])
         if any(gradient is not None for gradient in gradients[len(variables) :]):
             raise ProblemError(
                 f"loss {self.names[k]!r} of a Mixture depends on the level {self.weights!r} that weighs it; return the plain "
@@ -118,6 +119,18 @@ class Mixture:
             )
         own = zip(gradients, variables, strict=False)
         return tuple(torch.zeros_like(v) if g is None else g for g, v in own)
+
+    def _gradients(self, k: int, loss: Tensor, variables: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        # The losses may share a part of the graph. It is kept for the next one, and freed with the last of them.
+        try:
+            return torch.autograd.grad(loss, variables, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            raise ProblemError(
+                f"loss {self.names[k]!r} of a Mixture uses a module that torch.compile compiled, whose graph cannot be kept for "
+                "the other losses; give the module as it was before torch.compile, or return the plain sum of weighted losses"
+            ) from error
 
     def weigh(self, module: nn.Module) -> Tensor:
         """Return the weights (K,) from the module of the level `weights`.
@@ -187,6 +200,7 @@ def evaluate_loss(
         ProblemError: the loss returned neither a scalar tensor, a Mixture, nor a mapping with `loss`, changed a tensor of the
             batch or a variable in place, or depends on a level that it does not declare; or the batch holds an iterator.
     """
+    reshard(modules.values())
     others = {name: modules[name] for name in level.loss_references}
     tensors: list[Tensor] = []
     try:
@@ -223,11 +237,13 @@ def _piece(
     label = "the loss"
     drawing, counted = (None, None) if workspace is None else (workspace.drawing.get(level.name), workspace.counted)
     part = portion(level, batch, ranks, drawing=drawing, counted=counted)
+    leaves = tuple(p for used in (module, *others.values()) for p in used.parameters()) if ranks.sharded else ()
     with part.evaluating(label):
         value = _read(level.definition(module, part.batch, **others), level)
     if isinstance(value.loss, Mixture):
-        value.loss.portion, value.share = part, part.share
+        value.loss.portion, value.loss.leaves, value.share = part, leaves, part.share
     else:
+        _refuse_shards(value.loss, f"{label} of level {level.name!r}")
         value.share = part.weigh(value.logs.get("count"), label)
         value.loss = value.share * value.loss
     return value
@@ -257,7 +273,7 @@ def evaluate_regularizer(
     inspection = Inspection(level, "regularizer", inspected, workspace) if inspected and workspace is not None else None
     with drawing_refused(level, inspected) if inspection is not None and inspection.searches else nullcontext():
         value = level.regularizer(modules[level.name], **others)
-    value = _scalar(value, f"the regularizer of level {level.name!r}")
+    value = whole(_scalar(value, f"the regularizer of level {level.name!r}"))
     if inspection is not None:
         inspection(value)
     return value
@@ -270,6 +286,15 @@ def _scalar(value: Any, label: str) -> Tensor:
     if value.numel() != 1:
         raise ProblemError(f"{label} has shape {tuple(value.shape)}; it must be a scalar: take its mean")
     return value if value.dim() == 0 else value.reshape(())
+
+
+def _refuse_shards(value: Tensor, label: str) -> None:
+    """Raise if a loss is a number that the processes share: each would weigh it by its own share of the rows."""
+    if is_sharded(value):
+        raise ProblemError(
+            f"{label} computes with sharded parameters outside of the forward pass of their module, in which each process has "
+            "its own rows; compute with what the module returns, or move that term to the regularizer of the level"
+        )
 
 
 def _read(value: Any, level: Level) -> LossValue:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ProblemError
+from ..ranks import Ranks
+from ..shards import is_sharded, local
 
 if TYPE_CHECKING:
     from .level import Level
@@ -19,8 +21,10 @@ __all__ = ["refuse_module", "refuse_shared_memory"]
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
 
-def refuse_module(level: Level) -> None:
-    """Raise if a level's module is distributed over processes, or has parameters or buffers without a shape.
+def refuse_module(level: Level, ranks: Ranks) -> None:
+    """Raise if a level's module is replicated by a wrapper, or has parameters or buffers without a shape.
+
+    Sharded parameters are for several processes, and are checked with their level.
 
     Raises:
         ProblemError: it is such a module.
@@ -40,11 +44,10 @@ def refuse_module(level: Level) -> None:
                     f"{place} is lazy, and {key!r} has no shape yet; call it on a batch before the problem is built, or give its "
                     "sizes"
                 )
-            if "DTensor" in _classes(tensor):
+            if is_sharded(tensor) and not ranks.several:
                 raise ProblemError(
-                    f"{place} has {key!r} sharded over processes (a DTensor, as fully_shard makes it), whose derivatives would "
-                    "silently be zero; sharded levels are not supported yet: give the module before it is sharded, which every "
-                    "process then holds whole"
+                    f"{place} has {key!r} sharded over processes (a DTensor of fully_shard), and the problem belongs "
+                    "to this process alone; give the module before it is sharded, or a group"
                 )
 
 
@@ -63,9 +66,10 @@ def refuse_shared_memory(levels: Iterable[Level]) -> None:
                     f"{place} is an expanded tensor, several entries of which are one number in memory; give a copy (clone), or "
                     "a smaller parameter that the module expands"
                 )
-            if not parameter.numel() or parameter.is_meta:
+            (memory,) = local((parameter,))
+            if not memory.numel() or memory.is_meta:
                 continue
-            key = (parameter.device, parameter.data_ptr())
+            key = (memory.device, memory.data_ptr())
             if key in owners:
                 raise ProblemError(
                     f"{owners[key]} and {place} are two parameters on the same memory, so that a step of one moves the other; "
@@ -74,6 +78,6 @@ def refuse_shared_memory(levels: Iterable[Level]) -> None:
             owners[key] = place
 
 
-def _classes(value: nn.Module | Tensor) -> set[str]:
-    """Return the names of the classes of a value; the classes themselves would have to be imported."""
+def _classes(value: nn.Module) -> set[str]:
+    """Return the names of the classes of a module; the classes themselves would have to be imported."""
     return {kind.__name__ for kind in type(value).__mro__}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ranks import Ranks
+from ..shards import local
 from ..tensors import Tensors, add, scale, subtract
 from .estimator import Block, Vectors
 from .fixed_point import FixedPoint
@@ -72,7 +73,7 @@ class Objective:
 
         if not ranks.several:
             return evaluate()[0]
-        (total,) = ranks.together(evaluate, [next(iter(self.terms[0].values.values()))[0].new_zeros(())])
+        (total,) = ranks.together(evaluate, [local(next(iter(self.terms[0].values.values()))[:1])[0].new_zeros(())])
         # Exactly the total, so that every process has the same number; the graph is that of the piece.
         return total + (pieces[0] - pieces[0].detach())
 

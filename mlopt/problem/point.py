@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..linear import History
 from ..rng import GeneratorState, preserved
-from ..tensors import Tensors, norm, scale
+from ..tensors import Tensors, norm, overwrite, scale
 from .estimator import Block, Estimator, Report
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def restored(variables: Tensors) -> Iterator[Tensors]:
     try:
         yield kept
     finally:
-        torch._foreach_copy_(live, kept)
+        overwrite(live, kept)
 
 
 @attrs.define(eq=False)

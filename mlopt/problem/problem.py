@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import torch
 from rich.console import Console
 from rich.text import Text
@@ -12,10 +13,12 @@ from rich.tree import Tree
 
 from ..errors import ProblemError
 from ..ranks import Ranks
+from ..shards import any_sharded
 from .graph import Graph
 from .level import Level
 from .modules import refuse_module, refuse_shared_memory
 from .processes import require_alike, require_supported
+from .sharded import require_shards
 from .signature import settings
 from .workspace import Workspace
 
@@ -76,6 +79,8 @@ class Problem:
                 f"level {levels[0].name!r}: warmup={levels[0].warmup}, but only levels inside another are warmed up; leave it out"
             )
         self.graph = Graph({level.name: level.references for level in levels})
+        #: The processes that share the problem.
+        self.ranks = Ranks.of(group)
         self._check_settings()
         self._check_residuals()
         self._check_solvers()
@@ -92,10 +97,16 @@ class Problem:
                     f"{', '.join(map(repr, self.graph[level.name].arguments))}, so cotangents must be pulled back through it; "
                     "give one, such as mlopt.ConjugateGradient(iterations=10)"
                 )
-        #: The processes that share the problem.
-        self.ranks = Ranks.of(group)
+        #: The levels whose variables are sharded over the processes.
+        self.sharded = frozenset(
+            level.name for level in levels if level.sharded or any_sharded(level.module.parameters())
+        )
         if self.ranks.several:
             require_supported(levels, self.ranks)
+            if self.sharded:
+                pulled = {level.name: self.graph[level.name].interior for level in levels if level.name in self._pulled}
+                require_shards(levels, self.sharded, pulled, self.ranks)
+                self.ranks = attrs.evolve(self.ranks, sharded=True)
             require_alike(levels, self.ranks, "at the start")
         #: Caches and standalone calls of everything that evaluates this problem without a workspace of its own.
         self.workspace = Workspace()
@@ -199,7 +210,7 @@ class Problem:
     def _check_parameters(self) -> None:
         owners: dict[int, tuple[str, str]] = {}
         for level in self.levels:
-            refuse_module(level)
+            refuse_module(level, self.ranks)
             if not level.parameters:
                 raise ProblemError(
                     f"level {level.name!r}: its {type(level.module).__name__} has no trainable parameter; set requires_grad, or "

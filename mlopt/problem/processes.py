@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ProblemError
 from ..ranks import Ranks
+from ..shards import is_sharded, reshard
 from .level import Level
 
-__all__ = ["refuse_batch_norm", "require_alike", "require_supported"]
+__all__ = ["fingerprint", "refuse_batch_norm", "require_alike", "require_supported"]
 
 
 def require_supported(levels: Sequence[Level], ranks: Ranks) -> None:
@@ -46,7 +47,7 @@ def require_alike(levels: Iterable[Level], ranks: Ranks, when: str) -> None:
     Raises:
         ProblemError: they differ.
     """
-    prints = ranks.all_of([(level.name, _fingerprint(level.module)) for level in levels])
+    prints = ranks.all_of([(level.name, fingerprint(level.module)) for level in levels])
     for rank, other in enumerate(prints):
         if other == prints[0]:
             continue
@@ -83,12 +84,13 @@ def _splitting_sampler(data: Any) -> str:
     return ""
 
 
-def _fingerprint(module: nn.Module) -> int:
-    """Return a checksum of the parameters and buffers of a module, with their names, shapes and dtypes."""
+def fingerprint(module: nn.Module) -> int:
+    """Return a checksum of the parameters and buffers of a module, with their names, shapes and dtypes; sharded ones differ."""
+    reshard((module,))
     total = 0
     for name, tensor in _tensors(module):
         total = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), total)
-        if tensor.numel() and not tensor.is_meta:
+        if tensor.numel() and not tensor.is_meta and not is_sharded(tensor):
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             total = zlib.crc32(flat.numpy().data, total)
     return total

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
+from ..shards import any_sharded, reshard
 from ..tensors import Tensors, dot, scale, zeros_like
+from .backward import backward
 from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
@@ -105,6 +107,12 @@ def derivatives(
     """
     if not value.requires_grad or not wanted:
         return {block: zeros_like(values[block]) for block in wanted}
+    if any(any_sharded(variables) for variables in values.values()):
+        assert not traced
+        return {
+            block: tuple(torch.zeros_like(v) if g is None else g for g, v in zip(own, values[block], strict=True))
+            for block, own in backward(value, wanted, values).items()
+        }
     inputs = [variable for block in wanted for variable in values[block]]
     flat = torch.autograd.grad(value, inputs, create_graph=traced, allow_unused=True, materialize_grads=True)
     return cut(flat, wanted, values)
@@ -167,7 +175,8 @@ class Term(ABC):
         if not ranks.several or not wanted:
             return evaluate()
         if self.alike:
-            return {block: scale(float(ranks.size), vectors) for block, vectors in evaluate().items()}
+            pieces = evaluate().items()
+            return {b: vectors if any_sharded(vectors) else scale(float(ranks.size), vectors) for b, vectors in pieces}
 
         like = [variable for block in wanted for variable in self.values[block]]
         total = ranks.together(lambda: [x for pieces in [evaluate()] for block in wanted for x in pieces[block]], like)
@@ -236,6 +245,10 @@ class LevelTerm(Term):
     def value(self) -> Tensor:
         with cloned_buffers(self._modules.values()):
             return self._total(self._modules)
+
+    def derivatives(self, wanted: Sequence[Block]) -> dict[Block, Tensors]:
+        reshard(self._modules.values())  # a regularizer does not do so, because it may follow the loss in one graph
+        return super().derivatives(wanted)
 
     def plain_value(self) -> Tensor:
         """Return `value` for a tracer, without the inspection, which reads numbers of tensors."""
@@ -328,7 +341,9 @@ class LevelTerm(Term):
     def _backward_shares(self, mixture: Mixture, along: Tensors) -> Tensor:
         """Return <grad L_k, along> for each k, by K backward passes."""
         own, apart = self.values[self.name], self.values[mixture.weights]
-        return torch.stack([dot(mixture.gradient(k, own, apart), along) for k in range(len(mixture))])
+        shares = torch.stack([dot(mixture.gradient(k, own, apart), along) for k in range(len(mixture))])
+        # Gradients by sharded variables are of the whole losses, in every process.
+        return shares / self._point.problem.ranks.size if any_sharded(own) else shares
 
     def _forward_shares(self, along: Tensors) -> Tensor:
         """Return <grad L_k, along> for all k, in one forward-mode pass."""

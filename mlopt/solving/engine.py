@@ -16,7 +16,8 @@ from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
 from ..linear import History
 from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
-from ..tensors import norm
+from ..shards import reshard, sharded_as
+from ..tensors import Tensors, norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
@@ -63,6 +64,7 @@ class Engine:
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
         #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
+        reshard(level.module for level in problem)
         self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
         #: Levels whose latest step was skipped. Steps that need a pullback through them are skipped as well.
         self._just_skipped: set[str] = set()
@@ -159,7 +161,7 @@ class Engine:
     @contextlib.contextmanager
     def rolled_back(self) -> Iterator[None]:
         """Restore on exit everything that steps change, `.grad` included, except streams and generators."""
-        parameters = [parameter for level in self.problem for parameter in level.module.parameters()]
+        parameters = [parameter for own in self._parameters.values() for parameter in own]
         gradients = [parameter.grad for parameter in parameters]
         before = self.snapshot()
         try:
@@ -362,15 +364,22 @@ class Engine:
                 if name in state[kind]:
                     stream.load_state_dict(state[kind][name])
         for name, vectors in state["warm"].items():
-            carryover.warm[name] = to_device(vectors, problem[name].device)
+            carryover.warm[name] = _spread(to_device(vectors, problem[name].device), problem[name])
         for name, fields in state.get("histories", {}).items():
             carryover.histories[name] = History(**to_device(fields, problem[name].device))
         for name, fields in state["cotangents"].items():
-            carryover.cotangents[name] = StreamedCotangent(**to_device(fields, problem[name].device))
+            held = StreamedCotangent(**to_device(fields, problem[name].device))
+            held.cotangent = _spread(held.cotangent, problem[name])
+            carryover.cotangents[name] = held
         gradients.doubts |= state["doubts"]
         self.skipped |= state["skipped"]
         self.warmed |= state["warmed"]
         problem.workspace.load_state_dict(state["standalone"])
+
+
+def _spread(vectors: Tensors, level: Level) -> Tensors:
+    """Return vectors over the variables of a level, sharded as these are."""
+    return tuple(sharded_as(x, v) for x, v in zip(vectors, level.parameters, strict=True))
 
 
 def _not_finite(level: Level) -> Callable[[float], str]:

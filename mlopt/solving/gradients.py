@@ -29,6 +29,7 @@ from ..problem import (
     Stream,
     StreamedCotangent,
     add_into,
+    backward,
     call_solver,
     cloned_buffers,
     evaluate_loss,
@@ -218,9 +219,19 @@ class Gradients:
                 f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
             )
         scaled = self._precisions[level.name].scaled(loss)
-        (scaled if share == 1.0 else share * scaled).backward(inputs=variables)  # type: ignore[no-untyped-call]
+        self._add_gradient(level, variables, scaled if share == 1.0 else share * scaled)
         # Copy a loss that is a variable or a view of one, because the step will change it.
         return loss.detach().clone() if loss.is_leaf or loss._is_view() else loss.detach()
+
+    def _add_gradient(self, level: Level, variables: Tensors, value: Tensor) -> None:
+        """Add the gradient of a value to `.grad` of the variables of a level."""
+        if not self.problem.sharded:
+            value.backward(inputs=variables)  # type: ignore[no-untyped-call]
+            return
+        gradient = backward(value, [level.name], self.carryover.variables)[level.name]
+        for variable, derivative in zip(variables, gradient, strict=True):
+            if derivative is not None:
+                variable.grad = derivative if variable.grad is None else variable.grad + derivative
 
     def _backward_mixture(
         self,
@@ -250,6 +261,8 @@ class Gradients:
             total = total + weight * loss
             if streamed is not None:
                 (signal,) = precision.unscaled([dot(gradient, streamed.cotangent)])
+                if level.name in self.problem.sharded:
+                    signal = signal / self.problem.ranks.size  # it is that of the whole loss, in every process
                 signals.append(share * signal)
             if k == 0:
                 mixed = scale(weight, gradient)
@@ -262,7 +275,7 @@ class Gradients:
         if level.regularizer is not None:
             regularizer = self._regularizer(level)
             if regularizer.requires_grad:
-                (share * precision.scaled(regularizer)).backward(inputs=variables)  # type: ignore[no-untyped-call]
+                self._add_gradient(level, variables, share * precision.scaled(regularizer))
             total = sum_values((total, regularizer.detach()))
         return total, torch.stack(signals) if signals else weights.new_zeros(0)
 

@@ -18,6 +18,7 @@ from ..finiteness import DeferredChecks, deferred, immediate
 from ..problem import Problem, require_alike
 from ..ranks import ALONE, Ranks
 from ..rng import GeneratorState, preserved
+from ..shards import whole_values
 from .callbacks import Callback
 from .checkpoints import Checkpoints
 from .interruption import Interruption
@@ -234,10 +235,9 @@ class Loop:
             require_alike(run.problem, self._ranks, f"after step {run.step}")
         if (checkpoints := self.checkpoints) is None or not unsaved:
             return
+        state = self._state()
         try:
-            folder = self._ranks.by_first(
-                lambda: checkpoints.save(run.step, run.state_dict(), self._score(checkpoints.best))
-            )
+            folder = self._ranks.by_first(lambda: checkpoints.save(run.step, state(), self._score(checkpoints.best)))
         except CheckpointError as error:
             if last or not isinstance(error.__cause__, OSError):
                 raise
@@ -247,6 +247,13 @@ class Loop:
             return
         self._saved = self._position
         self._call("on_save", folder)
+
+    def _state(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that returns the state of the run to the first process; all make sharded tensors whole now."""
+        if not self.run.problem.sharded:
+            return self.run.state_dict
+        state: dict[str, Any] = whole_values(self.run.state_dict(), kept=self._ranks.first)
+        return lambda: state
 
     def _score(self, best: str | None) -> float | None:
         """Return the value of the column `Checkpoints.best` at the latest step, if it was logged."""
@@ -283,7 +290,8 @@ class Loop:
         )
         if (checkpoints := self.checkpoints) is not None:
             try:
-                folder = self._ranks.by_first(lambda: checkpoints.save_fault(step, run.state_dict()))
+                state = self._state()
+                folder = self._ranks.by_first(lambda: checkpoints.save_fault(step, state()))
                 message += f"; the current state is saved in {folder}"
             except CheckpointError as unsaved:
                 message += f"; the current state could not be saved: {unsaved}"

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..shards import any_sharded, is_sharded, reshard, sharded_as
+
 __all__ = ["Snapshot", "load_module_state", "load_state", "module_state"]
 
 
@@ -30,6 +32,7 @@ class Snapshot:
         dictionaries: Iterable[dict[str, Any]] = (),
     ) -> None:
         copied = list(modules)
+        reshard(copied)
         #: Buffers with the modules that own them, because a module may bind new tensors to their names.
         self._buffers = [
             (owner, name, buffer)
@@ -70,14 +73,28 @@ def load_state(part: Any, state: Mapping[str, Any]) -> None:
     `Optimizer.load_state_dict` casts state to the dtype of the parameters, although some optimisers keep state in another dtype
     (`mu_product` of NAdam).
     """
-    part.load_state_dict(state)
-    if isinstance(part, Optimizer):
-        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-        for index, saved in state["state"].items():
-            loaded = part.state[parameters[index]]
-            for name, value in saved.items():
-                if isinstance(value, torch.Tensor) and loaded[name].dtype != value.dtype:
-                    loaded[name] = value.to(loaded[name].device)
+    if not isinstance(part, Optimizer):
+        part.load_state_dict(state)
+        return
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    if any_sharded(parameters):
+        state = {**state, "state": {k: _spread(saved, parameters[k]) for k, saved in state["state"].items()}}
+    part.load_state_dict(dict(state))
+    for index, saved in state["state"].items():
+        loaded = part.state[parameters[index]]
+        for name, value in saved.items():
+            if isinstance(value, torch.Tensor) and loaded[name].dtype != value.dtype:
+                loaded[name] = value.to(loaded[name].device)
+
+
+def _spread(state: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """Return the state of an optimiser for one parameter, with its tensors sharded as the parameter is."""
+    return {
+        name: sharded_as(value, parameter, dtype=value.dtype)
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        else value
+        for name, value in state.items()
+    }
 
 
 def _trainable(module: nn.Module) -> list[torch.Tensor]:
@@ -99,7 +116,11 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load a state that `module_state` returned."""
-    tensors = OrderedDict(state["state"])
+    present = module.state_dict()
+    tensors = OrderedDict(
+        (name, sharded_as(value, present[name]) if is_sharded(present.get(name)) else value)
+        for name, value in state["state"].items()
+    )
     tensors._metadata = state["metadata"]  # type: ignore[attr-defined]
     module.load_state_dict(tensors)
     for name, parameter in module.named_parameters():

@@ -12,6 +12,7 @@ from ..errors import ProblemError
 from ..finiteness import require_finite
 from ..problem import Block, Point, cut
 from ..ranks import Ranks
+from ..shards import is_sharded
 from ..tensors import Tensors
 from .row import Row
 
@@ -82,14 +83,19 @@ class StepSums:
     ) -> tuple[Tensors, Tensor]:
         """Return the sums of vectors and of the loss; sum what the level logs, and raise if the loss is not finite."""
 
+        own: list[Tensor] = []
+
         def pieces() -> Pieces:
             vectors, loss = evaluate()
-            return [loss, *vectors], self._row.numbers
+            own.extend(vectors)
+            # Sharded vectors are sums already.
+            return [loss, *(v for v in vectors if not is_sharded(v))], self._row.numbers
 
-        (loss, *vectors), logged = self._sum(level, f"{level}/{kind}", pieces)
+        (loss, *summed), logged = self._sum(level, f"{level}/{kind}", pieces)
         self._row.values |= logged
         require_finite((), lambda value: f"the loss of level {level!r} is {value}", size=loss)
-        return tuple(vectors), loss
+        sums = iter(summed)
+        return tuple(v if is_sharded(v) else next(sums) for v in own), loss
 
     def _sum(self, level: str, key: str, evaluate: Callable[[], Pieces]) -> tuple[Tensors, dict[str, Tensor]]:
         """Return the sums over processes of the vectors and numbers that each evaluates in a step of a level.
@@ -105,6 +111,8 @@ class StepSums:
         try:
             pieces = evaluate()
         except Exception as raised:
+            if self._ranks.sharded:
+                raise  # as in Ranks.together
             error = raised
         layout = None if pieces is None else _layout(pieces)
         agreed = self._layouts.get(key)

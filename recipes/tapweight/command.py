@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,15 @@ from rich.table import Table
 import mlopt
 from mlopt.durations import in_words
 from mlopt.files import replacing
+from mlopt.ranks import Ranks
 
-from .configuration import ConfigurationError, parse, read, write
-from .modality import Configuration, Modality, device_of
+from .command_line import parse, written_options
+from .configuration import ConfigurationError, read, write
+from .modality import Configuration, Device, Modality, device_of
 from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
 from .result import TapWeightResult
+from .sharing import first_before_others
 from .spread import Spread
 
 __all__ = ["command"]
@@ -50,7 +55,8 @@ _FILES = (
 def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -> None:
     """Run the command line of a modality: adapt an encoder once for each seed, report and save the results.
 
-    With `--plan` it only reads and checks everything, and prints what it would do.
+    With `--plan` it only reads and checks everything, and prints what it would do. Of several processes, the first one writes
+    and prints.
 
     Args:
         kind: the modality.
@@ -63,46 +69,76 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
         ValueError: the data or the encoder cannot be used.
         SystemExit: after `--help`, and options that cannot be parsed.
     """
-    line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
+    ranks = Ranks.of_work(prog)
+    with contextlib.nullcontext() if ranks.first else _silent():
+        line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
     configuration: Configuration[Any, Any] = line.run
-    configuration.check()
+    configuration.check(written_options(arguments, kind.configuration_class))
     output, device = Path(configuration.output or ""), device_of(configuration.device)
-    _check_output(output, line.overwrite, line.resume)
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
-    _check_same(whole, output / _CHECKPOINTS / "config.json", line.overwrite)
-    if not line.plan:
-        _claim(output, line.overwrite)
-    console = Console()
-    modality = kind(configuration, partial(_say, console))
+
+    def claim() -> None:
+        _check_output(output, line.overwrite, line.resume)
+        _check_same(whole, output / _CHECKPOINTS / "config.json", line.overwrite)
+        if not line.plan:
+            _claim(output, line.overwrite)
+
+    ranks.by_first(claim)
+    console = Console(quiet=not ranks.first)
+    modality = first_before_others(ranks, lambda: kind(configuration, partial(_say, console)))
     if line.plan:
-        _show_plan(console, modality, device)
+        ranks.by_first(lambda: _show_plan(console, modality, device))
         return
     results: list[TapWeightResult] = []
     for seed in configuration.seeds:
         if len(configuration.seeds) > 1:
             console.rule(f"seed {seed}")
         recipe = modality.build(seed, device)
-        _introduce(console, recipe)
+        first_before_others(ranks, partial(_introduce, console, recipe))
         # Only now: a run that cannot start leaves nothing behind.
-        _note(whole, output / _CHECKPOINTS / "config.json")
-        if line.overwrite and not results:
-            (output / _CHECKPOINTS / _OVERWRITES).touch()
-        result = _run(recipe, configuration, seed, resume=line.resume)
-        folder = _folder(configuration, seed)
-        if (output / _CHECKPOINTS / _OVERWRITES).is_file():
-            _clear(output)
-            (output / _CHECKPOINTS / _OVERWRITES).unlink()
-        result.save(folder)
-        _list_skipped(_left_out(modality), output / "skipped.csv")
-        write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
-        for table in result.tables():
-            console.print(table)
-        _say(console, result.verdict)
-        results.append(result)
+        ranks.by_first(partial(_begin, whole, output / _CHECKPOINTS, line.overwrite and not results))
+        results.append(_run(recipe, configuration, seed, resume=line.resume))
+        ranks.by_first(partial(_save, console, modality, results[-1], seed, device))
     if len(results) > 1:
-        write(whole, output / "config.json")
-        _summarise(console, results, configuration.seeds, output)
+        ranks.by_first(lambda: _save_several(console, whole, results, output))
     _say(console, f"Saved in {output}.")
+
+
+def _begin(whole: Configuration[Any, Any], folder: Path, overwrite: bool) -> None:
+    """Write the configuration of a new run; mark that its first result replaces an earlier one, if it does."""
+    _note(whole, folder / "config.json")
+    if overwrite:
+        (folder / _OVERWRITES).touch()
+
+
+def _save(console: Console, modality: Modality[Any], result: TapWeightResult, seed: int, device: Device) -> None:
+    """Write and print the result of a seed."""
+    configuration: Configuration[Any, Any] = modality.configuration
+    output, folder = Path(configuration.output or ""), _folder(configuration, seed)
+    if (output / _CHECKPOINTS / _OVERWRITES).is_file():
+        _clear(output)
+        (output / _CHECKPOINTS / _OVERWRITES).unlink()
+    result.save(folder)
+    _list_skipped(_left_out(modality), output / "skipped.csv")
+    write(configuration.resolved(output=folder, seeds=(seed,), device=device), folder / "config.json")
+    for table in result.tables():
+        console.print(table)
+    _say(console, result.verdict)
+
+
+def _save_several(
+    console: Console, whole: Configuration[Any, Any], results: Sequence[TapWeightResult], output: Path
+) -> None:
+    """Write and print what the results of several seeds have in common."""
+    write(whole, output / "config.json")
+    _summarise(console, results, whole.seeds, output)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Print nothing inside."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def _show_plan(console: Console, modality: Modality[Any], device: str) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import mlopt
 from mlopt.errors import ArgumentError
 from mlopt.problem import Stream
+from mlopt.ranks import ALONE
 from mlopt.rng import seed_everything
 
 from .models import Pretraining, gradient_norms
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
+
+    from mlopt.ranks import Ranks
 
     from .encoder import Encoder
     from .objective import Objective
@@ -62,6 +65,8 @@ class Experiment:
             `checkpoints` if None.
         resume: if True, each phase resumes from its newest checkpoint.
         phases: shows the progress of each phase; nothing is shown if None.
+        ranks: the processes that share the rehearsals.
+        rehearsed: the losses of the method's rehearsals, if they were made before `Method.adapt`.
     """
 
     encoder: Encoder
@@ -78,6 +83,8 @@ class Experiment:
     shared_checkpoints: mlopt.Checkpoints | None = None
     resume: bool = False
     phases: Phases | None = None
+    ranks: Ranks = ALONE
+    rehearsed: torch.Tensor | None = None
     _start: tuple[Pretraining, dict[str, float]] | None = None
     _seconds_per_pass: float = 0.0
 

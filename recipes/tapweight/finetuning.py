@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .task import Split, Task
 
-__all__ = ["Finetuned", "FinetuningCost", "Score", "finetune", "finetuning_cost"]
+__all__ = ["Finetuned", "FinetuningCost", "Score", "finetune", "finetuning_cost", "unfinetuned"]
 
 #: Steps that are timed.
 _TIMED = 4
@@ -108,7 +108,7 @@ def finetune(
     Returns:
         The model of the epoch with the best validation score, and its scores.
     """
-    model, interval = _start(encoder, task, settings, seed), _interval(task, settings)
+    model, interval = unfinetuned(encoder, task, settings, seed), _interval(task, settings)
     level = mlopt.Level(
         "finetuning",
         model,
@@ -148,7 +148,7 @@ def finetuning_cost(encoder: Encoder, task: Task, settings: Settings, *, seed: i
     """
     device = next(encoder.parameters()).device
     with preserved({device}):
-        model = _start(encoder, task, settings, seed)
+        model = unfinetuned(encoder, task, settings, seed)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         batches = [*islice(task.loader("train", settings.task_batch_size, shuffle=True), _TIMED)]
         begin = time.perf_counter()
@@ -166,7 +166,7 @@ def finetuning_cost(encoder: Encoder, task: Task, settings: Settings, *, seed: i
     return FinetuningCost(steps=steps, passes=steps + chunks, seconds=steps * step + forward)
 
 
-def _start(encoder: Encoder, task: Task, settings: Settings, seed: int) -> Finetuning:
+def unfinetuned(encoder: Encoder, task: Task, settings: Settings, seed: int) -> Finetuning:
     """Return the model before its first step."""
     seed_everything(seed)
     model = Finetuning(encoder, task).to(next(encoder.parameters()).device)

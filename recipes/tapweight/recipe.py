@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -11,18 +10,18 @@ from rich.console import Console
 
 import mlopt
 from mlopt.errors import ArgumentError
-from mlopt.ranks import require_alone
-from mlopt.rng import derive_seed
+from mlopt.ranks import Ranks, alone
 from mlopt.validation import require
 
+from .agreement import require_same_run
 from .encoder import Encoder
 from .experiment import Experiment
-from .finetuning import finetune
 from .methods import DEFAULT, Method, make_method
 from .phases import Phases
 from .plan import Plan
 from .result import Outcome, TapWeightResult
 from .settings import Settings
+from .stages import adapt_all, finetune_all
 from .tested import Tested, records_of
 
 if TYPE_CHECKING:
@@ -161,12 +160,15 @@ class TapWeight:
     ) -> TapWeightResult:
         """Adapt the encoder by each method at the same budget, finetune and score each adapted encoder.
 
+        The processes of the default group of torch.distributed, if there is one, share the rehearsals, the methods and the
+        finetunings. All return the result that one process would return.
+
         Args:
             steps: pretraining steps, the same for every method; or
             passes: evaluations of the encoder on a batch, the same for every method: each takes the most steps that it can.
             methods: the methods to compare, by name or as `Method` objects. The last one is the main method: the result holds its
                 encoder, its finetuned models, its weights and its history. It adapts the encoder first.
-            callbacks: see `mlopt.Callback`; called while the main method adapts the encoder.
+            callbacks: see `mlopt.Callback`; called while the main method adapts the encoder, in the first process.
             checkpoint: a folder in which each phase of the run is saved, in a folder of its own, or
                 `mlopt.Checkpoints(folder, every=...)`.
             resume: if True, read the phases that ended from the folder, and continue the others from their newest checkpoint.
@@ -179,25 +181,19 @@ class TapWeight:
             ValueError: both steps and passes, or neither; too few of them; an unknown method, no method or one given twice; an
                 objective that gives the encoder no gradient.
         """
-        require_alone("TapWeight.fit")
+        ranks = Ranks.of_work("TapWeight.fit")
         compared = _methods(methods)
-        experiments = self._experiments(
-            compared, steps, passes, checkpoint=checkpoint, resume=resume, progress=progress
-        )
-        finetunings = self._finetunings(compared)
-        *others, main = compared
-        if (phases := experiments[main.name].phases) is not None:
-            plan = Plan.of(experiments, compared, finetunings)
-            phases.total = len(plan.whole.phases)
-            Console().print(str(plan), highlight=False, soft_wrap=True)
-        adapted = {main.name: main.adapt(experiments[main.name], callbacks)}
-        adapted |= {method.name: method.adapt(experiments[method.name]) for method in others}
-        finetuned = {
-            method.name: _finetune(
-                experiments[method.name], method, adapted[method.name].encoder, finetunings[method.name]
+        with alone():
+            experiments = self._experiments(
+                compared, steps, passes, checkpoint=checkpoint, resume=resume, progress=progress and ranks.first
             )
-            for method in compared
-        }
+            finetunings = self._finetunings(compared)
+            main = compared[-1]
+            require_same_run(ranks, experiments[main.name], [method.name for method in compared])
+            if (phases := experiments[main.name].phases) is not None:
+                _show(Plan.of(experiments, compared, finetunings), phases, ranks.size)
+            adapted = adapt_all(ranks, compared, experiments, callbacks)
+            finetuned = finetune_all(ranks, compared, experiments, adapted, finetunings)
         count = self._experiment.settings.finetunings
         outcomes = {
             method.name: Outcome(
@@ -289,22 +285,12 @@ def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
     return methods
 
 
-def _finetune(experiment: Experiment, method: Method, encoder: Encoder, count: int) -> tuple[Finetuned, ...]:
-    """Finetune the encoder of a method several times, each time with its own seed."""
-    return tuple(
-        finetune(
-            encoder,
-            experiment.task,
-            experiment.settings,
-            seed=derive_seed(experiment.seed, "finetune", k),
-            solve=partial(
-                experiment.solve,
-                f"finetuning-{method.name}-{k}",
-                title=f"finetuning{f' {k + 1} of {count}' if count > 1 else ''} ({method.name})",
-            ),
-        )
-        for k in range(count)
-    )
+def _show(plan: Plan, phases: Phases, processes: int) -> None:
+    """Print the cost of a run; let its phases be numbered, unless each of several processes has its own."""
+    shared = f" {processes} processes share the phases, so the run takes less." if processes > 1 else ""
+    Console().print(f"{plan}{shared}", highlight=False, soft_wrap=True)
+    if processes == 1:
+        phases.total = len(plan.whole.phases)
 
 
 def _mean(finetuned: Sequence[Finetuned]) -> dict[str, float]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Signal", "compare", "judge", "shares_of_best", "verdict"]
+__all__ = ["Signal", "compare", "judge", "resampled_means", "shares_of_best", "verdict"]
 
 _RESAMPLES = 2_000
 #: Means that differ by less, relative to the losses, are equal but for rounding.
@@ -63,7 +63,7 @@ def shares_of_best(losses: Tensor, seed: int) -> Tensor:
 
     Source: Breiman, "Bagging predictors", Machine Learning 1996, of a choice by leave-one-out loss.
     """
-    means = _resampled_means(losses, seed)
+    means = resampled_means(losses, seed)
     best = (means <= means.amin(1, keepdim=True) + _TIE * losses.double().abs().mean()).double()
     return (best / best.sum(1, keepdim=True)).sum(0) / len(best)
 
@@ -84,7 +84,7 @@ def compare(names: Sequence[str], losses: Tensor, seed: int) -> dict[str, Signal
     Source: Romano & Wolf, "Stepwise multiple testing as formalized data snooping", Econometrica 2005 (its first step).
     """
     differences = losses.double().mean(0) - losses.double()
-    means, resampled = differences.mean(1), _resampled_means(differences, seed)
+    means, resampled = differences.mean(1), resampled_means(differences, seed)
     errors = resampled.std(0, correction=0)
     # Candidates that never differ have no error, and are not significant.
     clear = errors > _TIE * losses.double().abs().mean()
@@ -98,7 +98,7 @@ def compare(names: Sequence[str], losses: Tensor, seed: int) -> dict[str, Signal
     return signals
 
 
-def _resampled_means(losses: Tensor, seed: int) -> Tensor:
+def resampled_means(losses: Tensor, seed: int) -> Tensor:
     """Return the mean of each row of a matrix (K, n) over bootstrap resamples of its columns, (resamples, K)."""
     generator = torch.Generator().manual_seed(seed)
     count = losses.shape[1]

@@ -108,6 +108,9 @@ class Task(ABC):
     def score(self, encoder: Encoder, head: nn.Module, split: Split, batch_size: int = SCORED_AT_ONCE) -> float:
         """Return the metric of one split, in eval mode and without gradients; the modes are restored."""
         metric = self.metric()
+        for part in metric.modules():
+            # Each process scores whole splits; torchmetrics would join their rows.
+            part.distributed_available_fn = lambda: False  # type: ignore[assignment]
         for outputs, targets in self._predicted(encoder, head, split, batch_size):
             metric.to(outputs.device).update(outputs, targets)
         return float(metric.compute())

@@ -16,12 +16,11 @@ CASE = "quadratic, condition 10"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def place() -> Iterator[Workplace]:
     """Return a workplace with mlopt alone: the Pythons of the other libraries do not exist."""
     nowhere = {name: "/nowhere/python" for name in workers.LIBRARIES if name != "mlopt"}
-    made = Workplace(nowhere, "cpu", True, tmp_path_factory.mktemp("cases"))
-    yield made
-    made.close()
+    with Workplace(nowhere, "cpu", True) as made:
+        yield made
 
 
 @pytest.fixture

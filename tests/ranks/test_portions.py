@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import mlopt
 from mlopt.cli import main
 from mlopt.problem.rows import Portion, portion, share_of_rows
-from mlopt.ranks import Ranks
+from mlopt.ranks import Ranks, alone
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -76,13 +76,32 @@ def test_a_problem_without_a_group_under_a_launcher_is_refused(monkeypatch: pyte
     assert not mlopt.Problem(level()).ranks.several
 
 
-def test_the_command_line_is_refused_under_a_launcher(
+def test_other_commands_are_refused_under_a_launcher(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    assert main(["tapweight", "predict"]) == 2
+    assert "mlopt: `mlopt tapweight predict` runs in one process, and this is one of 2" in capsys.readouterr().err
+
+
+def test_a_launcher_that_names_no_meeting_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert main(["tapweight", "molecules"]) == 2
-    assert "mlopt: a command runs in one process, and this is one of 2" in capsys.readouterr().err
+    assert "mlopt: the 2 processes of the launcher cannot form a group" in capsys.readouterr().err
+
+
+def test_problems_that_are_built_apart_belong_to_their_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with alone():
+        assert not mlopt.Problem(level()).ranks.several
+    with pytest.raises(mlopt.ProblemError, match="one of 2 processes"):
+        mlopt.Problem(level())
 
 
 def test_a_group_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:

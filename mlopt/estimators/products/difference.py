@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Block, Term, Vectors
-from ...tensors import Tensors, add, axpy, norm, scale, subtract
+from ...tensors import Tensors, add, axpy, norm, overwrite, scale, subtract
 from .full_precision import full_precision
 
 __all__ = ["Difference", "relative_step"]
@@ -87,9 +87,9 @@ class Difference:
         kept = [variable.clone() for variable in live]
         try:
             with full_precision(live[0].device):
-                torch._foreach_copy_(live, list(axpy(step, self.along, kept)))
+                overwrite(live, axpy(step, self.along, kept))
                 above = self._term.derivatives(self._wanted)
-                torch._foreach_copy_(live, list(axpy(-step, self.along, kept)))
+                overwrite(live, axpy(-step, self.along, kept))
                 return above, self._term.derivatives(self._wanted)
         finally:
-            torch._foreach_copy_(live, kept)
+            overwrite(live, kept)

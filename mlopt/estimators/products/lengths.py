@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from ...problem import Block, Term, Vectors
+from ...shards import sharded_as
 from ...tensors import Tensors, norm, subtract
 from .difference import Difference
 
@@ -116,7 +117,7 @@ def _filled(direction: Vectors, norms: Sequence[float]) -> Vectors:
         added = []
         for x in vectors:
             drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")
-            added.append((x + (next(rest) / (float(drawn.norm()) or 1.0)) * drawn.to(x)).to(x.dtype))
+            added.append((x + (next(rest) / (float(drawn.norm()) or 1.0)) * sharded_as(drawn, x)).to(x.dtype))
         filled[block] = tuple(added)
     return filled
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from ...errors import EstimatorError
 from ...problem import Block, Point, Vectors, standing_in
+from ...shards import any_sharded
 from ...tensors import Tensors
 from .full_precision import full_precision
 
@@ -38,6 +40,10 @@ def promoted(point: Point, dtype: torch.dtype = torch.float64, kept: Copies | No
         dtype: float64 or float32.
         kept: the copies by block, for several contexts to use the same; graphs refer to them.
     """
+    if any(any_sharded(values) for values in point.values.values()):
+        with _unpromoted(point, dtype):
+            yield
+        return
     levels = {level.name: level for level in point.problem}
     before, kept = dict(point.values), {} if kept is None else kept
     device = next(iter(before.values()))[0].device
@@ -54,6 +60,15 @@ def promoted(point: Point, dtype: torch.dtype = torch.float64, kept: Copies | No
                 point.values[block] = tuple(kept[block])
         stack.enter_context(full_precision(device))
         stack.enter_context(_Promotion(dtype))
+        yield
+
+
+@contextmanager
+def _unpromoted(point: Point, dtype: torch.dtype) -> Iterator[None]:
+    """Evaluate sharded variables as they are, if they are as fine: a module gathers its own parameters, and no copies."""
+    if any(_is_coarser(value.dtype, dtype) for values in point.values.values() for value in values):
+        raise EstimatorError(f"sharded variables have no copies in {dtype}")
+    with full_precision(next(iter(point.values.values()))[0].device):
         yield
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...errors import MloptError, ProblemError
 from ...problem import Block, LevelTerm, Vectors, cut
-from ...tensors import Tensors, add, axpy, dot, norm, scale, subtract
+from ...shards import any_sharded, sharded_as
+from ...tensors import Tensors, add, axpy, dot, is_zero, norm, scale, subtract
 from .difference import Difference
 from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
@@ -110,7 +111,11 @@ def _full(direction: Vectors, values: Vectors) -> Vectors:
     """Return a direction, or a random one in place of a unit vector, as `Dense` takes: that would show one column only."""
     entries = [x for vectors in direction.values() for x in vectors]
     # One count for all tensors: the host waits for the device at each that it reads.
-    if sum(x.numel() for x in entries) == 1 or int(sum(x.count_nonzero() for x in entries)) != 1:
+    if (
+        any_sharded(entries)
+        or sum(x.numel() for x in entries) == 1
+        or int(sum(x.count_nonzero() for x in entries)) != 1
+    ):
         return direction
     generator = torch.Generator().manual_seed(1)
 
@@ -208,8 +213,8 @@ class _Check:
         generator = torch.Generator().manual_seed(2)
 
         def drawn(x: Tensor, variable: Tensor) -> Tensor:
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-            masked = bool(variable._backward_hooks) and bool(x.any())
+            noise = sharded_as(torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu"), x)
+            masked = bool(variable._backward_hooks) and not is_zero((x,))
             return noise * (x != 0) if masked else noise
 
         values, size = self._product.term.values, norm(_flat(self._direction))
@@ -273,9 +278,10 @@ class _Check:
         Of a variable with a hook, components that are zero beside others are left out: its gradient may be masked.
         """
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) for x in value]
+        whole = (torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") for x in value)
+        drawn = [sharded_as(noise, x) for noise, x in zip(whole, value, strict=True)]
         drawn = [
-            noise * (x != 0) if hooked and bool(x.any()) else noise
+            noise * (x != 0) if hooked and not is_zero((x,)) else noise
             for noise, x, hooked in zip(drawn, value, self._hooked, strict=True)
         ]
         size = norm(value)

@@ -12,6 +12,8 @@ from mlopt.solving import History
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
+
     import mlopt
 
     from ..encoder import Encoder
@@ -92,6 +94,13 @@ class Method(ABC):
     def phases(self, experiment: Experiment) -> tuple[int, ...]:
         """Return the outer steps of each phase that `adapt` solves, in their order; by default one phase of pretraining."""
         return (experiment.pretraining_steps,)
+
+    def rehearse(self, experiment: Experiment) -> Tensor | None:
+        """Return the losses that `adapt` finds in `experiment.rehearsed`; by default None.
+
+        Several processes share rehearsals: all call this function, and one of them then calls `adapt`.
+        """
+        return None
 
     @abstractmethod
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:

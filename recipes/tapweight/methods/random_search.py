@@ -14,6 +14,8 @@ from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_ph
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     import mlopt
 
     from ..experiment import Experiment
@@ -37,22 +39,25 @@ class RandomSearch(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return the passes of all rehearsals, expected at their weights, and the most passes of the main run."""
-        return run_passes(experiment, self._rehearsals(experiment))
+        return run_passes(experiment, self.rehearsals(experiment))
 
     def phases(self, experiment: Experiment) -> tuple[int, ...]:
         """Return the steps of each rehearsal, and those of the main run."""
         return run_phases(experiment, len(experiment.names))
 
+    def rehearse(self, experiment: Experiment) -> Tensor:
+        """Return the losses of the labelled examples after pretraining at each random weights, (K, n)."""
+        return rehearse(experiment, _drawn(experiment))
+
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse the random weights, choose the best, and pretrain the encoder further."""
-        candidates = _drawn(experiment)
-        losses = rehearse(experiment, candidates).mean(1)
-        weights = [*candidates.values()][int(losses.argmin())]
-        return main_run(experiment, self.name, weights, self._rehearsals(experiment), callbacks)
+        losses = self.rehearse(experiment) if experiment.rehearsed is None else experiment.rehearsed
+        weights = [*_drawn(experiment).values()][int(losses.mean(1).argmin())]
+        return main_run(experiment, self.name, weights, self.rehearsals(experiment), callbacks)
 
     @staticmethod
-    def _rehearsals(experiment: Experiment) -> int:
-        """Return the expected passes of all rehearsals."""
+    def rehearsals(experiment: Experiment) -> int:
+        """Return the passes of all rehearsals, expected at their weights."""
         views = {objective.name: objective.passes for objective in experiment.objectives}
         return rehearsal_passes(
             experiment, [sum(weights[name] * views[name] for name in views) for weights in _drawn(experiment).values()]

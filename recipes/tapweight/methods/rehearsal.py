@@ -26,9 +26,12 @@ from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_ph
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     import mlopt
 
     from ..experiment import Experiment
+    from ..significance import Signal
 
 __all__ = ["Rehearsal"]
 
@@ -48,22 +51,31 @@ class Rehearsal(Method):
 
     def passes(self, experiment: Experiment) -> int:
         """Return the most passes: those of all rehearsals and their features, and a main run on the objective of most views."""
-        return run_passes(experiment, self._rehearsals(experiment))
+        return run_passes(experiment, self.rehearsals(experiment))
 
     def phases(self, experiment: Experiment) -> tuple[int, ...]:
         """Return the steps of each rehearsal, and those of the main run."""
         return run_phases(experiment, len(experiment.names))
 
+    def rehearse(self, experiment: Experiment) -> Tensor:
+        """Return the losses of the labelled examples after pretraining on each objective alone, (K, n)."""
+        names = experiment.names
+        return rehearse(experiment, {name: {other: float(other == name) for other in names} for name in names})
+
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse each objective, choose the weights, and pretrain the encoder further."""
-        names = experiment.names
-        losses = rehearse(experiment, {name: {other: float(other == name) for other in names} for name in names})
+        weights, signals = self.weigh(experiment)
+        adapted = main_run(experiment, self.name, weights, self.rehearsals(experiment), callbacks)
+        return attrs.evolve(adapted, signals=signals)
+
+    def weigh(self, experiment: Experiment) -> tuple[dict[str, float], dict[str, Signal]]:
+        """Rehearse each objective; return the weight of each, and how it compares with the average of all."""
+        names, losses = experiment.names, experiment.rehearsed
+        losses = self.rehearse(experiment) if losses is None else losses
         seed = derive_seed(experiment.seed, "bootstrap")
-        weights = dict(zip(names, shares_of_best(losses, seed).tolist(), strict=True))
-        adapted = main_run(experiment, self.name, weights, self._rehearsals(experiment), callbacks)
-        return attrs.evolve(adapted, signals=compare(names, losses, seed))
+        return dict(zip(names, shares_of_best(losses, seed).tolist(), strict=True)), compare(names, losses, seed)
 
     @staticmethod
-    def _rehearsals(experiment: Experiment) -> int:
+    def rehearsals(experiment: Experiment) -> int:
         """Return the passes of all rehearsals."""
         return rehearsal_passes(experiment, [objective.passes for objective in experiment.objectives])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -14,6 +15,7 @@ from mlopt.rng import derive_seed, seed_everything
 
 from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
 from ..models import Pretraining
+from ..sharing import shared
 from .method import Adapted
 from .pretraining import pretraining
 
@@ -31,13 +33,15 @@ __all__ = ["main_run", "rehearsal_passes", "rehearse", "run_passes", "run_phases
 
 #: The head needs no epoch to be chosen, so the labels of both splits serve the weights.
 _LABELLED: tuple[Split, ...] = ("train", "valid")
+#: Weights sum to one but for rounding, and a budget that pays a whole number of steps pays all of them.
+_ROUNDING = 1e-6
 
 
 def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float]]) -> Tensor:
     """Return the leave-one-out loss of each labelled example after pretraining at each candidate, (C, n).
 
     All candidates have the same start and batches. The losses are means over the rehearsals of the settings, each of which has
-    batches and heads of its own.
+    batches and heads of its own. Several processes share the rehearsals.
 
     Args:
         experiment: the start, the batches and the settings.
@@ -47,15 +51,16 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
     Raises:
         NonFiniteError: a rehearsal diverges, or a loss is not finite: there is nothing to choose weights by.
     """
-    repeats = []
-    numbers, total = itertools.count(1), experiment.settings.rehearsals * len(candidates)
-    for repeat in range(experiment.settings.rehearsals):
-        start, losses = _start(experiment, repeat), []
-        for name, weights in candidates.items():
-            title = f"rehearsal {next(numbers)} of {total} ({name})"
-            losses.append(_loss(experiment, start, repeat, name, weights, title))
-        repeats.append(torch.stack(losses))
-    return torch.stack(repeats).mean(0)
+    repeats = range(experiment.settings.rehearsals)
+    views = {objective.name: objective.passes for objective in experiment.objectives}
+    rehearsals = [(repeat, name) for repeat in repeats for name in candidates]
+    tasks, costs = [], []
+    for number, (repeat, name) in enumerate(rehearsals, 1):
+        title = f"rehearsal {number} of {len(rehearsals)} ({name})"
+        tasks.append(partial(_loss, experiment, repeat, name, candidates[name], title))
+        costs.append(sum(weight * views[objective] for objective, weight in candidates[name].items()))
+    losses = torch.stack(shared(experiment.ranks, tasks, costs))
+    return losses.reshape(len(repeats), len(candidates), -1).mean(0)
 
 
 def rehearsal_passes(experiment: Experiment, views: Sequence[float]) -> int:
@@ -95,23 +100,24 @@ def main_run(
         rehearsals: the passes of all rehearsals.
         callbacks: see `mlopt.Callback`.
     """
+    steps = experiment.pretraining_steps
     if experiment.budget is not None:
         views = sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
-        experiment = attrs.evolve(experiment, steps=int((experiment.budget - rehearsals) / views))
+        steps = math.floor((experiment.budget - rehearsals) / views + _ROUNDING)
+    # No weights move in the main run, so its length need not be a multiple of `every`.
+    experiment = attrs.evolve(experiment, steps=steps, settings=attrs.evolve(experiment.settings, every=1))
     model = experiment.model()
     problem = pretraining(experiment, model, weights, drawn=True)
-    solution = experiment.solve(phase, problem, experiment.pretraining_steps, callbacks=callbacks)
-    return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=experiment.steps)
+    solution = experiment.solve(phase, problem, steps, callbacks=callbacks)
+    return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=steps)
 
 
-def _loss(
-    experiment: Experiment, start: Pretraining, repeat: int, name: str, weights: Mapping[str, float], title: str
-) -> Tensor:
-    """Pretrain a copy of `start` at the weights; return the leave-one-out loss of each labelled example, (n,)."""
+def _loss(experiment: Experiment, repeat: int, name: str, weights: Mapping[str, float], title: str) -> Tensor:
+    """Pretrain the encoder at the weights; return the leave-one-out loss of each labelled example, (n,)."""
     # No weights move in a rehearsal, so its length need not be a multiple of `every`.
     settings = attrs.evolve(experiment.settings, every=1)
     short = attrs.evolve(experiment, steps=_length(experiment), settings=settings)
-    model = copy.deepcopy(start)
+    model = _start(experiment, repeat)
     remedy = "lower pretraining_lr, or leave the objective out"
     try:
         short.solve(
