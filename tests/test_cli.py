@@ -20,7 +20,7 @@ import torch
 
 import mlopt
 from mlopt import cli
-from mlopt.recipes.tapweight.configuration import CommandLine
+from mlopt.recipes.tapweight.command_line import CommandLine
 from mlopt.validation import at_least
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ("--stepps 3", "Perhaps you meant: --steps"),
+        ("--stepps 3", "mlopt: there is no option --stepps; did you mean --steps?"),
         ("--steps four", "--steps='four'; it must be a whole number"),
         ("--steps 0", "steps=0; it must be a whole number >= 1"),
         ("--gamma -1", "gamma=-1.0; it must be a finite number > 0"),

@@ -22,7 +22,8 @@ from mlopt.durations import in_words
 from mlopt.files import replacing
 from mlopt.ranks import Ranks
 
-from .configuration import ConfigurationError, parse, read, write
+from .command_line import parse, written_options
+from .configuration import ConfigurationError, read, write
 from .modality import Configuration, Device, Modality, device_of
 from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
@@ -72,7 +73,7 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     with contextlib.nullcontext() if ranks.first else _silent():
         line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
     configuration: Configuration[Any, Any] = line.run
-    configuration.check()
+    configuration.check(written_options(arguments, kind.configuration_class))
     output, device = Path(configuration.output or ""), device_of(configuration.device)
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import math
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -13,22 +10,20 @@ import numpy as np
 
 from mlopt.validation import shown
 
+from .cells import MISSING, dressed_number, entries_of, is_bound, is_empty, is_indicator, name_of, number_of
 from .files import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Form", "Kind", "Labels", "is_empty", "labels_of", "meanings_of", "name_of", "number_of"]
+__all__ = ["Form", "Kind", "Labels", "are_classes", "check_varied", "labels_of", "meanings_of"]
 
 #: The choice of a user.
 Kind = Literal["classification", "regression"]
 Form = Literal["binary", "classes", "several", "numbers"]
 
-#: Spellings of a missing number, in any case. Among the names of classes they are names.
-_MISSING = ("na", "n/a", "nan", "null")
 #: Names of the class that a score should be high for, in any case.
 _POSITIVE = frozenset(("1", "active", "hit", "pos", "positive", "t", "toxic", "true", "y", "yes"))
-_BOUND = re.compile(r"\s*[<>\u2264\u2265~]=?\s*[+-]?[\d.,]+(e[+-]?\d+)?\s*", re.IGNORECASE)
 #: Whole numbers with more distinct values are classes only if there are this many rows for each.
 _FEW_CLASSES, _ROWS_OF_MANY = 20, 20
 #: Numbers are learned in single precision.
@@ -105,10 +100,10 @@ class Labels:
         Raises:
             DataError: the cell is not a list, or holds an unknown class.
         """
-        entries = _entries(cell)
+        entries = entries_of(cell)
         if entries is None:
             raise DataError(f"{shown(cell)} is not a list of classes")
-        if _is_indicator(entries) and self.classes == _positions(len(entries)):
+        if is_indicator(entries) and self.classes == _positions(len(entries)):
             return [float(entry) for entry in entries]
         held = {self.index(entry) for entry in entries}
         return [float(k in held) for k in range(len(self.classes))]
@@ -129,7 +124,9 @@ class Labels:
         if self.form == "numbers" or self.classes == ("0", "1"):
             return []
         remedy = "; give --kind regression if these are numbers to predict" if self.assumed else ""
-        return [f"{self.summary()}{remedy}"]
+        absent = [name for name in self.classes if name.casefold() in MISSING]
+        doubt = f"; give --missing {' '.join(map(shown, absent))} if this stands for no label" if absent else ""
+        return [f"{self.summary()}{remedy}{doubt}"]
 
 
 def labels_of(
@@ -161,27 +158,31 @@ def labels_of(
     present = [(row, cell) for row, cell in column if not is_empty(cell, missing)]
     if not present:
         raise _without_label(source, place, column)
-    if kind != "regression" and any(_entries(cell) is not None for _, cell in present):
+    _check_plain(source, place, present)
+    if kind != "regression" and any(entries_of(cell) is not None for _, cell in present):
         return _several(source, name, present, missing)
     values = [number_of(cell) for _, cell in present]
     others = [cell for cell, value in zip(present, values, strict=True) if value is None]
     numbers = [value for value in values if value is not None and not math.isnan(value)]
     if not numbers and not others:
         raise _without_label(source, place, column)
-    bounds = sum(_is_bound(cell) for _, cell in others)
+    bounds = sum(is_bound(cell) for _, cell in others)
     mostly = len(others) - bounds <= len(numbers) + bounds
     if kind == "regression" or (kind is None and mostly):
         if others:
             raise _not_numbers(source, place, others, kind)
-        if kind == "regression" or not _are_classes(numbers, rows_per_class):
+        if kind == "regression" or not are_classes(numbers, rows_per_class):
             return Labels(name, "numbers", missing=tuple(missing))
         if {-1.0, 0.0, 1.0} <= set(numbers):
             row = next(row for row, cell in present if number_of(cell) == -1)
             raise _minus_one(source, place, row, numbers)
+    if kind is None:
+        _check_dressed(source, place, others, rows_per_class)
     if mostly and not others:
         _check_whole(source, place, present)
         present = [cell for cell, value in zip(present, values, strict=True) if value == value]  # "NA" among numbers
     assumed = kind is None and mostly and not _are_usual(set(numbers))
+    _check_case(source, place, present)
     return attrs.evolve(_of_names(name, present, missing), assumed=assumed)
 
 
@@ -211,7 +212,7 @@ def meanings_of(
         return meanings
     if constant := next((each for each in meanings if len(each.classes) == 1), None):
         raise DataError(
-            f"{source}, column {shown(constant.name)}: one class only, {shown(constant.classes[0])}: nothing can be learnt; "
+            f"{source}, column {shown(constant.name)}: one class only, {shown(constant.classes[0])}: nothing can be learned; "
             "leave it out by --labels"
         )
     numeric = all(
@@ -226,6 +227,58 @@ def meanings_of(
     raise DataError(
         f"{source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels{remedy}"
     )
+
+
+def _check_plain(source: str, place: str, present: Sequence[tuple[int, Any]]) -> None:
+    """Refuse a cell that holds an object of JSON or Parquet."""
+    for row, cell in present:
+        if isinstance(cell, dict):
+            raise DataError(
+                f"{source}, row {row}, {place}: {shown(cell)} is an object with keys; write a number or a class, or name another "
+                "column by --labels"
+            )
+
+
+def _check_dressed(source: str, place: str, others: Sequence[tuple[int, Any]], rows_per_class: int) -> None:
+    """Refuse numbers with units, percent signs or commas, unless they are few enough to be the names of classes."""
+    numbers = [dressed_number(cell) for _, cell in others]
+    if others and None not in numbers and not are_classes([x for x in numbers if x is not None], rows_per_class):
+        row, cell = others[0]
+        raise DataError(
+            f"{source}, row {row}, {place}: {shown(cell)} is not a number; write numbers without units and commas, or give "
+            "--kind classification if these are classes"
+        )
+
+
+def _check_case(source: str, place: str, present: Sequence[tuple[int, Any]]) -> None:
+    """Refuse names of classes that differ in case only."""
+    first: dict[str, str] = {}
+    for row, cell in present:
+        name = name_of(cell)
+        if (other := first.setdefault(name.casefold(), name)) != name:
+            raise DataError(
+                f"{source}, row {row}, {place}: the class {shown(name)} differs from {shown(other)} in case only; write each "
+                "class in one way"
+            )
+
+
+def check_varied(source: str, name: str, labels: Iterable[Any]) -> None:
+    """Refuse labels that are the same in all rows.
+
+    Args:
+        source: the file.
+        name: the column.
+        labels: the labels, the missing ones apart.
+
+    Raises:
+        DataError: the labels are the same.
+    """
+    distinct = set(labels)
+    if len(distinct) == 1:
+        raise DataError(
+            f"{source}, column {shown(name)}: each label is {distinct.pop()}: nothing can be learned; name another column "
+            "by --labels"
+        )
 
 
 def _minus_one(source: str, place: str, row: int, numbers: Sequence[float]) -> DataError:
@@ -247,7 +300,7 @@ def _check_whole(source: str, place: str, present: Sequence[tuple[int, Any]]) ->
             )
 
 
-def _are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
+def are_classes(numbers: Sequence[float], rows_per_class: int) -> bool:
     """Return True if numbers are the names of classes."""
     distinct = set(numbers)
     if _are_usual(distinct):
@@ -286,25 +339,21 @@ def _several(source: str, name: str, present: Sequence[tuple[int, Any]], missing
     """Return the labels of cells that are lists of classes, or of a 0 or 1 for each class."""
     lists = []
     for row, cell in present:
-        if (entries := _entries(cell)) is None:
+        if (entries := entries_of(cell)) is None:
             raise DataError(
                 f"{source}, row {row}, column {shown(name)}: {shown(cell)} is not a list, but others are; write a list of "
                 "classes in each row"
             )
         lists.append(entries)
     widths = {len(entries) for entries in lists}
-    if len(widths) == 1 and max(widths) > 1 and all(map(_is_indicator, lists)):
+    if len(widths) == 1 and max(widths) > 1 and all(map(is_indicator, lists)):
         classes = _positions(max(widths))
     else:
         classes = tuple(_sorted({name_of(entry) for entries in lists for entry in entries}))
     if len(classes) < 2:
-        raise DataError(f"{source}, column {shown(name)}: the lists hold {len(classes)} classes; give at least two")
+        held = f"no class but {shown(classes[0])}" if classes else "no class"
+        raise DataError(f"{source}, column {shown(name)}: the lists hold {held}; give at least two")
     return Labels(name, "several", classes, tuple(missing))
-
-
-def _is_bound(cell: Any) -> bool:
-    """Return True for a censored number, such as ">10000"."""
-    return isinstance(cell, str) and _BOUND.fullmatch(cell) is not None
 
 
 def _without_label(source: str, place: str, column: Sequence[tuple[int, Any]]) -> DataError:
@@ -317,65 +366,14 @@ def _not_numbers(source: str, place: str, others: Sequence[tuple[int, Any]], kin
     row, cell = others[0]
     distinct = list(dict.fromkeys(str(other).strip() for _, other in others))
     option = f"--missing {' '.join(map(shown, distinct[:_NAMED]))}{' ...' if len(distinct) > _NAMED else ''}"
-    if all(_is_bound(other) for _, other in others):
+    if all(is_bound(other) for _, other in others):
         fault = f"{shown(cell)} is a bound, not a number (such cells: {len(others)})"
         remedy = f"write a number in each, or read them as missing by {option}"
     else:
         fault = f"{shown(cell)} is not a number"
         remedy = f"correct it, or read it as missing by {option}"
-        remedy += "" if kind else ", or name the columns of labels, or give --kind classification"
+        remedy += "" if kind else ", or name other columns by --labels, or give --kind classification"
     return DataError(f"{source}, row {row}, {place}: {fault}; {remedy}")
-
-
-def is_empty(cell: Any, missing: Sequence[str] = ()) -> bool:
-    """Return True if a cell is empty, NaN, or one of the spellings of a missing label."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return True
-    if isinstance(cell, str) and not cell.strip():
-        return True
-    return (
-        bool(missing) and not isinstance(cell, (list, tuple)) and name_of(cell) in {name_of(each) for each in missing}
-    )
-
-
-def name_of(cell: Any) -> str:
-    """Return the name of a class; 1, 1.0 and "1" have the same name."""
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    text = str(cell).strip()
-    return text.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", text) else text
-
-
-def number_of(cell: Any) -> float | None:
-    """Return the number that a cell stands for: NaN if it is missing, None if it is not a number."""
-    if isinstance(cell, str) and cell.strip().casefold() in _MISSING:
-        return math.nan
-    # float() accepts digits grouped by underscores.
-    if isinstance(cell, bool) or (isinstance(cell, str) and "_" in cell):
-        return None
-    try:
-        return float(cell)
-    except OverflowError:
-        return math.inf
-    except (TypeError, ValueError):
-        return None
-
-
-def _entries(cell: Any) -> list[Any] | None:
-    """Return the entries of a list, also of one that is written as text; None for anything else."""
-    if isinstance(cell, str) and cell.strip().startswith("[") and cell.strip().endswith("]"):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                cell = read(cell.strip())
-                break
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return list(cell) if isinstance(cell, (list, tuple)) else None
-
-
-def _is_indicator(entries: Sequence[Any]) -> bool:
-    """Return True if a list holds nothing but 0 and 1."""
-    return all(number_of(entry) in (0.0, 1.0) or isinstance(entry, bool) for entry in entries)
 
 
 def _positions(count: int) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -16,7 +16,8 @@ from mlopt.validation import at_least, shown
 from .configuration import ConfigurationError
 from .examples import Skipped
 from .files import DataError
-from .methods import DEFAULT, METHODS, make_method
+from .idle import Idle, refuse_idle
+from .methods import DEFAULT, METHODS, USED_BY, make_method
 from .names import suggestion
 from .recipe import TapWeight
 from .settings import Settings
@@ -132,8 +133,8 @@ class LabelledData:
     splits: Annotated[Path | None, arg(metavar=_FILE, help_behavior_hint="(default: none)")] = None
     strict: bool = False
 
-    #: The options that belong to --train.
-    file_options: ClassVar[tuple[str, ...]] = ("valid", "test", "split_column", "splits")
+    #: The options that have no effect beside --dataset.
+    beside_dataset: ClassVar[tuple[str, ...]] = ("valid", "test", "split_column", "missing", "labels")
 
     def check(self) -> None:
         """Refuse options that exclude one another.
@@ -145,9 +146,6 @@ class LabelledData:
             raise ConfigurationError(
                 "give either --train FILE (`train` in [data]) or --dataset NAME (`dataset` in [data])"
             )
-        unused = [name.replace("_", "-") for name in self.file_options if getattr(self, name) not in (None, ())]
-        if self.dataset is not None and unused:
-            raise ConfigurationError(f"--{unused[0]} requires --train; the data set of --dataset has its own")
         if (self.valid is None) != (self.test is None):
             present, missing = ("test", "valid") if self.valid is None else ("valid", "test")
             raise ConfigurationError(
@@ -158,6 +156,43 @@ class LabelledData:
             first, second = (f"--{name.replace('_', '-')}" for name in ways[:2])
             raise ConfigurationError(f"{first} and {second} do not go together; give one of them")
 
+    @classmethod
+    def idle(cls) -> Iterator[Idle]:
+        """Yield the options of the data that have no effect in some runs."""
+        own, divide = "of --dataset, which has its own", ("split", "split_fractions")
+        yield Idle(
+            cls.beside_dataset, lambda run: run.data.dataset is not None, f"on the data set {own}", "give --train"
+        )
+        yield Idle(
+            divide,
+            lambda run: run.data.valid is not None,
+            "beside --valid and --test, which are the splits",
+            "leave out --valid and --test",
+        )
+        yield Idle(
+            divide,
+            lambda run: run.data.split_column is not None,
+            "beside --split-column, which names the split of each row",
+            "leave out --split-column",
+        )
+        yield Idle(
+            divide, lambda run: run.data.splits is not None, "beside --splits, which lists them", "leave out --splits"
+        )
+        yield Idle(
+            (*divide, "split_column", "splits"),
+            lambda run: run.data.holds_splits(),
+            "on a folder --train with a data set for each split",
+            "give one of its data sets as --train",
+        )
+
+    def divided_already(self) -> bool:
+        """Return True if the examples are not divided by --split."""
+        return self.holds_splits() or any(each is not None for each in (self.valid, self.split_column, self.splits))
+
+    def holds_splits(self) -> bool:
+        """Return True if --train alone is a folder with a data set for each split."""
+        return self.train is not None and self.valid is None and is_folder(self.train) and bool(parts_of(self.train))
+
     def files(self, say: Callable[[str], None]) -> dict[Split, Path]:
         """Return the files of the labelled examples: "train" alone, which is to be split, or three.
 
@@ -165,20 +200,15 @@ class LabelledData:
             say: prints a sentence if --train is a folder with a data set for each split.
 
         Raises:
-            DataError: the folder lacks a split, or the options name another split.
+            DataError: the folder lacks a split.
         """
         given: dict[Split, Path | None] = {"train": self.train, "valid": self.valid, "test": self.test}
         files = {name: path for name, path in given.items() if path is not None}
         folder = self.train
-        if folder is None or len(files) > 1 or not is_folder(folder) or not (parts := parts_of(folder)):
+        if folder is None or not self.holds_splits():
             return files
-        if other := next((name for name in ("splits", "split_column") if getattr(self, name) is not None), None):
-            raise DataError(
-                f"{folder} holds the data sets {', '.join(parts)}; give one of them as --train, or leave out "
-                f"--{other.replace('_', '-')} to use them as splits"
-            )
         split = folder_split(folder)
-        rest = ", ".join(part for part in parts if folder / part not in split.values())
+        rest = ", ".join(part for part in parts_of(folder) if folder / part not in split.values())
         named = ", ".join(path.name for path in split.values())
         say(f"Splits: {named} of {folder}{f'; not read: {rest}' if rest else ''}.")
         return split
@@ -225,11 +255,14 @@ class Configuration(Generic[D, E]):
     #: The options that must be given, as paths of keys.
     required: ClassVar[tuple[str, ...]] = ("output",)
 
-    def check(self) -> None:
+    def check(self, written: Mapping[str, str] | None = None) -> None:
         """Refuse a run that is not possible, before any data are read: reading a corpus takes a while.
 
+        Args:
+            written: the options that the command line names, as they are written, by their keys.
+
         Raises:
-            ConfigurationError: a required key is missing, or two keys exclude one another.
+            ConfigurationError: a required key is missing, two keys exclude one another, or one has no effect.
             ValueError: there are too few steps.
         """
         for path in self.required:
@@ -243,6 +276,7 @@ class Configuration(Generic[D, E]):
         self.settings.schedule(self.steps)
         for name in self.methods:
             make_method(name).check(self.settings, self.steps, self.objectives)
+        refuse_idle(self, [*self.data.idle(), *map(_unused, USED_BY)], written or {})
 
     def resolved(self, *, output: Path, seeds: tuple[int, ...], device: Device) -> Self:
         """Return the configuration with absolute paths, which repeats the run from any folder."""
@@ -254,6 +288,17 @@ def _absolute(section: Any) -> Any:
     """Return a section of a configuration with absolute paths."""
     values = {field.name: getattr(section, field.name) for field in attrs.fields(type(section))}
     return attrs.evolve(section, **{name: path.absolute() for name, path in values.items() if isinstance(path, Path)})
+
+
+def _unused(options: tuple[str, ...]) -> Idle:
+    """Return the row of options that only some methods use."""
+    methods = USED_BY[options]
+    return Idle(
+        options,
+        lambda run: not any(name.partition(":")[0] in methods for name in run.methods),
+        "on the methods of this run",
+        f"name a method that uses it by --methods, such as {methods[0]}",
+    )
 
 
 C = TypeVar("C", bound=Configuration[Any, Any])

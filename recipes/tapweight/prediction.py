@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import numpy as np
 from rich.console import Console
@@ -18,6 +18,7 @@ from .files import DataError
 from .modality import Device, device_of
 from .names import distinct
 from .predictor import Predictor, describe, model_folder
+from .words import Option, given
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,12 @@ __all__ = ["embed", "load", "predict"]
 
 #: The modules of the modalities, by the name in the description of a predictor; the name is also that of their extra.
 _MODULES = {name: f"mlopt.recipes.tapweight.{name}.predictor" for name in ("molecules", "text")}
+_OPTIONS = {
+    "--input": Option("input", 1),
+    "--output": Option("output", 1),
+    "--columns": Option("columns", None),
+    "--device": Option("device", 1),
+}
 
 
 def load(folder: Path, *, device: str = "cpu") -> Predictor:
@@ -82,8 +89,17 @@ def embed(arguments: Sequence[str], *, prog: str) -> None:
     _say(options.output, reasons)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the command: one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line."""
+        raise ConfigurationError(f"{message}; --help lists the options")
+
+
 def _options(arguments: Sequence[str], prog: str, description: str, suffixes: tuple[str, ...]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    given(arguments, _OPTIONS, positional=True)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="the folder of the result")
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="the SMILES or the texts, a row each")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from .files import DataError
 from .tables import column_of, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from pathlib import Path
 
     from .tables import Table
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EIGHT_ONE_ONE",
     "NAMES",
+    "about",
     "check_fractions",
     "ends_of",
     "folder_split",
@@ -103,7 +105,10 @@ def stratified_split(
             name = max(NAMES, key=behind.__getitem__) if k else "train"
             behind[name] -= len(group)
             splits[name] += group
-    return _checked({name: sorted(indices) for name, indices in splits.items()}, len(classes), fractions)
+    words = f"{len(strata)} classes"
+    return _checked(
+        {name: sorted(indices) for name, indices in splits.items()}, len(members), len(classes), fractions, words
+    )
 
 
 def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split, list[int]]:
@@ -206,6 +211,15 @@ def check_fractions(fractions: Sequence[float]) -> None:
         )
 
 
+@contextmanager
+def about(source: str) -> Iterator[None]:
+    """Put the file of the examples before a sentence on their splits."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
 def ends_of(n: int, fractions: Sequence[float]) -> list[int]:
     """Return the largest sizes of train, train and valid, and all; the slack allows for sums such as 0.7 + 0.1."""
     return [*(math.floor(part * n + 1e-6) for part in list(accumulate(fractions))[:2]), n]
@@ -231,14 +245,19 @@ def _cut(
         name = next(name for name, end in zip(NAMES, ends, strict=True) if taken < end)
         splits[name] += group
         taken += len(group)
-    return _checked({name: sorted(indices) for name, indices in splits.items()}, n, fractions)
+    return _checked({name: sorted(indices) for name, indices in splits.items()}, len(members), n, fractions)
 
 
-def _checked(splits: dict[Split, list[int]], n: int, fractions: Sequence[float]) -> dict[Split, list[int]]:
+def _checked(
+    splits: dict[Split, list[int]], distinct: int, n: int, fractions: Sequence[float], classes: str = ""
+) -> dict[Split, list[int]]:
     """Refuse an empty split."""
     for name, indices in splits.items():
         if not indices:
+            words = [f"{distinct} distinct"] * (distinct < n) + [classes] * bool(classes)
+            counted = f"{n} example{'s' * (n > 1)}" + (f" ({', '.join(words)})" if words else "")
             raise DataError(
-                f"{n} examples are too few for the {name} split at fractions={tuple(fractions)}; {_REMEDY} examples"
+                f"{counted} {'are' if n > 1 else 'is'} too few for the {name} split at fractions={tuple(fractions)}; {_REMEDY} "
+                "examples"
             )
     return splits

@@ -19,7 +19,7 @@ from .files import DataError, suffix_of, text_of, unpacked
 from .names import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["SUFFIXES", "Table", "column_of", "is_folder", "list_of", "parts_of", "table_of"]
 
@@ -30,6 +30,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAMPLE, _SAMPLED_RECORDS = 2**16, 50
 #: Characters of the longest cell: a longer one has an open quote.
 _LONGEST = 2**31 - 1
+_THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(,\d{3})+\s*")
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*(,\d+)?([eE][+-]?\d+)?\s*")
 
 
@@ -44,6 +45,7 @@ class Table:
             files; 0-based in a data set.
         cells: the cells of each record: text, or values of JSON, Parquet and data sets.
         notes: clauses that a user should read on how the file was read.
+        named: False if the file does not name its columns.
     """
 
     source: str
@@ -51,6 +53,7 @@ class Table:
     rows: tuple[int, ...]
     cells: tuple[Sequence[Any], ...]
     notes: tuple[str, ...] = ()
+    named: bool = True
 
     def records(self) -> Iterator[tuple[int, Sequence[Any]]]:
         """Return the place and the cells of each record."""
@@ -103,13 +106,12 @@ def table_of(source: str | os.PathLike[str] | Any, *, name: str | None = None, l
     return _objects(path, suffix) if suffix in (".jsonl", ".json") else _delimited(path, suffix, longest)
 
 
-def list_of(path: Path, column: str, entry: Callable[[str], str] = str.strip) -> Table:
+def list_of(path: Path, column: str) -> Table:
     """Read a file with an entry a line as a table of one column; blank lines are skipped.
 
     Args:
         path: the file, also compressed.
         column: the name of the column.
-        entry: returns the entry of a line.
 
     Raises:
         DataError: the file cannot be read; the message names the file, the row and the remedy.
@@ -121,7 +123,7 @@ def list_of(path: Path, column: str, entry: Callable[[str], str] = str.strip) ->
         source=str(path),
         header=(column,),
         rows=tuple(row for row, _ in lines),
-        cells=tuple((entry(line),) for _, line in lines),
+        cells=tuple((line.strip(),) for _, line in lines),
         notes=content.notes,
     )
 
@@ -135,17 +137,18 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
     """Read a file whose cells have a separator between them."""
     content = text_of(path)
     usual = "\t" if suffix == ".tsv" else ","
-    separator = _separator(content.text, usual)
+    text, stated = _without_statement(content.text)
+    separator = stated or _separator(text, usual)
     notes = list(content.notes)
     if separator != usual:
         notes.append(f"the cells are separated by {_SEPARATORS[separator]}")
     try:
-        (_, header), *records = _records(path, content.text, separator, longest)
+        (_, header), *records = _records(path, text, separator, longest)
     except DataError:
         if separator != "\t":
             raise
         # Files of tabs usually have quotes that are part of the text.
-        (_, header), *records = _records(path, content.text, separator, longest, quoting=csv.QUOTE_NONE)
+        (_, header), *records = _records(path, text, separator, longest, quoting=csv.QUOTE_NONE)
         notes.append("quotes are part of the text")
     header = [name.strip() for name in header]
     if not records and any(header):
@@ -157,7 +160,7 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
     if not kept:
         raise DataError(f"{path}: the header names no column; give a file whose first row names the columns")
     cells = [[cells[k] for k in kept] for _, cells in records]
-    if separator != "," and (changed := _with_points(cells, len(kept))):
+    if changed := _with_points(cells, len(kept)):
         notes.append(f"decimal commas in {', '.join(shown(header[kept[k]]) for k in changed)}")
     return Table(
         source=str(path),
@@ -166,6 +169,12 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
         cells=tuple(cells),
         notes=tuple(notes),
     )
+
+
+def _without_statement(text: str) -> tuple[str, str]:
+    """Return a text with its first line blank if it is "sep=;", as Excel writes it, and the separator that it states."""
+    statement = re.match(r"sep=([,;\t|])(?=\r?\n)", text)
+    return (text[statement.end() :], statement[1]) if statement else (text, "")
 
 
 def _separator(text: str, usual: str) -> str:
@@ -192,7 +201,7 @@ def _records(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a delimited file, all of one length, each with its first line; skip blank lines."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, quoting=quoting)
-    width = None
+    header: list[str] = []
     while True:
         row = reader.line_num + 1
         # The limit is global to the process.
@@ -207,11 +216,17 @@ def _records(
             csv.field_size_limit(limit)
         if not cells:
             continue
-        width = width or len(cells)
-        if len(cells) != width:
+        header = header or cells
+        # Spreadsheets write separators after the last column, in some rows.
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
+        if not any(name.strip() for name in header[len(cells) :]):
+            cells += [""] * (len(header) - len(cells))
+        if len(cells) != len(header):
+            above = ", or leave out the lines above the names of the columns" if len(header) == 1 else ""
             raise DataError(
-                f"{path}, row {row}: {len(cells)} cells, but the header has {width}; quote the cell that holds a "
-                f"separator, or add {_SEPARATORS[separator]}"
+                f"{path}, row {row}: {len(cells)} cells, but the header has {len(header)}; quote the cell that holds a "
+                f"separator, or add {_SEPARATORS[separator]}{above}"
             )
         yield row, cells
 
@@ -221,7 +236,9 @@ def _with_points(cells: list[list[str]], width: int) -> list[int]:
     changed = []
     for k in range(width):
         column = [row[k] for row in cells]
-        if any("," in cell for cell in column) and all(map(_DECIMAL_COMMA.fullmatch, column)):
+        commas = [cell for cell in column if "," in cell]
+        # "1,234" in each row may be thousands.
+        if all(map(_DECIMAL_COMMA.fullmatch, column)) and not all(map(_THOUSANDS.fullmatch, commas)):
             changed.append(k)
             for row in cells:
                 row[k] = row[k].replace(",", ".")
@@ -268,12 +285,13 @@ def _object_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[
 
 
 def _list_of_columns(content: dict[str, Any]) -> Any:
-    """Return the objects of a JSON file that holds columns (lists, or objects by row), or one list of objects by a name."""
+    """Return the objects of a JSON file that holds one list of objects by a name, or columns (lists, or objects by row)."""
+    lists = [value for value in content.values() if isinstance(value, list) and value]
+    if len(lists) == 1 and all(isinstance(record, dict) for record in lists[0]):
+        return lists[0]
     columns = {name: list(column.values()) if isinstance(column, dict) else column for name, column in content.items()}
     if not columns or not all(isinstance(column, list) for column in columns.values()):
         return None
-    if len(columns) == 1 and all(isinstance(record, dict) for record in next(iter(columns.values()))):
-        return next(iter(columns.values()))
     if len({len(column) for column in columns.values()}) > 1:
         return None
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

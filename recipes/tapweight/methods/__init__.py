@@ -20,6 +20,7 @@ from .uncertainty import Uncertainty
 __all__ = [
     "DEFAULT",
     "METHODS",
+    "USED_BY",
     "Adapted",
     "Alignment",
     "Bilevel",
@@ -52,6 +53,19 @@ METHODS: dict[str, type[Method]] = {
 }
 #: The methods that a run compares by default; the result holds the encoder and the weights of the last.
 DEFAULT = ("direct", "equal", "rehearsal")
+
+_THREE_LEVELS = ("tapweight", "frozen")
+_LEARNED = (*_THREE_LEVELS, "bilevel", "alignment")
+_REHEARSED = ("rehearsal", "random_search")
+_PRETRAINED = (*(name for name in METHODS if name != "direct"), "single")
+#: The keys of a configuration that only some methods use, with the names of these methods.
+USED_BY: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("gamma", "finetuning_lr", "measurements"): _THREE_LEVELS,
+    ("warmup", "every", "valid_batch_size"): _LEARNED,
+    ("weights_lr",): (*_LEARNED, "uncertainty"),
+    ("rehearsal_steps", "rehearsals"): _REHEARSED,
+    ("steps", "batch_size", "pretraining_lr", "weight_decay", "lr_schedule", "scale", "corpus_limit"): _PRETRAINED,
+}
 
 
 def make_method(name: str) -> Method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ import attrs
 
 from mlopt.validation import shown
 
+from ..cells import is_dressed, is_empty, name_of, number_of
 from ..files import DataError
-from ..labels import is_empty, name_of, number_of
+from ..labels import are_classes
 from ..splits import is_name_of_split
 from ..tables import column_of
 from .graphs import import_extra
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
     from ..tables import Table
 
-__all__ = ["Columns", "columns_of", "smiles_column_of"]
+__all__ = ["ROWS_PER_CLASS", "Columns", "columns_of", "smiles_column_of"]
 
+#: The fewest molecules for each distinct whole number, by which whole numbers are classes.
+ROWS_PER_CLASS = 5
 #: Records by which a column of SMILES is recognised.
 _SAMPLE = 20
 #: Fewest records by which a column of consecutive numbers is recognised.
@@ -31,6 +35,7 @@ _INDEX = re.compile(r"(unnamed(: ?\d+)?|index|idx|row|level_\d+|__index_level_\d
 #: The last word of the name of a column of identifiers.
 _IDENTIFIERS = frozenset(("id", "ids", "uid", "uuid", "cid", "sid", "cas", "name", "inchi", "inchikey"))
 _WEIGHTS = frozenset(("mw", "molwt", "molweight", "molecularweight", "molarmass", "exactmass", "molwgt", "amw"))
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}(\D|$)")
 _WORDS = re.compile(r"[^a-z0-9]+")
 
 
@@ -115,6 +120,11 @@ def columns_of(
         if index != smiles and index not in ignored and (reason := _reason(table, index)):
             ignored[index] = reason
     columns = tuple(index for index in range(len(header)) if index != smiles and index not in ignored)
+    if len(header) == 1 and len(header[0].split()) > 1:
+        raise DataError(
+            f"{source}: one column only, {shown(header[0])}, and a task needs labels; add a column, or separate the cells by "
+            "commas, semicolons, tabs or bars"
+        )
     reasons = ", ".join(f"{shown(header[k])} ({ignored[k]})" for k in sorted(ignored) if ignored[k])
     if not columns:
         raise DataError(
@@ -141,13 +151,27 @@ def _reason(table: Table, index: int) -> str:
         return "empty"
     numbers = [number_of(cell) for cell in cells]
     if all(number is not None for number in numbers):
+        whole = [number for number in numbers if number is not None and number == number]
+        if not table.named and whole and all(map(float.is_integer, whole)) and not are_classes(whole, ROWS_PER_CLASS):
+            return "whole numbers, which may be those of a catalogue"
         steps = {float(b) - float(a) for a, b in pairwise(numbers) if a is not None and b is not None}
         return "consecutive numbers" if len(cells) >= _LEAST and steps == {1.0} else ""
+    if all(map(_is_date, cells)):
+        return "dates"
     names = {name_of(cell) for cell in cells}
+    if len(names) == 1 and len(cells) > 1:
+        return f"{shown(names.pop())} in all rows"
     if all(is_name_of_split(each) for each in names):
         return "the names of splits, see --split-column"
     text = 2 * sum(number is None for number in numbers) > len(cells) and len(names) > max(2, len(cells) / 2)
-    return f"{len(names)} different texts" if text and not any(str(cell).strip()[:1] in "<>" for cell in cells) else ""
+    # A number that is written in another way gets an error of its own.
+    meant = any(str(cell).strip()[:1] in "<>" for cell in cells) or all(map(is_dressed, cells))
+    return f"{len(names)} different texts" if text and not meant else ""
+
+
+def _is_date(cell: Any) -> bool:
+    """Return True for a date, also one that is written as in 2020-01-31."""
+    return isinstance(cell, date) or (isinstance(cell, str) and _DATE.match(cell.strip()) is not None)
 
 
 def _are_smiles(table: Table, index: int) -> bool:

@@ -14,16 +14,17 @@ import torch
 
 from mlopt.validation import shown
 
+from ..cells import is_empty
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
 from ..labels import meanings_of
 from ..names import suggestion
-from ..tables import SUFFIXES, is_folder, list_of, table_of
-from .columns import columns_of, smiles_column_of
+from ..tables import SUFFIXES, is_folder, table_of
+from .columns import ROWS_PER_CLASS, columns_of, smiles_column_of
 from .graphs import import_extra
 from .packed import graphs_of
 from .sdf import sdf_table
-from .smi import smi_table
+from .smi import smi_list, smi_table
 
 if TYPE_CHECKING:
     import os
@@ -42,8 +43,6 @@ _LISTS = (_SMI, ".txt")
 _STRUCTURES = ".sdf"
 #: Characters of the longest cell: a longer one has an open quote.
 _LONGEST = 2**17
-#: The fewest molecules for each distinct whole number, by which whole numbers are classes.
-_ROWS_PER_CLASS = 5
 
 
 @attrs.frozen(eq=False, repr=False, kw_only=True)
@@ -86,6 +85,7 @@ def read_corpus(
     path: str | os.PathLike[str],
     *,
     smiles_column: str | None = None,
+    optional: bool = True,
     strict: bool = False,
     limit: int | None = None,
 ) -> Molecules:
@@ -94,8 +94,8 @@ def read_corpus(
     Args:
         path: a table with a column of SMILES, see `mlopt.recipes.tapweight.tables.table_of`; `.sdf`; or `.smi` or `.txt` with a
             SMILES a line, with or without a blank and a name after it. Each may be compressed (.gz, .xz, .bz2, .zip).
-        smiles_column: the column of the SMILES of a table, if the table has it; otherwise "smiles" in any case, else the only
-            column that holds SMILES.
+        smiles_column: the column of the SMILES of a table; by default "smiles" in any case, else the only one that holds SMILES.
+        optional: take the default column of a table that does not have `smiles_column`.
         strict: refuse a SMILES that RDKit cannot parse, instead of leaving it out.
         limit: the most molecules; at least 2.
 
@@ -108,7 +108,7 @@ def read_corpus(
     """
     check_limit(limit, "molecules")
     table = molecule_table(path, _LISTS)
-    column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header else None)
+    column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header or not optional else None)
     rows = ((row, (cells[column], ())) for row, cells in table.records())
     return _molecules(table.source, rows, (), notes=(*table.notes, *chosen), strict=strict, limit=limit, least=2)
 
@@ -179,7 +179,7 @@ def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = 
     if suffix == _STRUCTURES:
         return sdf_table(Path(source))
     if suffix in lists:
-        return list_of(Path(source), "smiles", lambda line: line.split()[0])
+        return smi_list(Path(source))
     if suffix == _SMI:
         return smi_table(Path(source))
     return table_of(source, longest=_LONGEST)
@@ -188,7 +188,7 @@ def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = 
 def _meanings(table: Table, columns: Columns, kind: Kind | None, missing: Sequence[str]) -> tuple[Labels, ...]:
     """Return the meaning of the columns of labels."""
     chosen = [(table.header[k], table.column(k)) for k in columns.labels]
-    meanings = meanings_of(table.source, chosen, kind=kind, missing=missing, rows_per_class=_ROWS_PER_CLASS)
+    meanings = meanings_of(table.source, chosen, kind=kind, missing=missing, rows_per_class=ROWS_PER_CLASS)
     for each in meanings:
         if fault := _fault(each):
             raise DataError(f"{table.source}, column {shown(each.name)}: {fault}")
@@ -267,7 +267,7 @@ def _molecules(
         return graph
 
     listed = list(records)
-    smiles = [str(cell or "").strip() for _, (cell, _) in listed]
+    smiles = ["" if is_empty(cell) else str(cell).strip() for _, (cell, _) in listed]
     # Rows beyond the limit take the places of those that are left out.
     graphs = itertools.chain(graphs_of(smiles[:limit]), graphs_of(smiles[limit:]) if limit is not None else ())
     rows = ((row, (graph, cells)) for (row, (_, cells)), graph in zip(listed, graphs, strict=True))

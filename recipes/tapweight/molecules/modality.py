@@ -13,6 +13,7 @@ from mlopt.rng import seed_everything
 from mlopt.validation import at_least, share
 
 from ..command import command
+from ..idle import Idle
 from ..metrics import MetricName
 from ..modality import Configuration, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
@@ -25,11 +26,15 @@ from .splitting import Method
 from .task import MoleculeTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ..task import Split
 
 __all__ = ["Data", "EncoderSettings", "MoleculeConfiguration", "MoleculeModality", "main"]
+
+
+#: The ways to split that compare scaffolds.
+_BY_SCAFFOLD: tuple[Method, ...] = ("scaffold", "balanced")
 
 
 @attrs.frozen(kw_only=True)
@@ -64,10 +69,7 @@ class Data(LabelledData):
         strict: stop at a SMILES that cannot be read in --corpus or the labelled files, instead of leaving its row out.
     """
 
-    # MoleculeNet has no splits of its own, so --splits may divide it.
-    file_options: ClassVar[tuple[str, ...]] = (
-        "valid", "test", "split_column", "smiles_column", "labels", "ignore_columns", "missing"
-    )  # fmt: skip
+    beside_dataset: ClassVar[tuple[str, ...]] = (*LabelledData.beside_dataset, "ignore_columns")
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(required)")] = None
     root: Annotated[Path, arg(metavar="FOLDER")] = Path("data")
@@ -84,6 +86,24 @@ class Data(LabelledData):
     metric: Annotated[MetricName | None, arg(metavar="NAME", help_behavior_hint="(default: roc_auc or rmse)")] = None
     split: Method = "scaffold"
     chirality: bool = True
+
+    @classmethod
+    def idle(cls) -> Iterator[Idle]:
+        """Yield the options of the data that have no effect in some runs."""
+        yield from super().idle()
+        yield Idle(("root",), lambda run: run.data.dataset is None, "without --dataset", "give --dataset")
+        yield Idle(
+            ("ignore_columns",),
+            lambda run: run.data.labels is not None,
+            "beside --labels, which names all columns to predict",
+            "leave out --labels",
+        )
+        yield Idle(
+            ("chirality",),
+            lambda run: run.data.split not in _BY_SCAFFOLD or run.data.divided_already(),
+            "on a split that is not by scaffold",
+            "give --split scaffold",
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -135,7 +155,11 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
         self._tasks = {seed: self._task(seed, files) for seed in seeds}
         assert data.corpus is not None  # checked
         self._corpus = read_corpus(
-            data.corpus, smiles_column=data.smiles_column, strict=data.strict, limit=data.corpus_limit
+            data.corpus,
+            smiles_column=data.smiles_column,
+            optional=data.train is not None,
+            strict=data.strict,
+            limit=data.corpus_limit,
         )
         self.skipped = [*self._tasks[seeds[0]].skipped, (self._corpus.source, self._corpus.skipped)]
         say(f"Corpus: {self._corpus.summary()}.")

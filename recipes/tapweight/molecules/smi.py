@@ -1,4 +1,4 @@
-"""Reads labelled files of SMILES: a molecule a line, with its name or its labels after it."""
+"""Read files of SMILES: a molecule a line, with its name or its labels after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from mlopt.validation import shown
 
 from ..files import DataError, text_of
-from ..labels import number_of
 from ..tables import Table
 from .columns import is_smiles
 
@@ -15,9 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["smi_table"]
+__all__ = ["smi_list", "smi_table"]
 
-_REMEDY = "name the columns in a first line, such as 'smiles name label'"
 _COMMENT = "#"
 
 
@@ -26,26 +24,18 @@ def smi_table(path: Path) -> Table:
 
     One tab separates two cells, which may then be empty or hold blanks, if each line has equally many; otherwise blanks and tabs
     do. A first line with a word such as "smiles" or "canonical_smiles" names the columns, also after a "#". Without one they are
-    "column 2", "column 3", ..., unless one of them may be either a label or a number in a catalogue. Other lines that begin with
-    "#" are comments.
+    "column 2", "column 3", ... Other lines that begin with "#" are comments.
 
     Args:
         path: the file, also compressed.
 
     Raises:
         DataError: the lines have different numbers of columns, there is nothing after the SMILES, or the meaning of the first
-            line or of a column is not clear; the message names the file, the row and the remedy.
+            line is not clear; the message names the file, the row and the remedy.
     """
-    content = text_of(path)
-    lines = [(row, line.rstrip("\n")) for row, line in enumerate(content.lines(), start=1) if line.strip()]
-    molecules = [(row, line) for row, line in lines if not line.lstrip().startswith(_COMMENT)]
-    named = bool(molecules) and _has_names(molecules[0][1])
-    if not named and lines and molecules and (names := _names_in_comment(lines[0][1], molecules[0][1])):
-        named, molecules = True, [(lines[0][0], names), *molecules]
-    if not molecules[named:]:
-        raise DataError(f"{path}: no molecule; give a file with at least one example")
-    rows = [row for row, _ in molecules]
-    records = _cells([line for _, line in molecules], named=named)
+    lines, notes, named = _lines(path)
+    rows = [row for row, _ in lines]
+    records = _cells([line for _, line in lines], named=named)
     for row, cells in zip(rows, records, strict=True):
         if len(cells) != len(records[0]):
             raise DataError(
@@ -57,19 +47,59 @@ def smi_table(path: Path) -> Table:
     header = tuple(records[0]) if named else _numbered(path, rows[0], records)
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {shown(duplicates[0])} more than once; rename the columns")
-    comments = len(lines) - len(molecules)
     return Table(
         source=str(path),
         header=header,
         rows=tuple(rows[named:]),
         cells=tuple(records[named:]),
-        notes=(*content.notes, *([f"lines of comments: {comments}"] if comments else [])),
+        notes=notes,
+        named=named,
     )
 
 
+def smi_list(path: Path) -> Table:
+    """Read a file of SMILES as a table of one column "smiles": the first word of each line, or the column that has this name.
+
+    A first line with the names of the columns, and comments, are as in `smi_table`. Lines may have different numbers of words.
+
+    Args:
+        path: the file, also compressed.
+
+    Raises:
+        DataError: there is no molecule.
+    """
+    lines, notes, named = _lines(path)
+    separator = "\t" if named and "\t" in lines[0][1] else None
+    names = [name.strip() for name in lines[0][1].casefold().split(separator)] if named else []
+    place = next((k for k, name in enumerate(names) if "smiles" in name), 0)
+    cells = [[cell.strip() for cell in line.split(separator)] for _, line in lines[named:]]
+    return Table(
+        source=str(path),
+        header=("smiles",),
+        rows=tuple(row for row, _ in lines[named:]),
+        cells=tuple((own[place] if place < len(own) else "",) for own in cells),
+        notes=(*notes, *(["the first line names the columns"] if named else [])),
+    )
+
+
+def _lines(path: Path) -> tuple[list[tuple[int, str]], tuple[str, ...], bool]:
+    """Return the lines with their rows, comments apart; notes; and whether the first one names the columns."""
+    content = text_of(path)
+    lines = [(row, line.rstrip("\n")) for row, line in enumerate(content.lines(), start=1) if line.strip()]
+    molecules = [(row, line) for row, line in lines if not line.lstrip().startswith(_COMMENT)]
+    named = bool(molecules) and _has_names(molecules[0][1])
+    if not named and lines and molecules and (names := _names_in_comment(lines[0][1], molecules[0][1])):
+        named, molecules = True, [(lines[0][0], names), *molecules]
+    if not molecules[named:]:
+        raise DataError(f"{path}: no molecule; give a file with at least one example")
+    comments = len(lines) - len(molecules)
+    return molecules, (*content.notes, *([f"lines of comments: {comments}"] if comments else [])), named
+
+
 def _has_names(line: str) -> bool:
-    """Return True if a line names the columns."""
-    return any("smiles" in word.casefold() for word in line.split())
+    """Return True if a line names the columns: a word is about SMILES, and the first is not one unless a word is just that."""
+    words = line.casefold().split()
+    return "smiles" in words or (any("smiles" in word for word in words) and not is_smiles(line.split()[0]))
 
 
 def _names_in_comment(line: str, first: str) -> str:
@@ -96,15 +126,4 @@ def _numbered(path: Path, row: int, records: Sequence[Sequence[str]]) -> tuple[s
         raise DataError(
             f"{path}, row {row}: {shown(first[0])} is not a SMILES; correct it, or call it 'smiles' if the line names the columns"
         )
-    for number, cells in enumerate(others, start=2):
-        _check_clear(path, number, [cell for cell in cells if cell])
     return ("smiles", *(f"column {number}" for number in range(2, len(others) + 2)))
-
-
-def _check_clear(path: Path, number: int, cells: Sequence[str]) -> None:
-    """Refuse a column of different whole numbers: they may be labels, or numbers of a catalogue."""
-    numbers = [number_of(cell) for cell in cells]
-    if len(set(cells)) == len(cells) > 2 and all(x is not None and x == x and float(x).is_integer() for x in numbers):
-        raise DataError(
-            f"{path}: column {number} holds different whole numbers, which may be labels or numbers of a catalogue; {_REMEDY}"
-        )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from ..files import DataError
-from ..splits import EIGHT_ONE_ONE, random_split, stratified_split
+from ..labels import check_varied
+from ..splits import EIGHT_ONE_ONE, about, random_split, stratified_split
 from .graphs import canonical
 from .splits import balanced_scaffold_split, scaffold_split
 
@@ -45,6 +46,17 @@ def divided(
     """
     if method not in get_args(Method):
         raise DataError(f"split={method!r}: give {', '.join(map(repr, get_args(Method)))}")
+    if len(molecules.label_names) == 1:
+        values = [float(graph.y) for graph in molecules]
+        check_varied(molecules.source, molecules.label_names[0], (f"{value:g}" for value in values if value == value))
+    with about(molecules.source):
+        return _divided(molecules, method, fractions, chirality=chirality, seed=seed)
+
+
+def _divided(
+    molecules: Molecules, method: Method, fractions: Sequence[float], *, chirality: bool, seed: int
+) -> dict[Split, list[int]]:
+    """Divide labelled molecules by a known method, see `divided`."""
     if method == "scaffold":
         return scaffold_split(molecules.smiles, fractions, chirality=chirality)
     if method == "balanced":
@@ -54,7 +66,5 @@ def divided(
     if method == "random":
         return random_split(len(molecules), fractions, seed, groups)
     if any(each.form == "numbers" for each in molecules.meanings):
-        raise DataError(
-            f"{molecules.source}: split='stratified' needs classes, and the labels are numbers; give --split random"
-        )
+        raise DataError("split='stratified' needs classes, and the labels are numbers; give --split random")
     return stratified_split([str(graph.y.tolist()) for graph in molecules], fractions, seed, groups)

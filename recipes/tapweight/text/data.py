@@ -11,9 +11,9 @@ import attrs
 
 from mlopt.validation import shown
 
+from ..cells import is_empty
 from ..examples import Examples, UnusableError, check_limit, gather
 from ..files import DataError, suffix_of
-from ..labels import is_empty
 from ..names import suggestion
 from ..tables import SUFFIXES, column_of, is_folder, list_of, table_of
 from .sentences import split_sentences
@@ -287,7 +287,7 @@ def _gathered(
         for key in ("text", "text_b"):
             if key in record and not isinstance(record[key], str | None):
                 raise DataError(
-                    f"{source}, row {row}: {record[key]!r} is not text; give strings, or name another column by --text"
+                    f"{source}, row {row}: {shown(record[key])} is not text; give strings, or name another column by --text"
                 )
         check_texts(_texts(record))
         if "label" in record and _is_missing(record["label"]):

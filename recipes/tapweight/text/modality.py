@@ -15,6 +15,7 @@ from mlopt.validation import at_least
 
 from .. import settings
 from ..command import command
+from ..idle import Idle
 from ..metrics import MetricName
 from ..modality import Configuration, Device, LabelledData, Modality, objectives_field, objectives_option
 from ..recipe import TapWeight
@@ -29,7 +30,7 @@ from .splitting import Method, divided, meanings, remarks_of
 from .task import TextTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ..examples import Skipped
     from ..labels import Kind, Labels
@@ -72,7 +73,9 @@ class Data(LabelledData):
         strict: stop at an empty text or a missing label in --corpus or the labelled files, instead of leaving its row out.
     """
 
-    file_options: ClassVar[tuple[str, ...]] = (*LabelledData.file_options, "text", "labels", "missing")
+    beside_dataset: ClassVar[tuple[str, ...]] = (
+        *LabelledData.beside_dataset, "text", "split", "split_fractions", "splits"
+    )  # fmt: skip
 
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the texts of --train)")] = None
     sentences: bool = False
@@ -92,6 +95,17 @@ class Data(LabelledData):
         ),
     ] = None
     split: Method = "stratified"
+
+    @classmethod
+    def idle(cls) -> Iterator[Idle]:
+        """Yield the options of the data that have no effect in some runs."""
+        yield from super().idle()
+        yield Idle(
+            ("strict",),
+            lambda run: run.data.dataset is not None and run.data.corpus is None,
+            "on the data set of --dataset",
+            "give --corpus",
+        )
 
 
 @attrs.frozen(kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..labels import is_empty, meanings_of, name_of
+from ..cells import is_empty, name_of
+from ..labels import check_varied, meanings_of
 from ..repetition import repetitions
-from ..splits import EIGHT_ONE_ONE, random_split, stratified_split
+from ..splits import EIGHT_ONE_ONE, about, random_split, stratified_split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,9 +58,12 @@ def divided(
         DataError: the fractions are wrong, or a split would be empty.
     """
     groups = [content(example) for example in texts]
-    if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
-        return random_split(len(texts), fractions, seed, groups)
-    return stratified_split([tuple(map(name_of, cells)) for cells in texts.cells()], fractions, seed, groups)
+    if len(labels) == 1:
+        check_varied(texts.source, labels[0].name, (str(cell) for (cell,) in texts.cells()))
+    with about(texts.source):
+        if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
+            return random_split(len(texts), fractions, seed, groups)
+        return stratified_split([tuple(map(name_of, cells)) for cells in texts.cells()], fractions, seed, groups)
 
 
 def content(example: Example) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ class TextTask(OnTexts):
             )
         if meaning.form != "numbers" and len(meaning.classes) < 2:
             raise DataError(
-                f"{splits['train'].source}: all labels are {meaning.classes[0]!r}: nothing can be learnt; give at "
+                f"{splits['train'].source}: all labels are {meaning.classes[0]!r}: nothing can be learned; give at "
                 "least two classes"
             )
         self.form: Form = "classes" if meaning.form == "binary" else meaning.form
@@ -248,6 +248,6 @@ def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple
     std = float(values.std(correction=0))
     if std == 0:
         raise DataError(
-            f"{texts.source}: all labels are {labels[0]:g}: nothing can be learnt; give another column by --labels"
+            f"{texts.source}: all labels are {labels[0]:g}: nothing can be learned; give another column by --labels"
         )
     return float(values.mean()), std

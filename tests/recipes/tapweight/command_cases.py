@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class Case:
         return ["tapweight", self.name]
 
     def options(self, output: str, *more: str, size: str | None = None) -> list[str]:
-        return [*self.command, *self.files, *(size or self.fast).split(), "--output", str(self.folder / output), *more]
+        words = [*self.files, *(size or self.fast).split(), "--output", str(self.folder / output), *more]
+        return [*self.command, *merged(words)]
 
     def run(self, output: str, *more: str, size: str | None = None) -> Path:
         succeed(self.options(output, *more, size=size))
@@ -73,6 +75,19 @@ class Case:
         """Return the output of a run with the default objectives, by all kinds of methods; only the first call runs it."""
         output = self.folder / "finished"
         return output if output.exists() else self.run("finished", *self.whole.split(), size=self.small)
+
+
+def merged(words: Sequence[str]) -> list[str]:
+    """Return options without those that later ones replace: the command refuses an option that is given twice."""
+    options: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            options.pop(name, None)
+            options[name] = [word]
+        else:
+            options[name].append(word)
+    return [word for own in options.values() for word in own]
 
 
 def molecules(folder: Path) -> Case:

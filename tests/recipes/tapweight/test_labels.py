@@ -39,7 +39,7 @@ def of(*cells: Any, **options: Any) -> Labels:
 )
 def test_the_form_follows_from_the_cells(cells: tuple[Any, ...], form: str, classes: tuple[str, ...]) -> None:
     if classes == ("x",):
-        with pytest.raises(DataError, match="the lists hold 1 classes; give at least two"):
+        with pytest.raises(DataError, match="the lists hold no class but 'x'; give at least two"):
             of(*cells)
         return
     assert (of(*cells).form, of(*cells).classes) == (form, classes)
@@ -117,7 +117,7 @@ def test_other_columns_are_refused(cells: tuple[Any, ...], options: dict[str, An
 def test_one_column_of_one_class_among_others_is_named() -> None:
     columns = [("a", [(2, "yes"), (3, "no")]), ("b", [(2, "same"), (3, "same")])]
     with pytest.raises(
-        DataError, match=r"a\.csv, column 'b': one class only, 'same': nothing can be learnt; leave it out"
+        DataError, match=r"a\.csv, column 'b': one class only, 'same': nothing can be learned; leave it out"
     ):
         meanings_of("a.csv", columns)
 

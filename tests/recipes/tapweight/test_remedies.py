@@ -15,10 +15,11 @@ from mlopt.recipes.tapweight.text.modality import TextConfiguration
 RECIPES = Path(configuration.__file__).parent
 #: Option groups that belong to one modality, by the folder of their messages.
 MODALITIES = {"molecules": MoleculeConfiguration, "text": TextConfiguration}
-#: Options of every command, other names of --seeds and --labels, options of `predict`, and an option of pip.
+#: Options of every command, other names of --seeds and --labels, options of `predict`, an option of pip, and prefixes.
 OTHERS = {
     *("--resume", "--overwrite", "--plan", "--config", "--help"),
     *("--seed", "--label", "--input", "--columns", "--no-deps"),
+    *("--no", "--tyro"),
 }
 
 

@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 
 from mlopt.errors import MloptError
 from mlopt.recipes.tapweight import configuration as reader
+from mlopt.recipes.tapweight.command_line import parse
 from mlopt.recipes.tapweight.configuration import ConfigurationError, write
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus, read_table
@@ -142,7 +143,7 @@ def command_line(folder: Path, drawn: tuple[list[str], bool]) -> str:
         written(folder, name, content)
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         try:
-            reader.parse(words, Configuration, prog="mlopt tapweight molecules", description="")
+            parse(words, Configuration, prog="mlopt tapweight molecules", description="")
         except MloptError as error:
             assert not right
             files = {Path(word.removeprefix("--config=")) for word in words}
@@ -329,7 +330,7 @@ def test_a_huge_integer_is_refused_with_its_key(key: str, digits: str, tmp_path:
 )
 def test_a_huge_option_is_refused(option: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, MloptError)) as refusal:
-        reader.parse([option, "9" * 400], Configuration, prog="mlopt", description="")
+        parse([option, "9" * 400], Configuration, prog="mlopt", description="")
     assert place in f"{refusal.value}{capsys.readouterr().err}"
 
 

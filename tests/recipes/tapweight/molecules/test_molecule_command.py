@@ -19,6 +19,7 @@ from command_cases import SMILES, Case, load, output_of_process, same_run, succe
 
 from mlopt import cli
 from mlopt.recipes.tapweight import configuration as reader
+from mlopt.recipes.tapweight.command_line import parse
 from mlopt.recipes.tapweight.configuration import ConfigurationError, write
 from mlopt.recipes.tapweight.molecules.encoder import GINE
 from mlopt.recipes.tapweight.molecules.modality import Data, EncoderSettings
@@ -68,7 +69,7 @@ def test_three_files_of_classes_and_a_gzipped_corpus_in_a_process_of_its_own(mol
     for name, part in (("train", lines[1::2]), ("valid", [*lines[2::4], "xx,1,1"]), ("test", lines[4::4])):
         (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *part]) + "\n")
     files = "--corpus corpus.csv.gz --corpus-limit 25 --train train.csv --valid valid.csv --test test.csv"
-    more = f"{files} {molecules.fast} --labels nitrogen --output output --freeze-encoder --seed 1"
+    more = f"{files} {molecules.fast.replace('--split random', '')} --labels nitrogen --output output --freeze-encoder --seed 1"
     printed = output_of_process([*molecules.command, *more.split()], tmp_path)
     for sentence in (
         "Corpus: 25 molecules of corpus.csv.gz.\nTask: classification of nitrogen, scored by roc_auc;",
@@ -99,7 +100,7 @@ def test_a_data_set_of_molecule_net(molecules: Case, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps({**split, "test": split["test"][1:]}))
     for name, listed in (("net", split), ("own", {**split, "test": split["test"][1:]})):
         file = tmp_path / "net" / "splits.json" if name == "net" else tmp_path / "own.json"
-        again = f"{files}-{name} --splits {file} --split scaffold --seed 5"
+        again = f"{files}-{name} --splits {file} --seed 5"
         succeed([*molecules.command, *again.split(), *molecules.fast.replace("--split random", "").split()])
         assert load(tmp_path, f"net-{name}", "splits.json") == listed
 
@@ -114,7 +115,7 @@ def test_a_folder_with_a_data_set_for_each_split(
     }
     datasets.DatasetDict(made).save_to_disk(str(tmp_path / "data"))
     options = f"--corpus {molecules.folder / 'corpus.smi'} --train {tmp_path / 'data'} --output {tmp_path / 'run'}"
-    command = [*molecules.command, *options.split(), *molecules.fast.split()]
+    command = [*molecules.command, *options.split(), *molecules.fast.replace("--split random", "").split()]
     succeed(command)
     stated = f"Splits: train, validation, test of {tmp_path / 'data'}; not read: more."
     assert stated in " ".join(capsys.readouterr().out.split())
@@ -123,8 +124,8 @@ def test_a_folder_with_a_data_set_for_each_split(
     assert cli.main([*command, "--overwrite", "--split-column", "length"]) == 2
     message = capsys.readouterr().err
     assert (
-        "holds the data sets more, test, train, validation; give one of them as --train, or leave out --split-c"
-        in message
+        "--split-column has no effect on a folder --train with a data set for each split; leave it out, or give one of its data "
+        "sets as --train" in message
     )
     assert cli.main([*molecules.command, *options.replace("--train", "--dataset").split(), "--overwrite"]) == 2
     assert "is a folder, not a MoleculeNet data set; give it by --train" in capsys.readouterr().err
@@ -198,7 +199,7 @@ def test_toml_and_json_are_equivalent_and_the_command_line_overrides_them(tmp_pa
     )
     assert read(toml) == read(written(tmp_path, json.dumps(content), ".json")) == expected
     line = ["--gamma", "0.5", "--config", str(toml), "--no-strict", "--seeds", "1", "2"]
-    run = reader.parse(line, Configuration, prog="mlopt", description="").run
+    run = parse(line, Configuration, prog="mlopt", description="").run
     assert (run.settings.gamma, run.settings.every, run.data.strict, run.seeds) == (0.5, 3, False, (1, 2))
     assert run.data.corpus == Path("a.smi")
 

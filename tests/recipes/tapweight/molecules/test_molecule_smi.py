@@ -9,6 +9,7 @@ import pytest
 
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.molecules import read_corpus, read_table
+from mlopt.recipes.tapweight.molecules.data import read_smiles
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,13 @@ def test_labels_after_the_smiles(
         ("CCO\nCC\n", r"a\.smi: nothing after the SMILES, and a task needs labels; add them, or give a \.csv"),
         (
             "CCO 5793\nCC 702\nC 297\n",
-            r"column 2 holds different whole numbers, which may be labels or numbers of a catalogue; name the columns in a first "
-            r"line, such as 'smiles name label'",
+            r"no column of labels beside 'smiles'; ignored: 'column 2' \(whole numbers, which may be those of a catalogue\); "
+            r"name the columns to predict by --labels",
+        ),
+        # One that repeats is not a label either: molecules have synonyms and salts.
+        (
+            "CCO 5793\nCC 702\nC 297\nCN 702\n",
+            r"ignored: 'column 2' \(whole numbers, which may be those of a catalogue\)",
         ),
         (
             "CCO ethanol\nCC ethane\nC methane\n",
@@ -84,6 +90,46 @@ def test_files_whose_meaning_is_not_clear_are_refused(content: str, sentence: st
     file.write_text(content)
     with pytest.raises(DataError, match=sentence):
         read_table(file)
+
+
+def test_numbers_of_a_catalogue_stand_beside_labels(tmp_path: Path) -> None:
+    """The second column of a .smi file is the name of the molecule, by convention; a user can still name it as a label."""
+    file = tmp_path / "a.smi"
+    file.write_text("CCO 5793 1.5\nCC 702 2.5\nC 297 0\nCN 702 3\n")
+    molecules = read_table(file)
+    assert molecules.label_names == ("column 3",)
+    assert [graph.y.tolist() for graph in molecules] == [[[1.5]], [[2.5]], [[0.0]], [[3.0]]]
+    assert molecules.notes == (
+        "not predicted: 'column 2' (whole numbers, which may be those of a catalogue); name a column by --labels to predict it",
+    )
+    assert [float(graph.y) for graph in read_table(file, labels=["column 2"])] == [5793, 702, 297, 702]
+    # The same numbers with a name are labels.
+    file.write_text("smiles count\nCCO 5793\nCC 702\nC 297\nCN 702\n")
+    assert [float(graph.y) for graph in read_table(file)] == [5793, 702, 297, 702]
+
+
+@pytest.mark.parametrize(
+    ("content", "smiles"),
+    [
+        ("# of a survey\nsmiles name\nCCO ethyl alcohol\n#O water\nCC ethane\n", ["CCO", "CC"]),
+        ("#SMILES name\nCCO ethanol\nCC ethane\n", ["CCO", "CC"]),
+        ("name\tSMILES\nethyl alcohol\tCCO\nethane\tCC\n", ["CCO", "CC"]),
+        ("id canonical_smiles\n7 CCO\n8 CC\n", ["CCO", "CC"]),
+        # Not a header: the first word is a molecule, and "smiles-1" its name.
+        ("CCO smiles-1\nCC smiles-2\n", ["CCO", "CC"]),
+        # Rows that are not molecules stay, so that predictions tell why they have none.
+        ("smiles\nCCO\nzz\n", ["CCO", "zz"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".smi", ".txt"])
+def test_predictions_have_a_row_for_each_molecule_but_none_for_comments(
+    content: str, smiles: list[str], suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_text(content)
+    assert read_smiles(file) == smiles
+    if "zz" not in smiles:
+        assert list(read_corpus(file).smiles) == smiles
 
 
 def test_comments_are_counted(tmp_path: Path) -> None:

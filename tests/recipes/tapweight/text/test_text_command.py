@@ -14,7 +14,8 @@ from text_cases import sentences, write_glue
 from transformers import AutoModel, AutoTokenizer
 
 from mlopt import cli
-from mlopt.recipes.tapweight.configuration import ConfigurationError, parse, read, write
+from mlopt.recipes.tapweight.command_line import parse
+from mlopt.recipes.tapweight.configuration import ConfigurationError, read, write
 from mlopt.recipes.tapweight.text.modality import Settings
 from mlopt.recipes.tapweight.text.modality import TextConfiguration as Configuration
 
@@ -90,7 +91,10 @@ def test_a_folder_with_a_data_set_for_each_split(
     rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == [own for own, _ in parts["test"]]
     assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", "--splits=b"]) == 2
-    assert "--splits requires --train; the data set of --dataset has its own" in capsys.readouterr().err
+    assert (
+        "--splits has no effect on the data set of --dataset, which has its own; leave it out, or give --train"
+        in capsys.readouterr().err
+    )
 
 
 def test_truncated_texts_are_reported(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +141,7 @@ def test_valid_and_test_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--valid is given without --test; give both, or neither" in capsys.readouterr().err
     for option in ("text", "labels"):
         assert cli.main([*COMMAND, "--model=a", "--dataset=cola", "--output=a", f"--{option}=b"]) == 2
-        assert f"--{option} requires --train; the data set of --dataset has its own" in capsys.readouterr().err
+        assert f"--{option} has no effect on the data set of --dataset, which has its own" in capsys.readouterr().err
 
 
 def test_missing_keys_of_a_configuration_are_the_defaults_of_text(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_the_labels_of_the_texts_are_not_changed() -> None:
             "t.csv: 'test' has single texts, 'train' has pairs; give all the same columns",
         ),
         (lambda: of(labelled(0, 1), labelled(0, 1, source="v.csv", pairs=True)), "v.csv: 'valid' has pairs, 'train'"),
-        (lambda: of(labelled("a", "a")), "made: all labels are 'a': nothing can be learnt"),
-        (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2: nothing can be learnt"),
+        (lambda: of(labelled("a", "a")), "made: all labels are 'a': nothing can be learned"),
+        (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2: nothing can be learned"),
         (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0, column 'label': 'a' is not a number"),
         (lambda: of(labelled("a", "b"), kind="ranking"), "kind='ranking': give classification or regression by --kind"),
         (
