@@ -23,6 +23,7 @@ from .products import (
     differentiable_kernels,
     graph_of,
     name_kernels,
+    refuse_once_differentiable,
 )
 
 __all__ = ["KFACPreconditioner"]
@@ -191,6 +192,7 @@ class _Curvature:
         self._rest = [k for k in range(len(self._variables)) if k not in covered]
         self._outputs, self._rows = outputs, _cut_rows(outputs[0])
         slopes = _grad(value, [*leaves, *self._variables], traced=True)
+        refuse_once_differentiable(graph_of(slopes[: len(leaves)]))
         self.direct = self._direct(slopes[len(leaves) :])
         self._factorise([self._root(s, leaf) for s, leaf in zip(slopes, leaves, strict=False)], draws)
 

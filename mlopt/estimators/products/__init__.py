@@ -7,7 +7,7 @@ from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
 from .gauss_newton import GaussNewtonProduct, cut_at_outputs
-from .kernels import differentiable_kernels, graph_of
+from .kernels import differentiable_kernels, graph_of, refuse_once_differentiable
 from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
 from .product import Product, name_kernels
@@ -38,6 +38,7 @@ __all__ = [
     "moves_of",
     "name_kernels",
     "on_batches",
+    "refuse_once_differentiable",
     "relative_step",
     "search",
 ]
