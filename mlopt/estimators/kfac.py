@@ -49,7 +49,8 @@ class KFACPreconditioner(Preconditioner):
     with weights of samples for example; rows of the outputs count as independent. Positions of a layer that share one row of the
     outputs are added first ("reduce"); if the outputs have rows for them too, each counts on its own ("expand").
 
-    P changes the number of iterations, not the solution. It costs a forward pass, a backward pass for each draw, and an
+    P changes the number of iterations, not the solution. It ignores the curvature between layers, and the number can rise for it.
+    It costs a forward pass, a backward pass for each draw, and an
     eigendecomposition of A and G, O(d^3) for a layer of width d, for each linear solve. They are not counted as products.
     With curvature batches, P is taken on the first of them. The factors of a layer with m outputs and n inputs hold about
     m^2 + n^2 numbers, which the number of unknowns does not determine, so `cost` returns None.
