@@ -19,7 +19,7 @@ from ..validation import is_whole, require
 from .counts import Counts
 from .evaluation import fixed_batches, put_back, rendered
 from .measurements import random_vector
-from .sizes import bytes_of, level_size, optimizer_size
+from .sizes import bytes_of, level_size, optimizer_size, pullback_cost
 
 __all__ = ["LevelRequirements", "Requirements", "estimate_requirements"]
 
@@ -128,7 +128,7 @@ def estimate_requirements(
     Example:
         >>> from mlopt.diagnosis import estimate_requirements
         >>> from mlopt.testing import logistic_regression
-        >>> result = estimate_requirements(logistic_regression(mlopt.Neumann(iterations=3, step_size=0.1)).problem, processes=2)
+        >>> result = estimate_requirements(logistic_regression(mlopt.Neumann(iterations=3, step_size=0.1)).problem)
         >>> result.levels["regression"].evaluations, result.levels["regression"].products
         (2, 3)
     """
@@ -140,15 +140,14 @@ def estimate_requirements(
     parts = {level.name: portion(level, fixed[level.name], ranks).batch for level in problem}
     with put_back(problem), preserved(problem.devices):
         point = Point(problem, parts, seeded_generators(problem, "seed", seed), workspace=Workspace())
-        sizes = {
-            level.name: level_size(point, level, random_vector(level, torch.Generator().manual_seed(seed)))
+        sizes = {level.name: level_size(point, level) for level in problem}
+        costs = {
+            level.name: pullback_cost(
+                point, level, sizes[level.name], random_vector(level, torch.Generator().manual_seed(seed))
+            )
             for level in problem
+            if problem.needs_estimator(level.name)
         }
-    costs = {
-        level.name: level.estimator.cost(sizes[level.name])
-        for level in problem
-        if level.estimator is not None and problem.needs_estimator(level.name)
-    }
     counts = Counts(problem, costs)
     levels = {level.name: _requirements(level, sizes[level.name], costs, counts, processes) for level in problem}
     unknown = tuple(name for name, cost in costs.items() if cost is None)

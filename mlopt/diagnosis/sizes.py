@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import MloptError
 from ..estimators import Implicit, LinearSolve
 from ..estimators.products import PRODUCTS, SecondDerivatives
 from ..linear import AssumedInverse, LinearSolution, LinearSolver, MatVec
-from ..problem import Estimator, Level, LevelSize, Objective, Point, own_gradient, partial_derivatives
+from ..problem import Estimator, Level, LevelSize, Objective, Point, PullbackCost, own_gradient, partial_derivatives
 from ..tensors import Tensors
 from .allocations import Allocations
 
-__all__ = ["bytes_of", "level_size", "optimizer_size"]
+__all__ = ["bytes_of", "level_size", "optimizer_size", "pullback_cost"]
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -26,25 +27,38 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(storages.values())
 
 
-def level_size(point: Point, level: Level, vector: Tensors) -> LevelSize:
-    """Return what parts of a level's evaluations take, those that its estimator needs to state its cost.
-
-    The estimator's linear solver is not run: one product with the Hessian and one mixed product are.
-
-    Args:
-        point: the point, with the rows of one process.
-        level: the level.
-        vector: the vector to take products with.
-    """
-    size = LevelSize(
+def level_size(point: Point, level: Level) -> LevelSize:
+    """Return what first derivatives of a level and its optimiser take, at a point with the rows of one process."""
+    return LevelSize(
         unknowns=sum(x.numel() for x in level.parameters),
         variables=bytes_of(level.parameters),
         state=optimizer_size(level)[0],
         gradient=_gradient_peak(point, level),
     )
+
+
+def pullback_cost(point: Point, level: Level, size: LevelSize, vector: Tensors) -> PullbackCost | None:
+    """Return what the estimator of a level states; None if it does not, or if products fail, which a diagnosis reports.
+
+    The estimator's linear solver is not run: one product with the Hessian and one mixed product are.
+
+    Args:
+        point: the point, with the rows of one process.
+        level: the level, which has an estimator.
+        size: what its first derivatives take.
+        vector: the vector to take products with.
+    """
     estimator = level.estimator
-    if estimator is None or type(estimator).cost is Estimator.cost or not point.problem.needs_estimator(level.name):
-        return size
+    if estimator is None or type(estimator).cost is Estimator.cost:
+        return None
+    try:
+        return estimator.cost(_with_products(point, level, size, vector))
+    except (MloptError, RuntimeError, NotImplementedError):
+        return None
+
+
+def _with_products(point: Point, level: Level, size: LevelSize, vector: Tensors) -> LevelSize:
+    estimator = level.estimator
     kind = getattr(estimator, "products", "finite_difference")
     if isinstance(estimator, Implicit):
         multiplied = not isinstance(estimator.solver, AssumedInverse) and estimator.solver is not None

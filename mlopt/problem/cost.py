@@ -24,6 +24,7 @@ class LevelSize:
         graph: the bytes of a graph of its gradient, for estimators that hold several; 0 for others.
 
     Example:
+        >>> from mlopt.problem import LevelSize
         >>> LevelSize(unknowns=10, variables=40, gradient=60).product
         0
     """
@@ -48,6 +49,7 @@ class PullbackCost:
         products: the number of products with second derivatives in linear solves, as in `Report.products`.
 
     Example:
+        >>> from mlopt.problem import PullbackCost
         >>> PullbackCost(memory=400, evaluations=2).products
         0
     """
