@@ -14,7 +14,7 @@ from ..shards import is_sharded
 __all__ = ["ShardArithmetic"]
 
 #: Operations by the names that torch.ops.aten has for them; those that work in place end in an underscore.
-_EXACT = frozenset(
+_EXACT = (
     # of each entry by itself
     "abs acos add addcdiv addcmul asin atan bitwise_and bitwise_not bitwise_or clamp clamp_max clamp_min cos cosh div elu eq erf "
     "exp expm1 ge gelu gt hardtanh le leaky_relu lerp log log1p log2 logical_and logical_not logical_or lt masked_fill maximum "
@@ -24,7 +24,7 @@ _EXACT = frozenset(
     "_to_copy alias clone copy detach empty_like expand full_like lift_fresh new_zeros ones_like squeeze stack t transpose "
     "unsqueeze zeros_like "
     # over entries
-    "linalg_vector_norm mean sum".split()  # noqa: SIM905  # the list would take a line for each
+    "linalg_vector_norm mean sum"
 )
 
 
@@ -51,7 +51,11 @@ class ShardArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not any(map(is_sharded, _operands(args))):
             return func(*args, **(kwargs or {}))
         operation = func.overloadpacket.__name__
-        if func.namespace != "aten" or operation.removesuffix("_") not in _EXACT or _is_norm_of_parts(operation, args):
+        if (
+            func.namespace != "aten"
+            or operation.removesuffix("_") not in _EXACT.split()
+            or _is_norm_of_parts(operation, args)
+        ):
             raise ProblemError(
                 f"the regularizer of level {self._name!r} applies {operation} to parameters that fully_shard has sharded, which "
                 "may differ from that of whole ones; use mlopt.shards.whole(parameter) there, or sums, means and norms of entries"
