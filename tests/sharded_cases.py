@@ -257,7 +257,9 @@ EQUAL: dict[str, Callable[[Sharding], Values]] = {
     "single tensor": lambda shard: of(two_levels(differences(), shard, module=linear())),
     "supplied product": lambda shard: of(two_levels(differences(), shard, regularizer=process_cases.Supplied())),
     "whole batch": lambda shard: of(two_levels(differences(), shard, split=False)),
-    "norms in a regularizer": lambda shard: of(two_levels(mlopt.FiniteDifference(), shard, regularizer=_norms)),
+    "norms in a regularizer": lambda shard: of(
+        two_levels(mlopt.FiniteDifference(), shard, regularizer=_norms), level="model"
+    ),
     "whole parameters in a regularizer": lambda shard: of(
         two_levels(mlopt.FiniteDifference(), shard, regularizer=_distance)
     ),
