@@ -80,6 +80,7 @@ def two_levels(
     """Return weights of `count` rows outside, a network with a regularizer inside."""
     optimizer = partial(SGD, lr=0.1, momentum=0.9)
     options = {"data": [indexed(count)], "steps": 3, "optimizer": optimizer, "regularizer": regularizer} | options
+    loss = options.pop("loss", training_loss)
     return mlopt.Problem(
         mlopt.Level(
             "weights",
@@ -89,7 +90,7 @@ def two_levels(
             optimizer=partial(Adam, lr=0.1),
             response=response,
         ),
-        mlopt.Level("model", network(), training_loss, estimator=estimator, **options),
+        mlopt.Level("model", network(), loss, estimator=estimator, **options),
         group=group,
     )
 
@@ -272,6 +273,15 @@ def _lookahead(group: Any) -> Values:
     return run_of(two_levels(mlopt.Identity(), group, data=loader(*indexed(37))), 5, lookahead=True)
 
 
+def _counted(count: int, group: Any, **options: Any) -> Values:
+    """Return a run whose loss logs a count."""
+
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
+        return masked(batch[0].abs(), batch[1] * weights()[batch[2]].sigmoid(), module)
+
+    return run_of(two_levels(mlopt.Identity(), group, count, loss=loss, **options), 2)
+
+
 def _with_history(group: Any) -> Values:
     kept = mlopt.ConjugateGradient(iterations=4, rtol=1e-3, warm_start=True, history=6)
     return run_of(two_levels(kept, group, data=loader(*indexed(37))), 8)
@@ -327,6 +337,8 @@ EQUAL: dict[str, Callable[[Any], Values]] = {
     "run: residual": lambda group: run_of(fixed_point(group), 5),
     "run: real steps": lambda group: run_of(mixture_by_real_steps(group), 3),
     "run: stopped early": _evaluated,
+    "run: counts of one row": partial(_counted, 1),
+    "run: counts of a whole batch": partial(_counted, 9, split=False),
 }
 
 

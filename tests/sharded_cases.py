@@ -11,6 +11,7 @@ import process_cases
 import torch
 from process_cases import Values, indexed, loader, mixture_loss, network, regularizer, rows, training_loss, vector
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.optim import SGD, Adam, AdamW
 
 import mlopt
@@ -222,10 +223,25 @@ def linear() -> nn.Module:
     return nn.Linear(4, 1, bias=False, dtype=torch.float64)
 
 
-def _bare_loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    inputs, labels, index = batch
-    losses = process_cases.cross_entropy(inputs @ module(), labels, reduction="none")
-    return (torch.sigmoid(weights()[index]) * losses).mean()
+def _norms(model: nn.Module) -> Tensor:
+    return 0.1 * torch.stack([parameter.norm() for parameter in model.parameters()]).sum()
+
+
+def _distance(model: nn.Module) -> Tensor:
+    """Return a distance of whole parameters from ones, by a function whose mean over shards torch does not take."""
+    return 0.1 * torch.stack([mse_loss(p, torch.ones_like(p)) for p in map(whole, model.parameters())]).sum()
+
+
+def _mean_of_shards(model: nn.Module) -> Tensor:
+    return torch.stack([mse_loss(p, torch.zeros_like(p)) for p in model.parameters()]).sum()
+
+
+def _largest(model: nn.Module) -> Tensor:
+    return torch.stack([parameter.abs().max() for parameter in model.parameters()]).sum()
+
+
+def _with_optimizer(kind: Any, shard: Sharding, **options: Any) -> Values:
+    return of(two_levels(differences(), shard, optimizer=partial(kind, lr=0.1, **options)))
 
 
 #: Cases whose values are those of a module that is not sharded, in one process on the whole batch.
@@ -241,6 +257,12 @@ EQUAL: dict[str, Callable[[Sharding], Values]] = {
     "single tensor": lambda shard: of(two_levels(differences(), shard, module=linear())),
     "supplied product": lambda shard: of(two_levels(differences(), shard, regularizer=process_cases.Supplied())),
     "whole batch": lambda shard: of(two_levels(differences(), shard, split=False)),
+    "norms in a regularizer": lambda shard: of(
+        two_levels(mlopt.FiniteDifference(), shard, regularizer=_norms), level="model"
+    ),
+    "whole parameters in a regularizer": lambda shard: of(
+        two_levels(mlopt.FiniteDifference(), shard, regularizer=_distance)
+    ),
     "learned decay": lambda shard: of(regularized(differences(), shard)),
     "chain": lambda shard: of(chain(differences, shard)),
     "mixture": lambda shard: of(mixture(differences(), shard)),
@@ -277,8 +299,18 @@ REFUSED: dict[str, tuple[Callable[[Sharding], Any], str]] = {
     "history": (lambda shard: two_levels(differences(history=3, warm_start=True), shard), "a history"),
     "half precision": (lambda shard: two_levels(differences(), shard, precision="fp16"), "use precision='bf16'"),
     "optimizer": (
-        lambda shard: of(two_levels(differences(), shard, optimizer=partial(torch.optim.Adafactor, lr=0.1))),
+        partial(_with_optimizer, torch.optim.Adafactor),
         "Adafactor may compute with norms",
+    ),
+    "optimizer whose steps torch has not": (partial(_with_optimizer, torch.optim.Rprop), "its Rprop may compute"),
+    "fused steps": (partial(_with_optimizer, SGD, fused=True), "its SGD has fused=True"),
+    "means over shards in a regularizer": (
+        lambda shard: of(two_levels(mlopt.FiniteDifference(), shard, regularizer=_mean_of_shards)),
+        "applies mse_loss to parameters",
+    ),
+    "maxima in a regularizer": (
+        lambda shard: of(two_levels(mlopt.FiniteDifference(), shard, regularizer=_largest)),
+        "mlopt.shards.whole(parameter)",
     ),
     "parameters in a loss": (
         lambda shard: of(two_levels(differences(), shard, loss=_direct_loss)),

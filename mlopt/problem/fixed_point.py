@@ -29,7 +29,9 @@ _PROBES = ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (2.0, 0.0), (2.0, 1.0), (1.0, -2.
 
 
 #: The optimisers of torch.optim that move each entry of a variable by itself.
-_ELEMENTWISE = {"SGD", "ASGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop"}
+_ELEMENTWISE = {"SGD", "ASGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"}
+#: Those of them whose fused steps torch has for sharded variables.
+_FUSED = {"Adam", "AdamW"}
 #: Share of `clip` from which the decay counts as too strong: clipped steps approach the limit from below.
 _CLIPPED = 0.99
 
@@ -263,15 +265,18 @@ def require_all_variables(level: Level, optimizer: Optimizer) -> None:
 
 def _require_elementwise(level: Level, optimizer: Optimizer) -> None:
     """Raise unless an optimiser moves each entry of a sharded variable by itself, as is known of some."""
-    if type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ in _ELEMENTWISE:
-        if not getattr(optimizer, "_optimizer_step_post_hooks", None):
-            return
-        state = f"its {type(optimizer).__name__} has step hooks, which may project"
+    kind = type(optimizer).__name__
+    if not type(optimizer).__module__.startswith("torch.optim.") or kind not in _ELEMENTWISE:
+        state = f"its {kind} may compute with norms or shapes of variables"
+    elif getattr(optimizer, "_optimizer_step_post_hooks", None):
+        state = f"its {kind} has step hooks, which may project"
+    elif kind not in _FUSED and any(group.get("fused") for group in optimizer.param_groups):
+        state = f"its {kind} has fused=True, which is not supported"
     else:
-        state = f"its {type(optimizer).__name__} may compute with norms or shapes of variables"
+        return
     raise ProblemError(
         f"level {level.name!r}: {state}, and each process has a part of its variables, which are sharded; use one of "
-        f"torch.optim without hooks: {', '.join(sorted(_ELEMENTWISE))}"
+        f"torch.optim without hooks: {', '.join(sorted(_ELEMENTWISE))}; only {' and '.join(sorted(_FUSED))} may be fused"
     )
 
 

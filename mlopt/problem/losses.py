@@ -18,6 +18,7 @@ from .backward import backward
 from .batch import copied
 from .inspection import Inspection, drawing_refused
 from .rows import WHOLE, Portion, portion
+from .shard_arithmetic import ShardArithmetic
 
 if TYPE_CHECKING:
     from .level import Level
@@ -246,6 +247,8 @@ def _piece(
         _refuse_shards(value.loss, f"{label} of level {level.name!r}")
         value.share = part.weigh(value.logs.get("count"), label)
         value.loss = value.share * value.loss
+    if "count" in value.logs and part.counts != 1.0:
+        value.logs = {**value.logs, "count": part.counts * value.logs["count"]}
     return value
 
 
@@ -266,12 +269,16 @@ def evaluate_regularizer(
 
     Raises:
         ProblemError: the regularizer did not return a scalar tensor, draws random numbers, or depends on a level that it does
-            not declare.
+            not declare, or computes with sharded parameters in a way that depends on the sharding.
     """
     assert level.regularizer is not None
     others = {name: modules[name] for name in level.regularizer_references}
     inspection = Inspection(level, "regularizer", inspected, workspace) if inspected and workspace is not None else None
-    with drawing_refused(level, inspected) if inspection is not None and inspection.searches else nullcontext():
+    split = any(any_sharded(module.parameters()) for module in modules.values())
+    with (
+        drawing_refused(level, inspected) if inspection is not None and inspection.searches else nullcontext(),
+        ShardArithmetic(level.name) if split else nullcontext(),
+    ):
         value = level.regularizer(modules[level.name], **others)
     value = whole(_scalar(value, f"the regularizer of level {level.name!r}"))
     if inspection is not None:

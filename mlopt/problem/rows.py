@@ -36,6 +36,7 @@ class Portion:
         ranks: the processes.
         drawing: the devices on which the loss draws random numbers, of which each process has its own; None if it draws none.
         counted: the losses that have stated a count before, which the processes exchange during an evaluation.
+        copies: the number of processes that evaluate the same part.
     """
 
     level: str
@@ -44,6 +45,12 @@ class Portion:
     ranks: Ranks = ALONE
     drawing: tuple[torch.device, ...] | None = None
     counted: set[tuple[str, str]] = attrs.field(factory=set)
+    copies: int = 1
+
+    @property
+    def counts(self) -> float:
+        """The factor of what the loss counts here in the sum over processes: a part may be evaluated by others, too."""
+        return 1.0 / self.copies if self.share else 0.0
 
     def weigh(self, count: Any, loss: str) -> float:
         """Return the share of this part in a loss that is a mean over `count` things here; over rows if None.
@@ -128,7 +135,7 @@ def portion(
         return Portion(level.name, batch)
     counted = set[tuple[str, str]]() if counted is None else counted
     if batch is None or not level.splits:
-        return Portion(level.name, batch, 1.0 / ranks.size, ranks, counted=counted)
+        return Portion(level.name, batch, 1.0 / ranks.size, ranks, counted=counted, copies=ranks.size)
     if callable(own := getattr(batch, "portion", None)):
         part, share = own(ranks.rank, ranks.size)
         return Portion(level.name, part, float(share), ranks, drawing, counted)
