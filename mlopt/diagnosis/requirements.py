@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ..hypergradient import seeded_generators
-from ..problem import Level, LevelSize, Point, Problem, PullbackCost, Workspace
+from ..problem import Level, LevelSize, Point, Problem, PullbackCost, Stream, Workspace
 from ..problem.rows import portion
 from ..ranks import Ranks
-from ..rng import preserved
+from ..rng import derive_seed, preserved
 from ..validation import is_whole, require
 from .counts import Counts
 from .evaluation import fixed_batches, put_back, rendered
@@ -38,8 +38,8 @@ class LevelRequirements:
         kept: what its estimator keeps from one outer step to the next.
         pullback: the most that a pullback through it allocates; None if its estimator does not state it.
         steps: the number of its steps.
-        evaluations: the number of evaluations of its loss, each with a backward pass; None if not known.
-        products: the number of products with its Hessian in linear solves; None if not known.
+        evaluations: the most evaluations of its loss, each with a backward pass; None if not known.
+        products: the most products with its Hessian in linear solves, which may converge earlier; None if not known.
     """
 
     variables: int
@@ -78,8 +78,8 @@ class Requirements:
     def __rich__(self) -> RenderableType:
         several = f", for one of {self.processes} processes" if self.processes > 1 else ""
         table = Table(
-            title=f"an outer step{several}: memory in MiB (2^20 bytes); steps, evaluations of the loss and products with the "
-            "Hessian are counts",
+            title=f"an outer step{several}: memory in MiB (2^20 bytes); steps are a count; evaluations of the loss and "
+            "products with the Hessian are at most those shown",
             title_justify="left",
         )
         names = [field.name for field in attrs.fields(LevelRequirements)]
@@ -138,8 +138,10 @@ def estimate_requirements(
     # The last process has the most rows.
     ranks = Ranks(processes - 1, processes)
     parts = {level.name: portion(level, fixed[level.name], ranks).batch for level in problem}
+    curvature = {level.name: _curvature_batches(level, ranks, seed) for level in problem}
     with put_back(problem), preserved(problem.devices):
-        point = Point(problem, parts, seeded_generators(problem, "seed", seed), workspace=Workspace())
+        generators = seeded_generators(problem, "seed", seed)
+        point = Point(problem, parts, generators, curvature_batches=curvature, workspace=Workspace())
         sizes = {level.name: level_size(point, level) for level in problem}
         costs = {
             level.name: pullback_cost(
@@ -152,6 +154,15 @@ def estimate_requirements(
     levels = {level.name: _requirements(level, sizes[level.name], costs, counts, processes) for level in problem}
     unknown = tuple(name for name, cost in costs.items() if cost is None)
     return Requirements(processes=processes, levels=levels, memory=_peak(problem, levels), unknown=unknown)
+
+
+def _curvature_batches(level: Level, ranks: Ranks, seed: int) -> list[Any]:
+    """Return the rows of one process of the batches that a pullback takes the Hessian on; none if it takes the level's."""
+    rule = level.estimator
+    if rule is None or rule.curvature_data is None or rule.curvature_batches == "all":
+        return []
+    stream = Stream(level.name, rule.curvature_data, derive_seed("curvature", seed), level.device)
+    return [portion(level, batch, ranks).batch for batch in stream.take(rule.curvature_batches)]
 
 
 def _requirements(
