@@ -25,6 +25,19 @@ __all__ = ["LevelRequirements", "Requirements", "estimate_requirements"]
 
 _MIB = 2**20
 
+#: The columns of the table: memory first, then counts.
+_HEADINGS = {
+    "variables": "variables",
+    "gradient": "gradients",
+    "optimizer": "optimizer state",
+    "step": "for one step",
+    "kept": "kept by estimator",
+    "pullback": "for one pullback",
+    "steps": "steps",
+    "evaluations": "loss evaluations",
+    "products": "Hessian products",
+}
+
 
 @attrs.frozen(kw_only=True)
 class LevelRequirements:
@@ -78,19 +91,21 @@ class Requirements:
     def __rich__(self) -> RenderableType:
         several = f", for one of {self.processes} processes" if self.processes > 1 else ""
         table = Table(
-            title=f"an outer step{several}: memory in MiB (2^20 bytes); steps are a count; evaluations of the loss and "
-            "products with the Hessian are at most those shown",
-            title_justify="left",
+            title=f"an outer step{several}: memory in MiB (2^20 bytes), and the most passes", title_justify="left"
         )
-        names = [field.name for field in attrs.fields(LevelRequirements)]
-        for name in ("level", *names):
-            table.add_column(name, justify="left" if name == "level" else "right")
+        for heading in ("level", *_HEADINGS.values()):
+            table.add_column(heading, justify="left" if heading == "level" else "right")
+        names = list(_HEADINGS)
         for level, own in self.levels.items():
             memory = [_mib(getattr(own, name)) for name in names[:6]]
             counts = ["not known" if (n := getattr(own, name)) is None else f"{n:,}" for name in names[6:]]
             table.add_row(level, *memory, *counts)
         missing = f", without pullbacks through {', '.join(self.unknown)}" if self.unknown else ""
-        table.caption, table.caption_justify = f"peak of a process: {_mib(self.memory)} MiB{missing}", "left"
+        table.caption, table.caption_justify = (
+            f"peak of a process: {_mib(self.memory)} MiB{missing}: variables, gradients, optimizer states and what is kept, of "
+            "all levels, and the largest step or pullback; batches are not included",
+            "left",
+        )
         return table
 
     def __str__(self) -> str:
@@ -110,7 +125,9 @@ def estimate_requirements(
     loss is evaluated on the rows of one process, and one product of each kind is taken. No optimiser state is allocated, and no
     linear solve is run. With several processes, each holds all variables, gradients, states and vectors; activations are those
     of its rows. The first outer step has the peak, since products are compared with differences there. The options of `solve`,
-    such as `lookahead`, are left out, and so are batches, and what kernels allocate for a moment.
+    such as `lookahead`, are left out, and so are batches, and what kernels allocate for a moment. Counts are upper bounds: a
+    linear solve that converges ends earlier, and a warm start takes one product more. A level that `fully_shard` shards is not
+    estimated.
 
     Args:
         problem: the problem, of one process; its modules hold the point.
