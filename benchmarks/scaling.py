@@ -147,12 +147,21 @@ def sharded(row: dict[str, Any], gpus: int, link: str) -> float:
     return float(computing + sent / bandwidth + 3 * (gpus - 1) * latency * row["passes"])
 
 
+def break_even(row: dict[str, Any], link: str) -> float:
+    """Return the tokens of a GPU at which many replicated GPUs exchange for as long as they compute; VARIABLES cancels."""
+    return 2 * BYTES * row["inner vectors"] * OPERATIONS / (LINKS[link][0] * 6 * row["passes"])
+
+
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the tables of the page, as lines of Markdown."""
-    table = ["| estimator | vectors inside | vectors outside | sums | passes |", "|---|---:|---:|---:|---:|"]
+    table = [
+        f"| estimator | vectors inside | vectors outside | sums | passes | {' | '.join(f'tokens, {link}' for link in LINKS)} |",
+        f"|---|{'---:|' * (4 + len(LINKS))}",
+    ]
     for row in rows:
         numbers = (row["inner vectors"], row["outer vectors"], row["sums"], row["passes"])
-        table.append(f"| {row['estimator']} | {' | '.join(f'{n:.0f}' for n in numbers)} |")
+        tokens = (f"{break_even(row, link):,.0f}" for link in LINKS)
+        table.append(f"| {row['estimator']} | {' | '.join((*(f'{n:.0f}' for n in numbers), *tokens))} |")
     for title, time, chosen in (
         ("replicated", seconds, rows),
         ("sharded", sharded, [row for row in rows if "ifference" in row["estimator"]]),

@@ -3,6 +3,7 @@
 from ..problem import Estimator, Linearization, Report
 from .condition import Condition
 from .implicit import Implicit
+from .kfac import KFACPreconditioner
 from .named import (
     GMRES,
     MINRES,
@@ -29,6 +30,7 @@ __all__ = [
     "FiniteDifference",
     "Identity",
     "Implicit",
+    "KFACPreconditioner",
     "LinearSolve",
     "Linearization",
     "Neumann",

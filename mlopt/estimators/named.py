@@ -13,6 +13,7 @@ from ..errors import EstimatorError
 from ..problem import LevelSize, Linearization, Point, PullbackCost
 from ..validation import batches_or_none, boolean, is_whole, must_be, one_of
 from .implicit import Implicit, Stationarity
+from .kfac import KFACPreconditioner
 from .products import COMPILED, PRODUCTS
 from .streamed import Streamed
 
@@ -233,7 +234,8 @@ class ConjugateGradient(_HessianProducts):
         iterations: the most iterations, one product with H each.
         rtol: stop when ||v - H q|| <= rtol ||v||.
         damping: added to the diagonal of H.
-        preconditioner: such as `mlopt.linear.NystromPreconditioner(rank=5)`.
+        preconditioner: `mlopt.KFACPreconditioner()`, or one that knows products only, such as
+            `mlopt.linear.NystromPreconditioner(rank=5)`.
         negative_curvature: the reaction to a direction in which H is not positive definite: "stop", "raise" or "continue".
         warm_start: inside `solve`, start from the q of the previous outer step.
         history: inside `solve`, the number of pairs (d, H d) of earlier solves to keep, two vectors each; 0 for none. They start
@@ -270,6 +272,11 @@ class ConjugateGradient(_HessianProducts):
             preconditioner=self.preconditioner,
             negative_curvature=self.negative_curvature,
         )
+
+    def solver_at(self, point: Point, level: str) -> linear.ConjugateGradient:
+        if not isinstance(self.preconditioner, KFACPreconditioner):
+            return self.solver
+        return attrs.evolve(self.solver, preconditioner=self.preconditioner.at(point, level))
 
 
 @final

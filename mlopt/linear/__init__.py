@@ -5,6 +5,7 @@ from .conjugate_gradient import ConjugateGradient
 from .dense import Dense
 from .gmres import GMRES
 from .history import History
+from .kronecker import Kronecker
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromPreconditioner
@@ -20,6 +21,7 @@ __all__ = [
     "Diagonal",
     "History",
     "Identity",
+    "Kronecker",
     "LinearSolution",
     "LinearSolver",
     "MatVec",

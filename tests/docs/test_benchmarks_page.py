@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.hypergrad.bar import bar
 from benchmarks.tapweight import cost
 from benchmarks.tapweight.results import regimes
@@ -190,6 +191,16 @@ def test_the_table_of_tasks_is_that_of_the_rows() -> None:
         for row in rows_of("tasks-2026-11-27.json")
     ]
     assert [[float(rtol), int(at_once), int(apart), ratio] for _, rtol, at_once, apart, ratio in cells] == expected
+
+
+def test_the_tables_of_scaling_are_those_of_the_counts() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    rows = rows_of("scaling-2026-11-27.json")
+    assert "\n".join(scaling.lines(rows)[:6]) in page
+    assert set(scaling.lines(rows)) <= set(page.splitlines())
+    conjugate = rows[[row["estimator"] for row in rows].index("ConjugateGradient")]
+    steps, k = scaling.INNER, scaling.ITERATIONS
+    assert [conjugate[key] for key in ("inner vectors", "outer vectors", "sums")] == [steps + k + 2, 2, steps + k + 4]
 
 
 def test_the_demonstration_under_two_kinds_of_kernels_is_that_of_the_rows() -> None:

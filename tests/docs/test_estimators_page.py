@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import unittest
 from pathlib import Path
@@ -53,3 +54,21 @@ def test_its_tables_name_public_estimators(page: tuple[dict[str, Any], str]) -> 
     assert len(calls) > 6
     for name, arguments in calls:
         eval(f"mlopt.{name}({arguments})", {"mlopt": mlopt})
+
+
+def test_errors_and_times_of_kfac_are_the_measured_ones() -> None:
+    rows = json.loads((PAGE.parents[1] / "benchmarks" / "results" / "kfac-2026-11-27.json").read_text())["rows"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    header = (
+        "| | iterations | MLP: error | time | softmax: error | time | GIN: error | time | transformer: error | time |"
+    )
+    lines = PAGE.read_text().split(f"{header}\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(lines) >= 8
+    for line in lines:
+        name, iterations, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        expected = []
+        for case in cases:
+            key = (case, name, int(iterations))
+            (row,) = (row for row in rows if (row["case"], row["estimator"], row["iterations"]) == key)
+            expected += [f"{row['error']:.1e}", f"{row['time']:.0f}"]
+        assert cells == expected, line

@@ -134,6 +134,14 @@ class TestPreconditionedConjugateGradient(EstimatorContract):
         return mlopt.ConjugateGradient(iterations=200, rtol=1e-13, preconditioner=preconditioner)
 
 
+class TestKFACConjugateGradient(EstimatorContract):
+    nested = True
+    tolerance = 1e-8
+
+    def estimator(self) -> mlopt.Estimator:
+        return mlopt.ConjugateGradient(iterations=200, rtol=1e-13, preconditioner=mlopt.KFACPreconditioner())
+
+
 class TestGaussNewton(EstimatorContract):
     """The modules of these problems return their variables, so that the matrix is the Hessian."""
 

@@ -63,6 +63,10 @@ PRINTED = [
         "ConjugateGradient(iterations=10, rtol=0.01) with autograd products, history of 5 pairs",
     ),
     (
+        mlopt.ConjugateGradient(preconditioner=mlopt.KFACPreconditioner(draws=None)),
+        "ConjugateGradient(iterations=10, preconditioner=KFACPreconditioner(draws=None, seed=0)) with autograd products",
+    ),
+    (
         mlopt.MINRES(products="forward", compile=True, warm_start=True),
         "MINRES(iterations=10) with forward products, compiled, warm start",
     ),
@@ -144,7 +148,15 @@ def test_evolve_checks_and_leaves_the_original(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*KINDS, *SOLVERS.values(), mlopt.Unrolled, mlopt.ValueFunction, mlopt.RealSteps, linear.NystromPreconditioner],
+    [
+        *KINDS,
+        *SOLVERS.values(),
+        mlopt.Unrolled,
+        mlopt.ValueFunction,
+        mlopt.RealSteps,
+        mlopt.KFACPreconditioner,
+        linear.NystromPreconditioner,
+    ],
     ids=lambda kind: f"{kind.__module__}.{kind.__name__}",
 )
 def test_arguments_are_keyword_only(kind: type[Any]) -> None:

@@ -6,10 +6,11 @@ from .difference import Difference, relative_step
 from .finite_difference import FiniteDifferenceProduct
 from .forward import ForwardProduct
 from .full_precision import full_precision
-from .gauss_newton import GaussNewtonProduct
+from .gauss_newton import GaussNewtonProduct, cut_at_outputs
+from .kernels import differentiable_kernels, graph_of, refuse_once_differentiable
 from .lengths import SMALL, Moves, moves_of, search
 from .mean import MeanSecondDerivatives, on_batches
-from .product import Product
+from .product import Product, name_kernels
 from .second_derivatives import SecondDerivatives
 from .supplied import SuppliedProduct
 from .traced import TracedProduct
@@ -30,9 +31,14 @@ __all__ = [
     "SecondDerivatives",
     "SuppliedProduct",
     "TracedProduct",
+    "cut_at_outputs",
+    "differentiable_kernels",
     "full_precision",
+    "graph_of",
     "moves_of",
+    "name_kernels",
     "on_batches",
+    "refuse_once_differentiable",
     "relative_step",
     "search",
 ]

@@ -18,7 +18,7 @@ from .autograd import AutogradProduct
 from .kernels import differentiable_kernels, prepare
 from .product import name_kernels
 
-__all__ = ["GaussNewtonProduct"]
+__all__ = ["GaussNewtonProduct", "cut_at_outputs"]
 
 
 class GaussNewtonProduct(AutogradProduct):
@@ -63,7 +63,10 @@ class _Linearized:
     def __init__(self, term: LevelTerm) -> None:
         self._variables = term.values[term.name]
         prepare(term)
-        with differentiable_kernels(term), _cut_at_outputs(term.module) as (outputs, leaves):
+        with (
+            differentiable_kernels(term),
+            cut_at_outputs(term.module, "products='gauss_newton'", "use products='autograd'") as (outputs, leaves),
+        ):
             value = term.value()
         if not outputs and term.part == "loss":
             raise EstimatorError(
@@ -107,8 +110,8 @@ def _grad(
 
 
 @contextmanager
-def _cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Replace the module's outputs by leaves inside the context, and yield both."""
+def cut_at_outputs(module: nn.Module, user: str, remedy: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Replace the module's outputs by leaves inside the context, and yield both; errors name the user and the remedy."""
     outputs: list[Tensor] = []
     leaves: list[Tensor] = []
 
@@ -117,8 +120,8 @@ def _cut_at_outputs(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tens
             return output
         if _reaches(output, leaves):
             raise EstimatorError(
-                f"products='gauss_newton': the loss feeds outputs of {type(module).__name__} back into it, so its outputs "
-                "are not a function of the variables alone; use products='autograd'"
+                f"{user}: the loss feeds outputs of {type(module).__name__} back into it, so its outputs are not a function of "
+                f"the variables alone; {remedy}"
             )
         leaf = output.detach().requires_grad_()
         outputs.append(output)
