@@ -216,10 +216,10 @@ NONSENSE = (
 )  # fmt: skip
 NUMBERS = {
     "1": 1.0, "0": 0.0, "-2.5e1": -25.0, " 3 ": 3.0, ".5": 0.5, "+7.": 7.0, "1e38": 1e38, "1e-50": 1e-50, "\u00a02": 2.0,
-    **dict.fromkeys(("", " ", "nan", "NaN", "-nan"), math.nan),
+    **dict.fromkeys(("", " ", "nan", "NaN", "-nan", "None"), math.nan),
 }  # fmt: skip
 NO_NUMBERS = (
-    "high", "1,5", "1_0", "inf", "-Infinity", "1e400", "1e39", "0x1", "1 2", "1\n2", '"', "True", "None", "½", "--1",
+    "high", "1,5,5", "1_0", "inf", "-Infinity", "1e400", "1e39", "0x1", "1 2", "1\n2", '"', "True", "½", "--1",
 )  # fmt: skip
 NAMES = ("y", "Y2", "logS", "naïve", " padded ", "two words", "measured, in mol/l", "")
 
@@ -271,6 +271,9 @@ def tables(draw: Draw, labelled: bool) -> DrawnTable:
         record = header if index < 0 else [*cells[:at], smiles, *cells[at:]]
         ragged = index >= 0 and draw(rare)
         record = ([*record, "1"] if draw(st.booleans()) else record[:-1]) if ragged else record
+        if len(record) < len(header) and not header[-1].strip():
+            # A column without a name may end before the others.
+            ragged, cells[-1], values[-1] = False, "", math.nan
         text += ",".join(_cell(cell, quoted or len(record) == 1) for cell in record) + end
         if index < 0:
             continue
