@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,15 +36,14 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         given: set[int] | None = None
         for tensor in tree_leaves(result):
-            # Forward mode has zeros without memory.
-            if not isinstance(tensor, Tensor) or tensor._is_zerotensor():
+            if not _has_storage(tensor):
                 continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key in self._alive or not size:
                 continue
             if given is None:
-                given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+                given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _has_storage(x)}
             if key not in given:
                 self._alive.add(key)
                 self.held += size
@@ -54,3 +54,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.held -= size
+
+
+def _has_storage(value: Any) -> bool:
+    """Return True for a tensor with memory; sparse ones keep theirs in parts, and the zeros of forward mode have none."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value._is_zerotensor()

@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ..hypergradient import seeded_generators
-from ..problem import Level, LevelSize, Point, Problem, PullbackCost, Workspace
+from ..problem import Level, LevelSize, Point, Problem, PullbackCost, Stream, Workspace
 from ..problem.rows import portion
 from ..ranks import Ranks
-from ..rng import preserved
+from ..rng import derive_seed, preserved
 from ..validation import is_whole, require
 from .counts import Counts
 from .evaluation import fixed_batches, put_back, rendered
@@ -24,6 +24,19 @@ from .sizes import bytes_of, level_size, optimizer_size, pullback_cost
 __all__ = ["LevelRequirements", "Requirements", "estimate_requirements"]
 
 _MIB = 2**20
+
+#: The columns of the table: memory first, then counts.
+_HEADINGS = {
+    "variables": "variables",
+    "gradient": "gradients",
+    "optimizer": "optimizer state",
+    "step": "for one step",
+    "kept": "kept by estimator",
+    "pullback": "for one pullback",
+    "steps": "steps",
+    "evaluations": "loss evaluations",
+    "products": "Hessian products",
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -38,8 +51,8 @@ class LevelRequirements:
         kept: what its estimator keeps from one outer step to the next.
         pullback: the most that a pullback through it allocates; None if its estimator does not state it.
         steps: the number of its steps.
-        evaluations: the number of evaluations of its loss, each with a backward pass; None if not known.
-        products: the number of products with its Hessian in linear solves; None if not known.
+        evaluations: the most evaluations of its loss, each with a backward pass; None if not known.
+        products: the most products with its Hessian in linear solves, which may converge earlier; None if not known.
     """
 
     variables: int
@@ -78,19 +91,21 @@ class Requirements:
     def __rich__(self) -> RenderableType:
         several = f", for one of {self.processes} processes" if self.processes > 1 else ""
         table = Table(
-            title=f"an outer step{several}: memory in MiB (2^20 bytes); steps, evaluations of the loss and products with the "
-            "Hessian are counts",
-            title_justify="left",
+            title=f"an outer step{several}: memory in MiB (2^20 bytes), and the most passes", title_justify="left"
         )
-        names = [field.name for field in attrs.fields(LevelRequirements)]
-        for name in ("level", *names):
-            table.add_column(name, justify="left" if name == "level" else "right")
+        for heading in ("level", *_HEADINGS.values()):
+            table.add_column(heading, justify="left" if heading == "level" else "right")
+        names = list(_HEADINGS)
         for level, own in self.levels.items():
             memory = [_mib(getattr(own, name)) for name in names[:6]]
             counts = ["not known" if (n := getattr(own, name)) is None else f"{n:,}" for name in names[6:]]
             table.add_row(level, *memory, *counts)
         missing = f", without pullbacks through {', '.join(self.unknown)}" if self.unknown else ""
-        table.caption, table.caption_justify = f"peak of a process: {_mib(self.memory)} MiB{missing}", "left"
+        table.caption, table.caption_justify = (
+            f"peak of a process: {_mib(self.memory)} MiB{missing}: variables, gradients, optimizer states and what is kept, of "
+            "all levels, and the largest step or pullback; batches are not included",
+            "left",
+        )
         return table
 
     def __str__(self) -> str:
@@ -110,7 +125,9 @@ def estimate_requirements(
     loss is evaluated on the rows of one process, and one product of each kind is taken. No optimiser state is allocated, and no
     linear solve is run. With several processes, each holds all variables, gradients, states and vectors; activations are those
     of its rows. The first outer step has the peak, since products are compared with differences there. The options of `solve`,
-    such as `lookahead`, are left out, and so are batches, and what kernels allocate for a moment.
+    such as `lookahead`, are left out, and so are batches, and what kernels allocate for a moment. Counts are upper bounds: a
+    linear solve that converges ends earlier, and a warm start takes one product more. A level that `fully_shard` shards is not
+    estimated.
 
     Args:
         problem: the problem, of one process; its modules hold the point.
@@ -138,8 +155,10 @@ def estimate_requirements(
     # The last process has the most rows.
     ranks = Ranks(processes - 1, processes)
     parts = {level.name: portion(level, fixed[level.name], ranks).batch for level in problem}
+    curvature = {level.name: _curvature_batches(level, ranks, seed) for level in problem}
     with put_back(problem), preserved(problem.devices):
-        point = Point(problem, parts, seeded_generators(problem, "seed", seed), workspace=Workspace())
+        generators = seeded_generators(problem, "seed", seed)
+        point = Point(problem, parts, generators, curvature_batches=curvature, workspace=Workspace())
         sizes = {level.name: level_size(point, level) for level in problem}
         costs = {
             level.name: pullback_cost(
@@ -152,6 +171,15 @@ def estimate_requirements(
     levels = {level.name: _requirements(level, sizes[level.name], costs, counts, processes) for level in problem}
     unknown = tuple(name for name, cost in costs.items() if cost is None)
     return Requirements(processes=processes, levels=levels, memory=_peak(problem, levels), unknown=unknown)
+
+
+def _curvature_batches(level: Level, ranks: Ranks, seed: int) -> list[Any]:
+    """Return the rows of one process of the batches that a pullback takes the Hessian on; none if it takes the level's."""
+    rule = level.estimator
+    if rule is None or rule.curvature_data is None or rule.curvature_batches == "all":
+        return []
+    stream = Stream(level.name, rule.curvature_data, derive_seed("curvature", seed), level.device)
+    return [portion(level, batch, ranks).batch for batch in stream.take(rule.curvature_batches)]
 
 
 def _requirements(

@@ -9,9 +9,9 @@ from .segments import balanced, uniform
 
 __all__ = ["implicit_cost", "unrolled_cost"]
 
-#: Vectors for each pair of a history while the next history is formed: the pairs before, the new ones, both as rows of one
-#: matrix, and the conjugated directions.
-_FORMING = 11
+#: Vectors for each pair of a history while the next history is formed, besides the pairs before: the new ones, both as rows of
+#: one matrix, and the conjugated directions.
+_FORMING = 9
 
 
 def implicit_cost(
@@ -39,7 +39,8 @@ def implicit_cost(
     kept = 2 * history + 3 if history else int(warm_start)
     products = solve.products + int(kept > 0 and solve.products > 0)
     solving = solve.vectors * vector + (size.product if products else 0)
-    forming = (_FORMING * history + solve.vectors) * vector if history else 0
+    # The graph of the products is still there.
+    forming = (_FORMING * history + solve.vectors) * vector + size.product if history else 0
     each = kind.evaluations if batches == 1 else batches * max(kind.evaluations, 1)
     # An assumed inverse stays, and so does the solution of a solve.
     beside = 1 if products else solve.vectors

@@ -116,7 +116,8 @@ class Implicit(Estimator):
 
     def cost(self, size: LevelSize) -> PullbackCost | None:
         solve, batches = None if self.solver is None else self.solver.cost(size.unknowns), self.curvature_batches
-        if solve is None or batches == "all" or self.joint:
+        # Compiled code allocates as its compiler decides, and the number of batches of an epoch is not known before it.
+        if solve is None or batches == "all" or self.joint or self.compile:
             return None
         return implicit_cost(
             solve, size, self.product, history=self.history, warm_start=self.warm_start, batches=batches

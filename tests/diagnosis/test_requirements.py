@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW
 
 import mlopt
@@ -27,6 +30,7 @@ ESTIMATORS: dict[str, Callable[[], mlopt.Estimator]] = {
     "cg": CG,
     "cg by differences": partial(CG, products="finite_difference"),
     "cg, warm": partial(CG, warm_start=True),
+    "cg, gauss-newton": partial(CG, products="gauss_newton"),
     "minres": partial(mlopt.MINRES, iterations=5, rtol=0.0, damping=3.0),
     "gmres": partial(mlopt.GMRES, iterations=12, rtol=0.0, damping=0.3),
     "neumann": partial(mlopt.Neumann, iterations=5),
@@ -45,10 +49,10 @@ def of(estimator: mlopt.Estimator, optimizer: Any, variables: float = 5e4, steps
     )
 
 
-def measured(problem: mlopt.Problem) -> int:
-    """Return the peak of a run of two outer steps, modules included."""
+def measured(problem: mlopt.Problem, steps: int = 2) -> int:
+    """Return the peak of a run of some outer steps, modules included."""
     modules = sum(x.numel() * x.element_size() for level in problem for x in level.module.parameters())
-    return modules + peak_memory(lambda: mlopt.solve(problem, 2, seed=0, progress=False), "cpu")
+    return modules + peak_memory(lambda: mlopt.solve(problem, steps, seed=0, progress=False), "cpu")
 
 
 @pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
@@ -69,7 +73,19 @@ def test_the_peak_grows_with_the_variables(variables: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
-@pytest.mark.parametrize("name", [*(name for name in ESTIMATORS if name != "cg, warm"), "cg, forward"])
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_pairs_of_a_history_count(pairs: int) -> None:
+    # Solves do not converge, so the history is full after two steps, and the third forms the next from it.
+    optimizer, rule = partial(SGD, lr=1e-3), partial(CG, history=pairs, damping=0.3)
+    estimate = estimate_requirements(of(rule(), optimizer, 1e4))
+    size = estimate.levels["net"].gradient
+    # Two vectors a pair, the solution, its product and the drift.
+    assert estimate.levels["net"].kept == (2 * pairs + 3) * size
+    assert estimate.memory == pytest.approx(measured(of(rule(), optimizer, 1e4), steps=4), rel=0.15)
+
+
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+@pytest.mark.parametrize("name", [*ESTIMATORS, "cg, forward"])
 def test_evaluations_and_products_are_those_of_a_run(name: str) -> None:
     kinds = {"cg, forward": partial(CG, products="forward")}
     estimator = (ESTIMATORS | kinds)[name]()
@@ -93,12 +109,14 @@ def test_evaluations_and_products_are_those_of_a_run(name: str) -> None:
 
     torch.manual_seed(0)
     weights, net = reweighting(nn.Sequential(nn.Linear(64, 3), nn.Tanh(), nn.Linear(3, 10)), estimator).levels
+    # In double precision, no solve ends early at rounding.
+    for level in (weights, net):
+        level.module.double()
+    held_out, training = ([(x.double(), y) for x, y in level.data] for level in (weights, net))
     sgd = partial(SGD, lr=1e-3)
-    own = {"data": net.data, "steps": 3, "accumulate": 2, "estimator": estimator}
+    own = {"data": training, "steps": 3, "accumulate": 2, "estimator": estimator}
     problem = mlopt.Problem(
-        mlopt.Level(
-            "weights", weights.module, counted(weights.definition, "weights"), data=weights.data, optimizer=sgd
-        ),
+        mlopt.Level("weights", weights.module, counted(weights.definition, "weights"), data=held_out, optimizer=sgd),
         mlopt.Level("net", net.module, counted(net.definition, "net"), optimizer=sgd, **own),
     )
     levels = estimate_requirements(problem).levels
@@ -109,6 +127,16 @@ def test_evaluations_and_products_are_those_of_a_run(name: str) -> None:
     assert levels["net"].evaluations == last.count("net")
     assert levels["weights"].evaluations == last.count("weights") == 1
     assert levels["net"].products == solution.reports["net"].products
+
+
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_a_solve_that_converges_takes_fewer_products(warm_start: bool) -> None:
+    rule = CG(iterations=20, rtol=1e-2, warm_start=warm_start)
+    products = estimate_requirements(of(rule, partial(SGD, lr=1e-3), 1e4)).levels["net"].products
+    solution = mlopt.solve(of(rule, partial(SGD, lr=1e-3), 1e4), 3, seed=0, progress=False)
+    assert products == 20 + warm_start
+    assert 0 < solution.reports["net"].products < products
 
 
 def test_products_of_a_nest_are_an_upper_bound() -> None:
@@ -150,6 +178,44 @@ def test_activations_are_those_of_the_rows_of_one_process() -> None:
     one, eight = (estimate_requirements(problem, processes=n) for n in (1, 8))
     assert eight.levels["x"].pullback == pytest.approx(one.levels["x"].pullback / 8, rel=0.01)
     assert eight.memory == pytest.approx(one.memory / 8, rel=0.01)
+
+
+def by_rows() -> mlopt.Problem:
+    """Return a problem whose batches can be split by rows: each row knows the number of its weight."""
+    weights, net = of(CG(), partial(Adam, lr=1e-3)).levels
+    ((inputs, labels),) = net.data
+
+    def training(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+        inputs, labels, index = batch
+        losses = cross_entropy(module(inputs), labels, reduction="none")
+        return (weights()[index].sigmoid() * losses).mean()
+
+    own = {"optimizer": partial(Adam, lr=1e-3), "data": [(inputs, labels, torch.arange(64))], "estimator": CG()}
+    return mlopt.Problem(weights, mlopt.Level("net", net.module, training, **own))
+
+
+def peak_of_this_process() -> int:
+    return measured(by_rows())
+
+
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+def test_vectors_are_whole_on_every_process(tmp_path: Path) -> None:
+    one, two = (estimate_requirements(by_rows(), processes=n) for n in (1, 2))
+    assert (two.levels["net"].gradient, two.levels["net"].optimizer) == (
+        one.levels["net"].gradient,
+        one.levels["net"].optimizer,
+    )
+    for peak in in_processes(2, peak_of_this_process, folder=tmp_path):
+        assert two.memory == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"curvature_batches": "all"}])
+def test_a_cost_that_depends_on_a_compiler_or_an_epoch_is_not_known(options: Any) -> None:
+    data = {"curvature_data": reweighting(network(1e3), CG()).levels[1].data} if "curvature_batches" in options else {}
+    estimate = estimate_requirements(of(CG(**options, **data), partial(SGD, lr=1e-3), 1e3))
+    assert estimate.unknown == ("net",)
+    assert (estimate.levels["net"].pullback, estimate.levels["net"].products) == (None, None)
+    assert "not known" in str(estimate)
 
 
 def test_a_rule_that_does_not_state_its_cost_is_named() -> None:
