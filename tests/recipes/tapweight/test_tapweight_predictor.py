@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_cases import Case, load, succeed
+from command_cases import Case, load, merged, succeed
 from tapweight_cases import recipe
 
 from mlopt import cli
@@ -76,7 +76,7 @@ def test_a_run_takes_the_splits_of_another(case: Case) -> None:
     runs["again"] = ["--seed", "2", "--splits", str(case.folder / "first" / "splits.json")]
     for output, more in runs.items():
         options = [*data, "--train", train, *case.fast.split(), "--epochs", "1", *more]
-        succeed([*case.command, *options, "--output", str(case.folder / output)])
+        succeed([*case.command, *merged([*options, "--output", str(case.folder / output)])])
     first, other, again = (load(case.folder, output, "splits.json") for output in runs)
     assert first == again != other
     assert sorted(record for records in first.values() for record in records) == list(range(40))
@@ -116,8 +116,8 @@ def test_what_cannot_be_predicted_is_refused(
     file, _, _ = inputs(case, tmp_path)
     monkeypatch.chdir(case.folder)
     command, folder, *more = arguments
-    options = ["tapweight", command, folder, "--input", str(file), "--output", str(tmp_path / "a.csv"), *more]
-    assert cli.main(options) == 2
+    options = merged(["--input", str(file), "--output", str(tmp_path / "a.csv"), *more])
+    assert cli.main(["tapweight", command, folder, *options]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a.csv").exists()
 
