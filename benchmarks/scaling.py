@@ -1,4 +1,4 @@
-"""How far one problem scales over GPUs: a formula, with the exchanges that a run of two processes counts.
+"""The speedup of one problem over GPUs: a formula, with the exchanges that a run of two processes counts.
 
 Two gloo processes run a problem of two levels, and count the numbers and the sums that they exchange in an outer step. The rest
 is arithmetic with assumed speeds of GPUs and links: nothing was run on several GPUs. The global batch is the same for any number.

@@ -1,4 +1,4 @@
-"""What a plan will compute, and about how long it takes on this machine."""
+"""Estimates of the rows that a plan computes, their encoder passes, and their time on this machine."""
 
 from __future__ import annotations
 

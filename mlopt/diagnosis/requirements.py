@@ -41,7 +41,7 @@ _HEADINGS = {
 
 @attrs.frozen(kw_only=True)
 class LevelRequirements:
-    """What one level takes in an outer step; memory in bytes, of one process.
+    """The memory and the passes that one level takes in an outer step; memory in bytes, of one process.
 
     Attributes:
         variables: its parameters and buffers.

@@ -45,7 +45,7 @@ def test_it_computes_in_the_finer_dtype_and_returns_that_of_the_matrix() -> None
 
 
 def test_rounding_below_zero_counts_as_zero() -> None:
-    """An inverse with a negative eigenvalue is no preconditioner."""
+    """An inverse with a negative eigenvalue is not a preconditioner."""
     product = Kronecker.of(torch.diag(torch.tensor([1.0, -1e-3])), torch.eye(1))
     solved = product.solve(torch.ones(1, 2), torch.tensor(1e-4))
     torch.testing.assert_close(solved, torch.tensor([[1 / 1.0001, 1e4]]))
