@@ -161,7 +161,7 @@ def test_a_command_on_two_processes_writes_the_files_of_one_and_one_resumes(
 
 
 def test_the_command_refuses_in_every_process(case: Case) -> None:
-    done = launched(case.options("refused", "--steps", "3", "--every", "4"), case.folder)
+    done = launched(case.options("refused-by-each", "--steps", "3", "--every", "4"), case.folder)
     assert done.returncode != 0
     assert "mlopt: steps=3 at every=4: the weights never move; take at least 4 steps" in done.stderr
-    assert not (case.folder / "refused").exists()
+    assert not (case.folder / "refused-by-each").exists()
