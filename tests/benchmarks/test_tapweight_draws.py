@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,16 @@ def test_molecules_without_a_ring_are_groups_of_their_own(tmp_path: Path) -> Non
     table.write_text("smiles,y\n" + "".join(f"{smiles},{len(smiles)}\n" for smiles in chains))
     task = MoleculeStudy(own).task("esol", 0, 20)
     assert [len(task.splits[split]) for split in ("train", "valid", "test")] == [16, 4, 20]
+
+
+def test_the_texts_of_a_task_in_two_files_are_numbered_across_them(tmp_path: Path) -> None:
+    from benchmarks.tapweight.text import _read
+
+    for name, count in {"dev.jsonl": 3, "test.jsonl": 4}.items():
+        lines = [json.dumps({"text": f"{name} {row}", "label": row % 2}) for row in range(count)]
+        (tmp_path / name).write_text("\n".join(lines))
+    texts = _read(tmp_path, ("dev.jsonl", "test.jsonl"))
+    assert texts.record_numbers() == tuple(range(7))
+    chosen = texts.subset([6, 0])
+    assert [example["text"] for example in chosen] == ["test.jsonl 3", "dev.jsonl 0"]
+    assert chosen.record_numbers() == (6, 0)
