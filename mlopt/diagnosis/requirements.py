@@ -10,7 +10,9 @@ import torch
 from rich.console import RenderableType
 from rich.table import Table
 
+from ..estimators import Implicit
 from ..hypergradient import seeded_generators
+from ..linear import AssumedInverse
 from ..problem import Level, LevelSize, Point, Problem, PullbackCost, Stream, Workspace
 from ..problem.rows import portion
 from ..ranks import Ranks
@@ -211,10 +213,20 @@ def _peak(problem: Problem, levels: Mapping[str, LevelRequirements]) -> int:
         cotangents = gradients[level.name] + sum(gradients[name] for name in node.interior if name in node.references)
         moments.append(others + gradients[level.name] + levels[level.name].step)
         if level.response is None:
-            pulled = [levels[part].pullback or 0 for part in node.parts if problem.graph[part].arguments]
-            moments.append(others + cotangents + max(pulled, default=0))
+            moments.append(others + cotangents)
+            for part in (part for part in node.parts if problem.graph[part].arguments):
+                if level is problem.outermost and _frees_gradient(problem, part):
+                    others -= gradients[part]
+                moments.append(others + cotangents + (levels[part].pullback or 0))
         else:  # steps inside, beside what restores the levels inside
             inside = [levels[other.name] for other in problem.levels[1:]]
             snapshot = sum(own.variables + own.optimizer + own.gradient for own in inside)
             moments.append(sum(gradients.values()) + snapshot + max(own.step for own in inside))
     return bytes_of(tensors) + sum(own.optimizer + own.kept for own in levels.values()) + max(moments)
+
+
+def _frees_gradient(problem: Problem, name: str) -> bool:
+    """Return True if the last pullback through a level in an outer step frees `.grad`, as it assumes the inverse Hessian."""
+    rule, inside = problem[name].estimator, problem.graph[name].parts
+    leaf = not any(problem.graph[part].arguments for part in inside) and problem[name].residual is None
+    return leaf and isinstance(rule, Implicit) and isinstance(rule.solver, AssumedInverse | None)

@@ -379,7 +379,14 @@ class Stationarity(Linearization):
         return solution, rest
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
+        self._free_gradient()
         return in_single_precision(self.point, self._copies, partial(self._pullback, wanted=wanted), cotangent)
+
+    def _free_gradient(self) -> None:
+        """Free the gradient of the latest step before products need memory, once it is measured, unless a solve may read it."""
+        if self.point.frees_gradients and not self._children and isinstance(self._solver, AssumedInverse):
+            self._measure()
+            self.point.free_gradient(self.name)
 
     def _pullback(self, cotangent: Vectors, wanted: Sequence[str] | None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
@@ -425,7 +432,7 @@ class Stationarity(Linearization):
 
     def _measure(self) -> None:
         """Report how far the level is from the point at which its steps end."""
-        if self.report.is_measured or (gradient := self._known_gradient()) is None:
+        if (gradient := self._known_gradient()) is None:
             return
         gradient = self._bounds.on_free(gradient)
         variables, size, distance = self.point.values[self.name], norm(gradient), None

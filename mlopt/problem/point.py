@@ -97,6 +97,7 @@ class Point:
         workspace: caches; the problem's if None.
         estimators: estimators by level that replace the problem's.
         carryover: state of the present run; None for pullbacks that do not depend on earlier ones.
+        frees_gradients: whether pullbacks may free `.grad` of the levels inside, which nothing reads after them.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Point:
         workspace: Workspace | None = None,
         estimators: Mapping[str, Estimator] | None = None,
         carryover: Carryover | None = None,
+        frees_gradients: bool = False,
     ) -> None:
         self.problem = problem
         self.batches = batches
@@ -117,6 +119,7 @@ class Point:
         self.workspace = problem.workspace if workspace is None else workspace
         self._estimators = estimators or {}
         self.carryover = carryover
+        self.frees_gradients = frees_gradients
         variables = {} if carryover is None else carryover.variables
         #: Variables by block: live parameters of levels; multipliers of nested levels are added as they are computed.
         self.values: dict[Block, Tensors] = dict(variables or {level.name: level.parameters for level in problem})
@@ -152,6 +155,11 @@ class Point:
         if size is None:
             return gradient
         return scale(size / norm(gradient).clamp_min(torch.finfo(size.dtype).tiny), gradient)
+
+    def free_gradient(self, name: str) -> None:
+        """Free `.grad` of a level's variables."""
+        for variable in self.values[name]:
+            variable.grad = None
 
     def warm_start(self, name: str) -> Tensors | None:
         """Return the solution of a level's linear system that `keep_warm` kept, if any."""

@@ -38,6 +38,7 @@ class Engine:
         skip_limit: number of non-finite steps that may be skipped; 0 to skip none.
         aside: whether the steps are taken outside a run: the outermost level takes none, and an optimiser that a level provides
             is copied.
+        keep_gradients: whether `.grad` of every level stays until its next step, because a callback may read it.
 
     Attributes:
         skipped: number of skipped steps of each level.
@@ -49,7 +50,14 @@ class Engine:
     """
 
     def __init__(
-        self, problem: Problem, seed: int, *, lookahead: bool = False, skip_limit: int = 0, aside: bool = False
+        self,
+        problem: Problem,
+        seed: int,
+        *,
+        lookahead: bool = False,
+        skip_limit: int = 0,
+        aside: bool = False,
+        keep_gradients: bool = True,
     ) -> None:
         self.problem, self._lookahead, self._skip_limit = problem, lookahead, skip_limit
         stepped = [level for level in problem.levels[1 if aside else 0 :] if level.solver is None]
@@ -57,7 +65,7 @@ class Engine:
         self.schedulers = {name: make_scheduler(problem[name], own) for name, own in self.optimizers.items()}
         self.precisions = {level.name: Precision(level) for level in problem}
         self.streams = {level.name: Stream(level.name, level.data, seed, level.device) for level in problem}
-        self.gradients = Gradients(problem, self.optimizers, self.precisions, seed)
+        self.gradients = Gradients(problem, self.optimizers, self.precisions, seed, keep=keep_gradients)
         self.gradients.carryover.engine = self
         outermost = problem.outermost.name
         self.stillness = Stillness(outermost, scheduled=self.schedulers.get(outermost) is not None)

@@ -62,6 +62,7 @@ class Gradients:
         optimizers: the optimiser of each level, which estimators may read.
         precisions: the precision of each level.
         seed: seed of the order of curvature data.
+        keep: whether `.grad` of every level stays until its next step, because a callback may read it.
 
     Attributes:
         carryover: state that the points of this run share.
@@ -75,9 +76,15 @@ class Gradients:
     """
 
     def __init__(
-        self, problem: Problem, optimizers: Mapping[str, Any], precisions: Mapping[str, Precision], seed: int
+        self,
+        problem: Problem,
+        optimizers: Mapping[str, Any],
+        precisions: Mapping[str, Precision],
+        seed: int,
+        *,
+        keep: bool = True,
     ) -> None:
-        self.problem, self._precisions, self._seed = problem, precisions, seed
+        self.problem, self._precisions, self._seed, self._keep = problem, precisions, seed, keep
         self._devices = problem.devices
         self._modules = {
             level.name: {name: problem[name].module for name in (level.name, *level.references)} for level in problem
@@ -288,7 +295,13 @@ class Gradients:
             if name in interior and (rule := self.problem[name].estimator) is not None
         }
         point = Point(
-            self.problem, self.batches, self.generators, curvature_batches=curvature, carryover=self.carryover
+            self.problem,
+            self.batches,
+            self.generators,
+            curvature_batches=curvature,
+            carryover=self.carryover,
+            # The outermost level is the last that pulls back through the others in an outer step.
+            frees_gradients=not self._keep and level is self.problem.outermost,
         )
         precision, share = self._precisions[level.name], 1.0 / len(batches)
 

@@ -53,7 +53,8 @@ class Run:
     ) -> None:
         self.problem, self.steps, self.step, self.seed = problem, steps, 0, seed
         self.history = History()
-        self.engine = Engine(problem, seed, lookahead=lookahead, skip_limit=skip_limit)
+        keep = any(callback.reads_gradients for callback in callbacks)
+        self.engine = Engine(problem, seed, lookahead=lookahead, skip_limit=skip_limit, keep_gradients=keep)
         self.status: str | None = None
         self.rollbacks = self.logged = 0
         self._callbacks = callbacks

@@ -33,6 +33,9 @@ class Callback:
 
     #: Whether the callback runs in every process of a run on several, and not in the first only.
     in_every_process: ClassVar[bool] = True
+    #: Whether the callback may read `.grad` of the levels inside, which takes memory: without such a callback, a pullback that
+    #: assumes the inverse Hessian frees it. `.grad` of the outermost level always stays until its next step.
+    reads_gradients: ClassVar[bool] = True
 
     def on_train_begin(self, run: Run) -> None:
         """Called before the first step. In a resumed run, `run.step` > 0 and `run.history` holds the earlier rows."""

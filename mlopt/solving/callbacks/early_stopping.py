@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -43,6 +43,8 @@ class EarlyStopping(Callback):
         >>> mlopt.solve(problem, 1_000, callbacks=[mlopt.EarlyStopping("y/loss", patience=10)]).status
         'early stopping: y/loss was no better than 1.96..., of step 2, in 10 rows'
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     metric: str
     patience: int = attrs.field(validator=at_least(1))

@@ -51,6 +51,7 @@ class _FileLogger(Callback):
     """Appends rows to a file, which is rewritten from the history when a run starts or resumes."""
 
     in_every_process: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file)

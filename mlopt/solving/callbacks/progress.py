@@ -46,6 +46,7 @@ class ProgressDisplay(Callback):
     """
 
     in_every_process: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ class _Tracker(Callback):
     """Sends each row with its outer step; a resumed run starts with the first row that was not sent before its checkpoint."""
 
     in_every_process: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
 
     def __init__(self, module: str, requirement: str) -> None:
         self._package = import_optional(module, type(self).__name__, requirement)

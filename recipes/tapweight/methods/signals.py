@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -40,6 +40,8 @@ class SignalMeter(mlopt.Callback):
         batch_size: validation examples that are taken at once, which bounds the memory.
         seed: the seed of the halves.
     """
+
+    reads_gradients: ClassVar[bool] = False  # that of the outermost level stays in any case
 
     def __init__(
         self,
