@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from torch import nn
 
 from .. import linear
 from ..errors import MloptError
@@ -113,7 +114,12 @@ class Diagnosis:
 
 
 def diagnose(
-    problem: Problem, batches: Mapping[str, Any] | None = None, *, seed: int = 0, processes: int = 1
+    problem: Problem,
+    batches: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    processes: int = 1,
+    sharded: Mapping[str, Iterable[nn.Module]] | None = None,
 ) -> Diagnosis:
     """Diagnose every level that cotangents are pulled back through, at the present point, before a long run.
 
@@ -129,6 +135,8 @@ def diagnose(
         batches: the batch of each level by name; a missing one is the first of the level's data, in the order of `seed`.
         seed: seed of the random numbers that the losses draw, of the data's order and of the random vectors.
         processes: the number of processes for which memory is estimated.
+        sharded: by level that `fully_shard` will shard over them, the parts of its module that are given to it, as in
+            `mlopt.diagnosis.estimate_requirements`.
 
     Returns:
         Findings for each level, also on each kind of products and each solver; printing it shows tables.
@@ -146,7 +154,7 @@ def diagnose(
     problem.ranks.refuse("diagnose")
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
-    needed = estimate_requirements(problem, batches, processes=processes, seed=seed)
+    needed = estimate_requirements(problem, batches, processes=processes, sharded=sharded, seed=seed)
     with put_back(problem), preserved(problem.devices):
         start = Point(problem, batches, seeded_generators(problem, "seed", seed), workspace=workspace)
         run_solvers(start, problem.outermost)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from rich.console import RenderableType
 from rich.table import Table
+from torch import nn
 
 from ..estimators import Implicit
 from ..hypergradient import seeded_generators
@@ -21,7 +23,8 @@ from ..validation import is_whole, require
 from .counts import Counts
 from .evaluation import fixed_batches, put_back, rendered
 from .measurements import random_vector
-from .sizes import bytes_of, level_size, optimizer_size, pullback_cost
+from .sharding import Sharding, shardings
+from .sizes import activations, bytes_of, level_size, optimizer_size, pullback_cost
 
 __all__ = ["LevelRequirements", "Requirements", "estimate_requirements"]
 
@@ -73,7 +76,8 @@ class Requirements:
     """The memory and the passes of an outer step of `solve`; it prints as a table.
 
     Attributes:
-        processes: the number of processes, each of which holds all variables and evaluates its rows of a batch.
+        processes: the number of processes, each of which evaluates its rows of a batch, and holds all variables, but of sharded
+            levels its part.
         levels: the requirements of each level by name.
         memory: the most bytes that one process holds in an outer step, modules included, batches not.
         unknown: the levels with an estimator whose cost is not known; `memory` does not include their pullbacks.
@@ -119,7 +123,12 @@ def _mib(size: int | None) -> str:
 
 
 def estimate_requirements(
-    problem: Problem, batches: Mapping[str, Any] | None = None, *, processes: int = 1, seed: int = 0
+    problem: Problem,
+    batches: Mapping[str, Any] | None = None,
+    *,
+    processes: int = 1,
+    sharded: Mapping[str, Iterable[nn.Module]] | None = None,
+    seed: int = 0,
 ) -> Requirements:
     """Estimate the memory and the passes of an outer step of `solve`, before the run.
 
@@ -127,22 +136,27 @@ def estimate_requirements(
     loss is evaluated on the rows of one process, and one product of each kind is taken. No optimiser state is allocated, and no
     linear solve is run. With several processes, each holds all variables, gradients, states and vectors; activations are those
     of its rows. The first outer step has the peak, since products are compared with differences there. The options of `solve`,
-    such as `lookahead`, are left out, and so are batches, and what kernels allocate for a moment. Counts are upper bounds: a
-    linear solve that converges ends earlier, and a warm start takes one product more. A level that `fully_shard` shards is not
-    estimated.
+    such as `lookahead`, are left out, and so are batches, a vector for the decoupled decay of AdamW, what kernels allocate for a
+    moment, and `.grad` that a callback keeps. Counts are upper bounds: a linear solve that converges ends earlier, and a warm
+    start takes one product more.
+
+    Of a level that `fully_shard` will shard, a process holds its part of every vector, and beside them what the largest unit
+    gathers: with s bytes in the unit and R processes, (2 - 1 / R) s in the backward pass.
 
     Args:
         problem: the problem, of one process; its modules hold the point.
         batches: the batch of each level by name; a missing one is the first of the level's data, in the order of `seed`.
         processes: the number of processes that will share the problem.
+        sharded: by level that `fully_shard` will shard over the processes, the parts of its module that are given to it before
+            the module itself; modules are whole here.
         seed: seed of the random numbers that the losses draw, and of the data's order.
 
     Returns:
         Bytes and counts for each level, and the peak of a process; it prints as a table.
 
     Raises:
-        ArgumentError: `processes` is not a whole number above zero.
-        ProblemError: a batch cannot be split over the processes.
+        ArgumentError: `processes` is not a whole number above zero, or `sharded` names a level that cannot be sharded.
+        ProblemError: a batch cannot be split over the processes, or the estimator of a sharded level takes whole vectors.
 
     Example:
         >>> from mlopt.diagnosis import estimate_requirements
@@ -154,6 +168,7 @@ def estimate_requirements(
     require("estimate_requirements", "processes", processes, is_whole(processes, 1), "a whole number >= 1")
     problem.ranks.refuse("estimate_requirements")
     fixed = fixed_batches(problem, batches, seed)
+    shards = shardings(problem, sharded, processes)
     # The last process has the most rows.
     ranks = Ranks(processes - 1, processes)
     parts = {level.name: portion(level, fixed[level.name], ranks).batch for level in problem}
@@ -162,17 +177,28 @@ def estimate_requirements(
         generators = seeded_generators(problem, "seed", seed)
         point = Point(problem, parts, generators, curvature_batches=curvature, workspace=Workspace())
         sizes = {level.name: level_size(point, level) for level in problem}
+        in_shards = {
+            name: partial(own.size, activations=activations(point, problem[name])) for name, own in shards.items()
+        }
         costs = {
             level.name: pullback_cost(
-                point, level, sizes[level.name], random_vector(level, torch.Generator().manual_seed(seed))
+                point,
+                level,
+                sizes[level.name],
+                random_vector(level, torch.Generator().manual_seed(seed)),
+                in_shards.get(level.name),
             )
             for level in problem
             if problem.needs_estimator(level.name)
         }
+    sizes |= {name: spread(sizes[name]) for name, spread in in_shards.items()}
     counts = Counts(problem, costs)
-    levels = {level.name: _requirements(level, sizes[level.name], costs, counts, processes) for level in problem}
+    levels = {
+        level.name: _requirements(level, sizes[level.name], costs, counts, processes, shards.get(level.name))
+        for level in problem
+    }
     unknown = tuple(name for name, cost in costs.items() if cost is None)
-    return Requirements(processes=processes, levels=levels, memory=_peak(problem, levels), unknown=unknown)
+    return Requirements(processes=processes, levels=levels, memory=_peak(problem, levels, shards), unknown=unknown)
 
 
 def _curvature_batches(level: Level, ranks: Ranks, seed: int) -> list[Any]:
@@ -185,16 +211,22 @@ def _curvature_batches(level: Level, ranks: Ranks, seed: int) -> list[Any]:
 
 
 def _requirements(
-    level: Level, size: LevelSize, costs: Mapping[str, PullbackCost | None], counts: Counts, processes: int
+    level: Level,
+    size: LevelSize,
+    costs: Mapping[str, PullbackCost | None],
+    counts: Counts,
+    processes: int,
+    sharding: Sharding | None,
 ) -> LevelRequirements:
-    cost = costs.get(level.name)
-    # A sum over processes takes a flat vector and its parts.
-    exchanged = 2 * size.variables if processes > 1 else 0
+    cost, tensors = costs.get(level.name), (bytes_of([*level.module.parameters()]), optimizer_size(level)[1])
+    variables, passing = tensors if sharding is None else map(sharding.of_vectors, tensors)
+    # A sum over processes takes a flat vector and its parts; the shards of a vector are sums already.
+    exchanged = 2 * size.variables if processes > 1 and sharding is None else 0
     return LevelRequirements(
-        variables=bytes_of([*level.module.parameters(), *level.module.buffers()]),
+        variables=variables + bytes_of([*level.module.buffers()]),
         gradient=size.variables,
         optimizer=size.state,
-        step=max(size.gradient - size.variables, optimizer_size(level)[1], exchanged),
+        step=max(size.gradient - size.variables, passing, exchanged),
         kept=cost.kept if cost is not None else 0,
         pullback=None if level.name in costs and cost is None else (cost.memory + exchanged if cost is not None else 0),
         steps=counts.steps[level.name],
@@ -203,9 +235,11 @@ def _requirements(
     )
 
 
-def _peak(problem: Problem, levels: Mapping[str, LevelRequirements]) -> int:
+def _peak(problem: Problem, levels: Mapping[str, LevelRequirements], shards: Collection[str]) -> int:
     """Return the most bytes that one process holds: in a step of a level, or in a pullback through one."""
-    tensors = [x for level in problem for x in (*level.module.parameters(), *level.module.buffers())]
+    whole = [level.module for level in problem if level.name not in shards]
+    tensors = [x for module in whole for x in (*module.parameters(), *module.buffers())]
+    variables = bytes_of(tensors) + sum(levels[name].variables for name in shards)
     gradients = {name: own.gradient for name, own in levels.items()}
     moments = [0]
     for level in problem:
@@ -222,7 +256,7 @@ def _peak(problem: Problem, levels: Mapping[str, LevelRequirements]) -> int:
             inside = [levels[other.name] for other in problem.levels[1:]]
             snapshot = sum(own.variables + own.optimizer + own.gradient for own in inside)
             moments.append(sum(gradients.values()) + snapshot + max(own.step for own in inside))
-    return bytes_of(tensors) + sum(own.optimizer + own.kept for own in levels.values()) + max(moments)
+    return variables + sum(own.optimizer + own.kept for own in levels.values()) + max(moments)
 
 
 def _frees_gradient(problem: Problem, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -18,7 +18,7 @@ from ..problem import Estimator, Level, LevelSize, Objective, Point, PullbackCos
 from ..tensors import Tensors
 from .allocations import Allocations
 
-__all__ = ["bytes_of", "level_size", "optimizer_size", "pullback_cost"]
+__all__ = ["activations", "bytes_of", "level_size", "optimizer_size", "pullback_cost"]
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -37,7 +37,13 @@ def level_size(point: Point, level: Level) -> LevelSize:
     )
 
 
-def pullback_cost(point: Point, level: Level, size: LevelSize, vector: Tensors) -> PullbackCost | None:
+def pullback_cost(
+    point: Point,
+    level: Level,
+    size: LevelSize,
+    vector: Tensors,
+    in_shards: Callable[[LevelSize], LevelSize] | None = None,
+) -> PullbackCost | None:
     """Return what the estimator of a level states; None if it does not, or if products fail, which a diagnosis reports.
 
     The estimator's linear solver is not run: one product with the Hessian and one mixed product are.
@@ -47,12 +53,14 @@ def pullback_cost(point: Point, level: Level, size: LevelSize, vector: Tensors) 
         level: the level, which has an estimator.
         size: what its first derivatives take.
         vector: the vector to take products with.
+        in_shards: returns the size of a level in shards from that of a whole one; None for a level that is whole.
     """
     estimator = level.estimator
     if estimator is None or type(estimator).cost is Estimator.cost:
         return None
     try:
-        return estimator.cost(_with_products(point, level, size, vector))
+        whole = _with_products(point, level, size, vector)
+        return estimator.cost(whole if in_shards is None else in_shards(whole))
     except (MloptError, RuntimeError, NotImplementedError):
         return None
 
@@ -97,6 +105,15 @@ def _stepped(level: Level, copies: Sequence[Tensor]) -> tuple[int, int]:
     with Allocations() as allocations:
         optimizer.step()
         return allocations.held, allocations.peak - allocations.held
+
+
+def activations(point: Point, level: Level) -> int:
+    """Return the bytes that the graph of a level's objective holds before the backward pass."""
+    with Allocations() as allocations:
+        value = Objective.of(level, point).value()
+        held = allocations.held
+    del value
+    return int(held)
 
 
 def _gradient_peak(point: Point, level: Level) -> int:
