@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import attrs
@@ -32,6 +33,7 @@ from .findings import (
 )
 from .measurements import Measurements, Tap, Trial, measure
 from .requirements import Requirements, estimate_requirements
+from .sharding import shardings
 from .solver_rules import SOLVERS, rate_solver
 from .spectrum import Spectrum
 
@@ -84,7 +86,6 @@ class Diagnosis:
 
     Attributes:
         levels: by name, the levels that cotangents are pulled back through.
-        requirements: an estimate of the memory and the passes of an outer step.
 
     Example:
         >>> from mlopt.testing import logistic_regression
@@ -94,7 +95,12 @@ class Diagnosis:
     """
 
     levels: dict[str, LevelDiagnosis]
-    requirements: Requirements
+    _estimate: Callable[[], Requirements] = attrs.field(repr=False)
+
+    @cached_property
+    def requirements(self) -> Requirements:
+        """An estimate of the memory and the passes of an outer step, made when it is first read or printed."""
+        return self._estimate()
 
     @property
     def safe(self) -> bool:
@@ -126,7 +132,7 @@ def diagnose(
     Each kind of products is tried on a cotangent v that is pulled back here, and compared with autograd's. Some twenty
     Lanczos steps estimate the ends of the Hessian's spectrum, which determine the solvers that converge and their speed:
     conjugate gradients need about sqrt(kappa) / 2 ln(2 / 0.01) iterations for an error of 1%, a Neumann series a step size
-    below 2 / lambda_max. The memory and the passes of an outer step are estimated, as by
+    below 2 / lambda_max. The memory and the passes of an outer step are estimated when `requirements` is first read, as by
     `mlopt.diagnosis.estimate_requirements`. Nothing moves: parameters, buffers, optimisers, `.grad` and generators are
     bit-identical afterwards.
 
@@ -151,10 +157,12 @@ def diagnose(
         (True, 'ok')
     """
     require("diagnose", "seed", seed, is_whole(seed), "a whole number")
+    require("diagnose", "processes", processes, is_whole(processes, 1), "a whole number >= 1")
+    shardings(problem, sharded, processes)  # it checks its arguments
     problem.ranks.refuse("diagnose")
     workspace, levels = Workspace(), {}
     batches = fixed_batches(problem, batches, seed)
-    needed = estimate_requirements(problem, batches, processes=processes, sharded=sharded, seed=seed)
+    estimate = partial(estimate_requirements, problem, batches, processes=processes, sharded=sharded, seed=seed)
     with put_back(problem), preserved(problem.devices):
         start = Point(problem, batches, seeded_generators(problem, "seed", seed), workspace=workspace)
         run_solvers(start, problem.outermost)
@@ -164,7 +172,7 @@ def diagnose(
                 measures = measure(problem, workspace, batches, name, seed, cotangents.get(name))
                 more = [*_unused(name, workspace), *_refused(problem, workspace, batches, name, seed)]
                 levels[name] = _diagnose(problem, name, measures, name in cotangents, more)
-    return Diagnosis(levels=levels, requirements=needed)
+    return Diagnosis(levels=levels, estimate=estimate)
 
 
 def _cotangents(problem: Problem, workspace: Workspace, batches: Mapping[str, Any], seed: int) -> dict[str, Tensors]:

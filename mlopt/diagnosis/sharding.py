@@ -41,7 +41,10 @@ class Sharding:
         """
         units, known = [], set[int]()
         # A unit gathers what those inside it do not.
-        for module in [*sorted(parts, key=lambda part: len(list(part.modules()))), level.module]:
+        inside = sorted(
+            (part for part in parts if part is not level.module), key=lambda part: len(list(part.modules()))
+        )
+        for module in [*inside, level.module]:
             own = {id(p): p for p in module.parameters() if id(p) not in known}
             known |= own.keys()
             units.append(sum(p.numel() * p.element_size() for p in own.values()))

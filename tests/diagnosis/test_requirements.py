@@ -235,9 +235,25 @@ def test_the_table_is_part_of_a_diagnosis() -> None:
     assert "for one of 2 processes: memory in MiB" in " ".join(str(diagnosis).split())
 
 
-def test_a_number_of_processes_below_one_is_refused() -> None:
+def test_a_diagnosis_estimates_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def estimate(*arguments: Any, **options: Any) -> Any:
+        calls.append(options["processes"])
+        return estimate_requirements(*arguments, **options)
+
+    monkeypatch.setattr("mlopt.diagnosis.diagnosis.estimate_requirements", estimate)
+    diagnosis = mlopt.diagnose(quadratic("two", CG()).problem, processes=2)
+    assert diagnosis.safe
+    assert calls == []
+    assert diagnosis.requirements is diagnosis.requirements
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("function", [estimate_requirements, mlopt.diagnose])
+def test_a_number_of_processes_below_one_is_refused(function: Callable[..., Any]) -> None:
     with pytest.raises(mlopt.ArgumentError, match="processes=0"):
-        estimate_requirements(quadratic("two", CG()).problem, processes=0)
+        function(quadratic("two", CG()).problem, processes=0)
 
 
 def test_allocations_count_what_is_alive_at_a_time() -> None:

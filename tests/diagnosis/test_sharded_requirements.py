@@ -24,12 +24,11 @@ from mlopt.diagnosis.sharding import Sharding
 
 ESTIMATORS: dict[str, Callable[[], mlopt.Estimator]] = {
     "differences": mlopt.FiniteDifference,
-    "value function": partial(mlopt.ValueFunction, steps=2),
     "cg by differences": partial(
         mlopt.ConjugateGradient, iterations=2, rtol=0.0, damping=1.0, products="finite_difference"
     ),
 }
-ROWS, WIDTH, LAYERS = 16, 640, 4
+ROWS, WIDTH, LAYERS = 16, 640, 3
 
 
 def of(estimator: mlopt.Estimator, shard: sharded_cases.Sharding, width: int = WIDTH) -> mlopt.Problem:
