@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import memory, scaling
 from benchmarks.hypergrad.bar import MOST_TIME, bar
 from benchmarks.tapweight import cost
 from benchmarks.tapweight.results import regimes
@@ -220,3 +220,10 @@ def test_the_demonstration_under_two_kinds_of_kernels_is_that_of_the_rows() -> N
     assert len(rows) == 10
     assert min(row["test"]["equal"] - row["test"]["rehearsal"] for row in rows) > 0.12
     assert all("polarity" in row["significant"] and "random_labels" not in row["significant"] for row in rows)
+
+
+def test_the_table_of_memory_is_that_of_the_rows() -> None:
+    rows = rows_of("memory-2026-11-27.json")
+    assert "\n".join(memory.lines(rows)) in (ROOT / "docs" / "scaling.md").read_text()
+    for row in rows:
+        assert abs(row["estimated vectors"] / row["measured vectors"] - 1) < 0.15
