@@ -89,7 +89,7 @@ def errors_of_shares(losses: Tensor, seed: int) -> Tensor:
     best, count = _best(losses, seed), losses.shape[1]
     centred = best - best.mean(0)
     covariances = torch.zeros(count, len(losses), dtype=torch.float64)
-    for times, part in zip(_resamples(count, seed), centred.split(_CHUNK), strict=True):
+    for times, part in zip(_resamples(count, seed), centred.reshape(-1, _CHUNK, len(losses)), strict=True):
         covariances += times.T @ part / len(best)
     bias = count / len(best) * centred.square().mean(0)
     return (covariances.square().sum(0) - bias).clamp(min=0).sqrt()
