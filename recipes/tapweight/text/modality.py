@@ -52,7 +52,8 @@ class Data(LabelledData):
         corpus: unlabelled texts to pretrain on: .txt with a document a line, or a table (.csv, .tsv, .jsonl, .json, .parquet)
             with a column "text"; also compressed (.gz, .xz, .bz2, .zip). Documents that are too long for the encoder are divided.
         corpus_limit: the number of texts of the corpus to read, from its start.
-        sentences: split each text of the corpus into sentences, an example each; sentence_position and same_document require it.
+        sentences: split each text of the corpus into sentences, an example each; sentence_position, same_document and
+            sections require it.
         train: labelled texts: a table as for --corpus, or a folder of a data set (`datasets`), with a column "text" (or "text_a"
             and "text_b") and a column "label". They are split into training, validation and test, unless --valid and --test are
             given, or the folder has a data set for each.
