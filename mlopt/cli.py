@@ -132,7 +132,7 @@ def _check(arguments: Sequence[str]) -> None:
     Raises:
         ArgumentError: they do not; the message names the nearest command.
     """
-    prog, commands, options = "mlopt", _COMMANDS, ("-h", "--help", "--version")
+    prog, commands, options = "mlopt", _COMMANDS, ["-h", "--help", "--version"]
     for word in arguments:
         if word in options:
             return
@@ -141,7 +141,7 @@ def _check(arguments: Sequence[str]) -> None:
         chosen, prog = commands[word], f"{prog} {word}"
         if isinstance(chosen, Command):
             return
-        commands, options = {**chosen.commands}, ("-h", "--help")
+        commands, options = {**chosen.commands}, ["-h", "--help"]
     raise ArgumentError(f"a command is missing after `{prog}`; give one of {', '.join(commands)}, or --help")
 
 

@@ -93,7 +93,10 @@ _MODALITIES = "molecules, text, predict, embed, demo, demo-text"
             ["tapweight", "molecule"],
             "`mlopt tapweight` has no command 'molecule'; did you mean `mlopt tapweight molecules`?",
         ),
-        (["Molecules", "--steps", "5"], "`mlopt` has no command 'Molecules'; did you mean `mlopt tapweight molecules`?"),
+        (
+            ["Molecules", "--steps", "5"],
+            "`mlopt` has no command 'Molecules'; did you mean `mlopt tapweight molecules`?",
+        ),
         (["predcit"], "`mlopt` has no command 'predcit'; did you mean `mlopt tapweight predict`?"),
         (["tapweight", "xyz"], f"`mlopt tapweight` has no command 'xyz'; give one of {_MODALITIES}"),
         (

@@ -58,6 +58,7 @@ class Examples(Sequence[T], Generic[T]):
         records: the 0-based number of each among the records of the whole, those left out counted; `()` for 0, 1, 2, ...
         skipped: the rows left out.
         notes: clauses that a user should read on how the whole was read.
+        columns: the columns of the file that hold the contents of an example; `()` if there are none.
         source: the file or the data set.
     """
 
@@ -66,6 +67,7 @@ class Examples(Sequence[T], Generic[T]):
     records: tuple[int, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     source: str
 
     #: A word for the examples.

@@ -14,6 +14,7 @@ from mlopt.files import replacing
 from mlopt.imports import import_optional
 
 from .configuration import ConfigurationError
+from .examples import UnusableError
 from .files import DataError
 from .modality import Device, device_of
 from .names import distinct
@@ -113,12 +114,14 @@ def _options(arguments: Sequence[str], prog: str, description: str, suffixes: tu
         "--columns",
         nargs="+",
         metavar="COLUMN",
-        help="the column of the input, or the two of a pair (default: as usual)",
+        help="the column of the input, or the two of a pair (default: those of the training file, or the usual ones)",
     )
     parser.add_argument("--device", choices=get_args(Device), default="auto", help="auto is a GPU if there is one")
     options = parser.parse_args(arguments)
     if options.output.suffix not in suffixes:
         raise ConfigurationError(f"output={str(options.output)!r}; give a name that ends in {' or '.join(suffixes)}")
+    if options.output.resolve() == options.input.resolve():
+        raise ConfigurationError(f"--output={str(options.output)!r} would replace the input; give another name")
     return options
 
 
@@ -144,7 +147,8 @@ def _write(
         writer = csv.writer(stream)
         writer.writerow(distinct([*predictor.columns, *header, "reason"]))
         for content, row, reason in zip(contents, cells, reasons, strict=True):
-            writer.writerow([*([content] if isinstance(content, str | None) else content), *row, reason])
+            own = "" if isinstance(content, UnusableError) else content
+            writer.writerow([*([own] if isinstance(own, str | None) else own), *row, reason])
 
 
 def _say(output: Path, reasons: Sequence[str]) -> None:

@@ -102,6 +102,14 @@ def test_one_value_in_all_rows_cannot_be_learned(cell: str, tmp_path: Path) -> N
         divided(texts, meanings(texts))
 
 
+def test_large_labels_differ_in_their_last_digits(tmp_path: Path) -> None:
+    rows = [f"{'C' * k},{1_000_000 + k}" for k in range(1, 31)]
+    (tmp_path / "t.csv").write_text("\n".join(["smiles,y", *rows, "C,1000002"]) + "\n")
+    task = MoleculeTask.from_csv(tmp_path / "t.csv", split="random")
+    assert task.kind == "regression"
+    assert task.remarks[1] == "of these, with different labels: 1; C in rows 2, 32 (y: 1000001, 1000002)"
+
+
 @pytest.mark.parametrize("spelling", ["#N/A", "None", "<NA>", "nan", "NULL", "n/a", "-nan"])
 def test_spellings_of_a_missing_number(spelling: str) -> None:
     labels = labels_of("f", "y", column("1.5", spelling, "2.25"))

@@ -234,6 +234,8 @@ def test_truncated_texts_are_reported() -> None:
     long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
     made = of(long, labelled("a"), labelled("b"))
     assert made.remarks[1:] == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
+    made = of(long, texts([{"text": "bad " * 30, "label": "a"}], "long.csv"), labelled("b"))
+    assert made.remarks[1:] == ["2 of 3 texts of long.csv are longer than 16 tokens and are cut off"]
 
 
 def test_texts_that_are_also_in_the_training_split_are_reported() -> None:
