@@ -158,7 +158,7 @@ def gather(
         except UnusableError as fault:
             if strict:
                 raise DataError(
-                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read without --strict"
+                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or leave out --strict"
                 ) from None
             first = first or f"; row {row}: {fault.subject}{fault.reason}"
             skipped.append(Skipped(row, fault.reason))
@@ -168,7 +168,7 @@ def gather(
         if len(examples) == limit:
             break
     if not examples:
-        raise DataError(f"{source}: no {noun} in {len(skipped)} rows{first}; give at least {least}")
+        raise DataError(f"{source}: no row is a {noun}{first}; give at least {least}")
     if len(examples) < least:
         raise DataError(f"{source}: a corpus of one {noun} is too small to pretrain on; give at least {least}")
     return {

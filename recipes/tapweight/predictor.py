@@ -225,8 +225,9 @@ class Predictor(ABC):
         folder = model_folder(folder)
         content = describe(folder)
         if content["modality"] != cls.modality:
+            own = content["modality"]
             raise DataError(
-                f"{folder} holds a predictor of {content['modality']}, not of {cls.modality}; load it there"
+                f"{folder} holds a predictor of {own}, not of {cls.modality}; load it by the Predictor of {own}"
             )
         target = Target.read(content["target"])
         members = [

@@ -140,7 +140,7 @@ def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split
     for name, indices in splits.items():
         if not indices:
             raise DataError(
-                f"{source}, column {shown(column)}: no row is of {name}; name rows of it, or leave out --split-column"
+                f"{source}, column {shown(column)}: no row is in the {name} split; assign rows to it, or leave out --split-column"
             )
     return splits
 

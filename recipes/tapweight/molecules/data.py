@@ -246,9 +246,11 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
 def _fault(meaning: Labels) -> str:
     """Return the reason why a column alone cannot be predicted, empty if it can."""
     if meaning.form == "several":
-        return "lists of classes; write a column of 0 and 1 for each class"
+        return "the cells are lists of classes; write a column of 0 and 1 for each class"
     if len(meaning.classes) == 1:
-        return f"one class only, {shown(meaning.classes[0])}: nothing can be learned; give another column by --labels"
+        return (
+            f"the only class is {shown(meaning.classes[0])}, so nothing can be learned; name another column by --labels"
+        )
     return ""
 
 

@@ -32,7 +32,9 @@ def sdf_table(path: Path) -> Table:
     with base.BlockLogs():
         molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(content)))
     if not any(molecules):
-        raise DataError(f"{path}: no molecule in {len(molecules)} blocks; give an SD file, or a table of SMILES")
+        raise DataError(
+            f"{path}: RDKit reads no molecule from {len(molecules)} blocks; give an SD file, or a table of SMILES"
+        )
     names = list(dict.fromkeys(name for molecule in molecules if molecule for name in molecule.GetPropNames()))
     columns = [name for name in names if name.casefold() != "smiles"]
     cells = [

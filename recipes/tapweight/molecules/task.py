@@ -250,7 +250,7 @@ def _labels(split: Split, examples: Sequence[Data], names: Sequence[str]) -> Ten
         shape = None if graph.y is None else tuple(graph.y.shape)
         if shape != (1, len(names)):
             raise DataError(
-                f"{_place(split, examples, index)}: y has the shape {shape}, not {(1, len(names))}: one a task"
+                f"{_place(split, examples, index)}: y has the shape {shape}; it must be {(1, len(names))}, a label for each task"
             )
     return torch.cat([graph.y for graph in examples])
 

@@ -150,7 +150,9 @@ def check_texts_of_task(splits: Mapping[Split, Texts], kind: Kind | None, head: 
         raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
     for texts in splits.values():
         if not all("label" in example for example in texts):
-            raise DataError(f"{texts.source}: there are no labels; a task needs them")
+            raise DataError(
+                f"{texts.source}: there are no labels, and a task needs them; name their column by --labels"
+            )
     pairs = any("text_b" in example for example in splits["train"])
     for split, texts in splits.items():
         if any(("text_b" in example) is not pairs for example in texts):

@@ -75,7 +75,7 @@ def test_a_column_names_the_splits() -> None:
     assert named_split(table, "s", [0, 1, 2, 4, 5]) == {"train": [0, 3], "valid": [1, 4], "test": [2]}
     with pytest.raises(DataError, match=r"a\.csv, row 5, column 's': 'x' is not train, valid or test; correct it"):
         named_split(table, "s", range(6))
-    with pytest.raises(DataError, match="no row is of test; name rows of it, or leave out --split-column"):
+    with pytest.raises(DataError, match="no row is in the test split; assign rows to it, or leave out --split-column"):
         named_split(table, "s", [0, 1])
     with pytest.raises(DataError, match="no column 'part'; there are 's'; name the column by --split-column"):
         named_split(table, "part", [0])

@@ -43,7 +43,9 @@ def test_the_commands_keep_every_row_in_place(case: Case, tmp_path: Path, capsys
     common = [str(finished), "--input", str(file), "--device", "cpu"]
     succeed(["tapweight", "predict", *common, "--output", str(tmp_path / "new" / "p.csv")])
     reason = "not valid SMILES" if case.name == "molecules" else "the text is empty"
-    assert f"3 rows in {tmp_path}/new/p.csv; 1 cannot be used, the first: row 2 ({reason})." in capsys.readouterr().out
+    assert (
+        f"3 rows in {tmp_path}/new/p.csv; 1 cannot be used, the first: record 2 ({reason})." in capsys.readouterr().out
+    )
     predictions = predictor.predict(contents)
     for row, content, cells, fault in zip(
         rows_of(tmp_path / "new" / "p.csv"), contents, predictions.cells, ("", reason, ""), strict=True
