@@ -50,6 +50,7 @@ __all__ = ["Gradients"]
 
 
 _NOTHING = contextlib.nullcontext()
+_NO_SIGNALS = torch.zeros(0)
 #: A number in a remark, which changes from step to step.
 _NUMBER = re.compile(r"[-+]?(?:\d[\d.,e+-]*|\b(?:inf|nan)\b)")
 
@@ -216,7 +217,9 @@ class Gradients:
             losses.append(loss)
             self._log(level, loss, value, share, first=k == 0)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        return loss, torch.stack(signals).sum(0) if signals else loss.new_zeros(0)
+        if signals:
+            return loss, torch.stack(signals).sum(0)
+        return loss, loss.new_zeros(0) if self.problem.ranks.several else _NO_SIGNALS
 
     def _backward(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
         """Add `share` times the gradient of the objective to `.grad`; return the objective, detached."""

@@ -80,7 +80,7 @@ def peaks(sharding: str) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports the peak of a process")
-@pytest.mark.parametrize("sharding", ["parts", "root"])
+@pytest.mark.parametrize("sharding", ["parts", pytest.param("root", marks=pytest.mark.slow)])
 def test_the_peak_is_that_of_two_processes(sharding: str, tmp_path: Path) -> None:
     outcomes = in_processes(2, peaks, sharding, folder=tmp_path)
     for name, make in ESTIMATORS.items():
