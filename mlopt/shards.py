@@ -35,7 +35,9 @@ def is_sharded(tensor: Any) -> bool:
 def any_sharded(tensors: Iterable[Any]) -> bool:
     """Return True if one of some tensors is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+    if module is None or not dist.is_initialized():  # without a group of processes there is none
+        return False
+    return any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
