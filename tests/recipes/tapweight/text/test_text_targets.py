@@ -276,7 +276,10 @@ def test_objectives_on_documents_name_the_remedy(name: str) -> None:
         (lambda: Keywords(words=1), "words must be at least 2; got 1"),
         (lambda: Keywords(most=0), "most must be at least 1; got 0"),
         (lambda: TopicClusters(clusters=1), "clusters must be at least 2; got 1"),
-        (lambda: TopicClusters().prepare(corpus(19), 0), "needs at least 20 texts; the corpus has 19"),
+        (
+            lambda: TopicClusters().prepare(corpus(19), 0),
+            "needs at least 20 texts, and the corpus has 19; give a larger corpus",
+        ),
         (lambda: Keywords().prepare(texts([{"text": "the"}] * 3), 0), "keywords: fewer than two words"),
         (lambda: Keywords().prepare(texts([{"text": "good"}] * 3), 0), "keywords: fewer than two words"),
         (lambda: Sections().prepare(documents(3, 3), 0), "sections: no document of the corpus has two headings"),
