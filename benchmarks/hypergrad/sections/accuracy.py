@@ -19,7 +19,7 @@ LEFT_OUT = ("MLP with dropout", "softmax regression 64-10", "softmax regression 
 def run(place: Workplace) -> list[dict[str, Any]]:
     """Return a row for each case, library, estimator and number of iterations."""
     names = QUICK if place.quick else tuple(name for name in RECIPES if name not in LEFT_OUT)
-    return [row for name in names for row in _case(place, name)]
+    return [row for name in names if place.wants(name) for row in _case(place, name)]
 
 
 def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
@@ -30,6 +30,8 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
         library.result("load", file=file)
         for estimator in library.about["estimators"]:
             for k in _iterations(estimator, recipe.at_optimum, place.quick):
+                if not place.wants(name, estimator, k):
+                    continue
                 key = f"{estimator}, {k}"
                 row = {"case": name, "library": library.name, "estimator": estimator, "iterations": k}
                 row |= {"dtype": str(recipe.dtype).removeprefix("torch."), **_accuracy(library, key, estimator, k)}
