@@ -99,7 +99,8 @@ class Worker:
         """Return the operations and the peak memory of one call."""
         counted = {"flops": flops(self.calls[key])}
         self._restore()
-        counted["memory"] = self.memory(key)
+        counted["memory"] = peak_memory(self.calls[key], self.device)
+        self._restore()
         return counted
 
     def memory(self, key: str) -> int:

@@ -28,6 +28,7 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
     rows, timed = [], []
     for library in place.libraries:
         library.result("load", file=file)
+        plain = library.result("cost", key="plain")
         for estimator in library.about["estimators"]:
             for k in _iterations(estimator, recipe.at_optimum, place.quick):
                 if not place.wants(name, estimator, k):
@@ -37,7 +38,8 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
                 row |= {"dtype": str(recipe.dtype).removeprefix("torch."), **_accuracy(library, key, estimator, k)}
                 rows.append(row)
                 if "note" not in row:
-                    row |= _cost(library, key)
+                    own = library.result("cost", key=key)
+                    row |= {quantity: own[quantity] / plain[quantity] for quantity in own if plain[quantity]}
                     if estimator.endswith("compiled"):
                         row.pop("flops", None)  # the counter does not see the operations of compiled code
                     timed.append((library, key, row))
@@ -64,8 +66,3 @@ def _accuracy(library: Library, key: str, estimator: str, k: int) -> dict[str, A
             return {"note": answer.get("unsupported") or f"failed: {answer['failed']}"}
     measured: dict[str, Any] = answer["result"]
     return measured
-
-
-def _cost(library: Library, key: str) -> dict[str, float]:
-    plain, own = library.result("cost", key="plain"), library.result("cost", key=key)
-    return {quantity: own[quantity] / plain[quantity] for quantity in own if plain[quantity]}

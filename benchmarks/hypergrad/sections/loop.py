@@ -46,7 +46,7 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
         process = library.another()
         process.result("load", file=file)
         timed.append((process, row))
-    _in_turn(timed, 60 if place.quick else 200)
+    _in_turn(timed, 60 if place.quick else 100)
     rows = [row for _, row in runs]
     _compare(rows)
     return rows
