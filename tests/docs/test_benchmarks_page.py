@@ -138,7 +138,9 @@ def test_the_cost_of_solve() -> None:
 def test_the_tables_of_growth_are_those_of_the_rows() -> None:
     section = PAGE.split("## How costs grow\n")[1].split("\n## ")[0]
     rows = newest("scale")
-    assert [line for line in section.splitlines() if line.startswith("|")] == [line for line in scale.lines(rows) if line]
+    assert [line for line in section.splitlines() if line.startswith("|")] == [
+        line for line in scale.lines(rows) if line
+    ]
     assert {row["table"] for row in rows} == {"variables", *scale.COLUMNS}
     nests = [row["products"] for row in rows if row["table"] == "nest"]
     assert nests[1] / nests[0] > 2  # products multiply with the depth of a nest
