@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ def run(plan: Plan, file: Path, processes: int = 1) -> list[str]:
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             faults = list(pool.map(work, jobs))
+    for folder in (_work(rows), _work(rows).parent):
+        # Of a seed that was stopped, and of another plan, the phases stay.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     return [fault for job in faults for fault in job]
 
 
@@ -97,6 +102,11 @@ def _run_seed(plan: Plan, rows: Rows, cells: Sequence[Cell]) -> list[str]:
     return faults
 
 
+def _work(rows: Rows) -> Path:
+    """Return the folder of the phases of a plan, beside its rows."""
+    return rows.file.with_suffix(".work") / rows.key
+
+
 class SeedRun:
     """One seed on one corpus: the same start for every method and task.
 
@@ -110,7 +120,7 @@ class SeedRun:
     def __init__(self, modality: Modality, corpus: str, seed: int, rows: Rows) -> None:
         self.modality, self.plan, self.corpus, self.seed, self.rows = modality, modality.plan, corpus, seed, rows
         #: Holds phases of methods that several tasks share.
-        self.folder = rows.file.with_suffix(".work") / rows.key / f"{corpus}-{seed}"
+        self.folder = _work(rows) / f"{corpus}-{seed}"
         self._base: Experiment | None = None
 
     def __enter__(self) -> SeedRun:

@@ -155,6 +155,8 @@ def test_a_row_has_the_bootstrap_errors_of_its_weights(tmp_path: Path) -> None:
     assert [*row["weights"].values()] == shares_of_best(losses, seed).tolist()
     assert [*row["weight_errors"].values()] == errors_of_shares(losses, seed).tolist()
     assert row["weight_errors"].keys() == row["weights"].keys()
+    # The phases that tasks share are removed with their folder.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mol", "rows.jsonl"]
 
 
 def test_a_cell_that_cannot_be_run_is_named_and_the_others_are_run(tmp_path: Path) -> None:
