@@ -185,12 +185,21 @@ class Ranks:
 
     def fail(self, error: Exception | None) -> NoReturn:
         """Raise in every process after an error in some of them; `error` is that of this process, if it has one."""
-        reasons = self.all_of(None if error is None else (type(error).__name__, str(error)))
+        reasons = self.all_of(None if error is None else _Reason.of(error))
         if error is not None:
             raise error
-        where, (kind, text) = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
-        other: MloptError = _SAME.get(kind, ProcessError)(f"process {where} of {self.size} raised {kind}: {text}")
-        raise other
+        self._raise(reasons)
+
+    def all_or_fail(self, value: T) -> list[T]:
+        """Return the plain values of all processes, by rank; another one may call `fail` in place of this."""
+        values = self.all_of(value)
+        if any(isinstance(other, _Reason) for other in values):
+            self._raise(values)
+        return values
+
+    def _raise(self, values: Sequence[Any]) -> NoReturn:
+        where, reason = next((rank, value) for rank, value in enumerate(values) if isinstance(value, _Reason))
+        raise reason.error(f"process {where} of {self.size}")
 
     def total(self, number: float) -> float:
         """Return the sum of a number over processes, on the host; also inside the transforms of torch.func."""
@@ -210,11 +219,12 @@ class Ranks:
         return values.tolist()
 
     def all_of(self, value: T) -> list[T]:
-        """Return the plain values of all processes, by rank."""
+        """Return the plain values of all processes, by rank; also inside the transforms of torch.func."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * self.size
-        self._exchange(lambda: dist.all_gather_object(values, value, group=self._control))
+        with torch._C._DisableFuncTorch():
+            self._exchange(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
 
     def all_evaluated(self, evaluate: Callable[[], T]) -> list[T]:
@@ -278,6 +288,22 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@attrs.frozen
+class _Reason:
+    """An error of a process, as the others raise it."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Reason:
+        return cls(type(error).__name__, str(error))
+
+    def error(self, process: str) -> MloptError:
+        """Return the error of the others."""
+        return _SAME.get(self.kind, ProcessError)(f"{process} raised {self.kind}: {self.text}")
 
 
 @attrs.frozen
