@@ -445,7 +445,7 @@ def _failing_mixture(place: str, calls: int, group: Any) -> Any:
 
     def loss(model: nn.Module, batch: Any, *, mixing: nn.Module) -> mlopt.Mixture:
         def fail(where: str) -> None:
-            if int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and called == calls and where == place:
+            if int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and made["calls"] == calls and where == place:
                 raise KeyError("no such row")
 
         def counted() -> dict[str, Any]:
@@ -459,12 +459,13 @@ def _failing_mixture(place: str, calls: int, group: Any) -> Any:
         fail("mixture")
         return mlopt.Mixture([plain, counted, plain], weights="mixing")
 
-    called = 0
+    made = {"calls": 0}
     outer, inner = mixture(mlopt.Identity(), None).levels
     problem = mlopt.Problem(
         outer, mlopt.Level("model", inner.module, loss, data=inner.data, estimator=mlopt.Identity()), group=group
     )
-    for called in range(1, calls + 1):
+    for _ in range(calls):
+        made["calls"] += 1
         of(problem)
 
 
@@ -473,13 +474,14 @@ def _counting(count: Any, calls: int, group: Any) -> Any:
 
     def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
         value = training_loss(module, batch, weights=weights)["loss"]
-        other = int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and called == calls
+        other = int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and made["calls"] == calls
         stated = count if other else len(batch[0])
         return {"loss": value} if stated is None else {"loss": value, "count": stated}
 
-    called = 0
+    made = {"calls": 0}
     problem = _with_loss(loss, group)
-    for called in range(1, calls + 1):
+    for _ in range(calls):
+        made["calls"] += 1
         of(problem)
 
 
