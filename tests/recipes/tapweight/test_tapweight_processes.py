@@ -97,6 +97,20 @@ def test_an_error_in_one_process_ends_the_phase_of_the_other_and_one_process_res
     assert same(sharing_cases.fitted(folder / "cut_short"), uninterrupted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 4), (4, 1), (4, 2)])
+def test_a_run_resumes_on_any_number_of_processes(
+    before: int, after: int, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    def on(size: int, work: Any) -> list[Any]:
+        meeting = tmp_path / work.__name__
+        meeting.mkdir()
+        return [work(tmp_path / "run")] if size == 1 else in_processes(size, work, tmp_path / "run", folder=meeting)
+
+    assert on(before, sharing_cases.signalled) == ["interrupted"] * before
+    assert all(same(own, uninterrupted) for own in on(after, sharing_cases.fitted))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "part"),
     [
@@ -182,8 +196,8 @@ def test_a_command_on_two_processes_writes_the_files_of_one_and_one_resumes(
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
-def test_the_command_refuses_in_every_process(case: Case) -> None:
-    done = launched(case.options("refused-by-each", "--steps", "3", "--every", "4"), case.folder)
+def test_the_command_refuses_in_every_process(molecules: Case) -> None:
+    done = launched(molecules.options("refused-by-each", "--steps", "3", "--every", "4"), molecules.folder)
     assert done.returncode != 0
     assert "mlopt: steps=3 at every=4: the weights never move; take at least 4 steps" in done.stderr
-    assert not (case.folder / "refused-by-each").exists()
+    assert not (molecules.folder / "refused-by-each").exists()
