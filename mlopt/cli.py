@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from .errors import MloptError
+from .errors import ArgumentError, MloptError
 from .imports import import_optional, installed_version
 from .launcher import EchoError, joined, require_alone
+from .validation import shown
 
 __all__ = ["main"]
 
@@ -44,11 +46,9 @@ class Recipe:
     commands: dict[str, Command]
 
 
-_DIAGNOSE = Command("diagnose a problem before a long run", "mlopt.diagnosis.command")
-
-_DERIVATIVES = Command("measure which derivatives torch has right", "mlopt.diagnosis.derivatives")
-
-_RECIPES = {
+_COMMANDS: dict[str, Command | Recipe] = {
+    "diagnose": Command("diagnose a problem before a long run", "mlopt.diagnosis.command"),
+    "derivatives": Command("measure which derivatives torch has right", "mlopt.diagnosis.derivatives"),
     "tapweight": Recipe(
         "adapt an encoder to a task, learning how much each pretraining objective should weigh",
         {
@@ -94,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments after `mlopt`; those of the process if None.
 
     Returns:
-        The exit status: that of the command, or 0 if it returns none; 2 for invalid input, with a message on standard error; 130
-        after an interruption.
+        The exit status: that of the command, or 0 if it returns none; 2 for invalid input, such as a command that does not exist,
+        with a message on standard error; 130 after an interruption.
 
     Raises:
-        SystemExit: after `--help`, `--version`, and arguments that cannot be parsed.
+        SystemExit: after `--help` and `--version`.
         Exception: a fault of the program, with its traceback.
 
     Example:
@@ -117,22 +117,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    """Run the command that the arguments name; without a command, print the help."""
+    """Run the command that the arguments name."""
+    _check(arguments)
     known, rest = _parser().parse_known_args(arguments)
-    chosen: Command | argparse.ArgumentParser = known.chosen
-    if isinstance(chosen, Command):
-        if not chosen.shared:
-            require_alone(f"`{known.prog}`")
-        with joined():
-            status = getattr(_load(chosen, known.prog), chosen.function)(rest, prog=known.prog)
-        return status if isinstance(status, int) else 0
-    if rest:
-        chosen.error(f"unrecognised arguments: {' '.join(rest)}")
-    chosen.print_help()
-    return 0
+    chosen: Command = known.chosen
+    if not chosen.shared:
+        require_alone(f"`{known.prog}`")
+    with joined():
+        status = getattr(_load(chosen, known.prog), chosen.function)(rest, prog=known.prog)
+    return status if isinstance(status, int) else 0
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Refuse arguments that do not begin with a command, unless they ask for the help or the version.
+
+    Raises:
+        ArgumentError: they do not; the message names the nearest command.
+    """
+    prog, commands, options = "mlopt", _COMMANDS, ["-h", "--help", "--version"]
+    for word in arguments:
+        if word in options:
+            return
+        if word not in commands:
+            raise ArgumentError(_unknown(word, prog, commands, options))
+        chosen, prog = commands[word], f"{prog} {word}"
+        if isinstance(chosen, Command):
+            return
+        commands, options = {**chosen.commands}, ["-h", "--help"]
+    raise ArgumentError(f"a command is missing after `{prog}`; give one of {', '.join(commands)}, or --help")
+
+
+def _unknown(word: str, prog: str, commands: Mapping[str, Command | Recipe], options: Sequence[str]) -> str:
+    """Return the sentence on a word that is neither a command nor an option, with the nearest one."""
+    if word.startswith("-"):
+        near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
+        remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(commands)} before its options"
+        return f"`{prog}` has no option {word}; {remedy}"
+    recipes = ((name, each) for name, each in commands.items() if isinstance(each, Recipe))
+    paths = {command: f"{prog} {name} {command}" for name, recipe in recipes for command in recipe.commands}
+    paths |= {name: f"{prog} {name}" for name in commands}
+    near = difflib.get_close_matches(word.casefold(), paths, n=1)
+    remedy = f"did you mean `{paths[near[0]]}`?" if near else f"give one of {', '.join(commands)}"
+    return f"`{prog}` has no command {shown(word)}; {remedy}"
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of arguments that `_check` accepts."""
     parser = argparse.ArgumentParser(
         prog="mlopt", description="Multi-level optimisation in PyTorch.", allow_abbrev=False
     )
@@ -142,16 +172,15 @@ def _parser() -> argparse.ArgumentParser:
         version=f"mlopt {installed_version()}",
         help="print the version",
     )
-    parser.set_defaults(chosen=parser)
-    recipes = parser.add_subparsers(title="commands and recipes", metavar="COMMAND")
-    _add(recipes, "diagnose", _DIAGNOSE)
-    _add(recipes, "derivatives", _DERIVATIVES)
-    for name, recipe in _RECIPES.items():
-        child = recipes.add_parser(name, help=recipe.summary, description=f"{recipe.summary.capitalize()}.")
-        child.set_defaults(chosen=child)
+    top = parser.add_subparsers(title="commands and recipes", metavar="COMMAND")
+    for name, each in _COMMANDS.items():
+        if isinstance(each, Command):
+            _add(top, name, each)
+            continue
+        child = top.add_parser(name, help=each.summary, description=f"{each.summary.capitalize()}.")
         commands = child.add_subparsers(title="commands", metavar="COMMAND")
-        for modality, command in recipe.commands.items():
-            _add(commands, modality, command)
+        for inner, command in each.commands.items():
+            _add(commands, inner, command)
     return parser
 
 

@@ -70,32 +70,48 @@ def test_a_source_tree_runs_without_being_installed(
 
 
 @pytest.mark.parametrize(("arguments", "listed"), [([], "tapweight"), (["tapweight"], "molecules")])
-def test_without_a_command_the_commands_are_listed(
-    arguments: list[str], listed: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(arguments) == 0
+def test_the_help_lists_the_commands(arguments: list[str], listed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main([*arguments, "--help"])
+    assert status.value.code == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"usage: {' '.join(['mlopt', *arguments])} [-h]")
     assert listed in printed.out
     assert printed.err == ""
 
 
+_MODALITIES = "molecules, text, predict, embed, demo, demo-text"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tapwait"], "invalid choice: 'tapwait' (choose from"),
-        (["tapweight", "molecule"], "invalid choice: 'molecule' (choose from"),
-        (["tapweight", "--steps"], "mlopt tapweight: error: unrecognised arguments: --steps"),
-        (["--vers"], "mlopt: error: unrecognised arguments: --vers"),
+        ([], "a command is missing after `mlopt`; give one of diagnose, derivatives, tapweight, or --help"),
+        (["tapweight"], f"a command is missing after `mlopt tapweight`; give one of {_MODALITIES}, or --help"),
+        (["tapwieght"], "`mlopt` has no command 'tapwieght'; did you mean `mlopt tapweight`?"),
+        (
+            ["tapweight", "molecule"],
+            "`mlopt tapweight` has no command 'molecule'; did you mean `mlopt tapweight molecules`?",
+        ),
+        (
+            ["Molecules", "--steps", "5"],
+            "`mlopt` has no command 'Molecules'; did you mean `mlopt tapweight molecules`?",
+        ),
+        (["predcit"], "`mlopt` has no command 'predcit'; did you mean `mlopt tapweight predict`?"),
+        (["tapweight", "xyz"], f"`mlopt tapweight` has no command 'xyz'; give one of {_MODALITIES}"),
+        (
+            ["tapweight", "--steps"],
+            f"`mlopt tapweight` has no option --steps; give one of {_MODALITIES} before its options",
+        ),
+        (["--vers"], "`mlopt` has no option --vers; did you mean --version?"),
     ],
 )
-def test_unknown_commands_and_options_are_refused(
+def test_unknown_commands_and_options_are_refused_with_the_nearest(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as status:
-        cli.main(arguments)
-    assert status.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"mlopt: {sentence}\n")
 
 
 def test_a_command_receives_its_arguments_unchanged(with_command: Any) -> None:
@@ -187,7 +203,7 @@ def test_program_errors_keep_their_traceback(
 
 def test_a_misspelt_import_in_mlopt_is_not_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     command = cli.Command("nothing", "mlopt.recipes.tapweight.nothing", "molecules")
-    monkeypatch.setattr(cli, "_RECIPES", {"tapweight": cli.Recipe("nothing", {"molecules": command})})
+    monkeypatch.setattr(cli, "_COMMANDS", {"tapweight": cli.Recipe("nothing", {"molecules": command})})
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'mlopt\.recipes\.tapweight\.nothing'"):
         cli.main(["tapweight", "molecules"])
 

@@ -6,7 +6,11 @@ import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
+
+from mlopt.errors import ArgumentError
+from mlopt.recipes.tapweight.names import chosen
 
 from .ablation import ABLATIONS, DEVELOPMENT, FRESH, report
 from .estimate import estimate
@@ -18,11 +22,18 @@ from .tables import markdown
 
 __all__ = ["main"]
 
+_MODALITIES = ("molecules", "text")
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command that the first argument names; return the exit status."""
-    name = arguments[0] if arguments and arguments[0] in _COMMANDS else "molecules"
-    return _COMMANDS[name](arguments[1:] if arguments and arguments[0] == name else arguments)
+    """Run the command that the first argument names, "molecules" if it is an option; return the exit status.
+
+    Raises:
+        ArgumentError: there is no such command.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return _COMMANDS["molecules"](arguments)
+    return chosen("command", arguments[0], _COMMANDS)(arguments[1:])
 
 
 def _study(modality: str) -> Callable[[Sequence[str]], int]:
@@ -35,22 +46,18 @@ def _study(modality: str) -> Callable[[Sequence[str]], int]:
 
 
 def _ablation(arguments: Sequence[str]) -> int:
-    first = argparse.ArgumentParser(prog="python -m benchmarks.tapweight ablation", add_help=False)
-    first.add_argument("name", choices=ABLATIONS)
-    first.add_argument("modality", choices=("molecules", "text"), nargs="?", default="molecules")
-    if not arguments or arguments[0].startswith("-"):
-        first.error(f"name an ablation first: {', '.join(ABLATIONS)}")
-    named = 1 + (len(arguments) > 1 and not arguments[1].startswith("-"))
-    chosen = first.parse_args(arguments[:named])
-    ablation = ABLATIONS[chosen.name]
-    own = parser(chosen.modality)
-    own.prog = f"{first.prog} {chosen.name} {chosen.modality}"
+    named = [*takewhile(lambda text: not text.startswith("-"), arguments)][:2]
+    if not named:
+        raise ArgumentError(f"name an ablation first: {', '.join(ABLATIONS)}; then molecules or text, then options")
+    ablation, modality = chosen("ablation", named[0], ABLATIONS), [*named, _MODALITIES[0]][1]
+    own = parser(chosen("modality", modality, dict(zip(_MODALITIES, _MODALITIES, strict=True))))
+    own.prog = f"python -m benchmarks.tapweight ablation {named[0]} {modality}"
     own.description = f"{ablation.question} Ten development seeds, or ten fresh ones."
     own.add_argument("--fresh", action="store_true", help="the seeds that confirm what the development seeds showed")
-    options = _checked(own, arguments[named:])
+    options = _checked(own, arguments[len(named) :])
     options.methods = options.methods or [ablation.reference, *ablation.variants]
     options.seeds = options.seeds or [*(FRESH if options.fresh else DEVELOPMENT)]
-    return _run(plan_of(standard_of(chosen.modality), options), options, partial(report, ablation=ablation))
+    return _run(plan_of(standard_of(modality), options), options, partial(report, ablation=ablation))
 
 
 def _checked(own: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -58,6 +65,11 @@ def _checked(own: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     options = own.parse_args(arguments)
     if (options.corpus is None) != (options.table is None):
         own.error("--corpus and --table go together; give both, or neither for the named tasks")
+    if options.table is not None and options.tasks:
+        own.error("--tasks names tasks of the study, and --table is a task of your own; give one of them")
+    for option, file in (("--corpus", options.corpus), ("--table", options.table)):
+        if file is not None and not file.exists():
+            own.error(f"{option}: there is no file {file}")
     if options.corpus is None and not options.data.is_dir():
         own.error(f"no folder {options.data}: give --data, or your own files by --corpus and --table")
     return options
@@ -70,6 +82,8 @@ def _run(plan: Plan, options: argparse.Namespace, printed: Callable[[Sequence[Ro
         if options.plan:
             print(estimate(plan, file))
             return 0
+        if options.json is None:
+            print("Without --json FILE the rows are printed and not kept: a stopped study starts again.", flush=True)
         faults = run(plan, file, options.processes)
         print(printed([row for row in read([file] if file.exists() else []) if row["key"] == plan.key]))
     for fault in faults:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import attrs
 
 from mlopt.durations import in_words
+from mlopt.errors import MloptError
 from mlopt.recipes.tapweight.exact_head import labelled_features
 from mlopt.recipes.tapweight.experiment import Experiment
 from mlopt.recipes.tapweight.methods import Method
@@ -34,6 +35,8 @@ class _Times:
 def estimate(plan: Plan, file: Path) -> str:
     """Return the missing rows of a plan, their encoder passes and their time, method by method, as Markdown.
 
+    A task or a method that cannot be run is named, with the reason.
+
     Times are those of one process, from a few passes with the first seed. Full finetuning is not in them, and neither are the
     passes inside a linear solver.
 
@@ -42,24 +45,44 @@ def estimate(plan: Plan, file: Path) -> str:
         file: the file of the rows, which need not exist.
     """
     missing = [cell for cells in missing_cells(plan, file).values() for cell in cells]
-    times = {task: _times(plan, task) for task in dict.fromkeys(cell.task for cell in missing)}
-    body, total = [], 0.0
+    times, faults = _all_times(plan, dict.fromkeys(cell.task for cell in missing))
+    body, count, total = [], 0, 0.0
     for name in dict.fromkeys(cell.method for cell in missing):
-        own = [cell for cell in missing if cell.method == name]
-        passes, seconds = _cost(plan, name, own, times)
+        own = [cell for cell in missing if cell.method == name and cell.task in times]
+        try:
+            passes, seconds = _cost(plan, name, own, times)
+        except MloptError as error:
+            faults.append(f"{name}: {error}")
+            continue
         body.append([name, str(len(own)), f"{passes:,}", f"{seconds / 60:,.1f}"])
-        total += seconds
+        count, total = count + len(own), total + seconds
     shown = table(["method", "rows", "encoder passes", "core minutes"], body)
-    return f"{shown}\n\n{len(missing)} rows to compute: about {in_words(total)} in one process."
+    time_needed = f"{count} rows to compute: about {in_words(total)} in one process."
+    return "\n\n".join([shown, *(f"Cannot be computed: {fault}" for fault in faults), time_needed])
 
 
-def _times(plan: Plan, task_name: str) -> _Times:
+def _all_times(plan: Plan, tasks: Iterable[str]) -> tuple[dict[str, _Times], list[str]]:
+    """Return the times of each task, and a sentence for each that cannot be run; tasks of one corpus share what is prepared."""
     modality, seed = modality_of(plan), plan.seeds[0]
-    task = modality.task(task_name, seed, plan.labels[0])
-    experiment = modality.recipe(modality.corpus_of(task_name), task, seed).experiment(1, progress=False)
+    starts: dict[str, Experiment] = {}
+    times, faults = {}, []
+    for name in tasks:
+        corpus = modality.corpus_of(name)
+        try:
+            task = modality.task(name, seed, plan.labels[0])
+            if corpus not in starts:
+                starts[corpus] = modality.recipe(corpus, task, seed).experiment(1, progress=False)
+        except MloptError as error:
+            faults.append(f"{name}: {error}")
+            continue
+        times[name] = _times(attrs.evolve(starts[corpus], task=task))
+    return times, faults
+
+
+def _times(experiment: Experiment) -> _Times:
     laps = [time.perf_counter()]
     for splits in (("train", "valid"), ("test",)):
-        labelled_features(experiment.encoder, task, splits)  # type: ignore[arg-type]
+        labelled_features(experiment.encoder, experiment.task, splits)  # type: ignore[arg-type]
         laps.append(time.perf_counter())
     return _Times(experiment, laps[1] - laps[0], laps[2] - laps[1])
 
@@ -79,6 +102,7 @@ def _cost(plan: Plan, name: str, cells: Sequence[Cell], times: dict[str, _Times]
         # All tasks of a seed and a corpus share what does not depend on labels.
         experiment = times[tasks[0]].experiment
         each = experiment.affordable(method, plan.passes)
+        method.check(each.settings, each.steps, each.names)
         shared, count = _rehearsals(method, each), len(tasks)
         own = method.passes(each) * (count if method.uses_labels else 1) - shared * (count - 1)
         passes, seconds = passes + own, seconds + experiment.seconds(own)

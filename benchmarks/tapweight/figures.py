@@ -12,6 +12,9 @@ from .rows import Row
 
 __all__ = ["draw"]
 
+#: The height of a bar, in which the points of the seeds stand one below the other.
+_BAR = 0.8
+
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw the figures of each regime; return the files."""
@@ -113,7 +116,7 @@ def headroom(regime: Regime) -> Any:
 
 
 def weights(regime: Regime, method: str) -> Any:
-    """Return the weights of each seed as points, with their mean, task by task."""
+    """Return the weights of each seed as points with their bootstrap errors, if they have any, and the mean, task by task."""
     tasks = [task for task in regime.tasks if any(row["weights"] for row in regime.of(method, task))]
     if not tasks:
         return None
@@ -123,16 +126,28 @@ def weights(regime: Regime, method: str) -> Any:
         own = [row for row in regime.of(method, task) if row["weights"]]
         axes.axvline(1 / len(own[0]["weights"]), color="0.6", linestyle=":", label="equal share")
         for place, name in enumerate(objectives):
-            values = [row["weights"][name] for row in own if name in row["weights"]]
-            if not values:
-                continue
-            clear = [name in row["significant"] for row in own if name in row["weights"]]
-            axes.barh(place, statistics.fmean(values), color="tab:blue", alpha=0.4)
-            for chosen, face in ((True, "tab:blue"), (False, "none")):
-                points = [value for value, own_clear in zip(values, clear, strict=True) if own_clear is chosen]
-                axes.scatter(points, [place] * len(points), s=14, facecolor=face, edgecolor="tab:blue", zorder=3)
+            if of_objective := [row for row in own if name in row["weights"]]:
+                axes.barh(
+                    place, statistics.fmean(row["weights"][name] for row in of_objective), color="tab:blue", alpha=0.4
+                )
+                _points(axes, place, name, of_objective)
         axes.set_yticks(range(len(objectives)), objectives)
         axes.set_title(task)
+    grid[0, 0].set_xlim(left=0)
     grid[0, 0].legend(loc="lower right", fontsize=7)
-    figure.suptitle(f"Weights of {regime.titles[method]}: a point for each seed, filled if significant\n{regime.title}")
+    judged = any(row["weight_errors"] for row in regime.rows if row["method"] == method)
+    spread = ", with its bootstrap standard error" if judged else ""
+    title = f"Weights of {regime.titles[method]}: a point for each seed{spread}; filled if significant"
+    figure.suptitle(f"{title}\n{regime.title}")
     return figure
+
+
+def _points(axes: Any, place: int, name: str, rows: Sequence[Row]) -> None:
+    """Draw the weight of an objective in each row as a point with its error, one below the other within the bar."""
+    for k, row in enumerate(rows):
+        weight, error = row["weights"][name], (row["weight_errors"] or {}).get(name, 0.0)
+        height = place + _BAR * ((k + 0.5) / len(rows) - 0.5)
+        # A weight is a share: it ends at 0 and at 1.
+        axes.plot([max(0.0, weight - error), min(1.0, weight + error)], [height, height], color="tab:blue", linewidth=1)
+        face = "tab:blue" if name in row["significant"] else "white"
+        axes.plot(weight, height, "o", markersize=3.5, markerfacecolor=face, markeredgecolor="tab:blue", clip_on=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
 
 from mlopt.recipes.tapweight.methods import METHODS
+from mlopt.recipes.tapweight.modality import device_of
 from mlopt.recipes.tapweight.names import chosen
 
 from .plan import FINETUNINGS, PLAIN, Labels, Plan
@@ -22,6 +23,7 @@ def parser(modality: str) -> argparse.ArgumentParser:
     """Return the parser of a study's options."""
     own = argparse.ArgumentParser(
         prog=f"python -m benchmarks.tapweight {modality}",
+        epilog="The commands are molecules (if none is named), text, ablation, report and cost.",
         description="Adapt an encoder by each method with the same number of encoder passes, and score it on each task. A row "
         "that the file holds already is not computed again.",
     )
@@ -43,17 +45,20 @@ def parser(modality: str) -> argparse.ArgumentParser:
     own.add_argument(
         "--labels", nargs="+", type=_labels, metavar="N|all", help="training and validation labels together"
     )
-    own.add_argument("--passes", type=int, metavar="N", help="the encoder passes that each method may spend")
+    own.add_argument("--passes", type=_count, metavar="N", help="the encoder passes that each method may spend")
     own.add_argument("--finetuning", nargs="+", choices=FINETUNINGS, help="frozen features, or the whole encoder")
-    own.add_argument("--split", choices=("half", "usual"), help="half of the scaffolds as the test set, or 8:1:1")
-    own.add_argument("--from-scratch", action="store_true", help="text: a small encoder from a random start")
+    if modality == "molecules":
+        own.add_argument("--split", choices=("half", "usual"), help="half of the scaffolds as the test set, or 8:1:1")
+    else:
+        own.add_argument("--from-scratch", action="store_true", help="a small encoder from a random start")
+    own.set_defaults(split=None, from_scratch=False)
     own.add_argument("--corpus", type=Path, metavar="FILE", help="your unlabelled examples; with --table")
     own.add_argument("--table", type=Path, metavar="FILE", help="your labelled examples; with --corpus")
     own.add_argument(
         "--data", type=Path, default=Path(os.environ.get("MLOPT_DATA", "../shared/data")), metavar="FOLDER"
     )
-    own.add_argument("--device", default="cpu", help="cpu or cuda")
-    own.add_argument("--processes", type=int, default=1, metavar="N", help="seeds that run at the same time")
+    own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="default: cpu")
+    own.add_argument("--processes", type=_count, default=1, metavar="N", help="seeds that run at the same time")
     own.add_argument(
         "--plan", action="store_true", help="print the missing rows and about how long they take, and stop"
     )
@@ -61,7 +66,14 @@ def parser(modality: str) -> argparse.ArgumentParser:
 
 
 def _labels(text: str) -> Labels:
-    return "all" if text == "all" else int(text)
+    return "all" if text == "all" else _count(text)
+
+
+def _count(text: str) -> int:
+    """Return a number of at least 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def standard_of(modality: str) -> Plan:
@@ -73,6 +85,17 @@ def standard_of(modality: str) -> Plan:
     return STANDARD
 
 
+def _objectives_of(modality: str) -> Mapping[str, object]:
+    """Return the objectives of a modality by name."""
+    if modality == "molecules":
+        from mlopt.recipes.tapweight.molecules.objectives import OBJECTIVES as OF_MOLECULES
+
+        return OF_MOLECULES
+    from mlopt.recipes.tapweight.text.objectives import OBJECTIVES as OF_TEXTS
+
+    return OF_TEXTS
+
+
 def plan_of(standard: Plan, options: argparse.Namespace) -> Plan:
     """Return the plan of a command line.
 
@@ -81,10 +104,12 @@ def plan_of(standard: Plan, options: argparse.Namespace) -> Plan:
         options: the parsed options.
 
     Raises:
-        ArgumentError: there is no such task or method.
+        ArgumentError: there is no such task, method or objective, or no such device.
     """
     for task in options.tasks or ():
         chosen("task", task, dict.fromkeys(standard.tasks))
+    for objective in options.objectives or ():
+        chosen("objective", objective, _objectives_of(standard.modality))
     for method in options.methods or ():
         if method != PLAIN:
             method_of(method)
@@ -96,7 +121,7 @@ def plan_of(standard: Plan, options: argparse.Namespace) -> Plan:
             plan, methods=(), seeds=tuple(range(10, 20)), labels=(50, 100, 200, 500, "all"), finetunings=FINETUNINGS
         )
     given = {
-        field: tuple(value) if isinstance(value, list) else value
+        field: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
         for field, value in (
             ("tasks", options.tasks),
             ("objectives", options.objectives),
@@ -110,12 +135,16 @@ def plan_of(standard: Plan, options: argparse.Namespace) -> Plan:
         )
         if value is not None
     }
-    plan = attrs.evolve(plan, data=options.data, device=options.device, **given)
+    plan = attrs.evolve(plan, data=options.data, device=device_of(options.device), **given)
     if plan.table is not None:
         plan = attrs.evolve(plan, tasks=(plan.table.name.partition(".")[0],))
     if options.from_scratch:
         plan = attrs.evolve(plan, encoder={**plan.encoder, "start": "random"})
-    return attrs.evolve(plan, methods=tuple(options.methods or plan.methods or _all_methods(plan)))
+    methods = tuple(dict.fromkeys(options.methods or plan.methods or _all_methods(plan)))
+    for kind, _, objective in (method.partition(":") for method in methods):
+        if kind == "single":
+            chosen("objective of this study", objective, dict.fromkeys(plan.objectives))
+    return attrs.evolve(plan, methods=methods)
 
 
 def _quick(plan: Plan) -> Plan:

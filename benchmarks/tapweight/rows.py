@@ -17,6 +17,8 @@ from .plan import Cell
 __all__ = ["Row", "Rows", "read"]
 
 Row = dict[str, Any]
+#: Entries that rows of earlier versions lack.
+_LATER: Row = {"weight_errors": None}
 
 
 def read(files: Iterable[Path]) -> list[Row]:
@@ -33,7 +35,7 @@ def read(files: Iterable[Path]) -> list[Row]:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                rows[row["key"], _cell(row)] = row
+                rows[row["key"], _cell(row)] = _LATER | row
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(f"{file}, line {number}: not a row of a study ({error}); remove the line") from error
     return list(rows.values())

@@ -210,15 +210,17 @@ class _Run:
     used: Used = attrs.field(factory=Used)
 
     def learned(self) -> dict[str, Any]:
-        """Return the cost, the weights and the significant objectives as plain data."""
+        """Return the cost, the weights with their errors, and the significant objectives as plain data."""
         adapted = self.adapted
         signals = adapted.signals if adapted else {}
+        errors = {name: signal.weight_error for name, signal in signals.items()}
         return {
             "steps": self.steps,
             "passes": self.passes,
             "seconds": self.used.seconds,
             "memory": self.used.memory,
             "weights": dict(adapted.weights) if adapted and adapted.weights else None,
+            "weight_errors": None if None in errors.values() else errors or None,
             "significant": {
                 name: "helps" if signal.mean > 0 else "harms" for name, signal in signals.items() if signal.significant
             },

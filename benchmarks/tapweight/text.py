@@ -49,9 +49,13 @@ TASKS = {
     # The labels of GLUE's test split are not public; its development set has two files.
     "cola": Files(metric="matthews", corpus=None, test=("dev_in_domain.jsonl", "dev_out_of_domain.jsonl")),
 }
-#: These read the place of a sentence in its document. The reviews have no punctuation, and CoLA's sentences no documents.
-_OF_DOCUMENTS = ("sentence_position", "same_document")
-_WITH_DOCUMENTS = ("cs_abstracts", "biomed_abstracts", "corpus")
+#: The corpora that have what an objective needs; "corpus" is the user's own. The reviews have no punctuation, CoLA's sentences no
+#: documents, and the abstracts of computer science no headings.
+_CORPORA = {
+    "sentence_position": ("cs_abstracts", "biomed_abstracts", "corpus"),
+    "same_document": ("cs_abstracts", "biomed_abstracts", "corpus"),
+    "sections": ("biomed_abstracts", "corpus"),
+}
 #: Words and pairs of words of plain features, the most frequent ones.
 _WORDS = 4_000
 
@@ -111,8 +115,7 @@ class TextStudy(Modality):
 
     def objectives(self, corpus: str) -> tuple[str, ...]:
         """Return the objectives that can be prepared on a corpus."""
-        left_out = () if corpus in _WITH_DOCUMENTS else _OF_DOCUMENTS
-        return tuple(name for name in self.plan.objectives if name not in left_out)
+        return tuple(name for name in self.plan.objectives if corpus in _CORPORA.get(name, (corpus,)))
 
     def task(self, name: str, seed: int, labels: Labels) -> TextTask:
         """Return a task: labelled texts of the training file, and texts of the test file, drawn by the seed."""

@@ -8,6 +8,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ __all__ = [
     "is_dressed",
     "is_empty",
     "is_indicator",
+    "label_text",
     "name_of",
     "number_of",
 ]
@@ -47,6 +50,11 @@ def name_of(cell: Any) -> str:
         cell = int(cell)
     text = str(cell).strip()
     return text.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", text) else text
+
+
+def label_text(value: float) -> str:
+    """Return a label in as few digits as single precision needs, without an exponent; empty if it is missing."""
+    return "" if math.isnan(value) else np.format_float_positional(np.float32(value), trim="-")
 
 
 def number_of(cell: Any) -> float | None:

@@ -58,6 +58,7 @@ class Examples(Sequence[T], Generic[T]):
         records: the 0-based number of each among the records of the whole, those left out counted; `()` for 0, 1, 2, ...
         skipped: the rows left out.
         notes: clauses that a user should read on how the whole was read.
+        columns: the columns of the file that hold the contents of an example; `()` if there are none.
         source: the file or the data set.
     """
 
@@ -66,6 +67,7 @@ class Examples(Sequence[T], Generic[T]):
     records: tuple[int, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     source: str
 
     #: A word for the examples.
@@ -156,7 +158,7 @@ def gather(
         except UnusableError as fault:
             if strict:
                 raise DataError(
-                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or read without --strict"
+                    f"{source}, row {row}: {fault.subject}{fault.reason}; correct it, or leave out --strict"
                 ) from None
             first = first or f"; row {row}: {fault.subject}{fault.reason}"
             skipped.append(Skipped(row, fault.reason))
@@ -166,7 +168,7 @@ def gather(
         if len(examples) == limit:
             break
     if not examples:
-        raise DataError(f"{source}: no {noun} in {len(skipped)} rows{first}; give at least {least}")
+        raise DataError(f"{source}: no row is a {noun}{first}; give at least {least}")
     if len(examples) < least:
         raise DataError(f"{source}: a corpus of one {noun} is too small to pretrain on; give at least {least}")
     return {

@@ -151,8 +151,7 @@ class Experiment:
             batches = [stream.next() for _ in range(_SCALING_BATCHES)]
             begin = time.perf_counter()
             norms = gradient_norms(model, self.objectives, batches, self.seed)
-            views = sum(objective.passes for objective in self.objectives)
-            self._seconds_per_pass = (time.perf_counter() - begin) / (_SCALING_BATCHES * views)
+            self._seconds_per_pass = (time.perf_counter() - begin) / (_SCALING_BATCHES * self.views)
             self._start = model, norms if self.settings.scale == "gradient" else dict.fromkeys(norms, 1.0)
         return self._start
 

@@ -87,7 +87,9 @@ def suffix_of(path: Path, known: Sequence[str]) -> str:
     packed = next((suffix for suffix in _PACKED if name.endswith(suffix)), "")
     suffix = Path(name.removesuffix(packed)).suffix
     if suffix in _SPREADSHEETS:
-        raise DataError(f"{path}: a spreadsheet; save its sheet as CSV in the spreadsheet program, and give that file")
+        raise DataError(
+            f"{path} is a spreadsheet; save its sheet as CSV in the spreadsheet program, and give that file"
+        )
     if packed == ".zip" and not suffix and path.is_file():
         return suffix_of(Path(unpacked(path).name), known)
     if suffix not in known:
@@ -115,7 +117,9 @@ def unpacked(path: Path) -> File:
     try:
         return File(path, path.stem, unpack(content))
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise DataError(f"{path}: not a whole {name} file ({error}); compress it again or drop {packed}") from error
+        raise DataError(
+            f"{path} is not a whole {name} file ({error}); compress it again, or drop the suffix {packed}"
+        ) from error
 
 
 def _member(path: Path, content: bytes) -> File:
@@ -127,7 +131,7 @@ def _member(path: Path, content: bytes) -> File:
                 raise DataError(f"{path}: the archive holds {len(names)} files; unpack it, and give one of them")
             return File(path, names[0], archive.read(names[0]))
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a whole zip file ({error}); unpack it, and give the file inside") from error
+        raise DataError(f"{path} is not a whole zip file ({error}); unpack it, and give the file inside") from error
 
 
 def text_of(path: Path) -> Content:
@@ -148,7 +152,9 @@ def text_of(path: Path) -> Content:
         ) from error
     if "\0" in text:
         row = _row(text[: text.index("\0")].encode())
-        raise DataError(f"{path}, row {row}: a NUL byte, so this is not a text file; save the file as UTF-8 text")
+        raise DataError(
+            f"{path}, row {row}: the row holds a NUL byte, so this is not a text file; save the file as UTF-8 text"
+        )
     if not text.strip():
         raise DataError(f"{path}: the file is empty; give a file with at least one example")
     return Content(text, notes)

@@ -91,7 +91,7 @@ class Labels:
             return math.nan if self.is_missing(cell) else float(self.index(cell))
         value = self.number(cell)
         if abs(value) > _LARGEST:
-            raise DataError(f"{shown(cell)} is not finite in float32 (rescale the column)")
+            raise DataError(f"{shown(cell)} is too large for float32 (rescale the column)")
         return value
 
     def indicators(self, cell: Any) -> list[float]:
@@ -212,8 +212,8 @@ def meanings_of(
         return meanings
     if constant := next((each for each in meanings if len(each.classes) == 1), None):
         raise DataError(
-            f"{source}, column {shown(constant.name)}: one class only, {shown(constant.classes[0])}: nothing can be learned; "
-            "leave it out by --labels"
+            f"{source}, column {shown(constant.name)}: the only class is {shown(constant.classes[0])}, so nothing can be "
+            "learned; name the other columns by --labels"
         )
     numeric = all(
         number_of(cell) is not None for _, column in columns for _, cell in column if not is_empty(cell, missing)
@@ -276,15 +276,15 @@ def check_varied(source: str, name: str, labels: Iterable[Any]) -> None:
     distinct = set(labels)
     if len(distinct) == 1:
         raise DataError(
-            f"{source}, column {shown(name)}: each label is {distinct.pop()}: nothing can be learned; name another column "
-            "by --labels"
+            f"{source}, column {shown(name)}: every label is {distinct.pop()}, so nothing can be learned; name another "
+            "column by --labels"
         )
 
 
 def _minus_one(source: str, place: str, row: int, numbers: Sequence[float]) -> DataError:
     """Return the error of a column of classes in which -1 may mean that there is no label."""
     return DataError(
-        f"{source}, {place}: -1 stands beside 0 and 1 ({numbers.count(-1.0)} of {len(numbers)} rows, the first in row {row}); "
+        f"{source}, {place}: -1 occurs beside 0 and 1 ({numbers.count(-1.0)} of {len(numbers)} rows, the first in row {row}); "
         "give --missing -1 if it means that there is no label, or --kind classification if it is a class"
     )
 
@@ -296,7 +296,7 @@ def _check_whole(source: str, place: str, present: Sequence[tuple[int, Any]]) ->
         if value is not None and value % 1 > 0:
             raise DataError(
                 f"{source}, row {row}, {place}: {shown(cell)} is a number, not the name of a class; leave out --kind "
-                "classification, or name the columns of labels"
+                "classification, or name other columns by --labels"
             )
 
 
@@ -351,14 +351,14 @@ def _several(source: str, name: str, present: Sequence[tuple[int, Any]], missing
     else:
         classes = tuple(_sorted({name_of(entry) for entries in lists for entry in entries}))
     if len(classes) < 2:
-        held = f"no class but {shown(classes[0])}" if classes else "no class"
+        held = f"only the class {shown(classes[0])}" if classes else "no class"
         raise DataError(f"{source}, column {shown(name)}: the lists hold {held}; give at least two")
     return Labels(name, "several", classes, tuple(missing))
 
 
 def _without_label(source: str, place: str, column: Sequence[tuple[int, Any]]) -> DataError:
     """Return the error of a column without labels."""
-    return DataError(f"{source}, {place}: no label in {len(column)} rows; name another column, or change --missing")
+    return DataError(f"{source}, {place}: no row has a label; name another column by --labels, or change --missing")
 
 
 def _not_numbers(source: str, place: str, others: Sequence[tuple[int, Any]], kind: Kind | None) -> DataError:

@@ -120,7 +120,7 @@ class LabelledData:
     dataset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
     kind: Annotated[
         Literal["classification", "regression"] | None,
-        arg(metavar="{classification,regression}", help_behavior_hint="(default: as the labels are)"),
+        arg(metavar="{classification,regression}", help_behavior_hint="(default: inferred from the labels)"),
     ] = None
     class_weights: ClassWeights = "none"
     missing: Annotated[
@@ -225,14 +225,14 @@ class Configuration(Generic[D, E]):
     Args:
         output: the folder of the result: weights, scores, history, picture, encoder and configuration.
         steps: pretraining steps, each on one batch of the corpus.
-        seeds: seeds of everything random, also of a random split. Each of several is a run of its own, in a folder seed-N inside
-            the output folder, and means and standard deviations over the runs are reported as well.
+        seeds: seeds of all random numbers, those of a random split included. Several seeds are separate runs, in folders seed-N
+            inside the output folder; their means and standard deviations are reported as well.
         methods: the methods to compare. The last is the main one, whose encoder and weights are saved. "single:OBJECTIVE"
             pretrains on one objective.
         device: the device to compute on; auto is a GPU if there is one.
         checkpoint_every: steps of each phase from one checkpoint in the output folder to the next.
         objectives: at least two; their weights are learned.
-        data: an unlabelled corpus to pretrain on, and labelled examples, the task.
+        data: an unlabelled corpus to pretrain on, and the labelled examples of the task.
         settings: Training: the learning of the weights, and the finetuning and scoring of the result.
         encoder: the encoder that is pretrained.
     """

@@ -105,17 +105,20 @@ def gradient_norms(
                 loss = objective_losses(perturbed, batch, [objective], {name: 1.0})[name]()
                 if not loss.requires_grad:
                     raise ArgumentError(
-                        f"objective {name!r}: its loss has no gradient (was it detached?); correct it or leave it out"
+                        f"the loss of objective {name!r} has no gradient; do not detach it, or leave the objective out"
                     )
                 gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
                 squares.append(sum(float(g.square().sum()) for g in gradient))
             norm = math.sqrt(sum(squares) / len(squares))
             if norm == 0.0:
                 raise ArgumentError(
-                    f"objective {name!r} gives the encoder no gradient, so its weight would mean nothing; does its loss use the "
-                    "encoder? correct it or leave it out"
+                    f"the loss of objective {name!r} has no gradient on the encoder, so its weight would mean nothing; compute "
+                    "the loss from the encoder's features, or leave the objective out"
                 )
             if not math.isfinite(norm):
-                raise ArgumentError(f"objective {name!r}: the gradient of its loss is not finite on the first batches")
+                raise ArgumentError(
+                    f"the gradient of objective {name!r} is not finite on the first batches; correct its loss, or leave the "
+                    "objective out"
+                )
             norms[name] = norm
     return norms

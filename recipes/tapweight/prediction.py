@@ -14,6 +14,7 @@ from mlopt.files import replacing
 from mlopt.imports import import_optional
 
 from .configuration import ConfigurationError
+from .examples import UnusableError
 from .files import DataError
 from .modality import Device, device_of
 from .names import distinct
@@ -65,7 +66,7 @@ def predict(arguments: Sequence[str], *, prog: str) -> None:
         ConfigurationError: the options cannot be used.
         DataError: the predictor or the file cannot be used.
     """
-    options = _options(arguments, prog, "Predict with the result of a run.", (".csv",))
+    options = _options(arguments, prog, "Predict the labels of new examples with the result of a run.", (".csv",))
     predictor, contents = _opened(options)
     predictions = predictor.predict(contents)
     _write(options.output, predictor, contents, predictions.header, predictions.cells, predictions.reasons)
@@ -74,7 +75,12 @@ def predict(arguments: Sequence[str], *, prog: str) -> None:
 
 def embed(arguments: Sequence[str], *, prog: str) -> None:
     """Write the features of the rows of a file; see `predict`."""
-    options = _options(arguments, prog, "Write the features of the finetuned encoder.", (".npy", ".csv"))
+    options = _options(
+        arguments,
+        prog,
+        "Write the features of new examples, as the finetuned encoder of a run computes them.",
+        (".npy", ".csv"),
+    )
     predictor, contents = _opened(options)
     features, reasons = predictor.features(contents)
     if options.output.suffix == ".npy":
@@ -100,25 +106,34 @@ class _Parser(argparse.ArgumentParser):
 def _options(arguments: Sequence[str], prog: str, description: str, suffixes: tuple[str, ...]) -> argparse.Namespace:
     given(arguments, _OPTIONS, positional=True)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="the folder of the result")
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="the SMILES or the texts, a row each")
+    parser.add_argument("folder", type=Path, help="the folder of the result of a run")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="FILE", help="the file of the SMILES or the texts, one a row"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FILE",
-        help=f"{' or '.join(suffixes)}; a row for each of the input",
+        help=f"{' or '.join(suffixes)}; it has a row for each row of the input",
     )
     parser.add_argument(
         "--columns",
         nargs="+",
         metavar="COLUMN",
-        help="the column of the input, or the two of a pair (default: as usual)",
+        help="the column of the input, or the two of a pair (default: those of the training file, or the usual ones)",
     )
-    parser.add_argument("--device", choices=get_args(Device), default="auto", help="auto is a GPU if there is one")
+    parser.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default="auto",
+        help="the device to compute on; auto is a GPU if there is one",
+    )
     options = parser.parse_args(arguments)
     if options.output.suffix not in suffixes:
         raise ConfigurationError(f"output={str(options.output)!r}; give a name that ends in {' or '.join(suffixes)}")
+    if options.output.resolve() == options.input.resolve():
+        raise ConfigurationError(f"--output={str(options.output)!r} would replace the input; give another name")
     return options
 
 
@@ -144,12 +159,13 @@ def _write(
         writer = csv.writer(stream)
         writer.writerow(distinct([*predictor.columns, *header, "reason"]))
         for content, row, reason in zip(contents, cells, reasons, strict=True):
-            writer.writerow([*([content] if isinstance(content, str | None) else content), *row, reason])
+            own = "" if isinstance(content, UnusableError) else content
+            writer.writerow([*([own] if isinstance(own, str | None) else own), *row, reason])
 
 
 def _say(output: Path, reasons: Sequence[str]) -> None:
     """Print the number of rows, and how many could not be used."""
     bad = [k for k, reason in enumerate(reasons) if reason]
-    named = f"; {len(bad)} cannot be used, the first: row {bad[0] + 1} ({reasons[bad[0]]})" if bad else ""
+    named = f"; {len(bad)} cannot be used, the first: record {bad[0] + 1} ({reasons[bad[0]]})" if bad else ""
     sentence = f"{len(reasons)} rows in {output}{named}."
     Console().print(sentence, markup=False, highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ class Target:
         labels: the names of the labels; a single one for "classes".
         classes: the names of the classes of "classes", in the order of the outputs.
         pairs: the names of the negative and the positive class of each label of "binary".
-        thresholds: the smallest probability at which the positive class of "binary" is predicted, one for each label.
+        thresholds: the probability above which the positive class of "binary" is predicted, one for each label.
         mean: the mean that standardised outputs of "numbers" are relative to, in the unit of each label.
         std: the unit of standardised outputs of "numbers", in the unit of each label.
     """
@@ -69,7 +69,7 @@ class Target:
         if self.form == "classes":
             return (self.classes[int(values.argmax())],)
         return tuple(
-            pair[value >= threshold]
+            pair[value > threshold]
             for pair, value, threshold in zip(self.pairs, values.tolist(), self.thresholds, strict=True)
         )
 

@@ -48,6 +48,7 @@ class Predictor(ABC):
         members: encoders with the heads of the task; put in eval mode.
         target: the labels.
         columns: the names of the contents of an example, such as "smiles".
+        file_columns: the columns of the training file that hold the contents; `read` takes them if a file has them.
 
     Attributes:
         modality: the name of the modality that the examples are of.
@@ -55,8 +56,11 @@ class Predictor(ABC):
 
     modality: ClassVar[str]
 
-    def __init__(self, members: Sequence[Member], target: Target, columns: Sequence[str]) -> None:
-        self.members, self.target, self.columns = tuple(members), target, tuple(columns)
+    def __init__(
+        self, members: Sequence[Member], target: Target, columns: Sequence[str], file_columns: Sequence[str] = ()
+    ) -> None:
+        self.members, self.target = tuple(members), target
+        self.columns, self.file_columns = tuple(columns), tuple(file_columns)
         for member in self.members:
             for part in member:
                 part.eval()
@@ -91,7 +95,7 @@ class Predictor(ABC):
 
         Args:
             file: as for a corpus, or a labelled table whose labels are ignored.
-            columns: the columns of the contents; the usual ones when None.
+            columns: the columns of the contents; those of the training file, else the usual ones, when None.
 
         Raises:
             DataError: the file cannot be used.
@@ -202,7 +206,8 @@ class Predictor(ABC):
             place.mkdir(parents=True)
             self.save_member(encoder, head, place)
         content = {"format": _FORMAT, "version": _VERSION, "modality": self.modality, "members": len(self.members)}
-        content |= {"columns": self.columns, "target": attrs.asdict(self.target), "options": self.options()}
+        content |= {"columns": self.columns, "file_columns": self.file_columns}
+        content |= {"target": attrs.asdict(self.target), "options": self.options()}
         with replacing(folder / PREDICTOR) as staged:
             staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -220,8 +225,9 @@ class Predictor(ABC):
         folder = model_folder(folder)
         content = describe(folder)
         if content["modality"] != cls.modality:
+            own = content["modality"]
             raise DataError(
-                f"{folder} holds a predictor of {content['modality']}, not of {cls.modality}; load it there"
+                f"{folder} holds a predictor of {own}, not of {cls.modality}; load it by the Predictor of {own}"
             )
         target = Target.read(content["target"])
         members = [
@@ -232,7 +238,7 @@ class Predictor(ABC):
                 # A copy: a tensor of a file is not aligned in memory as others are, and kernels may then round differently.
                 tensor.data = tensor.data.clone()
             part.to(device)
-        return cls(members, target, content["columns"])
+        return cls(members, target, content["columns"], content.get("file_columns", ()))
 
 
 def _examples(contents: Sequence[Any], make: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:

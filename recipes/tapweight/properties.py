@@ -181,7 +181,7 @@ class Properties:
             values = column[~column.isnan()].unique()
             if len(values) == 1:
                 raise DataError(
-                    f"task {name!r} has one label, {values[0]:g}, throughout the train split: nothing can be learned; "
+                    f"task {name!r} has one label, {values[0]:g}, throughout the train split, so nothing can be learned; "
                     "leave it out by --labels"
                 )
         return mean, std

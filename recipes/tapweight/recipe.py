@@ -97,18 +97,16 @@ class TapWeight:
             )
         names = [objective.name for objective in objectives]
         if len(names) < 2:
-            raise ArgumentError(f"TapWeight: {len(names)} objectives; give at least two")
+            raise ArgumentError(f"TapWeight: {len(names)} objectives are too few; give at least two")
         if len(set(names)) < len(names):
             raise ArgumentError(
-                f"TapWeight: two objectives of one name among {', '.join(names)}; give each its own `name`"
+                f"TapWeight: two of the objectives share a name ({', '.join(names)}); give each its own `name`"
             )
         if len(corpus) < 2:
-            raise ArgumentError(f"TapWeight: a corpus of {len(corpus)} examples; it needs at least two")
+            raise ArgumentError(f"TapWeight: the corpus holds {len(corpus)} examples; give at least two")
         for split, examples in task.splits.items():
             if len(examples) < 2:
-                raise ArgumentError(
-                    f"TapWeight: the {split} split holds {len(examples)} examples; it needs at least two"
-                )
+                raise ArgumentError(f"TapWeight: the {split} split holds {len(examples)} examples; give at least two")
         self._experiment = Experiment(
             encoder=encoder,
             objectives=tuple(objectives),

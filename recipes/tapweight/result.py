@@ -248,9 +248,7 @@ class TapWeightResult:
             right.errorbar(signal.mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
-        right.set(
-            xlabel="signal, with two standard errors", title="Does it help more than the average? (filled: significant)"
-        )
+        right.set(xlabel="signal, with two standard errors", title="Help against the average (filled: significant)")
         figure.savefig(file, dpi=150)
 
     def _draw_paths(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:
@@ -266,15 +264,28 @@ class TapWeightResult:
         axes.set_ylim(bottom=0)
 
     def _draw_bars(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:
-        """Draw the weights as bars, the largest at the top."""
+        """Draw the weights as bars with their standard errors, the largest at the top."""
         rows = range(len(order))
-        bars = axes.barh(rows, [self.weights[name] for name in order], color=[colours[name] for name in order])
-        axes.bar_label(bars, [f"{self.weights[name]:.2f}" for name in order], padding=3)
+        values = [self.weights[name] for name in order]
+        errors = [self.signals[name].weight_error or 0.0 for name in order]
+        # A weight is a share: its error bar ends at 0 and at 1.
+        ends = [
+            [min(error, room) for error, room in zip(errors, rooms, strict=True)]
+            for rooms in (values, [1 - value for value in values])
+        ]
+        bars = axes.barh(
+            rows,
+            values,
+            xerr=ends if any(errors) else None,
+            color=[colours[name] for name in order],
+            error_kw={"ecolor": "0.4", "capsize": 3},
+        )
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         axes.axvline(1 / len(order), color="grey", linewidth=0.8, linestyle=":", label="equal share")
         axes.set_yticks(rows, order)
         axes.invert_yaxis()
         axes.set(
-            xlabel="weight: share of the resamples of the labels in which it was best",
+            xlabel="share of the resamples of the labels in which it was best, with its standard error",
             title=f"{self.main.title}: weights",
         )
         axes.set_xlim(0, 1.1)

@@ -36,13 +36,13 @@ class Settings:
         valid_batch_size: validation examples in a batch for the weights; all of them if there are fewer.
         pretraining_lr: learning rate of AdamW on the encoder and the objectives' heads.
         finetuning_lr: learning rate of AdamW on the finetuning level.
-        weight_decay: share of the variables that AdamW takes off them at each step, times the learning rate, on both.
-        lr_schedule: course of both learning rates over the run: constant, or falling to zero on a line or a cosine.
+        weight_decay: weight decay of AdamW on both: each step subtracts this share of the variables, times the learning rate.
+        lr_schedule: schedule of both learning rates: constant, or a linear or cosine decay to zero over the run.
         precision: "bf16" or "fp16" evaluates the losses under autocast, "none" without it.
         warmup: share of the steps, from 0 up to 1, during which the weights stay equal while the heads learn to use the features.
         weights_lr: learning rate of Adam on the logits of the weights; like Adam's step, it does not depend on their scale.
         scale: "gradient" divides each objective's loss by the norm of its gradient on the encoder at the start, so that
-            equal weights mean equal pull; "none" does not scale the losses, like the authors' release.
+            equal weights mean equal pull; "none" does not scale the losses, as in the authors' release.
         rehearsal_steps: steps on each objective alone before the weights are chosen by rehearsal; at most those of the main run.
         rehearsals: rehearsals of each objective, each with batches and heads of its own; their losses are averaged.
         epochs: passes over the training labels in the final finetuning.
@@ -51,7 +51,7 @@ class Settings:
         finetunings: final finetunings, each with its own seed; scores are their means.
         ensemble: finetuned models of the predictor, each with its own seed, on the encoder of the main method.
         patience: epochs without a better validation score after which a final finetuning stops; 0 takes all epochs.
-        measurements: the most measurements of the objectives' signals on two halves of the validation labels.
+        measurements: the largest number of measurements of the objectives' signals on two halves of the validation labels.
     """
 
     gamma: float = attrs.field(default=100.0, validator=positive)

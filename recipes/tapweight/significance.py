@@ -10,11 +10,11 @@ import torch
 from scipy.special import stdtrit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["Signal", "compare", "judge", "resampled_means", "shares_of_best", "verdict"]
+__all__ = ["Signal", "compare", "errors_of_shares", "judge", "resampled_means", "shares_of_best", "verdict"]
 
 _RESAMPLES = 2_000
 #: Means that differ by less, relative to the losses, are equal but for rounding.
@@ -32,12 +32,15 @@ class Signal:
         error: its standard error, the scatter of the labels included.
         z: mean / error.
         significant: True if |z| passes a two-sided test at 5% for all objectives together.
+        weight_error: the standard error of the objective's weight, see `errors_of_shares`; None if the weight is not a share of
+            resamples.
     """
 
     mean: float
     error: float
     z: float
     significant: bool
+    weight_error: float | None = None
 
     @property
     def cells(self) -> tuple[str, str]:
@@ -63,9 +66,40 @@ def shares_of_best(losses: Tensor, seed: int) -> Tensor:
 
     Source: Breiman, "Bagging predictors", Machine Learning 1996, of a choice by leave-one-out loss.
     """
+    best = _best(losses, seed)
+    return best.sum(0) / len(best)
+
+
+def errors_of_shares(losses: Tensor, seed: int) -> Tensor:
+    """Return the standard error of each share of `shares_of_best` over draws of the examples, from the same resamples, (K,).
+
+    With N_bi the number of times that resample b of B holds example i of n, and t_bk the share of candidate k in it,
+
+        error_k^2 = sum_i cov_b(N_bi, t_bk)^2 - n var_b(t_bk) / B
+
+    The sum is the infinitesimal jackknife of the mean over resamples, and the last term its bias with B resamples.
+
+    Args:
+        losses: of each candidate on each example, (K, n).
+        seed: the seed of the resamples.
+
+    Source: Efron, "Estimation and accuracy after model selection", JASA 2014; Wager, Hastie & Efron, "Confidence intervals for
+    random forests: the jackknife and the infinitesimal jackknife", JMLR 2014.
+    """
+    best, count = _best(losses, seed), losses.shape[1]
+    centred = best - best.mean(0)
+    covariances = torch.zeros(count, len(losses), dtype=torch.float64)
+    for times, part in zip(_resamples(count, seed), centred.reshape(-1, _CHUNK, len(losses)), strict=True):
+        covariances += times.T @ part / len(best)
+    bias = count / len(best) * centred.square().mean(0)
+    return (covariances.square().sum(0) - bias).clamp(min=0).sqrt()
+
+
+def _best(losses: Tensor, seed: int) -> Tensor:
+    """Return the share of each candidate in each resample, (resamples, K): 1 for the best; candidates of one loss share it."""
     means = resampled_means(losses, seed)
     best = (means <= means.amin(1, keepdim=True) + _TIE * losses.double().abs().mean()).double()
-    return (best / best.sum(1, keepdim=True)).sum(0) / len(best)
+    return best / best.sum(1, keepdim=True)
 
 
 def compare(names: Sequence[str], losses: Tensor, seed: int) -> dict[str, Signal]:
@@ -90,24 +124,29 @@ def compare(names: Sequence[str], losses: Tensor, seed: int) -> dict[str, Signal
     clear = errors > _TIE * losses.double().abs().mean()
     deviations = torch.where(clear, (resampled - means).abs() / errors, 0.0).amax(1)
     threshold = float(deviations.quantile(0.95))
+    weight_errors = errors_of_shares(losses, seed).tolist()
     signals = {}
     for k, name in enumerate(names):
         mean, error = float(means[k]), float(errors[k])
         z = mean / error if clear[k] else 0.0
-        signals[name] = Signal(mean=mean, error=error, z=z, significant=abs(z) > threshold)
+        signals[name] = Signal(
+            mean=mean, error=error, z=z, significant=abs(z) > threshold, weight_error=weight_errors[k]
+        )
     return signals
 
 
 def resampled_means(losses: Tensor, seed: int) -> Tensor:
     """Return the mean of each row of a matrix (K, n) over bootstrap resamples of its columns, (resamples, K)."""
-    generator = torch.Generator().manual_seed(seed)
     count = losses.shape[1]
-    means = []
+    return torch.cat([times @ losses.double().T / count for times in _resamples(count, seed)])
+
+
+def _resamples(count: int, seed: int) -> Iterator[Tensor]:
+    """Yield how often each of n examples is in each of some resamples, (_CHUNK, n), until there are `_RESAMPLES`."""
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(_RESAMPLES // _CHUNK):
         drawn = torch.randint(count, (_CHUNK, count), generator=generator)
-        times = torch.zeros(_CHUNK, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-        means.append(times @ losses.double().T / count)
-    return torch.cat(means)
+        yield torch.zeros(_CHUNK, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
 def judge(names: Sequence[str], means: Sequence[Tensor], halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Signal]:

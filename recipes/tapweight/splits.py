@@ -76,6 +76,8 @@ def stratified_split(
     fractions: Sequence[float] = EIGHT_ONE_ONE,
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
+    *,
+    combined: bool = False,
 ) -> dict[Split, list[int]]:
     """Split examples at random so that each class has the same share of each split, as far as its size allows.
 
@@ -85,6 +87,8 @@ def stratified_split(
     Args:
         classes: the class of each example.
         fractions, seed, groups: as in `random_split`; a group counts as one of the class of its first example.
+        combined: True if a class is a combination of the labels of several columns. Most combinations may be rare, and none has
+            to be learned, so the first of each does not go to train.
 
     Raises:
         DataError: the fractions are wrong, or a split would be empty.
@@ -102,7 +106,7 @@ def stratified_split(
         for name, fraction in zip(NAMES, fractions, strict=True):
             behind[name] += fraction * size
         for k, group in enumerate(stratum):
-            name = max(NAMES, key=behind.__getitem__) if k else "train"
+            name = max(NAMES, key=behind.__getitem__) if k or combined else "train"
             behind[name] -= len(group)
             splits[name] += group
     words = f"{len(strata)} classes"
@@ -136,7 +140,7 @@ def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split
     for name, indices in splits.items():
         if not indices:
             raise DataError(
-                f"{source}, column {shown(column)}: no row is of {name}; name rows of it, or leave out --split-column"
+                f"{source}, column {shown(column)}: no row is in the {name} split; assign rows to it, or leave out --split-column"
             )
     return splits
 

@@ -152,7 +152,7 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
         notes.append("quotes are part of the text")
     header = [name.strip() for name in header]
     if not records and any(header):
-        raise DataError(f"{path}: no row below the header; give a file with at least one example")
+        raise DataError(f"{path}: there is no row below the header; give a file with at least one example")
     # Spreadsheets write separators after the last column.
     kept = [k for k, name in enumerate(header) if name or any(cells[k].strip() for _, cells in records)]
     if duplicates := sorted({header[k] for k in kept if header.count(header[k]) > 1}):
@@ -312,7 +312,7 @@ def _parquet(path: Path) -> Table:
         table = parquet.read_table(io.BytesIO(content))
     except (OSError, ValueError, arrow.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a file of Parquet ({reason}); write it again, or as .csv") from error
+        raise DataError(f"{path} is not a Parquet file ({reason}); write it again, or as .csv") from error
     return _columns(str(path), {name: table[name].to_pylist() for name in table.column_names}, first=1)
 
 
@@ -326,7 +326,7 @@ def _folder(path: Path) -> Table:
     if not (path / "state.json").is_file():
         parts = parts_of(path)
         remedy = f"give one of its data sets: {', '.join(parts)}" if parts else "give the path of a data file"
-        raise DataError(f"{path}: Is a directory; {remedy}")
+        raise DataError(f"{path} is a folder; {remedy}")
     datasets = import_optional("datasets", "Reading a folder of a data set", "datasets")
     return _dataset(datasets.load_from_disk(str(path)), str(path))
 

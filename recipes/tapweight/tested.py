@@ -8,9 +8,9 @@ import statistics
 from typing import TYPE_CHECKING
 
 import attrs
-import numpy as np
 import torch
 
+from .cells import label_text
 from .examples import Examples
 from .names import distinct
 
@@ -98,8 +98,8 @@ def _written(labels: Tensor, target: Target) -> list[list[str]]:
         target: the meaning of the labels.
     """
     if target.form == "numbers":
-        rows = labels.reshape(len(labels), -1).numpy()
-        return [["" if np.isnan(x) else np.format_float_positional(x, trim="-") for x in row] for row in rows]
+        rows = labels.reshape(len(labels), -1).tolist()
+        return [[label_text(x) for x in row] for row in rows]
     if target.form == "binary":
         return [
             ["" if math.isnan(x) else pair[int(x)] for pair, x in zip(target.pairs, row, strict=True)]

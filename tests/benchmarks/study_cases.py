@@ -58,6 +58,7 @@ def row(method: str, task: str, seed: int, score: float, **more: Any) -> dict[st
         "seconds": 1.5,
         "memory": None,
         "weights": None,
+        "weight_errors": None,
         "significant": {},
         "judged": False,
         "objectives": ["useful", "random_labels"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 from study_cases import plan
 
@@ -80,3 +81,18 @@ def test_the_texts_of_a_task_in_two_files_are_numbered_across_them(tmp_path: Pat
     chosen = texts.subset([6, 0])
     assert [example["text"] for example in chosen] == ["test.jsonl 3", "dev.jsonl 0"]
     assert chosen.record_numbers() == (6, 0)
+
+
+def test_an_objective_is_left_out_on_corpora_without_what_it_needs() -> None:
+    from benchmarks.tapweight.text import STANDARD, TextStudy
+
+    objectives = ("masked_tokens", "sentence_position", "sections")
+    study = TextStudy(attrs.evolve(STANDARD, objectives=objectives))
+    for corpus, count in (
+        ("biomed_abstracts", 3),
+        ("corpus", 3),
+        ("cs_abstracts", 2),
+        ("movie_reviews", 1),
+        ("cola", 1),
+    ):
+        assert study.objectives(corpus) == objectives[:count], corpus

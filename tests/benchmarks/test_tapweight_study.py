@@ -14,8 +14,10 @@ from benchmarks.tapweight import study
 from benchmarks.tapweight.plan import PLAIN, Cell
 from benchmarks.tapweight.rows import Row, Rows, read
 from mlopt.recipes.tapweight.files import DataError
-from mlopt.recipes.tapweight.methods import FixedWeights, ThreeLevels
+from mlopt.recipes.tapweight.methods import FixedWeights, Rehearsal, ThreeLevels
 from mlopt.recipes.tapweight.settings import Settings
+from mlopt.recipes.tapweight.significance import errors_of_shares, shares_of_best
+from mlopt.rng import derive_seed
 from mlopt.solving.engine import Engine
 
 
@@ -139,6 +141,20 @@ def test_a_row_says_what_it_measured(tmp_path: Path) -> None:
     assert learned["seconds"] > 0
     assert learned["sizes"] == {"train": 16, "valid": 4, "test": 36}
     assert (learned["control"], learned["judged"], learned["metric"]) == ("random_labels", True, "rmse")
+    assert learned["weight_errors"] is None
+
+
+def test_a_row_has_the_bootstrap_errors_of_its_weights(tmp_path: Path) -> None:
+    own = plan(tmp_path, tasks=("esol",), seeds=(0,), methods=("rehearsal",), passes=60)
+    study.run(own, tmp_path / "rows.jsonl")
+    (row,) = read([tmp_path / "rows.jsonl"])
+    modality = study.modality_of(own)
+    prepared = modality.recipe("corpus", modality.task("esol", 0, 20), 0).experiment(1, progress=False)
+    experiment = prepared.affordable(Rehearsal(), 60)
+    losses, seed = Rehearsal().rehearse(experiment), derive_seed(0, "bootstrap")
+    assert [*row["weights"].values()] == shares_of_best(losses, seed).tolist()
+    assert [*row["weight_errors"].values()] == errors_of_shares(losses, seed).tolist()
+    assert row["weight_errors"].keys() == row["weights"].keys()
 
 
 def test_a_cell_that_cannot_be_run_is_named_and_the_others_are_run(tmp_path: Path) -> None:

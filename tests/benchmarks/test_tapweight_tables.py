@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 from study_cases import row, weighed
 
+from benchmarks.tapweight import figures
 from benchmarks.tapweight.figures import draw
 from benchmarks.tapweight.plan import PLAIN
 from benchmarks.tapweight.results import regimes
-from benchmarks.tapweight.rows import Row
+from benchmarks.tapweight.rows import Row, read
 from benchmarks.tapweight.tables import markdown
 
 
@@ -113,3 +115,54 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
     kinds = [file.name.partition("-molecules")[0] for file in files]
     assert kinds == ["ranks", "headroom", "weights-rehearsal"]
     assert all(file.stat().st_size > 10_000 for file in files)
+
+
+def lines(axes: Any) -> list[tuple[list[float], float, str | None]]:
+    """Return the ends of each line and the height and the colour of each point of an axes, but for the equal share."""
+    drawn = [line for line in axes.get_lines() if line.get_label() != "equal share"]
+    return [
+        (
+            [*map(float, line.get_xdata())],
+            float(line.get_ydata()[0]),
+            str(line.get_markerfacecolor()) if line.get_marker() == "o" else None,
+        )
+        for line in drawn
+    ]
+
+
+def test_each_weight_is_drawn_with_its_bootstrap_error() -> None:
+    rows = study()
+    for own in rows:
+        if own["method"] == "rehearsal":
+            own["weight_errors"] = {"useful": 0.25, "random_labels": 0.125}
+    figure = figures.weights(regimes(rows)[0], "rehearsal")
+    esol, bbbp = figure.axes
+    assert [bar.get_width() for bar in esol.patches] == pytest.approx([0.91, 0.09])
+    # Seeds with .90, .91 and .92 stand one below the other in a bar from -.4 to .4. A share ends at 0 and at 1.
+    heights = [-0.8 / 3, 0.0, 0.8 / 3]
+    expected = []
+    for place, error, low, face in ((0, 0.25, 0.9, "tab:blue"), (1, 0.125, 0.1, "white")):
+        for seed, height in enumerate(heights):
+            weight = low + seed / 100 if place == 0 else low - seed / 100
+            expected.append(([max(0.0, weight - error), min(1.0, weight + error)], place + height, None))
+            expected.append(([weight], place + height, face))
+    for line, (xs, y, face) in zip(lines(esol), expected, strict=True):
+        assert (line[0], line[1]) == (pytest.approx(xs), pytest.approx(y))
+        assert line[2] == face
+    assert lines(bbbp)[0][0] == pytest.approx([0.4 - 0.25, 0.4 + 0.25])
+    assert {face for _, _, face in lines(bbbp)} == {None, "white"}
+    assert "with its bootstrap standard error" in figure.get_suptitle()
+
+
+def test_rows_of_earlier_versions_have_no_errors_of_weights(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({k: v for k, v in own.items() if k != "weight_errors"}) + "\n" for own in study())
+    )
+    rows = read([file])
+    assert rows == study()
+    figure = figures.weights(regimes(rows)[0], "rehearsal")
+    assert [ends for ends, _, face in lines(figure.axes[0]) if face is None] == [
+        pytest.approx([weight, weight]) for weight in (0.9, 0.91, 0.92, 0.1, 0.09, 0.08)
+    ]
+    assert "bootstrap" not in figure.get_suptitle()

@@ -12,6 +12,7 @@ import mlopt
 from mlopt.recipes.tapweight.exact_head import ridge_fit, ridge_leave_one_out
 from mlopt.recipes.tapweight.experiment import Experiment
 from mlopt.recipes.tapweight.methods import Adapted, Method
+from mlopt.recipes.tapweight.methods.pretraining import drawn_passes
 from mlopt.recipes.tapweight.methods.rehearsing import main_run, rehearsal_passes, rehearse, run_passes
 from mlopt.recipes.tapweight.significance import resampled_means, shares_of_best
 from mlopt.rng import derive_seed
@@ -43,12 +44,7 @@ class Halving(Method):
 
     def adapt(self, experiment: Experiment, callbacks: Sequence[mlopt.Callback] = ()) -> Adapted:
         """Rehearse in rounds, choose the weights among the last objectives, and pretrain the encoder further."""
-        left, passes, views = (
-            experiment.names,
-            0,
-            {objective.name: objective.passes for objective in experiment.objectives},
-        )
-        losses = torch.empty(0)
+        left, passes, losses = experiment.names, 0, torch.empty(0)
         for number in range(len(_ROUNDS)):
             own, count = _round(experiment, number)
             if number:
@@ -56,8 +52,9 @@ class Halving(Method):
                 left = tuple(left[place] for place in order[:count])
             # Rounds of other lengths are other phases.
             length = own.settings.rehearsal_steps
-            losses = rehearse(own, {f"{length}-{name}": _alone(experiment, name) for name in left})
-            passes += rehearsal_passes(own, [views[name] for name in left])
+            candidates = {f"{length}-{name}": _alone(experiment, name) for name in left}
+            losses = rehearse(own, candidates)
+            passes += rehearsal_passes(own, [drawn_passes(own, weights) for weights in candidates.values()])
         shares = shares_of_best(losses, derive_seed(experiment.seed, "bootstrap")).tolist()
         weights = dict.fromkeys(experiment.names, 0.0) | dict(zip(left, shares, strict=True))
         return main_run(experiment, self.name, weights, passes, callbacks)
@@ -102,9 +99,8 @@ class Mixtures(Method):
     @staticmethod
     def rehearsals(experiment: Experiment) -> int:
         """Return the passes of all rehearsals, expected at their weights."""
-        views = {objective.name: objective.passes for objective in experiment.objectives}
-        arms = [sum(weights[name] * views[name] for name in views) for weights in _arms(experiment).values()]
-        return rehearsal_passes(_half_as_often(experiment), arms)
+        passes = [drawn_passes(experiment, weights) for weights in _arms(experiment).values()]
+        return rehearsal_passes(_half_as_often(experiment), passes)
 
 
 def best_mixture(points: Tensor, losses: Tensor) -> Tensor:

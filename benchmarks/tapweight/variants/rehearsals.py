@@ -9,7 +9,7 @@ import attrs
 import mlopt
 from mlopt.recipes.tapweight.experiment import Experiment
 from mlopt.recipes.tapweight.methods import Adapted, Given, Rehearsal, ThreeLevels
-from mlopt.recipes.tapweight.methods.pretraining import pretraining, weighted_passes
+from mlopt.recipes.tapweight.methods.pretraining import drawn_passes, pretraining, weighted_passes
 from mlopt.recipes.tapweight.methods.rehearsing import main_run, rehearse
 from mlopt.recipes.tapweight.models import Pretraining
 from mlopt.recipes.tapweight.significance import shares_of_best
@@ -78,7 +78,7 @@ class Sequential(Rehearsal):
             shared_checkpoints=None,
         )
         second = self._weights(later, "second-")
-        rest = int((_rest(experiment) - steps * _views(own, first)) / _views(own, second))
+        rest = int((_rest(experiment) - steps * drawn_passes(own, first)) / drawn_passes(own, second))
         model = self._pretrain(later, "second", later.model(), second, rest, callbacks)
         return Adapted(encoder=model.encoder, weights=second, steps=steps + rest)
 
@@ -135,11 +135,6 @@ class _Started(ThreeLevels):
             logits.new_tensor([self.weights[name] for name in experiment.names]).clamp(min=_LEAST_WEIGHT).log()
         )
         return problem
-
-
-def _views(experiment: Experiment, weights: Mapping[str, float]) -> float:
-    """Return the expected passes of a step that draws its objective by the weights."""
-    return sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
 
 
 def _rest(experiment: Experiment) -> int:

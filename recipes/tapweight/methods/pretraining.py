@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..experiment import Experiment
     from ..models import Pretraining
 
-__all__ = ["one_level", "pretraining", "weighted_passes"]
+__all__ = ["drawn_passes", "one_level", "pretraining", "weighted_passes"]
 
 
 def one_level(
@@ -77,5 +77,10 @@ def pretraining(
 
 
 def weighted_passes(experiment: Experiment, weights: Mapping[str, float]) -> int:
-    """Return the cost of a step at these weights: one pass for each view of each objective of positive weight."""
+    """Return the cost of a step on the weighted sum: one pass for each view of each objective of positive weight."""
     return sum(objective.passes for objective in experiment.objectives if weights[objective.name])
+
+
+def drawn_passes(experiment: Experiment, weights: Mapping[str, float]) -> float:
+    """Return the expected cost of a step on one objective, drawn with the probabilities w: sum_k w_k (views of k)."""
+    return sum(weights[objective.name] * objective.passes for objective in experiment.objectives)

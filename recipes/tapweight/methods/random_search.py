@@ -9,6 +9,7 @@ import torch
 from mlopt.rng import derive_seed
 
 from .method import Adapted, Method
+from .pretraining import drawn_passes
 from .rehearsing import main_run, rehearsal_passes, rehearse, run_passes, run_phases
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ class RandomSearch(Method):
     @staticmethod
     def rehearsals(experiment: Experiment) -> int:
         """Return the passes of all rehearsals, expected at their weights."""
-        views = {objective.name: objective.passes for objective in experiment.objectives}
         return rehearsal_passes(
-            experiment, [sum(weights[name] * views[name] for name in views) for weights in _drawn(experiment).values()]
+            experiment, [drawn_passes(experiment, weights) for weights in _drawn(experiment).values()]
         )
 
 

@@ -17,7 +17,7 @@ from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
 from ..models import Pretraining
 from ..sharing import shared
 from .method import Adapted
-from .pretraining import pretraining
+from .pretraining import drawn_passes, pretraining
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,13 +52,12 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
         NonFiniteError: a rehearsal diverges, or a loss is not finite: there is nothing to choose weights by.
     """
     repeats = range(experiment.settings.rehearsals)
-    views = {objective.name: objective.passes for objective in experiment.objectives}
     rehearsals = [(repeat, name) for repeat in repeats for name in candidates]
     tasks, costs = [], []
     for number, (repeat, name) in enumerate(rehearsals, 1):
         title = f"rehearsal {number} of {len(rehearsals)} ({name})"
         tasks.append(partial(_loss, experiment, repeat, name, candidates[name], title))
-        costs.append(sum(weight * views[objective] for objective, weight in candidates[name].items()))
+        costs.append(drawn_passes(experiment, candidates[name]))
     losses = torch.stack(shared(experiment.ranks, tasks, costs, saved=experiment.checkpoints is not None))
     return losses.reshape(len(repeats), len(candidates), -1).mean(0)
 
@@ -102,8 +101,7 @@ def main_run(
     """
     steps = experiment.pretraining_steps
     if experiment.budget is not None:
-        views = sum(weights[objective.name] * objective.passes for objective in experiment.objectives)
-        steps = math.floor((experiment.budget - rehearsals) / views + _ROUNDING)
+        steps = math.floor((experiment.budget - rehearsals) / drawn_passes(experiment, weights) + _ROUNDING)
     # No weights move in the main run, so its length need not be a multiple of `every`.
     experiment = attrs.evolve(experiment, steps=steps, settings=attrs.evolve(experiment.settings, every=1))
     model = experiment.model()

@@ -69,7 +69,7 @@ class Molecules(Examples["Data"]):
 
     @property
     def smiles(self) -> tuple[str, ...]:
-        """The SMILES of each graph, as in the file."""
+        """The SMILES of each graph, as in the file, but without atom maps."""
         return tuple(graph.smiles for graph in self.examples)
 
     def copy(self) -> Molecules:
@@ -110,20 +110,25 @@ def read_corpus(
     table = molecule_table(path, _LISTS)
     column, chosen = smiles_column_of(table, smiles_column if smiles_column in table.header or not optional else None)
     rows = ((row, (cells[column], ())) for row, cells in table.records())
-    return _molecules(table.source, rows, (), notes=(*table.notes, *chosen), strict=strict, limit=limit, least=2)
+    notes = (*table.notes, *chosen)
+    options: dict[str, Any] = {"columns": (table.header[column],), "strict": strict, "limit": limit, "least": 2}
+    return _molecules(table.source, rows, (), notes=notes, **options)
 
 
-def read_smiles(path: str | os.PathLike[str], column: str | None = None) -> list[Any]:
-    """Return the SMILES of all rows of a file, also of rows that are not molecules.
+def read_smiles(path: str | os.PathLike[str], column: str | None = None, preferred: Sequence[str] = ()) -> list[Any]:
+    """Return the SMILES of all rows of a file, also of rows that are not molecules; an `UnusableError` for an unread block.
 
     Args:
         path: as for `read_corpus`.
-        column: the column of the SMILES of a table; as for `read_corpus` when None.
+        column: the column of the SMILES of a table.
+        preferred: the column to take when `column` is None, if the table has it; otherwise as for `read_corpus`.
 
     Raises:
         DataError: as `read_corpus`.
     """
     table = molecule_table(path, _LISTS)
+    if column is None:
+        column = next((name for name in preferred if name in table.header), None)
     index = smiles_column_of(table, column, "--columns")[0]
     return [cells[index] for _, cells in table.records()]
 
@@ -168,7 +173,8 @@ def read_table(
     columns = columns_of(table, smiles_column=smiles_column, labels=labels, ignore=ignore)
     meanings = like.meanings if like is not None else _meanings(table, columns, kind, missing)
     rows = ((row, (cells[columns.smiles], [cells[k] for k in columns.labels])) for row, cells in table.records())
-    return _molecules(table.source, rows, meanings, notes=(*table.notes, *columns.notes), strict=strict)
+    own = (table.header[columns.smiles],)
+    return _molecules(table.source, rows, meanings, notes=(*table.notes, *columns.notes), columns=own, strict=strict)
 
 
 def molecule_table(source: str | os.PathLike[str] | Any, lists: Sequence[str] = ()) -> Table:
@@ -240,9 +246,11 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
 def _fault(meaning: Labels) -> str:
     """Return the reason why a column alone cannot be predicted, empty if it can."""
     if meaning.form == "several":
-        return "lists of classes; write a column of 0 and 1 for each class"
+        return "the cells are lists of classes; write a column of 0 and 1 for each class"
     if len(meaning.classes) == 1:
-        return f"one class only, {shown(meaning.classes[0])}: nothing can be learned; give another column by --labels"
+        return (
+            f"the only class is {shown(meaning.classes[0])}, so nothing can be learned; name another column by --labels"
+        )
     return ""
 
 
@@ -252,6 +260,7 @@ def _molecules(
     meanings: tuple[Labels, ...],
     *,
     notes: tuple[str, ...],
+    columns: tuple[str, ...],
     limit: int | None = None,
     **options: Any,
 ) -> Molecules:
@@ -270,9 +279,12 @@ def _molecules(
     smiles = ["" if is_empty(cell) else str(cell).strip() for _, (cell, _) in listed]
     # Rows beyond the limit take the places of those that are left out.
     graphs = itertools.chain(graphs_of(smiles[:limit]), graphs_of(smiles[limit:]) if limit is not None else ())
-    rows = ((row, (graph, cells)) for (row, (_, cells)), graph in zip(listed, graphs, strict=True))
+    rows = (
+        (row, (cell if isinstance(cell, UnusableError) else graph, cells))
+        for (row, (cell, cells)), graph in zip(listed, graphs, strict=True)
+    )
     gathered = gather(rows, example, source, noun="molecule", limit=limit, **options)
-    return Molecules(**gathered, meanings=meanings, label_names=_names(meanings), notes=notes)
+    return Molecules(**gathered, meanings=meanings, label_names=_names(meanings), notes=notes, columns=columns)
 
 
 def _names(meanings: Sequence[Labels]) -> tuple[str, ...]:

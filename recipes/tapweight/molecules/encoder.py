@@ -249,14 +249,16 @@ class GINE(Encoder):
         folder = Path(folder)
         for name in (_CONFIG, _TENSORS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: GINE.load reads a folder that GINE.save wrote")
+                raise FileNotFoundError(f"{folder} has no {name}; give a folder that GINE.save wrote")
         network = cls(**_read_config(folder / _CONFIG))
         # Copies, since the loaded tensors may be views of the file.
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / _TENSORS).items()}
         try:
             network.load_state_dict(tensors, assign=True)  # keeps the dtype of the file
         except RuntimeError as error:
-            raise DataError(f"{folder / _TENSORS} does not fit {folder / _CONFIG}: {error}") from error
+            raise DataError(
+                f"{folder / _TENSORS} does not fit {folder / _CONFIG} ({error}); save the encoder again"
+            ) from error
         return network
 
 
@@ -279,12 +281,16 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
+        raise DataError(f"{file} is not JSON ({error}); save the encoder again") from error
     if not isinstance(config, dict) or config.pop("format", None) != _FORMAT:
-        raise DataError(f'{file} is not the config of a GINE: it lacks "format": "{_FORMAT}"')
+        raise DataError(
+            f'{file} is not the config of a GINE: it lacks "format": "{_FORMAT}"; give a folder that GINE.save wrote'
+        )
     version = config.pop("version", None)
     if version != _VERSION:
-        raise DataError(f"{file} has version {version!r}; this release reads version {_VERSION}")
+        raise DataError(
+            f"{file} has version {version!r}; this release reads version {_VERSION}; install the release that wrote it"
+        )
     expected = ("width", "layers", "dropout", "norm", "pooling", "residual")
     _compare_keys(file, config, expected)
     return config

@@ -39,7 +39,7 @@ _BY_SCAFFOLD: tuple[Method, ...] = ("scaffold", "balanced")
 
 @attrs.frozen(kw_only=True)
 class Data(LabelledData):
-    """The molecules: an unlabelled corpus to pretrain on, and labelled ones, the task.
+    """The molecules: an unlabelled corpus to pretrain on, and the labelled ones of the task.
 
     Args:
         corpus: unlabelled molecules to pretrain on: a table with a column of SMILES (.csv, .tsv, .jsonl, .json, .parquet), .sdf,
@@ -59,8 +59,8 @@ class Data(LabelledData):
         kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: roc_auc, pr_auc, accuracy, f1 or matthews for classification (macro_f1 and micro_f1 for more than two
             classes), rmse, mae, r2, pearson or spearman for regression.
-        split: the split of --train or --dataset: no scaffold is in two splits, the same with equal shares of each class
-            (balanced), at random, or at random with equal shares of each class (stratified).
+        split: how --train or --dataset is split: by scaffold, so that no scaffold is in two splits; by scaffold with equal shares
+            of each class (balanced); at random; or at random with equal shares of each class (stratified).
         split_fractions: the fractions of training, validation and test.
         split_column: the column that names the split of each molecule: train, valid or test.
         splits: a splits.json of an earlier run on the same --train or --dataset.
@@ -74,7 +74,7 @@ class Data(LabelledData):
     corpus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(required)")] = None
     root: Annotated[Path, arg(metavar="FOLDER")] = Path("data")
     smiles_column: Annotated[
-        str | None, arg(metavar="COLUMN", help_behavior_hint='(default: "smiles", or the one of SMILES)')
+        str | None, arg(metavar="COLUMN", help_behavior_hint='(default: "smiles", or the only column of SMILES)')
     ] = None
     labels: Annotated[
         tuple[str, ...] | None,

@@ -62,12 +62,18 @@ class Predictor(predictor.Predictor):
     modality = "molecules"
 
     def __init__(
-        self, members: Sequence[predictor.Member], target: Target, columns: Sequence[str] = ("smiles",)
+        self,
+        members: Sequence[predictor.Member],
+        target: Target,
+        columns: Sequence[str] = ("smiles",),
+        file_columns: Sequence[str] = (),
     ) -> None:
-        super().__init__(members, target, columns)
+        super().__init__(members, target, columns, file_columns)
 
     def example(self, content: Any) -> Data:
         """Return the graph of a SMILES."""
+        if isinstance(content, UnusableError):
+            raise content
         if not isinstance(content, str):
             raise UnusableError(f"{content!r} is not text")
         return graph_of(content.strip())
@@ -87,7 +93,7 @@ class Predictor(predictor.Predictor):
 
     def read(self, file: str | os.PathLike[str], columns: Sequence[str] | None = None) -> list[Any]:
         """Return the SMILES of all rows of a file; see `read_corpus` for the kinds of files."""
-        return read_smiles(file, columns[0] if columns else None)
+        return read_smiles(file, columns[0] if columns else None, self.file_columns)
 
     def options(self) -> dict[str, Any]:
         """Return nothing: the encoder writes its own configuration."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+from ..examples import UnusableError
 from ..files import DataError, unpacked
 from ..tables import Table
 from .graphs import import_extra
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["sdf_table"]
 
+_UNREAD = "RDKit cannot read this block of the SD file"
+
 
 def sdf_table(path: Path) -> Table:
     """Return the molecules of an SD file as SMILES in the column "smiles", and their properties as text in further columns.
 
-    A molecule that RDKit cannot read has an empty SMILES. The row of a molecule is its 1-based number.
+    The cell of a molecule that RDKit cannot read is an `UnusableError`. The row of a molecule is its 1-based number.
 
     Raises:
         DataError: the file holds no molecule.
@@ -29,12 +32,14 @@ def sdf_table(path: Path) -> Table:
     with base.BlockLogs():
         molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(content)))
     if not any(molecules):
-        raise DataError(f"{path}: no molecule in {len(molecules)} blocks; give an SD file, or a table of SMILES")
+        raise DataError(
+            f"{path}: RDKit reads no molecule from {len(molecules)} blocks; give an SD file, or a table of SMILES"
+        )
     names = list(dict.fromkeys(name for molecule in molecules if molecule for name in molecule.GetPropNames()))
     columns = [name for name in names if name.casefold() != "smiles"]
     cells = [
         [
-            chem.MolToSmiles(molecule) if molecule else "",
+            chem.MolToSmiles(molecule) if molecule else UnusableError(_UNREAD),
             *(molecule.GetProp(name) if molecule and molecule.HasProp(name) else "" for name in columns),
         ]
         for molecule in molecules

@@ -43,7 +43,7 @@ def smi_table(path: Path) -> Table:
                 "between two cells: then names may have blanks, and cells may be empty"
             )
     if len(records[0]) == 1:
-        raise DataError(f"{path}: nothing after the SMILES, and a task needs labels; add them, or give a .csv")
+        raise DataError(f"{path}: the lines hold nothing but SMILES, and a task needs labels; add them, or give a .csv")
     header = tuple(records[0]) if named else _numbered(path, rows[0], records)
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {shown(duplicates[0])} more than once; rename the columns")
@@ -91,7 +91,7 @@ def _lines(path: Path) -> tuple[list[tuple[int, str]], tuple[str, ...], bool]:
     if not named and lines and molecules and (names := _names_in_comment(lines[0][1], molecules[0][1])):
         named, molecules = True, [(lines[0][0], names), *molecules]
     if not molecules[named:]:
-        raise DataError(f"{path}: no molecule; give a file with at least one example")
+        raise DataError(f"{path}: the file holds no molecule; give a file with at least one")
     comments = len(lines) - len(molecules)
     return molecules, (*content.notes, *([f"lines of comments: {comments}"] if comments else [])), named
 

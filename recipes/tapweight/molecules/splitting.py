@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from ..cells import label_text
 from ..files import DataError
 from ..labels import check_varied
 from ..splits import EIGHT_ONE_ONE, about, random_split, stratified_split
@@ -47,8 +48,8 @@ def divided(
     if method not in get_args(Method):
         raise DataError(f"split={method!r}: give {', '.join(map(repr, get_args(Method)))}")
     if len(molecules.label_names) == 1:
-        values = [float(graph.y) for graph in molecules]
-        check_varied(molecules.source, molecules.label_names[0], (f"{value:g}" for value in values if value == value))
+        labels = (label_text(float(graph.y)) for graph in molecules)
+        check_varied(molecules.source, molecules.label_names[0], filter(None, labels))
     with about(molecules.source):
         return _divided(molecules, method, fractions, chirality=chirality, seed=seed)
 
@@ -67,4 +68,5 @@ def _divided(
         return random_split(len(molecules), fractions, seed, groups)
     if any(each.form == "numbers" for each in molecules.meanings):
         raise DataError("split='stratified' needs classes, and the labels are numbers; give --split random")
-    return stratified_split([str(graph.y.tolist()) for graph in molecules], fractions, seed, groups)
+    classes = [str(graph.y.tolist()) for graph in molecules]
+    return stratified_split(classes, fractions, seed, groups, combined=len(molecules.meanings) > 1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..cells import label_text
 from ..files import DataError
 from ..labels import Form, Kind
 from ..properties import Properties, PropertyTask, Words
@@ -230,7 +231,7 @@ class MoleculeTask(PropertyTask):
 
     def predictor(self, members: Sequence[Member]) -> Predictor:
         """Return the predictor of finetuned models."""
-        return Predictor(members, self.target())
+        return Predictor(members, self.target(), file_columns=getattr(self.splits["train"], "columns", ()))
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())
@@ -249,7 +250,7 @@ def _labels(split: Split, examples: Sequence[Data], names: Sequence[str]) -> Ten
         shape = None if graph.y is None else tuple(graph.y.shape)
         if shape != (1, len(names)):
             raise DataError(
-                f"{_place(split, examples, index)}: y has the shape {shape}, not {(1, len(names))}: one a task"
+                f"{_place(split, examples, index)}: y has the shape {shape}; it must be {(1, len(names))}, a label for each task"
             )
     return torch.cat([graph.y for graph in examples])
 
@@ -291,7 +292,7 @@ def _remarks(files: Sequence[Molecules], splits: Mapping[Split, Molecules]) -> l
     sentences = [molecules.summary() for molecules in files if molecules.skipped or molecules.notes]
     sentences += [remark for each in files[0].meanings for remark in each.remarks()]
     for molecules in files:
-        labels = [[None if y != y else f"{y:g}" for y in graph.y[0].tolist()] for graph in molecules]
+        labels = [[label_text(y) or None for y in graph.y[0].tolist()] for graph in molecules]
         keys = [canonical(smiles) for smiles in molecules.smiles]
         sentences += repetitions(molecules, keys, labels, molecules.label_names)
     return sentences + (shared(splits, lambda graph: canonical(graph.smiles)) if splits else [])

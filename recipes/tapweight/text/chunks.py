@@ -35,7 +35,7 @@ def chunked(texts: Texts, collate: Collate) -> Texts:
         parts = [example["text"]] if length <= collate.max_length else _chunks(example["text"], collate)
         examples += [{**example, "text": part} for part in parts]
         rows += [row] * len(parts)
-    note = f"documents longer than {collate.max_length} tokens, which are divided: {long}"
+    note = f"{long} documents are longer than {collate.max_length} tokens and are divided"
     return attrs.evolve(texts, examples=tuple(examples), rows=tuple(rows), records=(), notes=(*texts.notes, note))
 
 

@@ -122,21 +122,26 @@ def read_corpus(
         name = header[0]
     index = column_of(table.source, header, name, "name the column of the texts 'text'")
     records = ((row, {"text": cells[index]}) for row, cells in table.records())
-    return _gathered(records, table.source, notes=table.notes, **options)
+    return _gathered(records, table.source, notes=table.notes, columns=(header[index],), **options)
 
 
-def read_texts(path: Path, columns: Sequence[str] | None, count: int) -> list[tuple[Any, ...]]:
+def read_texts(
+    path: Path, columns: Sequence[str] | None, count: int, preferred: Sequence[str] = ()
+) -> list[tuple[Any, ...]]:
     """Return the texts of all rows of a file, also of rows that are not examples.
 
     Args:
         path: as for `read_corpus`.
-        columns: the columns of the texts in a table; the usual ones when None.
+        columns: the columns of the texts in a table.
         count: the texts of a row.
+        preferred: the columns to take when `columns` is None, if the table has them; otherwise the usual ones.
 
     Raises:
         DataError: as `read_corpus`; or a row has another number of texts.
     """
     table = _table(path)
+    if columns is None and preferred and {*preferred} <= {*table.header}:
+        columns = preferred
     places = _text_places(table, columns, "--columns")
     if len(places) != count:
         expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
@@ -241,7 +246,8 @@ def _read(
         return {**made, "label": own if len(own) > 1 else own[0]} if own else made
 
     records = ((row, example(cells)) for row, cells in table.records())
-    texts = _gathered(records, table.source, notes=table.notes, strict=strict)
+    columns = tuple(table.header[place] for place in places.values())
+    texts = _gathered(records, table.source, notes=table.notes, columns=columns, strict=strict)
     return attrs.evolve(texts, label_names=tuple(table.header[place] for place in labels)) if labels else texts
 
 
@@ -279,6 +285,7 @@ def _gathered(
     source: str,
     *,
     notes: tuple[str, ...],
+    columns: tuple[str, ...],
     **options: Any,
 ) -> Texts:
     """Check the examples; leave out those without a text, a whole one, or a label. `options` are those of `gather`."""
@@ -294,7 +301,7 @@ def _gathered(
             raise UnusableError("the label is missing")
         return record
 
-    return Texts(**gather(records, example, source, noun="text", **options), notes=notes)
+    return Texts(**gather(records, example, source, noun="text", **options), notes=notes, columns=columns)
 
 
 def _is_missing(label: Any) -> bool:

@@ -115,7 +115,9 @@ class TextEncoder(Encoder):
                 model, report = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 masked = _masked_model(name, model.config, options)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"model={name!r} cannot be loaded: {_first_sentence(error)}") from error
+            raise ModelError(
+                f"model={name!r} cannot be loaded ({_first_sentence(error)}); give a folder, or a name on the hub"
+            ) from error
         _check_weights(name, report)
         encoder = cls(model, tokenizer, pooling=pooling, max_length=max_length)
         if not Path(name).exists():

@@ -46,13 +46,14 @@ _SHORTEST = 128
 
 @attrs.frozen(kw_only=True)
 class Data(LabelledData):
-    """The texts: an unlabelled corpus to pretrain on, and labelled ones, the task.
+    """The texts: an unlabelled corpus to pretrain on, and the labelled ones of the task.
 
     Args:
         corpus: unlabelled texts to pretrain on: .txt with a document a line, or a table (.csv, .tsv, .jsonl, .json, .parquet)
             with a column "text"; also compressed (.gz, .xz, .bz2, .zip). Documents that are too long for the encoder are divided.
         corpus_limit: the number of texts of the corpus to read, from its start.
-        sentences: split each text of the corpus into sentences, an example each; sentence_position and same_document require it.
+        sentences: split each text of the corpus into sentences, an example each; sentence_position, same_document and
+            sections require it.
         train: labelled texts: a table as for --corpus, or a folder of a data set (`datasets`), with a column "text" (or "text_a"
             and "text_b") and a column "label". They are split into training, validation and test, unless --valid and --test are
             given, or the folder has a data set for each.
@@ -61,12 +62,12 @@ class Data(LabelledData):
         dataset: a task of GLUE in place of --train, such as cola, mrpc or stsb; fetched if it is missing.
         text: the column of the text, or the two columns of a pair.
         labels: the column of the label, or of lists of labels; or several columns, all of two classes or all of numbers.
-        missing: cells that stand for no label, such as -1; a row without any label is left out.
+        missing: cells that stand for a missing label, beside empty ones, such as -1; a row without any label is left out.
         kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: accuracy, f1, macro_f1, micro_f1, matthews, roc_auc or pr_auc for classification, pearson, spearman,
             rmse, mae or r2 for regression. Of several columns, their mean.
         class_weights: balanced weighs each class in the loss of the task by the inverse of its frequency.
-        split: the split of --train: at random, with equal shares of each class (stratified) or not (random).
+        split: how --train is split: at random with equal shares of each class (stratified), or at random.
         split_fractions: the fractions of training, validation and test.
         split_column: the column that names the split of each text: train, valid or test.
         splits: a splits.json of an earlier run on the same --train.
@@ -288,7 +289,9 @@ class TextModality(Modality[TextConfiguration]):
         longest = max(max(encoder.collate.lengths(texts)) for texts in splits)
         chosen = min(encoder.max_length, max(_SHORTEST, longest))
         if chosen > _SHORTEST:
-            say(f"Length: {chosen} tokens, by the longest labelled text and the encoder; --max-length sets another.")
+            say(
+                f"Length: {chosen} tokens, as the longest labelled text needs and the encoder allows; --max-length sets another."
+            )
         return chosen
 
     def _corpus_of(self, seed: int, encoder: TextEncoder) -> Texts:

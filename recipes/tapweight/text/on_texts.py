@@ -74,8 +74,11 @@ class OnTexts(Task):
         self._count, self._problem = outputs, problem
         notes = [texts.summary() for texts in splits.values() if texts.skipped or texts.notes]
         self.remarks = [*remarks, *notes, *shared(splits, content)]
+        by_file: dict[str, list[Example]] = {}
         for split, examples in self.splits.items():
-            self.remarks += collate.remark(examples, splits[split].name)
+            by_file.setdefault(splits[split].name, []).extend(examples)
+        for name, examples in by_file.items():
+            self.remarks += collate.remark(examples, name)
         self.skipped = [(texts.source, texts.skipped) for texts in splits.values()]
 
     @classmethod
@@ -134,7 +137,7 @@ class OnTexts(Task):
         if not all(isinstance(encoder, TextEncoder) for encoder, _ in members):
             return None
         columns = ("text", "text_b") if "text_b" in self.splits["train"][0] else ("text",)
-        return Predictor(members, self.target(), columns)
+        return Predictor(members, self.target(), columns, getattr(self.splits["train"], "columns", ()))
 
 
 def check_texts_of_task(splits: Mapping[Split, Texts], kind: Kind | None, head: HeadName) -> None:
@@ -147,7 +150,9 @@ def check_texts_of_task(splits: Mapping[Split, Texts], kind: Kind | None, head: 
         raise DataError(f"splits={sorted(splits)}: give 'train', 'valid' and 'test'")
     for texts in splits.values():
         if not all("label" in example for example in texts):
-            raise DataError(f"{texts.source}: there are no labels; a task needs them")
+            raise DataError(
+                f"{texts.source}: there are no labels, and a task needs them; name their column by --labels"
+            )
     pairs = any("text_b" in example for example in splits["train"])
     for split, texts in splits.items():
         if any(("text_b" in example) is not pairs for example in texts):

@@ -45,12 +45,19 @@ class Predictor(predictor.Predictor):
     Args:
         members, target: as in the base class.
         columns: ("text",), or ("text", "text_b") for pairs.
+        file_columns: as in the base class.
     """
 
     modality = "text"
 
-    def __init__(self, members: Sequence[predictor.Member], target: Target, columns: Sequence[str] = ("text",)) -> None:
-        super().__init__(members, target, columns)
+    def __init__(
+        self,
+        members: Sequence[predictor.Member],
+        target: Target,
+        columns: Sequence[str] = ("text",),
+        file_columns: Sequence[str] = (),
+    ) -> None:
+        super().__init__(members, target, columns, file_columns)
 
     @property
     def _encoder(self) -> TextEncoder:
@@ -88,7 +95,8 @@ class Predictor(predictor.Predictor):
 
     def read(self, file: str | os.PathLike[str], columns: Sequence[str] | None = None) -> list[Any]:
         """Return the texts, or the pairs of texts, of all rows of a file; see `read_corpus` for the kinds of files."""
-        texts = [list(row) for row in read_texts(Path(file), columns, len(self.columns))]
+        rows = read_texts(Path(file), columns, len(self.columns), preferred=self.file_columns)
+        texts = [list(row) for row in rows]
         return texts if len(self.columns) > 1 else [text for (text,) in texts]
 
     def options(self) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def divided(
     with about(texts.source):
         if method == "random" or any(each.form not in ("binary", "classes") for each in labels):
             return random_split(len(texts), fractions, seed, groups)
-        return stratified_split([tuple(map(name_of, cells)) for cells in texts.cells()], fractions, seed, groups)
+        classes = [tuple(map(name_of, cells)) for cells in texts.cells()]
+        return stratified_split(classes, fractions, seed, groups, combined=len(labels) > 1)
 
 
 def content(example: Example) -> tuple[str, ...]:

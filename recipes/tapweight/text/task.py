@@ -131,7 +131,7 @@ class TextTask(OnTexts):
             )
         if meaning.form != "numbers" and len(meaning.classes) < 2:
             raise DataError(
-                f"{splits['train'].source}: all labels are {meaning.classes[0]!r}: nothing can be learned; give at "
+                f"{splits['train'].source}: all labels are {meaning.classes[0]!r}, so nothing can be learned; give at "
                 "least two classes"
             )
         self.form: Form = "classes" if meaning.form == "binary" else meaning.form
@@ -234,7 +234,7 @@ def _check_shapes(outputs: Tensor, labels: Tensor, classes: int, several: bool) 
 def _label(meaning: Labels, cell: Any) -> int | float | list[float]:
     """Return a label as a number, or as a 0 or 1 for each of several classes."""
     if meaning.is_missing(cell):
-        raise DataError(f"the label is missing: {shown(cell)} stands in its place, see --missing")
+        raise DataError(f"{shown(cell)} is a missing label, which --missing {shown(cell)} leaves out")
     if meaning.form == "several":
         return meaning.indicators(cell)
     return meaning.number(cell) if meaning.form == "numbers" else meaning.index(cell)
@@ -248,6 +248,6 @@ def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple
     std = float(values.std(correction=0))
     if std == 0:
         raise DataError(
-            f"{texts.source}: all labels are {labels[0]:g}: nothing can be learned; give another column by --labels"
+            f"{texts.source}: all labels are {labels[0]:g}, so nothing can be learned; give another column by --labels"
         )
     return float(values.mean()), std

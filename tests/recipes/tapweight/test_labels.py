@@ -39,7 +39,7 @@ def of(*cells: Any, **options: Any) -> Labels:
 )
 def test_the_form_follows_from_the_cells(cells: tuple[Any, ...], form: str, classes: tuple[str, ...]) -> None:
     if classes == ("x",):
-        with pytest.raises(DataError, match="the lists hold no class but 'x'; give at least two"):
+        with pytest.raises(DataError, match="the lists hold only the class 'x'; give at least two"):
             of(*cells)
         return
     assert (of(*cells).form, of(*cells).classes) == (form, classes)
@@ -72,7 +72,7 @@ def test_minus_one_beside_0_and_1_is_asked_about_once() -> None:
     with pytest.raises(DataError) as error:
         of("1", "0", "-1", "-1")
     assert str(error.value) == (
-        "a.csv, column 'y': -1 stands beside 0 and 1 (2 of 4 rows, the first in row 4); give --missing -1 if it means that there "
+        "a.csv, column 'y': -1 occurs beside 0 and 1 (2 of 4 rows, the first in row 4); give --missing -1 if it means that there "
         "is no label, or --kind classification if it is a class"
     )
     assert of("1", "0", "-1", missing=("-1",)).classes == ("0", "1")
@@ -100,7 +100,7 @@ def test_minus_one_beside_0_and_1_is_asked_about_once() -> None:
             {"kind": "classification"},
             "row 3, column 'y': '2.5' is a number, not the name of a class; leave out",
         ),
-        (("", "NA"), {}, "column 'y': no label in 2 rows; name another column"),
+        (("", "NA"), {}, "column 'y': no row has a label; name another column by --labels"),
         (
             ([1, 0], "1"),
             {},
@@ -117,7 +117,8 @@ def test_other_columns_are_refused(cells: tuple[Any, ...], options: dict[str, An
 def test_one_column_of_one_class_among_others_is_named() -> None:
     columns = [("a", [(2, "yes"), (3, "no")]), ("b", [(2, "same"), (3, "same")])]
     with pytest.raises(
-        DataError, match=r"a\.csv, column 'b': one class only, 'same': nothing can be learned; leave it out"
+        DataError,
+        match=r"a\.csv, column 'b': the only class is 'same', so nothing can be learned; name the other columns by --labels",
     ):
         meanings_of("a.csv", columns)
 

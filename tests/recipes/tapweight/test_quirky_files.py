@@ -81,7 +81,7 @@ def column(*cells: Any) -> list[tuple[int, Any]]:
             ["Yes", "no", "YES"],
             r"f, row 4, column 'y': the class 'YES' differs from 'Yes' in case only; write each class",
         ),
-        ([[], ["a"]], r"column 'y': the lists hold no class but 'a'; give at least two"),
+        ([[], ["a"]], r"column 'y': the lists hold only the class 'a'; give at least two"),
     ],
 )
 def test_cells_that_are_not_labels(cells: list[Any], sentence: str) -> None:
@@ -93,13 +93,21 @@ def test_cells_that_are_not_labels(cells: list[Any], sentence: str) -> None:
 def test_one_value_in_all_rows_cannot_be_learned(cell: str, tmp_path: Path) -> None:
     rows = "".join(f"{'C' * k},{cell if k % 3 else ''}\n" for k in range(1, 20))
     (tmp_path / "t.csv").write_text(f"smiles,y\n{rows}")
-    sentence = rf"t\.csv, column 'y': each label is {cell}: nothing can be learned; name another column by --labels"
+    sentence = rf"t\.csv, column 'y': every label is {cell}, so nothing can be learned; name another column by --labels"
     with pytest.raises(DataError, match=sentence):
         MoleculeTask.from_csv(tmp_path / "t.csv", split="random")
     (tmp_path / "t.csv").write_text(f"smiles,text,label\n{''.join(f'C,text {k},{cell}' + chr(10) for k in range(20))}")
     texts = text_table(tmp_path / "t.csv")
     with pytest.raises(DataError, match=sentence.replace("'y'", "'label'")):
         divided(texts, meanings(texts))
+
+
+def test_large_labels_differ_in_their_last_digits(tmp_path: Path) -> None:
+    rows = [f"{'C' * k},{1_000_000 + k}" for k in range(1, 31)]
+    (tmp_path / "t.csv").write_text("\n".join(["smiles,y", *rows, "C,1000002"]) + "\n")
+    task = MoleculeTask.from_csv(tmp_path / "t.csv", split="random")
+    assert task.kind == "regression"
+    assert task.remarks[1] == "of these, with different labels: 1; C in rows 2, 32 (y: 1000001, 1000002)"
 
 
 @pytest.mark.parametrize("spelling", ["#N/A", "None", "<NA>", "nan", "NULL", "n/a", "-nan"])
@@ -138,7 +146,7 @@ def test_the_number_0_is_not_an_empty_smiles(tmp_path: Path) -> None:
     rows = [{"smiles": k, "y": k / 2} for k in range(3)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(
-        DataError, match=r"t\.jsonl: no molecule in 3 rows; row 1: '0' is not a molecule: not valid SMILES"
+        DataError, match=r"t\.jsonl: no row is a molecule; row 1: '0' is not a molecule: not valid SMILES"
     ):
         read_table(tmp_path / "t.jsonl")
 

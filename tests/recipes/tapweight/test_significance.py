@@ -9,7 +9,7 @@ import torch
 from tapweight_cases import F64
 
 from mlopt.recipes.tapweight.exact_head import ridge_leave_one_out
-from mlopt.recipes.tapweight.significance import compare, judge, shares_of_best
+from mlopt.recipes.tapweight.significance import compare, errors_of_shares, judge, shares_of_best
 
 
 def test_the_share_of_resamples_is_the_probability_of_the_smaller_mean():
@@ -34,6 +34,38 @@ def test_equal_candidates_share_and_a_clear_winner_takes_all():
     assert bool(((shares - 0.25).abs() < 0.12).all())
     noise[2] -= 1
     assert shares_of_best(noise, seed=0).tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.01, 0.02])
+def test_the_error_of_a_share_is_the_slope_of_the_normal_distribution(shift):
+    """With the share Phi(z) of a difference whose z has the error 1 over draws of the examples, it is phi(z)."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(2, 400, dtype=F64, generator=generator)
+    losses[0] -= shift
+    difference = losses[0] - losses[1]
+    z = float(difference.mean() / (difference.std(correction=0) / math.sqrt(400)))
+    errors = errors_of_shares(losses, seed=1)
+    assert float(errors[0]) == pytest.approx(math.exp(-z * z / 2) / math.sqrt(2 * math.pi), rel=0.1)
+    assert float(errors[1]) == pytest.approx(float(errors[0]), rel=1e-9)
+    signals = compare(["a", "b"], losses, seed=1)
+    assert [signal.weight_error for signal in signals.values()] == errors.tolist()
+
+
+def test_the_error_of_a_share_is_its_scatter_over_draws_of_the_examples():
+    """Without a difference z is normal: phi(z)^2 has the mean 1 / (2 pi sqrt 3) = .0919, and Phi(z) the variance 1/12 = .0833."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.rand(2, 60, dtype=F64, generator=generator) for _ in range(300)]
+    shares = torch.stack([shares_of_best(losses, seed=k) for k, losses in enumerate(draws)])[:, 0]
+    squares = torch.stack([errors_of_shares(losses, seed=k) for k, losses in enumerate(draws)])[:, 0].square()
+    assert float(squares.mean()) == pytest.approx(1 / (2 * math.pi * math.sqrt(3)), rel=0.12)
+    assert float(shares.var()) == pytest.approx(1 / 12, rel=0.12)
+
+
+def test_shares_that_no_draw_of_the_examples_moves_have_no_error():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(1, 200, dtype=F64, generator=generator).repeat(3, 1)
+    losses[2] += 1
+    assert errors_of_shares(losses, seed=0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [3, 7, 15])

@@ -57,6 +57,17 @@ def test_a_class_of_one_example_is_in_train_and_small_classes_fill_all_splits() 
     assert [len(indices) for indices in many.values()] == pytest.approx([128, 16, 16], abs=4)
 
 
+def test_rare_combinations_of_labels_leave_no_split_empty() -> None:
+    """In a class, the first example goes to train; of 40 combinations of one example each, no other split would get any."""
+    rare = stratified_split(list(range(40)), combined=True)
+    assert [len(indices) for indices in rare.values()] == [32, 4, 4]
+    pairs = ["ab"] * 20 + ["cd"] * 10 + list(range(10))
+    splits = stratified_split(pairs, (0.6, 0.2, 0.2), combined=True)
+    counts = {name: Counter(pairs[index] for index in indices) for name, indices in splits.items()}
+    assert [counts[name]["ab"] for name in splits] == pytest.approx([12, 4, 4], abs=1)
+    assert [counts[name]["cd"] for name in splits] == pytest.approx([6, 2, 2], abs=1)
+
+
 def test_a_column_names_the_splits() -> None:
     names = ("Train", "dev", " test ", "x", "training", "validation")
     table = Table(source="a.csv", header=("s",), rows=tuple(range(2, 8)), cells=tuple((name,) for name in names))
@@ -64,7 +75,7 @@ def test_a_column_names_the_splits() -> None:
     assert named_split(table, "s", [0, 1, 2, 4, 5]) == {"train": [0, 3], "valid": [1, 4], "test": [2]}
     with pytest.raises(DataError, match=r"a\.csv, row 5, column 's': 'x' is not train, valid or test; correct it"):
         named_split(table, "s", range(6))
-    with pytest.raises(DataError, match="no row is of test; name rows of it, or leave out --split-column"):
+    with pytest.raises(DataError, match="no row is in the test split; assign rows to it, or leave out --split-column"):
         named_split(table, "s", [0, 1])
     with pytest.raises(DataError, match="no column 'part'; there are 's'; name the column by --split-column"):
         named_split(table, "part", [0])

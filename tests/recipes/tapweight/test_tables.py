@@ -96,10 +96,10 @@ def test_one_table_is_read_from_any_file(quirk: str, tmp_path: Path) -> None:
 
 #: By a word on the quirk: the name of the file, its content, and the refusal, which names the row and a remedy.
 REFUSED: dict[str, tuple[str, str | bytes, str]] = {
-    "a spreadsheet": ("a.xlsx", b"PK", "a spreadsheet; save its sheet as CSV in the spreadsheet program"),
+    "a spreadsheet": ("a.xlsx", b"PK", "a.xlsx is a spreadsheet; save its sheet as CSV in the spreadsheet program"),
     "two files in an archive": ("a.zip", zipped(b"x", "a.csv", "b.csv"), "the archive holds 2 files; unpack it"),
-    "no zip": ("a.csv.zip", PLAIN, "not a whole zip file (File is not a zip file); unpack it"),
-    "no xz": ("a.csv.xz", PLAIN, "not a whole xz file"),
+    "no zip": ("a.csv.zip", PLAIN, "is not a whole zip file (File is not a zip file); unpack it"),
+    "no xz": ("a.csv.xz", PLAIN, "is not a whole xz file"),
     "an unknown suffix": ("a.dat", PLAIN, "the suffix '.dat' is not one of .csv, .tsv, .jsonl, .json, .parquet"),
     "a ragged row": ("a.csv", PLAIN + "c\n", "row 4: 1 cells, but the header has 2; quote the cell"),
     "a ragged row of semicolons": (
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "damaged UTF-8": ("a.csv", "name\né\n".encode() + b"\xff", "row 3: byte 0xff is not UTF-8 text"),
     "broken JSON": ("a.json", '[{"y": 1}, {"y": ', "not valid JSON"),
     "no objects": ("a.json", "[1, 2]", "row 1: '[1, 2]' is not a JSON object"),
-    "no Parquet": ("a.parquet", PLAIN, "not a file of Parquet"),
+    "no Parquet": ("a.parquet", PLAIN, "is not a Parquet file"),
     "empty": ("a.tsv", " \n", "the file is empty"),
 }
 
@@ -174,11 +174,11 @@ def test_a_folder_of_a_data_set_is_read(tmp_path: Path) -> None:
     made.save_to_disk(str(tmp_path / "one"))
     assert cells_of(table_of(tmp_path / "one")) == [["a", "yes"], ["b", "no"], ["c", None]]
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(str(tmp_path / "two"))
-    with pytest.raises(DataError, match=r"two: Is a directory; give one of its data sets: test, train"):
+    with pytest.raises(DataError, match=r"two is a folder; give one of its data sets: test, train"):
         table_of(tmp_path / "two")
     assert cells_of(table_of(tmp_path / "two" / "train"))[0] == ["a", "yes"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"Is a directory; give the path of a data file"):
+    with pytest.raises(DataError, match=r"is a folder; give the path of a data file"):
         table_of(tmp_path / "empty")
 
 

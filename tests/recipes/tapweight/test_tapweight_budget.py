@@ -12,6 +12,7 @@ from tapweight_cases import SETTINGS, Encoder, Reconstruct, recipe
 
 import mlopt
 from mlopt.recipes.tapweight.methods import METHODS, Direct, Equal, Rehearsal, ThreeLevels, make_method
+from mlopt.recipes.tapweight.methods.pretraining import drawn_passes, weighted_passes
 
 
 class Counting(Encoder):
@@ -43,6 +44,15 @@ def test_one_more_step_would_exceed_the_budget() -> None:
             assert method.passes(attrs.evolve(own, steps=own.steps + 1)) > 200, name
     assert experiment.affordable(Equal(), 200).steps == 100
     assert Direct().passes(experiment.affordable(Direct(), 200)) == 0
+
+
+def test_a_step_costs_all_views_of_a_sum_and_those_of_one_objective_of_a_draw() -> None:
+    objectives = [Reconstruct("linear", 1.0), Twice("square", 2.0)]
+    experiment = recipe(objectives=objectives).experiment(1, progress=False)
+    for square, drawn, weighted in ((0.0, 1.0, 1), (0.75, 1.75, 3), (1.0, 2.0, 2)):
+        weights = {"linear": 1 - square, "square": square}
+        assert drawn_passes(experiment, weights) == drawn
+        assert weighted_passes(experiment, weights) == weighted
 
 
 def test_a_budget_is_spent_and_not_exceeded() -> None:

@@ -136,7 +136,7 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
     [
         (
             ["equals"],
-            "no method 'equals'; there are 'direct', 'equal', .* 'tapweight', .* 'single:OBJECTIVE' - did you mean 'equal'",
+            "no method 'equals'; there are 'direct', 'equal', .* 'tapweight', .* 'single:OBJECTIVE' \\(did you mean 'equal'",
         ),
         (["single:"], "there is no method 'single:'"),
         ("direct", "fit: methods='direct'; it must be a sequence of names or Method objects"),

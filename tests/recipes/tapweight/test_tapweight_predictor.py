@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_cases import Case, load, merged, succeed
+from sklearn.metrics import accuracy_score
 from tapweight_cases import recipe
 
 from mlopt import cli
 from mlopt.errors import ArgumentError
+from mlopt.recipes.tapweight.metrics import measures_of
 from mlopt.recipes.tapweight.prediction import load as load_predictor
+from mlopt.recipes.tapweight.predictions import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +43,9 @@ def test_the_commands_keep_every_row_in_place(case: Case, tmp_path: Path, capsys
     common = [str(finished), "--input", str(file), "--device", "cpu"]
     succeed(["tapweight", "predict", *common, "--output", str(tmp_path / "new" / "p.csv")])
     reason = "not valid SMILES" if case.name == "molecules" else "the text is empty"
-    assert f"3 rows in {tmp_path}/new/p.csv; 1 cannot be used, the first: row 2 ({reason})." in capsys.readouterr().out
+    assert (
+        f"3 rows in {tmp_path}/new/p.csv; 1 cannot be used, the first: record 2 ({reason})." in capsys.readouterr().out
+    )
     predictions = predictor.predict(contents)
     for row, content, cells, fault in zip(
         rows_of(tmp_path / "new" / "p.csv"), contents, predictions.cells, ("", reason, ""), strict=True
@@ -121,6 +127,23 @@ def test_what_cannot_be_predicted_is_refused(
     assert cli.main(["tapweight", command, folder, *options]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a.csv").exists()
+
+
+def test_the_input_is_not_replaced(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, _, _ = inputs(case, tmp_path)
+    before, same = file.read_bytes(), str(tmp_path / "x" / ".." / file.name)
+    assert cli.main(["tapweight", "predict", str(case.finished()), "--input", str(file), "--output", same]) == 2
+    assert f"--output={same!r} would replace the input; give another name" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_a_probability_at_the_threshold_is_scored_as_it_is_written() -> None:
+    target = Target.binary(["y"])
+    values = torch.tensor([[0.5], [0.5], [0.75]], dtype=torch.float64)
+    predicted = [target.decided(row)[0] for row in values.numpy()]
+    assert predicted == ["0", "0", "1"]
+    scores = measures_of("binary", target.scored(values)[:, 0], torch.tensor([1.0, 0.0, 1.0]))
+    assert scores["accuracy"] == pytest.approx(accuracy_score([1, 0, 1], [int(name) for name in predicted]))
 
 
 def test_a_folder_with_another_model_is_refused_before_the_run(case: Case, capsys: pytest.CaptureFixture[str]) -> None:

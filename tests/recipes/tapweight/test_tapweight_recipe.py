@@ -54,9 +54,9 @@ class Infinite(Reconstruct):
 @pytest.mark.parametrize(
     ("objective", "sentence"),
     [
-        (Constant("idle", 1.0), "'idle' gives the encoder no gradient"),
-        (Detached("idle", 1.0), "'idle': its loss has no gradient"),
-        (Infinite("idle", 1.0), "'idle': the gradient of its loss is not finite"),
+        (Constant("idle", 1.0), "the loss of objective 'idle' has no gradient on the encoder"),
+        (Detached("idle", 1.0), "the loss of objective 'idle' has no gradient; do not detach it"),
+        (Infinite("idle", 1.0), "the gradient of objective 'idle' is not finite"),
     ],
 )
 def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sentence):
@@ -68,8 +68,11 @@ def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sent
     ("make", "sentence"),
     [
         (lambda: recipe(objectives=[Reconstruct("linear", 1.0)]), "1 objectives"),
-        (lambda: recipe(objectives=[Reconstruct("a", 1.0), Reconstruct("a", 2.0)]), "two objectives of one name"),
-        (lambda: recipe(corpus=[torch.ones(3, dtype=F64)]), "a corpus of 1 examples"),
+        (
+            lambda: recipe(objectives=[Reconstruct("a", 1.0), Reconstruct("a", 2.0)]),
+            "two of the objectives share a name",
+        ),
+        (lambda: recipe(corpus=[torch.ones(3, dtype=F64)]), "the corpus holds 1 examples; give at least two"),
         (lambda: recipe(settings=attrs.evolve(SETTINGS, every=4)).fit(3), "steps=3 at every=4: the weights never move"),
         (lambda: recipe().fit(progress=False), "steps=None and passes=None; give one of them"),
         (lambda: recipe().fit(3, passes=9, progress=False), "steps=3 and passes=9; give one of them"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import attrs
 import pytest
 import torch
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 from tapweight_cases import F64, SETTINGS, Sum
 from torch import Tensor, nn
 
@@ -17,6 +20,7 @@ from mlopt.recipes.tapweight.exact_head import labelled_features, ridge_leave_on
 from mlopt.recipes.tapweight.methods import RandomSearch, Rehearsal, Single
 from mlopt.recipes.tapweight.methods.rehearsing import rehearse
 from mlopt.recipes.tapweight.objective import Objective
+from mlopt.recipes.tapweight.significance import Signal
 from mlopt.rng import derive_seed
 
 
@@ -179,3 +183,26 @@ def test_objectives_that_do_not_differ_share_the_weight() -> None:
         2, methods=["rehearsal"], progress=False
     )
     assert weights.weights == pytest.approx(dict.fromkeys("abc", 1 / 3))
+
+
+def test_the_picture_shows_each_weight_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    signals = {
+        name: Signal(mean=0.1, error=0.1, z=1.0, significant=False, weight_error=error)
+        for name, error in (("sum", 0.25), ("difference", 0.125), ("contrast", 0.0))
+    }
+    result = narrow(0).fit(4, progress=False)
+    weights = {"sum": 0.875, "difference": 0.0625, "contrast": 0.0625}
+    main = attrs.evolve(result.main, weights=weights)
+    attrs.evolve(result, signals=signals, outcomes={"rehearsal": main}).plot(tmp_path / "weights.png")
+    axes = drawn[0].axes[0]
+    (bars,) = [group for group in axes.containers if isinstance(group, BarContainer)]
+    assert [bar.get_width() for bar in bars] == [0.875, 0.0625, 0.0625]
+    (errors,) = bars.errorbar.lines[2]
+    # A share ends at 0 and at 1.
+    assert [segment[:, 0].tolist() for segment in errors.get_segments()] == [
+        [0.625, 1.0],
+        [0.0, 0.1875],
+        [0.0625, 0.0625],
+    ]

@@ -100,9 +100,10 @@ def texts(examples: Sequence[dict[str, Any]], source: str = "made") -> Texts:
 
 
 def corpus(count: int = 24, seed: int = 9) -> Texts:
-    """Return texts with places, as if each three of them were the sentences of a document."""
+    """Return texts with places, as if each three of them were the sentences of a document whose first two have headings."""
+    headings = ("METHODS ", "RESULTS ", "")
     made = [
-        {"text": text, "document": k // 3, "position": k % 3, "count": min(3, count - k // 3 * 3)}
+        {"text": headings[k % 3] + text, "document": k // 3, "position": k % 3, "count": min(3, count - k // 3 * 3)}
         for k, (text, _) in enumerate(sentences(count, seed))
     ]
     return texts(made)

@@ -40,7 +40,7 @@ def attach(corpus: Sequence[Data], name: str, compute: Callable[[], Tensor | lis
         ArgumentError: the corpus creates its graphs at each access, so nothing can be attached.
     """
     if not len(corpus):
-        raise DataError("the corpus is empty")
+        raise DataError("the corpus is empty; give at least two molecules")
     graphs = list(corpus)
     if all(name in graph for graph in graphs):
         return torch.cat([graph[name] for graph in graphs])
@@ -118,7 +118,9 @@ def parse(smiles: Sequence[str], first: int = 0) -> list[Any]:
     molecules = [chem.MolFromSmiles(text) for text in smiles]
     for row, molecule in enumerate(molecules):
         if molecule is None:
-            raise DataError(f"molecule {first + row} of the corpus is not a SMILES that RDKit reads: {smiles[row]!r}")
+            raise DataError(
+                f"molecule {first + row} of the corpus, {smiles[row]!r}, is not a SMILES that RDKit reads; leave it out"
+            )
     return molecules
 
 
@@ -139,5 +141,7 @@ def varying_columns(table: Tensor, noun: str, rare: float = 0.0) -> list[int]:
     columns: list[int] = ((share > 0) & (share >= rare)).nonzero().squeeze(1).tolist()
     if not columns:
         nearly = f"all but {rare:.0%} of " if rare else ""
-        raise DataError(f"all {noun} are the same in {nearly}the corpus: nothing to predict")
+        raise DataError(
+            f"all {noun} are the same in {nearly}the corpus, so there is nothing to predict; leave the objective out"
+        )
     return columns

@@ -11,6 +11,7 @@ from .masked_tokens import MaskedTokens
 from .random_labels import RandomLabels
 from .replaced_tokens import ReplacedTokens
 from .same_document import SameDocument
+from .sections import Sections
 from .sentence_length import SentenceLength
 from .sentence_order import SentenceOrder
 from .sentence_position import SentencePosition
@@ -33,6 +34,7 @@ __all__ = [
     "RandomLabels",
     "ReplacedTokens",
     "SameDocument",
+    "Sections",
     "SentenceLength",
     "SentenceOrder",
     "SentencePosition",
@@ -48,6 +50,7 @@ OBJECTIVES: dict[str, Callable[[PreTrainedTokenizerBase], Objective]] = {
     ReplacedTokens.name: ReplacedTokens,
     SentencePosition.name: lambda _: SentencePosition(),
     SameDocument.name: lambda _: SameDocument(),
+    Sections.name: lambda _: Sections(),
     Keywords.name: lambda _: Keywords(),
     TopicClusters.name: lambda _: TopicClusters(),
     ShuffledWords.name: lambda _: ShuffledWords(),

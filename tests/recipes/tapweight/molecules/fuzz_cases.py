@@ -195,6 +195,7 @@ def arguments(draw: Draw, files: tuple[str, ...]) -> tuple[list[str], bool]:
             values.insert(
                 draw(st.integers(0, len(values))), draw(WORDS | st.sampled_from(["", "--", "-", "[/b]", "\udc80"]))
             )
+        right &= bool(values)  # an empty list is written as an option without a value
         if flaw == "config":
             words += ["--config", draw(st.sampled_from(files) | WORDS)]
         words += [f"{option}={values[0]}"] if len(values) == 1 and draw(st.booleans()) else [option, *values]

@@ -183,7 +183,9 @@ def test_processes_return_what_one_computes_and_name_a_faulty_row(monkeypatch: p
     molecules = [Chem.MolFromSmiles(smiles) for smiles in SMILES]
     assert_same(table, torch.tensor([[known[name](molecule) for name in properties] for molecule in molecules]))
     corpus[17].smiles = "C(C"
-    with pytest.raises(DataError, match=r"molecule 17 of the corpus is not a SMILES that RDKit reads: 'C\(C'"):
+    with pytest.raises(
+        DataError, match=r"molecule 17 of the corpus, 'C\(C', is not a SMILES that RDKit reads; leave it out"
+    ):
         descriptors(corpus, properties)
     corpus[17].smiles = SMILES[17]
     monkeypatch.setattr(joblib, "cpu_count", lambda: 1)

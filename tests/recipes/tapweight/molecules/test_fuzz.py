@@ -154,6 +154,10 @@ def command_line(folder: Path, drawn: tuple[list[str], bool]) -> str:
         else:
             assert printed.getvalue() == errors.getvalue() == ""
             return "accepted"
+    if {"-h", "--help"} & {*words} and code == 0:
+        assert (right, errors.getvalue()) == (False, "")
+        assert printed.getvalue().startswith("usage: mlopt tapweight molecules ")
+        return "refused"
     assert (code, right, printed.getvalue()) == (2, False, ""), errors.getvalue()
     assert len(errors.getvalue().split()) > 2
     assert "Traceback" not in errors.getvalue()
@@ -192,6 +196,14 @@ def drawn_table(folder: Path, table: DrawnTable, reader: Callable[..., Molecules
     return "accepted"
 
 
+def decoded(content: bytes) -> str:
+    """Return the text of a file that is accepted: UTF-8, else Windows-1252."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
 def changed_molecules(folder: Path, drawn: tuple[str, bytes, Callable[..., Molecules], bool]) -> str:
     name, content, reader, strict = drawn
     outcome = molecules_of(folder, reader, name, content, strict=strict)
@@ -199,10 +211,11 @@ def changed_molecules(folder: Path, drawn: tuple[str, bytes, Callable[..., Molec
         return "refused"
     assert len(outcome) == len(outcome.rows) == len(set(outcome.rows)) > 0
     if ".csv" not in name:
-        text = (gzip.decompress(content) if name.endswith(".gz") else content).decode("utf-8-sig")
+        text = decoded(gzip.decompress(content) if name.endswith(".gz") else content)
         lines = io.StringIO(text, newline=None).read().split("\n")
         assert outcome.smiles == tuple(lines[row - 1].split()[0] for row in outcome.rows)
-        assert len(outcome) + len(outcome.skipped) == sum(bool(line.strip()) for line in lines)
+        molecules = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        assert len(outcome) + len(outcome.skipped) == len(molecules)
     return "accepted"
 
 
@@ -271,7 +284,11 @@ KINDS = {
 
 
 def drive(kind: Kind, count: int, folder: Path) -> None:
-    """Try `count` inputs, the same ones each time, and print the numbers of accepted and refused ones."""
+    """Try `count` inputs, and print the numbers of accepted and refused ones.
+
+    They are the same each time as long as the same modules are imported: Hypothesis also draws constants of their sources. So a
+    check must hold for any text, such as "-h".
+    """
     outcomes: Counter[str] = Counter()
 
     @settings(
@@ -332,6 +349,11 @@ def test_a_huge_option_is_refused(option: str, place: str, capsys: pytest.Captur
     with pytest.raises((SystemExit, MloptError)) as refusal:
         parse([option, "9" * 400], Configuration, prog="mlopt", description="")
     assert place in f"{refusal.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--steps", "5", "-h"], ["--labels", "a", "--help", "--stepz"]])
+def test_help_among_other_words_prints_the_usage(words: list[str], tmp_path: Path) -> None:
+    assert command_line(tmp_path, (words, False)) == "refused"
 
 
 @pytest.mark.parametrize("text", ['{"%s": 1}', '{"device": "%s"}', '{"data": ["%s"]}', '["%s"]'])

@@ -283,7 +283,7 @@ def test_too_many_clusters_are_reduced_with_a_remark() -> None:
         f"1000 clusters reduced to 6: the corpus has {len(SMILES)} molecules",
     ]
     assert max(objective.classes) <= 6
-    with pytest.raises(ValueError, match="needs at least 20 molecules; the corpus has 19"):
+    with pytest.raises(ValueError, match="needs at least 20 molecules, and the corpus has 19; give a larger corpus"):
         FingerprintClusters().prepare([from_smiles(smiles) for smiles in SMILES[:19]], seed=0)
 
 
@@ -315,10 +315,14 @@ def test_attached_targets_need_no_chemistry(
 
 
 def test_a_corpus_that_cannot_be_prepared_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="molecule 1 of the corpus is not a SMILES that RDKit reads: 'c1cc'"):
+    with pytest.raises(
+        ValueError, match="molecule 1 of the corpus, 'c1cc', is not a SMILES that RDKit reads; leave it out"
+    ):
         FunctionalGroups().prepare([Data(smiles="C"), Data(smiles="c1cc")], seed=0)
     for objective in (FunctionalGroups(), Descriptors()):
-        with pytest.raises(ValueError, match=r"are the same in (all but 1% of )?the corpus: nothing to predict"):
+        with pytest.raises(
+            ValueError, match=r"are the same in (all but 1% of )?the corpus, so there is nothing to predict; leave"
+        ):
             objective.prepare([from_smiles("CCO") for _ in range(3)], seed=0)
     with pytest.raises(ValueError, match="the corpus is empty"):
         RandomLabels().prepare([], seed=0)

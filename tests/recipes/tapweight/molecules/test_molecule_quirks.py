@@ -220,7 +220,7 @@ def test_an_sd_file_is_a_table(tmp_path: Path) -> None:
     assert [skipped.row for skipped in molecules.skipped] == [2]
     assert read_corpus(tmp_path / "a.sdf").smiles == ("CCO", "c1ccccc1")
     (tmp_path / "b.sdf").write_text("nothing\n")
-    with pytest.raises(DataError, match=r"b\.sdf: no molecule in \d blocks; give an SD file"):
+    with pytest.raises(DataError, match=r"b\.sdf: RDKit reads no molecule from \d blocks; give an SD file"):
         read_table(tmp_path / "b.sdf")
 
 

@@ -61,7 +61,7 @@ def test_labels_after_the_smiles(
     [
         ("CCO 1\nCC 0 1\n", r"a\.smi, row 2: 3 columns, but the first line has 2; give a \.csv"),
         ("smiles y\nCCO 1\n\nCC ethyl alcohol\n", r"a\.smi, row 4: 3 columns, but the first line has 2; give a \.csv"),
-        ("CCO\nCC\n", r"a\.smi: nothing after the SMILES, and a task needs labels; add them, or give a \.csv"),
+        ("CCO\nCC\n", r"a\.smi: the lines hold nothing but SMILES, and a task needs labels; add them, or give a \.csv"),
         (
             "CCO 5793\nCC 702\nC 297\n",
             r"no column of labels beside 'smiles'; ignored: 'column 2' \(whole numbers, which may be those of a catalogue\); "
@@ -81,8 +81,8 @@ def test_labels_after_the_smiles(
             r"row 1: 'mol' is not a SMILES; correct it, or call it 'smiles' if the line names the columns",
         ),
         ("smiles y y\nCCO 1 0\nCC 0 1\n", r"a\.smi: the header names 'y' more than once; rename the columns"),
-        ("# nothing\n", r"a\.smi: no molecule; give a file with at least one example"),
-        ("smiles y\n", r"a\.smi: no molecule; give a file with at least one example"),
+        ("# nothing\n", r"a\.smi: the file holds no molecule; give a file with at least one"),
+        ("smiles y\n", r"a\.smi: the file holds no molecule; give a file with at least one"),
     ],
 )
 def test_files_whose_meaning_is_not_clear_are_refused(content: str, sentence: str, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_construction_errors() -> None:
         task_of([[0.0], [1.0]], valid=[[0.0], [2.0]], kind="classification")
     with pytest.raises(DataError, match=r"task 't0' has one label, 0\.1, throughout the train split"):
         task_of([[0.1]] * 3, valid=[[0.2]], test=[[0.3]])
-    with pytest.raises(DataError, match=r"example 0 of the test split: y has the shape \(1, 1\), not \(1, 2\)"):
+    with pytest.raises(DataError, match=r"example 0 of the test split: y has the shape \(1, 1\); it must be \(1, 2\)"):
         task_of(CLASSES, test=[[0.0], [1.0]])
     with pytest.raises(DataError, match="metric='rmse' does not fit classification; give 'roc_auc' or 'pr_auc' or"):
         task_of(CLASSES, metric="rmse")

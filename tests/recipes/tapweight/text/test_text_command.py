@@ -100,7 +100,7 @@ def test_a_folder_with_a_data_set_for_each_split(
 def test_truncated_texts_are_reported(text: Case, capsys: pytest.CaptureFixture[str]) -> None:
     text.run("cut", "--max-length", "6")
     printed = capsys.readouterr().out
-    assert "documents longer than 6 tokens, which are divided: " in printed.splitlines()[0]
+    assert "documents are longer than 6 tokens and are divided" in printed.splitlines()[0]
     assert "of 16 texts of dev.jsonl are longer than 6 tokens and are cut off" in printed
 
 

@@ -94,7 +94,7 @@ def test_half_a_character_is_left_out_and_reported_or_refused(tmp_path: Path) ->
         assert texts.summary() == f"2 texts of a.jsonl; 1 skipped: row 2 ({fault})"
     with pytest.raises(DataError) as error:
         read_table(file, strict=True)
-    assert str(error.value) == f"{file}, row 2: {fault}; correct it, or read without --strict"
+    assert str(error.value) == f"{file}, row 2: {fault}; correct it, or leave out --strict"
 
 
 def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
@@ -108,22 +108,22 @@ def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> N
     ("name", "content", "sentence"),
     [
         ("a.csv", "text,class\na,1\n", "no column 'label'; there are 'text', 'class'"),
-        ("a.csv", "texts,label\na,1\n", "no column 'text'; there are 'texts', 'label' - did you mean 'texts'?"),
+        ("a.csv", "texts,label\na,1\n", "no column 'text'; there are 'texts', 'label' (did you mean 'texts'?)"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "a.jsonl, row 2: not valid JSON"),
         ("a.jsonl", '["a", 1]\n', "a.jsonl, row 1: '[\"a\", 1]' is not a JSON object"),
         ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is not text; give strings"),
         (
             "a.jsonl",
             objects({"text": "a", "label": None}),
-            "a.jsonl: no text in 1 rows; row 1: the label is missing; give at least 1",
+            "a.jsonl: no row is a text; row 1: the label is missing; give at least 1",
         ),
-        ("a.csv", "text,label\na,\n", "a.csv: no text in 1 rows; row 2: the label is missing"),
-        ("a.csv", "text,label\n,1\n", "no text in 1 rows; row 2: the text is empty; give at least 1"),
+        ("a.csv", "text,label\na,\n", "a.csv: no row is a text; row 2: the label is missing"),
+        ("a.csv", "text,label\n,1\n", "no row is a text; row 2: the text is empty; give at least 1"),
         ("a.csv", "text,label\n", "no row below the header"),
         ("a.csv", "text,label\na,1,2\n", "a.csv, row 2: 3 cells, but the header has 2"),
         ("a.jsonl", "\n\n", "the file is empty"),
-        ("a.parquet", "x", "a.parquet: not a file of Parquet"),
-        ("a.xlsx", "x", "a spreadsheet; save its sheet as CSV in the spreadsheet program"),
+        ("a.parquet", "x", "a.parquet is not a Parquet file"),
+        ("a.xlsx", "x", "a.xlsx is a spreadsheet; save its sheet as CSV in the spreadsheet program"),
         (
             "a.doc",
             "x",
@@ -184,7 +184,7 @@ def test_the_columns_of_a_data_set_are_found_in_any_case() -> None:
 def test_a_negative_class_of_a_data_set_is_a_missing_label() -> None:
     made = dataset(["a", "b"], [1, -1])
     assert from_dataset(made, name="made").summary() == "1 texts of made; 1 skipped: row 1 (the label is missing)"
-    with pytest.raises(DataError, match="made, row 1: the label is missing; correct it, or read without --strict"):
+    with pytest.raises(DataError, match="made, row 1: the label is missing; correct it, or leave out --strict"):
         from_dataset(made, name="made", strict=True)
     assert len(from_dataset(made, label=None)) == 2
 
@@ -214,7 +214,9 @@ def test_a_task_of_glue_is_read_from_the_cache_of_datasets(name: str, tmp_path: 
 
 
 def test_an_unknown_task_of_glue_or_one_that_cannot_be_fetched_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dataset='coal' is not a task of GLUE; there are .* did you mean 'cola'"):
+    with pytest.raises(
+        DataError, match=r"dataset='coal' is not a task of GLUE; there are .* \(did you mean 'cola'\?\)"
+    ):
         glue("coal")
     with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; pass the files with --train instead"):
         glue("rte", cache_dir=tmp_path)

@@ -307,9 +307,9 @@ def larger(words: int) -> list[str]:
         (lambda: TextEncoder(model(), tokenizer(), max_length=33), "max_length=33; the model takes from 3 to 32"),
         (lambda: TextEncoder(model(), tokenizer(), max_length=2), "max_length=2; the model takes from 3 to 32"),
         (lambda: TextEncoder(model(), tokenizer(), pooling="max"), "pooling='max'; give 'mean' or 'cls'"),
-        (lambda: TextEncoder.load("nobody/no-such-model"), "model='nobody/no-such-model' cannot be loaded: "),
+        (lambda: TextEncoder.load("nobody/no-such-model"), "model='nobody/no-such-model' cannot be loaded ("),
         (lambda: TextEncoder.load(__file__), "is a file; give the folder that holds it"),
-        (lambda: TextEncoder.load(Path(__file__).parent), "cannot be loaded: "),
+        (lambda: TextEncoder.load(Path(__file__).parent), "cannot be loaded ("),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_in_a_sentence(act, sentence: str) -> None:

@@ -146,11 +146,12 @@ def test_the_second_derivative_of_every_objective_is_that_of_differences(name: s
 
 
 def telling() -> Texts:
-    """Return 60 sentences: the first word names the place, the second one the document, and a document has three sentences."""
+    """Return 60 sentences of documents of three; after a heading, the first word names the place, the second the document."""
+    headings = ("METHODS ", "RESULTS ", "")
     return texts(
         [
             {
-                "text": f"thing{k % 3} thing{3 + k // 3 % 17} is {'good good ' * (k % 4)}not the bad and poor",
+                "text": f"{headings[k % 3]}thing{k % 3} thing{3 + k // 3 % 17} is {'good good ' * (k % 4)}not the bad and poor",
                 "document": k // 3,
                 "position": k % 3,
                 "count": 3,

@@ -76,7 +76,7 @@ def test_minus_one_is_asked_about_and_left_out_if_it_means_no_label() -> None:
     file = CASES / "minus_one_unlabelled.jsonl"
     with pytest.raises(
         DataError,
-        match=r"column 'label': -1 stands beside 0 and 1 \(6 of 60 rows, the first in row 1\); give --missing -1",
+        match=r"column 'label': -1 occurs beside 0 and 1 \(6 of 60 rows, the first in row 1\); give --missing -1",
     ):
         task_of(read_table(file))
     texts = read_table(file, missing=["-1"])
@@ -115,7 +115,7 @@ def test_long_documents_are_divided_and_no_word_is_lost() -> None:
     assert [word for chunk in chunks for word in chunk["text"].split()] == [
         w for text in texts for w in text["text"].split()
     ]
-    assert chunks.summary().endswith("documents longer than 16 tokens, which are divided: 20")
+    assert chunks.summary().endswith("; 20 documents are longer than 16 tokens and are divided")
 
 
 def test_a_chunk_holds_as_many_sentences_as_fit_and_long_sentences_are_halved() -> None:

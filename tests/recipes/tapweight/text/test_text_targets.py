@@ -18,14 +18,15 @@ from mlopt.recipes.tapweight.text.objectives import (
     OBJECTIVES,
     Keywords,
     SameDocument,
+    Sections,
     SentenceLength,
     SentencePosition,
     TopicClusters,
     make_objective,
 )
 
-WITH_TARGETS = ("sentence_position", "same_document", "keywords", "topic_clusters", "sentence_length", "random_labels")
-OF_DOCUMENTS = ("sentence_position", "same_document")
+OF_DOCUMENTS = ("sentence_position", "same_document", "sections")
+WITH_TARGETS = (*OF_DOCUMENTS, "keywords", "topic_clusters", "sentence_length", "random_labels")
 
 
 def documents(*counts: int) -> Texts:
@@ -107,6 +108,67 @@ def test_the_loss_of_neighbours_leaves_out_other_sentences_of_the_document() -> 
         others = [similar[j] for j in range(6) if document[j] != document[i]]
         terms.append(-math.log(similar[i] / (similar[i] + sum(others))))
     assert objective.loss(own, head, view).item() == pytest.approx(sum(terms) / 6, rel=1e-5)
+
+
+def abstract(*parts: str) -> Texts:
+    """Return the sentences of one document, and of a second one without headings."""
+    of_document = [(0, parts), (1, ("thing0 is good", "METHODS thing1 is bad", "thing2 is poor"))]
+    return texts(
+        [
+            {"text": text, "document": document, "position": place, "count": len(own)}
+            for document, own in of_document
+            for place, text in enumerate(own)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "section", "rest"),
+    [
+        ("RESULTS thing1 is good", 3, "thing1 is good"),
+        ("CONCLUSION : thing1 is good", 4, "thing1 is good"),
+        ("PURPOSE: thing1 is good", 1, "thing1 is good"),
+        ("PATIENTS AND METHODS thing1 is good", 2, "thing1 is good"),
+        ("MAIN RESULTS thing1 is good", 3, "thing1 is good"),
+        # Only the words up to the last that names a section are the heading.
+        ("RESULTS HIV thing1 is good", 3, "HIV thing1 is good"),
+        # These are no headings: the section goes on.
+        ("HIV thing1 is good", 0, "HIV thing1 is good"),
+        ("Results is good", 0, "Results is good"),
+        ("thing1 is good RESULTS", 0, "thing1 is good RESULTS"),
+    ],
+)
+def test_a_heading_names_the_section_and_is_not_shown(sentence: str, section: int, rest: str) -> None:
+    objective, own = Sections(), encoder()
+    some = abstract(
+        "thing9 is fine", "BACKGROUND thing8 is great", sentence, "the thing7 is bad", "METHODS", "DESIGN thing6"
+    )
+    head, batch = prepared(objective, some, own)
+    # No heading stands before the first sentence, one by itself is nothing to read, and the second document has one section.
+    assert batch["section"].tolist() == [-100, 0, section, section, -100, 2, -100, -100, -100]
+    shown = ["thing9 is fine", "thing8 is great", rest, "the thing7 is bad", "METHODS", "thing6"]
+    expected = own.collate([{"text": text} for text in [*shown, *(some[k]["text"] for k in (6, 7, 8))]])
+    view = objective.view(batch)
+    assert torch.equal(view["input_ids"], expected["input_ids"])
+    assert torch.equal(view["attention_mask"], expected["attention_mask"])
+    assert head(own.pool(view)).shape == (9, 5)
+
+
+def test_sections_follow_the_places_in_the_document_not_the_order_of_the_corpus() -> None:
+    some = abstract("AIM thing1", "thing2", "METHODS thing3", "thing4").subset([3, 5, 1, 0, 4, 2])
+    Sections().prepare(some, 0)
+    assert [example["section"] for example in some] == [2, -100, 1, 1, -100, 2]
+
+
+def test_the_loss_of_sections_is_the_mean_surprise_of_the_sentences_that_count() -> None:
+    objective, own = Sections(), encoder().eval()
+    head, batch = prepared(objective, abstract("thing1", "AIM thing2 is good", "RESULTS thing3 is bad", "thing4"), own)
+    view = objective.view(batch)
+    chances = head(own.pool(view)).softmax(1).tolist()
+    expected = -sum(math.log(chances[row][section]) for row, section in ((1, 1), (2, 3), (3, 3))) / 3
+    assert objective.loss(own, head, view).item() == pytest.approx(expected, rel=1e-5)
+    none = objective.view({key: value[:1] for key, value in batch.items()})
+    assert objective.loss(own, head, none).item() == 0.0
 
 
 def test_keywords_are_the_words_that_scikit_learn_weighs_most() -> None:
@@ -214,9 +276,13 @@ def test_objectives_on_documents_name_the_remedy(name: str) -> None:
         (lambda: Keywords(words=1), "words must be at least 2; got 1"),
         (lambda: Keywords(most=0), "most must be at least 1; got 0"),
         (lambda: TopicClusters(clusters=1), "clusters must be at least 2; got 1"),
-        (lambda: TopicClusters().prepare(corpus(19), 0), "needs at least 20 texts; the corpus has 19"),
+        (
+            lambda: TopicClusters().prepare(corpus(19), 0),
+            "needs at least 20 texts, and the corpus has 19; give a larger corpus",
+        ),
         (lambda: Keywords().prepare(texts([{"text": "the"}] * 3), 0), "keywords: fewer than two words"),
         (lambda: Keywords().prepare(texts([{"text": "good"}] * 3), 0), "keywords: fewer than two words"),
+        (lambda: Sections().prepare(documents(3, 3), 0), "sections: no document of the corpus has two headings"),
         (lambda: SentenceLength().prepare(texts([{"text": "so good"}] * 3), 0), "have the same number of words"),
     ],
 )

@@ -94,32 +94,41 @@ def test_the_labels_of_the_texts_are_not_changed() -> None:
         (lambda: of(labelled(0.5, 1, "inf")), "made, row 2, column 'label': 'inf' is not finite; correct it"),
         (
             lambda: of(labelled(0.5, "nan", 1)),
-            "made, row 1, column 'label': the label is missing: 'nan' stands in its place,",
+            "made, row 1, column 'label': 'nan' is a missing label, which --missing 'nan' leaves out; correct it,",
         ),
-        (lambda: of(labelled("0.5", "1", " NaN")), "made, row 2, column 'label': the label is missing: ' NaN' stands"),
-        (lambda: of(labelled(0, 1, "NA")), "made, row 2, column 'label': the label is missing: 'NA' stands"),
+        (
+            lambda: of(labelled("0.5", "1", " NaN")),
+            "made, row 2, column 'label': ' NaN' is a missing label, which --missing ' NaN' leaves out",
+        ),
+        (
+            lambda: of(labelled(0, 1, "NA")),
+            "made, row 2, column 'label': 'NA' is a missing label, which --missing 'NA' leaves out",
+        ),
         (
             lambda: of(labelled("0", "n/a"), kind="classification"),
-            "made, row 1, column 'label': the label is missing: 'n/a' stands",
+            "made, row 1, column 'label': 'n/a' is a missing label, which --missing 'n/a' leaves out",
         ),
         (
             lambda: of(labelled(0.5, 1), labelled("null", source="d")),
-            "d, row 0, column 'label': the label is missing: 'null' stands",
+            "d, row 0, column 'label': 'null' is a missing label, which --missing 'null' leaves out",
         ),
         (
             lambda: of(labelled(0, 1, pairs=True), None, labelled(0, 1, source="t.csv")),
             "t.csv: 'test' has single texts, 'train' has pairs; give all the same columns",
         ),
         (lambda: of(labelled(0, 1), labelled(0, 1, source="v.csv", pairs=True)), "v.csv: 'valid' has pairs, 'train'"),
-        (lambda: of(labelled("a", "a")), "made: all labels are 'a': nothing can be learned"),
-        (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2: nothing can be learned"),
+        (lambda: of(labelled("a", "a")), "made: all labels are 'a', so nothing can be learned"),
+        (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2, so nothing can be learned"),
         (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0, column 'label': 'a' is not a number"),
         (lambda: of(labelled("a", "b"), kind="ranking"), "kind='ranking': give classification or regression by --kind"),
         (
             lambda: of(labelled("a", "b"), metric="pearson"),
             "metric='pearson' does not fit classification; give 'accuracy' or 'macro_f1' or 'micro_f1' or",
         ),
-        (lambda: of(texts([{"text": "good"}] * 2)), "made: there are no labels; a task needs them"),
+        (
+            lambda: of(texts([{"text": "good"}] * 2)),
+            "made: there are no labels, and a task needs them; name their column by --labels",
+        ),
         (lambda: TextTask({"train": labelled(0, 1)}, encoder().collate), "splits=['train']: give 'train', 'valid' and"),
     ],
 )
@@ -234,6 +243,8 @@ def test_truncated_texts_are_reported() -> None:
     long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
     made = of(long, labelled("a"), labelled("b"))
     assert made.remarks[1:] == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
+    made = of(long, texts([{"text": "bad " * 30, "label": "a"}], "long.csv"), labelled("b"))
+    assert made.remarks[1:] == ["2 of 3 texts of long.csv are longer than 16 tokens and are cut off"]
 
 
 def test_texts_that_are_also_in_the_training_split_are_reported() -> None:
