@@ -36,9 +36,11 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# As on an older processor: the plainest kernels, with two threads, for a fast part of the tests.
+# As on an older processor: other kernels and another number of threads, for a fast part of the tests.
+KERNELS ?= default
+THREADS ?= 2
 test-portable: setup
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2 --dist worksteal $(PORTABLE)
+	ATEN_CPU_CAPABILITY=$(KERNELS) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal $(PORTABLE)
 
 coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist worksteal

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
@@ -155,6 +155,15 @@ def _conjugate_gradients(gradient: Sequence[Tensor], own: list[nn.Parameter], ri
     return [part.reshape(shape) for part, shape in zip(solution.split(sizes), shapes, strict=True)]
 
 
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of the page, as lines of Markdown."""
+    table = ["| loop | `solve` / by hand | target: at most | |", "|---|---:|---:|---|"]
+    for row in rows:
+        verdict = "met" if row["ratio"] <= row["asked"] else "not met"
+        table.append(f"| {row['loop']} | {row['ratio']:.2f} | {row['asked']} | {verdict} |")
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
@@ -164,17 +173,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     cleaning = HyperCleaning(10 if options.quick else 40)
     cases = {
-        "a level of ten variables": (*ten_variables(500 if options.quick else 2_000), 1.2),
-        "hyper-cleaning": (cleaning.ours, cleaning.by_hand, 1.05),
+        "a level of ten variables, SGD": (*ten_variables(500 if options.quick else 2_000), 1.2),
+        "hyper-cleaning: 1,000 samples, 64-64-10, ten inner steps, ten CG iterations": (
+            cleaning.ours,
+            cleaning.by_hand,
+            1.05,
+        ),
     }
-    table, rows = Table("loop", "solve / by hand", "target: at most"), []
+    rows = []
     for name, (ours, by_hand, target) in cases.items():
         torch.testing.assert_close(ours(), by_hand(), rtol=1e-2, atol=1e-3)
         times = interleaved([ours, by_hand], 5 if options.quick else 21, "cpu")
-        ratio = times[0] / times[1]
-        rows.append({"loop": name, "ratio": ratio, "asked": target})
-        table.add_row(name, f"{ratio:.3f}", f"{target}")
-    Console().print(table)
+        rows.append({"loop": name, "ratio": times[0] / times[1], "asked": target})
+    Console(width=130).print("\n".join(lines(rows)), markup=False, highlight=False)
     write(options.json, "cpu", rows)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
@@ -23,7 +22,7 @@ from torch.optim import SGD
 import mlopt
 from mlopt.testing import quadratic
 
-from .hypergrad.measuring import peak_memory
+from .hypergrad.measuring import peak_memory, release
 from .report import interleaved, write
 
 FEATURES, CLASSES, EXAMPLES, ITERATIONS, RIDGE, DAMPING = 64, 10, 64, 10, 1e-2, 0.3
@@ -33,6 +32,9 @@ ESTIMATORS: dict[str, Callable[[], mlopt.Estimator]] = {
     "FiniteDifference": mlopt.FiniteDifference,
     "Neumann": partial(mlopt.Neumann, iterations=ITERATIONS, step_size=0.1),
     "ConjugateGradient": partial(mlopt.ConjugateGradient, iterations=ITERATIONS, rtol=0.0, damping=DAMPING),
+    "ConjugateGradient, compiled": partial(
+        mlopt.ConjugateGradient, iterations=ITERATIONS, rtol=0.0, damping=DAMPING, compile=True
+    ),
     "ConjugateGradient, differences": partial(
         mlopt.ConjugateGradient, iterations=ITERATIONS, rtol=0.0, damping=DAMPING, products="finite_difference"
     ),
@@ -127,6 +129,7 @@ def measure(label: dict[str, Any], problem: mlopt.Problem, rounds: int) -> dict[
     size = sum(p.numel() for level in problem.levels[1:] for p in level.parameters)
     peak = peak_memory(call, "cpu")
     ours, one = interleaved([call, plain(problem)], rounds, "cpu")
+    release()
     return label | {
         "variables": size,
         "time": ours / one,
@@ -141,6 +144,7 @@ def sizes(quick: bool, rounds: int) -> list[dict[str, Any]]:
         measure({"table": "variables", "estimator": name}, reweighting(network(n), make()), rounds)
         for name, make in ESTIMATORS.items()
         for n in counts
+        if not (quick and name.endswith("compiled"))  # the compiler takes longer than all the rest
     ]
 
 
@@ -169,18 +173,30 @@ def nests(quick: bool, rounds: int) -> list[dict[str, Any]]:
     return [measure({"table": "nest", "depth": n}, chain(n + 1, nested=True), rounds) for n in counts]
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    for _, group in itertools.groupby(rows, lambda row: row["table"]):
-        first, *rest = group
-        table = Table(*list(first)[1:], title=first["table"])
-        for row in (first, *rest):
-            table.add_row(
-                *(
-                    f"{v:.3g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v
-                    for v in list(row.values())[1:]
-                )
-            )
-        Console(width=130).print(table)
+#: By table, the title of the column that changes.
+COLUMNS = {"iterations": "iterations", "tensors": "tensors", "chain": "levels", "nest": "depth"}
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the tables of the page, as lines of Markdown."""
+    sized = [row for row in rows if row["table"] == "variables"]
+    counts = sorted({row["variables"] for row in sized})
+    table = [
+        f"| estimator | {' | '.join(f'{quantity}, {n:,}' for quantity in ('time', 'bytes') for n in counts)} |",
+        f"|---|{'---:|' * 2 * len(counts)}",
+    ]
+    for estimator, group in itertools.groupby(sized, lambda row: row["estimator"]):
+        own = sorted(group, key=lambda row: row["variables"])
+        cells = [f"{row['time']:.1f}" for row in own] + [f"{row['bytes per variable']:,.0f}" for row in own]
+        table.append(f"| {estimator} | {' | '.join(cells)} |")
+    for name, column in COLUMNS.items():
+        table += ["", f"| {column} | variables | time | bytes | products |", "|---:|---:|---:|---:|---:|"]
+        table += [
+            f"| {row[column]} | {row['variables']:,} | {row['time']:.1f} | {row['bytes per variable']:,.0f} | {row['products']} |"
+            for row in rows
+            if row["table"] == name
+        ]
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     rounds = 3 if options.quick else 7
     rows = [row for part in (sizes, iterations, tensors, chains, nests) for row in part(options.quick, rounds)]
-    show(rows)
+    Console(width=130).print("\n".join(lines(rows)), markup=False, highlight=False)
     write(options.json, "cpu", rows)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from ..report import write
 from .adapters import LIBRARIES
 from .bar import bar
 from .figures import draw
+from .repeats import repeat, runs_of
 from .sections import accuracy, identity, ladder, loop, multilevel, unroll
-from .table import console, show_bar, show_libraries, show_rows
-from .workers import Workplace
+from .table import console, show_bar, show_libraries, show_repeats, show_rows
+from .workers import Part, Workplace
 
 SECTIONS: dict[str, Callable[[Workplace], list[dict[str, Any]]]] = {
     "accuracy": accuracy.run,
@@ -49,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         "--peer", metavar="NAME=PYTHON", type=_peer, action="append", default=[], help="a library's Python"
     )
     parser.add_argument(
+        "--repeat-near-bar",
+        action="store_true",
+        help="run targets within 5%% of their limit three times: some minutes more",
+    )
+    parser.add_argument(
         "--only", choices=SECTIONS, action="append", help="a section to run; repeat the option for several"
     )
     return parser
@@ -67,21 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sections, print their tables and the targets."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
+
+    def workplace(parts: Collection[Part] | None = None) -> Workplace:
+        return Workplace(dict(options.peer), options.device, options.quick, parts)
+
     rows: list[dict[str, Any]] = []
     try:
         for name in options.only or SECTIONS:
             begin = time.monotonic()
             # New processes, because a process keeps the memory of its largest case.
-            with Workplace(dict(options.peer), options.device, options.quick) as place:
+            with workplace() as place:
                 if not rows:
                     rows += _libraries(place)
                 section_rows = [{"section": name, **row} for row in SECTIONS[name](place)]
-            rows += section_rows
+            spent = time.monotonic() - begin
+            rows += [*section_rows, {"section": "duration", "of": name, "seconds": spent}]
             show_rows(name, section_rows)
-            console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
+            console.print(f"{name}: {spent:.0f} s\n")
+        if options.repeat_near_bar:
+            rows += repeat(rows, SECTIONS, workplace)
     finally:
         write(options.json, options.device, rows)
     show_bar(bar(rows))
+    show_repeats(runs_of(rows))
     if options.figures is not None:
         for file in draw(rows, options.figures):
             console.print(str(file))

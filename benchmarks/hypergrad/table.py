@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .bar import Check
 
-__all__ = ["show_bar", "show_libraries", "show_rows"]
+__all__ = ["show_bar", "show_libraries", "show_repeats", "show_rows"]
 
 TITLES = {
     "error": "relative error",
@@ -65,3 +65,12 @@ def show_bar(checks: Sequence[Check]) -> None:
     for target, figure, met in checks:
         table.add_row(target, figure, {True: "met", False: "not met", None: "-"}[met])
     console.print(table)
+
+
+def show_repeats(lines: Sequence[tuple[str, Sequence[str], str]]) -> None:
+    """Print the figures of all runs of each target that was repeated."""
+    if lines:
+        table = Table("target", *(f"run {k + 1}" for k in range(len(lines[0][1]))), "", title="Targets within 5%")
+        for target, seen, verdict in lines:
+            table.add_row(target, *seen, verdict)
+        console.print(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import resource
 import statistics
 import sys
 import traceback
@@ -23,10 +24,12 @@ from torch import Tensor
 from ..report import clock
 from . import cases, exact, graphs
 from .adapters import Unsupported, adapter, alternate
-from .measuring import flops, peak_memory
+from .measuring import flops, peak_memory, release
 
 #: A call shorter than this, in seconds, is repeated within one timing.
 SHORTEST = 0.02
+#: The most bytes of a process on a CPU: a call that needs more fails, with a note in its row, before the machine runs out.
+MOST = 8 * 2**30
 
 
 class Worker:
@@ -104,6 +107,7 @@ class Worker:
         """Return the peak memory of one call."""
         peak = peak_memory(self.calls[key], self.device)
         self._restore()
+        release()  # the profiler's events take more memory than most calls
         return peak
 
     def time(self, key: str) -> float:
@@ -203,6 +207,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     library, device = sys.argv[1:]
+    if device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
     worker: Worker | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -8,20 +8,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from . import cases
-from .adapters import LIBRARIES
+from .adapters import LIBRARIES, family
 
-__all__ = ["Absent", "Library", "Workplace"]
+__all__ = ["Absent", "Library", "Part", "Workplace"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Absent(Exception):  # noqa: N818
     """A library that cannot be started, with the reason."""
+
+
+class Part(NamedTuple):
+    """The part of a section with this case, family of estimators and number of iterations; None stands for all."""
+
+    case: str | None = None
+    family: str | None = None
+    iterations: int | None = None
 
 
 class Library:
@@ -106,6 +114,12 @@ class Library:
         """Start a second process of the same library."""
         return Library(self.name, self.python, self.device)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the process."""
         with self._log, self._process:
@@ -120,10 +134,13 @@ class Workplace:
         pythons: for each library by name, a Python other than the default one.
         device: "cpu" or "cuda".
         quick: fewer cases, rounds and steps.
+        parts: the parts of the section to run; all of it if None.
     """
 
-    def __init__(self, pythons: Mapping[str, str], device: str, quick: bool) -> None:
-        self.device, self.quick = device, quick
+    def __init__(
+        self, pythons: Mapping[str, str], device: str, quick: bool, parts: Collection[Part] | None = None
+    ) -> None:
+        self.device, self.quick, self._parts = device, quick, parts
         self._folder = tempfile.TemporaryDirectory()
         self.libraries: list[Library] = []
         self.absent: dict[str, str] = {}
@@ -136,6 +153,14 @@ class Workplace:
 
     def __getitem__(self, name: str) -> Library | None:
         return next((library for library in self.libraries if library.name == name), None)
+
+    def wants(self, case: str, estimator: str | None = None, iterations: int | None = None) -> bool:
+        """Return True if the parts to run include a case, an estimator and a number of iterations; None matches all."""
+        asked = Part(case, estimator and family(estimator), iterations)
+        return self._parts is None or any(
+            all(None in (own, other) or own == other for own, other in zip(part, asked, strict=True))
+            for part in self._parts
+        )
 
     def case(self, name: str) -> str:
         """Return the file of a case; create it on first use."""

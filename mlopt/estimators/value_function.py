@@ -171,7 +171,7 @@ class _Penalty(Linearization):
         moves = moves_of(self._objective.terms[0], {self._name: load}, [self._name]) or Moves()
         parts = [present if chosen is None else [present[k] for k in chosen] for chosen, _ in moves.groups]
         sizes = [max(least, float(norm(part))) for part, (_, least) in zip(parts, moves.groups, strict=True)]
-        return relative_step(present) * min(sizes) / reach
+        return relative_step(present) * moves.factor * min(sizes) / reach
 
     def _put(self, values: Tensors) -> None:
         overwrite([variable.data for variable in self._live], values)

@@ -35,7 +35,7 @@ class Workspace:
         verifying: True while products are checked, so that no check starts another.
         uses: by compiled product and shapes of its arguments, the number of calls; by term, the number of traces.
         lengths: by term and blocks, the steps of differences that were measured: groups of variables with a least norm, the
-            disagreement of two steps, and whether the variables are small.
+            disagreement of two steps, whether the variables are small, and the factor on the steps.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
         drawing: on several processes, by level whose loss draws random numbers, the devices of the problem.
         counted: on several processes, by level and loss, in the order of evaluation, whether the loss states a count.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.hypergrad.measuring import flops, peak_memory
+from benchmarks.hypergrad.measuring import flops, peak_memory, release
 
 KILO = 250  # float32 numbers in 1,000 bytes
 
@@ -73,3 +73,21 @@ def test_the_commit_is_unknown_without_git(tmp_path: Path) -> None:
     variables = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout == "unknown\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from Linux")
+def test_freed_memory_returns_to_the_system() -> None:
+    """Small tensors of which every eighth stays alive: the heap cannot shrink, but its free pages can be returned."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    release()
+    before = resident()
+    held = [torch.ones(16 * 1024) for _ in range(1_600)]  # 100 MB in pieces of 64 KB
+    held = held[::8]
+    kept = resident()
+    release()
+    assert kept - before > 80
+    assert resident() - before < 30
+    del held

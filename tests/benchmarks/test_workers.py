@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hypergrad import table, workers
-from benchmarks.hypergrad.sections import ladder
+from benchmarks.hypergrad.sections import ladder, unroll
+from benchmarks.hypergrad.worker import MOST
 from benchmarks.hypergrad.workers import Absent, Library, Workplace
 
 CASE = "quadratic, condition 10"
@@ -92,3 +93,29 @@ def test_mlopt_is_exact_on_every_rung_of_the_ladder(place: Workplace) -> None:
     rows = ladder._climb(library, "Dense", 60.0)
     assert [row["rungs"] for row in rows] == list(range(1, 9))
     assert all(row["error"] < 1e-8 for row in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="reads the limits of a process from Linux")
+def test_the_memory_of_a_process_is_limited(ours: Library) -> None:
+    limits = Path(f"/proc/{ours._process.pid}/limits").read_text().splitlines()
+    (data,) = (line.split() for line in limits if line.startswith("Max data size"))
+    assert int(data[3]) == MOST < 12 * 2**30
+
+
+def test_each_library_unrolls_alone_in_a_process_that_ends(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together, the processes would fill the memory of the machine."""
+    started: list[Library] = []
+
+    def another(library: Library) -> Library:
+        assert all(process._process.poll() is not None for process in started)
+        started.append(Library(library.name, library.python, library.device))
+        return started[-1]
+
+    monkeypatch.setattr(Library, "another", another)
+    monkeypatch.setattr(unroll, "CASE", CASE)
+    rows = unroll.run(place)
+    assert [row["iterations"] for row in rows] == [10, 30]
+    assert rows[0]["error"] < 1e-12
+    assert rows[0]["memory"] > 0
+    assert rows[1]["time"] > rows[0]["time"]
+    assert [process._process.poll() for process in started] == [0]

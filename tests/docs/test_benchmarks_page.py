@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import engine, scale, scaling
 from benchmarks.hypergrad.bar import MOST_TIME, bar
+from benchmarks.hypergrad.repeats import runs_of
 from benchmarks.tapweight import cost
 from benchmarks.tapweight.results import regimes
 from benchmarks.tapweight.rows import read
@@ -41,6 +42,11 @@ LIBRARIES = {
 
 def rows_of(file: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / file).read_text())["rows"]
+
+
+def newest(name: str) -> Any:
+    """Return the rows of the latest run of a benchmark."""
+    return rows_of(max(file.name for file in (ROOT / "benchmarks" / "results").glob(f"{name}-20*.json")))
 
 
 def table_of(text: str, header: str) -> list[list[str]]:
@@ -123,12 +129,27 @@ def test_the_other_targets_and_the_number_of_targets_met(hypergrad: list[dict[st
 
 
 def test_the_cost_of_solve() -> None:
-    table = table_of(PAGE, "| loop | `solve` / by hand | target: at most | |")
-    expected = [
-        [f"{row['ratio']:.2f}", f"{row['asked']}", "met" if row["ratio"] <= row["asked"] else "not met"]
-        for row in rows_of("engine-2026-11-24.json")
+    header = "| loop | `solve` / by hand | target: at most | |"
+    printed = table_of("\n".join(engine.lines(newest("engine"))), header)
+    assert [cells for _, *cells in table_of(PAGE, header)] == [cells for _, *cells in printed]
+    assert {row[-1] for row in printed} <= {"met", "not met"}
+
+
+def test_the_tables_of_growth_are_those_of_the_rows() -> None:
+    section = PAGE.split("## How costs grow\n")[1].split("\n## ")[0]
+    rows = newest("scale")
+    assert [line for line in section.splitlines() if line.startswith("|")] == [
+        line for line in scale.lines(rows) if line
     ]
-    assert [cells for _, *cells in table] == expected
+    assert {row["table"] for row in rows} == {"variables", *scale.COLUMNS}
+    nests = [row["products"] for row in rows if row["table"] == "nest"]
+    assert nests[1] / nests[0] > 2  # products multiply with the depth of a nest
+
+
+def test_the_page_lists_the_targets_that_were_repeated(hypergrad: list[dict[str, Any]]) -> None:
+    header = "| target within 5% | run 1 | run 2 | run 3 | |"
+    expected = [[target[2:], *figures, verdict] for target, figures, verdict in runs_of(hypergrad)]
+    assert (table_of(PAGE, header) if header in PAGE else []) == expected
 
 
 def summary(name: str) -> list[str]:

@@ -19,7 +19,7 @@ LEFT_OUT = ("MLP with dropout", "softmax regression 64-10", "softmax regression 
 def run(place: Workplace) -> list[dict[str, Any]]:
     """Return a row for each case, library, estimator and number of iterations."""
     names = QUICK if place.quick else tuple(name for name in RECIPES if name not in LEFT_OUT)
-    return [row for name in names for row in _case(place, name)]
+    return [row for name in names if place.wants(name) for row in _case(place, name)]
 
 
 def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
@@ -28,14 +28,18 @@ def _case(place: Workplace, name: str) -> list[dict[str, Any]]:
     rows, timed = [], []
     for library in place.libraries:
         library.result("load", file=file)
+        plain = library.result("cost", key="plain")
         for estimator in library.about["estimators"]:
             for k in _iterations(estimator, recipe.at_optimum, place.quick):
+                if not place.wants(name, estimator, k):
+                    continue
                 key = f"{estimator}, {k}"
                 row = {"case": name, "library": library.name, "estimator": estimator, "iterations": k}
                 row |= {"dtype": str(recipe.dtype).removeprefix("torch."), **_accuracy(library, key, estimator, k)}
                 rows.append(row)
                 if "note" not in row:
-                    row |= _cost(library, key)
+                    own = library.result("cost", key=key)
+                    row |= {quantity: own[quantity] / plain[quantity] for quantity in own if plain[quantity]}
                     if estimator.endswith("compiled"):
                         row.pop("flops", None)  # the counter does not see the operations of compiled code
                     timed.append((library, key, row))
@@ -62,8 +66,3 @@ def _accuracy(library: Library, key: str, estimator: str, k: int) -> dict[str, A
             return {"note": answer.get("unsupported") or f"failed: {answer['failed']}"}
     measured: dict[str, Any] = answer["result"]
     return measured
-
-
-def _cost(library: Library, key: str) -> dict[str, float]:
-    plain, own = library.result("cost", key="plain"), library.result("cost", key=key)
-    return {quantity: own[quantity] / plain[quantity] for quantity in own if plain[quantity]}

@@ -44,7 +44,7 @@ class FiniteDifferenceProduct(Product):
         total: dict[Block, Tensors] = {}
         for chosen, least in moves.groups:
             difference = Difference(self.term, direction, wanted, chosen)
-            self.step = difference.step(difference.reach().clamp_min(least))
+            self.step = difference.step(moves.factor * difference.reach().clamp_min(least))
             fresh = [block for block in wanted if block in direction and block not in self._gradients]
             add_into(total, difference(self.step, kept=fresh))
             self._gradients |= difference.kept

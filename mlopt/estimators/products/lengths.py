@@ -26,6 +26,8 @@ _SMALLEST = 1e-8
 _FAR = {torch.float64: 1e-3}
 #: Tensors are moved together if their norms differ by less than this factor.
 _SPREAD = 100.0
+#: The factor on the step of all tensors together that is tried before they move in groups, at the cost of a group each.
+_SHORTER = 0.1
 #: Disagreement below which a larger one at a shorter step shows that rounding has taken over.
 _ROUNDED = 0.3
 #: Relative disagreement of the best two steps at which differences are worthless.
@@ -40,11 +42,13 @@ class Moves:
         groups: the indices of the variables in each group, None for all; and the least norm that a step is scaled by.
         error: the relative disagreement of two steps; None if none was needed.
         small: True if the variables are so small that their size says little about a step.
+        factor: the factor on the usual step, below one if tensors of different sizes move together.
     """
 
     groups: tuple[tuple[tuple[int, ...] | None, float], ...] = ((None, 1.0),)
     error: float | None = None
     small: bool = False
+    factor: float = 1.0
 
     @property
     def remark(self) -> str:
@@ -62,7 +66,8 @@ def moves_of(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
 
     Variables of norm one and more are moved by a fraction of their norm, all by one step. Smaller ones may be of that size, or
     just have left zero, and one step may be too long for the small tensors of a block. Where that is in doubt, differences at
-    ever shorter steps are compared, and the step is kept at which two of them agree best.
+    ever shorter steps are compared, and the step is kept at which two of them agree best. Tensors of different sizes move by a
+    shorter step together, at the cost of one difference, unless that step suffers from rounding; then they move in groups.
     """
     lengths = term.point.workspace.lengths
     key = "/".join([*term.label, *sorted(map(str, direction)), "by", *sorted(map(str, wanted))])
@@ -70,7 +75,7 @@ def moves_of(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
         measured = _measure(term, direction, wanted)
         if measured is None:
             return None
-        lengths[key] = measured.groups, measured.error, measured.small
+        lengths[key] = measured.groups, measured.error, measured.small, measured.factor
     return Moves(*lengths[key])
 
 
@@ -92,21 +97,23 @@ def _measure(term: Term, direction: Vectors, wanted: Sequence[Block]) -> Moves |
     good = _AGREEMENT.get(whole.moved[0].dtype, 0.1)
     floor, error, _ = search(partial(_at, whole), reach, good)
     together = Moves(((None, floor),), error, small)
+    if error > good:
+        shorter = _gap(*(_at(whole, fraction * max(floor, reach)) for fraction in (_SHORTER, _SHORTER / 10)))
+        if shorter < error / 2:
+            error, together = shorter, Moves(((None, floor),), shorter, small, _SHORTER)
     groups = _groups(sizes)
     if error <= good or len(groups) == 1:
         return together
     apart, total, doubt = [], None, 0.0
     for group in groups:
         part = Difference(term, direction, wanted, group)
-        floor, error, value = search(partial(_at, part), math.hypot(*(sizes[k] for k in group)), good)
-        doubt = math.hypot(doubt, error * float(norm(value)))
+        floor, gap, value = search(partial(_at, part), math.hypot(*(sizes[k] for k in group)), good)
+        doubt = math.hypot(doubt, gap * float(norm(value)))
         total = value if total is None else tuple(a + b for a, b in zip(total, value, strict=True))
         apart.append((group, floor))
     assert total is not None
-    split = Moves(tuple(apart), doubt / max(float(norm(total)), math.ulp(0.0)), small)
-    assert together.error is not None
-    assert split.error is not None
-    return split if split.error < together.error / 2 else together
+    doubt /= max(float(norm(total)), math.ulp(0.0))
+    return Moves(tuple(apart), doubt, small) if doubt < error / 2 else together
 
 
 def _filled(direction: Vectors, norms: Sequence[float]) -> Vectors:

@@ -96,6 +96,32 @@ def test_tensors_of_different_sizes_in_a_block(
     assert distance(gradient("finite_difference"), expected) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_tensors_of_different_sizes_move_together_where_a_shorter_step_suits_them(dtype: torch.dtype) -> None:
+    """At the usual step, the small tensor would move far; groups would cost a difference each."""
+    u = torch.tensor([0.7, 1.0, -0.7], dtype=dtype)
+    seen: list[int] = []
+
+    def inner(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        seen.append(1)
+        p, q = module.a / 0.4, module.b / 40
+        return (u() * (p.exp() + q.exp())).sum()
+
+    def outer(module: nn.Module, batch: Any, *, y: nn.Module) -> Tensor:
+        return (WEIGHTS.to(dtype) * (y.a / 0.4 + y.b / 40)).sum()
+
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(u.clone()), outer),
+        mlopt.Level("y", Pair(0.4 * u, 80 * u), inner, estimator=mlopt.FiniteDifference()),
+    )
+    mlopt.hypergradient(problem)
+    seen.clear()
+    gradient = flat(mlopt.hypergradient(problem).gradient)
+    expected = -WEIGHTS.to(dtype) * (u.exp() / 0.4**2 + (2 * u).exp() / 40**2)
+    assert distance(gradient, expected) < TOLERANCE[dtype]
+    assert len(seen) == 2
+
+
 def test_a_network_with_zero_biases_moves_by_one_step() -> None:
     """Its tensors have very different sizes, but one difference suits them all, so the cost stays at two gradients."""
     module = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)).double()

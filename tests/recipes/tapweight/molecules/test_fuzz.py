@@ -388,7 +388,7 @@ def test_a_path_that_cannot_be_opened_is_refused(name: str, tmp_path: Path) -> N
         path = tmp_path / f"{name}{suffix}"
         (tmp_path / f"folder{suffix}").mkdir()
         with pytest.raises(
-            kind, match=r"(File name too long|Is a directory|Not a directory); give the path of a"
+            kind, match=r"(File name too long|Is a directory|Not a directory|is a folder); give the path of a"
         ) as error:
             opener(path)
         sentence(error.value, path)
