@@ -13,7 +13,7 @@ import attrs
 
 from .errors import ArgumentError, MloptError
 from .imports import import_optional, installed_version
-from .ranks import joined, require_alone
+from .launcher import EchoError, joined, require_alone
 from .validation import shown
 
 __all__ = ["main"]
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
         return _refuse("interrupted; progress since the last checkpoint is lost", 130)
+    except EchoError:
+        return 2
     except (MloptError, OSError) as error:
         return _refuse(str(error), 2)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
@@ -16,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CheckpointError, MloptError, NonFiniteError, ProblemError, ProcessError
+from .notices import last_words
 from .shards import is_sharded, local
 from .tensors import Tensors, zeros_like
 
-__all__ = ["ALONE", "Ranks", "alone", "joined", "require_alone"]
+__all__ = ["ALONE", "Ranks", "alone", "forget_groups", "launched"]
 
 T = TypeVar("T")
 
@@ -94,7 +97,7 @@ class Ranks:
             ProblemError: a launcher started several processes that have no group.
         """
         grouped = dist.is_available() and dist.is_initialized()
-        if not (grouped or _APART.get()) and (count := _launched()) > 1:
+        if not (grouped or _APART.get()) and (count := launched()) > 1:
             raise ProblemError(
                 f"{user}: this is one of {count} processes (WORLD_SIZE), and torch.distributed is not initialised, so that each "
                 "would make the whole run; call torch.distributed.init_process_group() first, or start it without the launcher"
@@ -185,12 +188,21 @@ class Ranks:
 
     def fail(self, error: Exception | None) -> NoReturn:
         """Raise in every process after an error in some of them; `error` is that of this process, if it has one."""
-        reasons = self.all_of(None if error is None else (type(error).__name__, str(error)))
+        reasons = self.all_of(None if error is None else _Reason.of(error))
         if error is not None:
             raise error
-        where, (kind, text) = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
-        other: MloptError = _SAME.get(kind, ProcessError)(f"process {where} of {self.size} raised {kind}: {text}")
-        raise other
+        self._raise(reasons)
+
+    def all_or_fail(self, value: T) -> list[T]:
+        """Return the plain values of all processes, by rank; another one may call `fail` in place of this."""
+        values = self.all_of(value)
+        if any(isinstance(other, _Reason) for other in values):
+            self._raise(values)
+        return values
+
+    def _raise(self, values: Sequence[Any]) -> NoReturn:
+        where, reason = next((rank, value) for rank, value in enumerate(values) if isinstance(value, _Reason))
+        raise reason.error(f"process {where} of {self.size}")
 
     def total(self, number: float) -> float:
         """Return the sum of a number over processes, on the host; also inside the transforms of torch.func."""
@@ -210,11 +222,12 @@ class Ranks:
         return values.tolist()
 
     def all_of(self, value: T) -> list[T]:
-        """Return the plain values of all processes, by rank."""
+        """Return the plain values of all processes, by rank; also inside the transforms of torch.func."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * self.size
-        self._exchange(lambda: dist.all_gather_object(values, value, group=self._control))
+        with torch._C._DisableFuncTorch():
+            self._exchange(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
 
     def all_evaluated(self, evaluate: Callable[[], T]) -> list[T]:
@@ -228,6 +241,20 @@ class Ranks:
         if not all(done for done, _ in values):
             self.fail(error)
         return [own for _, own in values]  # type: ignore[misc]
+
+    def meet(self, idle: Callable[[], None]) -> None:
+        """Wait until all processes call this, and call `idle` now and then; signals are handled in the meantime."""
+        if not self.several:
+            return
+
+        def wait() -> None:
+            work: Any = dist.barrier(group=self._control, async_op=True)
+            while not work.is_completed():
+                idle()
+                time.sleep(0.02)
+            work.wait()
+
+        self._exchange(wait)
 
     def of_first(self, value: T) -> T:
         """Return the plain value of the first process."""
@@ -270,7 +297,11 @@ class Ranks:
         try:
             action()
         except (RuntimeError, ValueError) as error:
-            first = str(error).strip().partition("\n")[0]
+            if (notice := last_words()) is not None:
+                reason = _Reason(notice.kind, notice.text)
+                raise reason.error(f"process {notice.rank} of {dist.get_world_size()}") from error
+            # gloo begins with a line of its code, and adds general advice in further sentences.
+            first = re.sub(r"^\[[^\]]*\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
             raise ProcessError(
                 f"process {self.rank} of {self.size} could not exchange values with the others ({first}): another one ended, or "
                 "took another way through the program; see its output"
@@ -278,6 +309,22 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@attrs.frozen
+class _Reason:
+    """An error of a process, as the others raise it."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Reason:
+        return cls(type(error).__name__, str(error))
+
+    def error(self, process: str) -> MloptError:
+        """Return the error of the others."""
+        return _SAME.get(self.kind, ProcessError)(f"{process} raised {self.kind}: {self.text}")
 
 
 @attrs.frozen
@@ -318,51 +365,13 @@ def alone() -> Iterator[None]:
         _APART.reset(token)
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Let the processes that a launcher such as torchrun started be a group inside; each takes one GPU, if there are any.
-
-    The group is one of gloo, for plain values: processes that exchange vectors on GPUs make a group of NCCL instead.
-
-    Raises:
-        ProblemError: the processes cannot form a group.
-    """
-    if _launched() == 1 or (dist.is_available() and dist.is_initialized()):
-        yield
-        return
-    if count := torch.cuda.device_count() if torch.cuda.is_available() else 0:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % count)
-    try:
-        dist.init_process_group("gloo")
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ProblemError(
-            f"the {_launched()} processes of the launcher cannot form a group ({reason}); start them by torchrun, or set RANK, "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
-        ) from error
-    try:
-        yield
-    finally:
-        _CONTROL.clear()
-        _PATIENT.clear()
-        dist.destroy_process_group()
+def forget_groups() -> None:
+    """Forget the groups that were made beside a group which ends now."""
+    _CONTROL.clear()
+    _PATIENT.clear()
 
 
-def require_alone(what: str) -> None:
-    """Raise if this is one of several processes, of a group or of a launcher, for what writes files of its own.
-
-    Raises:
-        ProblemError: it is.
-    """
-    grouped = dist.is_available() and dist.is_initialized()
-    if (count := dist.get_world_size() if grouped else _launched()) > 1:
-        raise ProblemError(
-            f"{what} runs in one process, and this is one of {count}, which would all write to the same files; start it without "
-            "the launcher"
-        )
-
-
-def _launched() -> int:
+def launched() -> int:
     """Return the number of processes that a launcher started."""
     count = os.environ.get("WORLD_SIZE", "1")
     return int(count) if "RANK" in os.environ and count.isdecimal() else 1
@@ -370,7 +379,7 @@ def _launched() -> int:
 
 def _refuse_unconnected() -> None:
     """Raise if a launcher started several processes, which would make one run each without a process group."""
-    if (count := _launched()) > 1:
+    if (count := launched()) > 1:
         raise ProblemError(
             f"Problem: this is one of {count} processes (WORLD_SIZE), and torch.distributed is not initialised, so that each "
             "would make a run of its own; call torch.distributed.init_process_group() first to share the problem, or give "

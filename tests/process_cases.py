@@ -429,6 +429,62 @@ def _failing_beside_a_count(group: Any) -> Any:
     return _failing_third(group, lambda net, batch, weights: masked(*batch[:2], net))
 
 
+def _failing_first(group: Any) -> Any:
+    """Let a counted loss fail in one process at its first evaluation on its rows, after that on the whole batch."""
+
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
+        if int(os.environ["RANK"]) == 1 and len(batch[0]) < 37:
+            raise KeyError("no such row")
+        return masked(*batch[:2], module)
+
+    return of(_with_loss(loss, group))
+
+
+def _failing_mixture(place: str, calls: int, group: Any) -> Any:
+    """Let a mixture, or one of its losses, fail in one process on its rows, in the hypergradient of this number."""
+
+    def loss(model: nn.Module, batch: Any, *, mixing: nn.Module) -> mlopt.Mixture:
+        def fail(where: str) -> None:
+            if int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and made["calls"] == calls and where == place:
+                raise KeyError("no such row")
+
+        def counted() -> dict[str, Any]:
+            fail("counted")
+            return masked(*batch, model)
+
+        def plain() -> Tensor:
+            fail("plain")
+            return model(batch[0]).square().mean()
+
+        fail("mixture")
+        return mlopt.Mixture([plain, counted, plain], weights="mixing")
+
+    made = {"calls": 0}
+    outer, inner = mixture(mlopt.Identity(), None).levels
+    problem = mlopt.Problem(
+        outer, mlopt.Level("model", inner.module, loss, data=inner.data, estimator=mlopt.Identity()), group=group
+    )
+    for _ in range(calls):
+        made["calls"] += 1
+        of(problem)
+
+
+def _counting(count: Any, calls: int, group: Any) -> Any:
+    """Let one process state another count of its rows, or none, in the hypergradient of this number."""
+
+    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Any:
+        value = training_loss(module, batch, weights=weights)["loss"]
+        other = int(os.environ["RANK"]) == 1 and len(batch[0]) < 37 and made["calls"] == calls
+        stated = count if other else len(batch[0])
+        return {"loss": value} if stated is None else {"loss": value, "count": stated}
+
+    made = {"calls": 0}
+    problem = _with_loss(loss, group)
+    for _ in range(calls):
+        made["calls"] += 1
+        of(problem)
+
+
 def _failing_third(group: Any, plain: Callable[..., Any], rows: float = math.inf) -> Any:
     """Let a loss fail in one process, on batches of fewer rows, the third time: it is then not compared with the whole."""
 
@@ -566,8 +622,36 @@ RAISING: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
         _failing_beside_a_count,
         ("ProcessError", "another process failed to evaluate the loss of level 'model'"),
     ),
+    "a counted loss that fails at first": (
+        _failing_first,
+        ("ProcessError", "process 1 of 2 raised KeyError: 'no such row'"),
+    ),
+    "a count in one process": (
+        partial(_counting, None, 1),
+        ("ProblemError", "returns a count in process 0, and no count in process 1"),
+    ),
     "logging apart": (_logging_apart, ("ProblemError", "process 1 logs 'model/loss'")),
     "not a number": (partial(_nan, "raise"), ("NonFiniteError", "the loss of level 'model' is nan")),
+}
+
+for _place in ("mixture", "plain", "counted"):
+    RAISING[f"a mixture of which a part fails at first: {_place}"] = (
+        partial(_failing_mixture, _place, 1),
+        ("ProcessError", "process 1 of 2 raised KeyError: 'no such row'"),
+    )
+    RAISING[f"a mixture of which a part fails later: {_place}"] = (
+        partial(_failing_mixture, _place, 3),
+        ("ProcessError", "another process failed to evaluate loss 'loss_1' of a Mixture of level 'model'"),
+    )
+
+#: Cases in which the second process states another count than before, with a part of its error.
+COUNTING: dict[str, tuple[Callable[[Any], Any], str]] = {
+    f"another count: {count}": (partial(_counting, count, 3), part)
+    for count, part in {
+        None: "states no count, and at its first evaluation it did state one",
+        -1.0: "is -1.0; it must be the number, >= 0",
+        "many": "is many; it must be the number, >= 0",
+    }.items()
 }
 
 EQUAL |= {

@@ -24,6 +24,7 @@ ALLOWED = {
         "RuntimeError",
     ): "its caller names the level, like those of torch's tracer",
     ("mlopt/problem/captures.py", "RuntimeError"): "its caller names the level, like those of torch's tracer",
+    ("recipes/tapweight/sharing.py", "Interrupted"): "a SystemExit, as after a signal to one process",
     ("mlopt/imports.py", "AttributeError"): "the protocol of a module's __getattr__",
     (
         "mlopt/files.py",

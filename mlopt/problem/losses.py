@@ -242,6 +242,7 @@ def _piece(
     with part.evaluating(label):
         value = _read(level.definition(module, part.batch, **others), level)
     if isinstance(value.loss, Mixture):
+        part.agreed(label, "a Mixture")
         value.loss.portion, value.loss.leaves, value.share = part, leaves, part.share
     else:
         _refuse_shards(value.loss, f"{label} of level {level.name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ class Portion:
         share: its number of rows over that of the whole batch; 1 / size if every process has the whole.
         ranks: the processes.
         drawing: the devices on which the loss draws random numbers, of which each process has its own; None if it draws none.
-        counted: the losses that have stated a count before, which the processes exchange during an evaluation.
+        counted: the losses that were evaluated before, in their order, and whether they state a count, which the processes
+            exchange during an evaluation.
         copies: the number of processes that evaluate the same part.
     """
 
@@ -44,7 +46,7 @@ class Portion:
     share: float = 1.0
     ranks: Ranks = ALONE
     drawing: tuple[torch.device, ...] | None = None
-    counted: set[tuple[str, str]] = attrs.field(factory=set)
+    counted: dict[tuple[str, str], bool] = attrs.field(factory=dict)
     copies: int = 1
 
     @property
@@ -56,16 +58,25 @@ class Portion:
         """Return the share of this part in a loss that is a mean over `count` things here; over rows if None.
 
         Raises:
-            ProblemError: it is not a number >= 0.
+            ProblemError: it is not a number >= 0, or the loss states a count in some evaluations or processes only.
             ProcessError: the evaluation of the loss failed in another process.
         """
-        if count is None or not self.ranks.several:
+        if not self.ranks.several:
             return self.share
-        self.counted.add((self.level, loss))
-        here = float(count)
-        if not 0.0 <= here < float("inf"):
+        counts = count is not None
+        if self.agreed(loss, "a count" if counts else "no count") != counts:
+            self._leave(loss)
             raise ProblemError(
-                f"the count of a loss is {here}; it must be the number, >= 0, of things that it is a mean over"
+                f"{loss} of level {self.level!r} states {'a' if counts else 'no'} count, and at its first evaluation it did "
+                f"{'not' if counts else 'state one'}; return a count in every evaluation or in none"
+            )
+        if not counts:
+            return self.share
+        here = _number(count)
+        if not 0.0 <= here < math.inf:
+            self._leave(loss)
+            raise ProblemError(
+                f"the count of a loss is {count}; it must be the number, >= 0, of things that it is a mean over"
             )
         if self.share == 0.0:
             here = 0.0  # the row of another process
@@ -74,16 +85,48 @@ class Portion:
             raise ProcessError(f"another process failed to evaluate {loss} of level {self.level!r}; see its error")
         return here / total if total else self.share
 
+    def agreed(self, loss: str, stated: str) -> bool:
+        """Return True if a loss states a count, on which all processes agree at its first evaluation.
+
+        Args:
+            loss: the loss.
+            stated: "a count", "no count", or "a Mixture", whose losses state their own.
+
+        Raises:
+            ProblemError: the processes state different things.
+            ProcessError: the first evaluation failed in another process.
+        """
+        key = (self.level, loss)
+        if key not in self.counted:
+            own = self.ranks.all_or_fail(stated)
+            for rank, other in enumerate(own):
+                if other != own[0]:
+                    raise ProblemError(
+                        f"{loss} of level {self.level!r} returns {own[0]} in process 0, and {other} in process {rank}; return "
+                        "the same in every process, whatever its rows are"
+                    )
+            self.counted[key] = stated == "a count"
+        return self.counted[key]
+
     @contextlib.contextmanager
     def evaluating(self, loss: str) -> Iterator[None]:
         """Evaluate a loss inside; if that fails, the processes that wait for its count fail, too."""
         try:
             with self.numbers():
                 yield
-        except Exception:
-            if (self.level, loss) in self.counted:
-                self.ranks.total(math.nan)
+        except Exception as error:
+            # In an evaluation of a sharded module, the others wait in an exchange that this process cannot meet.
+            if not self.ranks.sharded:
+                if (self.level, loss) not in self.counted:
+                    self.ranks.fail(error)
+                self._leave(loss)
             raise
+
+    def _leave(self, loss: str) -> None:
+        """Meet the next exchange of a count that the others make in this evaluation, if there is one, with none."""
+        later = itertools.dropwhile(lambda key: key != (self.level, loss), self.counted)
+        if any(self.counted[key] for key in later if key[0] == self.level):
+            self.ranks.total(math.nan)
 
     @contextlib.contextmanager
     def numbers(self) -> Iterator[None]:
@@ -114,7 +157,7 @@ def portion(
     ranks: Ranks,
     *,
     drawing: tuple[torch.device, ...] | None = None,
-    counted: set[tuple[str, str]] | None = None,
+    counted: dict[tuple[str, str], bool] | None = None,
 ) -> Portion:
     """Return the part of a batch on which this process evaluates the loss of a level.
 
@@ -126,14 +169,14 @@ def portion(
         batch: the whole batch, the same in every process.
         ranks: the processes.
         drawing: the devices on which the loss draws random numbers; None if it draws none.
-        counted: the losses that have stated a count before; others are added.
+        counted: the losses that were evaluated before, and whether they state a count; others are added.
 
     Raises:
         ProblemError: the batch cannot be split.
     """
     if not ranks.several:
         return Portion(level.name, batch)
-    counted = set[tuple[str, str]]() if counted is None else counted
+    counted = {} if counted is None else counted
     if batch is None or not level.splits:
         return Portion(level.name, batch, 1.0 / ranks.size, ranks, counted=counted, copies=ranks.size)
     if callable(own := getattr(batch, "portion", None)):
@@ -154,6 +197,14 @@ def share_of_rows(rows: int, rank: int, size: int) -> tuple[int, int, float]:
     """
     start, stop = rank * rows // size, (rank + 1) * rows // size
     return (start, stop, (stop - start) / rows) if stop > start else (0, 1, 0.0)
+
+
+def _number(count: Any) -> float:
+    """Return a count as a number, NaN if it is none."""
+    try:
+        return float(count)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def _rows_of(level: Level, batch: Any, ranks: Ranks) -> int:

@@ -298,18 +298,21 @@ class LevelTerm(Term):
         """Return d/da <grad_x f, q> = sum_k (dw_k/da) <grad L_k, q> for a mixture f = sum_k w_k(a) L_k(x); else None."""
         if not self.is_mixed(direction, wanted):
             return None
-        with cloned_buffers(self._modules.values()):
+        along, ranks = direction[self.name], self._point.problem.ranks
+        weights: list[Tensor] = []
+
+        def evaluate() -> list[Tensor]:
             mixture = self._mixture(self._modules)
-            weights = mixture.weigh(self._modules[mixture.weights])
-            along = direction[self.name]
+            weights.append(mixture.weigh(self._modules[mixture.weights]))
+            return [self._forward_shares(along) if forward else self._backward_shares(mixture, along)]
 
-            def evaluate() -> list[Tensor]:
-                return [self._forward_shares(along) if forward else self._backward_shares(mixture, along)]
-
-            ranks = self._point.problem.ranks
-            like = [along[0].new_zeros(len(mixture))]
-            (shares,) = ranks.together(evaluate, like) if ranks.several else evaluate()
-        return {wanted[0]: self._weights_cotangent(wanted[0], weights, shares)}
+        with cloned_buffers(self._modules.values()):
+            if ranks.several:
+                like = [along[0].new_zeros(self._modules[wanted[0]]().shape)]
+                (shares,) = ranks.together(evaluate, like)
+            else:
+                (shares,) = evaluate()
+        return {wanted[0]: self._weights_cotangent(wanted[0], weights[0], shares)}
 
     def is_mixed(self, direction: Collection[Block], wanted: Sequence[Block]) -> bool:
         if self.part == "regularizer" or set(direction) != {self.name}:

@@ -38,7 +38,7 @@ class Workspace:
             disagreement of two steps, whether the variables are small, and the factor on the steps.
         evaluations: by level and part of its objective, the number of evaluations that were inspected.
         drawing: on several processes, by level whose loss draws random numbers, the devices of the problem.
-        counted: on several processes, the losses that state a count.
+        counted: on several processes, by level and loss, in the order of evaluation, whether the loss states a count.
         busy: while a solution is formed or differentiated, the "thread" that does so, and the "depth" of its calls.
     """
 
@@ -59,7 +59,7 @@ class Workspace:
         self.lengths: dict[str, tuple[Any, ...]] = {}
         self.evaluations: dict[tuple[str, str], int] = {}
         self.drawing: dict[str, tuple[torch.device, ...]] = {}
-        self.counted: set[tuple[str, str]] = set()
+        self.counted: dict[tuple[str, str], bool] = {}
         self.busy: dict[str, int] = {}
 
     def next_batch(self, level: Level) -> Any:

@@ -14,6 +14,7 @@ from .callbacks import (
 )
 from .checkpoints import Checkpoints
 from .history import History
+from .interruption import Interruption, ending_if
 from .real_steps import RealSteps
 from .run import Run
 from .solve import Solution, solve
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoints",
     "EarlyStopping",
     "History",
+    "Interruption",
     "JSONLLogger",
     "MLflowLogger",
     "ProgressDisplay",
@@ -33,6 +35,7 @@ __all__ = [
     "TensorBoardLogger",
     "TrackioLogger",
     "WandbLogger",
+    "ending_if",
     "solve",
     "write_csv",
 ]

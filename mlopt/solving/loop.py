@@ -21,12 +21,14 @@ from ..rng import GeneratorState, preserved
 from ..shards import whole_values
 from .callbacks import Callback
 from .checkpoints import Checkpoints
-from .interruption import Interruption
+from .interruption import Interruption, ended_elsewhere
 from .run import Run
 
 __all__ = ["Evaluate", "Loop"]
 
 Evaluate: TypeAlias = Callable[[Problem], Mapping[str, Any]]
+
+_ELSEWHERE = "another process ended"
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -92,7 +94,9 @@ class Loop:
             raise
         self._end(None)
         if interruption is not None and interruption.received is not None:
-            self._exit(interruption.received.name)
+            self._exit(interruption.received.name, interruption.status)
+        if self._interrupted_by is _ELSEWHERE:
+            self._exit(_ELSEWHERE, 0)
         assert self.run.status is not None
         return self.run.status
 
@@ -126,6 +130,8 @@ class Loop:
                 self._interrupted_by = f"{interruption.received.name} received"
             elif timeout and run.step < run.steps:
                 self._interrupted_by = f"max_time of {self.max_seconds:g} s reached"
+            elif ended_elsewhere():
+                self._interrupted_by = _ELSEWHERE
             return run.status is None and self._interrupted_by is None
 
         while run.step == 0 and run.steps > 0 and in_progress() and self._with_rollback(run.engine.warm_up):
@@ -297,15 +303,14 @@ class Loop:
                 message += f"; the current state could not be saved: {unsaved}"
         return NonFiniteError(message, step=step)
 
-    def _exit(self, name: str) -> None:
-        assert self.checkpoints is not None
-        if self._ranks.first:
+    def _exit(self, reason: str, status: int) -> None:
+        if self.checkpoints is not None and self._ranks.first:
             print(
-                f"mlopt: {name}: step {self.run.step} of {self.run.steps} is finished and saved in {self.checkpoints.folder}; "
+                f"mlopt: {reason}: step {self.run.step} of {self.run.steps} is finished and saved in {self.checkpoints.folder}; "
                 "pass resume=True (--resume on the command line) to continue",
                 file=sys.stderr,
             )
-        raise Interrupted(0 if name == "SIGTERM" else 130)
+        raise Interrupted(status)
 
     def _end(self, error: BaseException | None) -> None:
         """Call `on_train_end` of every callback, even if one fails; an error that ends the run takes precedence."""

@@ -40,7 +40,7 @@ def require_same_run(ranks: Ranks, experiment: Experiment, methods: Sequence[str
     if not ranks.several:
         return
     with preserved((experiment.device,)):
-        (first, *_) = prints = ranks.all_of(_prints(experiment, methods))
+        (first, *_) = prints = ranks.all_evaluated(lambda: _prints(experiment, methods))
     for rank, own in enumerate(prints):
         if differing := next((name for name in first if own[name] != first[name]), None):
             raise ProblemError(

@@ -22,13 +22,13 @@ from mlopt.durations import in_words
 from mlopt.files import replacing
 from mlopt.ranks import Ranks
 
-from .command_line import parse, written_options
+from .command_line import CommandLine, parse, written_options
 from .configuration import ConfigurationError, read, write
 from .modality import Configuration, Device, Modality, device_of
 from .predictor import MODEL, PREDICTOR, check_free
 from .recipe import TapWeight
 from .result import TapWeightResult
-from .sharing import first_before_others
+from .sharing import first_before_others, in_each
 from .spread import Spread
 
 __all__ = ["command"]
@@ -70,11 +70,10 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
         SystemExit: after `--help`, and options that cannot be parsed.
     """
     ranks = Ranks.of_work(prog)
-    with contextlib.nullcontext() if ranks.first else _silent():
-        line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
+    line = in_each(ranks, partial(_parsed, kind, arguments, prog, printed=ranks.first))
     configuration: Configuration[Any, Any] = line.run
-    configuration.check(written_options(arguments, kind.configuration_class))
     output, device = Path(configuration.output or ""), device_of(configuration.device)
+    _require_alike(ranks, attrs.evolve(line, run=attrs.evolve(configuration, device=device)))
     whole = configuration.resolved(output=output, seeds=configuration.seeds, device=device)
 
     def claim() -> None:
@@ -93,8 +92,9 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     for seed in configuration.seeds:
         if len(configuration.seeds) > 1:
             console.rule(f"seed {seed}")
-        recipe = modality.build(seed, device)
+        recipe = in_each(ranks, partial(modality.build, seed, device))
         first_before_others(ranks, partial(_introduce, console, recipe))
+        recipe.check(configuration.steps, methods=configuration.methods)
         # Only now: a run that cannot start leaves nothing behind.
         ranks.by_first(partial(_begin, whole, output / _CHECKPOINTS, line.overwrite and not results))
         results.append(_run(recipe, configuration, seed, resume=line.resume))
@@ -102,6 +102,27 @@ def command(kind: type[Modality[Any]], arguments: Sequence[str], *, prog: str) -
     if len(results) > 1:
         ranks.by_first(lambda: _save_several(console, whole, results, output))
     _say(console, f"Saved in {output}.")
+
+
+def _parsed(kind: type[Modality[Any]], arguments: Sequence[str], prog: str, *, printed: bool) -> CommandLine[Any]:
+    """Return the options, checked; print nothing if `printed` is False."""
+    with contextlib.nullcontext() if printed else _silent():
+        line = parse(arguments, kind.configuration_class, prog=prog, description=kind.summary)
+    line.run.check(written_options(arguments, kind.configuration_class))
+    return line
+
+
+def _require_alike(ranks: Ranks, line: CommandLine[Any]) -> None:
+    """Raise unless all processes have the same options."""
+    plain = attrs.asdict(line, value_serializer=lambda _, __, value: str(value) if isinstance(value, Path) else value)
+    (first, *others) = ranks.all_of(_flat(plain))
+    for rank, other in enumerate(others, 1):
+        if differ := [key for key in first if other[key] != first[key]]:
+            key = differ[0].removeprefix("run.")
+            raise ConfigurationError(
+                f"process 0 has {key}={first[differ[0]]!r}, and process {rank} has {key}={other[differ[0]]!r}; start all "
+                "processes with the same options"
+            )
 
 
 def _begin(whole: Configuration[Any, Any], folder: Path, overwrite: bool) -> None:

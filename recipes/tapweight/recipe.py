@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,6 +22,7 @@ from .phases import Phases
 from .plan import Plan
 from .result import Outcome, TapWeightResult
 from .settings import Settings
+from .sharing import in_each
 from .stages import adapt_all, finetune_all
 from .tested import Tested, records_of
 
@@ -181,13 +183,11 @@ class TapWeight:
         """
         ranks = Ranks.of_work("TapWeight.fit")
         compared = _methods(methods)
+        options = {"checkpoint": checkpoint, "resume": resume, "progress": progress and ranks.first}
         with alone():
-            experiments = self._experiments(
-                compared, steps, passes, checkpoint=checkpoint, resume=resume, progress=progress and ranks.first
-            )
+            experiments = self._begun(ranks, compared, steps, passes, **options)
             finetunings = self._finetunings(compared)
             main = compared[-1]
-            require_same_run(ranks, experiments[main.name], [method.name for method in compared])
             if (phases := experiments[main.name].phases) is not None:
                 _show(Plan.of(experiments, compared, finetunings), phases, ranks.size)
             adapted = adapt_all(ranks, compared, experiments, callbacks)
@@ -225,6 +225,23 @@ class TapWeight:
             data={"task": repr(self.task), "corpus": _described(experiment.corpus)},
         )
 
+    def check(
+        self, steps: int | None = None, *, passes: int | None = None, methods: Sequence[str | Method] = DEFAULT
+    ) -> None:
+        """Raise what `fit` raises with these arguments before it trains anything; all processes call this.
+
+        Args:
+            steps: see `fit`.
+            passes: see `fit`.
+            methods: see `fit`.
+
+        Raises:
+            ValueError: as `fit`.
+        """
+        ranks = Ranks.of_work("TapWeight.check")
+        with alone():
+            self._begun(ranks, _methods(methods), steps, passes)
+
     def plan(
         self, steps: int | None = None, *, passes: int | None = None, methods: Sequence[str | Method] = DEFAULT
     ) -> Plan:
@@ -242,6 +259,14 @@ class TapWeight:
         """
         compared = _methods(methods)
         return Plan.of(self._experiments(compared, steps, passes), compared, self._finetunings(compared))
+
+    def _begun(
+        self, ranks: Ranks, methods: Sequence[Method], steps: int | None, passes: int | None, **options: Any
+    ) -> dict[str, Experiment]:
+        """Return the experiment of each method, the same in all processes."""
+        experiments = in_each(ranks, partial(self._experiments, methods, steps, passes, **options))
+        require_same_run(ranks, experiments[methods[-1].name], [method.name for method in methods])
+        return experiments
 
     def _finetunings(self, methods: Sequence[Method]) -> dict[str, int]:
         """Return how often each method's encoder is finetuned; the ensemble is of the last, which is the main one."""

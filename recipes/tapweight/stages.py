@@ -60,7 +60,8 @@ def adapt_all(
         encoder = experiments[method.name].model().encoder
         return Adapted(**{**plain, "encoder": _loaded(encoder, plain["encoder"], f"the encoder of {method.title}")})
 
-    adapted = shared(ranks, tasks, costs, send=lambda _, result: _sent(result), receive=receive)
+    saved = all(experiment.checkpoints is not None for experiment in experiments.values())
+    adapted = shared(ranks, tasks, costs, send=lambda _, result: _sent(result), receive=receive, saved=saved)
     return {method.name: result for method, result in zip(ordered, adapted, strict=True)}
 
 
@@ -109,7 +110,8 @@ def finetune_all(
         return {**attrs.asdict(result, recurse=False), "model": _state(result.model)}
 
     tasks = [partial(run, *own) for own in runs]
-    finetuned = shared(ranks, tasks, [1.0] * len(tasks), send=send, receive=receive)
+    saved = all(experiment.checkpoints is not None for experiment in experiments.values())
+    finetuned = shared(ranks, tasks, [1.0] * len(tasks), send=send, receive=receive, saved=saved)
     return {
         method.name: tuple(each for (own, _), each in zip(runs, finetuned, strict=True) if own is method)
         for method in methods

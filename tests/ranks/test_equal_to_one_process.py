@@ -7,7 +7,7 @@ from typing import Any
 import process_cases
 import pytest
 import torch
-from process_cases import EQUAL, RAISING, Values
+from process_cases import COUNTING, EQUAL, RAISING, Values
 from processes import in_processes
 
 #: Rounding over the step of differences; a history of nearly parallel directions amplifies it.
@@ -19,7 +19,7 @@ UNEVEN = [name for name in EQUAL if name.startswith(("three rows", "nested conj"
 def evaluate(names: list[str], *, raising: bool) -> dict[str, Any]:
     """Return the outcome of each case in this process."""
     outcomes = {name: process_cases.outcome(EQUAL[name]) for name in names}
-    cases = {name: case for name, (case, _) in RAISING.items()} if raising else {}
+    cases = {name: case for name, (case, _) in (RAISING | COUNTING).items()} if raising else {}
     return outcomes | {name: process_cases.outcome(case) for name, case in cases.items()}
 
 
@@ -72,3 +72,11 @@ def test_an_error_is_raised_in_every_process(two: list[Any], name: str) -> None:
     for outcome in seen:
         assert outcome[0] == kind, outcome
         assert part in outcome[1]
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_another_count_in_one_process_is_refused_in_both(two: list[Any], name: str) -> None:
+    (first, failed), (second, refused) = (outcome[name] for outcome in two)
+    assert (first, second) == ("ProcessError", "ProblemError")
+    assert "another process failed to evaluate the loss of level 'model'" in failed
+    assert COUNTING[name][1] in refused

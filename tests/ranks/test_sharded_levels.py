@@ -72,6 +72,26 @@ def test_one_process_resumes_a_run_of_two(two: list[Any], folder: Path, tmp_path
     require_equal([{"run": sharded_cases.resumed(alone, folder / "run", 4)}], "run", expected)
 
 
+def resume(folder: Path, steps: int) -> Any:
+    """Return the end of a run from the checkpoints in the folder, or its error, in this process."""
+    warnings.simplefilter("ignore")
+    return outcome(lambda _: sharded_cases.resumed(sharded_cases.parts, folder, steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (3, 1)])
+def test_a_run_resumes_on_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
+    run, first, second = (tmp_path / name for name in ("run", "first", "second"))
+    first.mkdir()
+    second.mkdir()
+    for own in in_processes(before, resume, run, 2, folder=first):
+        assert isinstance(own, dict), own
+    assert [step.name for step in run.iterdir()] == ["step-00000002"]
+    alone = sharded_cases.alone
+    ends = in_processes(after, resume, run, 4, folder=second) if after > 1 else [sharded_cases.resumed(alone, run, 4)]
+    require_equal([{"run": own} for own in ends], "run", sharded_cases.resumed(alone, tmp_path / "uninterrupted", 4))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused_with_a_remedy(two: list[Any], name: str) -> None:
     for own in two:

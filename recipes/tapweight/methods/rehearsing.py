@@ -58,7 +58,7 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
         title = f"rehearsal {number} of {len(rehearsals)} ({name})"
         tasks.append(partial(_loss, experiment, repeat, name, candidates[name], title))
         costs.append(drawn_passes(experiment, candidates[name]))
-    losses = torch.stack(shared(experiment.ranks, tasks, costs))
+    losses = torch.stack(shared(experiment.ranks, tasks, costs, saved=experiment.checkpoints is not None))
     return losses.reshape(len(repeats), len(candidates), -1).mean(0)
 
 

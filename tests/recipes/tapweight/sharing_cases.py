@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import get_rank
 
 import mlopt
+from mlopt import notices
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.methods import Adapted, Method
 from mlopt.recipes.tapweight.settings import Settings
@@ -72,17 +74,36 @@ def signalled(folder: Path) -> Any:
         return fitted(folder, callbacks=[Kill()])
     except mlopt.Interrupted:
         return "interrupted"
-    except mlopt.ProcessError as error:
-        return type(error).__name__, str(error)
 
 
-def fitted(folder: Path, **options: Any) -> dict[str, Any]:
+def fitted(folder: Path, made: TapWeight | None = None, **options: Any) -> dict[str, Any]:
     """Return the values of a run with checkpoints, of which all or some may be in the folder."""
     checkpoints = mlopt.Checkpoints(folder, every=2)
     methods = ("equal", "rehearsal", "tapweight")
+    made = made or recipe()
     return values_of(
-        recipe().fit(8, methods=methods, checkpoint=checkpoints, resume=folder.exists(), progress=False, **options)
+        made.fit(8, methods=methods, checkpoint=checkpoints, resume=folder.exists(), progress=False, **options)
     )
+
+
+class Uneven(Reconstruct):
+    """An objective that fails in the second process, once the first one has begun a phase that lasts."""
+
+    def loss(self, encoder: nn.Module, head: nn.Module, view: Tensor) -> Tensor:
+        if get_rank() == 1:
+            raise KeyError("no such example")
+        time.sleep(0.3)
+        return super().loss(encoder, head, view)
+
+
+def cut_short(folder: Path) -> Any:
+    """Return the error of a run whose second process fails, while the first one computes; notices are read in each step."""
+    notices._PAUSE = 0.0
+    made = recipe()
+    made.prepare()
+    for objective in made.objectives:
+        objective.__class__ = Uneven
+    return failed(lambda: fitted(folder, made))
 
 
 class Fragile(Reconstruct):

@@ -47,8 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    # The process that a signal ends comes last: it leaves the group.
-    names = ["whole", "fitted", "diverging", "differing", "other_labels", "replaced", "signalled"]
+    names = ["whole", "fitted", "diverging", "differing", "other_labels", "replaced", "signalled", "cut_short"]
     return in_processes(2, evaluate, folder, names, folder=folder)
 
 
@@ -59,20 +58,57 @@ def test_two_processes_return_the_result_of_one(two: list[dict[str, Any]], tmp_p
             assert same(own["whole"][part], value), part
 
 
-def test_a_run_of_one_process_resumes_on_two(two: list[dict[str, Any]], tmp_path: Path) -> None:
-    expected = sharing_cases.fitted(tmp_path / "uninterrupted")
-    assert same(two[0]["fitted"], expected)
-    assert same(two[1]["fitted"], expected)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return sharing_cases.fitted(tmp_path_factory.mktemp("uninterrupted"))
 
 
-def test_a_run_of_two_processes_resumes_on_one(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert two[0]["signalled"] == "interrupted"
-    kind, message = two[1]["signalled"]
-    assert (kind, message[:51]) == ("ProcessError", "process 1 of 2 could not exchange values with the o")
-    begun = {phase.name: sorted(step.name for step in phase.iterdir()) for phase in (folder / "signalled").iterdir()}
-    assert begun["tapweight"][-1] == "step-00000003"
-    assert begun["rehearsal"], "the phase of the second process"
-    assert same(sharing_cases.fitted(folder / "signalled"), sharing_cases.fitted(tmp_path / "uninterrupted"))
+def begun(folder: Path) -> dict[str, str]:
+    """Return the newest checkpoint of each phase that has one."""
+    steps = {phase.name: sorted(step.name for step in phase.iterdir()) for phase in folder.iterdir()}
+    return {phase: own[-1] for phase, own in steps.items() if own}
+
+
+def test_a_run_of_one_process_resumes_on_two(two: list[dict[str, Any]], uninterrupted: dict[str, Any]) -> None:
+    assert same(two[0]["fitted"], uninterrupted)
+    assert same(two[1]["fitted"], uninterrupted)
+
+
+def test_a_signal_to_one_process_ends_both_and_one_process_resumes(
+    two: list[dict[str, Any]], folder: Path, uninterrupted: dict[str, Any]
+) -> None:
+    assert [own["signalled"] for own in two] == ["interrupted"] * 2
+    saved = begun(folder / "signalled")
+    assert saved["tapweight"] == "step-00000003"
+    assert saved["rehearsal"], "the phase of the second process"
+    assert same(sharing_cases.fitted(folder / "signalled"), uninterrupted)
+
+
+def test_an_error_in_one_process_ends_the_phase_of_the_other_and_one_process_resumes(
+    two: list[dict[str, Any]], folder: Path, uninterrupted: dict[str, Any]
+) -> None:
+    assert [own["cut_short"] for own in two] == [
+        ("ProcessError", "process 1 of 2 raised KeyError: 'no such example'"),
+        ("KeyError", "'no such example'"),
+    ]
+    ((phase, newest),) = begun(folder / "cut_short").items()
+    assert phase == "rehearsal-0-square"
+    assert newest < "step-00000004", "the last step of the phase"
+    assert same(sharing_cases.fitted(folder / "cut_short"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 4), (4, 1), (4, 2)])
+def test_a_run_resumes_on_any_number_of_processes(
+    before: int, after: int, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    def on(size: int, work: Any) -> list[Any]:
+        meeting = tmp_path / work.__name__
+        meeting.mkdir()
+        return [work(tmp_path / "run")] if size == 1 else in_processes(size, work, tmp_path / "run", folder=meeting)
+
+    assert on(before, sharing_cases.signalled) == ["interrupted"] * before
+    assert all(same(own, uninterrupted) for own in on(after, sharing_cases.fitted))
 
 
 @pytest.mark.parametrize(
@@ -160,8 +196,8 @@ def test_a_command_on_two_processes_writes_the_files_of_one_and_one_resumes(
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
-def test_the_command_refuses_in_every_process(case: Case) -> None:
-    done = launched(case.options("refused-by-each", "--steps", "3", "--every", "4"), case.folder)
+def test_the_command_refuses_in_every_process(molecules: Case) -> None:
+    done = launched(molecules.options("refused-by-each", "--steps", "3", "--every", "4"), molecules.folder)
     assert done.returncode != 0
     assert "mlopt: steps=3 at every=4: the weights never move; take at least 4 steps" in done.stderr
-    assert not (case.folder / "refused-by-each").exists()
+    assert not (molecules.folder / "refused-by-each").exists()
