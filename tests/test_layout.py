@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,9 @@ def test_a_folder_of_tests_names_a_package_or_a_module(folder: Path) -> None:
 
 def test_there_are_folders() -> None:
     assert {"linear", "recipes/tapweight/text"} <= set(map(Path.as_posix, FOLDERS))
+
+
+def test_each_file_of_tests_has_a_name_of_its_own() -> None:
+    """The folders are no packages: pytest imports a file by its name alone, and refuses a second one."""
+    names = Counter(file.name for file in TESTS.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -339,7 +339,7 @@ def test_a_tokenizer_that_is_a_model_of_sentencepiece_is_read(tmp_path: Path) ->
     """DeBERTa-v3 has such a tokenizer."""
     (tmp_path / "corpus.txt").write_text("\n".join(text["text"] for text in corpus(50)))
     SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=40, hard_vocab_limit=False,
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=48, hard_vocab_limit=False,
         pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
         minloglevel=2,
     )  # fmt: skip
