@@ -41,7 +41,7 @@ class Notice:
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Callable[[BaseException], Notice | None]]:
-    """Let an error that leaves this context be known to the other processes, which enter it, too.
+    """Report an error that leaves this context to the other processes, which enter the same context.
 
     Yields:
         A function that posts an error of this process, and returns the notice of another process that was there before.
@@ -88,7 +88,7 @@ def _posted(topic: str) -> Notice | None:
 
 @attrs.define(eq=False)
 class Watch:
-    """Whether a process of the group has ended early; a notice is read at most once a second, so that steps can ask for it.
+    """Reports if a process of the group has ended early; it reads a notice at most once a second, so that each step can ask.
 
     Args:
         topic: what the processes do, in a word that they have not used before.
