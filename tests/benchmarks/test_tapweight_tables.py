@@ -166,3 +166,10 @@ def test_rows_of_earlier_versions_have_no_errors_of_weights(tmp_path: Path) -> N
         pytest.approx([weight, weight]) for weight in (0.9, 0.91, 0.92, 0.1, 0.09, 0.08)
     ]
     assert "bootstrap" not in figure.get_suptitle()
+
+
+def test_the_subtitle_names_the_split_of_molecules_only() -> None:
+    """Texts have official test files, whatever the option says."""
+    for modality, beginning in {"molecules": "half of the groups as the test set, ", "text": ""}.items():
+        (own,) = regimes([row("equal", "esol", 0, 1.0, modality=modality)])
+        assert own.subtitle.startswith(f"{beginning}{row('equal', 'esol', 0, 1.0)['budget']:,} encoder passes")
