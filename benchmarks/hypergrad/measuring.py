@@ -28,6 +28,8 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # Tensors in earlier cycles would be freed inside the call, and lower the peak.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -49,6 +50,23 @@ def test_memory_that_a_kernel_takes_for_itself_counts() -> None:
 def test_earlier_tensors_do_not_count() -> None:
     before = torch.ones(KILO)
     assert peak_memory(before.neg_, "cpu") == 0
+
+
+def test_earlier_garbage_that_is_collected_inside_does_not_lower_the_peak() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.me, self.tensor = self, torch.zeros(10 * KILO)
+
+    def allocate() -> None:
+        gc.collect()
+        torch.zeros(2 * KILO)
+
+    gc.disable()  # it may run at any allocation
+    try:
+        Holder()  # only the collector frees it
+        assert peak_memory(allocate, "cpu") == 2_000
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def paths(page: Path) -> set[str]:
     return {
-        name.rstrip(".") for name in re.findall(r"\b(?:mlopt|recipes|tests|docs|benchmarks)/[\w./]*", page.read_text())
+        name.rstrip(".") for name in re.findall(r"\b(?:mlopt|recipes|tests|docs|benchmarks)/[\w./-]*", page.read_text())
     }
 
 

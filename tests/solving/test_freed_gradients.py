@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 import mlopt
-from benchmarks.hypergrad.measuring import peak_memory, release
+from benchmarks.hypergrad.measuring import peak_memory
 from benchmarks.scale import network, reweighting
 from mlopt.testing import quadratic
 
@@ -64,7 +64,6 @@ def test_the_run_and_its_reports_are_the_same(name: str, lookahead: bool) -> Non
 def test_the_peak_falls_by_one_vector(name: str) -> None:
     def peak(*callbacks: mlopt.Callback) -> int:
         problem = of(ESTIMATORS[name](), 5e4)
-        release()  # garbage of earlier problems, which a run would free
         return peak_memory(lambda: run(problem, *callbacks, steps=2), "cpu")
 
     vector = sum(4 * p.numel() for p in of(mlopt.Identity(), 5e4)["net"].parameters)
