@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,19 +27,27 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # Tensors in earlier cycles would be freed inside the call, and lower the peak.
-    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None
     pending = list(profiler.profiler.kineto_results.experimental_event_tree())
-    sizes: list[tuple[int, int]] = []
+    events: list[tuple[int, int, int]] = []
     while pending:
         event = pending.pop()
         pending += event.children
         if event.tag == _EventType.Allocation:
-            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return max(itertools.accumulate((size for _, size in sorted(sizes)), initial=0))
+            events.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
+    held, own, most = 0, set[int](), 0
+    for _, size, address in sorted(events):
+        if size > 0:
+            own.add(address)
+        elif address not in own:
+            continue  # it was held before the call: torch knows sizes from an earlier profile
+        else:
+            own.remove(address)
+        held += size
+        most = max(most, held)
+    return most
 
 
 class _FlopCounter(TorchDispatchMode):
