@@ -58,7 +58,7 @@ def joined() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
-    """Let the other processes know an error that leaves this context; of errors with one cause, one process raises it."""
+    """Report an error that leaves this context to the other processes; of errors with one cause, one process raises its own."""
     with noticed() as post:
         try:
             yield

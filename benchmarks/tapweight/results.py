@@ -58,7 +58,7 @@ class Regime:
         first = rows[0]
         labels = "all labels" if first["labels"] == "all" else f"{first['labels']} labels"
         head = "ridge head on frozen features" if finetuning == "probe" else "finetuned as a whole"
-        # Texts have official test files, and half of a table of one's own is its test set.
+        # Texts have official test files; of a user's table, half is the test set.
         split = "half of the groups as the test set, " if first["split"] == "half" else "the customary split, "
         if first["modality"] == "text":
             split = ""

@@ -55,7 +55,7 @@ def run(plan: Plan, file: Path, processes: int = 1) -> list[str]:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             faults = list(pool.map(work, jobs))
     for folder in (_work(rows), _work(rows).parent):
-        # Of a seed that was stopped, and of another plan, the phases stay.
+        # The phases of a stopped seed, and of another plan, stay.
         with contextlib.suppress(OSError):
             folder.rmdir()
     return [fault for job in faults for fault in job]

@@ -202,6 +202,6 @@ def _read(folder: Path, names: tuple[str, ...]) -> Texts:
         parts[0],
         examples=tuple(example for part in parts for example in part),
         rows=tuple(row for part in parts for row in part.rows),
-        # They are numbered on across the files.
+        # The numbers continue across the files.
         records=(),
     )

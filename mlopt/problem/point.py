@@ -97,7 +97,7 @@ class Point:
         workspace: caches; the problem's if None.
         estimators: estimators by level that replace the problem's.
         carryover: state of the present run; None for pullbacks that do not depend on earlier ones.
-        frees_gradients: whether pullbacks may free `.grad` of the levels inside, which nothing reads after them.
+        frees_gradients: True if pullbacks may free `.grad` of the levels inside, which nothing reads after them.
     """
 
     def __init__(

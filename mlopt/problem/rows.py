@@ -200,7 +200,7 @@ def share_of_rows(rows: int, rank: int, size: int) -> tuple[int, int, float]:
 
 
 def _number(count: Any) -> float:
-    """Return a count as a number, NaN if it is none."""
+    """Return a count as a number; NaN if it is not one."""
     try:
         return float(count)
     except (TypeError, ValueError, RuntimeError):

@@ -38,7 +38,7 @@ class Engine:
         skip_limit: number of non-finite steps that may be skipped; 0 to skip none.
         aside: whether the steps are taken outside a run: the outermost level takes none, and an optimiser that a level provides
             is copied.
-        keep_gradients: whether `.grad` of every level stays until its next step, because a callback may read it.
+        keep_gradients: True if `.grad` of every level stays until its next step, because a callback may read it.
 
     Attributes:
         skipped: number of skipped steps of each level.

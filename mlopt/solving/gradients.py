@@ -63,7 +63,7 @@ class Gradients:
         optimizers: the optimiser of each level, which estimators may read.
         precisions: the precision of each level.
         seed: seed of the order of curvature data.
-        keep: whether `.grad` of every level stays until its next step, because a callback may read it.
+        keep: True if `.grad` of every level stays until its next step, because a callback may read it.
 
     Attributes:
         carryover: state that the points of this run share.

@@ -108,7 +108,7 @@ def _options(arguments: Sequence[str], prog: str, description: str, suffixes: tu
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="the folder of the result of a run")
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help="the file of the SMILES or the texts, one a row"
+        "--input", type=Path, required=True, metavar="FILE", help="the file of the SMILES or texts, one per row"
     )
     parser.add_argument(
         "--output",

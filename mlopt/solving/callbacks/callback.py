@@ -33,7 +33,7 @@ class Callback:
 
     #: Whether the callback runs in every process of a run on several, and not in the first only.
     in_every_process: ClassVar[bool] = True
-    #: Whether the callback may read `.grad` of the levels inside, which takes memory: without such a callback, a pullback that
+    #: True if the callback may read `.grad` of the levels inside, which takes memory: without such a callback, a pullback that
     #: assumes the inverse Hessian frees it. `.grad` of the outermost level always stays until its next step.
     reads_gradients: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""What one of several processes of the command cannot do ends all with one sentence on the cause, and leaves nothing behind."""
+"""An error in one process of the command ends all of them with one sentence on the cause, and leaves no files behind."""
 
 from __future__ import annotations
 
