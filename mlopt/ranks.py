@@ -6,11 +6,12 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import attrs
 import torch
@@ -22,6 +23,11 @@ from .notices import last_words
 from .shards import is_sharded, local
 from .tensors import Tensors, zeros_like
 
+if dist.is_available():
+    # The default arguments of its functions are the default group, which lives as long as they do if it exists when torch.compile
+    # imports them.
+    import torch.distributed.nn.functional
+
 __all__ = ["ALONE", "Ranks", "alone", "forget_groups", "launched"]
 
 T = TypeVar("T")
@@ -30,11 +36,15 @@ _HALF = (torch.float16, torch.bfloat16)
 #: Errors that are of the same class in every process, because a run handles them.
 _SAME: dict[str, type[MloptError]] = {kind.__name__: kind for kind in (NonFiniteError, ProblemError)}
 #: Groups on the CPU for plain values, by the group whose tensors live on accelerators.
-_CONTROL: dict[Any, Any] = {}
+_CONTROL: MutableMapping[Any, Any] = WeakKeyDictionary()
 #: The same groups with a long patience.
-_PATIENT: dict[Any, Any] = {}
+_PATIENT: MutableMapping[Any, Any] = WeakKeyDictionary()
 _PATIENCE = timedelta(days=30)
 _APART: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+def _nothing() -> None:
+    """Stand for the group of a process alone."""
 
 
 @attrs.frozen(eq=False)
@@ -52,8 +62,10 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    _group: Any = None
-    _control: Any = None
+    #: Weak references, so that `destroy_process_group` ends the threads of a group. A thread of gloo that still holds a tensor
+    #: when Python ends would abort the process.
+    _group_ref: Callable[[], Any] = _nothing
+    _control_ref: Callable[[], Any] = _nothing
     sharded: bool = False
 
     @classmethod
@@ -84,7 +96,7 @@ class Ranks:
             raise ProblemError(
                 "Problem: this process is not in the group; build the problem in the processes of the group"
             )
-        return ALONE if size == 1 else cls(rank, size, chosen, _control_of(chosen))
+        return ALONE if size == 1 else cls(rank, size, ref(chosen), ref(_control_of(chosen)))
 
     @classmethod
     def of_work(cls, user: str) -> Ranks:
@@ -114,6 +126,23 @@ class Ranks:
         """True for the process that writes files."""
         return self.rank == 0
 
+    @property
+    def _group(self) -> Any:
+        return self._alive(self._group_ref)
+
+    @property
+    def _control(self) -> Any:
+        return self._alive(self._control_ref)
+
+    def _alive(self, reference: Callable[[], Any]) -> Any:
+        # In place of None, which means the default group to torch.distributed.
+        if (group := reference()) is None:
+            raise ProcessError(
+                f"the group of {self.size} processes that shares this problem was destroyed; use the problem before "
+                "torch.distributed.destroy_process_group, or build one with group=None"
+            )
+        return group
+
     def patient(self) -> Ranks:
         """Return the same processes, whose plain values wait days for one another: for work that takes different times.
 
@@ -124,7 +153,7 @@ class Ranks:
         if self._group not in _PATIENT:
             members = dist.get_process_group_ranks(self._group)
             _PATIENT[self._group] = dist.new_group(members, backend="gloo", timeout=_PATIENCE)
-        return attrs.evolve(self, control=_PATIENT[self._group])
+        return attrs.evolve(self, control_ref=ref(_PATIENT[self._group]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # groups cannot be copied
@@ -296,6 +325,8 @@ class Ranks:
     def _exchange(self, action: Callable[[], Any]) -> None:
         try:
             action()
+        except ProcessError:
+            raise
         except (RuntimeError, ValueError) as error:
             if (notice := last_words()) is not None:
                 reason = _Reason(notice.kind, notice.text)

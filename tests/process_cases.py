@@ -6,12 +6,14 @@ import math
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 from torch.optim import SGD, Adam
@@ -738,6 +740,26 @@ def drawing(group: Any) -> Values:
     state = torch.get_rng_state()
     run = run_of(problem, 3)["model.0.weight"]
     return {"first": gradients[0], "again": gradients[1], "other": gradients[2], "state": state, "run": run}
+
+
+def destroyed(_: Any) -> dict[str, Any]:
+    """Return the groups that outlive `destroy_process_group` beside a problem that used them, and what its next use raises."""
+    problem = resumable(dist.new_group())
+    mlopt.solve(problem, steps=2, progress=False)
+    patient = problem.ranks.patient()
+    patient.all_of(0)
+    groups = {group_name: weakref.ref(group) for group_name, group in _groups_of(patient, problem.ranks).items()}
+    dist.destroy_process_group()
+    alive = [group_name for group_name, group in groups.items() if group() is not None]
+    try:
+        mlopt.hypergradient(problem)
+    except mlopt.ProcessError as error:
+        return {"alive": alive, "error": str(error)}
+    return {"alive": alive}
+
+
+def _groups_of(patient: Any, ranks: Any) -> dict[str, Any]:
+    return {"default": dist.group.WORLD, "own": ranks._group, "patient": patient._control}
 
 
 def outcome(case: Callable[[Any], Any]) -> Any:

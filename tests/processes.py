@@ -59,4 +59,5 @@ def _serve(rank: int, size: int, folder: str, work: Callable[[], Any]) -> None:
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=_WAIT))
     torch.save(work(), Path(folder) / f"outcome-{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a case may have ended it
+        dist.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import Any
 import process_cases
 import pytest
 import torch
-from process_cases import drawing, exchanged, interrupted, outcome, resumed, stopped, timed
+from process_cases import destroyed, drawing, exchanged, interrupted, outcome, resumed, stopped, timed
 from processes import in_processes
 
 import mlopt
@@ -122,3 +122,10 @@ def test_a_process_that_ends_takes_the_other_with_it(tmp_path: Path) -> None:
     assert kind == "ProcessError"
     assert message.startswith("process 0 of 2 could not exchange values with the others")
     assert seconds < 60
+
+
+def test_no_group_outlives_its_end_because_of_a_problem(tmp_path: Path) -> None:
+    # The threads of a group that lives until Python ends may abort the process.
+    for own in in_processes(2, outcome, destroyed, folder=tmp_path):
+        assert own["alive"] == []
+        assert "the group of 2 processes that shares this problem was destroyed" in own["error"]
