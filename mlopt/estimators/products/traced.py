@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from .autograd import AutogradProduct, walk
 from .checked import compiler_named, differs, is_due
 from .kernels import differentiable_kernels, uses_primitives
 from .product import Product, name_kernels
+from .replay import Evaluate, Operations, replay
 from .tracing import Part, Recording, record
 
 __all__ = ["TracedProduct"]
 
 #: The most settings (shapes of a batch, modes of modules) of a term for which code is compiled and kept.
 _MOST = 8
-Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-Operations = Callable[..., Sequence[Tensor]]
 
 
 class TracedProduct(AutogradProduct):
@@ -182,7 +181,17 @@ class _Code:
         arguments = [values[node] for node in part.reads]
         self._once = compiled(part.once, arguments) if part.kept else None
         self.run(values)
-        self.each = compiled(part.each, [*(values[node] for node in part.takes), *vectors])
+        kept = [values[node] for node in part.takes]
+        self._each = compiled(part.each, [*kept, *vectors])
+        self._replay = replay(self._each, kept, vectors)
+
+    def at(self, values: dict[Node, Tensor]) -> Evaluate:
+        """Return the code at a point as a function of the vectors."""
+        self.run(values)
+        kept = [values[node] for node in self.part.takes]
+        if self._replay is not None:
+            return self._replay.at(kept)
+        return lambda vectors: self._each(*kept, *vectors)
 
     def run(self, values: dict[Node, Tensor]) -> None:
         """Add what the code needs at a point to the tensors that are known there."""
@@ -207,10 +216,7 @@ class _AtPoint:
                 code.run(values)
             positions = [k for block in wanted for k in owner.positions[block]]
             owner.codes[wanted] = _Code(owner.recording.part(positions, values), earlier, values, owner.vectors)
-        code = owner.codes[wanted]
-        code.run(values)
-        each, kept = code.each, [values[node] for node in code.part.takes]
-        return lambda vectors: each(*kept, *vectors)
+        return owner.codes[wanted].at(values)
 
 
 def compiled(graph: GraphModule, arguments: Sequence[Tensor]) -> Operations:
