@@ -37,6 +37,8 @@ def scores(regime: Regime) -> str:
     """Return the scores of the methods but the single objectives."""
     ranking = regime.ranking()
     methods = [method for method in regime.methods if not method.startswith("single:")]
+    if not methods:
+        return ""
     seeds = {len(regime.scores(method, task)) for method in methods for task in regime.tasks} - {0}
     number = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     note = f"Test scores, mean (standard deviation) over {number} seed{'s' * (number != '1')}; the best mean is bold. "

@@ -55,6 +55,13 @@ def test_single_objectives_are_in_a_table_of_their_own() -> None:
     assert cells(singles, "useful") == ["**5.000 (1.000)** ▲", "0.600 (0.000) ▼", "2.50"]
 
 
+@pytest.mark.parametrize("method", ["single:useful", "rehearsal", "equal", "direct"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_rows_of_one_method_have_tables(method: str, seeds: int) -> None:
+    text = markdown([own for own in study() if own["method"] == method and own["seed"] < seeds])
+    assert cells(text, method.removeprefix("single:") if ":" in method else method.upper())[0].strip("*")[0].isdigit()
+
+
 def test_weights_have_significance_and_the_share_of_the_control() -> None:
     text = markdown(study()).split("Weights of REHEARSAL")[1]
     assert cells(text, "useful") == ["0.910 (0.010); 3 of 3", "0.400 (0.000); 0 of 3"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,6 +224,9 @@ def compiled(graph: GraphModule, arguments: Sequence[Tensor]) -> Operations:
     """Return a graph of tensor operations as compiled code for arguments of the same shapes, strides and dtypes."""
     import torch._inductor  # here, since the import takes as long as the rest of torch
 
-    # `torch.compile` would check these at each call, which takes longer than the operations of a small level.
-    code: Operations = torch._inductor.compile(graph, list(arguments))
+    with warnings.catch_warnings():
+        # It comments on its own choices. Where warnings are errors, such a comment would end the compilation.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")
+        # `torch.compile` would check these at each call, which takes longer than the operations of a small level.
+        code: Operations = torch._inductor.compile(graph, list(arguments))
     return code

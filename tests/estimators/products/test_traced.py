@@ -361,3 +361,15 @@ class TestRecorded(EstimatorContract):
     def test_dropout_is_that_of_one_mask(self) -> None:
         with pytest.raises(mlopt.EstimatorError, match="reads numbers of a tensor"):
             super().test_dropout_is_that_of_one_mask()
+
+
+def test_a_comment_of_the_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are errors here; on a GPU, Inductor warns of reductions that it splits."""
+    import torch._inductor.lowering
+
+    def compile(graph: Any, arguments: Any) -> Any:
+        exec("import warnings; warnings.warn('a choice of the compiler')", vars(torch._inductor.lowering))
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    compare(*pair(nn.Linear(3, 2)))
