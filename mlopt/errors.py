@@ -19,7 +19,7 @@ __all__ = [
 
 
 class MloptError(Exception):
-    """Base class of every error that mlopt raises on purpose.
+    """Base class of all errors that mlopt raises on purpose.
 
     Example:
         >>> try:
@@ -115,7 +115,7 @@ class NonFiniteError(MloptError, ArithmeticError):
 
 
 class Interrupted(SystemExit):
-    """A signal ended a run, which was saved first. The exit status is 0 after SIGTERM and 130 after SIGINT.
+    """A signal ended a run after the run was saved. The exit status is 0 after SIGTERM and 130 after SIGINT.
 
     Example:
         >>> issubclass(mlopt.Interrupted, Exception)  # so `except Exception` does not catch it
@@ -138,7 +138,7 @@ class CheckpointError(MloptError, RuntimeError):
 
 
 class ProcessError(MloptError, RuntimeError):
-    """Another process of the run failed or ended, so this one stops, too. The error of the other one has the cause.
+    """Another process of the run failed or ended, so this process stops too. The error of that process states the cause.
 
     Example:
         >>> issubclass(mlopt.ProcessError, mlopt.MloptError)
@@ -159,7 +159,7 @@ class TrustWarning(UserWarning):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was skipped, or could not be written or removed, or differs from the run that resumes from it.
+    """A checkpoint was skipped, could not be written or removed, or differs from the run that resumes from it.
 
     Example:
         >>> import warnings

@@ -128,7 +128,7 @@ class Experiment:
         most = bisect_right(range(1, max(1, passes // every) + 1), passes, key=cost)
         if not most:
             raise ArgumentError(
-                f"passes={passes}: the shortest run of {method.name} takes {cost(1):,}; give at least as many"
+                f"passes={passes}: the shortest run of {method.name} takes {cost(1):,}; give at least that many"
             )
         return attrs.evolve(self, steps=most * every, budget=passes)
 

@@ -118,7 +118,7 @@ def unpacked(path: Path) -> File:
         return File(path, path.stem, unpack(content))
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise DataError(
-            f"{path} is not a whole {name} file ({error}); compress it again, or drop the suffix {packed}"
+            f"{path} is not a complete {name} file ({error}); compress it again, or drop the suffix {packed}"
         ) from error
 
 
@@ -131,7 +131,7 @@ def _member(path: Path, content: bytes) -> File:
                 raise DataError(f"{path}: the archive holds {len(names)} files; unpack it, and give one of them")
             return File(path, names[0], archive.read(names[0]))
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path} is not a whole zip file ({error}); unpack it, and give the file inside") from error
+        raise DataError(f"{path} is not a complete zip file ({error}); unpack it, and give the file inside") from error
 
 
 def text_of(path: Path) -> Content:

@@ -125,7 +125,7 @@ class Labels:
             return []
         remedy = "; give --kind regression if these are numbers to predict" if self.assumed else ""
         absent = [name for name in self.classes if name.casefold() in MISSING]
-        doubt = f"; give --missing {' '.join(map(shown, absent))} if this stands for no label" if absent else ""
+        doubt = f"; give --missing {' '.join(map(shown, absent))} if this means no label" if absent else ""
         return [f"{self.summary()}{remedy}{doubt}"]
 
 
@@ -245,19 +245,19 @@ def _check_dressed(source: str, place: str, others: Sequence[tuple[int, Any]], r
     if others and None not in numbers and not are_classes([x for x in numbers if x is not None], rows_per_class):
         row, cell = others[0]
         raise DataError(
-            f"{source}, row {row}, {place}: {shown(cell)} is not a number; write numbers without units and commas, or give "
+            f"{source}, row {row}, {place}: {shown(cell)} is not a number; write numbers without units or commas, or give "
             "--kind classification if these are classes"
         )
 
 
 def _check_case(source: str, place: str, present: Sequence[tuple[int, Any]]) -> None:
-    """Refuse names of classes that differ in case only."""
+    """Refuse names of classes that differ only in case."""
     first: dict[str, str] = {}
     for row, cell in present:
         name = name_of(cell)
         if (other := first.setdefault(name.casefold(), name)) != name:
             raise DataError(
-                f"{source}, row {row}, {place}: the class {shown(name)} differs from {shown(other)} in case only; write each "
+                f"{source}, row {row}, {place}: the class {shown(name)} differs from {shown(other)} only in case; write each "
                 "class in one way"
             )
 
@@ -284,7 +284,7 @@ def check_varied(source: str, name: str, labels: Iterable[Any]) -> None:
 def _minus_one(source: str, place: str, row: int, numbers: Sequence[float]) -> DataError:
     """Return the error of a column of classes in which -1 may mean that there is no label."""
     return DataError(
-        f"{source}, {place}: -1 occurs beside 0 and 1 ({numbers.count(-1.0)} of {len(numbers)} rows, the first in row {row}); "
+        f"{source}, {place}: -1 occurs with 0 and 1 ({numbers.count(-1.0)} of {len(numbers)} rows, the first in row {row}); "
         "give --missing -1 if it means that there is no label, or --kind classification if it is a class"
     )
 

@@ -166,17 +166,17 @@ class LabelledData:
         yield Idle(
             divide,
             lambda run: run.data.valid is not None,
-            "beside --valid and --test, which are the splits",
+            "with --valid and --test, which are the splits",
             "leave out --valid and --test",
         )
         yield Idle(
             divide,
             lambda run: run.data.split_column is not None,
-            "beside --split-column, which names the split of each row",
+            "with --split-column, which names the split of each row",
             "leave out --split-column",
         )
         yield Idle(
-            divide, lambda run: run.data.splits is not None, "beside --splits, which lists them", "leave out --splits"
+            divide, lambda run: run.data.splits is not None, "with --splits, which lists them", "leave out --splits"
         )
         yield Idle(
             (*divide, "split_column", "splits"),

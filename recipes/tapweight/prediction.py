@@ -133,7 +133,7 @@ def _options(arguments: Sequence[str], prog: str, description: str, suffixes: tu
     if options.output.suffix not in suffixes:
         raise ConfigurationError(f"output={str(options.output)!r}; give a name that ends in {' or '.join(suffixes)}")
     if options.output.resolve() == options.input.resolve():
-        raise ConfigurationError(f"--output={str(options.output)!r} would replace the input; give another name")
+        raise ConfigurationError(f"--output={str(options.output)!r} would overwrite the input; give another name")
     return options
 
 

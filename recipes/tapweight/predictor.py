@@ -290,7 +290,7 @@ def describe(folder: Path) -> dict[str, Any]:
         )
     if content.get("version") != _VERSION:
         raise DataError(
-            f"{file} has version {content.get('version')!r}, and this release reads version {_VERSION}; install the release "
+            f"{file} has version {content.get('version')!r}, but this release reads version {_VERSION}; install the release "
             "that wrote it"
         )
     return content

@@ -310,7 +310,7 @@ def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
 
 def _show(plan: Plan, phases: Phases, processes: int) -> None:
     """Print the cost of a run; let its phases be numbered, unless each of several processes has its own."""
-    shared = f" {processes} processes share the phases, so the run takes less." if processes > 1 else ""
+    shared = f" {processes} processes share the phases, so the run takes less time." if processes > 1 else ""
     Console().print(f"{plan}{shared}", highlight=False, soft_wrap=True)
     if processes == 1:
         phases.total = len(plan.whole.phases)

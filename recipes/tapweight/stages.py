@@ -128,7 +128,7 @@ def _loaded(module: Any, state: Mapping[str, Tensor], name: str) -> Any:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise ArgumentError(
-            f"{name} has another architecture than the encoder of the run, so that processes cannot send it to each other; run "
+            f"{name} has a different architecture from the encoder of the run, so processes cannot exchange it; run "
             "this method in one process"
         ) from error
     return module

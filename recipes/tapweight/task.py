@@ -149,7 +149,7 @@ def check_class_weights(class_weights: ClassWeights, form: Form) -> ClassWeights
     if class_weights == "balanced" and form not in ("binary", "classes"):
         given = "numbers" if form == "numbers" else "several classes at once"
         raise DataError(
-            f"class_weights='balanced' needs classes, and the labels are {given}; give --class-weights none"
+            f"class_weights='balanced' needs classes, but the labels are {given}; give --class-weights none"
         )
     return class_weights
 

@@ -73,7 +73,7 @@ def given(words: Sequence[str], options: dict[str, Option], *, positional: bool 
         if (option := options.get(name.replace("_", "-"))) is None:
             raise ConfigurationError(_unknown(name, options))
         if (first := written.get(option.key)) is not None:
-            both = f"{name} is given twice" if first == name else f"{first} and {name} are names of one option"
+            both = f"{name} is given twice" if first == name else f"{first} and {name} name the same option"
             raise ConfigurationError(f"{both}; give it once{', with all its values' if option.most is None else ''}")
         written[option.key] = name
         if not positional:
@@ -98,7 +98,7 @@ def _groups(words: Sequence[str], positional: bool) -> Iterator[tuple[str, list[
             groups[-1][1].append(word)
         elif not positional:
             raise ConfigurationError(
-                f"{shown(word)} stands before the first option; give options, such as --output FOLDER"
+                f"{shown(word)} comes before the first option; give options, such as --output FOLDER"
             )
     yield from groups
 
@@ -116,5 +116,5 @@ def _check_count(name: str, values: Sequence[str], most: int | None) -> None:
         raise ConfigurationError(f"{name} has no value; give {'one' if most else 'at least one'} after it")
     if most is not None and len(values) > most:
         takes = "one value" if most else "no value"
-        quotes = "; put quotes around a value with blanks" if most else "; leave it out"
+        quotes = "; put quotes around a value with spaces" if most else "; leave it out"
         raise ConfigurationError(f"{name} takes {takes}, and {shown(values[most])} is one too many{quotes}")

@@ -62,7 +62,7 @@ def cached(feature: str, smiles: Sequence[str], compute: Callable[[], Mapping[st
     except FileNotFoundError:
         pass
     except (OSError, SafetensorError, DataError) as error:
-        warnings.warn(f"{file}: not a whole file of the cache ({error}); it is computed again", stacklevel=2)
+        warnings.warn(f"{file}: not a complete cache file ({error}); it is computed again", stacklevel=2)
     tensors = compute()
     try:
         _write(file, tensors, feature)
@@ -94,7 +94,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
         stored = (stream.metadata() or {}).get("digest")
     if stored != _digest(tensors):
-        raise DataError("its content does not have its digest")
+        raise DataError("its content does not match its digest")
     return tensors
 
 

@@ -122,14 +122,14 @@ def columns_of(
     columns = tuple(index for index in range(len(header)) if index != smiles and index not in ignored)
     if len(header) == 1 and len(header[0].split()) > 1:
         raise DataError(
-            f"{source}: one column only, {shown(header[0])}, and a task needs labels; add a column, or separate the cells by "
+            f"{source}: one column only, {shown(header[0])}, but a task needs labels; add a column, or separate the cells by "
             "commas, semicolons, tabs or bars"
         )
     reasons = ", ".join(f"{shown(header[k])} ({ignored[k]})" for k in sorted(ignored) if ignored[k])
     if not columns:
         raise DataError(
-            f"{source}: no column of labels beside {shown(header[smiles])}{f'; ignored: {reasons}' if reasons else ''}; name the "
-            "columns to predict by --labels"
+            f"{source}: no column other than {shown(header[smiles])} has labels{f'; ignored: {reasons}' if reasons else ''}; "
+            "name the columns to predict by --labels"
         )
     if reasons:
         notes = (*notes, f"not predicted: {reasons}; name a column by --labels to predict it")
@@ -153,7 +153,7 @@ def _reason(table: Table, index: int) -> str:
     if all(number is not None for number in numbers):
         whole = [number for number in numbers if number is not None and number == number]
         if not table.named and whole and all(map(float.is_integer, whole)) and not are_classes(whole, ROWS_PER_CLASS):
-            return "whole numbers, which may be those of a catalogue"
+            return "whole numbers, which may be catalogue numbers"
         steps = {float(b) - float(a) for a, b in pairwise(numbers) if a is not None and b is not None}
         return "consecutive numbers" if len(cells) >= _LEAST and steps == {1.0} else ""
     if all(map(_is_date, cells)):

@@ -44,7 +44,7 @@ _CORPUS, _TRAIN, _VALID = 2_000, 160, 40
 
 _INTRODUCTION = (
     "Corpus: 2,000 recombined fragments of about 130 well-known drugs. Labels: the measured solubility in water of 200 molecules "
-    "of ESOL (Delaney 2004); the other 928 are the test. One of the objectives, the control, has labels by hash and is useless."
+    "of ESOL (Delaney 2004); the other 928 are the test split. One objective, the control, has labels by hash and is useless."
 )
 
 

@@ -55,7 +55,7 @@ class Data(LabelledData):
         smiles_column: the column of the SMILES; by default "smiles", else the only column that holds SMILES.
         labels: the columns to predict.
         ignore_columns: columns that are not to be predicted.
-        missing: cells that stand for a missing label, beside empty ones, such as -1.
+        missing: cells that mean a missing label, in addition to empty ones, such as -1.
         kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: roc_auc, pr_auc, accuracy, f1 or matthews for classification (macro_f1 and micro_f1 for more than two
             classes), rmse, mae, r2, pearson or spearman for regression.
@@ -95,7 +95,7 @@ class Data(LabelledData):
         yield Idle(
             ("ignore_columns",),
             lambda run: run.data.labels is not None,
-            "beside --labels, which names all columns to predict",
+            "with --labels, which names all columns to predict",
             "leave out --labels",
         )
         yield Idle(

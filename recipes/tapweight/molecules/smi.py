@@ -40,10 +40,10 @@ def smi_table(path: Path) -> Table:
         if len(cells) != len(records[0]):
             raise DataError(
                 f"{path}, row {row}: {len(cells)} columns, but the first line has {len(records[0])}; give a .csv, or put one tab "
-                "between two cells: then names may have blanks, and cells may be empty"
+                "between two cells: then names may contain spaces, and cells may be empty"
             )
     if len(records[0]) == 1:
-        raise DataError(f"{path}: the lines hold nothing but SMILES, and a task needs labels; add them, or give a .csv")
+        raise DataError(f"{path}: the lines hold only SMILES, but a task needs labels; add them, or give a .csv")
     header = tuple(records[0]) if named else _numbered(path, rows[0], records)
     if duplicates := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{path}: the header names {shown(duplicates[0])} more than once; rename the columns")

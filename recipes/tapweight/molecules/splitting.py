@@ -67,6 +67,6 @@ def _divided(
     if method == "random":
         return random_split(len(molecules), fractions, seed, groups)
     if any(each.form == "numbers" for each in molecules.meanings):
-        raise DataError("split='stratified' needs classes, and the labels are numbers; give --split random")
+        raise DataError("split='stratified' needs classes, but the labels are numbers; give --split random")
     classes = [str(graph.y.tolist()) for graph in molecules]
     return stratified_split(classes, fractions, seed, groups, combined=len(molecules.meanings) > 1)

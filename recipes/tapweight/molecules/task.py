@@ -137,7 +137,7 @@ class MoleculeTask(PropertyTask):
             DataError: a split is empty, or as in the constructor.
         """
         if not molecules.label_names:
-            raise DataError(f"{molecules.source}: there are no labels, and a task needs them; give a table with labels")
+            raise DataError(f"{molecules.source}: there are no labels, but a task needs them; give a table with labels")
         if isinstance(split, str):
             indices: Mapping[Split, Sequence[int]] = divided(
                 molecules, split, fractions, chirality=chirality, seed=seed

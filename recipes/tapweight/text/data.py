@@ -146,7 +146,7 @@ def read_texts(
     if len(places) != count:
         expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
         raise DataError(
-            f"{path}: the predictor takes {expected}, and the file has {given}; name the columns by --columns"
+            f"{path}: the predictor takes {expected}, but the file has {given}; name the columns by --columns"
         )
     return [tuple(cells[place] for place in places.values()) for _, cells in table.records()]
 

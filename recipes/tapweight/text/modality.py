@@ -62,7 +62,7 @@ class Data(LabelledData):
         dataset: a task of GLUE in place of --train, such as cola, mrpc or stsb; fetched if it is missing.
         text: the column of the text, or the two columns of a pair.
         labels: the column of the label, or of lists of labels; or several columns, all of two classes or all of numbers.
-        missing: cells that stand for a missing label, beside empty ones, such as -1; a row without any label is left out.
+        missing: cells that mean a missing label, in addition to empty ones, such as -1; a row without any label is left out.
         kind: classification if the labels are classes, regression if they are numbers.
         metric: the score: accuracy, f1, macro_f1, micro_f1, matthews, roc_auc or pr_auc for classification, pearson, spearman,
             rmse, mae or r2 for regression. Of several columns, their mean.

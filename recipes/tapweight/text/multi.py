@@ -66,8 +66,8 @@ class MultiTextTask(PropertyTask, OnTexts):
         for texts in splits.values():
             if [*map(str.casefold, texts.label_names)] != [*map(str.casefold, train.label_names)]:
                 raise DataError(
-                    f"{texts.source}: the labels are {', '.join(texts.label_names)}, and those of {train.source} "
-                    f"{', '.join(train.label_names)}; give the same columns"
+                    f"{texts.source}: the labels are {', '.join(texts.label_names)}, but those of {train.source} "
+                    f"are {', '.join(train.label_names)}; give the same columns"
                 )
         stated = [] if labels else [remark for each in meanings(train, kind) for remark in each.remarks()]
         labels = labels or meanings(train, kind)

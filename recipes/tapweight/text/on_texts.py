@@ -151,7 +151,7 @@ def check_texts_of_task(splits: Mapping[Split, Texts], kind: Kind | None, head: 
     for texts in splits.values():
         if not all("label" in example for example in texts):
             raise DataError(
-                f"{texts.source}: there are no labels, and a task needs them; name their column by --labels"
+                f"{texts.source}: there are no labels, but a task needs them; name their column by --labels"
             )
     pairs = any("text_b" in example for example in splits["train"])
     for split, texts in splits.items():

@@ -40,16 +40,16 @@ def refused(arguments: str, capsys: Captured) -> str:
         ("--corpus_limt=5", "there is no option --corpus_limt; did you mean --corpus-limit?"),
         ("--zzzzzz 5", "there is no option --zzzzzz; --help lists all"),
         ("-o out", "there is no option -o; --help lists all"),
-        ("out --steps 5", "'out' stands before the first option; give options, such as --output FOLDER"),
+        ("out --steps 5", "'out' comes before the first option; give options, such as --output FOLDER"),
         ("--steps", "--steps has no value; give one after it"),
         ("--steps --output out", "--steps has no value; give one after it"),
         ("--missing", "--missing has no value; give at least one after it"),
-        ("--steps 5 6", "--steps takes one value, and '6' is one too many; put quotes around a value with blanks"),
+        ("--steps 5 6", "--steps takes one value, and '6' is one too many; put quotes around a value with spaces"),
         ("--strict yes", "--strict takes no value, and 'yes' is one too many; leave it out"),
         ("--steps 5 --steps 6", "--steps is given twice; give it once"),
         ("--labels x --labels y", "--labels is given twice; give it once, with all its values"),
-        ("--seed 1 --seeds 2 3", "--seed and --seeds are names of one option; give it once, with all its values"),
-        ("--strict --no-strict", "--strict and --no-strict are names of one option; give it once"),
+        ("--seed 1 --seeds 2 3", "--seed and --seeds name the same option; give it once, with all its values"),
+        ("--strict --no-strict", "--strict and --no-strict name the same option; give it once"),
         ("--device tpu", "--device='tpu'; it must be one of 'auto', 'cpu', 'cuda'"),
         ("--kind classes", "--kind='classes'; it must be one of 'classification', 'regression'"),
     ],
@@ -59,7 +59,7 @@ def test_words_that_are_not_right(name: str, words: str, sentence: str, capsys: 
 
 
 def test_two_names_of_labels(capsys: Captured) -> None:
-    expected = "--label and --labels are names of one option; give it once, with all its values"
+    expected = "--label and --labels name the same option; give it once, with all its values"
     assert refused("text --label x --labels y", capsys) == expected
 
 
@@ -103,22 +103,22 @@ def test_the_options_are_those_of_the_help(kind: Any, capsys: Captured) -> None:
     [
         (
             f"molecules {NEEDED['molecules']} {FILES} --split random",
-            "--split has no effect beside --valid and --test, which are the splits; "
+            "--split has no effect with --valid and --test, which are the splits; "
             "leave it out, or leave out --valid and --test",
         ),
         (
             f"text {NEEDED['text']} {FILES} --split-fractions 0.8 0.1 0.1",
-            "--split-fractions has no effect beside --valid and --test, which are the splits; "
+            "--split-fractions has no effect with --valid and --test, which are the splits; "
             "leave it out, or leave out --valid and --test",
         ),
         (
             f"molecules {NEEDED['molecules']} --split-column s --split scaffold",
-            "--split has no effect beside --split-column, which names the split of each row; "
+            "--split has no effect with --split-column, which names the split of each row; "
             "leave it out, or leave out --split-column",
         ),
         (
             f"text {NEEDED['text']} --splits s.json --split random",
-            "--split has no effect beside --splits, which lists them; leave it out, or leave out --splits",
+            "--split has no effect with --splits, which lists them; leave it out, or leave out --splits",
         ),
         (
             "text --model m --dataset cola --output out --split-fractions 0.6 0.2 0.2",
@@ -139,7 +139,7 @@ def test_the_options_are_those_of_the_help(kind: Any, capsys: Captured) -> None:
         ),
         (
             f"molecules {NEEDED['molecules']} --labels a --ignore-columns b",
-            "--ignore-columns has no effect beside --labels, which names all columns to predict; "
+            "--ignore-columns has no effect with --labels, which names all columns to predict; "
             "leave it out, or leave out --labels",
         ),
         (

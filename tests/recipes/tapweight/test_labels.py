@@ -72,7 +72,7 @@ def test_minus_one_beside_0_and_1_is_asked_about_once() -> None:
     with pytest.raises(DataError) as error:
         of("1", "0", "-1", "-1")
     assert str(error.value) == (
-        "a.csv, column 'y': -1 occurs beside 0 and 1 (2 of 4 rows, the first in row 4); give --missing -1 if it means that there "
+        "a.csv, column 'y': -1 occurs with 0 and 1 (2 of 4 rows, the first in row 4); give --missing -1 if it means that there "
         "is no label, or --kind classification if it is a class"
     )
     assert of("1", "0", "-1", missing=("-1",)).classes == ("0", "1")

@@ -72,14 +72,14 @@ def column(*cells: Any) -> list[tuple[int, Any]]:
             ["1,000", "2,500", "3,250"],
             r"row 2, column 'y': '1,000' is not a number; .*, or give --kind classification",
         ),
-        ([f"{k / 2}%" for k in range(40)], r"'0.0%' is not a number; write numbers without units and commas"),
+        ([f"{k / 2}%" for k in range(40)], r"'0.0%' is not a number; write numbers without units or commas"),
         (
             [{"v": 1}, {"v": 2}],
             r"f, row 2, column 'y': \{'v': 1\} is an object with keys; write a number or a class, or",
         ),
         (
             ["Yes", "no", "YES"],
-            r"f, row 4, column 'y': the class 'YES' differs from 'Yes' in case only; write each class",
+            r"f, row 4, column 'y': the class 'YES' differs from 'Yes' only in case; write each class",
         ),
         ([[], ["a"]], r"column 'y': the lists hold only the class 'a'; give at least two"),
     ],
@@ -118,7 +118,7 @@ def test_spellings_of_a_missing_number(spelling: str) -> None:
 
 def test_a_class_that_may_be_missing_is_named() -> None:
     (remark,) = labels_of("f", "y", column("kind", "nan", "unkind")).remarks()
-    assert remark == "y: 3 classes, kind, nan, unkind; give --missing 'nan' if this stands for no label"
+    assert remark == "y: 3 classes, kind, nan, unkind; give --missing 'nan' if this means no label"
 
 
 @pytest.mark.parametrize("cells", [["1 star", "2 stars", "1 star", "2 stars"], ["5HT", "3CL", "5HT", "3CL"]])

@@ -98,8 +98,8 @@ def test_one_table_is_read_from_any_file(quirk: str, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "a spreadsheet": ("a.xlsx", b"PK", "a.xlsx is a spreadsheet; save its sheet as CSV in the spreadsheet program"),
     "two files in an archive": ("a.zip", zipped(b"x", "a.csv", "b.csv"), "the archive holds 2 files; unpack it"),
-    "no zip": ("a.csv.zip", PLAIN, "is not a whole zip file (File is not a zip file); unpack it"),
-    "no xz": ("a.csv.xz", PLAIN, "is not a whole xz file"),
+    "no zip": ("a.csv.zip", PLAIN, "is not a complete zip file (File is not a zip file); unpack it"),
+    "no xz": ("a.csv.xz", PLAIN, "is not a complete xz file"),
     "an unknown suffix": ("a.dat", PLAIN, "the suffix '.dat' is not one of .csv, .tsv, .jsonl, .json, .parquet"),
     "a ragged row": ("a.csv", PLAIN + "c\n", "row 4: 1 cells, but the header has 2; quote the cell"),
     "a ragged row of semicolons": (

@@ -133,7 +133,7 @@ def test_the_input_is_not_replaced(case: Case, tmp_path: Path, capsys: pytest.Ca
     file, _, _ = inputs(case, tmp_path)
     before, same = file.read_bytes(), str(tmp_path / "x" / ".." / file.name)
     assert cli.main(["tapweight", "predict", str(case.finished()), "--input", str(file), "--output", same]) == 2
-    assert f"--output={same!r} would replace the input; give another name" in capsys.readouterr().err
+    assert f"--output={same!r} would overwrite the input; give another name" in capsys.readouterr().err
     assert file.read_bytes() == before
 
 

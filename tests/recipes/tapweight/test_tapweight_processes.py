@@ -123,7 +123,7 @@ def test_a_run_resumes_on_any_number_of_processes(
         (
             "replaced",
             "ArgumentError",
-            "the encoder of another encoder has another architecture than the encoder of the run",
+            "the encoder of another encoder has a different architecture from the encoder of the run",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def test_an_objective_without_a_gradient_is_refused_at_the_start(objective, sent
         (lambda: recipe().fit(3, passes=9, progress=False), "steps=3 and passes=9; give one of them"),
         (
             lambda: recipe().fit(passes=1, progress=False),
-            "passes=1: the shortest run of equal takes 2; give at least as many",
+            "passes=1: the shortest run of equal takes 2; give at least that many",
         ),
         (lambda: Settings(gamma=0.0), "gamma=0.0; it must be a finite number > 0"),
         (lambda: Settings(every=0), "every=0; it must be a whole number >= 1"),

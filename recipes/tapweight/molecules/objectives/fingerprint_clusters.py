@@ -91,7 +91,7 @@ class FingerprintClusters(Objective):
             def compute(column: int = column, number: int = number) -> Tensor:
                 if most < 2:
                     raise DataError(
-                        f"{self.name} needs at least 20 molecules, and the corpus has {len(corpus)}; give a larger corpus"
+                        f"{self.name} needs at least 20 molecules, but the corpus has {len(corpus)}; give a larger corpus"
                     )
                 if number > most:
                     self.remarks.append(f"{number} clusters reduced to {most}: the corpus has {len(corpus)} molecules")

@@ -42,7 +42,7 @@ class MaskedTokens(Objective):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rate: float = 0.15) -> None:
         if tokenizer.mask_token is None:
             raise ArgumentError(
-                f"{self.name} hides tokens behind a mask token, and this tokenizer has none; leave the objective out, or "
+                f"{self.name} hides tokens behind a mask token, but this tokenizer has none; leave the objective out, or "
                 "use an encoder that was trained with one"
             )
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=check_rate("rate", rate))

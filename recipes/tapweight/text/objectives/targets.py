@@ -35,7 +35,7 @@ def attach(corpus: Sequence[Example], key: str, targets: Iterable[Any], objectiv
     if key not in corpus[0]:
         raise ArgumentError(
             f"{objective} attaches a target to each example, but this corpus, a {type(corpus).__name__}, creates its examples "
-            "at each access; give a list of examples, for a datasets.Dataset that of from_dataset(dataset, label=None)"
+            "at each access; give a list of examples; for a datasets.Dataset, use from_dataset(dataset, label=None)"
         )
 
 
@@ -48,7 +48,7 @@ def require_places(corpus: Sequence[Example], objective: str) -> None:
     """
     if not all(example.keys() >= {"document", "position", "count"} for example in corpus):
         raise ArgumentError(
-            f"{objective} needs sentences with their places in documents, and the corpus has none; pass "
+            f"{objective} needs sentences with their places in documents, but the corpus has none; pass "
             "read_corpus(path).sentences(), or --sentences on the command line"
         )
     if all(example["count"] < 2 for example in corpus):
@@ -75,7 +75,7 @@ def tfidf(corpus: Sequence[Example], words: int, objective: str) -> Any:
         weights = None
     if weights is None or weights.shape[1] < 2:
         raise DataError(
-            f"{objective}: fewer than two words, stop words aside, are in two texts of the corpus; give a larger corpus"
+            f"{objective}: fewer than two words, not counting stop words, are in two texts of the corpus; give a larger corpus"
         )
     weights.sort_indices()
     return weights

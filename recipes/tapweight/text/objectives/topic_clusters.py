@@ -60,7 +60,7 @@ class TopicClusters(Objective):
         most = len(corpus) // _TEXTS_PER_CLUSTER
         if most < 2:
             raise DataError(
-                f"{self.name} needs at least {2 * _TEXTS_PER_CLUSTER} texts, and the corpus has {len(corpus)}; give a larger "
+                f"{self.name} needs at least {2 * _TEXTS_PER_CLUSTER} texts, but the corpus has {len(corpus)}; give a larger "
                 "corpus"
             )
         self.classes = min(self.clusters, most)

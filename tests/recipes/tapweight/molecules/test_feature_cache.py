@@ -116,7 +116,7 @@ def test_a_damaged_file_is_computed_again(damage: Callable[[bytes], bytes], plac
     cache.cached("feature", SMILES, compute)
     (file,) = place.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.warns(UserWarning, match=r"not a whole file of the cache .* computed again"):
+    with pytest.warns(UserWarning, match=r"not a complete cache file .* computed again"):
         assert_same(cache.cached("feature", SMILES, compute)["a"], TENSORS["a"])
     assert compute.calls == 2
     cache.cached("feature", SMILES, compute)

@@ -153,7 +153,10 @@ TABLE_ERRORS: dict[str, tuple[str | bytes, str]] = {
         r"SMILES are in the columns 'a', 'b'; name one of them by --smiles-column",
     ),
     "no header": ("CCO,1\nCC,2\n", r"row 1: 'CCO' is a molecule, so the names of the columns are missing"),
-    "no label column": ("smiles\nC\n", r"no column of labels beside 'smiles'; name the columns to predict by --labels"),
+    "no label column": (
+        "smiles\nC\n",
+        r"no column other than 'smiles' has labels; name the columns to predict by --labels",
+    ),
     "text label": ("smiles,y\nC,1\nCC,high\n", r"row 3, column 'y': 'high' is not a number"),
     "grouped digits": ("smiles,y\nC,1_000\nCC,2\n", r"row 2, column 'y': '1_000' is not a number"),
     "infinite label": ("smiles,y\nC,-inf\n", r"row 2, column 'y': '-inf' is not finite"),
@@ -211,7 +214,7 @@ def test_file_errors(tmp_path: Path) -> None:
     whole = gzip.compress(b"smiles,y\nC,1\n" * 100)
     for content in (b"smiles,y\nC,1\n", whole[:-12], whole[:10] + b"\xff" * 20, b"\x1f\x8b"):
         (tmp_path / "b.csv.gz").write_bytes(content)
-        with pytest.raises(DataError, match=r"b\.csv\.gz is not a whole gzip file"):
+        with pytest.raises(DataError, match=r"b\.csv\.gz is not a complete gzip file"):
             read_table(tmp_path / "b.csv.gz")
 
 

@@ -283,7 +283,7 @@ def test_too_many_clusters_are_reduced_with_a_remark() -> None:
         f"1000 clusters reduced to 6: the corpus has {len(SMILES)} molecules",
     ]
     assert max(objective.classes) <= 6
-    with pytest.raises(ValueError, match="needs at least 20 molecules, and the corpus has 19; give a larger corpus"):
+    with pytest.raises(ValueError, match="needs at least 20 molecules, but the corpus has 19; give a larger corpus"):
         FingerprintClusters().prepare([from_smiles(smiles) for smiles in SMILES[:19]], seed=0)
 
 

@@ -183,7 +183,7 @@ def test_a_predictor_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) ->
     ("change", "sentence"),
     [
         ({"format": "other"}, 'does not describe a predictor: it lacks "format": "mlopt-predictor"'),
-        ({"version": 2}, "has version 2, and this release reads version 1"),
+        ({"version": 2}, "has version 2, but this release reads version 1"),
         ({"modality": "text"}, "holds a predictor of text, not of molecules"),
     ],
 )

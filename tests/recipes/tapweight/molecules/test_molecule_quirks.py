@@ -49,7 +49,7 @@ def test_a_column_that_is_named_is_predicted_and_others_can_be_ignored() -> None
     file = CASES / "id_and_weight.csv"
     assert read_table(file, labels=["MW"]).label_names == ("MW",)
     with pytest.raises(
-        DataError, match=r"no column of labels beside 'smiles'; ignored: 'compound_id' .*; name the columns"
+        DataError, match=r"no column other than 'smiles' has labels; ignored: 'compound_id' .*; name the columns"
     ):
         read_table(file, ignore=["logS"])
     assert read_table(file, smiles_column="smiles", ignore=["MW"]).label_names == ("logS",)

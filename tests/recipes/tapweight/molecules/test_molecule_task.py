@@ -208,7 +208,7 @@ def test_construction_errors() -> None:
 
 def test_unlabelled_molecules_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.smi").write_text("".join(f"{'C' * k}\n" for k in range(1, 11)))
-    with pytest.raises(DataError, match=r"a\.smi: there are no labels, and a task needs them"):
+    with pytest.raises(DataError, match=r"a\.smi: there are no labels, but a task needs them"):
         MoleculeTask.from_molecules(read_corpus(tmp_path / "a.smi"), split="random")
 
 

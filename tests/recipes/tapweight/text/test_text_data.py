@@ -147,7 +147,7 @@ def test_an_unusable_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"b\.txt: no such file"):
         read_corpus(tmp_path / "b.txt")
     (tmp_path / "c.txt.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="not a whole gzip file"):
+    with pytest.raises(DataError, match="not a complete gzip file"):
         read_corpus(tmp_path / "c.txt.gz")
     with pytest.raises(ValueError, match="limit=1: a corpus needs at least 2 texts"):
         read_corpus(tmp_path / "a.txt", limit=1)

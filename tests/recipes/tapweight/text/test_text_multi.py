@@ -227,7 +227,7 @@ def test_faults_of_the_cells_and_of_the_splits(tmp_path: Path) -> None:
         MultiTextTask({"train": good, "valid": good, "test": few}, encoder().collate)
     other = read(tmp_path / "few.csv", ["kind"])
     with pytest.raises(
-        DataError, match=r"few\.csv: the labels are kind, and those of .*good\.csv kind, long; give the"
+        DataError, match=r"few\.csv: the labels are kind, but those of .*good\.csv are kind, long; give the"
     ):
         MultiTextTask({"train": good, "valid": other, "test": good}, encoder().collate)
 

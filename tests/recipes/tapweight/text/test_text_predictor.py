@@ -145,7 +145,7 @@ def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
 
 def test_numbers_have_no_weights_of_classes() -> None:
     numbers = {split: texts([{"text": "a", "label": k / 3} for k in range(4)]) for split in ("train", "valid", "test")}
-    with pytest.raises(DataError, match="class_weights='balanced' needs classes, and the labels are numbers"):
+    with pytest.raises(DataError, match="class_weights='balanced' needs classes, but the labels are numbers"):
         TextTask(numbers, encoder().collate, class_weights="balanced")
 
 

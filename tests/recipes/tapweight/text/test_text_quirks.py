@@ -76,7 +76,7 @@ def test_minus_one_is_asked_about_and_left_out_if_it_means_no_label() -> None:
     file = CASES / "minus_one_unlabelled.jsonl"
     with pytest.raises(
         DataError,
-        match=r"column 'label': -1 occurs beside 0 and 1 \(6 of 60 rows, the first in row 1\); give --missing -1",
+        match=r"column 'label': -1 occurs with 0 and 1 \(6 of 60 rows, the first in row 1\); give --missing -1",
     ):
         task_of(read_table(file))
     texts = read_table(file, missing=["-1"])

@@ -278,7 +278,7 @@ def test_objectives_on_documents_name_the_remedy(name: str) -> None:
         (lambda: TopicClusters(clusters=1), "clusters must be at least 2; got 1"),
         (
             lambda: TopicClusters().prepare(corpus(19), 0),
-            "needs at least 20 texts, and the corpus has 19; give a larger corpus",
+            "needs at least 20 texts, but the corpus has 19; give a larger corpus",
         ),
         (lambda: Keywords().prepare(texts([{"text": "the"}] * 3), 0), "keywords: fewer than two words"),
         (lambda: Keywords().prepare(texts([{"text": "good"}] * 3), 0), "keywords: fewer than two words"),

@@ -127,7 +127,7 @@ def test_the_labels_of_the_texts_are_not_changed() -> None:
         ),
         (
             lambda: of(texts([{"text": "good"}] * 2)),
-            "made: there are no labels, and a task needs them; name their column by --labels",
+            "made: there are no labels, but a task needs them; name their column by --labels",
         ),
         (lambda: TextTask({"train": labelled(0, 1)}, encoder().collate), "splits=['train']: give 'train', 'valid' and"),
     ],
