@@ -390,3 +390,20 @@ def test_the_compiler_makes_no_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch
     with config.patch({"triton.cudagraphs": True}):
         compare(*pair(nn.Linear(3, 2)))
     assert set(graphs) == {False}
+
+
+def test_deterministic_algorithms_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compiled(graph: Any, arguments: Any) -> Any:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return graph
+
+    monkeypatch.setattr(traced, "compiled", compiled)
+    problem = problem_of(nn.Linear(3, 2), compile=True)
+    for enabled in (False, True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda enabled=enabled: enabled)
+        gradient_of(problem, batches={"network": BATCHES[0]})
+        gradient_of(problem, batches={"network": BATCHES[0]})
+    assert modes == sorted(modes)
+    assert set(modes) == {False, True}
