@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from .errors import MloptError, ProblemError
 from .notices import noticed
-from .ranks import forget_groups, launched
+from .ranks import launched
 
 __all__ = ["EchoError", "joined", "require_alone"]
 
@@ -52,7 +52,6 @@ def joined() -> Iterator[None]:
         with _reported():
             yield
     finally:
-        forget_groups()
         dist.destroy_process_group()
 
 

@@ -28,17 +28,17 @@ if dist.is_available():
     # imports them.
     import torch.distributed.nn.functional
 
-__all__ = ["ALONE", "Ranks", "alone", "forget_groups", "launched"]
+__all__ = ["ALONE", "Ranks", "alone", "launched"]
 
 T = TypeVar("T")
 
 _HALF = (torch.float16, torch.bfloat16)
 #: Errors that are of the same class in every process, because a run handles them.
 _SAME: dict[str, type[MloptError]] = {kind.__name__: kind for kind in (NonFiniteError, ProblemError)}
-#: Groups on the CPU for plain values, by the group whose tensors live on accelerators.
-_CONTROL: MutableMapping[Any, Any] = WeakKeyDictionary()
+#: Groups on the CPU for plain values, by the group whose tensors live on accelerators. All are held by torch alone.
+_CONTROL: MutableMapping[Any, Callable[[], Any]] = WeakKeyDictionary()
 #: The same groups with a long patience.
-_PATIENT: MutableMapping[Any, Any] = WeakKeyDictionary()
+_PATIENT: MutableMapping[Any, Callable[[], Any]] = WeakKeyDictionary()
 _PATIENCE = timedelta(days=30)
 _APART: ContextVar[bool] = ContextVar("apart", default=False)
 
@@ -96,7 +96,7 @@ class Ranks:
             raise ProblemError(
                 "Problem: this process is not in the group; build the problem in the processes of the group"
             )
-        return ALONE if size == 1 else cls(rank, size, ref(chosen), ref(_control_of(chosen)))
+        return ALONE if size == 1 else cls(rank, size, ref(chosen), _control_of(chosen))
 
     @classmethod
     def of_work(cls, user: str) -> Ranks:
@@ -151,9 +151,8 @@ class Ranks:
         if not self.several:
             return self
         if self._group not in _PATIENT:
-            members = dist.get_process_group_ranks(self._group)
-            _PATIENT[self._group] = dist.new_group(members, backend="gloo", timeout=_PATIENCE)
-        return attrs.evolve(self, control_ref=ref(_PATIENT[self._group]))
+            _PATIENT[self._group] = _beside(self._group, timeout=_PATIENCE)
+        return attrs.evolve(self, control_ref=_PATIENT[self._group])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # groups cannot be copied
@@ -377,13 +376,18 @@ class _Failure:
         raise ProcessError(f"process 0 failed: {self.message}")
 
 
-def _control_of(group: Any) -> Any:
-    """Return a group of the same processes for values on the CPU."""
+def _control_of(group: Any) -> Callable[[], Any]:
+    """Return a weak reference to a group of the same processes for values on the CPU."""
     if "gloo" in dist.get_backend(group):
-        return group
+        return ref(group)
     if group not in _CONTROL:
-        _CONTROL[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+        _CONTROL[group] = _beside(group)
     return _CONTROL[group]
+
+
+def _beside(group: Any, **options: Any) -> Callable[[], Any]:
+    """Return a weak reference to a new group of the same processes on the CPU."""
+    return ref(dist.new_group(dist.get_process_group_ranks(group), backend="gloo", **options))
 
 
 @contextlib.contextmanager
@@ -394,12 +398,6 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _APART.reset(token)
-
-
-def forget_groups() -> None:
-    """Forget the groups that were made beside a group which ends now."""
-    _CONTROL.clear()
-    _PATIENT.clear()
 
 
 def launched() -> int:

@@ -20,6 +20,7 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import mlopt
+from mlopt.ranks import Ranks
 
 #: Named tensors that a case evaluates.
 Values = dict[str, Tensor]
@@ -756,6 +757,15 @@ def destroyed(_: Any) -> dict[str, Any]:
     except mlopt.ProcessError as error:
         return {"alive": alive, "error": str(error)}
     return {"alive": alive}
+
+
+def kept(_: Any) -> bool:
+    """Return True if a group that was made beside a group of the user ends although the user keeps that one."""
+    group = dist.new_group()
+    patient = weakref.ref(Ranks.of(group).patient()._control)
+    assert patient() not in (None, group)
+    dist.destroy_process_group()
+    return patient() is None
 
 
 def _groups_of(patient: Any, ranks: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Captures:
 
 
 def setting(term: LevelTerm) -> Hashable:
-    """Return what a trace of a term takes to be fixed: shapes, dtypes, modes, hooks, and the plain values in its batch.
+    """Return what a trace of a term takes to be fixed: shapes, dtypes, modes, hooks, plain values in its batch, kinds of kernels.
 
     Raises:
         ProblemError: the batch holds an object whose content is out of reach.
@@ -60,7 +60,8 @@ def setting(term: LevelTerm) -> Hashable:
     alike = [first.setdefault(id(x), k) for k, x in enumerate(_batch(term))]
     kinds = {variable.device.type for block in blocks for variable in term.values[block]}
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in sorted(kinds)]
-    return term.sign, tuple(variables), tuple(modules), described(term.batch), tuple(alike), tuple(casts)
+    deterministic = torch.are_deterministic_algorithms_enabled()  # other kernels, chosen when code is compiled
+    return term.sign, tuple(variables), tuple(modules), described(term.batch), tuple(alike), tuple(casts), deterministic
 
 
 def _modules(term: LevelTerm) -> Iterator[nn.Module]:

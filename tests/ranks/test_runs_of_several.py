@@ -10,7 +10,7 @@ from typing import Any
 import process_cases
 import pytest
 import torch
-from process_cases import destroyed, drawing, exchanged, interrupted, outcome, resumed, stopped, timed
+from process_cases import destroyed, drawing, exchanged, interrupted, kept, outcome, resumed, stopped, timed
 from processes import in_processes
 
 import mlopt
@@ -129,3 +129,7 @@ def test_no_group_outlives_its_end_because_of_a_problem(tmp_path: Path) -> None:
     for own in in_processes(2, outcome, destroyed, folder=tmp_path):
         assert own["alive"] == []
         assert "the group of 2 processes that shares this problem was destroyed" in own["error"]
+
+
+def test_a_group_that_the_user_keeps_holds_no_other(tmp_path: Path) -> None:
+    assert in_processes(2, outcome, kept, folder=tmp_path) == [True, True]

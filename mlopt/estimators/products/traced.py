@@ -228,5 +228,6 @@ def compiled(graph: GraphModule, arguments: Sequence[Tensor]) -> Operations:
         # It comments on its own choices. Where warnings are errors, such a comment would end the compilation.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")
         # `torch.compile` would check these at each call, which takes longer than the operations of a small level.
-        code: Operations = torch._inductor.compile(graph, list(arguments))
+        # Graphs of its own, which a variable of the environment turns on, would overwrite results that are in use.
+        code: Operations = torch._inductor.compile(graph, list(arguments), options={"triton.cudagraphs": False})
     return code

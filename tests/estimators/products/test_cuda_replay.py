@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 import mlopt
 from mlopt.estimators.products import replay as replaying
-from mlopt.estimators.products.replay import Replay, replay
+from mlopt.estimators.products.replay import Evaluate, Replay, replay
 
 pytestmark = needs_cuda
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU has graphs")
@@ -57,22 +57,30 @@ def test_code_that_cannot_be_replayed_runs_as_it_is(count: int) -> None:
     assert (replay(plain, [a], [v]) is None) == (count > 1)
     assert replay(plain, [a], [v.cpu()]) is None
     assert replay(plain, [a[:1].expand(3)], [v.expand(3)]) is None
-    # The GPU works as before.
-    assert torch.equal(plain(a, v)[0], a * v)
+    # The GPU works as before: some versions of torch refuse random draws after a capture that failed.
+    assert torch.rand(3, device=DEVICE).max() > 0
+    torch.cuda.empty_cache()
+    made = replay(plain, [a], [v])
+    assert count > 1 or (made is not None and torch.equal(made.at([a])([v])[0], a * v))
 
 
-class Gap(nn.Module):
+class Normalised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x.tanh(), x.shape[-1:])
 
 
+class Tokens(nn.Embedding):
+    """Mean of the embeddings of rounded inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.abs().round().long().clamp(max=self.num_embeddings - 1)).mean(dim=1)
+
+
 NETWORKS = {
     "mlp": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
-    "normalised": lambda: nn.Sequential(nn.Linear(4, 8), Gap(), nn.Linear(8, 3)),
+    "normalised": lambda: nn.Sequential(nn.Linear(4, 8), Normalised(), nn.Linear(8, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)),
-    "embedding": lambda: nn.Sequential(
-        nn.Unflatten(1, (4, 1)), nn.Flatten(), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)
-    ),
+    "embedding": lambda: nn.Sequential(Tokens(4, 6), nn.GELU(), nn.Linear(6, 3)),
 }
 
 
@@ -100,9 +108,14 @@ def cleaning(name: str, **options: Any) -> mlopt.Problem:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_replayed_products_are_the_live_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    used = []
     original = Replay.at
-    monkeypatch.setattr(Replay, "at", lambda self, kept: made.append(self) or original(self, kept))  # type: ignore[func-returns-value]
+
+    def at(self: Replay, kept: Sequence[Tensor]) -> Evaluate:
+        used.append(self)
+        return original(self, kept)
+
+    monkeypatch.setattr(Replay, "at", at)
     compiled, live = cleaning(name, compile=True), cleaning(name)
     for seed in range(3):
         assert distance(gradient_of(compiled, seed=seed), gradient_of(live, seed=seed)) < 1e-10
@@ -112,4 +125,6 @@ def test_replayed_products_are_the_live_ones(name: str, monkeypatch: pytest.Monk
         torch.cat([p.detach().reshape(-1) for p in problem["network"].parameters]) for problem in (compiled, live)
     )
     assert distance(one, other) < 1e-10
-    assert bool(made) == (DEVICE.type == "cuda")
+    assert bool(used) == (DEVICE.type == "cuda")
+    # Where the first products differ from live ones, the code would be given up, and the rest would be live.
+    assert None not in compiled.workspace.compiled.values()

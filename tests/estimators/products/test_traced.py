@@ -367,9 +367,43 @@ def test_a_comment_of_the_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) 
     """Warnings are errors here; on a GPU, Inductor warns of reductions that it splits."""
     import torch._inductor.lowering
 
-    def compile(graph: Any, arguments: Any) -> Any:
+    def compile(graph: Any, arguments: Any, **_: Any) -> Any:
         exec("import warnings; warnings.warn('a choice of the compiler')", vars(torch._inductor.lowering))
         return graph
 
     monkeypatch.setattr(torch._inductor, "compile", compile)
     compare(*pair(nn.Linear(3, 2)))
+
+
+def test_the_compiler_makes_no_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their next replay would overwrite the results of a product."""
+    import torch._inductor.config as config
+
+    graphs = []
+
+    def compile(graph: Any, arguments: Any, options: Any = None) -> Any:
+        with config.patch(options or {}):
+            graphs.append(config.triton.cudagraphs)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    with config.patch({"triton.cudagraphs": True}):
+        compare(*pair(nn.Linear(3, 2)))
+    assert set(graphs) == {False}
+
+
+def test_deterministic_algorithms_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compiled(graph: Any, arguments: Any) -> Any:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return graph
+
+    monkeypatch.setattr(traced, "compiled", compiled)
+    problem = problem_of(nn.Linear(3, 2), compile=True)
+    for enabled in (False, True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda enabled=enabled: enabled)
+        gradient_of(problem, batches={"network": BATCHES[0]})
+        gradient_of(problem, batches={"network": BATCHES[0]})
+    assert modes == sorted(modes)
+    assert set(modes) == {False, True}
