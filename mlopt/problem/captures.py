@@ -60,8 +60,9 @@ def setting(term: LevelTerm) -> Hashable:
     alike = [first.setdefault(id(x), k) for k, x in enumerate(_batch(term))]
     kinds = {variable.device.type for block in blocks for variable in term.values[block]}
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in sorted(kinds)]
-    deterministic = torch.are_deterministic_algorithms_enabled()  # other kernels, chosen when code is compiled
-    return term.sign, tuple(variables), tuple(modules), described(term.batch), tuple(alike), tuple(casts), deterministic
+    # They choose kernels when code is compiled.
+    kernels = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return term.sign, tuple(variables), tuple(modules), described(term.batch), tuple(alike), tuple(casts), kernels
 
 
 def _modules(term: LevelTerm) -> Iterator[nn.Module]:

@@ -392,18 +392,25 @@ def test_the_compiler_makes_no_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert set(graphs) == {False}
 
 
-def test_deterministic_algorithms_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = []
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [("are_deterministic_algorithms_enabled", (False, True)), ("get_float32_matmul_precision", ("high", "highest"))],
+)
+def test_flags_that_choose_kernels_have_code_of_their_own(
+    flag: str, values: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
 
     def compiled(graph: Any, arguments: Any) -> Any:
-        modes.append(torch.are_deterministic_algorithms_enabled())
+        seen.append(getattr(torch, flag)())
         return graph
 
     monkeypatch.setattr(traced, "compiled", compiled)
     problem = problem_of(nn.Linear(3, 2), compile=True)
-    for enabled in (False, True, False):
-        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda enabled=enabled: enabled)
+    first, second = values
+    for value in (first, second, first):
+        monkeypatch.setattr(torch, flag, lambda value=value: value)
         gradient_of(problem, batches={"network": BATCHES[0]})
         gradient_of(problem, batches={"network": BATCHES[0]})
-    assert modes == sorted(modes)
-    assert set(modes) == {False, True}
+    assert seen == sorted(seen)
+    assert set(seen) == set(values)
