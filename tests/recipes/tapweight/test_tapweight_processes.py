@@ -175,7 +175,7 @@ def test_a_command_on_two_processes_writes_the_files_of_one_and_one_resumes(
     monkeypatch.chdir(case.folder)
     methods = "--methods equal rehearsal tapweight --objectives"
     objectives = {"molecules": "masked_atoms contrastive", "text": "masked_tokens contrastive"}[case.name]
-    more = [*methods.split(), *objectives.split(), "--steps", "4", "--rehearsals", "1"]
+    more = [*methods.split(), *objectives.split(), "--steps", "4", "--rehearsals", "1", "--ensemble", "2"]
     done = launched(case.options("two", *more, size=case.small), case.folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved in ") == 1
@@ -201,3 +201,16 @@ def test_the_command_refuses_in_every_process(molecules: Case) -> None:
     assert done.returncode != 0
     assert "mlopt: steps=3 at every=4: the weights never move; take at least 4 steps" in done.stderr
     assert not (molecules.folder / "refused-by-each").exists()
+
+
+def test_a_plan_is_printed_once_and_writes_nothing(molecules: Case) -> None:
+    done = launched(molecules.options("planned", "--steps", "4", "--plan"), molecules.folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("encoder passes") == 1
+    assert not (molecules.folder / "planned").exists()
+
+
+def test_a_command_that_writes_one_file_refuses_a_launcher(molecules: Case) -> None:
+    done = launched(["tapweight", "predict", "run", "--input", "new.csv", "--output", "out.csv"], molecules.folder)
+    assert done.returncode != 0
+    assert "runs in one process, and this is one of 2" in done.stderr
