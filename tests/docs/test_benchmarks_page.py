@@ -206,6 +206,17 @@ def test_the_tables_of_the_study_are_those_of_the_report(name: str) -> None:
     assert set(shown) <= {*lines, *summary(name), SUMMARY_HEADER, SUMMARY_RULE}
 
 
+def test_the_tables_of_one_text_task_are_those_of_the_report() -> None:
+    rows = read([ROOT / "benchmarks" / "results" / "tapweight-text-csabstruct-2026-11-27.jsonl"])
+    section = PAGE.split("## The present text plan on CSAbstruct\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 15
+    assert set(shown) <= {line for line in markdown(rows).splitlines() if line.startswith("|")}
+    (regime,) = regimes(rows)
+    difference = regime.differences("rehearsal")["csabstruct"]
+    assert f"better in {difference.wins} of {difference.seeds} seeds (p = {difference.p:.2f})" in section
+
+
 def test_the_cost_of_tapweight_is_the_measured_one() -> None:
     rows = rows_of("tapweight-cost-2026-11-26.json")
     printed = cost.markdown(rows["runs"], {int(every): ratio for every, ratio in rows["iteration"].items()})
