@@ -762,8 +762,10 @@ def destroyed(_: Any) -> dict[str, Any]:
 def kept(_: Any) -> bool:
     """Return True if a group that was made beside a group of the user ends although the user keeps that one."""
     group = dist.new_group()
-    patient = weakref.ref(Ranks.of(group).patient()._control)
+    ranks = Ranks.of(group).patient()
+    patient = weakref.ref(ranks._control)
     assert patient() not in (None, group)
+    ranks.all_of(0)  # both have met in it before it ends
     dist.destroy_process_group()
     return patient() is None
 
