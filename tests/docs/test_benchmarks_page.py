@@ -101,16 +101,6 @@ def test_errors_and_costs_on_a_gpu_are_the_measured_ones() -> None:
         assert cells == [f"{row['error']:.1e}", f"{row['time']:.1f}", f"{row['memory']:.2f}"], name
 
 
-def test_the_gain_of_graphs_is_that_of_the_rows() -> None:
-    rows = rows_of("compiled-cuda-2026-11-27.json")
-    table = table_of(PAGE, "| | live | compiled, no graph | compiled | live / compiled |")
-    assert len(table) == 2
-    for name, *cells in table:
-        own = {row["products"]: row for row in rows if row["case"] == name}
-        times = [f"{own[kind]['time']:.1f}" for kind in ("live", "compiled, no graph", "compiled")]
-        assert cells == [*times, f"{own['compiled']['live / this']:.2f}"]
-
-
 def test_the_scores_that_chose_the_text_plan_are_those_of_the_rows() -> None:
     rows = read([ROOT / "benchmarks" / "results" / "tapweight-text-development-2026-11-27.jsonl"])
     table = table_of(PAGE, "| method | passes | csabstruct | scicite | citation_intent |")
