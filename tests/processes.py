@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 #: Seconds after which a process that waits for another fails, and after which all are ended.
-_WAIT, _END = 30, 240
+_WAIT, _END = 100, 600
 
 
 def in_processes(

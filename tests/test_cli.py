@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd)
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_an_interrupted_run_ends_with_130(tmp_path: Path) -> None:
     try:
         assert process.stdout.readline() == "Corpus: 40 molecules of train.csv.\n"
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -17,7 +17,7 @@ def output(*arguments: str) -> str:
     for name in ("RANK", "WORLD_SIZE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, env=environment
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -57,7 +57,7 @@ def test_the_step_is_finished_and_saved_and_the_run_resumes_there(kind: str, cod
     while process.stdout.readline() != "3\n":
         assert process.poll() is None
     process.send_signal(getattr(signal, kind))
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == code
     step, _, _ = mlopt.Checkpoints(tmp_path).newest()
     assert out.split() == [str(k) for k in range(4, step + 1)]
@@ -67,7 +67,7 @@ def test_the_step_is_finished_and_saved_and_the_run_resumes_there(kind: str, cod
     )
     for folder in (tmp_path, tmp_path / "whole"):
         process = start(folder, step + 3)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode == 0
     cut, whole = (serialization.read(folder / f"step-{step + 3:08d}") for folder in (tmp_path, tmp_path / "whole"))
     assert_same_state(cut, whole)
@@ -78,7 +78,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     assert process.stdout
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert out.endswith("30\ndone\n")
 

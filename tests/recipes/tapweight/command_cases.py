@@ -142,7 +142,7 @@ def output_of_process(arguments: list[str], folder: Path) -> str:
     """Return the output of a command that succeeds, without warnings, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "mlopt", *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=folder, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     # A phase that lasts on a busy machine prints lines, which begin with its number.
     warned = [line for line in done.stderr.splitlines() if not line.startswith("[")]

@@ -32,7 +32,7 @@ def play(folder: Path) -> Any:
 
 def finish(folder: Path) -> None:
     process = play(folder)
-    process.join(timeout=120)
+    process.join(timeout=600)
     assert process.exitcode == 0
 
 
@@ -46,7 +46,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
     folder = tmp_path_factory.mktemp("uninterrupted")
     process = begin(folder)
     start = time.monotonic()
-    process.join(timeout=120)
+    process.join(timeout=600)
     assert process.exitcode == 0
     return folder, time.monotonic() - start
 

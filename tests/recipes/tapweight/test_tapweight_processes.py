@@ -164,7 +164,7 @@ def launched(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
         env=environment,
     )
 

@@ -147,12 +147,12 @@ def test_runs_at_once_do_not_break_each_other(place: Path, monkeypatch: pytest.M
     save_file = cache.save_file
 
     def compute() -> dict[str, Tensor]:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=300)
         return tensors
 
     def save(*arguments: Any, **options: Any) -> None:
         save_file(*arguments, **options)
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=300)
 
     monkeypatch.setattr(cache, "save_file", save)
     results: list[object] = []
@@ -160,7 +160,7 @@ def test_runs_at_once_do_not_break_each_other(place: Path, monkeypatch: pytest.M
     for thread in own:
         thread.start()
     for thread in own:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     assert len(results) == 8
     assert [file.suffix for file in place.iterdir()] == [".safetensors"]
     assert_same(cache.cached("feature", SMILES, Counted())["a"], tensors["a"])
