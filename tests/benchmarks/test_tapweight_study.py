@@ -111,6 +111,27 @@ def test_tasks_share_rehearsals_and_nothing_else(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*.work/*/*"))
 
 
+def test_methods_of_the_same_rehearsals_share_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = plan(tmp_path, methods=("rehearsal", "rehearsal:rehearsals=1"), seeds=(0,), passes=40)
+    steps, step = [0], Engine.step
+
+    def counted(self: Any) -> Any:
+        steps[0] += 1
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    study.run(own, tmp_path / "both.jsonl")
+    # Two rehearsals of 24 steps together; main runs of 8 steps, and of 24 after one rehearsal, on each of two tasks.
+    assert steps[0] == 24 + 2 * 8 + 2 * 24
+    for method in own.methods:
+        study.run(attrs.evolve(own, methods=(method,)), tmp_path / "each.jsonl")
+    assert scores(tmp_path / "both.jsonl") == scores(tmp_path / "each.jsonl")
+    # Shorter rehearsals are others.
+    steps[0] = 0
+    study.run(attrs.evolve(own, methods=("rehearsal", "rehearsal:rehearsal_steps=3")), tmp_path / "other.jsonl")
+    assert steps[0] == 24 + 2 * 8 + 2 * (12 + 20)
+
+
 def test_other_settings_are_other_rows(tmp_path: Path) -> None:
     file, own = tmp_path / "rows.jsonl", plan(tmp_path, methods=("direct",), seeds=(0,), tasks=("esol",))
     for changed in (own, attrs.evolve(own, passes=31), attrs.evolve(own, settings=Settings(batch_size=8)), own):

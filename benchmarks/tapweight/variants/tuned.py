@@ -18,6 +18,8 @@ __all__ = ["Tuned"]
 
 #: These act in the final finetuning, which is the same for all methods of a study.
 _FINAL = ("epochs", "finetune_lr", "freeze_encoder", "finetunings", "ensemble", "patience")
+#: With other values of these, the rehearsals that are taken are the same.
+_SAME_REHEARSALS = {"rehearsals"}
 
 
 class Tuned(Method):
@@ -53,7 +55,8 @@ class Tuned(Method):
         settings = attrs.evolve(experiment.settings, **self.changes)
         # Phases of other settings are not these. The scales of the losses are read at the start.
         start = {"start": None} if "scale" in self.changes else {}
-        return attrs.evolve(experiment, settings=settings, shared_checkpoints=None, **start)
+        shared = experiment.shared_checkpoints if set(self.changes) <= _SAME_REHEARSALS else None
+        return attrs.evolve(experiment, settings=settings, shared_checkpoints=shared, **start)
 
 
 def _change(method: str, text: str) -> tuple[str, Any]:
