@@ -325,7 +325,14 @@ def pull_back(
 def keep_reports(point: Point, linearization: Linearization) -> None:
     """Keep the reports of a linearisation at the point, with the distance of each level from its solution."""
     for name, report in linearization.reports().items():
-        _measure(point, point.problem[name], report)
+        level = point.problem[name]
+        _measure(point, level, report)
+        if any(parameter._post_accumulate_grad_hooks for parameter in level.parameters):
+            report.doubt(
+                f"parameters of {name!r} have hooks that run when their gradient was accumulated "
+                "(register_post_accumulate_grad_hook), which steps obey and pullbacks do not; mask gradients by register_hook, "
+                "or freeze parts by requires_grad_(False)"
+            )
         point.reports[name] = report
 
 

@@ -294,7 +294,7 @@ def _judge(check: Check, approximate: list[str]) -> None:
     if approximate:
         sentence += (
             f" {' '.join(approximate)} No linear system is solved there, so the error is that of its own approximation (steps "
-            "unrolled, size of a penalty): raise those, or the tolerance."
+            "unrolled, size of a penalty): raise those, or the tolerance. RealSteps differentiates the steps themselves."
         )
     raise DisagreementError(sentence, check)
 

@@ -52,6 +52,8 @@ class ClippedInverse(AssumedInverse):
         factor = clip_factor(self.size, self.limit)
         # torch's small addition to the norm takes part in the derivative.
         share = (factor < 1) * self.size / (self.size + _EPSILON)
-        square = dot(self.gradient, self.gradient)
-        along = dot(self.gradient, value) / square.clamp_min(torch.finfo(square.dtype).tiny)
-        return scale(factor, axpy(-share * along, self.gradient, value))
+        # The vectors are finer than the gradient if the variables are in half precision.
+        gradient = tuple(g.to(v.dtype) for g, v in zip(self.gradient, value, strict=True))
+        square = dot(gradient, gradient)
+        along = dot(gradient, value) / square.clamp_min(torch.finfo(square.dtype).tiny)
+        return scale(factor, axpy(-share * along, gradient, value))

@@ -380,6 +380,7 @@ class Stationarity(Linearization):
 
     def pullback(self, cotangent: Vectors, wanted: Sequence[str] | None = None) -> dict[Block, Tensors]:
         self._free_gradient()
+        self._read_optimizer()
         return in_single_precision(self.point, self._copies, partial(self._pullback, wanted=wanted), cotangent)
 
     def _free_gradient(self) -> None:
@@ -424,7 +425,13 @@ class Stationarity(Linearization):
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
+        self._read_optimizer()
         return in_single_precision(self.point, self._copies, self._pushforward, tangent)
+
+    def _read_optimizer(self) -> None:
+        """Read what depends on the level's optimiser before copies take the place of its variables, which it does not know."""
+        if self._copies is not None:
+            _ = self._solver, self._bounds
 
     def _pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         moved = self.product(tangent, self.blocks)

@@ -57,7 +57,8 @@ class _ScaledIdentity(Implicit):
 class Identity(_ScaledIdentity):
     """Assume that the inverse Hessian is c I: u_bar = -c (d2f / du dx) v.
 
-    T1-T2 and DARTS set c to the learning rate of the level: then u_bar is the derivative through its latest SGD step.
+    T1-T2 and DARTS set c to the learning rate of the level: then u_bar is the derivative through one plain SGD step from the
+    present variables, without momentum and clip, for the cotangent v at these variables.
 
     Args:
         scale: c.

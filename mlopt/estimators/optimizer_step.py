@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import attrs
@@ -59,9 +60,17 @@ class _Transformed:
 
 @attrs.frozen(eq=False)
 class _Part:
-    """The step of some of the variables, and its first state."""
+    """The step of variables that the loss uses in the same steps, and its first state.
+
+    Attributes:
+        indices: the variables.
+        turns: by step, how many steps they took before; None where the loss does not use them.
+        step: their step.
+        state: its first state.
+    """
 
     indices: list[int]
+    turns: Sequence[int | None]
     step: SGDStep | _Transformed
     state: Any
 
@@ -73,7 +82,7 @@ class OptimizerStep:
         transformation: a TorchOpt transformation, which starts without state; None for the level's own optimiser.
         point: the point.
         name: the level.
-        used: indices of the variables that are stepped.
+        uses: by step, the indices of the variables that the loss uses; a step moves no others.
         fresh: True if the level's own optimiser starts without state, too.
         rates: factors on the steps of all variables, each in a shape that expands to that of the variable; none if empty.
     """
@@ -83,14 +92,14 @@ class OptimizerStep:
         transformation: Any,
         point: Point,
         name: str,
-        used: list[int],
+        uses: Sequence[Sequence[int]],
         *,
         fresh: bool,
         rates: Tensors = (),
     ) -> None:
         self._rates = rates
         self._clip = point.problem[name].clip
-        self._parts: Sequence[_Part] = _parts(transformation, point, name, used, fresh)
+        self._parts: Sequence[_Part] = _parts(transformation, point, name, _turns(uses), fresh)
         #: True if the step is linear, so that its transpose depends on neither x_t, g_t nor s_t.
         self.is_linear = not rates and self._clip is None and all(isinstance(p.step, SGDStep) for p in self._parts)
         leaves, self._structure = _torchopt().pytree.tree_flatten([part.state for part in self._parts])
@@ -102,8 +111,11 @@ class OptimizerStep:
         states = _torchopt().pytree.tree_unflatten(self._structure, step.memory)
         gradient = clipped(step.gradient, self._clip)
         for k, part in enumerate(self._parts):
+            turn = part.turns[step.number]
+            if turn is None:
+                continue
             own, along = (tuple(v[i] for i in part.indices) for v in (step.variables, gradient))
-            own, states[k] = part.step(step.number, own, along, states[k])
+            own, states[k] = part.step(turn, own, along, states[k])
             for i, variable in zip(part.indices, own, strict=True):
                 moved[i] = variable
         rates = self._rates if rates is None else rates
@@ -145,21 +157,42 @@ class OptimizerStep:
         states, start = list[Tensor](), 0
         for part in self._parts:
             assert isinstance(part.step, SGDStep)
-            stop = start + len(part.state)
-            own, slope, state = part.step.pull(number, tuple(adjoint[i] for i in part.indices), memory[start:stop])
-            pulled |= zip(part.indices, own, strict=True)
-            along |= zip(part.indices, slope, strict=True)
+            stop, turn = start + len(part.state), part.turns[number]
+            if turn is None:
+                state = memory[start:stop] or zeros_like(part.state)
+            else:
+                own, slope, state = part.step.pull(turn, tuple(adjoint[i] for i in part.indices), memory[start:stop])
+                pulled |= zip(part.indices, own, strict=True)
+                along |= zip(part.indices, slope, strict=True)
             states, start = [*states, *state], stop
         slopes = (along[i] if i in along else torch.zeros_like(x) for i, x in enumerate(adjoint))
         return tuple(pulled.values()), tuple(slopes), tuple(states), ()
 
 
-def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh: bool) -> list[_Part]:
+def _turns(uses: Sequence[Sequence[int]]) -> dict[int, tuple[int | None, ...]]:
+    """Return, for each variable that some step uses, how many steps it took before each step, or None if it takes no part."""
+    turns: dict[int, list[int | None]] = {i: [] for i in sorted({i for used in uses for i in used})}
+    for used in uses:
+        for i, own in turns.items():
+            own.append(sum(turn is not None for turn in own) if i in used else None)
+    return {i: tuple(own) for i, own in turns.items()}
+
+
+def _parts(
+    transformation: Any, point: Point, name: str, turns: dict[int, tuple[int | None, ...]], fresh: bool
+) -> list[_Part]:
     """Return the given transformation or, if it is None, the translation of the level's optimiser."""
     level = point.problem[name]
+    patterns = list(dict.fromkeys(turns.values()))
     if transformation is not None:
-        own = [level.parameters[i].detach() for i in used]
-        return [_Part(used, _Transformed(_settled(transformation, own)), transformation.init(own))]
+        if len(patterns) > 1:
+            raise EstimatorError(
+                f"level {name!r}: its loss uses other parameters in some virtual steps than in others, and a TorchOpt "
+                "transformation would also step idle ones; leave out Unrolled(optimizer=...) to take the level's own optimiser"
+            )
+        own = [level.parameters[i].detach() for i in turns]
+        step = _Transformed(_settled(transformation, own))
+        return [_Part([*turns], pattern, step, transformation.init(own)) for pattern in patterns]
     optimizer: Any = point.optimizer(name) or level.optimizer
     if optimizer is None:
         raise EstimatorError(
@@ -181,17 +214,18 @@ def _parts(transformation: Any, point: Point, name: str, used: list[int], fresh:
             f"{' with amsgrad' if translate else ''}, only of torch.optim's SGD, Adam and AdamW (without amsgrad); pass a "
             "TorchOpt transformation, such as Unrolled(optimizer=torchopt.rmsprop(1e-3))"
         )
-    position = {id(variable): i for i, variable in enumerate(level.parameters) if i in used}
+    position = {id(variable): i for i, variable in enumerate(level.parameters) if i in turns}
     parts = []
-    for group in optimizer.param_groups:
-        members = [v for v in group["params"] if id(v) in position]
+    for group, pattern in product(optimizer.param_groups, patterns):
+        members = [v for v in group["params"] if id(v) in position and turns[position[id(v)]] == pattern]
         states = [{} if fresh else optimizer.state.get(v, {}) for v in members]
         for live in (False, True):
             # A variable without state takes a first step; one with state resumes from it.
             chosen = [(v, s) for v, s in zip(members, states, strict=True) if any(map(_is_set, s.values())) == live]
             if chosen:
                 own, own_states = [v.detach() for v, _ in chosen], [s for _, s in chosen]
-                parts.append(_Part([position[id(v)] for v, _ in chosen], *translate(group, own, own_states, live)))
+                places = [position[id(v)] for v, _ in chosen]
+                parts.append(_Part(places, pattern, *translate(group, own, own_states, live)))
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attrs
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import EstimatorError
 from ..problem import Block, Point
@@ -41,7 +42,7 @@ class Referred:
             user: the level of the estimator.
 
         Raises:
-            EstimatorError: the loss does not refer to the level, or there is no such submodule.
+            EstimatorError: the loss does not refer to the level, there is no such submodule, or it has parametrizations.
         """
         level, _, path = place.partition(".")
         if level not in point.problem.graph[user].arguments:
@@ -57,8 +58,18 @@ class Referred:
                 f"level {user!r}: Unrolled({option}={place!r}), but the module of level {level!r} has no submodule {path!r} "
                 f"({error}); it has {', '.join(repr(name) for name, _ in module.named_children())}"
             ) from error
+        if any(map(is_parametrized, part.modules())):
+            raise EstimatorError(
+                f"level {user!r}: Unrolled({option}={place!r}) takes parameters as they are, but its module has parametrizations "
+                "(torch.nn.utils.parametrize), which map them to other values; use a module without them"
+            )
         own = {id(parameter) for parameter in part.parameters()}
         positions = tuple(k for k, variable in enumerate(point.problem[level].parameters) if id(variable) in own)
+        if not positions:
+            raise EstimatorError(
+                f"level {user!r}: Unrolled({option}={place!r}), which has no trainable parameters; they are variables of level "
+                f"{level!r} if requires_grad is True"
+            )
         return cls(level, tuple(point.values[level][k] for k in positions), positions)
 
     @property

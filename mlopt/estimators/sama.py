@@ -65,7 +65,7 @@ class SAMA(Implicit):
             # The latest step leaves its clipped gradient behind; a variable that it did not move has none.
             gradient = tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in own.parameters)
             size = point.gradient_norm(level)
-        diagonal = linear.Diagonal(inverse=step_derivative(own, live, gradient))
+        diagonal = linear.Diagonal(inverse=step_derivative(own, live, gradient, point.groups(level)))
         if own.clip is None or size is None:
             return diagonal
         return ClippedInverse(inverse=diagonal, gradient=gradient, size=size, limit=own.clip)
@@ -78,7 +78,12 @@ class SAMA(Implicit):
         return f"{linear.Identity()} with {self.products} products, adapted"
 
 
-def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Tensor]) -> Tensors:
+def step_derivative(
+    level: Level,
+    live: Optimizer | None,
+    gradient: Sequence[Tensor],
+    settings: Sequence[dict[str, Any]] | None = None,
+) -> Tensors:
     """Return -dx/dg, by component, for the latest step x <- x - step(g) of the level's optimiser.
 
     For SGD it is the learning rate. For Adam, with m^ and v^ the moments at step t after the correction of their bias, it is
@@ -89,12 +94,14 @@ def step_derivative(level: Level, live: Optimizer | None, gradient: Sequence[Ten
         level: the level.
         live: its optimiser after that step; None for the first step of a new optimiser.
         gradient: g of that step, for each of the level's variables.
+        settings: the settings of the optimiser's groups in that step, if a scheduler has changed them since.
 
     Raises:
         EstimatorError: the derivative of this kind of optimiser is not known here.
     """
     optimizer = live if live is not None else _fresh(level)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    pairs = zip(optimizer.param_groups, settings or optimizer.param_groups, strict=True)
+    groups = {id(p): own for group, own in pairs for p in group["params"]}
     state = optimizer.state if live is not None else {}
     return tuple(
         _diagonal(

@@ -59,7 +59,7 @@ class Unrolled(Estimator):
         (a_x, a_g, lambda_s) <- Phi'(x_t, g_t, s_t)^T (lambda_x, lambda_s)
         lambda_x <- a_x + (d2f / dx2) a_g,    u_bar <- u_bar + (d2f / du dx) a_g
 
-    with one product a step. A parameter that the loss does not use is not stepped. If the level has a `clip`, Phi scales g_t down
+    with one product a step. A step moves only the parameters that its loss uses. If the level has a `clip`, Phi scales g_t down
     as the level's own steps do, and is differentiated through that.
 
     Args:
@@ -257,11 +257,29 @@ class _Trajectory:
         measured = rule.checkpoint_every is None and rule.steps > 1
         traced = self._traced_bytes(value, variables) if measured else 0
         first = self._gradient(value)
-        used = [i for i, g in enumerate(first) if g is not None]
         #: The gradient at x_0 on the live variables, until it was compared with that on leaves.
         self._first: Sequence[Tensor | None] = first
         rates = () if self.rates is None else self._rates(self.rates)
-        self.update = OptimizerStep(rule.optimizer, point, name, used, fresh=self.start is not None, rates=rates)
+        expected: list[tuple[int, ...]] = []
+        #: By step, the variables that the loss uses; None once the steps are known to move these and no others.
+        self._uses: list[tuple[int, ...]] | None = [_used(first)] * rule.steps
+        while self._uses != expected:
+            # The steps are taken again if one used others than the first: each pass settles one more step, and most settle all.
+            assert self._uses is not None
+            expected = [*self._uses]
+            self.update = OptimizerStep(
+                rule.optimizer, point, name, expected, fresh=self.start is not None, rates=rates
+            )
+            last = self._walk_all(variables, traced)
+        self._uses, variables = None, last
+        if not is_finite(variables):
+            raise NonFiniteError(
+                f"level {name!r}: {rule.steps} virtual steps led to variables that are not finite; take fewer or shorter steps"
+            )
+        _put(self._live, variables)
+
+    def _walk_all(self, variables: Tensors, traced: int) -> Tensors:
+        """Take all steps from x_0, keep the checkpoints and the last segment, and return x_T."""
         memory = self.update.initial
         self._lengths = self._segments(variables, memory, traced)
         self._kept: list[tuple[int, Tensors, Tensors]] = []
@@ -270,12 +288,8 @@ class _Trajectory:
         for length in self._lengths:
             self._kept.append((begin, variables, memory))
             begin += length
-            variables, memory = self._walk(self._segment if begin == rule.steps else None)
-        if not is_finite(variables):
-            raise NonFiniteError(
-                f"level {name!r}: {rule.steps} virtual steps led to variables that are not finite; take fewer or shorter steps"
-            )
-        _put(self._live, variables)
+            variables, memory = self._walk(self._segment if begin == self._rule.steps else None)
+        return variables
 
     def _traced_bytes(self, value: Tensor, variables: Tensors) -> int:
         """Return the bytes that the trace of a gradient holds, without those that it shares with the graph of `value`."""
@@ -304,12 +318,15 @@ class _Trajectory:
         for t in range(begin, begin + self._lengths[len(self._kept) - 1]):
             leaves = _leaves(variables)
             if segment is None:
-                with standing_in(self._point, self._level, leaves):
-                    derivatives = self._gradient(self._objective(t).value())
+                derivatives = self._gradient_on(t, leaves)
                 pairs = zip(derivatives, variables, strict=True)
                 gradient = tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
+                if self._uses is not None:
+                    self._uses[t] = _used(derivatives)
             else:
                 gradient, products = self._trace(t, leaves)
+                if self._uses is not None and not self._moves(self._uses[t], gradient):
+                    self._uses[t] = _used(self._gradient_on(t, leaves))
             if t == 0 and self._first:
                 self._check(gradient)
             step = Step(t, variables, gradient, memory)
@@ -320,6 +337,16 @@ class _Trajectory:
                 segment.append(_Held(Step(t, (), (), ()) if self.update.is_linear else step, leaves, products))
             del gradient, step
         return variables, memory
+
+    def _gradient_on(self, t: int, leaves: tuple[nn.Parameter, ...]) -> tuple[Tensor | None, ...]:
+        with standing_in(self._point, self._level, leaves):
+            return self._gradient(self._objective(t).value())
+
+    @staticmethod
+    def _moves(used: Sequence[int], gradient: Tensors) -> bool:
+        """Return True if a gradient is not zero for exactly the variables that are used, which a trace does not tell apart."""
+        moved = torch.stack([g.count_nonzero() for g in gradient]).tolist()
+        return [i for i, count in enumerate(moved) if count] == [*used]
 
     def _trace(self, t: int, leaves: tuple[nn.Parameter, ...]) -> tuple[Tensors, SecondDerivatives]:
         """Trace the gradient at x_t on leaves of its own, since several steps are held at a time."""
@@ -367,9 +394,9 @@ class _Trajectory:
                 f"level {self._level.name!r}: Unrolled(start={self._rule.start!r}), whose parameters have shapes {start.shapes}, "
                 f"not {own}; use modules of the same kind for both levels, of which this one may be stacked"
             )
-        return tuple(
-            x.detach().to(own).expand_as(own).contiguous() for x, own in zip(start.variables, self._live, strict=True)
-        )
+        # Copies: differences move the variables of the start in place, too.
+        pairs = zip(start.variables, self._live, strict=True)
+        return tuple(x.detach().to(y).expand_as(y).clone(memory_format=torch.contiguous_format) for x, y in pairs)
 
     def _rates(self, rates: Referred) -> Tensors:
         own = [tuple(x.shape) for x in self._live]
@@ -383,6 +410,10 @@ class _Trajectory:
     def _referred(self, option: str) -> Referred | None:
         place: str | None = getattr(self._rule, option)
         return None if place is None else Referred.of(place, option, self._point, self._level.name)
+
+
+def _used(derivatives: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(i for i, derivative in enumerate(derivatives) if derivative is not None)
 
 
 def _expands(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:

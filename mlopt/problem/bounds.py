@@ -61,12 +61,19 @@ class Bounds:
             gradient: returns the gradient of what the optimiser minimises.
         """
         optimizer = level_optimizer(level, point)
-        variables = point.values[level.name]
         if optimizer is None:
             return cls()
+        bounds = cls._of_steps(level, point, gradient, optimizer)
         resting = _resting(optimizer)
-        if resting:
-            return cls(free=tuple(torch.full_like(v, id(v) not in resting) for v in variables))
+        if not resting:
+            return bounds
+        moving = tuple(torch.full_like(v, id(v) not in resting) for v in point.values[level.name])
+        return attrs.evolve(bounds, free=bounds.on_free(moving))
+
+    @classmethod
+    def _of_steps(cls, level: Level, point: Point, gradient: Callable[[], Tensors], optimizer: Optimizer) -> Bounds:
+        """Return the bounds that steps show; a variable whose learning rate is zero may count as free."""
+        variables = point.values[level.name]
         if any(v.dtype not in _WIDE for v in variables):
             return cls()
         if point.carryover is not None and level.name in point.carryover.held:

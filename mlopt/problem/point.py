@@ -66,6 +66,7 @@ class Carryover:
         cotangents: the state of each streamed pullback.
         held: by level whose optimiser has step hooks, where its latest step left a variable unchanged against its gradient.
         gradient_norms: by level with a `clip`, the norm of the gradient of its latest step before clipping.
+        groups: by level with a scheduler, the settings of its optimiser's groups in its latest step.
     """
 
     optimizers: Mapping[str, Optimizer] = attrs.field(factory=dict)
@@ -77,6 +78,7 @@ class Carryover:
     cotangents: dict[str, StreamedCotangent] = attrs.field(factory=dict)
     held: dict[str, Tensors] = attrs.field(factory=dict)
     gradient_norms: dict[str, Tensor] = attrs.field(factory=dict)
+    groups: dict[str, list[dict[str, Any]]] = attrs.field(factory=dict)
 
     def forget(self, name: str) -> None:
         """Drop the solution and the history of a level's linear system."""
@@ -142,6 +144,10 @@ class Point:
     def gradient_norm(self, name: str) -> Tensor | None:
         """Return the norm of the gradient of a level's latest step before clipping; None outside a run, or without a `clip`."""
         return None if self.carryover is None else self.carryover.gradient_norms.get(name)
+
+    def groups(self, name: str) -> Sequence[dict[str, Any]] | None:
+        """Return the settings of a level's groups in its latest step, before its scheduler; None without a scheduler."""
+        return None if self.carryover is None else self.carryover.groups.get(name)
 
     def last_gradient(self, name: str) -> Tensors | None:
         """Return a level's own gradient, before clipping, at its last step or where its solver left it; None if unknown."""

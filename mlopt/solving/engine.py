@@ -246,6 +246,7 @@ class Engine:
         scheduler = self.schedulers[level.name]
         if scheduler is None:
             return
+        self.gradients.carryover.groups[level.name] = [_settings(group) for group in optimizer.param_groups]
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(float(loss))
         else:
@@ -388,6 +389,11 @@ class Engine:
 def _spread(vectors: Tensors, level: Level) -> Tensors:
     """Return vectors over the variables of a level, sharded as these are."""
     return tuple(sharded_as(x, v) for x, v in zip(vectors, level.parameters, strict=True))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the settings of a group; a scheduler may change a tensor in place."""
+    return {key: x.clone() if isinstance(x, Tensor) else x for key, x in group.items() if key != "params"}
 
 
 def _not_finite(level: Level) -> Callable[[float], str]:

@@ -36,6 +36,19 @@ def test_the_learned_rates_help(names: dict[str, Any]) -> None:
     assert float((rates - 0.05).abs().min()) > 0.01
 
 
+def test_the_learners_are_those_after_the_virtual_steps(names: dict[str, Any]) -> None:
+    task, meta = 3, names["meta_sgd"]["meta"].module
+    own = [p.detach().clone().requires_grad_() for p in meta.start.parameters()]
+    for inputs, targets in names["batches"]:
+        loss = (torch.nn.functional.linear(inputs[task], *own).squeeze(-1) - targets[task]).square().mean()
+        slopes = torch.autograd.grad(loss, own)
+        own = [(p - r * g).detach().requires_grad_() for p, r, g in zip(own, meta.rates, slopes, strict=True)]
+    learners = list(names["learners"].values())
+    assert [len(value) for value in learners] == [64, 64]
+    for value, expected in zip(learners, own, strict=True):
+        torch.testing.assert_close(value[task], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_each_example_has_fewer_than_forty_lines_of_code() -> None:
     for block in BLOCKS:
         lines = [line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]

@@ -155,3 +155,93 @@ def test_a_level_with_levels_inside_is_refused() -> None:
     ]
     with pytest.raises(mlopt.EstimatorError, match="level 'y': SAMA is for levels without levels inside, and 'z'"):
         mlopt.hypergradient(mlopt.Problem(*levels))
+
+
+SCHEDULERS: dict[str, tuple[Any, int]] = {
+    "decay": (partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1), 3),
+    "cycle": (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.3, total_steps=10), 4),
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_step_is_that_before_the_scheduler_moved_on(name: str, tensor: bool) -> None:
+    """OneCycleLR changes the first beta of Adam too."""
+    scheduler, steps = SCHEDULERS[name]
+    seen: list[Tensor] = []
+
+    class Note(mlopt.Callback):
+        def on_step_end(self, run: Any) -> None:
+            seen.append(run.problem["u"].module.value.grad.clone())
+
+    def inner(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        return u() @ module() + module().square().sum() / 2
+
+    def outer(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        return x().sum()
+
+    def adam(parameters: Any) -> Optimizer:
+        return Adam(parameters, lr=torch.tensor(0.1) if tensor else 0.1, eps=0.1)
+
+    start = torch.tensor([0.5, -1.0, 2.0])
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(torch.ones(3)), outer, optimizer=partial(SGD, lr=0.0)),
+        mlopt.Level(
+            "x",
+            mlopt.variables(start),
+            inner,
+            optimizer=adam,
+            scheduler=scheduler,
+            estimator=mlopt.SAMA(products="autograd"),
+        ),
+    )
+    mlopt.solve(problem, steps=steps, callbacks=[Note()], progress=False)
+
+    def end(shift: Tensor) -> Tensor:
+        """Return x after the steps, the last one along a gradient that is shifted."""
+        x = nn.Parameter(start.clone())
+        optimizer = adam([x])
+        rates = scheduler(optimizer)
+        for step in range(steps):
+            x.grad = 1.0 + x.detach() + (shift if step == steps - 1 else 0.0)
+            optimizer.step()
+            rates.step()
+        return x.detach()
+
+    size = 1e-6
+    expected = (end(torch.full((3,), size)) - end(torch.full((3,), -size))) / (2 * size)
+    # Rounding of a step of 0.01 over a displacement of 1e-6, relative to a derivative of 1e-5.
+    assert distance(seen[-1], expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("products", ["autograd", "finite_difference"])
+def test_half_precision_agrees_with_single(products: str, clip: float | None) -> None:
+    def gradient(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        start, weights = torch.randn(3).to(torch.bfloat16).to(dtype), torch.tensor([0.5, -1.0, 2.0], dtype=dtype)
+
+        def inner(module: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+            return u() @ module() + module().square().sum() / 2
+
+        problem = mlopt.Problem(
+            mlopt.Level(
+                "u",
+                mlopt.variables(torch.ones(3, dtype=dtype)),
+                lambda module, batch, *, x: weights @ x(),
+                optimizer=partial(SGD, lr=0.0),
+            ),
+            mlopt.Level(
+                "x",
+                mlopt.variables(start),
+                inner,
+                optimizer=partial(Adam, lr=0.125, eps=0.125),
+                clip=clip,
+                estimator=mlopt.SAMA(products=products),
+            ),
+        )
+        mlopt.solve(problem, steps=1, callbacks=[mlopt.Callback()], progress=False)
+        return problem["u"].module.value.grad.double()
+
+    assert distance(gradient(torch.bfloat16), gradient(torch.float32)) < 0.05  # bfloat16 has 8 bits

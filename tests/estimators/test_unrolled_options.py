@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,210 @@ def test_wrong_places_are_refused(option: dict[str, str], message: str) -> None:
     net = attrs.evolve(problem["net"], estimator=mlopt.Unrolled(steps=2, **option))
     with pytest.raises(mlopt.EstimatorError, match=message):
         mlopt.hypergradient(mlopt.Problem(problem["meta"], net))
+
+
+class Heads(nn.Module):
+    """Heads of which a batch uses one, or the one that the first head's value selects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(3, 1) for _ in range(2))
+
+    def forward(self, inputs: Tensor, head: int) -> Tensor:
+        return self.heads[head](inputs)
+
+
+STEPPERS = {
+    "sgd": partial(SGD, lr=0.1),
+    "momentum": partial(SGD, lr=0.1, momentum=0.9, dampening=0.5),
+    "nesterov with decay": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5),
+    "adam": partial(Adam, lr=0.1, eps=0.1),
+}
+
+
+def heads_problem(stepper: Any, order: list[int], seed: int, **options: Any) -> tuple[mlopt.Problem, Any]:
+    """Return a problem whose virtual steps use the heads in an order, and its outer loss after the steps of torch."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [(*(torch.randn(6, n, generator=generator) for n in (3, 1)), head) for head in order]
+    held_out = tuple(torch.randn(6, n, generator=generator) for n in (3, 1))
+    torch.manual_seed(seed)
+    net = Heads()
+
+    def inner(net: nn.Module, batch: Any, *, weight: nn.Module) -> Tensor:
+        return weight().exp() * (net(batch[0], batch[2]) - batch[1]).square().mean()
+
+    def outer(weight: Any, batch: Any, *, net: nn.Module) -> Tensor:
+        return sum((net(batch[0], head) - batch[1]).square().mean() for head in (0, 1))
+
+    def end(weight: float) -> float:
+        own = copy.deepcopy(net)
+        optimizer = stepper(own.parameters())
+        for batch in batches:
+            optimizer.zero_grad()
+            inner(own, batch, weight=lambda: torch.tensor(weight)).backward()
+            optimizer.step()
+        return float(outer(None, held_out, net=own).detach())
+
+    rule = mlopt.Unrolled(steps=len(order), data=batches, **options)
+    problem = mlopt.Problem(
+        mlopt.Level("weight", mlopt.variables(torch.zeros(())), outer, data=[held_out]),
+        mlopt.Level("net", net, inner, data=batches[:1], optimizer=stepper, estimator=rule),
+    )
+    return problem, end
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+@drawn(6)
+@given(
+    seed=seeds,
+    order=st.lists(st.sampled_from([0, 1]), min_size=2, max_size=5),
+    every=st.sampled_from([1, 2, None]),
+    products=st.sampled_from(["autograd", "forward", "finite_difference"]),
+)
+def test_a_step_moves_the_parameters_that_its_own_batch_uses(
+    name: str, seed: int, order: list[int], every: int | None, products: str
+) -> None:
+    problem, end = heads_problem(STEPPERS[name], order, seed, checkpoint_every=every, products=products)
+    result = mlopt.hypergradient(problem)
+    assert float(result.loss) == pytest.approx(end(0.0), rel=1e-12)
+    expected = (end(1e-5) - end(-1e-5)) / 2e-5
+    assert float(result.gradient["value"]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert not result.reports["net"].remarks
+
+
+def test_a_step_moves_the_parameters_that_values_select() -> None:
+    """The second step uses the second weight, because the first step made the first one positive."""
+
+    def inner(x: nn.Module, batch: Any, *, u: nn.Module) -> Tensor:
+        own = x.first if x.first.item() < 0 else x.second
+        return (own - u()).square() / 2
+
+    module = nn.Module()
+    module.first, module.second = (nn.Parameter(torch.tensor(value)) for value in (-0.5, 3.0))
+    problem = mlopt.Problem(
+        mlopt.Level("u", mlopt.variables(torch.tensor(1.0)), lambda u, batch, *, x: x.first + 10 * x.second),
+        mlopt.Level("x", module, inner, optimizer=partial(SGD, lr=0.5), estimator=mlopt.Unrolled(steps=3)),
+    )
+    # first = (-0.5 + u) / 2, and second = 3 / 4 + 3 u / 4 after two steps.
+    result = mlopt.hypergradient(problem)
+    assert float(result.loss) == pytest.approx(0.25 + 10 * 1.5, rel=1e-12)
+    assert float(result.gradient["value"]) == pytest.approx(0.5 + 7.5, rel=1e-12)
+
+
+def test_a_given_transformation_refuses_parameters_that_are_idle_in_some_steps() -> None:
+    problem, _ = heads_problem(partial(SGD, lr=0.1), [0, 1], 0, optimizer=torchopt.sgd(0.1))
+    with pytest.raises(mlopt.EstimatorError, match="uses other parameters in some virtual steps than in others"):
+        mlopt.hypergradient(problem)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("products", ["autograd", "forward", "finite_difference"])
+def test_a_start_keeps_its_variables_where_they_are(products: str, steps: int) -> None:
+    """A loss that depends on the start in another way than by a difference shows variables that are moved together."""
+
+    def inner(net: nn.Module, batch: Any, *, meta: nn.Module) -> Tensor:
+        pairs = zip(net.parameters(), meta.parameters(), strict=True)
+        return support(net, batch, meta=meta) + 0.3 * sum((p * q.sin()).sum() for p, q in pairs)
+
+    meta, (inputs, targets), asked = network(1), draw(seed=2), draw(seed=3)
+    rule = mlopt.Unrolled(steps=steps, start="meta", products=products)
+    problem = mlopt.Problem(
+        mlopt.Level("meta", meta, query, data=[asked]),
+        mlopt.Level("net", network(9), inner, data=[(inputs, targets)], optimizer=partial(SGD, lr=0.1), estimator=rule),
+    )
+    result = mlopt.hypergradient(problem)
+    start = list(meta.parameters())
+    names, x = [name for name, _ in meta.named_parameters()], [p.clone() for p in start]
+    for _ in range(steps):
+        outputs = functional_call(meta, dict(zip(names, x, strict=True)), (inputs,)).squeeze(-1)
+        value = (outputs - targets).square().mean()
+        value = value + 0.3 * sum((p * q.sin()).sum() for p, q in zip(x, start, strict=True))
+        x = [p - 0.1 * g for p, g in zip(x, torch.autograd.grad(value, x, create_graph=True), strict=True)]
+    outputs = functional_call(meta, dict(zip(names, x, strict=True)), (asked[0],)).squeeze(-1)
+    expected = flat(dict(enumerate(torch.autograd.grad((outputs - asked[1]).square().mean(), start))))
+    assert distance(flat(result.gradient), expected) < (1e-7 if products == "finite_difference" else 1e-12)
+    assert not result.reports["net"].remarks
+
+
+class Afresh(mlopt.Callback):
+    """Draws the parameters of a network in each outer step, and keeps the hypergradients."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_step_begin(self, run: Any) -> None:
+        run.problem["net"].module.load_state_dict(network(run.step).state_dict())
+
+    def on_step_end(self, run: Any) -> None:
+        self.seen.append(run.problem["images"].module.value.grad.clone())
+
+
+def test_a_level_that_begins_anew_in_each_outer_step() -> None:
+    """Dataset distillation: the outer variables are the training examples."""
+    asked, labels = draw(seed=4), torch.tensor([0.5, -1.0])
+
+    def inner(net: nn.Module, batch: Any, *, images: nn.Module) -> Tensor:
+        return (net(images()).squeeze(-1) - labels).square().mean()
+
+    def outer(images: nn.Module, batch: Any, *, net: nn.Module) -> Tensor:
+        return (net(batch[0]).squeeze(-1) - batch[1]).square().mean()
+
+    start = torch.tensor([[0.3, -0.2], [1.0, 0.4]])
+    rule = mlopt.Unrolled(steps=4, optimizer=torchopt.sgd(0.1))
+    problem = mlopt.Problem(
+        mlopt.Level("images", mlopt.variables(start), outer, data=[asked], optimizer=partial(SGD, lr=0.2)),
+        mlopt.Level("net", network(9), inner, optimizer=partial(SGD, lr=0.0), estimator=rule),
+    )
+    mlopt.solve(problem, steps=3, callbacks=[afresh := Afresh()], progress=False)
+    images = start.clone().requires_grad_()
+    for step, seen in enumerate(afresh.seen):
+        net = network(step)
+        names, x = [name for name, _ in net.named_parameters()], list(net.parameters())
+        for _ in range(4):
+            outputs = functional_call(net, dict(zip(names, x, strict=True)), (images,)).squeeze(-1)
+            slopes = torch.autograd.grad((outputs - labels).square().mean(), x, create_graph=True)
+            x = [p - 0.1 * g for p, g in zip(x, slopes, strict=True)]
+        outputs = functional_call(net, dict(zip(names, x, strict=True)), (asked[0],)).squeeze(-1)
+        (expected,) = torch.autograd.grad((outputs - asked[1]).square().mean(), images)
+        assert distance(seen, expected) < 1e-10
+        images = (images - 0.2 * expected).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("option", ["start", "learning_rates"])
+def test_a_start_without_trainable_parameters_is_refused(option: str) -> None:
+    meta = Meta(0)
+    meta.frozen = network(1).requires_grad_(False)
+    problem = mlopt.Problem(
+        mlopt.Level("meta", meta, query, data=[draw(seed=1)]),
+        mlopt.Level(
+            "net",
+            network(9),
+            support,
+            data=[draw(seed=2)],
+            optimizer=partial(SGD, lr=0.1),
+            estimator=mlopt.Unrolled(steps=1, **{option: "meta.frozen"}),
+        ),
+    )
+    with pytest.raises(mlopt.EstimatorError, match=r"has no trainable parameters; .* if requires_grad is True"):
+        mlopt.hypergradient(problem)
+
+
+@pytest.mark.parametrize("option", ["start", "learning_rates"])
+def test_a_place_with_parametrizations_is_refused(option: str) -> None:
+    meta = Meta(0)
+    part = meta.start if option == "start" else nn.Linear(1, 1)
+    meta.part = part
+    nn.utils.parametrizations.weight_norm(part[0] if option == "start" else part)
+    problem = mlopt.Problem(
+        mlopt.Level("meta", meta, query, data=[draw(seed=1)]),
+        mlopt.Level(
+            "net",
+            network(9),
+            support,
+            data=[draw(seed=2)],
+            optimizer=partial(SGD, lr=0.1),
+            estimator=mlopt.Unrolled(steps=1, **{option: "meta.part"}),
+        ),
+    )
+    with pytest.raises(mlopt.EstimatorError, match=r"has parametrizations .* use a module without them"):
+        mlopt.hypergradient(problem)

@@ -233,3 +233,63 @@ def test_an_optimizer_that_leaves_out_variables_is_refused_as_in_a_run(made: boo
         problem = mlopt.Problem(problem["x"], again)
     with pytest.raises(mlopt.ProblemError, match="its optimizer leaves out 1 of the level's 2 trainable tensors"):
         mlopt.hypergradient(problem)
+
+
+class Two(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bounded, self.other = (nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (2, 1))
+
+
+def clamped_beside(rate: float, dtype: torch.dtype, *, clamp: bool = True) -> mlopt.Problem:
+    """Return a level whose optimiser clamps one variable at 1, beside a variable with its own learning rate.
+
+    The free one of the clamped variables is y_0 = u_0 - (1 - u_1) / 4.
+    """
+    module = Two(dtype)
+
+    def optimizer(_: Any) -> Optimizer:
+        made = SGD([{"params": [module.bounded]}, {"params": [module.other], "lr": rate}], lr=0.25)
+        if clamp:
+            made.register_step_post_hook(lambda *_: module.bounded.data.clamp_(max=1.0))
+        return made
+
+    def loss(own: Two, batch: Any, *, u: nn.Module) -> Tensor:
+        a, b = own.bounded - u()[:2], own.other - u()[2:]
+        return (a.square().sum() + 0.5 * a[0] * a[1] + b.square().sum()) / 2
+
+    def outer(u: nn.Module, batch: Any, *, y: Two) -> Tensor:
+        return y.bounded @ torch.tensor([1.0, 10.0], dtype=dtype) + 7 * y.other.sum() + 0 * u().sum()
+
+    start = mlopt.variables(torch.tensor([0.25, 3.0, 1.0], dtype=dtype))
+    return mlopt.Problem(
+        mlopt.Level("u", start, outer, optimizer=partial(SGD, lr=0.0)),
+        mlopt.Level("y", module, loss, optimizer=optimizer, steps=200, estimator=mlopt.Dense()),
+    )
+
+
+def in_a_run(problem: mlopt.Problem) -> Tensor:
+    seen: list[Tensor] = []
+
+    class Note(mlopt.Callback):
+        def on_step_end(self, run: Any) -> None:
+            seen.append(run.problem["u"].module.value.grad.double())
+
+    mlopt.solve(problem, steps=1, callbacks=[Note()], progress=False)
+    return seen[-1]
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.0])
+def test_a_bound_beside_a_rate_of_zero(rate: float) -> None:
+    problem = clamped_beside(rate, F64)
+    expected = torch.tensor([1.0, 0.25, 7.0 if rate else 0.0], dtype=F64)
+    torch.testing.assert_close(in_a_run(problem), expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(mlopt.hypergradient(problem).gradient["value"], expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_rate_of_zero_in_any_dtype(dtype: torch.dtype) -> None:
+    problem = clamped_beside(0.0, dtype, clamp=False)
+    expected = torch.tensor([1.0, 10.0, 0.0], dtype=F64)
+    torch.testing.assert_close(in_a_run(problem), expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(mlopt.hypergradient(problem).gradient["value"].double(), expected, rtol=0, atol=0.1)

@@ -453,3 +453,27 @@ def test_a_stop_is_in_doubt_at_variables_of_any_size(products: str, size: float)
     with pytest.warns(mlopt.TrustWarning, match="detach"):
         (report,) = mlopt.hypergradient(problem).reports.values()
     assert report.doubtful
+
+
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+@pytest.mark.parametrize("estimator", [mlopt.Dense(), mlopt.Identity(), mlopt.Unrolled(steps=2)], ids=str)
+def test_hooks_after_the_gradient_was_accumulated_are_in_doubt(estimator: mlopt.Estimator) -> None:
+    """Steps obey them, and pullbacks, which do not accumulate, cannot."""
+
+    def inner(module: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        return (MATRIX @ module()).square().sum() + 2 * module().square().sum() - (module() * x()).sum()
+
+    def mask(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad[0] = 0.0
+
+    problem = two(inner, module := mlopt.variables(torch.ones(4)), "autograd")
+    level = mlopt.Level("y", module, problem["y"].loss, optimizer=partial(SGD, lr=0.05), estimator=estimator)
+    problem = mlopt.Problem(problem["x"], level)
+    assert "register_post_accumulate_grad_hook" not in str(mlopt.hypergradient(problem).reports["y"].remarks)
+    handle = module.value.register_post_accumulate_grad_hook(mask)
+    report = mlopt.hypergradient(problem).reports["y"]
+    assert report.doubtful
+    assert any("register_post_accumulate_grad_hook" in remark for remark in report.remarks)
+    handle.remove()
+    assert "register_post_accumulate_grad_hook" not in str(mlopt.hypergradient(problem).reports["y"].remarks)
