@@ -63,6 +63,10 @@ def _check_name(level: Level, attribute: attrs.Attribute[str], value: object) ->
         raise ProblemError(
             f"Level: name={value!r}; it must be a valid Python name, since losses refer to it by a keyword-only parameter"
         )
+    if value == "evaluation":
+        raise ProblemError(
+            "Level: name='evaluation', which names the columns of `evaluate` in a history; give another name"
+        )
 
 
 def _check_type(kind: type, remedy: str) -> Callable[[Level, attrs.Attribute[Any], object], None]:

@@ -305,6 +305,10 @@ def _refuse_shards(value: Tensor, label: str) -> None:
         )
 
 
+#: Columns of a level's row that a run writes.
+_COLUMNS = {"gradient_norm", "loss_scale"}
+
+
 def _read(value: Any, level: Level) -> LossValue:
     """Return the value that the loss of a level returned, checked."""
     if isinstance(value, Tensor) and value.dim() == 0:
@@ -315,6 +319,10 @@ def _read(value: Any, level: Level) -> LossValue:
             keys = ", ".join(map(repr, value)) or "nothing"
             raise ProblemError(f"the loss of level {level.name!r} returned a mapping with {keys}; it must hold 'loss'")
         logs = {key: entry for key, entry in value.items() if key != "loss"}
+        if taken := _COLUMNS & logs.keys():
+            raise ProblemError(
+                f"the loss of level {level.name!r} returned {min(taken)!r}, a column that a run writes itself; give it another name"
+            )
         value = value["loss"]
     if isinstance(value, Mixture):
         if value.weights not in level.loss_references:

@@ -253,6 +253,7 @@ def test_a_level_moves_its_module_and_its_batches() -> None:
     [
         ({"name": "not a name"}, r"Level: name='not a name'; it must be a valid Python name"),
         ({"name": "class"}, r"Level: name='class'"),
+        ({"name": "evaluation"}, r"Level: name='evaluation', which names the columns of `evaluate`"),
         ({"module": torch.ones(2)}, r"level 'x': module=tensor.*mlopt\.variables"),
         ({"loss": 3}, r"the loss of level 'x' is 3, which cannot be called"),
         ({"loss": lambda own: own().sum()}, r"the loss of level 'x' takes 1 required positional"),
