@@ -321,7 +321,7 @@ def _read(value: Any, level: Level) -> LossValue:
         logs = {key: entry for key, entry in value.items() if key != "loss"}
         if taken := _COLUMNS & logs.keys():
             raise ProblemError(
-                f"the loss of level {level.name!r} returned {min(taken)!r}, a column that a run writes itself; give it another name"
+                f"the loss of level {level.name!r} returned {min(taken)!r}, a column that a run writes; give it another name"
             )
         value = value["loss"]
     if isinstance(value, Mixture):

@@ -264,7 +264,7 @@ def test_the_value_of_a_loss_is_checked() -> None:
 
     sentences = {
         "'a', 'b'; it must hold 'loss'": {"a": 1, "b": 2},
-        "returned 'gradient_norm', a column that a run writes itself": {"loss": torch.ones(()), "gradient_norm": 1.0},
+        "returned 'gradient_norm', a column that a run writes": {"loss": torch.ones(()), "gradient_norm": 1.0},
         "is a float; it must be a scalar tensor": 1.0,
         r"has shape \(2,\); it must be a scalar": torch.ones(2),
     }
