@@ -72,7 +72,8 @@ class Unrolled(Estimator):
         optimizer: a TorchOpt transformation, such as `torchopt.adam(1e-3)`, which starts without state each time; if None, the
             level's own optimiser, which must be torch.optim's SGD, Adam or AdamW, with its present hyperparameters. Inside
             `solve`, or if the level holds an optimiser instance, the steps also start from its present momenta.
-            (If a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`.)
+            (If a gradient component may be exactly zero, TorchOpt's Adam needs an `eps_root`. TorchOpt does not differentiate its
+            own clipping: give the level a `clip`.)
         data: batches of which each virtual step takes the next, with a gradient on that batch; if None, all steps are on the
             batch of the level.
         start: a level at whose variables the steps start, instead of the present ones; it has the same shapes, and the level's
