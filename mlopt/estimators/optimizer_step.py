@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import attrs
@@ -171,11 +171,13 @@ class OptimizerStep:
 
 def _turns(uses: Sequence[Sequence[int]]) -> dict[int, tuple[int | None, ...]]:
     """Return, for each variable that some step uses, how many steps it took before each step, or None if it takes no part."""
-    turns: dict[int, list[int | None]] = {i: [] for i in sorted({i for used in uses for i in used})}
-    for used in uses:
-        for i, own in turns.items():
-            own.append(sum(turn is not None for turn in own) if i in used else None)
-    return {i: tuple(own) for i, own in turns.items()}
+    if all(used == uses[0] for used in uses):
+        return dict.fromkeys(uses[0], tuple(range(len(uses))))
+    turns, taken = {}, [frozenset(used) for used in uses]
+    for i in sorted(frozenset().union(*taken)):
+        counts = accumulate((i in used for used in taken), initial=0)
+        turns[i] = tuple(count if i in used else None for used, count in zip(taken, counts, strict=False))
+    return turns
 
 
 def _parts(

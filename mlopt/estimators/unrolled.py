@@ -346,8 +346,8 @@ class _Trajectory:
     @staticmethod
     def _moves(used: Sequence[int], gradient: Tensors) -> bool:
         """Return True if a gradient is not zero for exactly the variables that are used, which a trace does not tell apart."""
-        moved = torch.stack([g.count_nonzero() for g in gradient]).tolist()
-        return [i for i, count in enumerate(moved) if count] == [*used]
+        sizes = torch.stack([size.float() for size in torch._foreach_norm(list(gradient), ord=1)]).tolist()
+        return [i for i, size in enumerate(sizes) if size != 0.0] == [*used]
 
     def _trace(self, t: int, leaves: tuple[nn.Parameter, ...]) -> tuple[Tensors, SecondDerivatives]:
         """Trace the gradient at x_t on leaves of its own, since several steps are held at a time."""
