@@ -11,8 +11,9 @@ from .plan import PLAIN
 from .results import REFERENCE, Regime
 from .rows import Row
 
-__all__ = ["aims"]
+__all__ = ["METHOD", "aims"]
 
+#: The method that the aims are for.
 METHOD = "rehearsal"
 
 

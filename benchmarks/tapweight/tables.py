@@ -8,7 +8,7 @@ from itertools import combinations
 
 from mlopt.recipes.tapweight.spread import Spread
 
-from .aims import aims
+from .aims import METHOD, aims
 from .comparison import correlation
 from .plan import PLAIN
 from .results import REFERENCE, Regime, regimes
@@ -21,7 +21,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return all tables of the rows, regime by regime."""
     parts = []
     for regime in regimes(rows):
-        parts += [f"## {regime.title}", f"{regime.subtitle}.", scores(regime), headroom(regime)]
+        parts += [f"## {regime.title}", f"{regime.subtitle}.", scores(regime), gains(regime), headroom(regime)]
         parts += [weights(regime, method) for method in regime.weighing()]
         parts += [cost(regime), aims(regime)]
     return "\n\n".join(part for part in parts if part)
@@ -49,6 +49,28 @@ def scores(regime: Regime) -> str:
             f"Friedman's p = {ranking.p:.2g}, critical difference {ranking.critical:.2f} (Nemenyi, 5%)."
         )
     return f"{note}\n\n{_score_table(regime, 'method', {method: regime.titles[method] for method in methods})}"
+
+
+def gains(regime: Regime, method: str = METHOD) -> str:
+    """Return the differences of a method from equal weights by task; empty if the regime lacks either."""
+    body = [
+        [
+            task,
+            f"{own.gain:+.3f}",
+            f"{own.wins} of {own.seeds}",
+            f"{own.p:.3f}",
+            f"{own.signed_rank:.3f}",
+            f"{own.adjusted:.3f}",
+        ]
+        for task, own in (regime.differences(method) if method in regime.methods else {}).items()
+    ]
+    if not body:
+        return ""
+    note = (
+        f"{regime.titles[method]} against equal weights: mean gain in the metric (positive if better), seeds in which it is "
+        "better, p of a paired t test and of Wilcoxon's signed-rank test, and p of the t test after Holm's correction over the tasks:"
+    )
+    return f"{note}\n\n{table(['task', 'gain', 'better in', 'p', 'p, signed rank', 'adjusted p'], body)}"
 
 
 def headroom(regime: Regime) -> str:

@@ -49,6 +49,15 @@ def test_scores_have_spreads_marks_and_ranks() -> None:
     assert "Mean rank over 2 tasks among all 4 methods" in text
 
 
+def test_gains_have_their_p_values() -> None:
+    text = markdown(study())
+    assert "REHEARSAL against equal weights" in text
+    # Of the changes +.1, -.1 and 0 on bbbp, t is 0. Three gains of one sign have p = 2 / 8 in the signed-rank test.
+    assert cells(text, "esol") == ["+1.100", "3 of 3", "0.003", "0.250", "0.005"]
+    assert cells(text, "bbbp") == ["+0.000", "1 of 3", "1.000", "1.000", "1.000"]
+    assert "against equal weights: mean gain" not in markdown([own for own in study() if own["method"] != "equal"])
+
+
 def test_single_objectives_are_in_a_table_of_their_own() -> None:
     scores, singles = markdown(study()).split("Each objective alone:")
     assert "| useful |" not in scores
