@@ -68,7 +68,7 @@ def gains(regime: Regime, method: str = METHOD) -> str:
         return ""
     note = (
         f"{regime.titles[method]} against equal weights: mean gain in the metric (positive if better), seeds in which it is "
-        "better, p of a paired t test and of Wilcoxon's signed-rank test, and p of the t test after Holm's correction over the tasks:"
+        "better, p of a paired t test and of Wilcoxon's signed-rank test, and the former after Holm's correction over the tasks:"
     )
     return f"{note}\n\n{table(['task', 'gain', 'better in', 'p', 'p, signed rank', 'adjusted p'], body)}"
 
