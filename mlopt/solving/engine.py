@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import compress
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
 from ..linear import History
-from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
+from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, require_all_variables, to_device, unmoved
 from ..shards import reshard, sharded_as
 from ..tensors import Tensors, norm
 from .gradients import Gradients
@@ -74,6 +75,8 @@ class Engine:
         #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
         reshard(level.module for level in problem)
         self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
+        #: By level, which of them were its variables in the latest step. The state of the pullbacks is that of these.
+        self._trainable = self._trainable_now()
         #: Levels whose latest step was skipped. Steps that need a pullback through them are skipped as well.
         self._just_skipped: set[str] = set()
 
@@ -103,15 +106,34 @@ class Engine:
 
     def _begin_step(self) -> None:
         self.gradients.row.clear()
-        carryover, before = self.gradients.carryover, self.gradients.carryover.variables
-        carryover.variables = {
-            name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
-        }
-        for name, variables in before.items():
-            if len(variables) != len(carryover.variables[name]):
-                # A callback froze or unfroze parameters, so the shapes of these vectors are out of date.
-                carryover.forget(name)
-                carryover.cotangents.pop(name, None)
+        present = self._trainable_now()
+        self.gradients.carryover.variables = {name: self._variables(name, mask) for name, mask in present.items()}
+        for level in self.problem:
+            if present[level.name] != self._trainable[level.name]:
+                self._change_variables(level)
+        self._trainable.update(present)
+
+    def _trainable_now(self) -> dict[str, tuple[bool, ...]]:
+        return {name: tuple([p.requires_grad for p in own]) for name, own in self._parameters.items()}
+
+    def _variables(self, name: str, trainable: Iterable[bool]) -> Tensors:
+        return tuple(compress(self._parameters[name], trainable))
+
+    def _change_variables(self, level: Level) -> None:
+        """Forget what belongs to the variables that a level had before a callback froze or unfroze some.
+
+        Raises:
+            ProblemError: the level has no variables, or its optimiser leaves some out.
+        """
+        if not level.parameters:
+            raise ProblemError(
+                f"level {level.name!r}: all its parameters were frozen during the run; leave one trainable (requires_grad_(True))"
+            )
+        if level.name in self.optimizers:
+            require_all_variables(level, self.optimizers[level.name])
+        self.gradients.carryover.forget(level.name)
+        self.gradients.carryover.cotangents.pop(level.name, None)
+        self.problem.workspace.forget(level.name)
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -320,7 +342,9 @@ class Engine:
         modules = (level.module for level in self.problem)
         carryover = self.gradients.carryover
         return Snapshot(
-            modules, map(self._stateful, names), (carryover.warm, carryover.histories, carryover.cotangents)
+            modules,
+            map(self._stateful, names),
+            (carryover.warm, carryover.histories, carryover.cotangents, self._trainable),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,6 +359,7 @@ class Engine:
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
             "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
+            "trainable": dict(self._trainable),
             "warm": dict(carryover.warm),
             "histories": {name: attrs.asdict(history, recurse=False) for name, history in carryover.histories.items()},
             "cotangents": {
@@ -371,13 +396,17 @@ class Engine:
             for name, stream in streams.items():
                 if name in state[kind]:
                     stream.load_state_dict(state[kind][name])
+        # A callback may have frozen or unfrozen parameters after the step that the vectors are of.
+        saved_masks = state.get("trainable", self._trainable_now())
+        self._trainable.update({name: tuple(mask) for name, mask in saved_masks.items()})
+        variables = {name: self._variables(name, mask) for name, mask in self._trainable.items()}
         for name, vectors in state["warm"].items():
-            carryover.warm[name] = _spread(to_device(vectors, problem[name].device), problem[name])
+            carryover.warm[name] = _spread(vectors, variables[name])
         for name, fields in state.get("histories", {}).items():
             carryover.histories[name] = History(**to_device(fields, problem[name].device))
         for name, fields in state["cotangents"].items():
             held = StreamedCotangent(**to_device(fields, problem[name].device))
-            held.cotangent = _spread(held.cotangent, problem[name])
+            held.cotangent = _spread(held.cotangent, variables[name])
             carryover.cotangents[name] = held
         gradients.doubts |= state["doubts"]
         self.skipped |= state["skipped"]
@@ -385,9 +414,9 @@ class Engine:
         problem.workspace.load_state_dict(state["standalone"])
 
 
-def _spread(vectors: Tensors, level: Level) -> Tensors:
-    """Return vectors over the variables of a level, sharded as these are."""
-    return tuple(sharded_as(x, v) for x, v in zip(vectors, level.parameters, strict=True))
+def _spread(vectors: Tensors, variables: Tensors) -> Tensors:
+    """Return vectors on the devices of variables, and sharded as these are."""
+    return tuple(sharded_as(x, v) for x, v in zip(vectors, variables, strict=True))
 
 
 def _not_finite(level: Level) -> Callable[[float], str]:
