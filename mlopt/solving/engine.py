@@ -415,8 +415,8 @@ class Engine:
 
 
 def _spread(vectors: Tensors, variables: Tensors) -> Tensors:
-    """Return vectors on the devices of variables, and sharded as these are."""
-    return tuple(sharded_as(x, v) for x, v in zip(vectors, variables, strict=True))
+    """Return vectors on the devices of variables, and sharded as these are, in their own dtypes: those of linear solves."""
+    return tuple(sharded_as(x, v, dtype=x.dtype) for x, v in zip(vectors, variables, strict=True))
 
 
 def _not_finite(level: Level) -> Callable[[float], str]:
