@@ -251,9 +251,9 @@ def require_all_variables(level: Level, optimizer: Optimizer) -> None:
         _require_elementwise(level, optimizer)
     own = {id(variable): name for name, variable in zip(level.parameter_names, level.parameters, strict=True)}
     held = {id(variable) for group in optimizer.param_groups for variable in group["params"] if variable.requires_grad}
-    if not held <= own.keys():
+    if foreign := held - own.keys():
         raise ProblemError(
-            f"level {level.name!r}: its optimizer also holds {len(held - own.keys())} tensors that are not the level's variables; "
+            f"level {level.name!r}: its optimizer also holds {len(foreign)} tensors that are not the level's variables; "
             "give each level an optimizer of its own"
         )
     if left := [name for key, name in own.items() if key not in held]:
