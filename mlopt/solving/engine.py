@@ -146,7 +146,7 @@ class Engine:
         if self._just_skipped and self._just_skipped.intersection(self.problem.graph[level.name].interior):
             self._just_skipped.add(level.name)
             return
-        kept = self._kept(level) if self._skip_limit else ()
+        kept = self._kept(level) if self._skip_limit else None
         try:
             if level.solver is None:
                 self._apply_gradient(level, self._differentiate(level, last))
@@ -211,7 +211,7 @@ class Engine:
             self._solve_inside(level)
         loss: Tensor | None = None
         if not self._just_skipped.intersection(inside):
-            kept = self._kept(level)
+            kept = self._kept(level) if self._skip_limit else None
             try:
                 loss = self._differentiate(level, last=True)
             except NonFiniteError as error:
@@ -315,26 +315,24 @@ class Engine:
         for parameter in self._parameters[level.name]:
             parameter.grad = None
 
-    def _kept(self, level: Level) -> list[tuple[Tensor, Tensor]]:
-        """Return what a skipped step of a level has changed, each with a copy: its buffers; after a solver, its variables."""
-        variables = [] if level.solver is None else self.gradients.carryover.variables[level.name]
-        return [(t, t.clone()) for t in (*level.module.buffers(), *(variable.data for variable in variables))]
+    def _kept(self, level: Level) -> Snapshot:
+        """Return what a skipped step of a level has changed: its buffers and extra state; after a solver, its variables."""
+        return Snapshot((level.module,), variables=level.solver is not None)
 
-    def _skip(self, level: Level, error: NonFiniteError, kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def _skip(self, level: Level, error: NonFiniteError, kept: Snapshot | None) -> None:
         """Count a skipped step, and restore what the level had before it.
 
         Raises:
             NonFiniteError: no step may be skipped, or too many were.
         """
-        if not self._skip_limit:
+        if kept is None:
             raise error
         self.skipped[level.name] = self.skipped.get(level.name, 0) + 1
         if sum(self.skipped.values()) > self._skip_limit:
             raise NonFiniteError(f"{error}; {self._skip_limit} such steps were already skipped") from error
         self._just_skipped.add(level.name)
         self._clear_gradient(level)
-        for tensor, saved in kept:
-            tensor.copy_(saved)
+        kept.restore()
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that steps change, except positions of data and generators."""
