@@ -355,6 +355,33 @@ def test_deferred_checks_keep_the_range_of_double_precision() -> None:
     checks.run()
 
 
+def streamed_with_bad_cotangent() -> Problem:
+    """Return a streamed pullback whose cotangent is NaN at the third outer step, although the loss is finite."""
+
+    def outer(own: Any, batch: Any, *, x: Any) -> torch.Tensor:
+        # The square root has no derivative at zero.
+        return (x() - 2).square().sum() + (batch * x()).abs().sqrt().sum() + own().square().sum()
+
+    def inner(own: Any, batch: Any, *, weights: Any) -> mlopt.Mixture:
+        return mlopt.Mixture([(own() - 1).square().sum(), (own() + 1).square().sum()], weights="weights")
+
+    sgd, factors = partial(SGD, lr=0.01), [torch.tensor(x, dtype=F64) for x in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0)]
+    return Problem(
+        Level("weights", vector(0.5, 0.5), outer, data=factors, optimizer=sgd),
+        Level("x", vector(1.0, 1.5), inner, optimizer=sgd, estimator=mlopt.Identity(streamed=True)),
+    )
+
+
+@pytest.mark.parametrize(("policy", "column"), [("skip", "skipped"), ("rollback", "rollbacks")])
+def test_a_cotangent_that_is_not_finite_is_not_held_for_later_steps(policy: str, column: str) -> None:
+    problem = streamed_with_bad_cotangent()
+    solution = solve(problem, 6, on_nonfinite=policy)
+    assert solution.history.column(column) == [0, 0, 1, 1, 1, 1]
+    assert problem["weights"].module.value.isfinite().all()
+    with pytest.raises(mlopt.NonFiniteError, match="outer step 3: the cotangent on level 'x' is not finite"):
+        solve(streamed_with_bad_cotangent(), 6)
+
+
 @pytest.mark.parametrize(
     ("policy", "column", "count", "mean"),
     [("skip", "skipped", 3, ((1.5 + 2) / 2 + 1.5) / 2), ("rollback", "rollbacks", 2, (1.5 + 2) / 2)],
