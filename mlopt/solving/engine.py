@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import compress
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -16,14 +15,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
 from ..linear import History
-from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, require_all_variables, to_device, unmoved
-from ..shards import reshard, sharded_as
+from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
+from ..shards import sharded_as
 from ..tensors import Tensors, norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
 from .state import Snapshot, load_module_state, load_state, module_state
 from .stillness import Stillness
+from .trained import Trained
 
 __all__ = ["Engine"]
 
@@ -72,11 +72,7 @@ class Engine:
         self.stillness = Stillness(outermost, scheduled=self.schedulers.get(outermost) is not None)
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
-        #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
-        reshard(level.module for level in problem)
-        self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
-        #: By level, which of them were its variables in the latest step. The state of the pullbacks is that of these.
-        self._trainable = self._trainable_now()
+        self._trained = Trained(problem)
         #: Levels whose latest step was skipped. Steps that need a pullback through them are skipped as well.
         self._just_skipped: set[str] = set()
 
@@ -106,34 +102,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         self.gradients.row.clear()
-        present = self._trainable_now()
-        self.gradients.carryover.variables = {name: self._variables(name, mask) for name, mask in present.items()}
-        for level in self.problem:
-            if present[level.name] != self._trainable[level.name]:
-                self._change_variables(level)
-        self._trainable.update(present)
-
-    def _trainable_now(self) -> dict[str, tuple[bool, ...]]:
-        return {name: tuple([p.requires_grad for p in own]) for name, own in self._parameters.items()}
-
-    def _variables(self, name: str, trainable: Iterable[bool]) -> Tensors:
-        return tuple(compress(self._parameters[name], trainable))
-
-    def _change_variables(self, level: Level) -> None:
-        """Forget what belongs to the variables that a level had before a callback froze or unfroze some.
-
-        Raises:
-            ProblemError: the level has no variables, or its optimiser leaves some out.
-        """
-        if not level.parameters:
-            raise ProblemError(
-                f"level {level.name!r}: all its parameters were frozen during the run; leave one trainable (requires_grad_(True))"
-            )
-        if level.name in self.optimizers:
-            require_all_variables(level, self.optimizers[level.name])
-        self.gradients.carryover.forget(level.name)
-        self.gradients.carryover.cotangents.pop(level.name, None)
-        self.problem.workspace.forget(level.name)
+        self._trained.begin_step(self.gradients.carryover)
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -191,7 +160,7 @@ class Engine:
     @contextlib.contextmanager
     def rolled_back(self) -> Iterator[None]:
         """Restore on exit everything that steps change, `.grad` included, except streams and generators."""
-        parameters = [parameter for own in self._parameters.values() for parameter in own]
+        parameters = [parameter for own in self._trained.parameters.values() for parameter in own]
         gradients = [parameter.grad for parameter in parameters]
         before = self.snapshot()
         try:
@@ -246,7 +215,7 @@ class Engine:
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
-        for parameter in self._parameters[level.name]:
+        for parameter in self._trained.parameters[level.name]:
             # Also for frozen parameters, because an optimiser steps every parameter that has a gradient.
             parameter.grad = None
         stream = self.streams[level.name]
@@ -312,7 +281,7 @@ class Engine:
 
     def _clear_gradient(self, level: Level) -> None:
         """Clear the gradient of a skipped step, so that callbacks do not read it."""
-        for parameter in self._parameters[level.name]:
+        for parameter in self._trained.parameters[level.name]:
             parameter.grad = None
 
     def _kept(self, level: Level) -> Snapshot:
@@ -342,7 +311,7 @@ class Engine:
         return Snapshot(
             modules,
             map(self._stateful, names),
-            (carryover.warm, carryover.histories, carryover.cotangents, self._trainable),
+            (carryover.warm, carryover.histories, carryover.cotangents, self._trained.masks),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -357,7 +326,7 @@ class Engine:
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
             "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
-            "trainable": dict(self._trainable),
+            "trainable": dict(self._trained.masks),
             "warm": dict(carryover.warm),
             "histories": {name: attrs.asdict(history, recurse=False) for name, history in carryover.histories.items()},
             "cotangents": {
@@ -395,9 +364,9 @@ class Engine:
                 if name in state[kind]:
                     stream.load_state_dict(state[kind][name])
         # A callback may have frozen or unfrozen parameters after the step that the vectors are of.
-        saved_masks = state.get("trainable", self._trainable_now())
-        self._trainable.update({name: tuple(mask) for name, mask in saved_masks.items()})
-        variables = {name: self._variables(name, mask) for name, mask in self._trainable.items()}
+        masks = state.get("trainable", self._trained.present())
+        self._trained.masks.update({name: tuple(mask) for name, mask in masks.items()})
+        variables = self._trained.variables(self._trained.masks)
         for name, vectors in state["warm"].items():
             carryover.warm[name] = _spread(vectors, variables[name])
         for name, fields in state.get("histories", {}).items():
