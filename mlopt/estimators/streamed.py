@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..finiteness import require_finite
 from ..problem import Block, LevelTerm, Linearization, Report, StreamedCotangent, Vectors, add_into
 from ..tensors import Tensors, scale, zeros_like
 from .implicit import Stationarity
@@ -45,12 +46,19 @@ class Streamed(Linearization):
         return self.conditions.reports()
 
     def _exchange(self, present: Tensors | None) -> StreamedCotangent | None:
-        """Hold the present cotangent for the next training step, and return the one that was held for the latest."""
+        """Hold the present cotangent for the next training step, and return the one that was held for the latest.
+
+        Raises:
+            NonFiniteError: the present cotangent is not finite; it is not held, because every later step would fail by it.
+        """
         assert self._point.carryover is not None
+        name = self._name  # a check that is deferred must not keep the point
+        if present is not None:
+            require_finite(present, lambda _: f"the cotangent on level {name!r} is not finite")
         cotangents = self._point.carryover.cotangents
-        held = cotangents.get(self._name)
-        cotangents[self._name] = StreamedCotangent(
-            zeros_like(self._point.values[self._name]) if present is None else scale(self._factor, present)
+        held = cotangents.get(name)
+        cotangents[name] = StreamedCotangent(
+            zeros_like(self._point.values[name]) if present is None else scale(self._factor, present)
         )
         return held
 

@@ -249,17 +249,18 @@ def require_all_variables(level: Level, optimizer: Optimizer) -> None:
     """
     if any_sharded(level.parameters):
         _require_elementwise(level, optimizer)
-    own = {id(variable) for variable in level.parameters}
+    own = {id(variable): name for name, variable in zip(level.parameter_names, level.parameters, strict=True)}
     held = {id(variable) for group in optimizer.param_groups for variable in group["params"] if variable.requires_grad}
-    if not held <= own:
+    if foreign := held - own.keys():
         raise ProblemError(
-            f"level {level.name!r}: its optimizer also holds {len(held - own)} tensors that are not the level's variables; "
+            f"level {level.name!r}: its optimizer also holds {len(foreign)} tensors that are not the level's variables; "
             "give each level an optimizer of its own"
         )
-    if own - held:
+    if left := [name for key, name in own.items() if key not in held]:
         raise ProblemError(
-            f"level {level.name!r}: its optimizer leaves out {len(own - held)} of the level's {len(own)} trainable tensors; add "
-            "them, or freeze them with requires_grad_(False)"
+            f"level {level.name!r}: its optimizer leaves out {len(left)} of the level's {len(own)} trainable tensors "
+            f"({', '.join(map(repr, left[:3]))}{', ...' * (len(left) > 3)}); give it all that are ever trained, such as by "
+            "optimizer=lambda _: torch.optim.SGD(module.parameters(), lr=0.1), or freeze them with requires_grad_(False)"
         )
 
 

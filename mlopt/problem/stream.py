@@ -159,9 +159,12 @@ class Stream:
         raise self._empty()
 
     def _whole_epoch(self) -> tuple[Any, ...]:
+        if self._iterator is not None:
+            # A resumed stream has read the batches of its epoch, but not the end, where a sampler may draw once more.
+            deque(self._iterator, maxlen=0)
         self._start_epoch()
         assert self._iterator is not None
-        batches = tuple(self._iterator)
+        batches, self._iterator = tuple(self._iterator), None
         self.position = len(batches)
         if not batches:
             raise self._empty()

@@ -81,6 +81,11 @@ class Workspace:
                 self._streams[key].load_state_dict(self._states.pop(key))
         return self._streams[key]
 
+    def forget(self, level: str) -> None:
+        """Drop the steps of differences, and the compiled products of a level, because it has other variables now."""
+        self.lengths.clear()  # an entry may be of the blocks of several levels
+        self.compiled = {key: code for key, code in self.compiled.items() if key[0] != level}
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the state alone: loaders' iterators refuse it, and compiled products hold the original's modules."""
         return Workspace, (), self.state_dict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -16,13 +16,14 @@ from ..errors import CheckpointError, NonFiniteError, ProblemError
 from ..finiteness import require_finite
 from ..linear import History
 from ..problem import Level, Problem, Stream, StreamedCotangent, has_hooks, to_device, unmoved
-from ..shards import reshard, sharded_as
+from ..shards import sharded_as
 from ..tensors import Tensors, norm
 from .gradients import Gradients
 from .optimizers import make_optimizer, make_scheduler
 from .precision import Precision
 from .state import Snapshot, load_module_state, load_state, module_state
 from .stillness import Stillness
+from .trained import Trained
 
 __all__ = ["Engine"]
 
@@ -71,9 +72,7 @@ class Engine:
         self.stillness = Stillness(outermost, scheduled=self.schedulers.get(outermost) is not None)
         self.skipped: dict[str, int] = {}
         self.warmed: dict[str, int] = {}
-        #: All parameters of each level; callbacks may freeze and unfreeze some during the run.
-        reshard(level.module for level in problem)
-        self._parameters = {level.name: tuple(level.module.parameters()) for level in problem}
+        self._trained = Trained(problem)
         #: Levels whose latest step was skipped. Steps that need a pullback through them are skipped as well.
         self._just_skipped: set[str] = set()
 
@@ -103,15 +102,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         self.gradients.row.clear()
-        carryover, before = self.gradients.carryover, self.gradients.carryover.variables
-        carryover.variables = {
-            name: tuple(p for p in parameters if p.requires_grad) for name, parameters in self._parameters.items()
-        }
-        for name, variables in before.items():
-            if len(variables) != len(carryover.variables[name]):
-                # A callback froze or unfroze parameters, so the shapes of these vectors are out of date.
-                carryover.forget(name)
-                carryover.cotangents.pop(name, None)
+        self._trained.begin_step(self.gradients.carryover)
 
     def _step(self, level: Level, *, last: bool) -> None:
         """Solve the levels inside, innermost listed first, then take one step of the level.
@@ -124,7 +115,7 @@ class Engine:
         if self._just_skipped and self._just_skipped.intersection(self.problem.graph[level.name].interior):
             self._just_skipped.add(level.name)
             return
-        kept = self._kept(level) if self._skip_limit else ()
+        kept = self._kept(level) if self._skip_limit else None
         try:
             if level.solver is None:
                 self._apply_gradient(level, self._differentiate(level, last))
@@ -169,7 +160,7 @@ class Engine:
     @contextlib.contextmanager
     def rolled_back(self) -> Iterator[None]:
         """Restore on exit everything that steps change, `.grad` included, except streams and generators."""
-        parameters = [parameter for own in self._parameters.values() for parameter in own]
+        parameters = [parameter for own in self._trained.parameters.values() for parameter in own]
         gradients = [parameter.grad for parameter in parameters]
         before = self.snapshot()
         try:
@@ -189,7 +180,7 @@ class Engine:
             self._solve_inside(level)
         loss: Tensor | None = None
         if not self._just_skipped.intersection(inside):
-            kept = self._kept(level)
+            kept = self._kept(level) if self._skip_limit else None
             try:
                 loss = self._differentiate(level, last=True)
             except NonFiniteError as error:
@@ -224,7 +215,7 @@ class Engine:
 
     def _differentiate(self, level: Level, last: bool) -> Tensor:
         """Set `.grad` of the variables of a level, from `accumulate` batches; return the loss."""
-        for parameter in self._parameters[level.name]:
+        for parameter in self._trained.parameters[level.name]:
             # Also for frozen parameters, because an optimiser steps every parameter that has a gradient.
             parameter.grad = None
         stream = self.streams[level.name]
@@ -291,29 +282,27 @@ class Engine:
 
     def _clear_gradient(self, level: Level) -> None:
         """Clear the gradient of a skipped step, so that callbacks do not read it."""
-        for parameter in self._parameters[level.name]:
+        for parameter in self._trained.parameters[level.name]:
             parameter.grad = None
 
-    def _kept(self, level: Level) -> list[tuple[Tensor, Tensor]]:
-        """Return what a skipped step of a level has changed, each with a copy: its buffers; after a solver, its variables."""
-        variables = [] if level.solver is None else self.gradients.carryover.variables[level.name]
-        return [(t, t.clone()) for t in (*level.module.buffers(), *(variable.data for variable in variables))]
+    def _kept(self, level: Level) -> Snapshot:
+        """Return what a skipped step of a level has changed: its buffers and extra state; after a solver, its variables."""
+        return Snapshot((level.module,), variables=level.solver is not None)
 
-    def _skip(self, level: Level, error: NonFiniteError, kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def _skip(self, level: Level, error: NonFiniteError, kept: Snapshot | None) -> None:
         """Count a skipped step, and restore what the level had before it.
 
         Raises:
             NonFiniteError: no step may be skipped, or too many were.
         """
-        if not self._skip_limit:
+        if kept is None:
             raise error
         self.skipped[level.name] = self.skipped.get(level.name, 0) + 1
         if sum(self.skipped.values()) > self._skip_limit:
             raise NonFiniteError(f"{error}; {self._skip_limit} such steps were already skipped") from error
         self._just_skipped.add(level.name)
         self._clear_gradient(level)
-        for tensor, saved in kept:
-            tensor.copy_(saved)
+        kept.restore()
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that steps change, except positions of data and generators."""
@@ -321,7 +310,9 @@ class Engine:
         modules = (level.module for level in self.problem)
         carryover = self.gradients.carryover
         return Snapshot(
-            modules, map(self._stateful, names), (carryover.warm, carryover.histories, carryover.cotangents)
+            modules,
+            map(self._stateful, names),
+            (carryover.warm, carryover.histories, carryover.cotangents, self._trained.masks),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,6 +327,7 @@ class Engine:
             "levels": levels,
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
             "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
+            "trainable": dict(self._trained.masks),
             "warm": dict(carryover.warm),
             "histories": {name: attrs.asdict(history, recurse=False) for name, history in carryover.histories.items()},
             "cotangents": {
@@ -372,13 +364,17 @@ class Engine:
             for name, stream in streams.items():
                 if name in state[kind]:
                     stream.load_state_dict(state[kind][name])
+        # A callback may have frozen or unfrozen parameters after the step that the vectors are of.
+        masks = state.get("trainable", self._trained.present())
+        self._trained.masks.update({name: tuple(mask) for name, mask in masks.items()})
+        variables = self._trained.variables(self._trained.masks)
         for name, vectors in state["warm"].items():
-            carryover.warm[name] = _spread(to_device(vectors, problem[name].device), problem[name])
+            carryover.warm[name] = _spread(vectors, variables[name])
         for name, fields in state.get("histories", {}).items():
             carryover.histories[name] = History(**to_device(fields, problem[name].device))
         for name, fields in state["cotangents"].items():
             held = StreamedCotangent(**to_device(fields, problem[name].device))
-            held.cotangent = _spread(held.cotangent, problem[name])
+            held.cotangent = _spread(held.cotangent, variables[name])
             carryover.cotangents[name] = held
         gradients.doubts |= state["doubts"]
         self.skipped |= state["skipped"]
@@ -386,9 +382,9 @@ class Engine:
         problem.workspace.load_state_dict(state["standalone"])
 
 
-def _spread(vectors: Tensors, level: Level) -> Tensors:
-    """Return vectors over the variables of a level, sharded as these are."""
-    return tuple(sharded_as(x, v) for x, v in zip(vectors, level.parameters, strict=True))
+def _spread(vectors: Tensors, variables: Tensors) -> Tensors:
+    """Return vectors on the devices of variables, and sharded as these are, in their own dtypes: those of linear solves."""
+    return tuple(sharded_as(x, v, dtype=x.dtype) for x, v in zip(vectors, variables, strict=True))
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

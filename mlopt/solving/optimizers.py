@@ -55,14 +55,15 @@ def make_scheduler(level: Level, optimizer: Optimizer) -> Any:
     """Return the learning-rate scheduler of a level, or None.
 
     Raises:
-        ProblemError: the factory of the level does not return a scheduler.
+        ProblemError: the factory of the level does not return a scheduler with a state, which runs restore and save.
     """
     if level.scheduler is None:
         return None
     scheduler = level.scheduler(optimizer)
-    if not hasattr(scheduler, "step"):
+    if missing := [name for name in ("step", "state_dict", "load_state_dict") if not hasattr(scheduler, name)]:
         raise ProblemError(
-            f"level {level.name!r}: scheduler returned a {type(scheduler).__name__}; it must take the optimizer and return a "
-            "scheduler, such as partial(torch.optim.lr_scheduler.StepLR, step_size=100)"
+            f"level {level.name!r}: scheduler returned a {type(scheduler).__name__} without {', '.join(missing)}; it must take "
+            "the optimizer and return a scheduler, such as partial(torch.optim.lr_scheduler.StepLR, step_size=100), or an object "
+            "with these methods"
         )
     return scheduler

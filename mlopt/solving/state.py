@@ -20,51 +20,48 @@ class Snapshot:
     """A copy in memory of trainable parameters, buffers, and other state.
 
     Args:
-        modules: copy their trainable parameters and buffers.
+        modules: copy their trainable parameters, buffers and extra state.
         stateful: for each module, its optimiser and so on, which have `state_dict` and `load_state_dict`, by name.
         dictionaries: copy their entries.
+        variables: False to leave out the trainable parameters.
     """
 
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        stateful: Iterable[Mapping[str, Any]],
+        stateful: Iterable[Mapping[str, Any]] = (),
         dictionaries: Iterable[dict[str, Any]] = (),
+        *,
+        variables: bool = True,
     ) -> None:
         copied = list(modules)
         reshard(copied)
-        #: Buffers with the modules that own them, because a module may bind new tensors to their names.
-        self._buffers = [
-            (owner, name, buffer)
-            for module in copied
-            for owner in module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        self._live = [p for module in copied for p in _trainable(module)] + [buffer for _, _, buffer in self._buffers]
+        owners = [owner for module in copied for owner in module.modules()]
+        parameters = [p for module in copied for p in _trainable(module)] if variables else []
+        buffers = [buffer for owner in owners for buffer in owner._buffers.values() if buffer is not None]
+        self._live = [*parameters, *buffers]
         self._copies = [t.detach().clone() for t in self._live]
         self._states = [(part, copy.deepcopy(part.state_dict())) for parts in stateful for part in parts.values()]
         self._extra_states = [
             (owner, copy.deepcopy(owner.get_extra_state()))
-            for module in copied
-            for owner in module.modules()
+            for owner in owners
             if type(owner).get_extra_state is not nn.Module.get_extra_state
         ]
-        self._dictionaries = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+        # A module may bind new tensors to the names of its buffers, also where there was none.
+        bound: list[dict[str, Any]] = [*dictionaries, *(owner._buffers for owner in owners)]
+        self._dictionaries = [(dictionary, dict(dictionary)) for dictionary in bound]
 
     def restore(self) -> None:
         """Restore everything that was copied; call this at most once."""
         for tensor, saved in zip(self._live, self._copies, strict=True):
             tensor.data.copy_(saved)
-        for owner, name, buffer in self._buffers:
-            owner._buffers[name] = buffer
+        for live, entries in self._dictionaries:
+            live.clear()
+            live.update(entries)
         for owner, state in self._extra_states:
             owner.set_extra_state(state)
         for part, state in self._states:
             load_state(part, state)
-        for live, entries in self._dictionaries:
-            live.clear()
-            live.update(entries)
 
 
 def load_state(part: Any, state: Mapping[str, Any]) -> None:
@@ -122,6 +119,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
         for name, value in state["state"].items()
     )
     tensors._metadata = state["metadata"]  # type: ignore[attr-defined]
+    _bind_buffers(module, {**state["state"], **state["buffers"]})
     module.load_state_dict(tensors)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(state["requires_grad"][name])
@@ -130,3 +128,12 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     buffers = dict(module.named_buffers())
     for name, value in state["buffers"].items():
         buffers[name].copy_(value)
+
+
+def _bind_buffers(module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Bind tensors to buffers that are None in a new module, and were filled in the run of the checkpoint."""
+    for place, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            value = saved.get(f"{place}.{name}" if place else name)
+            if buffer is None and value is not None:
+                owner._buffers[name] = torch.empty_like(value, device=next(module.parameters()).device)

@@ -54,6 +54,36 @@ class Weights(nn.Module):
         return self.logits.softmax(0)
 
 
+class RunningMean(nn.Module):
+    """A scale of inputs around their running mean: a buffer that is None before the first batch, and is bound anew by each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=F64))
+        self.register_buffer("mean", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = x.mean() if self.mean is None else (self.mean + x.mean()) / 2
+        return (x - self.mean) * self.scale + self.scale
+
+
+def around_means(batches: Sequence[Sequence[float]], **options: Any) -> Problem:
+    """Return a level with a running mean of its batches, inside another; the options are those of the outer level."""
+
+    def outer(own: Any, batch: Any, *, net: Any) -> Tensor:
+        return (net.scale - 1).square().sum() + own().square().sum()
+
+    def inner(own: Any, batch: Tensor, *, weights: Any) -> Tensor:
+        return (own(batch) - weights()).square().mean()
+
+    sgd, rows = partial(SGD, lr=0.1), [torch.tensor(batch, dtype=F64) for batch in batches]
+    return Problem(
+        Level("weights", vector(1.0), outer, optimizer=sgd, **options),
+        Level("net", RunningMean(), inner, data=rows, steps=2, optimizer=sgd, estimator=mlopt.Identity()),
+    )
+
+
 def end(problem: Problem) -> list[Tensor]:
     """Return copies of all variables."""
     return [p.detach().clone() for level in problem for p in level.parameters]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from callback_cases import callback
-from option_cases import solve
+from option_cases import around_means, solve
 from states import assert_same_state
 from torch import nn
 from torch.optim import SGD, Adam
@@ -193,6 +193,10 @@ def test_versions_and_extra_state_of_modules_are_restored(tmp_path: Path) -> Non
     resumed = build()
     solve(resumed, 4, tmp_path / "whole", resume=True)
     assert resumed["x"].module.count == 4
+
+
+def test_a_buffer_that_a_run_fills_is_restored(tmp_path: Path) -> None:
+    assert_split_run_equals_whole(tmp_path, 1, 3, lambda: around_means([[1.0, 2.0], [5.0, -1.0], [0.0, 3.0]]))
 
 
 def test_a_rollback_restores_extra_state() -> None:

@@ -280,6 +280,22 @@ def test_a_stream_resumes_at_its_saved_position(kind: str, taken: int, seed: int
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(("rows", "drop_last"), [(14, True), (14, False), (8, False)])
+def test_a_stream_of_whole_epochs_resumes_with_the_next_order(rows: int, drop_last: bool) -> None:
+    """At the end of an epoch, the sampler may draw from its generator after the last batch."""
+
+    def stream() -> Stream:
+        generator = torch.Generator().manual_seed(3)
+        data = DataLoader(torch.arange(rows), batch_size=4, shuffle=True, drop_last=drop_last, generator=generator)
+        return Stream("x", data, 1, CPU)
+
+    whole, resumed = stream(), stream()
+    whole.take("all")
+    resumed.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        assert [batch.tolist() for batch in resumed.take("all")] == [batch.tolist() for batch in whole.take("all")]
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_levels_may_share_a_loader(persistent: bool) -> None:
     """Each level has its own order and position, and so has any other iterator."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from callback_cases import callback
-from option_cases import F64, solve, vector
+from option_cases import F64, around_means, solve, vector
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -353,3 +353,71 @@ def test_deferred_checks_keep_the_range_of_double_precision() -> None:
     with deferred(checks):
         require_finite((), lambda value: f"it is {value}", size=torch.tensor(1e200, dtype=F64))
     checks.run()
+
+
+def streamed_with_bad_cotangent() -> Problem:
+    """Return a streamed pullback whose cotangent is NaN at the third outer step, although the loss is finite."""
+
+    def outer(own: Any, batch: Any, *, x: Any) -> torch.Tensor:
+        # The square root has no derivative at zero.
+        return (x() - 2).square().sum() + (batch * x()).abs().sqrt().sum() + own().square().sum()
+
+    def inner(own: Any, batch: Any, *, weights: Any) -> mlopt.Mixture:
+        return mlopt.Mixture([(own() - 1).square().sum(), (own() + 1).square().sum()], weights="weights")
+
+    sgd, factors = partial(SGD, lr=0.01), [torch.tensor(x, dtype=F64) for x in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0)]
+    return Problem(
+        Level("weights", vector(0.5, 0.5), outer, data=factors, optimizer=sgd),
+        Level("x", vector(1.0, 1.5), inner, optimizer=sgd, estimator=mlopt.Identity(streamed=True)),
+    )
+
+
+@pytest.mark.parametrize(("policy", "column"), [("skip", "skipped"), ("rollback", "rollbacks")])
+def test_a_cotangent_that_is_not_finite_is_not_held_for_later_steps(policy: str, column: str) -> None:
+    problem = streamed_with_bad_cotangent()
+    solution = solve(problem, 6, on_nonfinite=policy)
+    assert solution.history.column(column) == [0, 0, 1, 1, 1, 1]
+    assert problem["weights"].module.value.isfinite().all()
+    with pytest.raises(mlopt.NonFiniteError, match="outer step 3: the cotangent on level 'x' is not finite"):
+        solve(streamed_with_bad_cotangent(), 6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "column", "count", "mean"),
+    [("skip", "skipped", 3, ((1.5 + 2) / 2 + 1.5) / 2), ("rollback", "rollbacks", 2, (1.5 + 2) / 2)],
+)
+def test_a_buffer_that_a_failed_step_has_bound_anew_is_restored(
+    policy: str, column: str, count: int, mean: float
+) -> None:
+    """Two steps to an outer step; a rollback of these two forgets both batches."""
+    problem = around_means([[NAN, 1.0], [1.0, 2.0], [5.0, -1.0], [NAN, 0.0], [0.0, 3.0]])
+    solution = solve(problem, 3, on_nonfinite=policy)
+    assert problem["net"].module.mean.item() == mean
+    assert solution.history.column(column)[-1] == count
+
+
+class Counted(torch.nn.Linear):
+    """A layer with a mean of its inputs as extra state."""
+
+    mean = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = (self.mean + float(x.mean())) / 2
+        return super().forward(x) + self.mean
+
+    def get_extra_state(self) -> float:
+        return self.mean
+
+    def set_extra_state(self, state: float) -> None:
+        self.mean = state
+
+
+def test_a_skipped_step_keeps_the_extra_state() -> None:
+    module = Counted(2, 1)
+
+    def loss(own: Any, batch: Any) -> torch.Tensor:
+        return own(batch).square().mean()
+
+    data = [torch.full((4, 2), x) for x in (1.0, NAN, 3.0)]
+    solve(Problem(Level("x", module, loss, data=data, optimizer=partial(SGD, lr=0.01))), 3, on_nonfinite="skip")
+    assert module.mean == 1.75

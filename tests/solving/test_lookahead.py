@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from option_cases import F64, decay, nest, steps_of, training, validation, vector
+from option_cases import F64, around_means, decay, nest, steps_of, training, validation, vector
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
@@ -159,6 +159,12 @@ def test_after_a_rollback_the_data_continue(second: bool) -> None:
     history = mlopt.solve(problem, 3, lookahead=True, on_nonfinite="rollback", progress=False).history
     assert history.column("rollbacks") == [0, 1, 1]
     assert seen == [0, 1, 0, 1, *([2, 3, 2, 4, 5, 4, 5] if second else [2, 3, 4, 3, 4])]
+
+
+def test_a_buffer_that_the_solve_ahead_binds_is_unbound_before_the_second() -> None:
+    problem = around_means([[1.0, 2.0], [5.0, -1.0], [0.0, 3.0]])
+    mlopt.solve(problem, 1, lookahead=True, progress=False)
+    assert problem["net"].module.mean.item() == (1.5 + 2) / 2
 
 
 class Forgetful(mlopt.Estimator):

@@ -13,7 +13,7 @@ import torch
 from core_cases import distance, drawn, flat, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from option_cases import F64, vector
+from option_cases import F64, around_means, vector
 from states import assert_same_state
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
@@ -348,6 +348,12 @@ def test_nothing_moves_when_a_step_fails() -> None:
     with pytest.raises(FloatingPointError):
         mlopt.hypergradient(problem)
     assert same(before, snapshot(problem, [optimizer]))
+
+
+def test_a_buffer_that_the_steps_bind_is_unbound() -> None:
+    problem = around_means([[1.0, 2.0], [5.0, -1.0]], response=RealSteps(steps=2))
+    mlopt.hypergradient(problem)
+    assert problem["net"].module.mean is None
 
 
 def test_an_optimizer_instance_keeps_the_learning_rate_that_its_scheduler_would_change() -> None:

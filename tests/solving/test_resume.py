@@ -233,6 +233,43 @@ def test_a_run_cannot_be_resumed_with_another_seed_or_fewer_steps(
         run(tmp_path, **{"steps": 3, "resume": True, **options})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        mlopt.ConjugateGradient(iterations=2, warm_start=True),
+        mlopt.Neumann(iterations=1, step_size=0.5, warm_start=True),
+        mlopt.MINRES(iterations=2, warm_start=True),
+    ],
+    ids=str,
+)
+def test_a_warm_start_of_variables_in_half_precision_keeps_its_dtype(
+    rule: mlopt.Estimator, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def build() -> Problem:
+        matrix = torch.linspace(-1, 1, 18).sin().reshape(6, 3)
+
+        def outer(own, batch, *, y):
+            return torch.tanh(matrix @ y().float()).square().mean()
+
+        def inner(own, batch, *, weights):
+            error = (torch.tanh(matrix @ own().float()) - 1).square() * weights().sigmoid()
+            return error.mean() + 0.1 * own().float().square().sum()
+
+        sgd, start = partial(SGD, lr=0.1), torch.tensor([0.9, 0.4, -0.2], dtype=dtype)
+        return Problem(
+            Level("weights", mlopt.variables(torch.zeros(6)), outer, optimizer=sgd),
+            Level("y", mlopt.variables(start), inner, optimizer=sgd, estimator=rule),
+        )
+
+    run(tmp_path / "whole", 4, build())
+    run(tmp_path / "cut", 2, build())
+    run(tmp_path / "cut", 4, build(), resume=True)
+    whole, cut = (serialization.read(tmp_path / name / "step-00000004") for name in ("whole", "cut"))
+    assert whole["engine"]["warm"]["y"][0].dtype == torch.float32
+    assert_same_state(cut, whole)
+
+
 def test_a_changed_setting_is_reported(tmp_path: Path) -> None:
     run(tmp_path, 2)
     with pytest.warns(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,7 +287,14 @@ def test_a_callback_stops_the_run_and_the_scheduler_steps():
         ({}, "optimizer=None"),
         ({"optimizer": lambda parameters: 3}, "returned a int"),
         ({"optimizer": SGD([nn.Parameter(torch.ones(1))], lr=0.1)}, "not the level's variables"),
-        ({"optimizer": sgd, "scheduler": lambda optimizer: 3}, "scheduler returned a int"),
+        (
+            {"optimizer": sgd, "scheduler": lambda optimizer: 3},
+            "scheduler returned a int without step, state_dict, load_",
+        ),
+        (
+            {"optimizer": sgd, "scheduler": lambda optimizer: SimpleNamespace(step=lambda: None)},
+            "level 'x': scheduler returned a SimpleNamespace without state_dict, load_state_dict; .* with these methods",
+        ),
     ],
 )
 def test_missing_or_invalid_optimizers_are_named(arguments, sentence):
