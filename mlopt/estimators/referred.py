@@ -42,7 +42,8 @@ class Referred:
             user: the level of the estimator.
 
         Raises:
-            EstimatorError: the loss does not refer to the level, there is no such submodule, or it has parametrizations.
+            EstimatorError: the loss does not refer to the level, there is no such submodule, or it and the level of the estimator
+                are not parametrized alike.
         """
         level, _, path = place.partition(".")
         if level not in point.problem.graph[user].arguments:
@@ -58,10 +59,13 @@ class Referred:
                 f"level {user!r}: Unrolled({option}={place!r}), but the module of level {level!r} has no submodule {path!r} "
                 f"({error}); it has {', '.join(repr(name) for name, _ in module.named_children())}"
             ) from error
-        if any(map(is_parametrized, part.modules())):
+        # The parameters of equal modules correspond, also where both map them to other values.
+        own_map = option == "start" and any(map(is_parametrized, point.problem[user].module.modules()))
+        if any(map(is_parametrized, part.modules())) != own_map:
             raise EstimatorError(
-                f"level {user!r}: Unrolled({option}={place!r}) takes parameters as they are, but its module has parametrizations "
-                "(torch.nn.utils.parametrize), which map them to other values; use a module without them"
+                f"level {user!r}: Unrolled({option}={place!r}) takes parameters as they are, and parametrizations "
+                f"(torch.nn.utils.parametrize) map those of {repr(user) if own_map else repr(place)} to other values; use "
+                "modules without them, or the same for a start and its level"
             )
         own = {id(parameter) for parameter in part.parameters()}
         positions = tuple(k for k, variable in enumerate(point.problem[level].parameters) if id(variable) in own)

@@ -342,22 +342,22 @@ def test_a_start_without_trainable_parameters_is_refused(option: str) -> None:
         mlopt.hypergradient(problem)
 
 
-@pytest.mark.parametrize("option", ["start", "learning_rates"])
-def test_a_place_with_parametrizations_is_refused(option: str) -> None:
-    meta = Meta(0)
-    part = meta.start if option == "start" else nn.Linear(1, 1)
-    meta.part = part
-    nn.utils.parametrizations.weight_norm(part[0] if option == "start" else part)
+@pytest.mark.parametrize(("option", "normed"), [("start", "meta"), ("start", "net"), ("learning_rates", "meta")])
+def test_parametrizations_of_one_of_both_are_refused(option: str, normed: str) -> None:
+    """`tests/estimators/products/test_kernels.py` has a start and a level that are parametrized alike."""
+    meta, net = Meta(0), network(9)
+    meta.part = meta.start
+    nn.utils.parametrizations.weight_norm((meta.part if normed == "meta" else net)[0])
     problem = mlopt.Problem(
         mlopt.Level("meta", meta, query, data=[draw(seed=1)]),
         mlopt.Level(
             "net",
-            network(9),
+            net,
             support,
             data=[draw(seed=2)],
             optimizer=partial(SGD, lr=0.1),
             estimator=mlopt.Unrolled(steps=1, **{option: "meta.part"}),
         ),
     )
-    with pytest.raises(mlopt.EstimatorError, match=r"has parametrizations .* use a module without them"):
+    with pytest.raises(mlopt.EstimatorError, match=rf"map those of '{normed}.* use modules without them"):
         mlopt.hypergradient(problem)
