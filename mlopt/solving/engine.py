@@ -312,7 +312,7 @@ class Engine:
         return Snapshot(
             modules,
             map(self._stateful, names),
-            (carryover.warm, carryover.histories, carryover.cotangents, self._trained.masks),
+            (carryover.warm, carryover.histories, carryover.cotangents, carryover.groups, self._trained.masks),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -328,6 +328,7 @@ class Engine:
             "curvature": {name: stream.state_dict() for name, stream in gradients.curvature_streams.items()},
             "response": {name: stream.state_dict() for name, stream in gradients.response_streams.items()},
             "trainable": dict(self._trained.masks),
+            "groups": dict(carryover.groups),
             "warm": dict(carryover.warm),
             "histories": {name: attrs.asdict(history, recurse=False) for name, history in carryover.histories.items()},
             "cotangents": {
@@ -368,6 +369,7 @@ class Engine:
         masks = state.get("trainable", self._trained.present())
         self._trained.masks.update({name: tuple(mask) for name, mask in masks.items()})
         variables = self._trained.variables(self._trained.masks)
+        carryover.groups.update(state.get("groups", {}))
         for name, vectors in state["warm"].items():
             carryover.warm[name] = _spread(vectors, variables[name])
         for name, fields in state.get("histories", {}).items():

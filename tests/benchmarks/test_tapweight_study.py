@@ -90,15 +90,21 @@ def test_a_stopped_study_continues_and_ends_as_if_it_had_not_stopped(
     assert len(written) == 17
 
 
-def test_tasks_share_rehearsals_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = plan(tmp_path, methods=("rehearsal",), seeds=(0,), passes=40)
-    steps, step = [0], Engine.step
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the number of steps of all runs, in a list."""
+    count, step = [0], Engine.step
 
     def counted(self: Any) -> Any:
-        steps[0] += 1
+        count[0] += 1
         return step(self)
 
     monkeypatch.setattr(Engine, "step", counted)
+    return count
+
+
+def test_tasks_share_rehearsals_and_nothing_else(tmp_path: Path, steps: list[int]) -> None:
+    own = plan(tmp_path, methods=("rehearsal",), seeds=(0,), passes=40)
     study.run(own, tmp_path / "both.jsonl")
     both, steps[0] = steps[0], 0
     for task in own.tasks:
@@ -111,15 +117,8 @@ def test_tasks_share_rehearsals_and_nothing_else(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*.work/*/*"))
 
 
-def test_methods_of_the_same_rehearsals_share_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_of_the_same_rehearsals_share_them(tmp_path: Path, steps: list[int]) -> None:
     own = plan(tmp_path, methods=("rehearsal", "rehearsal:rehearsals=1"), seeds=(0,), passes=40)
-    steps, step = [0], Engine.step
-
-    def counted(self: Any) -> Any:
-        steps[0] += 1
-        return step(self)
-
-    monkeypatch.setattr(Engine, "step", counted)
     study.run(own, tmp_path / "both.jsonl")
     # Two rehearsals of 24 steps together; main runs of 8 steps, and of 24 after one rehearsal, on each of two tasks.
     assert steps[0] == 24 + 2 * 8 + 2 * 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,3 +246,34 @@ def test_half_precision_agrees_with_single(products: str, clip: float | None) ->
         return problem["u"].module.value.grad.double()
 
     assert distance(gradient(torch.bfloat16), gradient(torch.float32)) < 0.05  # bfloat16 has 8 bits
+
+
+def test_a_resumed_run_knows_the_rates_of_the_step_before(tmp_path: Path) -> None:
+    """A step that is skipped right after the checkpoint leaves them to the pullback."""
+    seen: list[Any] = []
+
+    class Note(mlopt.Callback):
+        def on_train_begin(self, run: Any) -> None:
+            seen.append([dict(group) for group in run.engine.gradients.carryover.groups.get("x", [])])
+
+    def run(steps: int, *, resume: bool) -> None:
+        problem = mlopt.Problem(
+            mlopt.Level(
+                "u", mlopt.variables(torch.ones(3)), lambda u, batch, *, x: x().sum(), optimizer=partial(SGD, lr=0.1)
+            ),
+            mlopt.Level(
+                "x",
+                mlopt.variables(torch.ones(3)),
+                lambda x, batch, *, u: (x() - u()).square().sum(),
+                optimizer=partial(SGD, lr=0.5),
+                scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+                estimator=mlopt.SAMA(),
+            ),
+        )
+        saving = mlopt.Checkpoints(tmp_path, every=1)
+        mlopt.solve(problem, steps, checkpoint=saving, resume=resume, callbacks=[Note()], progress=False)
+
+    run(2, resume=False)
+    run(3, resume=True)
+    assert seen[0] == []
+    assert [group["lr"] for group in seen[1]] == [0.25]

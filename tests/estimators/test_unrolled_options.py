@@ -157,7 +157,7 @@ def test_wrong_places_are_refused(option: dict[str, str], message: str) -> None:
 
 
 class Heads(nn.Module):
-    """Heads of which a batch uses one, or the one that the first head's value selects."""
+    """Heads of which a batch uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,23 +323,21 @@ def test_a_level_that_begins_anew_in_each_outer_step() -> None:
         images = (images - 0.2 * expected).detach().requires_grad_()
 
 
-@pytest.mark.parametrize("option", ["start", "learning_rates"])
-def test_a_start_without_trainable_parameters_is_refused(option: str) -> None:
-    meta = Meta(0)
-    meta.frozen = network(1).requires_grad_(False)
-    problem = mlopt.Problem(
+def of_part(meta: nn.Module, net: nn.Module, option: str) -> mlopt.Problem:
+    """Return a problem whose virtual steps use the part of a module as their start, or as their learning rates."""
+    rule = mlopt.Unrolled(steps=1, **{option: "meta.part"})
+    return mlopt.Problem(
         mlopt.Level("meta", meta, query, data=[draw(seed=1)]),
-        mlopt.Level(
-            "net",
-            network(9),
-            support,
-            data=[draw(seed=2)],
-            optimizer=partial(SGD, lr=0.1),
-            estimator=mlopt.Unrolled(steps=1, **{option: "meta.frozen"}),
-        ),
+        mlopt.Level("net", net, support, data=[draw(seed=2)], optimizer=partial(SGD, lr=0.1), estimator=rule),
     )
+
+
+@pytest.mark.parametrize("option", ["start", "learning_rates"])
+def test_a_part_without_trainable_parameters_is_refused(option: str) -> None:
+    meta = Meta(0)
+    meta.part = network(1).requires_grad_(False)
     with pytest.raises(mlopt.EstimatorError, match=r"has no trainable parameters; .* if requires_grad is True"):
-        mlopt.hypergradient(problem)
+        mlopt.hypergradient(of_part(meta, network(9), option))
 
 
 @pytest.mark.parametrize(("option", "normed"), [("start", "meta"), ("start", "net"), ("learning_rates", "meta")])
@@ -348,16 +346,5 @@ def test_parametrizations_of_one_of_both_are_refused(option: str, normed: str) -
     meta, net = Meta(0), network(9)
     meta.part = meta.start
     nn.utils.parametrizations.weight_norm((meta.part if normed == "meta" else net)[0])
-    problem = mlopt.Problem(
-        mlopt.Level("meta", meta, query, data=[draw(seed=1)]),
-        mlopt.Level(
-            "net",
-            net,
-            support,
-            data=[draw(seed=2)],
-            optimizer=partial(SGD, lr=0.1),
-            estimator=mlopt.Unrolled(steps=1, **{option: "meta.part"}),
-        ),
-    )
     with pytest.raises(mlopt.EstimatorError, match=rf"map those of '{normed}.* use modules without them"):
-        mlopt.hypergradient(problem)
+        mlopt.hypergradient(of_part(meta, net, option))
