@@ -44,25 +44,32 @@ class Captures:
 
 
 def setting(term: LevelTerm) -> Hashable:
-    """Return what a trace of a term takes to be fixed: shapes, dtypes, modes, hooks, plain values in its batch, kinds of kernels.
+    """Return what a trace of a term takes to be fixed: shapes, strides, dtypes, modes, hooks, plain values in its batch, kernels.
 
     Raises:
         ProblemError: the batch holds an object whose content is out of reach.
     """
     blocks = sorted(term.blocks, key=str)
     variables = [
-        (x.shape, x.dtype, x.device, x.requires_grad, *(x._backward_hooks or ()))
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, *(x._backward_hooks or ()))
         for b in blocks
         for x in term.values[b]
     ]
     modules = [(m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in _modules(term)]
+    buffers = [
+        (x.shape, x.stride(), x.dtype, x.device) if x.layout == torch.strided else x.layout
+        for m in _modules(term)
+        for x in m._buffers.values()
+        if x is not None
+    ]
     first: dict[int, int] = {}
     alike = [first.setdefault(id(x), k) for k, x in enumerate(_batch(term))]
     kinds = {variable.device.type for block in blocks for variable in term.values[block]}
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in sorted(kinds)]
     # They choose kernels when code is compiled.
     kernels = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return term.sign, tuple(variables), tuple(modules), described(term.batch), tuple(alike), tuple(casts), kernels
+    fixed = described(term.batch), tuple(alike), tuple(casts), kernels
+    return term.sign, tuple(variables), tuple(modules), tuple(buffers), *fixed
 
 
 def _modules(term: LevelTerm) -> Iterator[nn.Module]:

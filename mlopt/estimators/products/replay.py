@@ -26,7 +26,7 @@ class Replay:
     Args:
         code: operations on tensors, which returns tensors.
         kept: the first arguments, which are the same in several calls.
-        vectors: the others.
+        vectors: the others, which are contiguous.
 
     Raises:
         RuntimeError: an operation cannot be part of a CUDA graph.
@@ -34,17 +34,19 @@ class Replay:
 
     def __init__(self, code: Operations, kept: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         self._code = code
-        self._kept, self._vectors = ([x.detach().clone() for x in own] for own in (kept, vectors))
+        #: The memory of the arguments; that of an expanded tensor is its own, which is less.
+        self._kept, self._vectors = [_distinct(x).clone() for x in kept], [x.detach().clone() for x in vectors]
+        arguments = [*(own.expand(x.shape) for own, x in zip(self._kept, kept, strict=True)), *self._vectors]
         self._graph = torch.cuda.CUDAGraph()
-        self._device = [*kept, *vectors][0].device
+        self._device = arguments[0].device
         #: The stream of the last replay.
         self._stream = torch.cuda.current_stream(self._device)
         side = _side(self._device)
         with _CAPTURE, torch.cuda.stream(side):
             side.wait_stream(self._stream)
-            code(*self._kept, *self._vectors)  # libraries allocate their workspaces in a first call
+            code(*arguments)  # libraries allocate their workspaces in a first call
             side.synchronize()
-            self._results = _captured(self._graph, lambda: code(*self._kept, *self._vectors), self._device)
+            self._results = _captured(self._graph, lambda: code(*arguments), self._device)
         self._stream.wait_stream(side)
         #: Names the point whose kept arguments are in place.
         self._point: object = None
@@ -62,7 +64,7 @@ class Replay:
                 self._stream = stream
             if self._point is not point:
                 self._point = None  # if the copy is interrupted, no point is in place
-                _copy(self._kept, kept)
+                _copy(self._kept, [_distinct(x) for x in kept])
                 self._point = point
             _copy(self._vectors, vectors)
             self._graph.replay()
@@ -76,19 +78,34 @@ class Replay:
 
 def replay(code: Operations, kept: Sequence[Tensor], vectors: Sequence[Tensor]) -> Replay | None:
     """Return code as a CUDA graph; None if its arguments are large or not on one GPU, or an operation cannot be in a graph."""
-    arguments = [*kept, *vectors]
-    devices = {x.device for x in arguments}
-    if len(devices) != 1 or not all(device.type == "cuda" for device in devices):
+    device = _gpu([*kept, *vectors])
+    arguments = [*map(_distinct, kept), *vectors]
+    if device is None or torch.cuda.is_current_stream_capturing() or sum(x.nbytes for x in arguments) > _MOST:
         return None
-    if sum(x.nbytes for x in arguments) > _MOST or torch.cuda.is_current_stream_capturing():
-        return None
-    if any(torch.empty_like(x).stride() != x.stride() for x in arguments):
-        return None  # the code is compiled for these strides, which a copy of expanded tensors does not have
-    with torch.cuda.device(devices.pop()):
+    if not all(map(_dense, arguments)):
+        return None  # the code is compiled for these strides, which a copy does not have
+    with torch.cuda.device(device):
         try:
             return Replay(code, kept, vectors)
         except RuntimeError:
             return None  # operations that wait for the GPU; the code runs as well without a graph
+
+
+def _gpu(arguments: Sequence[Tensor]) -> torch.device | None:
+    """Return the GPU that holds all arguments; None if there is not one."""
+    devices = {x.device for x in arguments}
+    return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None
+
+
+def _distinct(x: Tensor) -> Tensor:
+    """Return the part of an expanded tensor that has memory of its own; what an L2 term adds to a Hessian is such a tensor."""
+    return x.detach()[tuple([slice(1) if stride == 0 else slice(None) for stride in x.stride()])]
+
+
+def _dense(x: Tensor) -> bool:
+    """Return True if a clone has the same strides."""
+    pairs = zip(x.shape, x.stride(), torch.empty_like(x).stride(), strict=True)
+    return all(own == other for size, own, other in pairs if size > 1)
 
 
 @cache

@@ -61,7 +61,7 @@ class TracedProduct(AutogradProduct):
             return super().__call__(direction, wanted)
         evaluate, term, name = entry
         with torch.no_grad():
-            product = cut(evaluate([x for block in direction for x in direction[block]]), wanted, term.values)
+            product = cut(evaluate(_contiguous(direction)), wanted, term.values)
         if not is_due(term, name):
             return product
         live = AutogradProduct(term)(direction, wanted)
@@ -115,6 +115,11 @@ def _key(term: LevelTerm) -> tuple[str, ...]:
     return (*term.label, "autograd")
 
 
+def _contiguous(direction: Vectors) -> Tensors:
+    # Code is compiled for strides, and a gradient of one shape can come with several: that of a sum is expanded.
+    return tuple([x.detach().contiguous() for block in direction for x in direction[block]])
+
+
 class _Compiled:
     """The code of a term's products with directions of some blocks.
 
@@ -136,7 +141,7 @@ class _Compiled:
             moved = walk(gradients, along, blocks, term.values)
             return tuple([x for block in blocks for x in moved[block]])
 
-        self.vectors = tuple([x.detach() for block in direction for x in direction[block]])
+        self.vectors = _contiguous(direction)
         torch.clear_autocast_cache()  # it holds casts of variables as they are now
         try:
             self.recording: Recording = record(product, self.vectors, term.point.generators[term.name].restore)

@@ -56,7 +56,6 @@ def test_code_that_cannot_be_replayed_runs_as_it_is(count: int) -> None:
     assert replay(waits, [a], [v]) is None
     assert (replay(plain, [a], [v]) is None) == (count > 1)
     assert replay(plain, [a], [v.cpu()]) is None
-    assert replay(plain, [a[:1].expand(3)], [v.expand(3)]) is None
     # The GPU works as before: some versions of torch refuse random draws after a capture that failed.
     assert torch.rand(3, device=DEVICE).max() > 0
     torch.cuda.empty_cache()
@@ -125,6 +124,7 @@ def test_replayed_products_are_the_live_ones(name: str, monkeypatch: pytest.Monk
         torch.cat([p.detach().reshape(-1) for p in problem["network"].parameters]) for problem in (compiled, live)
     )
     assert distance(one, other) < 1e-10
-    assert bool(used) == (DEVICE.type == "cuda")
+    # The Hessian's, which holds the constant of the weight decay as an expanded tensor, and the mixed product's.
+    assert len(set(used)) == (2 if DEVICE.type == "cuda" else 0)
     # Where the first products differ from live ones, the code would be given up, and the rest would be live.
     assert None not in compiled.workspace.compiled.values()
