@@ -150,24 +150,26 @@ def _agreement(regime: Regime, method: str, task: str) -> str:
 
 
 def cost(regime: Regime) -> str:
-    """Return the steps, the passes, the time and the memory of each method; later tasks share parts of the first one's work."""
-    body = []
-    for method in regime.methods:
-        rows = [row for row in regime.rows if row["method"] == method]
-        if method == PLAIN:
-            continue
-        memory = [row["memory"] for row in rows if row["memory"] is not None]
-        body.append(
-            [
-                regime.titles[method],
-                f"{statistics.fmean(row['steps'] for row in rows):,.0f}",
-                f"{statistics.fmean(row['passes'] for row in rows):,.0f}",
-                f"{max(row['seconds'] for row in rows):,.1f}",
-                f"{max(memory):,.0f}" if memory else "-",
-            ]
-        )
-    if not body:
-        return ""
-    device = regime.rows[0]["environment"]["device"]
+    """Return the steps, passes, time and memory of each method by device; later tasks share parts of the first one's work."""
     header = ["method", "steps", "encoder passes", "seconds", "peak MiB"]
-    return f"Cost of adaptation ({device}), time and memory of the longest run:\n\n{table(header, body)}"
+    parts = []
+    for device in dict.fromkeys(row["environment"]["device"] for row in regime.rows):
+        body = []
+        for method in regime.methods:
+            rows = [row for row in regime.rows if (row["method"], row["environment"]["device"]) == (method, device)]
+            if method == PLAIN or not rows:
+                continue
+            memory = [row["memory"] for row in rows if row["memory"] is not None]
+            body.append(
+                [
+                    regime.titles[method],
+                    f"{statistics.fmean(row['steps'] for row in rows):,.0f}",
+                    f"{statistics.fmean(row['passes'] for row in rows):,.0f}",
+                    f"{max(row['seconds'] for row in rows):,.1f}",
+                    f"{max(memory):,.0f}" if memory else "-",
+                ]
+            )
+        if body:
+            note = f"Cost of adaptation ({device}), time and memory of the longest run:"
+            parts.append(f"{note}\n\n{table(header, body)}")
+    return "\n\n".join(parts)

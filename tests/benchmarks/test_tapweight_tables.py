@@ -85,6 +85,18 @@ def test_the_cost_is_that_of_the_longest_run() -> None:
     assert cells(text, "EQUAL") == ["10", "70", "1.5", "-"]
 
 
+def test_the_costs_of_two_devices_stand_apart() -> None:
+    rows = study()
+    for own in rows:
+        if own["method"] == "rehearsal" and own["seed"] == 2:
+            own["environment"] = {"device": "GPU"}
+    _, cpu, gpu = markdown(rows).split("Cost of adaptation")
+    assert cells(cpu, "REHEARSAL") == ["10", "60", "3.0", "512"]
+    assert cells(gpu, "REHEARSAL") == ["10", "60", "4.0", "512"]
+    assert "EQUAL" in cpu
+    assert "EQUAL" not in gpu.split("aim for")[0]
+
+
 def test_the_aims_are_judged() -> None:
     text = markdown(study()).split("aim for REHEARSAL")[1]
     assert cells(text, "the first mean rank at equal budget") == ["1 of 4", "met"]

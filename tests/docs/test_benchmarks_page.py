@@ -104,6 +104,18 @@ def test_errors_and_costs_on_a_gpu_are_the_measured_ones() -> None:
         assert cells == [f"{row['error']:.1e}", f"{row['time']:.1f}", f"{row['memory']:.2f}"], name
 
 
+def test_compiled_products_on_a_gpu_are_the_measured_ones() -> None:
+    rows = {(row["case"], row["products"]): row for row in rows_of("compiled-cuda-2026-11-27.json")}
+    header = "| | live: time | compiled: time | live / compiled | compiled: memory, MiB | live: memory, MiB |"
+    expected = []
+    for case in dict.fromkeys(case for case, _ in rows):
+        live, compiled = rows[case, "live"], rows[case, "compiled"]
+        memory = [f"{row['memory'] / 2**20:.2f}" for row in (compiled, live)]
+        times = f"{live['time']:.1f}", f"{compiled['time']:.1f}", f"{compiled['live / this']:.2f}"
+        expected.append([case, *times, *memory])
+    assert table_of(PAGE, header) == expected
+
+
 def test_the_scores_that_chose_the_text_plan_are_those_of_the_rows() -> None:
     rows = read([ROOT / "benchmarks" / "results" / "tapweight-text-development-2026-11-27.jsonl"])
     table = table_of(PAGE, "| method | passes | csabstruct | scicite | citation_intent |")
