@@ -391,6 +391,8 @@ class Stationarity(Linearization):
 
     def _pullback(self, cotangent: Vectors, wanted: Sequence[str] | None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
+        if self._vanishes:
+            return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
@@ -399,6 +401,11 @@ class Stationarity(Linearization):
         if self._estimator.warm_start or self._estimator.history:
             self.point.keep_warm(self.name, solution[self.name], self.report.residual, self._history)
         return {block: scale(-1.0, vectors) for block, vectors in self._mixed_product(solution, wanted).items()}
+
+    @property
+    def _vanishes(self) -> bool:
+        """True if the response is assumed to be zero, which needs no product."""
+        return isinstance(self._solver, AssumedInverse) and self._solver.vanishes and not self._children
 
     def _initial(self, wanted: Sequence[str]) -> Tensors | History | None:
         """Return the start of the linear solve: a history if the estimator keeps one in a run, else a warm start, if any."""
@@ -443,11 +450,12 @@ class Stationarity(Linearization):
             return
         gradient = self._bounds.on_free(gradient)
         variables, size, distance = self.point.values[self.name], norm(gradient), None
-        if assumed := isinstance(self._solver, AssumedInverse):
-            image = self._solver.image(gradient)
+        solver = self._solver
+        if isinstance(solver, AssumedInverse) and not solver.vanishes:
+            image = solver.image(gradient)
             distance = size if image is gradient else norm(image)
         self.report.measured(size, norm([v.detach() for v in variables]), distance)
-        if not assumed:
+        if not isinstance(solver, AssumedInverse):
             doubt_unsteady(self.report, self._fixed, gradient, variables, self.name)
 
     def reports(self) -> dict[str, Report]:

@@ -61,7 +61,7 @@ class Identity(_ScaledIdentity):
     present variables, without momentum and clip, for the cotangent v at these variables.
 
     Args:
-        scale: c.
+        scale: c; 0 leaves the response of the level out, as DARTS of first order does.
         products: "autograd", "forward" or "finite_difference".
         compile: as in `LinearSolve`.
         streamed: for a level whose loss is a `Mixture`: inside `solve`, form the gradient of its weights from the gradients that

@@ -10,7 +10,7 @@ import torch
 
 from ..finiteness import require_finite
 from ..tensors import Tensors, scale
-from ..validation import positive
+from ..validation import at_least
 from .history import History
 from .solver import NOT_FINITE, LinearSolution, LinearSolver, MatVec, SolveCost
 
@@ -34,6 +34,11 @@ class AssumedInverse(LinearSolver):
     takes_shards: ClassVar[bool] = True
     damping = 0.0
 
+    @property
+    def vanishes(self) -> bool:
+        """True if P = 0."""
+        return False
+
     @abstractmethod
     def image(self, vector: Tensors) -> Tensors:
         """Return P times a vector."""
@@ -56,14 +61,18 @@ class Identity(AssumedInverse):
     This is the T1-T2 or DARTS approximation (Luketina et al. 2016, arXiv 1511.06727; Liu et al. 2019, arXiv 1806.09055).
 
     Args:
-        scale: c.
+        scale: c; 0 assumes that x = 0.
 
     Example:
         >>> mlopt.linear.Identity(scale=0.5).solve(lambda v: (3.0 * v[0],), (torch.ones(2),)).value
         (tensor([0.5000, 0.5000]),)
     """
 
-    scale: float = attrs.field(default=1.0, validator=positive)
+    scale: float = attrs.field(default=1.0, validator=at_least(0.0))
+
+    @property
+    def vanishes(self) -> bool:
+        return self.scale == 0.0
 
     def cost(self, unknowns: int) -> SolveCost:
         return SolveCost(int(self.scale != 1.0), 0)

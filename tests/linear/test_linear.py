@@ -342,7 +342,7 @@ def test_dense_refuses_more_unknowns_than_its_limit() -> None:
             r"='go'; it must be one of 'stop', 'raise', 'continue'",
         ),
         (lambda: linear.MINRES(iterations=0), r"iterations=0; it must be a whole number >= 1"),
-        (lambda: linear.Identity(scale=0.0), r"scale=0.0; it must be a finite number > 0"),
+        (lambda: linear.Identity(scale=-0.1), r"scale=-0.1; it must be a finite number >= 0"),
         (lambda: linear.Nystrom(rank=0), r"rank=0; it must be a whole number >= 1"),
         (lambda: linear.Nystrom(damping=0.0), r"damping=0.0; it must be a finite number > 0"),
         (lambda: linear.NystromPreconditioner(rank=1.5), r"rank=1.5; it must be a whole number >= 1"),
