@@ -62,7 +62,9 @@ def test_the_peak_is_that_of_a_run(name: str, optimizer: type) -> None:
     optimizer = partial(optimizer, lr=1e-3)
     estimate = estimate_requirements(of(ESTIMATORS[name](), optimizer))
     assert estimate.unknown == ()
-    assert estimate.memory == pytest.approx(measured(of(ESTIMATORS[name](), optimizer)), rel=0.15)
+    # With an assumed inverse a pullback frees the gradient of the level, which is 8% to 14% of the peak.
+    tolerance = 0.05 if name in ("identity", "differences", "sama") else 0.15
+    assert estimate.memory == pytest.approx(measured(of(ESTIMATORS[name](), optimizer)), rel=tolerance)
 
 
 @pytest.mark.parametrize("variables", [2e4, 5e5])
