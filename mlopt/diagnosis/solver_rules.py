@@ -43,6 +43,10 @@ def _indefinite(spectrum: Spectrum) -> Finding:
 
 
 def _identity(solver: Any, spectrum: Spectrum) -> Finding:
+    if solver.vanishes:
+        return Finding(
+            "warning", "cannot fail, but leaves the response of the level out", "another scale, if it matters"
+        )
     spread = f"curvature from {spectrum.low:.2g} to {spectrum.high:.2g} is assumed to be {1 / solver.scale:.3g}"
     if spectrum.condition <= 3.0:
         return Finding("ok", f"safe: {spread}, so the direction is nearly right")

@@ -391,12 +391,10 @@ class Stationarity(Linearization):
 
     def _pullback(self, cotangent: Vectors, wanted: Sequence[str] | None) -> dict[Block, Tensors]:
         wanted = self.arguments if wanted is None else wanted
-        if self._vanishes:
-            return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         solution = self.solve(cotangent, self._initial(wanted))
         # Reading the solution makes the host wait for the device, which an assumed inverse need not do.
         measured = not isinstance(self._solver, AssumedInverse)
-        if measured and all(map(is_zero, solution.values())):
+        if self._vanishes or (measured and all(map(is_zero, solution.values()))):
             return {argument: zeros_like(self.point.values[argument]) for argument in wanted}
         if self._estimator.warm_start or self._estimator.history:
             self.point.keep_warm(self.name, solution[self.name], self.report.residual, self._history)

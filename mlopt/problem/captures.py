@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..tensors import Tensors
 from .batch import copied, described
+from .estimator import Block
 from .term import LevelTerm
 
 __all__ = ["Captures", "setting"]
+
+#: Finds a tensor again at the point of a term, among those that are given there.
+_Place = Callable[[LevelTerm, Tensors], Tensor]
 
 
 class Captures:
@@ -29,18 +32,14 @@ class Captures:
     def __init__(self, term: LevelTerm, tensors: Sequence[Tensor]) -> None:
         if any(x.grad_fn is not None for x in tensors):
             raise RuntimeError("it uses a tensor that was computed before, with a graph of its own")
-        places: dict[int, Callable[[LevelTerm, Tensors], Tensor]] = {}
-        for module in _modules(term):
-            for owned in (module._parameters, module._buffers):
-                places |= {id(x): _entry(owned, name) for name, x in owned.items() if x is not None}
-        places |= {id(x): _position(k) for k, x in reversed(list(enumerate(_batch(term))))}
+        places: dict[int, _Place] = {id(x): _position(k) for k, x in reversed(list(enumerate(_given(term))))}
         places |= {id(x): _variable(b, k) for b in term.blocks for k, x in enumerate(term.values[b])}
         self._places = [places.get(id(x)) or _itself(x) for x in tensors]
 
     def at(self, term: LevelTerm) -> Tensors:
         """Return the tensors for the point of a term, without graphs."""
-        batch = _batch(term)
-        return tuple([place(term, batch).detach() for place in self._places])
+        given = _given(term)
+        return tuple([place(term, given).detach() for place in self._places])
 
 
 def setting(term: LevelTerm) -> Hashable:
@@ -55,21 +54,24 @@ def setting(term: LevelTerm) -> Hashable:
         for b in blocks
         for x in term.values[b]
     ]
-    modules = [(m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in _modules(term)]
-    buffers = [
-        (x.shape, x.stride(), x.dtype, x.device) if x.layout == torch.strided else x.layout
+    modules = [
+        (type(m), m.training, *m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
         for m in _modules(term)
-        for x in m._buffers.values()
-        if x is not None
     ]
+    owned = _owned(term)
+    layouts = [
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if x.layout == torch.strided else x.layout
+        for x in owned
+    ]
+    # A loss may take one tensor in two roles, such as a batch that is a buffer too.
     first: dict[int, int] = {}
-    alike = [first.setdefault(id(x), k) for k, x in enumerate(_batch(term))]
+    alike = [first.setdefault(id(x), k) for k, x in enumerate((*owned, *_batch(term)))]
     kinds = {variable.device.type for block in blocks for variable in term.values[block]}
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in sorted(kinds)]
     # They choose kernels when code is compiled.
     kernels = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     fixed = described(term.batch), tuple(alike), tuple(casts), kernels
-    return term.sign, tuple(variables), tuple(modules), tuple(buffers), *fixed
+    return term.sign, tuple(variables), tuple(modules), tuple(layouts), *fixed
 
 
 def _modules(term: LevelTerm) -> Iterator[nn.Module]:
@@ -83,17 +85,23 @@ def _batch(term: LevelTerm) -> Tensors:
     return tuple(tensors)
 
 
-def _variable(block: Any, k: int) -> Callable[[LevelTerm, Tensors], Tensor]:
-    return lambda term, batch: term.values[block][k]
+def _owned(term: LevelTerm) -> Tensors:
+    """Return the parameters and buffers of the modules of a term, frozen ones included."""
+    owned = ((*m._parameters.values(), *m._buffers.values()) for m in _modules(term))
+    return tuple([x for own in owned for x in own if x is not None])
 
 
-def _position(k: int) -> Callable[[LevelTerm, Tensors], Tensor]:
-    return lambda term, batch: batch[k]
+def _given(term: LevelTerm) -> Tensors:
+    return *_batch(term), *_owned(term)
 
 
-def _entry(owned: dict[str, Any], name: str) -> Callable[[LevelTerm, Tensors], Tensor]:
-    return lambda term, batch: owned[name]
+def _variable(block: Block, k: int) -> _Place:
+    return lambda term, given: term.values[block][k]
 
 
-def _itself(tensor: Tensor) -> Callable[[LevelTerm, Tensors], Tensor]:
-    return lambda term, batch: tensor
+def _position(k: int) -> _Place:
+    return lambda term, given: given[k]
+
+
+def _itself(tensor: Tensor) -> _Place:
+    return lambda term, given: tensor

@@ -59,3 +59,15 @@ def test_it_takes_no_product() -> None:
     assert mlopt.hypergradient(own(0.0)).reports["network"].stationarity is None
     with pytest.raises(mlopt.EstimatorError):
         gradient_of(own(1.0))
+
+
+def test_a_cotangent_that_is_not_finite_raises() -> None:
+    own = problem("two", 0.0, 0)
+    for parameter in own["y"].parameters:
+        parameter.data.fill_(torch.inf)
+    with pytest.raises(mlopt.NonFiniteError):
+        mlopt.hypergradient(own)
+
+
+def test_a_diagnosis_says_that_the_response_is_left_out() -> None:
+    assert "leaves the response of the level out" in str(mlopt.diagnose(problem("two", 0.0, 0)))

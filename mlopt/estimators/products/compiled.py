@@ -51,12 +51,13 @@ class CompiledProduct(ForwardProduct):
             return product
         live = super().__call__(direction, wanted)
         gap = differs(product, live)
-        if gap is not None:
-            compiled[key] = None
-            self.remark(
-                f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used; delete "
-                "the folder of torch.compile's cache (TORCHINDUCTOR_CACHE_DIR), or use compile=False"
-            )
+        if gap is None:
+            return product  # not the live one: a resumed run counts uses anew
+        compiled[key] = None
+        self.remark(
+            f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used; delete the "
+            "folder of torch.compile's cache (TORCHINDUCTOR_CACHE_DIR), or use compile=False"
+        )
         return live
 
     def renewed(self) -> ForwardProduct:

@@ -66,14 +66,15 @@ class TracedProduct(AutogradProduct):
             return product
         live = AutogradProduct(term)(direction, wanted)
         gap = differs(product, live)
-        if gap is not None:
-            term.workspace.compiled[_key(term)] = None
-            self._evaluations = dict.fromkeys(self._evaluations)
-            self.remark(
-                f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used: the "
-                f"{term.part} reads numbers or flags that have changed since it was traced, or the folder of torch.compile's "
-                "cache (TORCHINDUCTOR_CACHE_DIR) is of another processor; use compile=False"
-            )
+        if gap is None:
+            return product  # not the live one: a resumed run counts uses anew
+        term.workspace.compiled[_key(term)] = None
+        self._evaluations = dict.fromkeys(self._evaluations)
+        self.remark(
+            f"the compiled product of its {term.part} differed from the live one by {gap:.1%} and is no longer used: the "
+            f"{term.part} reads numbers or flags that have changed since it was traced, or the folder of torch.compile's "
+            "cache (TORCHINDUCTOR_CACHE_DIR) is of another processor; use compile=False"
+        )
         return live
 
     def renewed(self) -> Product:

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...tensors import Tensors
 
 __all__ = ["Part", "Recording", "record"]
 
 _DRAWS, _DATA_SHAPED = torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape
-#: Functions that hand numbers of a tensor to Python without a word to the tracer. (It refuses `item` and `bool` itself.)
+#: Functions that hand numbers of a tensor to Python without a word to the dispatcher.
 _READING: set[Any] = {
     torch.equal,
     torch.allclose,
@@ -29,6 +31,8 @@ _READING: set[Any] = {
     Tensor.numpy,
     Tensor.__array__,
 }
+#: Functions that do so if they are given tensors.
+_MAKING: set[Any] = {torch.tensor, torch.scalar_tensor, torch.from_numpy}
 
 
 @attrs.frozen(eq=False)
@@ -127,9 +131,14 @@ def record(function: Callable[..., Tensors], vectors: Tensors, restore: Callable
 
     # In single steps, more of an operation is outside of what depends on the vectors. Draws must stay as they are.
     steps = {target: how for target, how in select_decomp_table().items() if _DRAWS not in getattr(target, "tags", ())}
+
+    def guarded(*tensors: Tensor) -> Tensors:
+        with _NumbersRefused():  # type: ignore[no-untyped-call]
+            return function(*tensors)
+
     restore()
     with _foreign_draws_refused(), _ReadsRefused():
-        recorded = make_fx(function, steps)(*vectors)
+        recorded = make_fx(guarded, steps)(*vectors)
     captured = _lift(recorded)
     with torch.no_grad():
         restore()
@@ -138,12 +147,25 @@ def record(function: Callable[..., Tensors], vectors: Tensors, restore: Callable
 
 
 class _ReadsRefused(TorchFunctionMode):
-    """Raises if a function hands numbers of a tensor to Python."""
+    """Raises if a function hands numbers of a tensor to Python, or makes a tensor of them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READING:
+        if func in _READING or (func in _MAKING and _holds_tensors(args[0] if args else kwargs)):
             raise RuntimeError(f"it reads numbers of a tensor ({getattr(func, '__name__', func)})")
         return func(*args, **(kwargs or {}))
+
+
+class _NumbersRefused(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where a tensor becomes a number: `item`, a condition, an index, an argument that is a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("it reads numbers of a tensor (item, a condition, or an argument that must be a number)")
+        return func(*args, **(kwargs or {}))
+
+
+def _holds_tensors(data: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_leaves(data))
 
 
 @contextmanager

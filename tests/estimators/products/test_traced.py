@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,27 @@ def equal(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
     return loss_of(module, batch, weights=weights) * (2.0 if torch.equal(batch[0], INPUTS) else 1.0)
 
 
+def a_number_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * batch[0][0, 0].item()
+
+
+def a_length_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    inputs, labels = batch
+    return loss_of(module, (inputs[: labels.max() + 1], labels[: labels.max() + 1]), weights=weights)
+
+
+def a_power_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * math.exp(batch[0].mean())
+
+
+def a_fill_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * torch.full((), batch[0][0, 0])
+
+
+def a_tensor_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * torch.tensor([batch[0].sum(), batch[0].norm()]).sum()
+
+
 def from_numpy(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
     return loss_of(module, batch, weights=weights) * float(np.random.rand())
 
@@ -215,9 +237,14 @@ COUNT = torch.zeros(())
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
-        (branching, "get value out of a tracing tensor"),
+        (branching, "reads numbers of a tensor"),
         (listing, "reads numbers of a tensor"),
         (equal, "reads numbers of a tensor"),
+        (a_number_of_the_batch, "reads numbers of a tensor"),
+        (a_length_of_the_batch, "reads numbers of a tensor"),
+        (a_power_of_the_batch, "reads numbers of a tensor"),
+        (a_fill_of_the_batch, "reads numbers of a tensor"),
+        (a_tensor_of_tensors, "reads numbers of a tensor"),
         (from_numpy, "draws from the generator of Python or numpy"),
         (counting, "changes a tensor in place that it did not make"),
     ],
@@ -355,7 +382,7 @@ class TestRecorded(EstimatorContract):
             super().test_nothing_moves_when_a_loss_raises()
 
     def test_common_random_numbers(self) -> None:
-        with pytest.raises(mlopt.EstimatorError, match="value out of a tracing tensor"):
+        with pytest.raises(mlopt.EstimatorError, match="reads numbers of a tensor"):
             super().test_common_random_numbers()
 
     def test_dropout_is_that_of_one_mask(self) -> None:
