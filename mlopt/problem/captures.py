@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from ..tensors import Tensors
 from .batch import copied, described
@@ -14,6 +15,13 @@ from .term import LevelTerm
 
 __all__ = ["Captures", "setting"]
 
+#: Hooks of all modules.
+_GLOBAL_HOOKS = (
+    all_modules._global_forward_pre_hooks,
+    all_modules._global_forward_hooks,
+    all_modules._global_backward_pre_hooks,
+    all_modules._global_backward_hooks,
+)
 #: Finds a tensor again at the point of a term, among those that are given there.
 _Place = Callable[[LevelTerm, Tensors], Tensor]
 
@@ -58,6 +66,7 @@ def setting(term: LevelTerm) -> Hashable:
         (type(m), m.training, *m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
         for m in _modules(term)
     ]
+    everywhere = tuple([key for own in _GLOBAL_HOOKS for key in own])
     owned = _owned(term)
     layouts = [
         (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if x.layout == torch.strided else x.layout
@@ -71,7 +80,7 @@ def setting(term: LevelTerm) -> Hashable:
     # They choose kernels when code is compiled.
     kernels = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     fixed = described(term.batch), tuple(alike), tuple(casts), kernels
-    return term.sign, tuple(variables), tuple(modules), tuple(layouts), *fixed
+    return term.sign, tuple(variables), tuple(modules), everywhere, tuple(layouts), *fixed
 
 
 def _modules(term: LevelTerm) -> Iterator[nn.Module]:

@@ -30,9 +30,11 @@ _READING: set[Any] = {
     Tensor.tolist,
     Tensor.numpy,
     Tensor.__array__,
+    Tensor.__dlpack__,
 }
-#: Functions that do so if they are given tensors.
-_MAKING: set[Any] = {torch.tensor, torch.scalar_tensor, torch.from_numpy}
+#: Functions that do so with the entries of a list, and with a second tensor.
+_MAKING: set[Any] = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.__getitem__}
+_SPLITTING: set[Any] = {torch.tensor_split, Tensor.tensor_split}
 
 
 @attrs.frozen(eq=False)
@@ -150,8 +152,11 @@ class _ReadsRefused(TorchFunctionMode):
     """Raises if a function hands numbers of a tensor to Python, or makes a tensor of them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READING or (func in _MAKING and _holds_tensors(args[0] if args else kwargs)):
+        given = (*args, *(kwargs or {}).values())
+        if func in _READING or (func in _MAKING and any(map(_lists_tensors, given))):
             raise RuntimeError(f"it reads numbers of a tensor ({getattr(func, '__name__', func)})")
+        if func in _SPLITTING and sum(isinstance(x, Tensor) for x in given) > 1:
+            raise RuntimeError(f"it reads numbers of a tensor ({func.__name__})")
         return func(*args, **(kwargs or {}))
 
 
@@ -164,8 +169,11 @@ class _NumbersRefused(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _holds_tensors(data: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in tree_leaves(data))
+def _lists_tensors(data: Any) -> bool:
+    """Return True for a list or a tuple that holds tensors in a list: the entries of an index may be tensors."""
+    if isinstance(data, tuple):
+        return any(map(_lists_tensors, data))
+    return isinstance(data, list) and any(isinstance(x, Tensor) for x in tree_leaves(data))
 
 
 @contextmanager
@@ -195,6 +203,8 @@ def _lift(recorded: fx.GraphModule) -> Tensors:
     captured: list[Tensor] = []
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         tensor = getattr(recorded, str(node.target))
+        if not isinstance(tensor, Tensor):
+            raise RuntimeError(f"it uses a {type(tensor).__name__} of its own")
         if id(tensor) not in places:
             with graph.inserting_before(first):
                 places[id(tensor)] = graph.placeholder(f"captured_{len(captured)}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from core_cases import distance, gradient_of
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import SGD, Adam
 
 import mlopt
@@ -122,16 +123,20 @@ def other_parameters(network: nn.Sequential) -> None:
     network[0].weight = nn.Parameter(COSTS.sin())
 
 
-def backward_hook(network: nn.Sequential) -> None:
-    network[1].register_full_backward_hook(lambda module, inputs, outputs: (3.0 * inputs[0],))
+def backward_hook(network: nn.Sequential) -> Any:
+    return network[1].register_full_backward_hook(lambda module, inputs, outputs: (3.0 * inputs[0],))
 
 
-def pre_backward_hook(network: nn.Sequential) -> None:
-    network[1].register_full_backward_pre_hook(lambda module, outputs: (3.0 * outputs[0],))
+def pre_backward_hook(network: nn.Sequential) -> Any:
+    return network[1].register_full_backward_pre_hook(lambda module, outputs: (3.0 * outputs[0],))
 
 
-def forward_hook(network: nn.Sequential) -> None:
-    network[1].register_forward_hook(lambda module, inputs, output: 2.0 * output)
+def forward_hook(network: nn.Sequential) -> Any:
+    return network[1].register_forward_hook(lambda module, inputs, output: 2.0 * output)
+
+
+def hook_of_all_modules(network: nn.Sequential) -> Any:
+    return register_module_forward_hook(lambda module, inputs, output: 2.0 * output if module is network[1] else None)
 
 
 @pytest.fixture
@@ -161,18 +166,30 @@ def pair(network: nn.Module) -> list[mlopt.Problem]:
 @pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
 @pytest.mark.parametrize(
     "change",
-    [other_buffers, other_class, other_parameters, backward_hook, pre_backward_hook, forward_hook],
+    [
+        other_buffers,
+        other_class,
+        other_parameters,
+        backward_hook,
+        pre_backward_hook,
+        forward_hook,
+        hook_of_all_modules,
+    ],
 )
-def test_modules_may_change(change: Callable[[nn.Sequential], None], uncompiled: None) -> None:
+def test_modules_may_change(change: Callable[[nn.Sequential], Any], uncompiled: None) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), Shifted(shift(0.1)))
     problems = pair(network)
-    results = []
-    for _ in range(2):
-        compiled, live = (gradient_of(problem) for problem in problems)
-        assert distance(compiled, live) < 1e-12
-        results.append(live)
-        change(network)
+    results, handle = [], None
+    try:
+        for turn in range(2):
+            compiled, live = (gradient_of(problem) for problem in problems)
+            assert distance(compiled, live) < 1e-12
+            results.append(live)
+            handle = change(network) if turn == 0 else handle
+    finally:
+        if handle is not None:
+            handle.remove()
     assert distance(*results) > 1e-3
 
 

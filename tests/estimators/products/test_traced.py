@@ -222,6 +222,23 @@ def a_tensor_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) ->
     return loss_of(module, batch, weights=weights) * torch.tensor([batch[0].sum(), batch[0].norm()]).sum()
 
 
+def a_row_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * batch[0].new_tensor([batch[0].sum(), batch[0].norm()]).sum()
+
+
+def an_index_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * batch[0][list(batch[1]), 0].sum()
+
+
+def a_split_at_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    parts = module(batch[0]).tensor_split(torch.arange(1, 3) + batch[1].max())
+    return weights().sum() * torch.stack([(1 + k) * part.square().sum() for k, part in enumerate(parts)]).sum()
+
+
+def a_generator_of_its_own(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
+    return loss_of(module, batch, weights=weights) * torch.rand((), generator=torch.Generator().manual_seed(0))
+
+
 def from_numpy(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
     return loss_of(module, batch, weights=weights) * float(np.random.rand())
 
@@ -245,6 +262,10 @@ COUNT = torch.zeros(())
         (a_power_of_the_batch, "reads numbers of a tensor"),
         (a_fill_of_the_batch, "reads numbers of a tensor"),
         (a_tensor_of_tensors, "reads numbers of a tensor"),
+        (a_row_of_tensors, "reads numbers of a tensor"),
+        (an_index_of_tensors, "reads numbers of a tensor"),
+        (a_split_at_tensors, "reads numbers of a tensor"),
+        (a_generator_of_its_own, "uses a Generator of its own"),
         (from_numpy, "draws from the generator of Python or numpy"),
         (counting, "changes a tensor in place that it did not make"),
     ],
