@@ -13,7 +13,8 @@ import pytest
 from benchmarks import engine, memory, scale, scaling
 from benchmarks.hypergrad.bar import MOST_TIME, bar
 from benchmarks.hypergrad.repeats import runs_of
-from benchmarks.tapweight import cost
+from benchmarks.tapweight import ablation, cost
+from benchmarks.tapweight.ablation import ABLATIONS
 from benchmarks.tapweight.results import regimes
 from benchmarks.tapweight.rows import read
 from benchmarks.tapweight.tables import markdown
@@ -209,6 +210,13 @@ def test_the_tables_of_the_study_are_those_of_the_report(name: str) -> None:
     shown = [line for line in section.splitlines() if line.startswith("|")]
     assert len(shown) > 20
     assert set(shown) <= {*lines, *summary(name), SUMMARY_HEADER, SUMMARY_RULE}
+
+
+def test_the_ablation_is_that_of_its_rows() -> None:
+    rows = read([ROOT / "benchmarks" / "results" / "tapweight-molecules-length-2026-11-27.jsonl"])
+    section = PAGE.split("## Ablation: one rehearsal")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert shown == [line for line in ablation.report(rows, ABLATIONS["length"]).splitlines() if line.startswith("|")]
 
 
 def test_the_tables_of_the_earlier_text_plan_are_those_of_the_report() -> None:
