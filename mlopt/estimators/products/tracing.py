@@ -32,7 +32,7 @@ _READING: set[Any] = {
     Tensor.__array__,
     Tensor.__dlpack__,
 }
-#: Functions that do so with the entries of a list, and with a second tensor.
+#: Functions that do so with the tensors of a list, and with a second tensor.
 _MAKING: set[Any] = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.__getitem__}
 _SPLITTING: set[Any] = {torch.tensor_split, Tensor.tensor_split}
 
@@ -152,11 +152,13 @@ class _ReadsRefused(TorchFunctionMode):
     """Raises if a function hands numbers of a tensor to Python, or makes a tensor of them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (*args, *(kwargs or {}).values())
-        if func in _READING or (func in _MAKING and any(map(_lists_tensors, given))):
+        given = [*args, *(kwargs or {}).values()]
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            given = [x for x in args[1] if isinstance(x, list)]
+        listed = func in _MAKING and any(isinstance(x, list | tuple) and _holds_tensors(x) for x in given)
+        split = func in _SPLITTING and sum(isinstance(x, Tensor) for x in given) > 1
+        if func in _READING or listed or split:
             raise RuntimeError(f"it reads numbers of a tensor ({getattr(func, '__name__', func)})")
-        if func in _SPLITTING and sum(isinstance(x, Tensor) for x in given) > 1:
-            raise RuntimeError(f"it reads numbers of a tensor ({func.__name__})")
         return func(*args, **(kwargs or {}))
 
 
@@ -169,11 +171,8 @@ class _NumbersRefused(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _lists_tensors(data: Any) -> bool:
-    """Return True for a list or a tuple that holds tensors in a list: the entries of an index may be tensors."""
-    if isinstance(data, tuple):
-        return any(map(_lists_tensors, data))
-    return isinstance(data, list) and any(isinstance(x, Tensor) for x in tree_leaves(data))
+def _holds_tensors(data: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_leaves(data))
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def a_tensor_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) ->
 
 
 def a_row_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * batch[0].new_tensor([batch[0].sum(), batch[0].norm()]).sum()
+    return loss_of(module, batch, weights=weights) * batch[0].new_tensor((batch[0].sum(), batch[0].norm())).sum()
 
 
 def an_index_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
