@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 
 import mlopt
 from mlopt.estimators.products import replay as replaying
-from mlopt.estimators.products import traced
 from mlopt.estimators.products.replay import Replay, replay
 
 
@@ -209,11 +208,12 @@ def test_expanded_arguments_keep_their_strides(gpu: Device) -> None:
         assert torch.equal(made.at(point)([vector])[0], affine_in_all(*point, vector)[0])
 
 
-def test_both_products_of_a_level_with_weight_decay_are_replayed(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_products_of_a_level_with_weight_decay_are_replayed(
+    gpu: Device, replayed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: set[Replay] = set()
     at = Replay.at
     monkeypatch.setattr(Replay, "at", lambda own, kept: used.add(own) or at(own, kept))
-    monkeypatch.setattr(traced, "compiled", lambda graph, arguments: graph)
     inputs, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 2
     network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 

@@ -139,12 +139,6 @@ def hook_of_all_modules(network: nn.Sequential) -> Any:
     return register_module_forward_hook(lambda module, inputs, output: 2.0 * output if module is network[1] else None)
 
 
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replay recordings without a compiler, which takes seconds."""
-    monkeypatch.setattr(traced, "compiled", lambda graph, arguments: graph)
-
-
 def pair(network: nn.Module) -> list[mlopt.Problem]:
     """Return a problem with compiled products, and with live ones."""
 
@@ -176,7 +170,7 @@ def pair(network: nn.Module) -> list[mlopt.Problem]:
         hook_of_all_modules,
     ],
 )
-def test_modules_may_change(change: Callable[[nn.Sequential], Any], uncompiled: None) -> None:
+def test_modules_may_change(change: Callable[[nn.Sequential], Any], replayed: list[Any]) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), Shifted(shift(0.1)))
     problems = pair(network)
@@ -193,7 +187,7 @@ def test_modules_may_change(change: Callable[[nn.Sequential], Any], uncompiled: 
     assert distance(*results) > 1e-3
 
 
-def test_a_batch_may_be_a_buffer_and_then_another_tensor(uncompiled: None) -> None:
+def test_a_batch_may_be_a_buffer_and_then_another_tensor(replayed: list[Any]) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), Shifted(INPUTS.clone()))
     problems = pair(network)

@@ -23,22 +23,6 @@ BATCHES = [(INPUTS, LABELS), (2 * INPUTS, LABELS), (INPUTS[:4], LABELS[:4])]
 SOLVER = mlopt.linear.ConjugateGradient(iterations=4, damping=1.0, negative_curvature="continue")
 
 
-@pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replay recordings without a compiler, which takes seconds; return a list of the vectors that each product takes."""
-    calls: list[Any] = []
-
-    def stand_in(graph: Any, arguments: Any) -> Callable[..., Any]:
-        def run(*tensors: Tensor) -> Any:
-            calls.append(tensors)
-            return graph(*tensors)
-
-        return run
-
-    monkeypatch.setattr(traced, "compiled", stand_in)
-    return calls
-
-
 def loss_of(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
     inputs, labels = batch
     return (weights()[: len(labels)] * cross_entropy(module(inputs), labels, reduction="none")).mean()
