@@ -62,9 +62,18 @@ def test_it_takes_no_product() -> None:
 
 
 def test_a_cotangent_that_is_not_finite_raises() -> None:
-    own = problem("two", 0.0, 0)
-    for parameter in own["y"].parameters:
-        parameter.data.fill_(torch.inf)
+    def inner(module: nn.Module, batch: object, *, weights: nn.Module) -> Tensor:
+        return (module() - weights()).square().sum()
+
+    def outer(weights: nn.Module, batch: object, *, network: nn.Module) -> Tensor:
+        # Finite, with the derivative 0 x infinity.
+        return weights().sum() + (0.0 * network()).abs().sqrt().sum()
+
+    weights, network = (mlopt.variables(torch.ones(2)) for _ in range(2))
+    own = mlopt.Problem(
+        mlopt.Level("weights", weights, outer),
+        mlopt.Level("network", network, inner, estimator=mlopt.Identity(scale=0.0)),
+    )
     with pytest.raises(mlopt.NonFiniteError):
         mlopt.hypergradient(own)
 
