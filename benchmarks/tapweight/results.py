@@ -51,11 +51,16 @@ class Regime:
     Args:
         rows: the rows.
         finetuning: "probe" or "full".
+
+    Attributes:
+        plan: the key of the plan.
+        labels: the number of labels, or "all".
     """
 
     def __init__(self, rows: Sequence[Row], finetuning: str) -> None:
         self.rows = rows
         first = rows[0]
+        self.plan, self.finetuning, self.labels = first["key"], finetuning, str(first["labels"])
         labels = "all labels" if first["labels"] == "all" else f"{first['labels']} labels"
         head = "ridge head on frozen features" if finetuning == "probe" else "finetuned as a whole"
         # Texts have official test files; of a user's table, half is the test set.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -19,7 +21,7 @@ __all__ = ["markdown"]
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return all tables of the rows, regime by regime."""
-    parts = []
+    parts = by_labels(rows)
     for regime in regimes(rows):
         parts += [f"## {regime.title}", f"{regime.subtitle}.", scores(regime), gains(regime), headroom(regime)]
         parts += [weights(regime, method) for method in regime.weighing()]
@@ -31,6 +33,36 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose first column is text and whose others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_labels(rows: Sequence[Row]) -> list[str]:
+    """Return, for each plan and way of finetuning with several numbers of labels, a table of the scores by task and number."""
+    groups: dict[tuple[str, str], list[Regime]] = defaultdict(list)
+    for regime in regimes(rows):
+        groups[regime.plan, regime.finetuning].append(regime)
+    return [_label_table(sorted(group, key=_size)) for group in groups.values() if len(group) > 1]
+
+
+def _size(regime: Regime) -> float:
+    return math.inf if regime.labels == "all" else int(regime.labels)
+
+
+def _label_table(group: Sequence[Regime]) -> str:
+    """Return the table of regimes that differ in the number of labels; a method has a column if all of them hold it."""
+    names = [method for method in group[0].methods if all(method in regime.methods for regime in group)]
+    tasks = dict.fromkeys(task for regime in group for task in regime.tasks)
+    body = []
+    for task in tasks:
+        for regime in group:
+            if task in regime.tasks:
+                column = _score_column(regime, task, names)
+                metric = f"{regime.metrics[task]} {'↑' if regime.better[task] else '↓'}"
+                body.append([f"{task}, {metric}", regime.labels, *(column[name] for name in names)])
+    note = (
+        "Test scores by number of labels, mean (standard deviation) over the seeds; ▲ better and ▼ worse than equal weights: "
+        "paired t test at 5%, Holm's correction over the tasks of a number of labels."
+    )
+    return f"{note}\n\n{table(['task', 'labels', *(group[0].titles[name] for name in names)], body)}"
 
 
 def scores(regime: Regime) -> str:

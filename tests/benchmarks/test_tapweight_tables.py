@@ -131,6 +131,29 @@ def test_regimes_are_apart_and_share_the_row_without_an_encoder() -> None:
     ]
 
 
+def test_numbers_of_labels_stand_beside_each_other() -> None:
+    rows = [own | {"labels": "all", "score": own["score"] + 1} for own in study()] + study()
+    rows += [
+        own | {"labels": 50} for own in study() if own["method"] in ("direct", "rehearsal") and own["task"] == "esol"
+    ]
+    table, _, rest = markdown(rows).partition("\n\n##")
+    header, _, *lines = [line for line in table.splitlines() if line.startswith("|")]
+    # A method without rows for each number has no column, a task without rows for a number has no line.
+    assert header == "| task | labels | DIRECT | REHEARSAL |"
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| esol, rmse ↓", "50"],
+        ["| esol, rmse ↓", "200"],
+        ["| esol, rmse ↓", "all"],
+        ["| bbbp, roc_auc ↑", "200"],
+        ["| bbbp, roc_auc ↑", "all"],
+    ]
+    assert lines[1].split(" | ")[2:] == ["7.000 (1.000) ▼", "**4.900 (0.954)** ▲ |"]
+    assert lines[2].split(" | ")[2:] == ["8.000 (1.000) ▼", "**5.900 (0.954)** ▲ |"]
+    # Without equal weights there is nothing to compare with.
+    assert lines[0].split(" | ")[2:] == ["7.000 (1.000)", "**4.900 (0.954)** |"]
+    assert rest.count("\n## ") == 2
+
+
 def test_a_method_that_lacks_a_task_has_no_rank() -> None:
     rows = [own for own in study() if (own["method"], own["task"]) != ("direct", "bbbp")]
     assert cells(markdown(rows), "DIRECT") == ["7.000 (1.000) ▼", "-", "-"]
