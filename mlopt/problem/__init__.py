@@ -21,9 +21,10 @@ from .processes import fingerprint, require_alike
 from .residual import ResidualTerm, evaluate_residual
 from .response import Response
 from .solver import call_solver
+from .stand_ins import cloned_buffers, standing_in
 from .stream import Stream
 from .tasks import Stacked, over_tasks, stacked
-from .term import LevelTerm, Term, cloned_buffers, cut, derivatives, standing_in
+from .term import LevelTerm, Term, cut, derivatives
 from .workspace import Workspace
 
 __all__ = [

@@ -16,7 +16,7 @@ from .level import Level
 from .losses import evaluate_loss
 from .problem import Problem
 from .processes import refuse_batch_norm
-from .term import cloned_buffers
+from .stand_ins import cloned_buffers
 
 __all__ = ["require_mean"]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -20,78 +19,17 @@ from .batch import copied
 from .estimator import Block, Vectors
 from .losses import LossValue, Mixture, evaluate_loss, evaluate_regularizer
 from .pure_function import PureFunction, key_of
+from .stand_ins import cloned_buffers, restored_modes
 
 if TYPE_CHECKING:
     from .level import Level
     from .point import Point
     from .workspace import Workspace
 
-__all__ = ["LevelTerm", "OwnFunction", "Term", "cloned_buffers", "cut", "derivatives", "standing_in"]
+__all__ = ["LevelTerm", "OwnFunction", "Term", "cut", "derivatives"]
 
 #: A term as a function of its level's variables, of other parameters and buffers by name, and of a batch.
 OwnFunction: TypeAlias = Callable[[Tensors, Mapping[str, Tensor], Any], Tensor]
-
-
-@contextlib.contextmanager
-def cloned_buffers(modules: Iterable[nn.Module], *, apart: nn.Module | None = None) -> Iterator[None]:
-    """Let the modules work on clones of their buffers; restore buffers and modes on exit. Submodules of `apart` keep theirs."""
-    modes = _modes(modules)
-    owners = {id(m): m for m, _ in modes if m._buffers}
-    for own in apart.modules() if apart is not None and owners else ():
-        owners.pop(id(own), None)
-    kept = [(m, dict(m._buffers)) for m in owners.values()]
-    for module, buffers in kept:
-        module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)
-        _restore_modes(modes)
-
-
-def _modes(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]]:
-    """Return the mode, train or eval, of all submodules: a loss that calls `eval()` must not decide for other losses."""
-    # `nn.Module.modules` forms the names of the submodules too, which takes most of its time.
-    pending, seen = list(modules), set[int]()
-    modes = []
-    for module in pending:  # grows inside
-        if id(module) not in seen:
-            seen.add(id(module))
-            modes.append((module, module.training))
-            pending += [m for m in module._modules.values() if m is not None]
-    return modes
-
-
-def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        if module.training != mode:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def standing_in(point: Point, level: Level, leaves: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let other parameters stand in for the variables of a level, in its module and at the point.
-
-    A graph traced inside refers to these leaves, and remains valid when the variables change.
-    """
-    before = point.values[level.name]
-    swapped = {id(variable): leaf for variable, leaf in zip(before, leaves, strict=True)}
-    places = [
-        (module, name, parameter)
-        for module in level.module.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and id(parameter) in swapped
-    ]
-    try:
-        point.values[level.name] = tuple(leaves)
-        for module, name, parameter in places:
-            setattr(module, name, swapped[id(parameter)])  # recurrent layers override setattr to observe it
-        yield
-    finally:
-        point.values[level.name] = before
-        for module, name, parameter in places:
-            setattr(module, name, parameter)
 
 
 def derivatives(
@@ -376,18 +314,17 @@ class LevelTerm(Term):
             if name in values
             for parameter, tensor in zip(self._point.problem[name].parameter_names, values[name], strict=True)
         }
-        modes = _modes(self._modules.values())
-        try:
-            return self._pure_function.at(function, named)
-        except RuntimeError as error:
-            if "mutate a captured Tensor" not in str(error):
-                raise
-            raise ProblemError(
-                f"the {self.part} of level {self.name!r} changed a tensor that it did not make in place, such as one of its "
-                "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 for x *= 2)"
-            ) from error
-        finally:
-            _restore_modes(modes)
+        with restored_modes(self._modules.values()):
+            try:
+                return self._pure_function.at(function, named)
+            except RuntimeError as error:
+                if "mutate a captured Tensor" not in str(error):
+                    raise
+                raise ProblemError(
+                    f"the {self.part} of level {self.name!r} changed a tensor that it did not make in place, such as one of its "
+                    "batch, and every further evaluation would see another; change a copy (batch.clone(), or x = x * 2 for "
+                    "x *= 2)"
+                ) from error
 
     def _loss(self, modules: Mapping[str, nn.Module]) -> LossValue:
         """Return the loss on given modules, at the point's batch and random numbers."""
