@@ -1,4 +1,4 @@
-"""Notices of processes that end early: the others of the group read them while they compute, and after a failed exchange."""
+"""Notices of errors, which other processes raise; those of processes that end early are read between and after exchanges."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 import attrs
 import torch.distributed as dist
 
+from .errors import MloptError, NonFiniteError, ProblemError, ProcessError
+
 __all__ = ["Notice", "Watch", "last_words", "noticed"]
 
 #: Seconds between two readings.
 _PAUSE = 1.0
-
+#: Errors that are of the same class in every process, because a run handles them.
+_SAME: dict[str, type[MloptError]] = {kind.__name__: kind for kind in (NonFiniteError, ProblemError)}
 
 #: Numbers the contexts `noticed`, which all processes enter in the same order, and the topic of the present one.
 _CONTEXTS = itertools.count()
@@ -26,17 +29,26 @@ _TOPIC: ContextVar[str | None] = ContextVar("topic", default=None)
 
 @attrs.frozen
 class Notice:
-    """The end of a process.
+    """An error of a process, as the others raise it.
 
     Attributes:
-        rank: its number in the default group.
-        kind: the class of its error.
+        rank: the number of the process in its group; in the default group if it ends early.
+        kind: the class of the error.
         text: the message of that.
     """
 
     rank: int
     kind: str
     text: str
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Notice:
+        """Return the notice of an error of the process with this number."""
+        return cls(rank, type(error).__name__, str(error))
+
+    def error(self, size: int) -> MloptError:
+        """Return the error of the others, in a group of this size."""
+        return _SAME.get(self.kind, ProcessError)(f"process {self.rank} of {size} raised {self.kind}: {self.text}")
 
 
 @contextlib.contextmanager
@@ -69,7 +81,7 @@ def _post(topic: str, error: BaseException) -> Notice | None:
     """Post the error of this process; return the first notice under this topic."""
     if (store := _store()) is None:
         return None
-    own = Notice(dist.get_rank(), type(error).__name__, str(error))
+    own = Notice.of(dist.get_rank(), error)
     try:
         return Notice(**json.loads(store.compare_set(_key(topic), "", json.dumps(attrs.asdict(own)))))
     except (RuntimeError, ValueError):

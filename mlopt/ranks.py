@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import CheckpointError, MloptError, NonFiniteError, ProblemError, ProcessError
-from .notices import last_words
+from .errors import CheckpointError, ProblemError, ProcessError
+from .notices import Notice, last_words
 from .shards import is_sharded, local
 from .tensors import Tensors, zeros_like
 
@@ -33,8 +33,6 @@ __all__ = ["ALONE", "Ranks", "alone", "launched"]
 T = TypeVar("T")
 
 _HALF = (torch.float16, torch.bfloat16)
-#: Errors that are of the same class in every process, because a run handles them.
-_SAME: dict[str, type[MloptError]] = {kind.__name__: kind for kind in (NonFiniteError, ProblemError)}
 #: Groups on the CPU for plain values, by the group whose tensors live on accelerators. All are held by torch alone.
 _CONTROL: MutableMapping[Any, Callable[[], Any]] = WeakKeyDictionary()
 #: The same groups with a long patience.
@@ -216,21 +214,21 @@ class Ranks:
 
     def fail(self, error: Exception | None) -> NoReturn:
         """Raise in every process after an error in some of them; `error` is that of this process, if it has one."""
-        reasons = self.all_of(None if error is None else _Reason.of(error))
+        notices = self.all_of(None if error is None else Notice.of(self.rank, error))
         if error is not None:
             raise error
-        self._raise(reasons)
+        self._raise(notices)
 
     def all_or_fail(self, value: T) -> list[T]:
         """Return the plain values of all processes, by rank; another one may call `fail` in place of this."""
         values = self.all_of(value)
-        if any(isinstance(other, _Reason) for other in values):
+        if any(isinstance(other, Notice) for other in values):
             self._raise(values)
         return values
 
     def _raise(self, values: Sequence[Any]) -> NoReturn:
-        where, reason = next((rank, value) for rank, value in enumerate(values) if isinstance(value, _Reason))
-        raise reason.error(f"process {where} of {self.size}")
+        notice = next(value for value in values if isinstance(value, Notice))
+        raise notice.error(self.size)
 
     def total(self, number: float) -> float:
         """Return the sum of a number over processes, on the host; also inside the transforms of torch.func."""
@@ -328,8 +326,7 @@ class Ranks:
             raise
         except (RuntimeError, ValueError) as error:
             if (notice := last_words()) is not None:
-                reason = _Reason(notice.kind, notice.text)
-                raise reason.error(f"process {notice.rank} of {dist.get_world_size()}") from error
+                raise notice.error(dist.get_world_size()) from error
             # gloo begins with a line of its code, and adds general advice in further sentences.
             first = re.sub(r"^\[[^\]]*\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
             raise ProcessError(
@@ -339,22 +336,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@attrs.frozen
-class _Reason:
-    """An error of a process, as the others raise it."""
-
-    kind: str
-    text: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> _Reason:
-        return cls(type(error).__name__, str(error))
-
-    def error(self, process: str) -> MloptError:
-        """Return the error of the others."""
-        return _SAME.get(self.kind, ProcessError)(f"{process} raised {self.kind}: {self.text}")
 
 
 @attrs.frozen
