@@ -2,6 +2,7 @@
 
 from ..problem import Estimator, Linearization, Report
 from .condition import Condition
+from .identity import FiniteDifference, Identity
 from .implicit import Implicit
 from .kfac import KFACPreconditioner
 from .named import (
@@ -9,8 +10,6 @@ from .named import (
     MINRES,
     ConjugateGradient,
     Dense,
-    FiniteDifference,
-    Identity,
     LinearSolve,
     Neumann,
     Nystrom,

@@ -36,7 +36,7 @@ from .products import COMPILED, PRODUCTS, MeanSecondDerivatives, Product, Second
 from .products.promotion import Copies, has_half, in_single_precision
 from .recording import doubt_unsteady, record
 
-__all__ = ["Implicit", "Stationarity"]
+__all__ = ["Implicit", "Stationarity", "require_compiled"]
 
 
 class Implicit(Estimator):
@@ -133,6 +133,15 @@ class Implicit(Estimator):
         }
         return ", ".join(
             [f"{self.solver} with {self.products} products", *(name for name, given in options.items() if given)]
+        )
+
+
+def require_compiled(estimator: Implicit, attribute: attrs.Attribute[bool], value: bool) -> None:
+    """Validate the option `compile`: raise if the products of an estimator cannot be compiled."""
+    if value and estimator.products not in COMPILED:
+        raise EstimatorError(
+            f"compile=True with products={estimator.products!r}: only second derivatives are compiled; use products='autograd' "
+            "or 'forward'"
         )
 
 
