@@ -7,16 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import attrs
-import torch
-from torch import Tensor, nn
 
-from ..errors import EstimatorError, NonFiniteError
 from ..problem import (
     Block,
     Estimator,
     LevelSize,
     Linearization,
-    Objective,
     Point,
     PullbackCost,
     Report,
@@ -24,17 +20,14 @@ from ..problem import (
     add_into,
     restored,
     standing_in,
-    to_device,
-    used_derivatives,
 )
-from ..tensors import Tensors, add, is_finite, norm, zeros_like
+from ..tensors import Tensors, add, norm, zeros_like
 from ..validation import at_least, batches_or_none, is_whole, must_be, one_of
 from .cost import unrolled_cost
-from .optimizer_step import OptimizerStep, Step, check_transformation
-from .products import PRODUCTS, SecondDerivatives
-from .products.kernels import graph_of
+from .optimizer_step import check_transformation
+from .products import PRODUCTS
 from .referred import Referred, level_of
-from .segments import balanced, bytes_of, saved, uniform
+from .trajectory import Held, Trajectory
 
 __all__ = ["Unrolled"]
 
@@ -139,7 +132,7 @@ class Unrolled(Estimator):
         self._refuse_levels_inside(point, level)
         with restored(point.problem[level].parameters) as present:
             with point.generators_preserved():
-                point.ahead[level] = _Trajectory(self, point, level, present)
+                point.ahead[level] = _taken(self, point, level, present)
             try:
                 yield
             finally:
@@ -175,12 +168,12 @@ class _Unrolling(Linearization):
         size = float(norm(adjoint))
         if not pulled or size == 0.0:
             return pulled
-        trajectory: _Trajectory | None = self._point.ahead.get(self._name)
+        trajectory: Trajectory | None = self._point.ahead.get(self._name)
         if trajectory is not None:
             adjoint = self._pull(trajectory, adjoint, pulled)
         else:
             with restored(values[self._name]) as present:
-                trajectory = _Trajectory(self._rule, self._point, self._name, present)
+                trajectory = _taken(self._rule, self._point, self._name, present)
                 adjoint = self._pull(trajectory, adjoint, pulled)
         if (start := trajectory.start) is not None:
             pairs = zip(adjoint, start.variables, strict=True)
@@ -188,7 +181,7 @@ class _Unrolling(Linearization):
         self._record(float(norm(adjoint)) / size)
         return pulled
 
-    def _pull(self, trajectory: _Trajectory, adjoint: Tensors, pulled: dict[Block, Tensors]) -> Tensors:
+    def _pull(self, trajectory: Trajectory, adjoint: Tensors, pulled: dict[Block, Tensors]) -> Tensors:
         """Return the adjoint at x_0 for that at x_T, and add the cotangents on the arguments to `pulled`."""
         memory: Tensors = ()
         for held in trajectory.backwards():
@@ -202,7 +195,7 @@ class _Unrolling(Linearization):
             del held, along, product
         return adjoint
 
-    def _product(self, held: _Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
+    def _product(self, held: Held, along: Tensors, wanted: Sequence[str]) -> dict[Block, Tensors]:
         """Return H a_g and the mixed products at x_t."""
         with standing_in(self._point, self._point.problem[self._name], held.leaves):
             total = held.products({self._name: along}, (self._name, *wanted))
@@ -222,209 +215,20 @@ class _Unrolling(Linearization):
             )
 
 
-@attrs.frozen(eq=False)
-class _Held:
-    """A step that the adjoint has not passed yet, with leaves at x_t and products there."""
-
-    step: Step
-    leaves: tuple[nn.Parameter, ...]
-    products: SecondDerivatives
-
-
-class _Trajectory:
-    """x_0, x_1, ..., x_T: the constructor takes the steps and leaves the live variables at x_T; `backwards` retraces them.
-
-    Args:
-        rule: the estimator.
-        point: the point.
-        name: the level.
-        present: a copy of its variables.
-
-    Attributes:
-        update: Phi.
-        start: the variables at which the steps start; None for the present ones.
-        rates: the factors on the steps, if there are any.
-    """
-
-    update: OptimizerStep
-
-    def __init__(self, rule: Unrolled, point: Point, name: str, present: Tensors) -> None:
-        self._rule, self._point, self._level = rule, point, point.problem[name]
-        self._live = self._level.parameters
-        self.start, self.rates = self._referred("start"), self._referred("learning_rates")
-        variables = present if self.start is None else self._start_from(self.start)
-        _put(self._live, variables)
-        value = self._objective(0).value()
-        measured = rule.checkpoint_every is None and rule.steps > 1
-        traced = self._traced_bytes(value, variables) if measured else 0
-        first = self._gradient(value)
-        #: The gradient at x_0 on the live variables, until it was compared with that on leaves.
-        self._first: Sequence[Tensor | None] = first
-        rates = () if self.rates is None else self._rates(self.rates)
-        expected: list[tuple[int, ...]] = []
-        #: By step, the variables that the loss uses; None once the steps are known to move these and no others.
-        self._uses: list[tuple[int, ...]] | None = [_used(first)] * rule.steps
-        while self._uses != expected:
-            # The steps are taken again if one used others than the first: each pass settles one more step, and most settle all.
-            assert self._uses is not None
-            expected = [*self._uses]
-            self.update = OptimizerStep(
-                rule.optimizer, point, name, expected, fresh=self.start is not None, rates=rates
-            )
-            last = self._walk_all(variables, traced)
-        self._uses, variables = None, last
-        if not is_finite(variables):
-            raise NonFiniteError(
-                f"level {name!r}: {rule.steps} virtual steps led to variables that are not finite; take fewer or shorter steps"
-            )
-        _put(self._live, variables)
-
-    def _walk_all(self, variables: Tensors, traced: int) -> Tensors:
-        """Take all steps from x_0, keep the checkpoints and the last segment, and return x_T."""
-        memory = self.update.initial
-        self._lengths = self._segments(variables, memory, traced)
-        self._kept: list[tuple[int, Tensors, Tensors]] = []
-        self._segment: list[_Held] = []
-        begin = 0
-        for length in self._lengths:
-            self._kept.append((begin, variables, memory))
-            begin += length
-            variables, memory = self._walk(self._segment if begin == self._rule.steps else None)
-        return variables
-
-    def _traced_bytes(self, value: Tensor, variables: Tensors) -> int:
-        """Return the bytes that the trace of a gradient holds, without those that it shares with the graph of `value`."""
-        standing = saved(graph_of([value])).keys()
-        leaves = _leaves(variables)
-        _, products = self._trace(0, leaves)
-        own = saved(products.graph())
-        for shared in (*standing, *(x.untyped_storage().data_ptr() for x in leaves)):
-            own.pop(shared, None)
-        # The processes have different rows, and must retake the same steps.
-        return int(self._point.problem.ranks.most([sum(own.values())])[0])
-
-    def _segments(self, variables: Tensors, memory: Tensors, traced: int) -> list[int]:
-        steps, every = self._rule.steps, self._rule.checkpoint_every
-        if every is not None:
-            # The steps since the last checkpoint are held from the first.
-            return uniform(steps, steps if every == 1 else every)
-        point = bytes_of(variables)
-        checkpoint = point + bytes_of(memory)
-        held = traced + (point if self.update.is_linear else point + checkpoint)
-        return balanced(steps, held / max(checkpoint, 1))
-
-    def _walk(self, segment: list[_Held] | None) -> tuple[Tensors, Tensors]:
-        """Take the steps from the last checkpoint to the next, append them to `segment` if given, and return the end point."""
-        begin, variables, memory = self._kept[-1]
-        for t in range(begin, begin + self._lengths[len(self._kept) - 1]):
-            leaves = _leaves(variables)
-            if segment is None:
-                derivatives = self._gradient_on(t, leaves)
-                pairs = zip(derivatives, variables, strict=True)
-                gradient = tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
-                if self._uses is not None:
-                    self._uses[t] = _used(derivatives)
-            else:
-                gradient, products = self._trace(t, leaves)
-                if self._uses is not None and not self._moves(self._uses[t], gradient):
-                    self._uses[t] = _used(self._gradient_on(t, leaves))
-            if t == 0 and self._first:
-                self._check(gradient)
-            step = Step(t, variables, gradient, memory)
-            with torch.no_grad():
-                variables, memory = self.update(step)
-            if segment is not None:
-                products.forget_gradient()
-                segment.append(_Held(Step(t, (), (), ()) if self.update.is_linear else step, leaves, products))
-            del gradient, step
-        return variables, memory
-
-    def _gradient_on(self, t: int, leaves: tuple[nn.Parameter, ...]) -> tuple[Tensor | None, ...]:
-        with standing_in(self._point, self._level, leaves):
-            return self._gradient(self._objective(t).value())
-
-    @staticmethod
-    def _moves(used: Sequence[int], gradient: Tensors) -> bool:
-        """Return True if a gradient is not zero for exactly the variables that are used, which a trace does not tell apart."""
-        sizes = torch.stack([size.float() for size in torch._foreach_norm(list(gradient), ord=1)]).tolist()
-        return [i for i, size in enumerate(sizes) if size != 0.0] == [*used]
-
-    def _trace(self, t: int, leaves: tuple[nn.Parameter, ...]) -> tuple[Tensors, SecondDerivatives]:
-        """Trace the gradient at x_t on leaves of its own, since several steps are held at a time."""
-        products = SecondDerivatives(self._objective(t), PRODUCTS[self._rule.products])
-        with standing_in(self._point, self._level, leaves):
-            return products.gradient(self._level.name), products
-
-    def _check(self, gradient: Tensors) -> None:
-        """Raise if leaves in place of the variables change the gradient: then the loss takes them from outside the module."""
-        pairs = [(f, g) for f, g in zip(self._first, gradient, strict=True) if f is not None]
-        self._first = ()
-        noise = 1e3 * torch.finfo(gradient[0].dtype).eps * norm([f for f, _ in pairs])
-        # One comparison of all of them, since each makes the host wait for the device.
-        excess = [(f - g).norm().to(noise) - 0.01 * f.norm().to(noise) for f, g in pairs]
-        if excess and bool((torch.stack(excess) > noise).any()):
-            raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled evaluates its loss with other parameters in its module, and the gradient "
-                "changed; the loss must take its parameters from the module argument, not from outside"
-            )
-
-    def _objective(self, t: int) -> Objective:
-        """Return the objective of step t, on the batch of the level or on the step's own."""
-        level, batches = self._level, self._point.curvature_batches.get(self._level.name)
-        own = None if batches is None else {level.name: to_device(batches[t], level.device)}
-        return Objective.of(level, self._point, own)
-
-    def _gradient(self, value: Tensor) -> tuple[Tensor | None, ...]:
-        return used_derivatives(value, self._point.values[self._level.name], self._point.problem.ranks)
-
-    def backwards(self) -> Iterator[_Held]:
-        """Yield the steps from the last to the first, and discard each; possible only once."""
-        if not self._kept:
-            raise EstimatorError(f"level {self._level.name!r}: its virtual steps were already pulled back through")
-        while self._kept:
-            if not self._segment:
-                self._walk(self._segment)
-            self._kept.pop()
-            while self._segment:
-                yield self._segment.pop()
-
-    def _start_from(self, start: Referred) -> Tensors:
-        own = [tuple(x.shape) for x in self._live]
-        if start.shapes not in (own, [shape[1:] for shape in own]):
-            raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled(start={self._rule.start!r}), whose parameters have shapes {start.shapes}, "
-                f"not {own}; use modules of the same kind for both levels, of which this one may be stacked"
-            )
-        # Copies: differences move the variables of the start in place, too.
-        pairs = zip(start.variables, self._live, strict=True)
-        return tuple(x.detach().to(y).expand_as(y).clone(memory_format=torch.contiguous_format) for x, y in pairs)
-
-    def _rates(self, rates: Referred) -> Tensors:
-        own = [tuple(x.shape) for x in self._live]
-        if len(own) != len(rates.shapes) or not all(map(_expands, rates.shapes, own)):
-            raise EstimatorError(
-                f"level {self._level.name!r}: Unrolled(learning_rates={self._rule.learning_rates!r}), whose parameters have "
-                f"shapes {rates.shapes}, which do not expand to {own}; give one for each, of its shape or ()"
-            )
-        return tuple(rate.detach() for rate in rates.variables)
-
-    def _referred(self, option: str) -> Referred | None:
-        place: str | None = getattr(self._rule, option)
-        return None if place is None else Referred.of(place, option, self._point, self._level.name)
-
-
-def _used(derivatives: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(i for i, derivative in enumerate(derivatives) if derivative is not None)
-
-
-def _expands(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
-    """Return True if a tensor of one shape expands to another."""
-    return len(shape) <= len(own) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(own), strict=False))
-
-
-def _leaves(variables: Tensors) -> tuple[nn.Parameter, ...]:
-    return tuple(nn.Parameter(x.detach()) for x in variables)
-
-
-def _put(live: Tensors, values: Tensors) -> None:
-    torch._foreach_copy_([variable.data for variable in live], list(values))
+def _taken(rule: Unrolled, point: Point, name: str, present: Tensors) -> Trajectory:
+    """Take the virtual steps of an estimator from a copy of a level's present variables, or from its start."""
+    start, rates = (
+        None if place is None else Referred.of(place, option, point, name)
+        for option, place in (("start", rule.start), ("learning_rates", rule.learning_rates))
+    )
+    return Trajectory(
+        point,
+        name,
+        present,
+        steps=rule.steps,
+        every=rule.checkpoint_every,
+        products=PRODUCTS[rule.products],
+        optimizer=rule.optimizer,
+        start=start,
+        rates=rates,
+    )
