@@ -6,35 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_cases import BATCHES, INPUTS, decay, loss_of
 from core_cases import distance, gradient_of
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import mlopt
 from mlopt.estimators import LinearSolve
 from mlopt.estimators.products.checked import is_due
 
-INPUTS, LABELS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 2
-BATCHES = [(INPUTS, LABELS), (2 * INPUTS, LABELS), (INPUTS[:4], LABELS[:4])]
-
 
 def problem_of(network: nn.Module, compile: bool, loss: Any = None, products: str = "forward") -> mlopt.Problem:
     """Return weights of samples over a network with dropout and batch norm."""
 
-    def training(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-        inputs, labels = batch
-        return (weights()[: len(labels)] * cross_entropy(module(inputs), labels, reduction="none")).mean()
-
     def validation(weights: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
         return network[0](INPUTS).square().mean()
-
-    def decay(module: nn.Module) -> Tensor:
-        return torch.stack([p.square().sum() for p in module.parameters()]).sum()
 
     rule = LinearSolve(solver=mlopt.linear.ConjugateGradient(iterations=4), products=products, compile=compile)
     return mlopt.Problem(
         mlopt.Level("weights", mlopt.variables(torch.rand(7)), validation),
-        mlopt.Level("network", network, loss or training, data=BATCHES, estimator=rule, regularizer=decay),
+        mlopt.Level("network", network, loss or loss_of, data=BATCHES, estimator=rule, regularizer=decay),
     )
 
 

@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from compiled_cases import BATCHES, INPUTS, LABELS, compare, decay, loss_of, pair, problem_of
 from core_cases import distance, gradient_of
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import mlopt
 from mlopt.estimators.products import traced
 from mlopt.testing import EstimatorContract, same, snapshot
-
-INPUTS, LABELS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7) % 2
-BATCHES = [(INPUTS, LABELS), (2 * INPUTS, LABELS), (INPUTS[:4], LABELS[:4])]
-SOLVER = mlopt.linear.ConjugateGradient(iterations=4, damping=1.0, negative_curvature="continue")
-
-
-def loss_of(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    inputs, labels = batch
-    return (weights()[: len(labels)] * cross_entropy(module(inputs), labels, reduction="none")).mean()
-
-
-def decay(module: nn.Module) -> Tensor:
-    return torch.stack([p.square().sum() for p in module.parameters()]).sum()
-
-
-def problem_of(
-    network: nn.Module, loss: Any = loss_of, data: Any = BATCHES, regularizer: Any = None, **options: Any
-) -> mlopt.Problem:
-    """Return weights of samples over a network."""
-
-    def validation(weights: nn.Module, batch: Any, *, network: nn.Module) -> Tensor:
-        return torch.stack([p.sin().sum() for p in network.parameters()]).sum()
-
-    rule = mlopt.LinearSolve(solver=SOLVER, **options)
-    weights = mlopt.variables(torch.linspace(0.1, 1.0, 7))
-    return mlopt.Problem(
-        mlopt.Level("weights", weights, validation),
-        mlopt.Level("network", network, loss, data=data, estimator=rule, regularizer=regularizer),
-    )
-
-
-def pair(network: nn.Module, loss: Any = loss_of, **options: Any) -> tuple[mlopt.Problem, mlopt.Problem]:
-    """Return the problem with compiled products, and with live ones."""
-    return problem_of(network, loss, compile=True, **options), problem_of(network, loss, **options)
-
-
-def compare(compiled: mlopt.Problem, live: mlopt.Problem, batches: Any = BATCHES, seeds: int = 4) -> None:
-    """Compare hypergradients on batches; most products are not compared by the library itself."""
-    for seed in range(seeds):
-        for batch in batches:
-            gradient = gradient_of(compiled, batches={"network": batch}, seed=seed)
-            assert distance(gradient, gradient_of(live, batches={"network": batch}, seed=seed)) < 1e-12
 
 
 class Cubed(torch.autograd.Function):
@@ -170,108 +127,6 @@ def test_hooks_of_parameters_are_recorded(replayed: list[Any]) -> None:
         gradients += [gradient_of(problem, batches={"network": BATCHES[k]}, seed=0) for k in (0, 1)]
     assert replayed
     assert distance(gradients[1], gradients[3]) < 1e-12
-
-
-def branching(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    loss = loss_of(module, batch, weights=weights)
-    return loss if loss > 1 else 2 * loss
-
-
-def listing(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * batch[0].tolist()[0][0]
-
-
-def equal(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * (2.0 if torch.equal(batch[0], INPUTS) else 1.0)
-
-
-def a_number_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * batch[0][0, 0].item()
-
-
-def a_length_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    inputs, labels = batch
-    return loss_of(module, (inputs[: labels.max() + 1], labels[: labels.max() + 1]), weights=weights)
-
-
-def a_power_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * math.exp(batch[0].mean())
-
-
-def a_fill_of_the_batch(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * torch.full((), batch[0][0, 0])
-
-
-def a_tensor_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * torch.tensor([batch[0].sum(), batch[0].norm()]).sum()
-
-
-def a_row_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * batch[0].new_tensor((batch[0].sum(), batch[0].norm())).sum()
-
-
-def an_index_of_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * batch[0][list(batch[1]), 0].sum()
-
-
-def a_split_at_tensors(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    parts = module(batch[0]).tensor_split(torch.arange(1, 3) + batch[1].max())
-    return weights().sum() * torch.stack([(1 + k) * part.square().sum() for k, part in enumerate(parts)]).sum()
-
-
-def a_generator_of_its_own(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * torch.rand((), generator=torch.Generator().manual_seed(0))
-
-
-def from_numpy(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    return loss_of(module, batch, weights=weights) * float(np.random.rand())
-
-
-def counting(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-    COUNT.add_(1.0)
-    return loss_of(module, batch, weights=weights)
-
-
-COUNT = torch.zeros(())
-
-
-@pytest.mark.parametrize(
-    ("loss", "reason"),
-    [
-        (branching, "reads numbers of a tensor"),
-        (listing, "reads numbers of a tensor"),
-        (equal, "reads numbers of a tensor"),
-        (a_number_of_the_batch, "reads numbers of a tensor"),
-        (a_length_of_the_batch, "reads numbers of a tensor"),
-        (a_power_of_the_batch, "reads numbers of a tensor"),
-        (a_fill_of_the_batch, "reads numbers of a tensor"),
-        (a_tensor_of_tensors, "reads numbers of a tensor"),
-        (a_row_of_tensors, "reads numbers of a tensor"),
-        (an_index_of_tensors, "reads numbers of a tensor"),
-        (a_split_at_tensors, "reads numbers of a tensor"),
-        (a_generator_of_its_own, "uses a Generator of its own"),
-        (from_numpy, "draws from the generator of Python or numpy"),
-        (counting, "changes a tensor in place that it did not make"),
-    ],
-)
-def test_a_loss_that_a_recording_would_freeze_is_refused(loss: Any, reason: str, replayed: list[Any]) -> None:
-    compiled, live = pair(nn.Linear(3, 2), loss)
-    before = snapshot(compiled)
-    with pytest.raises(
-        mlopt.EstimatorError, match=rf"level 'network': its loss cannot be traced \(.*{reason}.*compile=False"
-    ):
-        mlopt.hypergradient(compiled)
-    assert same(before, snapshot(compiled))
-    assert bool(gradient_of(live).any())
-
-
-def test_a_batch_whose_content_is_out_of_reach_is_refused(replayed: list[Any]) -> None:
-    def loss(module: nn.Module, batch: Any, *, weights: nn.Module) -> Tensor:
-        return loss_of(module, (torch.from_numpy(batch[0]), batch[1]), weights=weights)
-
-    compiled, _ = pair(nn.Linear(3, 2), loss, data=[(INPUTS.numpy(), LABELS)])
-    with pytest.raises(mlopt.EstimatorError, match=r"level 'network': its batch holds a ndarray.*compile=False"):
-        mlopt.hypergradient(compiled)
 
 
 def test_plain_values_in_a_batch_are_part_of_the_setting(replayed: list[Any]) -> None:
