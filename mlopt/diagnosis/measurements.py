@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MloptError
 from ..estimators import GMRES, Condition, LinearSolve
-from ..estimators.implicit import Stationarity
+from ..estimators.stationarity import Stationarity
 from ..hypergradient import seeded_generators
 from ..linear import LinearSolution, LinearSolver, MatVec
 from ..problem import Bounds, FixedPoint, Level, Objective, Point, Problem, Report, Workspace

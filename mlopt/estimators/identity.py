@@ -10,8 +10,9 @@ import attrs
 from .. import linear
 from ..problem import LevelSize, Linearization, Point, PullbackCost
 from ..validation import boolean, one_of
-from .implicit import Implicit, Stationarity, require_compiled
+from .implicit import Implicit, require_compiled
 from .products import PRODUCTS
+from .stationarity import Stationarity
 from .streamed import Streamed
 
 __all__ = ["FiniteDifference", "Identity"]

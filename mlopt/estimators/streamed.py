@@ -9,7 +9,7 @@ from torch import Tensor
 from ..finiteness import require_finite
 from ..problem import Block, LevelTerm, Linearization, Report, StreamedCotangent, Vectors, add_into
 from ..tensors import Tensors, scale, zeros_like
-from .implicit import Stationarity
+from .stationarity import Stationarity
 
 __all__ = ["Streamed"]
 
