@@ -20,7 +20,6 @@ from ..problem import (
     Block,
     Carryover,
     Level,
-    LossValue,
     Mixture,
     Point,
     Problem,
@@ -32,18 +31,14 @@ from ..problem import (
     backward,
     call_solver,
     cloned_buffers,
-    evaluate_loss,
-    evaluate_regularizer,
-    evaluate_residual,
     partial_derivatives,
     partial_pieces,
-    require_mean,
     sum_values,
 )
 from ..rng import GeneratorState
 from ..tensors import Tensors, add, axpy_, dot, is_finite, norm, scale
+from .evaluations import Evaluations
 from .precision import Precision
-from .row import Row, is_number
 from .sums import StepSums
 
 __all__ = ["Gradients"]
@@ -87,9 +82,6 @@ class Gradients:
     ) -> None:
         self.problem, self._precisions, self._seed, self._keep = problem, precisions, seed, keep
         self._devices = problem.devices
-        self._modules = {
-            level.name: {name: problem[name].module for name in (level.name, *level.references)} for level in problem
-        }
         self.carryover = Carryover(optimizers=optimizers, devices=self._devices)
         self.curvature_streams = {
             level.name: Stream(f"{level.name}/curvature data", level.estimator.curvature_data, seed, level.device)
@@ -101,9 +93,8 @@ class Gradients:
             for level in problem.levels[1:]
             if problem.outermost.response is not None
         }
-        self.batches: dict[str, Any] = {}
-        self.generators: dict[str, GeneratorState] = {}
-        self.row = Row()
+        self._evaluations = evaluations = Evaluations(problem)
+        self.batches, self.generators, self.row = evaluations.batches, evaluations.generators, evaluations.row
         self._sums = StepSums(problem.ranks, self.row)
         self.reports: dict[str, Report] = {}
         self.doubts: dict[str, tuple[int, str]] = {}
@@ -152,7 +143,7 @@ class Gradients:
         others = [self.problem[name].module for name in level.references]
         before = GeneratorState.capture(self._devices)
         with cloned_buffers(others, apart=level.module) if others else _NOTHING, immediate():
-            call_solver(level, self._modules[level.name], batch, self.problem)
+            call_solver(level, self._evaluations.modules[level.name], batch, self.problem)
         after = GeneratorState.capture(self._devices)
         before.restore()
         with cloned_buffers([level.module]):
@@ -161,15 +152,12 @@ class Gradients:
 
     def _residual(self, level: Level, variables: Tensors, batches: Sequence[Any], last: bool) -> Tensor:
         """Set `.grad` to the residual of a level, the mean over batches; log and return its norm."""
-        precision, problem = self._precisions[level.name], self.problem
-        named = dict(zip(level.parameter_names, variables, strict=True))
+        precision = self._precisions[level.name]
         total: Tensors = ()
         for k, batch in enumerate(batches):
-            self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
+            self._evaluations.record(level, batch, replayed=last and k == len(batches) - 1)
             with precision.autocast:
-                value = evaluate_residual(
-                    level, self._modules[level.name], batch, named, problem.workspace, inspected=problem
-                )
+                value = self._evaluations.residual(level, variables)
             own = tuple(entry.detach() for entry in value)
             total = own if k == 0 else add(total, own)
         # A copy, because a residual may return a variable.
@@ -206,16 +194,16 @@ class Gradients:
         precision, share = self._precisions[level.name], 1.0 / len(batches)
         losses, signals = [], []
         for k, batch in enumerate(batches):
-            self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
+            self._evaluations.record(level, batch, replayed=last and k == len(batches) - 1)
             with precision.autocast:
-                value = self._evaluate(level)
+                value = self._evaluations.loss(level)
             if isinstance(value.loss, Mixture):
                 loss, signal = self._backward_mixture(level, variables, value.loss, streamed, share, first=k == 0)
                 signals.append(signal)
             else:
                 loss = self._backward(level, variables, value.loss, share)
             losses.append(loss)
-            self._log(level, loss, value, share, first=k == 0)
+            self._evaluations.log(level, loss, value, share, first=k == 0)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if signals:
             return loss, torch.stack(signals).sum(0)
@@ -223,7 +211,7 @@ class Gradients:
 
     def _backward(self, level: Level, variables: Tensors, loss: Tensor, share: float) -> Tensor:
         """Add `share` times the gradient of the objective to `.grad`; return the objective, detached."""
-        loss = self._regularized(level, loss)
+        loss = self._evaluations.regularized(level, loss)
         if not loss.requires_grad:
             raise ProblemError(
                 f"the loss of level {level.name!r} has no gradient: was it computed under no_grad, or detached?"
@@ -283,7 +271,7 @@ class Gradients:
         for variable, derivative in zip(variables, mixed, strict=True):
             variable.grad = derivative if variable.grad is None else variable.grad + derivative
         if level.regularizer is not None:
-            regularizer = self._regularizer(level)
+            regularizer = self._evaluations.regularizer(level)
             if regularizer.requires_grad:
                 self._add_gradient(level, variables, share * precision.scaled(regularizer))
             total = sum_values((total, regularizer.detach()))
@@ -312,13 +300,13 @@ class Gradients:
             losses = []
             cotangents: dict[Block, Tensors] = {}
             for k, batch in enumerate(batches):
-                self._record_inputs(level, batch, replayed=last and k == len(batches) - 1)
+                self._evaluations.record(level, batch, replayed=last and k == len(batches) - 1)
                 with precision.autocast:
-                    value = self._evaluate(level)
-                    loss = value.total(self._modules[level.name])
-                loss = self._regularized(level, loss)
+                    value = self._evaluations.loss(level)
+                    loss = value.total(self._evaluations.modules[level.name])
+                loss = self._evaluations.regularized(level, loss)
                 losses.append(loss.detach().clone())
-                self._log(level, losses[-1], value, share, first=k == 0)
+                self._evaluations.log(level, losses[-1], value, share, first=k == 0)
                 scaled = precision.scaled(loss)
                 differentiate = partial_pieces if self.problem.ranks.several else partial_derivatives
                 add_into(cotangents, differentiate(point, level, scaled if share == 1.0 else share * scaled))
@@ -345,12 +333,13 @@ class Gradients:
         """Set `.grad` to the total derivative by the response of a level; log and return the loss at the present point."""
         self.batches[level.name] = batches[-1]
         self.generators[level.name] = GeneratorState.capture(self._devices)
-        self._require_mean(level, batches[-1])
+        self._evaluations.require_mean(level, batches[-1])
 
         def evaluate() -> tuple[Sequence[Tensor], Tensor]:
-            value = self._evaluate(level)
-            loss = self._regularized(level, value.total(self._modules[level.name])).detach().clone()
-            self._log(level, loss, value, 1.0, first=True)
+            value = self._evaluations.loss(level)
+            loss = value.total(self._evaluations.modules[level.name])
+            loss = self._evaluations.regularized(level, loss).detach().clone()
+            self._evaluations.log(level, loss, value, 1.0, first=True)
             return (), loss
 
         _, loss = self._sums.step(level.name, evaluate) if self.problem.ranks.several else evaluate()
@@ -375,47 +364,6 @@ class Gradients:
                         TrustWarning,
                         stacklevel=2,
                     )
-
-    def _record_inputs(self, level: Level, batch: Any, *, replayed: bool) -> None:
-        """Record the batch, and the state of the generators if a pullback will replay this evaluation."""
-        self.batches[level.name] = batch
-        self._require_mean(level, batch)
-        if replayed and self.problem.needs_estimator(level.name):
-            self.generators[level.name] = GeneratorState.capture(self._devices)
-
-    def _require_mean(self, level: Level, batch: Any) -> None:
-        if self.problem.ranks.several:
-            require_mean(self.problem, level, batch)
-
-    def _evaluate(self, level: Level) -> LossValue:
-        """Evaluate the loss of a level on its latest batch, with the generators and buffers of training."""
-        modules, batch, problem = self._modules[level.name], self.batches[level.name], self.problem
-        return evaluate_loss(level, modules, batch, problem.workspace, inspected=problem, ranks=problem.ranks)
-
-    def _regularized(self, level: Level, loss: Tensor) -> Tensor:
-        """Return the objective of a level, given the value of its loss."""
-        if level.regularizer is None:
-            return loss
-        return sum_values((loss, self._regularizer(level)))
-
-    def _regularizer(self, level: Level) -> Tensor:
-        problem = self.problem
-        value = evaluate_regularizer(level, self._modules[level.name], problem.workspace, inspected=problem)
-        return value / problem.ranks.size if problem.ranks.several else value
-
-    def _log(self, level: Level, loss: Tensor, value: LossValue, share: float, *, first: bool) -> None:
-        """Add `share` times the values of one evaluation to the row of this outer step; raise if the loss is not finite."""
-        several = self.problem.ranks.several
-        self.row.add(f"{level.name}/loss", loss, share, first=first)
-        for name, x in value.logs.items():
-            # Copies, because logged variables will change.
-            kept = x.detach().clone() if isinstance(x, Tensor) else x
-            if several and name != "count" and is_number(x):
-                kept = value.share * kept
-            self.row.add(f"{level.name}/{name}", kept, share, first=first)
-        if several:
-            return  # the sum over processes is tested
-        require_finite((), _not_finite(f"the loss of level {level.name!r}"), size=loss)
 
 
 def _not_finite(name: str) -> Callable[[float], str]:
