@@ -50,7 +50,7 @@ def test_its_estimators_fulfil_the_contract(name: str, page: tuple[dict[str, Any
 
 def test_its_tables_name_public_estimators(page: tuple[dict[str, Any], str]) -> None:
     """Every call in the tables is a valid call of a public name of mlopt."""
-    calls = re.findall(r"`([A-Z]\w+)\(([^`.]*)\)`", PAGE.read_text().split("## Check one")[0])
+    calls = re.findall(r"`([A-Z]\w+)\(([^`.]*)\)`", PAGE.read_text().split("## Check an estimator")[0])
     assert len(calls) > 6
     for name, arguments in calls:
         eval(f"mlopt.{name}({arguments})", {"mlopt": mlopt})
