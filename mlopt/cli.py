@@ -48,9 +48,9 @@ class Recipe:
 
 _COMMANDS: dict[str, Command | Recipe] = {
     "diagnose": Command("diagnose a problem before a long run", "mlopt.diagnosis.command"),
-    "derivatives": Command("measure which derivatives torch has right", "mlopt.diagnosis.derivatives"),
+    "derivatives": Command("list the derivatives that torch computes wrongly", "mlopt.diagnosis.derivatives"),
     "tapweight": Recipe(
-        "adapt an encoder to a task, learning how much each pretraining objective should weigh",
+        "adapt an encoder to a task and learn the weight of each pretraining objective",
         {
             "molecules": Command(
                 "predict properties of molecules, from SMILES",
@@ -65,22 +65,26 @@ _COMMANDS: dict[str, Command | Recipe] = {
                 shared=True,
             ),
             "predict": Command(
-                "predict with the result of a run",
+                "predict with the models of a run",
                 "mlopt.recipes.tapweight.prediction",
                 "all",
                 "predict",
             ),
             "embed": Command(
-                "write the features of a result's finetuned encoder",
+                "write the features from the finetuned encoder of a run",
                 "mlopt.recipes.tapweight.prediction",
                 "all",
                 "embed",
             ),
             "demo": Command(
-                "run it on molecules that ship with mlopt", "mlopt.recipes.tapweight.molecules.demo", "molecules"
+                "run an example on molecules that ship with mlopt",
+                "mlopt.recipes.tapweight.molecules.demo",
+                "molecules",
             ),
             "demo-text": Command(
-                "run it on the documentation that ships with Python", "mlopt.recipes.tapweight.text.demo", "text"
+                "run an example on the documentation that ships with Python",
+                "mlopt.recipes.tapweight.text.demo",
+                "text",
             ),
         },
     ),

@@ -45,7 +45,7 @@ def joined() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ProblemError(
-            f"the {launched()} processes of the launcher cannot form a group ({reason}); start them by torchrun, or set RANK, "
+            f"the {launched()} processes of the launcher cannot form a group ({reason}); start them with torchrun, or set RANK, "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
         ) from error
     try:

@@ -591,14 +591,17 @@ RAISING: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
     "labels that miss later": (_missing_later, ("ProblemError", "it is not a mean over rows")),
     "a sum with dropout": (_summed_with_dropout, ("ProblemError", "it is not a mean over rows")),
     "contrastive": (lambda group: of(_with_loss(_contrastive, group)), ("ProblemError", "Level(split=False)")),
-    "other batches": (_other_batches, ("ProblemError", "they have other batches")),
+    "other batches": (_other_batches, ("ProblemError", "their batches differ")),
     "other modules": (_other_modules, ("ProblemError", "level 'x' differs between process 0 and process 1")),
     "batch norm": (_normalised, ("ProblemError", "BatchNorm1d takes the statistics of the rows")),
     "buffers of its rows": (
         _tracking,
         ("ProblemError", "level 'model' differs between process 0 and process 1 after step 2"),
     ),
-    "a sampler that splits": (_sampled, ("ProblemError", "DistributedSampler, which leaves each process other rows")),
+    "a sampler that splits": (
+        _sampled,
+        ("ProblemError", "DistributedSampler, which gives each process different rows"),
+    ),
     "compiled": (
         lambda group: two_levels(mlopt.ConjugateGradient(compile=True, products="forward"), group),
         ("ProblemError", "use compile=False"),

@@ -225,14 +225,14 @@ def test_an_interruption_is_reported(with_command: Any, capsys: pytest.CaptureFi
         ("--steps four", "--steps='four'; it must be a whole number"),
         ("--steps 0", "steps=0; it must be a whole number >= 1"),
         ("--gamma -1", "gamma=-1.0; it must be a finite number > 0"),
-        ("--seeds 1 1", "seeds=[1, 1]; give at least one, and each once"),
+        ("--seeds 1 1", "seeds=[1, 1]; give at least one, and none twice"),
         ("--seed -1", "seeds are whole numbers from 0 to 4294967295"),
-        ("--objectives masked_atom contrastive", "there is no objective 'masked_atom'; there are 'masked_atoms'"),
+        ("--objectives masked_atom contrastive", "there is no objective 'masked_atom'; available: 'masked_atoms'"),
         (
             "--methods direct equals",
-            "there is no method 'equals'; there are 'direct', 'equal', 'uncertainty',",
+            "there is no method 'equals'; available: 'direct', 'equal', 'uncertainty',",
         ),
-        ("--methods equal equal", "methods=['equal', 'equal']; give at least one, and each once"),
+        ("--methods equal equal", "methods=['equal', 'equal']; give at least one, and none twice"),
         ("--corpus-limit 1", "--corpus-limit=1; it must be a whole number >= 2"),
     ],
 )

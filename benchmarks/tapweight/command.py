@@ -71,7 +71,7 @@ def _checked(own: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         if file is not None and not file.exists():
             own.error(f"{option}: there is no file {file}")
     if options.corpus is None and not options.data.is_dir():
-        own.error(f"no folder {options.data}: give --data, or your own files by --corpus and --table")
+        own.error(f"no folder {options.data}: give --data, or your own files with --corpus and --table")
     return options
 
 

@@ -89,7 +89,7 @@ class Check:
         for row in self.rows:
             cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
             table.add_row(row.name, f"{row.estimator:.6g}", f"{row.oracle:.6g}", f"{row.error:.2e}", cosine)
-        notes = [f"tolerance {self.tolerance:.2e}; the oracle is good to {self.accuracy:.1e}"]
+        notes = [f"tolerance {self.tolerance:.2e}; the oracle is accurate to {self.accuracy:.1e}"]
         notes += [_summary(name, report) for name, report in self.reports.items()]
         for name, size in self.gradient_norms.items():
             moved = f", {self.moved[name]:.1e} of its variables' norm from its solution" if name in self.moved else ""
@@ -267,7 +267,7 @@ def _judge(check: Check, approximate: list[str]) -> None:
     """Raise if the comparison fails, with the likely cause."""
     if check.accuracy > check.tolerance:
         raise EstimatorError(
-            f"check_hypergradient: the {check.oracle!r} oracle is good to {check.accuracy:.1e} only, but tolerance="
+            f"check_hypergradient: the {check.oracle!r} oracle is only accurate to {check.accuracy:.1e}, but tolerance="
             f"{check.tolerance:.1e}; use float64, a smooth loss (no ReLU), a larger tolerance, or the other oracle\n{check}"
         )
     whole = check.rows[-1]
@@ -283,18 +283,18 @@ def _judge(check: Check, approximate: list[str]) -> None:
     )
     if check.error_at_solution is not None and check.error_at_solution <= check.tolerance:
         sentence += (
-            f" With the levels inside at their solutions it is off by {check.error_at_solution:.1e} only: the point is "
+            f" With the levels inside at their solutions it is off by only {check.error_at_solution:.1e}: the point is "
             "the cause, not the estimator. Implicit estimators assume a zero gradient: "
         )
         sentence += "; ".join(_doubts(check)) or f"give {_unfinished(check)} more steps"
         sentence += "."
     elif any(report.converged is False for report in check.reports.values()):
         names = ", ".join(repr(name) for name, report in check.reports.items() if report.converged is False)
-        sentence += f" The linear solve of {names} did not converge: more iterations, a preconditioner, or damping."
+        sentence += f" The linear solve of {names} did not converge: use more iterations, a preconditioner, or damping."
     if approximate:
         sentence += (
-            f" {' '.join(approximate)} No linear system is solved there, so the error is that of its own approximation (steps "
-            "unrolled, size of a penalty): raise those, or the tolerance. RealSteps differentiates the steps themselves."
+            f" {' '.join(approximate)} The error comes from its own approximation (number of unrolled steps, size of a "
+            "penalty), not from a linear solve: improve that, or raise the tolerance. RealSteps takes the steps themselves."
         )
     raise DisagreementError(sentence, check)
 

@@ -1,4 +1,4 @@
-"""The command `mlopt derivatives`: which derivatives of its functions torch has right, up to the third.
+"""The command `mlopt derivatives`: compare torch's derivatives of its functions, up to the third, with differences.
 
 Each function f becomes a scalar <w, f> + <w, f^2> / 3 + sum f^3 / 10 of variables x + x^2 / 50, so that its derivatives by
 outputs and by inputs both matter. The reference is central differences of eighth order in float64: of values for the first
@@ -79,7 +79,7 @@ def measure(
         case: the function.
         device: where it is evaluated.
         dtype: float64, or float32 for the kernels of that type; the reference is taken in float64.
-        primitives: True to evaluate it as mlopt does for third derivatives, by primitive forms of what torch has wrong.
+        primitives: True to evaluate it as mlopt does for third derivatives, in primitive operations.
 
     Returns:
         The errors by route.
@@ -212,15 +212,15 @@ def main(arguments: Sequence[str], *, prog: str = "mlopt derivatives") -> None:
     """
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Measure which derivatives of its functions torch has right, up to the third, against differences in "
-        "float64; print a table in Markdown with the relative errors. R is a pass in reverse mode, F in forward mode; the "
-        "outermost pass comes first.",
+        description="Compare the derivatives of torch's functions, up to the third, with differences in float64; print the "
+        "relative errors as a Markdown table. R is a pass in reverse mode, F a pass in forward mode; the outermost pass "
+        "comes first.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="functions whose name contains this; all by default")
-    parser.add_argument("--device", default="cpu", help="where the functions are evaluated (default: cpu)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of the names of the functions (default: all)")
+    parser.add_argument("--device", default="cpu", help="device on which the functions are evaluated (default: cpu)")
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"), help="default: float64")
     parser.add_argument(
-        "--primitives", action="store_true", help="evaluate them as mlopt does where it takes third derivatives"
+        "--primitives", action="store_true", help="evaluate functions in the primitive operations of mlopt"
     )
     options = parser.parse_args(arguments)
     chosen = [c for c in cases() if not options.names or any(name.lower() in c.name.lower() for name in options.names)]

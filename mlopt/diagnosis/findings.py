@@ -32,7 +32,7 @@ def module_findings(level: Level, measures: Measurements) -> list[Finding]:
     if measures.kernels:
         findings.append(
             Finding("warning", f"the loss runs fused attention ({', '.join(measures.kernels)}), which has no second derivative: "
-                    "autograd and forward products run the plain kernel, at more memory",
+                    "autograd and forward products run the plain kernel, which takes more memory",
                     "finite differences keep the fused kernel")
         )  # fmt: skip
     if "hooks" in measures.trials["forward"].error:

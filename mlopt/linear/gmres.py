@@ -103,7 +103,7 @@ class GMRES(LinearSolver):
                 f"{k} iterations did not lower the residual; raise {'restart or ' if self.restart else ''}iterations"
             )
         if singular and not stopping.converged(remaining):
-            remark = f"singular to rounding: the residual stays at {remaining / size:.3g}; raise the damping"
+            remark = f"numerically singular: the residual stays at {remaining / size:.3g}; raise the damping"
             if initial is None and k == 1 and remaining >= size * (1.0 - stopping.rounding):
                 solution = tuple(x.clone() for x in rhs)
         return LinearSolution(
@@ -148,7 +148,7 @@ class GMRES(LinearSolver):
                 f"on the normal equations lowered it to {remaining / size:.3g}"
             )
         if singular and not stopping.converged(remaining):
-            remark = f"singular to rounding: the residual stays at {remaining / size:.3g}; raise the damping"
+            remark = f"numerically singular: the residual stays at {remaining / size:.3g}; raise the damping"
             if not k and not any(bool(x.any()) for x in solution):
                 solution = tuple(x.clone() for x in rhs)
         return LinearSolution(

@@ -107,5 +107,5 @@ class Stopping:
     def remark(self, residual: float) -> str:
         """Return a sentence if the residual reached rounding before the tolerance, else an empty one."""
         if self.met(residual) and residual > self.rtol * self.size and math.isfinite(residual):
-            return f"the residual reached rounding ({residual / self.size:.1g}) before rtol={self.rtol:g}"
+            return f"the residual reached rounding error ({residual / self.size:.1g}) before rtol={self.rtol:g}"
         return ""

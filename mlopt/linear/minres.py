@@ -84,7 +84,7 @@ class MINRES(LinearSolver):
             # The next direction w is `older` over the diagonal, with ||A w|| = 1 up to an error of eps ||A|| ||w||. If that
             # error is large, w lies in the null space, and a step along it would blow the solution up.
             if length * largest >= diagonal * stopping.rounding ** (-2 / 3):
-                remark = f"singular to rounding: the residual stays at {abs(residual) / size:.3g}; raise the damping"
+                remark = f"numerically singular: the residual stays at {abs(residual) / size:.3g}; raise the damping"
                 break
             k += 1
             torch._foreach_div_(older, diagonal)

@@ -31,7 +31,7 @@ def normal_equations(
 
     Returns:
         The solution, the norm of its residual, the numbers of iterations and of products, and True if A^T r vanished before r
-        did: then A is singular to rounding, and no other solution has a smaller residual.
+        did: then A is numerically singular, and no other solution has a smaller residual.
 
     Raises:
         NonFiniteError: a product is not finite.

@@ -63,7 +63,7 @@ class Nystrom(LinearSolver):
         solution = low_rank.combine(rhs, 1 / (low_rank.eigenvalues + self.damping), 1 / self.damping)
         residual = float(norm(subtract(rhs, matvec(solution)))) / size
         remarks = [
-            f"negative curvature {low_rank.curvature[0] - self.damping:.3g} taken to be zero; raise the damping"
+            f"negative curvature {low_rank.curvature[0] - self.damping:.3g} treated as zero; raise the damping"
         ] * low_rank.clipped
         if not residual <= 1:
             remarks.append(

@@ -97,7 +97,7 @@ class Inspection:
             variable.data.copy_(value)
         raise ProblemError(
             f"the {self._part} of level {self._level.name!r} writes to variables of level {moved[0].name!r}, as a clamp of "
-            "weight.data or nn.Embedding(max_norm=...) does, so that each evaluation would move them; compute with the clamped "
+            "weight.data or nn.Embedding(max_norm=...) does, so each evaluation would move them; compute with the clamped "
             "value instead (torch.clamp, or torch.nn.utils.parametrize), without writing it"
         )
 
@@ -128,7 +128,7 @@ class Inspection:
             elif ("reached", *key) not in workspace.verified and levels[name].parameters:
                 workspace.doubts[key] = (
                     f"the {self._part} of level {self._level.name!r} names {name!r} and has no derivative with respect to it, so "
-                    f"that hypergradients lack this dependence; compute with its tensors themselves, without detach, item, "
+                    f"this dependence is missing from hypergradients; compute with its tensors themselves, without detach, item, "
                     f"tolist or no_grad, or leave {name!r} out of its keyword-only parameters"
                 )
 
@@ -149,13 +149,13 @@ class Inspection:
                     raise ProblemError(
                         f"the {self._part} of level {level.name!r} computes with {name!r} of level {other.name!r}, which is "
                         "sharded, outside of the forward pass of its module, in which each process has its own rows; compute "
-                        f"with what the module returns, or move that term to the regularizer of level {level.name!r}"
+                        f"with the outputs of the module, or move that term to the regularizer of level {level.name!r}"
                     )
                 if other.name not in known and (units(other.module) or _reaches(value, parameter)):
                     raise ProblemError(
                         f"the {self._part} of level {level.name!r} depends on {name!r} of level {other.name!r} and does not "
-                        f"declare it, so that this dependence would be missing from hypergradients; make {other.name!r} a "
-                        "keyword-only parameter of it, or detach what it takes from there"
+                        f"declare it, so this dependence would be missing from hypergradients; make {other.name!r} a "
+                        f"keyword-only parameter of the {self._part}, or detach the tensors that it takes from there"
                     )
             elif node.name() in _EMBEDDINGS and node._saved_sparse:
                 raise ProblemError(

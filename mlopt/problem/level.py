@@ -99,7 +99,7 @@ def _check_factory(example: str) -> Callable[[Level, attrs.Attribute[Any], objec
         made = attribute.name == "optimizer" and isinstance(value, Optimizer)
         if value is not None and not made and not callable(value):
             raise ProblemError(
-                f"level {level.name!r}: {attribute.name}={value!r}, which cannot be called; give one such as {example}"
+                f"level {level.name!r}: {attribute.name}={value!r}, which is not callable; give a callable, such as {example}"
             )
 
     return check
@@ -129,8 +129,8 @@ def _check_data(level: Level, attribute: attrs.Attribute[Any], value: object) ->
         )
     if isinstance(value, Iterator):
         raise ProblemError(
-            f"level {level.name!r}: data is a {type(value).__name__} that runs once; give an iterable that starts again "
-            "each epoch, such as a DataLoader or a list of batches"
+            f"level {level.name!r}: data is a {type(value).__name__} that can be iterated only once; give an iterable that "
+            "starts again each epoch, such as a DataLoader or a list of batches"
         )
     if isinstance(value, Tensor):
         raise ProblemError(
@@ -305,8 +305,8 @@ class Level:
         if self.response is not None and (self.accumulate != 1 or self.precision is not None):
             option = "accumulate" if self.accumulate != 1 else "precision"
             raise ProblemError(
-                f"level {self.name!r}: {option}={getattr(self, option)!r} next to response, which evaluates the loss once for "
-                f"each displacement, in its own precision; leave {option} out, and give larger batches if need be"
+                f"level {self.name!r}: {option}={getattr(self, option)!r} cannot be combined with response, which evaluates the "
+                f"loss once for each displacement, in its own precision; leave {option} out, and give larger batches if needed"
             )
         if self._device is None:
             return
@@ -321,13 +321,13 @@ class Level:
         for option in ("regularizer", "response"):
             if getattr(self, option) is not None:
                 raise ProblemError(
-                    f"level {self.name!r}: {option}={getattr(self, option)!r} next to residual, and the level has no loss "
-                    f"that it could belong to; leave {option} out"
+                    f"level {self.name!r}: {option}={getattr(self, option)!r} cannot be combined with residual, because "
+                    f"it belongs to a loss; leave {option} out"
                 )
         if self.estimator is not None and (reason := self.estimator.needs_loss):
             raise ProblemError(
-                f"level {self.name!r}: estimator={self.estimator} next to residual: {reason}, and the derivative of a residual "
-                "is not symmetric; give mlopt.GMRES(iterations=30), Neumann, Identity or Dense"
+                f"level {self.name!r}: estimator={self.estimator} cannot be combined with residual: {reason}, and the derivative "
+                "of a residual is not symmetric; give mlopt.GMRES(iterations=30), Neumann, Identity or Dense"
             )
 
     def _check_solver(self) -> None:
@@ -335,13 +335,13 @@ class Level:
             given, default = getattr(self, option), getattr(attrs.fields(Level), option).default
             if given != default:
                 raise ProblemError(
-                    f"level {self.name!r}: {option}={given!r} next to solver, which takes the level to its solution in one call, "
-                    f"without optimiser steps; leave {option} out"
+                    f"level {self.name!r}: {option}={given!r} cannot be combined with solver, which solves the level in one "
+                    f"call, without optimiser steps; leave {option} out"
                 )
         if self.estimator is not None and self.estimator.needs_optimizer:
             raise ProblemError(
-                f"level {self.name!r}: estimator={self.estimator}, which uses the steps of an optimiser, next to solver, which "
-                "takes none; give an implicit estimator, such as mlopt.ConjugateGradient(iterations=10)"
+                f"level {self.name!r}: estimator={self.estimator} uses the steps of an optimiser, and cannot be combined with "
+                "solver, which takes none; give an implicit estimator, such as mlopt.ConjugateGradient(iterations=10)"
             )
         for name in self.solver_references:
             if name not in self.references:

@@ -301,7 +301,7 @@ def _refuse_shards(value: Tensor, label: str) -> None:
     if is_sharded(value):
         raise ProblemError(
             f"{label} computes with sharded parameters outside of the forward pass of their module, in which each process has "
-            "its own rows; compute with what the module returns, or move that term to the regularizer of the level"
+            "its own rows; compute with the outputs of the module, or move that term to the regularizer of the level"
         )
 
 

@@ -103,13 +103,13 @@ def _require_equal(level: Level, wholes: Sequence[float], pieces: Sequence[float
         if abs(whole - first) > tolerance:
             raise ProblemError(
                 f"level {level.name!r}: on one batch, the loss is {first:.6g} in process 0 and {whole:.6g} in process {rank}: "
-                "they have other batches; give all processes the same data in the same order, since mlopt splits each batch over "
+                "their batches differ; give all processes the same data in the same order, since mlopt splits each batch over "
                 "the processes itself"
             )
     if pieces and abs(total - first) > tolerance:
         raise ProblemError(
             f"the loss of level {level.name!r} is {first:.6g} on a whole batch, and {total:.6g} as a mean of the losses on the "
             f"rows of {len(wholes)} processes: it is not a mean over rows. If it is a mean over something else, such as masked "
-            'tokens, return {"loss": loss, "count": their number}. If it is a sum, or rows meet in it (contrastive losses, '
-            "statistics of the batch), evaluate it on the whole batch in each process by Level(split=False)"
+            'tokens, return {"loss": loss, "count": their number}. If it is a sum, or combines rows (contrastive losses, '
+            "statistics of the batch), evaluate it on the whole batch in each process with Level(split=False)"
         )

@@ -1,4 +1,4 @@
-"""Primitive forms of the functions whose higher derivatives torch has wrong, and a context that uses them."""
+"""Primitive forms of the functions whose higher derivatives torch computes wrongly, and a context that uses them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FAULTS", "Fault", "Primitives", "faults"]
 
 
 class Primitives(TorchFunctionMode):
-    """Evaluate functions in primitive operations if torch has their derivatives wrong at some order.
+    """Evaluate functions in primitive operations if torch computes their derivatives wrongly at some order.
 
     The values are those of the fused kernels, to rounding. A context for the tracing of a loss: the derivatives of the traced
     graph are then right at every order, in reverse and in forward mode. Calls from C++ (TorchScript) are not replaced.
@@ -183,7 +183,7 @@ class Fault:
 
 #: The faults, as measured by `mlopt derivatives` on torch 2.13; docs/estimators.md has the table. The list does not depend on the
 #: version of torch: a primitive form is right on each, and costs time only, where a measurement at run time would also cost the
-#: runs that need none. A test measures each entry, and fails when torch has mended it.
+#: runs that need none. A test measures each entry, and fails when torch has fixed it.
 FAULTS: tuple[Fault, ...] = (
     Fault(2, ("WeightNorm",), ((torch._weight_norm, _weight_norm),)),
     Fault(3, ("NativeLayerNorm",), ((functional.layer_norm, _layer_norm), (torch.layer_norm, _layer_norm))),

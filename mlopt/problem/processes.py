@@ -34,8 +34,8 @@ def require_supported(levels: Sequence[Level], ranks: Ranks) -> None:
         for label, data in (("data", level.data), ("curvature_data", getattr(level.estimator, "curvature_data", None))):
             if sampler := _splitting_sampler(data):
                 raise ProblemError(
-                    f"level {level.name!r}: its {label} have a {sampler}, which leaves each process other rows, and mlopt splits "
-                    "every batch over the processes itself; give the loader without it: its batches are those of all processes"
+                    f"level {level.name!r}: its {label} have a {sampler}, which gives each process different rows, and mlopt "
+                    "splits every batch over the processes itself; give the loader without it; its batches are for all processes"
                 )
         if level.splits:
             refuse_batch_norm(level, [by_name[name].module for name in (level.name, *level.loss_references)], ranks)
@@ -69,8 +69,8 @@ def refuse_batch_norm(level: Level, modules: Iterable[nn.Module], ranks: Ranks) 
         if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
             raise ProblemError(
                 f"level {level.name!r}: a {type(part).__name__} takes the statistics of the rows that one of {ranks.size} "
-                "processes has, so that results depend on the number of processes; call eval() on it before the problem is "
-                "built, use GroupNorm or LayerNorm, or evaluate the level on the whole batch in each process by "
+                "processes has, so results depend on the number of processes; call eval() on it before the problem is "
+                "built, use GroupNorm or LayerNorm, or evaluate the level on the whole batch in each process with "
                 "Level(split=False)"
             )
 

@@ -214,7 +214,7 @@ def _rows_of(level: Level, batch: Any, ranks: Ranks) -> int:
         raise ProblemError(
             f"level {level.name!r}: its batch has {state}, so it cannot be split over {ranks.size} processes by rows; give its "
             "type a method portion(rank, size) that returns a part and its share, or evaluate the level on the whole batch in "
-            "each process by Level(split=False)"
+            "each process with Level(split=False)"
         )
     return sizes[0]
 
@@ -236,7 +236,7 @@ def _sizes(level: Level, batch: Any) -> Iterator[int]:
         raise ProblemError(
             f"level {level.name!r}: its batch holds a {type(batch).__name__}, whose rows are not known, so it cannot be split "
             "over processes; give its type a method portion(rank, size) that returns a part and its share, or evaluate the level "
-            "on the whole batch in each process by Level(split=False)"
+            "on the whole batch in each process with Level(split=False)"
         )
 
 

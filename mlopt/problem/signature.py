@@ -20,7 +20,7 @@ def references(function: Callable[..., Any], label: str, *, positional: int) -> 
         ProblemError: the function does not take the expected positional arguments.
     """
     if not callable(function):
-        raise ProblemError(f"{label} is {function!r}, which cannot be called; give a function")
+        raise ProblemError(f"{label} is {function!r}, which is not callable; give a function")
     kinds = inspect.Parameter
     first = ("the module", "the batch")[:positional]
     try:

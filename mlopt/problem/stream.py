@@ -123,8 +123,8 @@ class Stream:
             for self.position in range(1, state["position"] + 1):
                 if next(self._iterator, _END) is _END:
                     raise ProblemError(
-                        f"level {self.name!r}: its data end after {self.position - 1} batches, but the run to resume had "
-                        f"taken {state['position']} of an epoch; give the data that it started with"
+                        f"level {self.name!r}: its data end after {self.position - 1} batches, but the interrupted run had "
+                        f"taken {state['position']} in its epoch; give the data of that run"
                     )
 
     @contextlib.contextmanager

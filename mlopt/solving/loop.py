@@ -271,7 +271,7 @@ class Loop:
             pending = best.startswith("evaluation/") and self.evaluate is not None and run.step < self.evaluate_every
             if not pending:
                 warnings.warn(
-                    f"Checkpoints: best={best!r} has not been logged, so no checkpoint is kept as the best; there are "
+                    f"Checkpoints: best={best!r} has not been logged, so no checkpoint is kept as the best; the history has "
                     f"{', '.join(run.history.names)}",
                     CheckpointWarning,
                     stacklevel=2,

@@ -137,7 +137,7 @@ def _encode(value: Any, place: tuple[str, ...], seen: _Seen) -> Any:
         return {f"${kind.__name__}": [_encode_key(item, place, seen) for item in value]}
     raise CheckpointError(
         f"{_dotted(place)} is a {_type_name(kind)}; a checkpoint holds tensors, arrays, numbers, strings, None, and lists, "
-        "tuples, sets and mappings of these: replace it by such values, for example by its state_dict()"
+        "tuples, sets and mappings of these: replace it by such values, such as its state_dict()"
     )
 
 

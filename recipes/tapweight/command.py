@@ -223,7 +223,7 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
         raise ConfigurationError(f"output={str(output)!r} is a file; give a folder")
     check_free(output / MODEL)
     if overwrite and resume:
-        raise ConfigurationError("--overwrite and --resume do not go together; give one of them")
+        raise ConfigurationError("--overwrite and --resume cannot be combined; give only one of them")
     begun, held = (output / _CHECKPOINTS / "config.json").is_file(), next(_held(output), None)
     if held is not None and not overwrite and not (resume and begun):
         raise ConfigurationError(

@@ -86,9 +86,9 @@ def conclusion(results: Sequence[TapWeightResult], known: Known) -> str:
     clear = sum(any(signal.significant for signal in result.signals.values()) for result in results)
     return (
         f"The control, {known.control}, ended below its equal share of {share:.3f} in {below} of {count} runs; {known.suited}, "
-        f"{known.why}, came out on top in {top} of {count}. On the test {known.examples} {results[0].main.title} was better "
-        f"than equal weights in {better['equal']} of {count}, and than direct finetuning in {better['direct']} of {count}. "
-        f"Within a single run some weight was significant in {clear} of {count}."
+        f"{known.why}, had the largest weight in {top} of {count}. On the test {known.examples}, {results[0].main.title} was "
+        f"better than equal weights in {better['equal']} of {count} and than direct finetuning in {better['direct']} of {count}. "
+        f"At least one weight was significant in {clear} of {count} runs."
     )
 
 

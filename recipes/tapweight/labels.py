@@ -213,7 +213,7 @@ def meanings_of(
     if constant := next((each for each in meanings if len(each.classes) == 1), None):
         raise DataError(
             f"{source}, column {shown(constant.name)}: the only class is {shown(constant.classes[0])}, so nothing can be "
-            "learned; name the other columns by --labels"
+            "learned; name the other columns with --labels"
         )
     numeric = all(
         number_of(cell) is not None for _, column in columns for _, cell in column if not is_empty(cell, missing)
@@ -225,7 +225,7 @@ def meanings_of(
     kinds = "; ".join(each.summary() for each in meanings)
     remedy = ", or give --kind regression if they are numbers to predict" if kind is None and numeric else ""
     raise DataError(
-        f"{source}: the columns cannot be predicted together ({kinds}); name some of one kind by --labels{remedy}"
+        f"{source}: the columns cannot be predicted together ({kinds}); with --labels, name columns of one kind only{remedy}"
     )
 
 
@@ -235,7 +235,7 @@ def _check_plain(source: str, place: str, present: Sequence[tuple[int, Any]]) ->
         if isinstance(cell, dict):
             raise DataError(
                 f"{source}, row {row}, {place}: {shown(cell)} is an object with keys; write a number or a class, or name another "
-                "column by --labels"
+                "column with --labels"
             )
 
 
@@ -277,7 +277,7 @@ def check_varied(source: str, name: str, labels: Iterable[Any]) -> None:
     if len(distinct) == 1:
         raise DataError(
             f"{source}, column {shown(name)}: every label is {distinct.pop()}, so nothing can be learned; name another "
-            "column by --labels"
+            "column with --labels"
         )
 
 
@@ -296,7 +296,7 @@ def _check_whole(source: str, place: str, present: Sequence[tuple[int, Any]]) ->
         if value is not None and value % 1 > 0:
             raise DataError(
                 f"{source}, row {row}, {place}: {shown(cell)} is a number, not the name of a class; leave out --kind "
-                "classification, or name other columns by --labels"
+                "classification, or name other columns with --labels"
             )
 
 
@@ -358,7 +358,7 @@ def _several(source: str, name: str, present: Sequence[tuple[int, Any]], missing
 
 def _without_label(source: str, place: str, column: Sequence[tuple[int, Any]]) -> DataError:
     """Return the error of a column without labels."""
-    return DataError(f"{source}, {place}: no row has a label; name another column by --labels, or change --missing")
+    return DataError(f"{source}, {place}: no row has a label; name another column with --labels, or change --missing")
 
 
 def _not_numbers(source: str, place: str, others: Sequence[tuple[int, Any]], kind: Kind | None) -> DataError:
@@ -368,11 +368,11 @@ def _not_numbers(source: str, place: str, others: Sequence[tuple[int, Any]], kin
     option = f"--missing {' '.join(map(shown, distinct[:_NAMED]))}{' ...' if len(distinct) > _NAMED else ''}"
     if all(is_bound(other) for _, other in others):
         fault = f"{shown(cell)} is a bound, not a number (such cells: {len(others)})"
-        remedy = f"write a number in each, or read them as missing by {option}"
+        remedy = f"write a number in each, or read them as missing with {option}"
     else:
         fault = f"{shown(cell)} is not a number"
-        remedy = f"correct it, or read it as missing by {option}"
-        remedy += "" if kind else ", or name other columns by --labels, or give --kind classification"
+        remedy = f"correct it, or read it as missing with {option}"
+        remedy += "" if kind else ", or name other columns with --labels, or give --kind classification"
     return DataError(f"{source}, row {row}, {place}: {fault}; {remedy}")
 
 

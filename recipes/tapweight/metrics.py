@@ -190,7 +190,7 @@ def measure_of(name: str, form: Form) -> Measure:
     """
     if name not in METRICS[form]:
         kind, names = "regression" if form == "numbers" else "classification", " or ".join(map(repr, METRICS[form]))
-        raise DataError(f"metric={name!r} does not fit {kind}; give {names} by --metric")
+        raise DataError(f"metric={name!r} does not fit {kind}; give {names} with --metric")
     return METRICS[form][name]
 
 

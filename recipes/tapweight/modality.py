@@ -49,7 +49,7 @@ def device_of(name: Device) -> Literal["cpu", "cuda"]:
 def _distinct(instance: object, attribute: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
     """Validate that there is at least one entry, and no entry twice."""
     if not value or len(set(value)) < len(value):
-        raise ConfigurationError(f"{attribute.name}={shown(list(value))}; give at least one, and each once")
+        raise ConfigurationError(f"{attribute.name}={shown(list(value))}; give at least one, and none twice")
 
 
 def _seeds(instance: object, attribute: attrs.Attribute[Any], value: tuple[int, ...]) -> None:
@@ -79,7 +79,7 @@ def _fractions(instance: object, attribute: attrs.Attribute[Any], value: tuple[f
 def objectives_option(names: Sequence[str]) -> Any:
     """Return the option on the command line that takes some of these objectives."""
     text = (
-        f"the objectives to pretrain on, at least two; their weights are learned. There are {', '.join(names)} "
+        f"the objectives to pretrain on, at least two; their weights are learned. Available: {', '.join(names)} "
         "(a control that should get little weight)."
     )
     return arg(metavar="NAME [NAME ...]", help=text)
@@ -154,7 +154,7 @@ class LabelledData:
         ways = [name for name in ("valid", "split_column", "splits") if getattr(self, name) is not None]
         if len(ways) > 1:
             first, second = (f"--{name.replace('_', '-')}" for name in ways[:2])
-            raise ConfigurationError(f"{first} and {second} do not go together; give one of them")
+            raise ConfigurationError(f"{first} and {second} cannot be combined; give only one of them")
 
     @classmethod
     def idle(cls) -> Iterator[Idle]:
@@ -186,7 +186,7 @@ class LabelledData:
         )
 
     def divided_already(self) -> bool:
-        """Return True if the examples are not divided by --split."""
+        """Return True if the examples are not divided with --split."""
         return self.holds_splits() or any(each is not None for each in (self.valid, self.split_column, self.splits))
 
     def holds_splits(self) -> bool:
@@ -297,7 +297,7 @@ def _unused(options: tuple[str, ...]) -> Idle:
         options,
         lambda run: not any(name.partition(":")[0] in methods for name in run.methods),
         "on the methods of this run",
-        f"name a method that uses it by --methods, such as {methods[0]}",
+        f"name in --methods a method that uses it, such as {methods[0]}",
     )
 
 

@@ -112,8 +112,8 @@ def gradient_norms(
             norm = math.sqrt(sum(squares) / len(squares))
             if norm == 0.0:
                 raise ArgumentError(
-                    f"the loss of objective {name!r} has no gradient on the encoder, so its weight would mean nothing; compute "
-                    "the loss from the encoder's features, or leave the objective out"
+                    f"the loss of objective {name!r} has no gradient on the encoder, so its weight would have no meaning; "
+                    "compute the loss from the encoder's features, or leave the objective out"
                 )
             if not math.isfinite(norm):
                 raise ArgumentError(

@@ -46,4 +46,4 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the known names, and the closest."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; there are {', '.join(map(shown, known))}{f' (did you mean {shown(close[0])}?)' if close else ''}"
+    return f"; available: {', '.join(map(shown, known))}{f' (did you mean {shown(close[0])}?)' if close else ''}"

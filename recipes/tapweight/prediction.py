@@ -66,7 +66,7 @@ def predict(arguments: Sequence[str], *, prog: str) -> None:
         ConfigurationError: the options cannot be used.
         DataError: the predictor or the file cannot be used.
     """
-    options = _options(arguments, prog, "Predict the labels of new examples with the result of a run.", (".csv",))
+    options = _options(arguments, prog, "Predict the labels of new examples with the models of a run.", (".csv",))
     predictor, contents = _opened(options)
     predictions = predictor.predict(contents)
     _write(options.output, predictor, contents, predictions.header, predictions.cells, predictions.reasons)
@@ -78,7 +78,7 @@ def embed(arguments: Sequence[str], *, prog: str) -> None:
     options = _options(
         arguments,
         prog,
-        "Write the features of new examples, as the finetuned encoder of a run computes them.",
+        "Write the features of new examples from the finetuned encoder of a run.",
         (".npy", ".csv"),
     )
     predictor, contents = _opened(options)
@@ -121,7 +121,7 @@ def _options(arguments: Sequence[str], prog: str, description: str, suffixes: tu
         "--columns",
         nargs="+",
         metavar="COLUMN",
-        help="the column of the input, or the two of a pair (default: those of the training file, or the usual ones)",
+        help="the column of the input, or the two columns of a pair (default: as in the training file, or else the usual names)",
     )
     parser.add_argument(
         "--device",

@@ -227,7 +227,7 @@ class Predictor(ABC):
         if content["modality"] != cls.modality:
             own = content["modality"]
             raise DataError(
-                f"{folder} holds a predictor of {own}, not of {cls.modality}; load it by the Predictor of {own}"
+                f"{folder} holds a predictor of {own}, not of {cls.modality}; load it with the Predictor of {own}"
             )
         target = Target.read(content["target"])
         members = [

@@ -152,7 +152,7 @@ class Properties:
             for k, (name, values) in enumerate(zip(self.names, distinct, strict=True)):
                 if not len(values):
                     raise DataError(
-                        f"task {name!r} has no label in the {split} split; leave it out by --labels, or {words.otherwise}"
+                        f"task {name!r} has no label in the {split} split; leave it out with --labels, or {words.otherwise}"
                     )
                 if len(values) < needed and self.form == "classes":
                     remark = f"no {words.example} of the {split} split is of class {name!r}"
@@ -182,7 +182,7 @@ class Properties:
             if len(values) == 1:
                 raise DataError(
                     f"task {name!r} has one label, {values[0]:g}, throughout the train split, so nothing can be learned; "
-                    "leave it out by --labels"
+                    "leave it out with --labels"
                 )
         return mean, std
 

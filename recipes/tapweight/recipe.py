@@ -304,7 +304,7 @@ def _methods(named: Sequence[str | Method]) -> tuple[Method, ...]:
     methods = tuple(make_method(method) if isinstance(method, str) else method for method in named)
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names):
-        raise ArgumentError(f"fit: methods={names!r}; give at least one, and each once")
+        raise ArgumentError(f"fit: methods={names!r}; give at least one, and none twice")
     return methods
 
 

@@ -63,5 +63,5 @@ def shared(splits: Mapping[Split, Examples[Any]], key: Callable[[Any], Hashable]
         examples = splits[split]
         if count := sum(key(example) in train for example in examples):
             noun = examples.noun
-            sentences.append(f"{count} of {len(examples)} {split} {noun} are among the training {noun} too")
+            sentences.append(f"{count} of {len(examples)} {split} {noun} are also among the training {noun}")
     return sentences

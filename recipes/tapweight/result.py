@@ -248,7 +248,7 @@ class TapWeightResult:
             right.errorbar(signal.mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
-        right.set(xlabel="signal, with two standard errors", title="Help against the average (filled: significant)")
+        right.set(xlabel="signal, with two standard errors", title="Benefit over the average (filled: significant)")
         figure.savefig(file, dpi=150)
 
     def _draw_paths(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:
@@ -285,7 +285,7 @@ class TapWeightResult:
         axes.set_yticks(rows, order)
         axes.invert_yaxis()
         axes.set(
-            xlabel="share of the resamples of the labels in which it was best, with its standard error",
+            xlabel="share of resamples of the labels in which it was best, with standard error",
             title=f"{self.main.title}: weights",
         )
         axes.set_xlim(0, 1.1)

@@ -127,7 +127,7 @@ def named_split(table: Table, column: str, records: Sequence[int]) -> dict[Split
         DataError: there is no such column, a cell names no split, or a split is empty.
     """
     source = table.source
-    cells = table.column(column_of(source, table.header, column, "name the column by --split-column"))
+    cells = table.column(column_of(source, table.header, column, "name the column with --split-column"))
     splits: dict[Split, list[int]] = {name: [] for name in NAMES}
     for index, record in enumerate(records):
         row, cell = cells[record]
@@ -156,7 +156,7 @@ def folder_split(folder: Path) -> dict[Split, Path]:
     if sorted(name for name, _ in named) != sorted(NAMES):
         raise DataError(
             f"{folder} holds the data sets {', '.join(parts)}, not one each of train, valid and test; give three of them by "
-            f"--train, --valid and --test, or one by --train, such as {folder / parts[0]}, which is split"
+            f"--train, --valid and --test, or one with --train, such as {folder / parts[0]}, which is split"
         )
     return {name: dict(named)[name] for name in NAMES}
 
@@ -180,9 +180,9 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; give the path of a splits.json by --splits") from error
+        raise DataError(f"{file}: {error.strerror}; give the path of a splits.json with --splits") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON ({error}); give a splits.json by --splits") from error
+        raise DataError(f"{file}: not valid JSON ({error}); give a splits.json with --splits") from error
     lists: list[Any] = [content.get(name) for name in NAMES] if isinstance(content, dict) else []
     if not lists or not all(isinstance(x, list) and all(type(k) is int for k in x) for x in lists):
         raise DataError(
@@ -196,7 +196,7 @@ def listed_split(file: Path, source: str, records: Sequence[int]) -> dict[Split,
     if listed and not 0 <= min(listed) <= max(listed) <= max(records):
         wrong = next(number for number in listed if not 0 <= number <= max(records))
         raise DataError(
-            f"{file}: {source} has no row {wrong} (the first is 0); give the splits.json of a run on it by --splits"
+            f"{file}: {source} has no row {wrong} (the first is 0); give the splits.json of a run on it with --splits"
         )
     splits = {name: [place[k] for k in numbers if k in place] for name, numbers in zip(NAMES, lists, strict=True)}
     for name, indices in splits.items():

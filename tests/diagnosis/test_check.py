@@ -226,7 +226,7 @@ def test_single_precision() -> None:
 
 def test_an_oracle_that_is_too_coarse_is_an_error() -> None:
     case = quadratic("chain_of_three", mlopt.Dense(), dtype=torch.float32)
-    with pytest.raises(mlopt.EstimatorError, match="the 'resolve' oracle is good to") as caught:
+    with pytest.raises(mlopt.EstimatorError, match="the 'resolve' oracle is only accurate to") as caught:
         mlopt.check_hypergradient(case.problem, oracle="resolve", tolerance=1e-9)
     assert not isinstance(caught.value, mlopt.DisagreementError)
 
@@ -242,7 +242,9 @@ def test_a_level_that_cannot_be_solved_again_is_an_error() -> None:
 
     x, y = (mlopt.variables(torch.ones(3, dtype=torch.float64) / k) for k in (1, 2))
     y = mlopt.Level("y", y, inner, estimator=mlopt.Dense())
-    with pytest.raises(mlopt.EstimatorError, match=r"the 'resolve' oracle is good to .*a smooth loss \(no ReLU\)"):
+    with pytest.raises(
+        mlopt.EstimatorError, match=r"the 'resolve' oracle is only accurate to .*a smooth loss \(no ReLU\)"
+    ):
         mlopt.check_hypergradient(mlopt.Problem(mlopt.Level("x", x, outer), y), oracle="resolve")
 
 

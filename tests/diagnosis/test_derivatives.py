@@ -15,7 +15,7 @@ from mlopt.diagnosis.functions import Case, cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "estimators.md"
 CASES = {case.name: case for case in cases()}
-#: Functions that torch has wrong, and the products of mlopt right.
+#: Functions that torch differentiates wrongly, and mlopt correctly.
 MENDED = [
     "LayerNorm",
     "BatchNorm1d, train",
@@ -29,7 +29,7 @@ MENDED = [
     "weight_norm, last dim",
     "TransformerEncoderLayer, train",
 ]
-#: Functions that torch has wrong, and mlopt with it; the page says what to do.
+#: Functions that both torch and mlopt differentiate wrongly; the page names the remedy.
 LEFT = ["spectral_norm, train", "scatter_reduce, prod"]
 
 

@@ -299,7 +299,7 @@ def test_a_singular_condition_is_doubtful() -> None:
             estimator=mlopt.GMRES(),
         ),
     )
-    with pytest.warns(mlopt.TrustWarning, match="level 'x': singular to rounding"):
+    with pytest.warns(mlopt.TrustWarning, match="level 'x': numerically singular"):
         mlopt.hypergradient(problem)
 
 

@@ -228,7 +228,7 @@ def test_a_tolerance_below_rounding_stops_at_rounding_with_a_remark(name: str, c
     solution = EXACT[name](0.0).solve(matvec, right)
     assert solution.residual < 1e-6
     assert solution.converged is True
-    assert solution.remark.startswith("the residual reached rounding (")
+    assert solution.remark.startswith("the residual reached rounding error (")
     assert "rtol=1e-12" in solution.remark
     assert solution.products == next(calls) - 1
     assert solution.products < 80
@@ -241,7 +241,7 @@ def test_a_distant_start_stops_at_its_own_rounding() -> None:
     for name in ("conjugate_gradient", "preconditioned", "minres"):
         solution = EXACT[name](0.0).solve(system.matvec, system.right, initial=start)
         assert solution.converged is False
-        assert solution.remark.startswith("the residual reached rounding (")
+        assert solution.remark.startswith("the residual reached rounding error (")
 
 
 def test_the_identity_measures_nothing() -> None:

@@ -111,7 +111,7 @@ def test_singular_systems_leave_the_least_residual_of_the_space(seed: int, rank:
     least = flatten(system.right) - image @ (torch.linalg.pinv(image, rtol=1e-9) @ flatten(system.right))
     size = float(flatten(system.right).norm())
     assert solution.converged is False
-    assert solution.remark.startswith("singular to rounding: the residual stays at ")
+    assert solution.remark.startswith("numerically singular: the residual stays at ")
     assert solution.residual == pytest.approx(float(least.norm()) / size, rel=1e-6)
     assert system.residual(solution.value) == pytest.approx(solution.residual, rel=1e-6)
     assert float(flatten(solution.value).norm()) < 1e8 * size
@@ -134,7 +134,7 @@ def test_a_matrix_of_zeros_is_reported() -> None:
     right = (torch.ones(3),)
     solution = linear.GMRES().solve(lambda v: (0 * v[0],), right)
     assert torch.equal(solution.value[0], right[0])
-    assert solution.remark == "singular to rounding: the residual stays at 1; raise the damping"
+    assert solution.remark == "numerically singular: the residual stays at 1; raise the damping"
     assert (solution.residual, solution.converged, solution.products) == (1.0, False, 1)
 
 
@@ -248,7 +248,7 @@ def test_a_singular_matrix_without_a_solution_leaves_the_least_residual(seed: in
     solution = linear.GMRES(iterations=1_000, rtol=0.0).solve(whole(system.matrix), (right,))
     least = right - system.matrix @ torch.linalg.lstsq(system.matrix, right, driver="gelsd").solution
     assert solution.converged is False
-    assert solution.remark.startswith("singular to rounding: the residual stays at ")
+    assert solution.remark.startswith("numerically singular: the residual stays at ")
     assert solution.residual == pytest.approx(float(least.norm() / right.norm()), rel=1e-6)
 
 

@@ -108,7 +108,7 @@ def test_a_right_hand_side_outside_the_range_is_reported(
     matrix, right = system.matrix.double(), flatten(system.right).double()
     least = float((right - matrix @ (torch.linalg.pinv(matrix, rtol=1e-4) @ right)).norm() / right.norm())
     assert solution.converged is False
-    assert solution.remark.startswith("singular to rounding: the residual stays at ")
+    assert solution.remark.startswith("numerically singular: the residual stays at ")
     assert solution.residual == pytest.approx(least, rel=100 * torch.finfo(dtype).eps ** 0.5)
     assert system.residual(tuple(x.to(dtype) for x in solution.value)) == pytest.approx(solution.residual, rel=1e-3)
     assert solution.iterations < 100
@@ -118,7 +118,7 @@ def test_a_matrix_of_zeros_is_reported() -> None:
     right = (torch.ones(3),)
     solution = linear.MINRES().solve(lambda v: (0 * v[0],), right)
     assert torch.equal(solution.value[0], right[0])
-    assert solution.remark == "singular to rounding: the residual stays at 1; raise the damping"
+    assert solution.remark == "numerically singular: the residual stays at 1; raise the damping"
     assert (solution.residual, solution.converged, solution.products) == (1.0, False, 1)
 
 

@@ -116,7 +116,7 @@ def test_negative_curvature_counts_as_zero_with_a_remark(seed: int, negative: in
     values, vectors = torch.linalg.eigh(system.matrix)
     clipped = (vectors * values.clamp(min=0)) @ vectors.T + damping * torch.eye(SIZE)
     assert distance(flatten(solution.value), torch.linalg.solve(clipped, flatten(system.right))) < 1e-8
-    remark = re.match(r"negative curvature (\S+) taken to be zero", solution.remark)
+    remark = re.match(r"negative curvature (\S+) treated as zero", solution.remark)
     assert remark
     assert float(remark[1]) == pytest.approx(float(values[0]), rel=0.01)  # of A itself, printed with three digits
     assert solution.residual == pytest.approx(system.residual(solution.value, damping), rel=1e-9)

@@ -59,8 +59,11 @@ def test_steps_are_whole_and_positive(steps: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (iter([1]), r"data is a list_iterator that runs once; give an iterable that starts again each epoch"),
-        ((x for x in [1]), r"data is a generator that runs once"),
+        (
+            iter([1]),
+            r"data is a list_iterator that can be iterated only once; give an iterable that starts again each epoch",
+        ),
+        ((x for x in [1]), r"data is a generator that can be iterated only once"),
         (torch.ones(2, 2), r"data is a tensor, whose rows would be batches; give \[tensor\] for one batch"),
         (3, r"data=3 is a int that cannot be iterated; give batches: a DataLoader, or a list"),
     ],
@@ -79,7 +82,7 @@ def test_an_estimator_is_an_estimator() -> None:
 
 @pytest.mark.parametrize("arguments", [{"loss": 3}, {"loss": squared, "regularizer": 3}], ids=["loss", "regularizer"])
 def test_a_loss_can_be_called(arguments: dict[str, Any]) -> None:
-    with refused("the (loss|regularizer) of level 'a' is 3, which cannot be called; give a function"):
+    with refused("the (loss|regularizer) of level 'a' is 3, which is not callable; give a function"):
         level("a", **arguments)
 
 

@@ -137,8 +137,8 @@ def outer(*names: str) -> Level:
     [
         (lambda: level(loss=lambda x, batch: x().sum()), "level 'x': give it either a loss or a residual; it has both"),
         (lambda: level(residual=None), "level 'x': give it either a loss or a residual; it has neither"),
-        (lambda: level(regularizer=lambda x: x().sum()), "level 'x': regularizer=.* next to residual"),
-        (lambda: level(response=mlopt.RealSteps(steps=2)), "level 'x': response=.* next to residual"),
+        (lambda: level(regularizer=lambda x: x().sum()), "level 'x': regularizer=.* cannot be combined with residual"),
+        (lambda: level(response=mlopt.RealSteps(steps=2)), "level 'x': response=.* cannot be combined with residual"),
         (lambda: level(residual=lambda x: x()), "the residual of level 'x' takes 1 required positional parameters"),
         (lambda: level(solver=lambda x, batch, *, v: None), "the solver of level 'x' refers to 'v', and its residual does not"),
         (

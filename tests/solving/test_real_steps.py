@@ -431,7 +431,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(mlopt.EstimatorError, match="it has 8 variables, and 3 real steps"):
         mlopt.hypergradient(mixed(RealSteps(steps=3, limit=7)))
     for option, value in {"accumulate": 2, "precision": "bf16"}.items():
-        with pytest.raises(mlopt.ProblemError, match=f"{option}={value!r} next to response"):
+        with pytest.raises(mlopt.ProblemError, match=f"{option}={value!r} cannot be combined with response"):
             mixed(RealSteps(steps=3), outer={option: value})
     with pytest.raises(mlopt.ProblemError, match=r"response=3 is a int; give one"):
         mixed(3)

@@ -409,7 +409,9 @@ def test_a_missing_column_is_reported_but_not_one_logged_later(tmp_path: Path) -
     later = {"evaluate": lambda problem: {"accuracy": 1.0}, "evaluate_every": 3}
     for column in ("evaluation/acuracy", "weights/los"):
         checkpoints = mlopt.Checkpoints(tmp_path / column, every=1, best=column)
-        with pytest.warns(mlopt.CheckpointWarning, match=f"best='{column}' has not been logged.*there are step, "):
+        with pytest.warns(
+            mlopt.CheckpointWarning, match=f"best='{column}' has not been logged.*the history has step, "
+        ):
             run(tmp_path, 4, checkpoint=checkpoints, **later)
     checkpoints = mlopt.Checkpoints(tmp_path / "right", every=1, best="evaluation/accuracy")
     run(tmp_path, 4, checkpoint=checkpoints, **later)

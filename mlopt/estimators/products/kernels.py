@@ -107,7 +107,7 @@ def right_kernels(term: Term, graph: Iterable[Node], *, forward: bool = False) -
         return True
     if uses_primitives(term):
         raise SecondDerivativeError(
-            f"torch has the derivative of order {term.order} of a kernel in the loss wrong ({', '.join(wrong)}), and "
+            f"torch computes the derivative of order {term.order} of a kernel in the loss wrongly ({', '.join(wrong)}), and "
             "compiled or scripted code calls it; use the module without TorchScript, or products='finite_difference'"
         )
     term.point.workspace.verified.add(("primitives", *term.label))

@@ -40,8 +40,8 @@ class SuppliedProduct(Product):
             )
             if not fits:
                 raise ProblemError(
-                    f"the product of the regularizer of level {self.term.label[0]!r} has other shapes than the variables of "
-                    f"level {block!r}; return a tensor for each of them, or None for zero"
+                    f"the product of the regularizer of level {self.term.label[0]!r} does not have the shapes of the variables "
+                    f"of level {block!r}; return a tensor for each of them, or None for zero"
                 )
             pairs = zip(pieces, values[block], strict=True)
             total[block] = tuple(torch.zeros_like(x, requires_grad=False) if p is None else p for p, x in pairs)

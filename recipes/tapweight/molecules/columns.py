@@ -71,10 +71,10 @@ def smiles_column_of(table: Table, name: str | None, option: str = "--smiles-col
     likely = [index for index in range(len(table.header)) if sought and _are_smiles(table, index)]
     if not likely:
         column = "smiles" if name is None else name
-        return column_of(table.source, table.header, column, f"name the column by {option}"), ()
+        return column_of(table.source, table.header, column, f"name the column with {option}"), ()
     names = ", ".join(shown(table.header[index]) for index in likely)
     if len(likely) > 1:
-        raise DataError(f"{table.source}: SMILES are in the columns {names}; name one of them by {option}")
+        raise DataError(f"{table.source}: SMILES are in the columns {names}; name one of them with {option}")
     if is_smiles(table.header[likely[0]]):
         raise DataError(
             f"{table.source}, row 1: {names} is a molecule, so the names of the columns are missing; add a first row, such as "
@@ -103,13 +103,13 @@ def columns_of(
     """
     header, source = table.header, table.source
     smiles, notes = smiles_column_of(table, smiles_column)
-    ignored = {column_of(source, header, name, "name the column by --ignore-columns"): "" for name in ignore}
+    ignored = {column_of(source, header, name, "name the column with --ignore-columns"): "" for name in ignore}
     if labels is not None:
         if isinstance(labels, str) or not labels:
             raise DataError(
-                f"{source}: labels={labels!r} names no label column; there are {', '.join(map(shown, header))}; give --labels"
+                f"{source}: labels={labels!r} names no label column; available: {', '.join(map(shown, header))}; give --labels"
             )
-        columns = tuple(column_of(source, header, label, "name the column by --labels") for label in labels)
+        columns = tuple(column_of(source, header, label, "name the column with --labels") for label in labels)
         if smiles in columns or len(set(columns)) < len(columns) or set(columns) & set(ignored):
             raise DataError(
                 f"{source}: labels={list(labels)!r} must be different columns, not the SMILES column, and not ignored; correct "
@@ -122,17 +122,17 @@ def columns_of(
     columns = tuple(index for index in range(len(header)) if index != smiles and index not in ignored)
     if len(header) == 1 and len(header[0].split()) > 1:
         raise DataError(
-            f"{source}: one column only, {shown(header[0])}, but a task needs labels; add a column, or separate the cells by "
+            f"{source}: the only column is {shown(header[0])}, but a task needs labels; add a column, or separate the cells by "
             "commas, semicolons, tabs or bars"
         )
     reasons = ", ".join(f"{shown(header[k])} ({ignored[k]})" for k in sorted(ignored) if ignored[k])
     if not columns:
         raise DataError(
             f"{source}: no column other than {shown(header[smiles])} has labels{f'; ignored: {reasons}' if reasons else ''}; "
-            "name the columns to predict by --labels"
+            "name the columns to predict with --labels"
         )
     if reasons:
-        notes = (*notes, f"not predicted: {reasons}; name a column by --labels to predict it")
+        notes = (*notes, f"not predicted: {reasons}; name a column with --labels to predict it")
     return Columns(smiles, columns, notes)
 
 

@@ -229,7 +229,7 @@ def molecule_net(name: str, root: str | os.PathLike[str]) -> Molecules:
 
     key = name.lower()
     if key not in dataset_class.names and is_folder(name):
-        raise DataError(f"name={name!r} is a folder, not a MoleculeNet data set; give it by --train")
+        raise DataError(f"name={name!r} is a folder, not a MoleculeNet data set; give it with --train")
     if key not in dataset_class.names:
         raise DataError(f"name={name!r} is not a MoleculeNet data set{suggestion(key, dataset_class.names)}")
     try:
@@ -248,9 +248,7 @@ def _fault(meaning: Labels) -> str:
     if meaning.form == "several":
         return "the cells are lists of classes; write a column of 0 and 1 for each class"
     if len(meaning.classes) == 1:
-        return (
-            f"the only class is {shown(meaning.classes[0])}, so nothing can be learned; name another column by --labels"
-        )
+        return f"the only class is {shown(meaning.classes[0])}, so nothing can be learned; name another column with --labels"
     return ""
 
 
@@ -300,7 +298,7 @@ def _label(source: str, row: int, meaning: Labels, cell: Any) -> list[float]:
     except DataError as error:
         raise DataError(
             f"{source}, row {row}, column {shown(meaning.name)}: {error}; correct it, leave the cell empty for a missing label, "
-            "or choose the label columns by --labels"
+            "or choose the label columns with --labels"
         ) from None
     if width == 1 or math.isnan(value):
         return [value] * width

@@ -145,7 +145,7 @@ class MoleculeModality(Modality[MoleculeConfiguration]):
     """Molecules: graphs from SMILES, a graph network, and properties to predict."""
 
     name, extra = "molecules", "molecules"
-    summary = "Pretrain a graph network for a molecular task, learning how much each objective should weigh."
+    summary = "Pretrain a graph network for a molecular task, and learn the weight of each objective."
     configuration_class = MoleculeConfiguration
 
     def read(self, say: Callable[[str], None]) -> None:

@@ -90,7 +90,7 @@ class MoleculeTask(PropertyTask):
         self.kind = kind or _infer_kind(labels.values())
         if self.kind not in _FORMS or (class_column is not None and self.kind == "regression"):
             others = "regression or " if class_column is None else ""
-            raise DataError(f"kind={kind!r}: give {others}classification by --kind")
+            raise DataError(f"kind={kind!r}: give {others}classification with --kind")
         self.form: Form = _FORMS[self.kind] if class_column is None else "classes"
         if self.kind == "classification":
             for split, examples in splits.items():

@@ -146,7 +146,7 @@ def read_texts(
     if len(places) != count:
         expected, given = ("pairs of texts", "one") if count == 2 else ("one text a row", "two")
         raise DataError(
-            f"{path}: the predictor takes {expected}, but the file has {given}; name the columns by --columns"
+            f"{path}: the predictor takes {expected}, but the file has {given}; name the columns with --columns"
         )
     return [tuple(cells[place] for place in places.values()) for _, cells in table.records()]
 
@@ -253,10 +253,10 @@ def _read(
 
 def _label_places(table: Table, labels: Sequence[str], texts: Collection[int]) -> tuple[int, ...]:
     """Return the index of each column of labels."""
-    remedy = "name the column by --labels"
+    remedy = "name the column with --labels"
     if not labels:
         header = ", ".join(map(shown, table.header))
-        raise DataError(f"{table.source}: labels={list(labels)!r} names no column; there are {header}; {remedy}")
+        raise DataError(f"{table.source}: labels={list(labels)!r} names no column; available: {header}; {remedy}")
     places = tuple(column_of(table.source, table.header, label, remedy) for label in labels)
     if len(set(places)) < len(places) or set(places) & set(texts):
         raise DataError(
@@ -268,7 +268,7 @@ def _label_places(table: Table, labels: Sequence[str], texts: Collection[int]) -
 def _text_places(table: Table, columns: Sequence[str] | None, option: str) -> dict[str, int]:
     """Return the index of each column of text, by its key in an example; `option` names the columns on the command line."""
     source, header = table.source, table.header
-    remedy = f"give the column of the text, or the two columns of a pair, by {option}"
+    remedy = f"give the column of the text, or the two columns of a pair, with {option}"
     if columns is None:
         known = {name.casefold() for name in header}
         columns = next((usual for usual in _USUAL if known >= set(usual)), None)
@@ -276,7 +276,7 @@ def _text_places(table: Table, columns: Sequence[str] | None, option: str) -> di
             raise DataError(f"{source}: no column 'text'{suggestion('text', header)}; {remedy}")
     if isinstance(columns, str) or not 1 <= len(columns) <= 2 or len(set(columns)) < len(columns):
         raise DataError(f"{source}: text={columns!r}; {remedy}")
-    places = [column_of(source, header, name, f"name the columns of text by {option}") for name in columns]
+    places = [column_of(source, header, name, f"name the columns of text with {option}") for name in columns]
     return dict(zip(("text", "text_b"), places, strict=False))
 
 
@@ -294,7 +294,7 @@ def _gathered(
         for key in ("text", "text_b"):
             if key in record and not isinstance(record[key], str | None):
                 raise DataError(
-                    f"{source}, row {row}: {shown(record[key])} is not text; give strings, or name another column by --text"
+                    f"{source}, row {row}: {shown(record[key])} is not text; give strings, or name another column with --text"
                 )
         check_texts(_texts(record))
         if "label" in record and _is_missing(record["label"]):

@@ -69,7 +69,7 @@ def glue(
     Source: Wang et al., "GLUE", ICLR 2019.
     """
     if name not in GLUE and is_folder(name):
-        raise DataError(f"dataset={name!r} is a folder, not a task of GLUE; give it by --train")
+        raise DataError(f"dataset={name!r} is a folder, not a task of GLUE; give it with --train")
     if name not in GLUE:
         raise DataError(f"dataset={name!r} is not a task of GLUE{suggestion(name, GLUE)}")
     task = GLUE[name]

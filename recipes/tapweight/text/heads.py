@@ -93,7 +93,7 @@ class ClassifierHead(nn.Module):
         if missing := sorted(model.base_model.state_dict().keys() - encoder.state_dict().keys()):
             raise ModelError(
                 f"the encoder, a {type(encoder).__name__}, lacks {missing[0]!r}, which {type(model).__name__} needs; load the "
-                "encoder by TextEncoder.load, or give head='linear'"
+                "encoder with TextEncoder.load, or give head='linear'"
             )
         return cls(model)
 

@@ -199,7 +199,7 @@ class TextModality(Modality[TextConfiguration]):
     """Texts and pairs of texts: an encoder of transformers, and classes or numbers to predict."""
 
     name, extra = "text", "text"
-    summary = "Pretrain an encoder of text further for a task, learning how much each objective should weigh."
+    summary = "Pretrain a text encoder further for a task, and learn the weight of each objective."
     configuration_class = TextConfiguration
 
     def read(self, say: Callable[[str], None]) -> None:

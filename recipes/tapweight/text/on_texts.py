@@ -151,7 +151,7 @@ def check_texts_of_task(splits: Mapping[Split, Texts], kind: Kind | None, head: 
     for texts in splits.values():
         if not all("label" in example for example in texts):
             raise DataError(
-                f"{texts.source}: there are no labels, but a task needs them; name their column by --labels"
+                f"{texts.source}: there are no labels, but a task needs them; name their column with --labels"
             )
     pairs = any("text_b" in example for example in splits["train"])
     for split, texts in splits.items():
@@ -159,9 +159,9 @@ def check_texts_of_task(splits: Mapping[Split, Texts], kind: Kind | None, head: 
             here, there = ("single texts", "pairs") if pairs else ("pairs", "single texts")
             raise DataError(f"{texts.source}: '{split}' has {here}, 'train' has {there}; give all the same columns")
     if kind not in (None, "classification", "regression"):
-        raise DataError(f"kind={kind!r}: give classification or regression by --kind")
+        raise DataError(f"kind={kind!r}: give classification or regression with --kind")
     if head not in ("linear", "classifier"):
-        raise DataError(f"head={head!r}: give linear or classifier by --head")
+        raise DataError(f"head={head!r}: give linear or classifier with --head")
 
 
 def _encoded(texts: Texts, labels: Sequence[Labels], read: Callable[[Labels, Any], Any], several: bool) -> Texts:

@@ -248,6 +248,6 @@ def _standardisation(texts: Texts, labels: Sequence[float], kind: Kind) -> tuple
     std = float(values.std(correction=0))
     if std == 0:
         raise DataError(
-            f"{texts.source}: all labels are {labels[0]:g}, so nothing can be learned; give another column by --labels"
+            f"{texts.source}: all labels are {labels[0]:g}, so nothing can be learned; give another column with --labels"
         )
     return float(values.mean()), std

@@ -1,4 +1,4 @@
-"""Kernels whose second or third derivatives torch has wrong, against the same functions written in primitives here."""
+"""Kernels whose second or third derivatives torch computes wrongly, against the same functions written in primitives here."""
 
 from __future__ import annotations
 

@@ -98,5 +98,5 @@ def test_a_wrong_product_is_reported() -> None:
 def test_a_product_of_other_shapes_is_refused() -> None:
     problem, pull = problem_of(mlopt.Dense())
     pull.product = lambda direction, wanted: {level: [torch.zeros(1)] for level in wanted}  # type: ignore[method-assign]
-    with pytest.raises(mlopt.ProblemError, match=r"regularizer of level 'x' has other shapes than .* level 'x'"):
+    with pytest.raises(mlopt.ProblemError, match=r"regularizer of level 'x' does not have the shapes of .* level 'x'"):
         mlopt.hypergradient(problem)

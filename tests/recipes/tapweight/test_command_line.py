@@ -153,12 +153,12 @@ def test_the_options_are_those_of_the_help(kind: Any, capsys: Captured) -> None:
         (
             f"text {NEEDED['text']} --gamma 3",
             "--gamma has no effect on the methods of this run; "
-            "leave it out, or name a method that uses it by --methods, such as tapweight",
+            "leave it out, or name in --methods a method that uses it, such as tapweight",
         ),
         (
             f"text {NEEDED['text']} --rehearsals 3 --methods tapweight",
             "--rehearsals has no effect on the methods of this run; "
-            "leave it out, or name a method that uses it by --methods, such as rehearsal",
+            "leave it out, or name in --methods a method that uses it, such as rehearsal",
         ),
     ],
 )

@@ -88,11 +88,11 @@ def test_minus_one_beside_0_and_1_is_asked_about_once() -> None:
             {},
             "row 3, column 'y': '>100' is a bound, not a number (such cells: 2); write a number",
         ),
-        (("1.5", ">100", "<2"), {}, "or read them as missing by --missing '>100' '<2'"),
+        (("1.5", ">100", "<2"), {}, "or read them as missing with --missing '>100' '<2'"),
         (
             ("1", "high"),
             {},
-            "row 3, column 'y': 'high' is not a number; correct it, or read it as missing by --missing 'high'",
+            "row 3, column 'y': 'high' is not a number; correct it, or read it as missing with --missing 'high'",
         ),
         (("a", "b"), {"kind": "regression"}, "row 2, column 'y': 'a' is not a number"),
         (
@@ -100,7 +100,7 @@ def test_minus_one_beside_0_and_1_is_asked_about_once() -> None:
             {"kind": "classification"},
             "row 3, column 'y': '2.5' is a number, not the name of a class; leave out",
         ),
-        (("", "NA"), {}, "column 'y': no row has a label; name another column by --labels"),
+        (("", "NA"), {}, "column 'y': no row has a label; name another column with --labels"),
         (
             ([1, 0], "1"),
             {},
@@ -118,7 +118,7 @@ def test_one_column_of_one_class_among_others_is_named() -> None:
     columns = [("a", [(2, "yes"), (3, "no")]), ("b", [(2, "same"), (3, "same")])]
     with pytest.raises(
         DataError,
-        match=r"a\.csv, column 'b': the only class is 'same', so nothing can be learned; name the other columns by --labels",
+        match=r"a\.csv, column 'b': the only class is 'same', so nothing can be learned; name the other columns with --labels",
     ):
         meanings_of("a.csv", columns)
 

@@ -93,7 +93,9 @@ def test_cells_that_are_not_labels(cells: list[Any], sentence: str) -> None:
 def test_one_value_in_all_rows_cannot_be_learned(cell: str, tmp_path: Path) -> None:
     rows = "".join(f"{'C' * k},{cell if k % 3 else ''}\n" for k in range(1, 20))
     (tmp_path / "t.csv").write_text(f"smiles,y\n{rows}")
-    sentence = rf"t\.csv, column 'y': every label is {cell}, so nothing can be learned; name another column by --labels"
+    sentence = (
+        rf"t\.csv, column 'y': every label is {cell}, so nothing can be learned; name another column with --labels"
+    )
     with pytest.raises(DataError, match=sentence):
         MoleculeTask.from_csv(tmp_path / "t.csv", split="random")
     (tmp_path / "t.csv").write_text(f"smiles,text,label\n{''.join(f'C,text {k},{cell}' + chr(10) for k in range(20))}")
@@ -139,7 +141,7 @@ def test_columns_that_nobody_predicts(name: str, cells: list[Any], reason: str, 
     data = datasets.Dataset.from_dict({"smiles": ["CCO", "CC", "C"], "y": [1.5, 2.5, 0.0], name: cells})
     molecules = read_table(data)
     assert molecules.label_names == ("y",)
-    assert molecules.notes[-1] == f"not predicted: '{name}' ({reason}); name a column by --labels to predict it"
+    assert molecules.notes[-1] == f"not predicted: '{name}' ({reason}); name a column with --labels to predict it"
 
 
 def test_the_number_0_is_not_an_empty_smiles(tmp_path: Path) -> None:
@@ -153,7 +155,9 @@ def test_the_number_0_is_not_an_empty_smiles(tmp_path: Path) -> None:
 
 def test_a_table_of_one_column_names_the_separators(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("smiles y\nCCO 1.5\nCC 2\n")
-    with pytest.raises(DataError, match=r"one column only, 'smiles y', .* or separate the cells by commas, semicolons"):
+    with pytest.raises(
+        DataError, match=r"the only column is 'smiles y', .* or separate the cells by commas, semicolons"
+    ):
         read_table(tmp_path / "t.csv")
 
 

@@ -77,7 +77,7 @@ def test_a_column_names_the_splits() -> None:
         named_split(table, "s", range(6))
     with pytest.raises(DataError, match="no row is in the test split; assign rows to it, or leave out --split-column"):
         named_split(table, "s", [0, 1])
-    with pytest.raises(DataError, match="no column 'part'; there are 's'; name the column by --split-column"):
+    with pytest.raises(DataError, match="no column 'part'; available: 's'; name the column with --split-column"):
         named_split(table, "part", [0])
 
 
@@ -96,7 +96,7 @@ def test_a_file_lists_the_splits(tmp_path: Path) -> None:
         ('{"train": [0, 1], "valid": [1], "test": [2]}', "row 1 is listed twice"),
         (
             '{"train": [0], "valid": [9], "test": [2]}',
-            r"a\.csv has no row 9 \(the first is 0\); give the splits\.json of a run on it by --splits",
+            r"a\.csv has no row 9 \(the first is 0\); give the splits\.json of a run on it with --splits",
         ),
         ('{"train": [0], "valid": [], "test": [2]}', r"no row of a\.csv is in valid"),
         ("{", "not valid JSON"),
@@ -109,7 +109,7 @@ def test_another_list_is_refused(content: str, sentence: str, tmp_path: Path) ->
 
 
 def test_a_missing_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"No such file or directory; give the path of a splits\.json by --splits"):
+    with pytest.raises(DataError, match=r"No such file or directory; give the path of a splits\.json with --splits"):
         listed_split(tmp_path / "none.json", "a.csv", [0])
 
 

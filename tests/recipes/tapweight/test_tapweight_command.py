@@ -92,7 +92,7 @@ ERRORS = {
         ("--train nothing.csv", "nothing.csv: no such file"),
         (
             "--labels lenght",
-            "train.csv: no column 'lenght'; there are 'smiles', 'length', 'nitrogen' (did you mean 'le",
+            "train.csv: no column 'lenght'; available: 'smiles', 'length', 'nitrogen' (did you mean 'le",
         ),
         ("--valid train.csv", "--valid is given without --test; give both"),
         ("--dataset ESOL", "give either --train FILE (`train` in [data]) or --dataset NAME"),
@@ -115,8 +115,11 @@ ERRORS = {
         ("--train nothing.jsonl", "nothing.jsonl: no such file"),
         ("--valid corpus.txt.gz", "the suffix '.txt' is not one of .csv"),
         ("--corpus bad.txt.gz", "bad.txt.gz is not a complete gzip file"),
-        ("--label class", "train.jsonl: no column 'class'; there are 'text', 'label'; name the column by --label"),
-        ("--text body", "train.jsonl: no column 'body'; there are 'text', 'label'; name the columns of text by --text"),
+        ("--label class", "train.jsonl: no column 'class'; available: 'text', 'label'; name the column with --label"),
+        (
+            "--text body",
+            "train.jsonl: no column 'body'; available: 'text', 'label'; name the columns of text with --text",
+        ),
         ("--valid other.jsonl", "other.jsonl, row 1, column 'label': 'rude' is not one of the classes, kind, unkind"),
         ("--train empty.jsonl --strict", "empty.jsonl, row 1: the text is empty; correct it"),
         ("--metric pearson", "metric='pearson' does not fit classification"),

@@ -136,7 +136,7 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
     [
         (
             ["equals"],
-            "no method 'equals'; there are 'direct', 'equal', .* 'tapweight', .* 'single:OBJECTIVE' \\(did you mean 'equal'",
+            "no method 'equals'; available: 'direct', 'equal', .* 'tapweight', .* 'single:OBJECTIVE' \\(did you mean 'equal'",
         ),
         (["single:"], "there is no method 'single:'"),
         ("direct", "fit: methods='direct'; it must be a sequence of names or Method objects"),
@@ -144,7 +144,7 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
         (["single:cube"], "single:cube: 'cube' is not one of the objectives, linear, square"),
         ([Given({"linear": 1})], "given: weights of linear, but the objectives are linear, square"),
         ([], r"methods=\[\]; give at least one"),
-        (["equal", Equal()], "give at least one, and each once"),
+        (["equal", Equal()], "give at least one, and none twice"),
     ],
 )
 def test_methods_that_cannot_be_compared_are_refused(methods: Any, sentence: str) -> None:

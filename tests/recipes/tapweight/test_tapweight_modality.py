@@ -104,7 +104,7 @@ def test_means_over_seeds_need_no_signals(options: list[str], tmp_path: Path) ->
     [
         (["--dataset", "x"], "give either --train FILE"),
         (["--valid", "x"], "--valid is given without --test"),
-        (["--objectives", "cube", "linear"], "there is no objective 'cube'; there are 'linear'"),
+        (["--objectives", "cube", "linear"], "there is no objective 'cube'; available: 'linear'"),
         (["--objectives", "linear"], "give at least two"),
         (["--methods", "single:cube"], "single:cube: 'cube' is not one of the objectives, linear, square"),
     ],

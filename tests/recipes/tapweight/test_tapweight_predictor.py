@@ -108,7 +108,7 @@ def test_splits_of_three_files_are_not_records_of_one(text: Case) -> None:
         (["embed", "finished", "--output", "a.txt"], "output='a.txt'; give a name that ends in .npy or .csv"),
         (["predict", "finished", "--columns", "a", "b"], "--columns names 2 columns; the predictor takes 1"),
         (["predict", "finished", "--columns", "molecule"], "no column 'molecule'"),
-        (["predict", "finished", "--columns", "molecule"], "by --columns"),
+        (["predict", "finished", "--columns", "molecule"], "with --columns"),
         (["predict", "finished", "--input", "nothing.csv"], "nothing.csv: no such file"),
     ],
 )

@@ -410,7 +410,7 @@ def test_a_byte_that_is_not_text_is_reported_with_its_row_for_any_line_ends(
 
 def test_a_header_of_two_lines_is_shown_in_one(tmp_path: Path) -> None:
     refused = molecules_of(tmp_path, read_table, "a.csv", b'"two\nlines",smiles\n1,C\n', labels=[])
-    assert refused == r"PLACE: labels=[] names no label column; there are 'two\nlines', 'smiles'; give --labels"
+    assert refused == r"PLACE: labels=[] names no label column; available: 'two\nlines', 'smiles'; give --labels"
 
 
 @pytest.mark.parametrize("row", ["{}", "C,{}"])

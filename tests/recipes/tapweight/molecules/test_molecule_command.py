@@ -128,7 +128,7 @@ def test_a_folder_with_a_data_set_for_each_split(
         "sets as --train" in message
     )
     assert cli.main([*molecules.command, *options.replace("--train", "--dataset").split(), "--overwrite"]) == 2
-    assert "is a folder, not a MoleculeNet data set; give it by --train" in capsys.readouterr().err
+    assert "is a folder, not a MoleculeNet data set; give it with --train" in capsys.readouterr().err
 
 
 def interrupted_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_an_interrupted_run_is_resumed(
     for refused, sentence in (
         ([], "holds an unfinished run; resume it with --resume"),
         (["--resume", "--every", "2"], "has settings.every=1, not 2; resume with the same configuration"),
-        (["--resume", "--overwrite"], "--overwrite and --resume do not go together"),
+        (["--resume", "--overwrite"], "--overwrite and --resume cannot be combined"),
     ):
         assert cli.main(molecules.options(cut, *more, *refused)) == 2
         assert sentence in capsys.readouterr().err

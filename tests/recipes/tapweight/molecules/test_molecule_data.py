@@ -147,15 +147,15 @@ def test_real_tables(data_folder: Path) -> None:
 
 
 TABLE_ERRORS: dict[str, tuple[str | bytes, str]] = {
-    "missing column": ("smile,y\nzzz,1\n", r"no column 'smiles'; there are 'smile', 'y' \(did you mean 'smile'\?\)"),
+    "missing column": ("smile,y\nzzz,1\n", r"no column 'smiles'; available: 'smile', 'y' \(did you mean 'smile'\?\)"),
     "two columns of SMILES": (
         "a,b,y\nCC,CO,1\n",
-        r"SMILES are in the columns 'a', 'b'; name one of them by --smiles-column",
+        r"SMILES are in the columns 'a', 'b'; name one of them with --smiles-column",
     ),
     "no header": ("CCO,1\nCC,2\n", r"row 1: 'CCO' is a molecule, so the names of the columns are missing"),
     "no label column": (
         "smiles\nC\n",
-        r"no column other than 'smiles' has labels; name the columns to predict by --labels",
+        r"no column other than 'smiles' has labels; name the columns to predict with --labels",
     ),
     "text label": ("smiles,y\nC,1\nCC,high\n", r"row 3, column 'y': 'high' is not a number"),
     "grouped digits": ("smiles,y\nC,1_000\nCC,2\n", r"row 2, column 'y': '1_000' is not a number"),
@@ -191,7 +191,7 @@ def test_table_errors(tmp_path: Path, case: str, suffix: str) -> None:
 
 def test_label_arguments_are_checked(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "smiles,logS,y\nC,1,2\n")
-    with pytest.raises(DataError, match=r"no column 'logs_'; there are .* \(did you mean 'logS'\?\)"):
+    with pytest.raises(DataError, match=r"no column 'logs_'; available: .* \(did you mean 'logS'\?\)"):
         read_table(path, labels=["logs_"])
     for labels in (["y", "Y"], ["smiles"]):
         with pytest.raises(DataError, match="must be different columns, not the SMILES column"):

@@ -350,9 +350,9 @@ def test_a_corpus_that_cannot_be_prepared_is_refused_with_the_reason() -> None:
         (lambda: RandomLabels(classes=1), "classes must be at least 2; got 1"),
         (
             lambda: make_objective("mask_atoms"),
-            "no objective 'mask_atoms'; there are 'masked_atoms'.*did you mean 'masked_atoms'",
+            "no objective 'mask_atoms'; available: 'masked_atoms'.*did you mean 'masked_atoms'",
         ),
-        (lambda: make_objective("zzz"), "no objective 'zzz'; there are 'masked_atoms', 'masked_bonds', 'contrastive'"),
+        (lambda: make_objective("zzz"), "no objective 'zzz'; available: 'masked_atoms', 'masked_bonds', 'contrastive'"),
     ],
 )
 def test_wrong_arguments(make: Any, message: str) -> None:

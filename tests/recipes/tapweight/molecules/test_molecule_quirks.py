@@ -53,7 +53,7 @@ def test_a_column_that_is_named_is_predicted_and_others_can_be_ignored() -> None
     ):
         read_table(file, ignore=["logS"])
     assert read_table(file, smiles_column="smiles", ignore=["MW"]).label_names == ("logS",)
-    with pytest.raises(DataError, match=r"no column 'smi'; .*; name the column by --smiles-column"):
+    with pytest.raises(DataError, match=r"no column 'smi'; .*; name the column with --smiles-column"):
         read_table(file, smiles_column="smi")
 
 
@@ -228,7 +228,8 @@ def test_columns_of_different_kinds_are_not_predicted_together(tmp_path: Path) -
     rows = "".join(f"{'C' * k},{k / 10},{k % 2},{'ab'[k % 2]}\n" for k in range(1, 11))
     (tmp_path / "a.csv").write_text(f"smiles,x,y,z\n{rows}")
     with pytest.raises(
-        DataError, match=r"cannot be predicted together \(x: numbers; y: two classes.*name some of one kind by --labels"
+        DataError,
+        match=r"cannot be predicted together \(x: numbers; y: two classes.*with --labels, name columns of one kind only",
     ):
         read_table(tmp_path / "a.csv")
     numbers = read_table(tmp_path / "a.csv", labels=["x", "y"])
@@ -257,7 +258,7 @@ def test_molecules_of_two_given_splits_are_reported(tmp_path: Path) -> None:
     for name, rows in (("a", "CCO,1\nCCN,0\n"), ("b", "OCC,1\nCF,0\n"), ("c", "CBr,1\nCCl,0\n")):
         (tmp_path / f"{name}.csv").write_text(f"smiles,y\n{rows}")
     task = MoleculeTask.from_csv(tmp_path / "a.csv", valid=tmp_path / "b.csv", test=tmp_path / "c.csv")
-    assert task.remarks == ("1 of 2 valid molecules are among the training molecules too",)
+    assert task.remarks == ("1 of 2 valid molecules are also among the training molecules",)
 
 
 def test_every_metric_is_computed_task_by_task() -> None:

@@ -65,7 +65,7 @@ def test_labels_after_the_smiles(
         (
             "CCO 5793\nCC 702\nC 297\n",
             r"no column other than 'smiles' has labels; ignored: 'column 2' \(whole numbers, which may be catalogue numbers\); "
-            r"name the columns to predict by --labels",
+            r"name the columns to predict with --labels",
         ),
         # One that repeats is not a label either: molecules have synonyms and salts.
         (
@@ -74,7 +74,7 @@ def test_labels_after_the_smiles(
         ),
         (
             "CCO ethanol\nCC ethane\nC methane\n",
-            r"no column other than 'smiles' has labels.*; name the columns to predict by --labels",
+            r"no column other than 'smiles' has labels.*; name the columns to predict with --labels",
         ),
         (
             "mol y\nCCO 1\nCC 0\n",
@@ -100,7 +100,7 @@ def test_numbers_of_a_catalogue_stand_beside_labels(tmp_path: Path) -> None:
     assert molecules.label_names == ("column 3",)
     assert [graph.y.tolist() for graph in molecules] == [[[1.5]], [[2.5]], [[0.0]], [[3.0]]]
     assert molecules.notes == (
-        "not predicted: 'column 2' (whole numbers, which may be catalogue numbers); name a column by --labels to predict it",
+        "not predicted: 'column 2' (whole numbers, which may be catalogue numbers); name a column with --labels to predict it",
     )
     assert [float(graph.y) for graph in read_table(file, labels=["column 2"])] == [5793, 702, 297, 702]
     # The same numbers with a name are labels.

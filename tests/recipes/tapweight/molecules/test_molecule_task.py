@@ -183,7 +183,7 @@ def test_a_task_of_one_class_is_left_out_and_reported() -> None:
 
 def test_construction_errors() -> None:
     with pytest.raises(
-        DataError, match="task 't1' has no label in the test split; leave it out by --labels, or give --split"
+        DataError, match="task 't1' has no label in the test split; leave it out with --labels, or give --split"
     ):
         task_of(CLASSES, test=[[0.0, NAN], [1.0, NAN]])
     with pytest.raises(DataError, match="no task has two classes in the valid split, so its roc_auc is undefined"):
@@ -198,7 +198,7 @@ def test_construction_errors() -> None:
         task_of(CLASSES, metric="rmse")
     with pytest.raises(DataError, match="metric='auc' does not fit regression; give 'rmse' or 'mae'"):
         task_of(VALUES, metric="auc")
-    with pytest.raises(DataError, match="kind='ranking': give regression or classification by --kind"):
+    with pytest.raises(DataError, match="kind='ranking': give regression or classification with --kind"):
         task_of(CLASSES, kind="ranking")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the test split is empty"):
         task_of(CLASSES, test=[])

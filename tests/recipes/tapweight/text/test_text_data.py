@@ -107,8 +107,8 @@ def test_a_document_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", "text,class\na,1\n", "no column 'label'; there are 'text', 'class'"),
-        ("a.csv", "texts,label\na,1\n", "no column 'text'; there are 'texts', 'label' (did you mean 'texts'?)"),
+        ("a.csv", "text,class\na,1\n", "no column 'label'; available: 'text', 'class'"),
+        ("a.csv", "texts,label\na,1\n", "no column 'text'; available: 'texts', 'label' (did you mean 'texts'?)"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "a.jsonl, row 2: not valid JSON"),
         ("a.jsonl", '["a", 1]\n', "a.jsonl, row 1: '[\"a\", 1]' is not a JSON object"),
         ("a.jsonl", objects({"text": 3, "label": 1}), "a.jsonl, row 1: 3 is not text; give strings"),
@@ -172,7 +172,7 @@ def test_labels_of_a_data_set_become_the_names_of_its_classes() -> None:
     assert list(texts) == [{"text": "a", "label": "yes"}, {"text": "c", "label": "no"}]
     assert texts.summary() == "2 texts of made; 1 skipped: row 1 (the text is empty)"
     assert list(from_dataset(made, label=None)) == [{"text": "a"}, {"text": "c"}]
-    with pytest.raises(DataError, match="made: no column 'gold'; there are 'text', 'label'"):
+    with pytest.raises(DataError, match="made: no column 'gold'; available: 'text', 'label'"):
         from_dataset(made, label="gold", name="made")
 
 
@@ -215,7 +215,7 @@ def test_a_task_of_glue_is_read_from_the_cache_of_datasets(name: str, tmp_path: 
 
 def test_an_unknown_task_of_glue_or_one_that_cannot_be_fetched_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"dataset='coal' is not a task of GLUE; there are .* \(did you mean 'cola'\?\)"
+        DataError, match=r"dataset='coal' is not a task of GLUE; available: .* \(did you mean 'cola'\?\)"
     ):
         glue("coal")
     with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; pass the files with --train instead"):

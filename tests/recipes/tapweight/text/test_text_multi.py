@@ -222,7 +222,7 @@ def test_faults_of_the_cells_and_of_the_splits(tmp_path: Path) -> None:
     (tmp_path / "few.csv").write_text("text,kind,long\na,yes,\nb,no,\n")
     few = read(tmp_path / "few.csv", CLASSES)
     with pytest.raises(
-        DataError, match=r"task 'long' has no label in the test split; leave it out by --labels, or give"
+        DataError, match=r"task 'long' has no label in the test split; leave it out with --labels, or give"
     ):
         MultiTextTask({"train": good, "valid": good, "test": few}, encoder().collate)
     other = read(tmp_path / "few.csv", ["kind"])

@@ -335,7 +335,7 @@ def test_random_labels_need_a_corpus_that_keeps_them() -> None:
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
-        (lambda: make_objective("masked_token", tokenizer()), "'masked_token'; there are 'masked_tokens', 'contr"),
+        (lambda: make_objective("masked_token", tokenizer()), "'masked_token'; available: 'masked_tokens', 'contr"),
         (lambda: make_objective("masked_tokens", tokenizer(mask_token=None)), "none; leave the objective out"),
         (lambda: MaskedTokens(tokenizer(), rate=1.0), "rate must be above 0 and below 1; got 1.0"),
         (lambda: ReplacedTokens(tokenizer(), rate=0.0), "rate must be above 0 and below 1; got 0.0"),

@@ -160,6 +160,6 @@ def test_a_corpus_may_have_one_column_of_any_name(tmp_path: Path) -> None:
     assert [example["text"] for example in read_corpus(tmp_path / "a.csv")] == ["one", "two"]
     (tmp_path / "b.csv").write_text("abstract,id\none,1\n")
     with pytest.raises(
-        DataError, match=r"b\.csv: no column 'text'; there are 'abstract', 'id'; name the column of the texts 'text'"
+        DataError, match=r"b\.csv: no column 'text'; available: 'abstract', 'id'; name the column of the texts 'text'"
     ):
         read_corpus(tmp_path / "b.csv")

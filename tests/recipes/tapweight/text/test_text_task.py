@@ -120,14 +120,17 @@ def test_the_labels_of_the_texts_are_not_changed() -> None:
         (lambda: of(labelled("a", "a")), "made: all labels are 'a', so nothing can be learned"),
         (lambda: of(labelled(2, 2), kind="regression"), "made: all labels are 2, so nothing can be learned"),
         (lambda: of(labelled("a", "b"), kind="regression"), "made, row 0, column 'label': 'a' is not a number"),
-        (lambda: of(labelled("a", "b"), kind="ranking"), "kind='ranking': give classification or regression by --kind"),
+        (
+            lambda: of(labelled("a", "b"), kind="ranking"),
+            "kind='ranking': give classification or regression with --kind",
+        ),
         (
             lambda: of(labelled("a", "b"), metric="pearson"),
             "metric='pearson' does not fit classification; give 'accuracy' or 'macro_f1' or 'micro_f1' or",
         ),
         (
             lambda: of(texts([{"text": "good"}] * 2)),
-            "made: there are no labels, but a task needs them; name their column by --labels",
+            "made: there are no labels, but a task needs them; name their column with --labels",
         ),
         (lambda: TextTask({"train": labelled(0, 1)}, encoder().collate), "splits=['train']: give 'train', 'valid' and"),
     ],
@@ -253,8 +256,8 @@ def test_texts_that_are_also_in_the_training_split_are_reported() -> None:
 
     train = split(("good", "bad"), ("fine", "bad"))
     made = of(train, split(("bad", "good"), ("good", "fine")), split(("good", "bad"), ("bad", "bad"), ("good", "bad")))
-    assert made.remarks == ["2 of 3 test texts are among the training texts too"]
-    assert of(train).remarks == [f"2 of 2 {name} texts are among the training texts too" for name in ("valid", "test")]
+    assert made.remarks == ["2 of 3 test texts are also among the training texts"]
+    assert of(train).remarks == [f"2 of 2 {name} texts are also among the training texts" for name in ("valid", "test")]
 
 
 def test_a_split_is_scored_as_a_whole_and_modes_are_restored() -> None:
