@@ -289,12 +289,15 @@ def _list_of_columns(content: dict[str, Any]) -> Any:
     lists = [value for value in content.values() if isinstance(value, list) and value]
     if len(lists) == 1 and all(isinstance(record, dict) for record in lists[0]):
         return lists[0]
-    columns = {name: list(column.values()) if isinstance(column, dict) else column for name, column in content.items()}
-    if not columns or not all(isinstance(column, list) for column in columns.values()):
+    columns = [*content.values()]
+    if columns and all(isinstance(column, dict) for column in columns):
+        rows = dict.fromkeys(row for column in columns for row in column)
+        return [{name: column.get(row) for name, column in content.items()} for row in rows]
+    if not columns or not all(isinstance(column, list) for column in columns):
         return None
-    if len({len(column) for column in columns.values()}) > 1:
+    if len({len(column) for column in columns}) > 1:
         return None
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _picked(record: dict[str, Any], header: Sequence[str]) -> list[Any]:

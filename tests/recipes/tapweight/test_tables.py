@@ -80,6 +80,11 @@ SAME: dict[str, tuple[str, str | bytes, str]] = {
     "a list named .jsonl": ("a.jsonl", json.dumps([dict(zip(HEADER, row, strict=True)) for row in CELLS]), ""),
     "columns": ("a.json", json.dumps({"name": ["a", "b"], "y": ["1.5", "-2"]}), ""),
     "columns by row": ("a.json", json.dumps({"name": {"0": "a", "1": "b"}, "y": {"0": "1.5", "1": "-2"}}), ""),
+    "columns by row, in another order": (
+        "a.json",
+        json.dumps({"name": {"0": "a", "1": "b"}, "y": {"1": "-2", "0": "1.5"}}),
+        "",
+    ),
     "a list by a name": ("a.json", json.dumps({"data": [{"name": "a", "y": "1.5"}, {"name": "b", "y": "-2"}]}), ""),
     "Parquet": ("a.parquet", parquet(name=["a", "b"], y=["1.5", "-2"]), ""),
 }
@@ -92,6 +97,12 @@ def test_one_table_is_read_from_any_file(quirk: str, tmp_path: Path) -> None:
     assert (table.header, cells_of(table)) == (HEADER, CELLS)
     assert "; ".join(table.notes).endswith(note)
     assert bool(table.notes) == bool(note)
+
+
+def test_a_row_that_a_column_of_json_lacks_is_empty_there(tmp_path: Path) -> None:
+    content = {"name": {"0": "a", "1": "b"}, "y": {"2": "3", "1": "-2"}}
+    table = table_of(written(tmp_path, "a.json", json.dumps(content)))
+    assert table.cells == (["a", None], ["b", "-2"], [None, "3"])
 
 
 #: By a word on the quirk: the name of the file, its content, and the refusal, which names the row and a remedy.
