@@ -30,6 +30,8 @@ __all__ = [
 MISSING = ("na", "n/a", "nan", "-nan", "null", "none", "#n/a", "#na", "<na>")
 #: A number with something that keeps it from being one: a unit, a percent sign, commas.
 _DRESSED = re.compile(r"[+-]?(\d[\d.,]*)\s*(%|[^\W\d]{1,3}|)", re.UNICODE)
+#: A whole number, as spreadsheets and other programs write it.
+_WHOLE = re.compile(r"[+-]?(\d+)(\.0*)?")
 _BOUND = re.compile(r"\s*[<>\u2264\u2265~]=?\s*[+-]?[\d.,]+(e[+-]?\d+)?\s*", re.IGNORECASE)
 
 
@@ -45,11 +47,14 @@ def is_empty(cell: Any, missing: Sequence[str] = ()) -> bool:
 
 
 def name_of(cell: Any) -> str:
-    """Return the name of a class; 1, 1.0 and "1" have the same name."""
+    """Return the name of a class; 1, 1.0, "1", "1.00" and "+1" have the same name."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     text = str(cell).strip()
-    return text.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", text) else text
+    if (whole := _WHOLE.fullmatch(text)) is None:
+        return text
+    digits = whole[1]
+    return f"-{digits}" if text.startswith("-") and digits.strip("0") else digits
 
 
 def label_text(value: float) -> str:

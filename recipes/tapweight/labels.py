@@ -23,7 +23,7 @@ Kind = Literal["classification", "regression"]
 Form = Literal["binary", "classes", "several", "numbers"]
 
 #: Names of the class that a score should be high for, in any case.
-_POSITIVE = frozenset(("1", "active", "hit", "pos", "positive", "t", "toxic", "true", "y", "yes"))
+_POSITIVE = frozenset(("1", "+", "active", "hit", "pos", "positive", "t", "toxic", "true", "y", "yes"))
 #: Whole numbers with more distinct values are classes only if there are this many rows for each.
 _FEW_CLASSES, _ROWS_OF_MANY = 20, 20
 #: Numbers are learned in single precision.

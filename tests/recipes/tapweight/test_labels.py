@@ -21,6 +21,10 @@ def of(*cells: Any, **options: Any) -> Labels:
         (("0", "1", ""), "binary", ("0", "1")),
         ((1, 1, 1), "binary", ("0", "1")),
         (("-1", "1"), "binary", ("-1", "1")),
+        # One number in several spellings is one class, and a sign does not change the order.
+        (("+1", "-1"), "binary", ("-1", "1")),
+        (("1", "1.00", "+1", "1.", "0", "-0"), "binary", ("0", "1")),
+        (("+", "-"), "binary", ("-", "+")),
         (("Active", "Inactive"), "binary", ("Inactive", "Active")),
         (("yes", "no"), "binary", ("no", "yes")),
         ((True, False), "binary", ("False", "True")),
