@@ -1,18 +1,21 @@
-"""Several processes can share a run if all have the same encoder, settings and data."""
+"""Processes can share a run, and a run can be resumed, if the encoder, the settings and the data are the same."""
 
 from __future__ import annotations
 
+import json
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from mlopt.errors import ProblemError
+from mlopt.errors import CheckpointError, ProblemError
+from mlopt.files import replacing
 from mlopt.problem import copied, fingerprint
 from mlopt.rng import preserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
 
     from .experiment import Experiment
 
-__all__ = ["require_same_run"]
+__all__ = ["require_same_run", "require_that_run"]
+
+#: The file that describes the run in a folder of checkpoints.
+_RUN = "run.json"
 
 
 def require_same_run(ranks: Ranks, experiment: Experiment, methods: Sequence[str]) -> None:
@@ -49,12 +55,71 @@ def require_same_run(ranks: Ranks, experiment: Experiment, methods: Sequence[str
             )
 
 
+def require_that_run(folder: Path, experiment: Experiment, *, resume: bool) -> None:
+    """Raise if a folder of checkpoints is that of another run; describe the run in the folder if it does not hold any.
+
+    A phase that ended is read, not repeated, so a changed number would have an effect on some phases only. The methods may
+    change: the phases of each are its own.
+
+    Args:
+        folder: the folder of the checkpoints.
+        experiment: the run.
+        resume: if False, checkpoints in the folder are refused later.
+
+    Raises:
+        CheckpointError: the runs differ; the message names the first difference.
+    """
+    file, own = folder / _RUN, _description(experiment)
+    if resume and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name in own["options"]:
+            if (value := before["options"].get(name)) != own["options"][name]:
+                raise CheckpointError(
+                    f"{file}: the run has {name}={value!r}, not {own['options'][name]!r}; resume with the same options, or give "
+                    "another folder"
+                )
+        if differing := next(
+            (name for name in own["states"] if before["states"].get(name) != own["states"][name]), None
+        ):
+            raise CheckpointError(
+                f"{file}: {differing} differ from those of the run; build the same encoder (call torch.manual_seed before it is "
+                "built) and read the same files, or give another folder"
+            )
+    elif resume or not any(folder.glob("*/step-*")):
+        with replacing(file) as staged:
+            staged.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+
+
+def _description(experiment: Experiment) -> dict[str, Any]:
+    """Return the options and the states of a run, as JSON holds them."""
+    options = {
+        "seed": experiment.seed,
+        "objectives": experiment.names,
+        "estimator": str(experiment.estimator),
+        # Under a budget, each method has steps of its own.
+        "passes": experiment.budget,
+        "steps": experiment.steps if experiment.budget is None else None,
+        **attrs.asdict(experiment.settings),
+    }
+    with preserved((experiment.device,)):
+        whole = {"options": options, "states": _states(experiment)}
+    plain: dict[str, Any] = json.loads(json.dumps(whole))
+    return plain
+
+
 def _prints(experiment: Experiment, methods: Sequence[str]) -> dict[str, Any]:
     """Return what must be the same in all processes, by a plural noun."""
-    task = experiment.task
-    prints: dict[str, Any] = {
+    return {
         "the arguments": (*methods, *experiment.names, experiment.steps, experiment.seed, str(experiment.estimator)),
         "the settings": repr(attrs.asdict(experiment.settings)),
+        **_states(experiment),
+    }
+
+
+def _states(experiment: Experiment) -> dict[str, Any]:
+    """Return checksums of the start and of the data, by a plural noun."""
+    task = experiment.task
+    prints: dict[str, Any] = {
         "the variables of the encoder or of the objectives' heads": fingerprint(experiment.model()),
         "the examples of the corpus": (len(experiment.corpus), _print_of(experiment.stream("agreement").next())),
     }

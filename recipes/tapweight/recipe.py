@@ -14,7 +14,7 @@ from mlopt.errors import ArgumentError
 from mlopt.ranks import Ranks, alone
 from mlopt.validation import require
 
-from .agreement import require_same_run
+from .agreement import require_same_run, require_that_run
 from .encoder import Encoder
 from .experiment import Experiment
 from .methods import DEFAULT, Method, make_method
@@ -172,6 +172,7 @@ class TapWeight:
             checkpoint: a folder in which each phase of the run is saved, in a folder of its own, or
                 `mlopt.Checkpoints(folder, every=...)`.
             resume: if True, read the phases that ended from the folder, and continue the others from their newest checkpoint.
+                Everything but the methods must be as in the run that is resumed.
             progress: if True, print the cost first, and show the progress of each phase, see `mlopt.ProgressDisplay`.
 
         Returns:
@@ -180,6 +181,7 @@ class TapWeight:
         Raises:
             ValueError: both steps and passes, or neither; too few of them; an unknown method, no method or one given twice; an
                 objective that gives the encoder no gradient.
+            CheckpointError: the folder is that of another run.
         """
         ranks = Ranks.of_work("TapWeight.fit")
         compared = _methods(methods)
@@ -188,6 +190,8 @@ class TapWeight:
             experiments = self._begun(ranks, compared, steps, passes, **options)
             finetunings = self._finetunings(compared)
             main = compared[-1]
+            if (saved := experiments[main.name].checkpoints) is not None:
+                ranks.by_first(partial(require_that_run, saved.folder, experiments[main.name], resume=resume))
             if (phases := experiments[main.name].phases) is not None:
                 _show(Plan.of(experiments, compared, finetunings), phases, ranks.size)
             adapted = adapt_all(ranks, compared, experiments, callbacks)

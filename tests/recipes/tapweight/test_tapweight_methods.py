@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
-from tapweight_cases import SETTINGS, Encoder, recipe
+from tapweight_cases import F64, SETTINGS, Encoder, Reconstruct, recipe
 from torch import nn
 
+import mlopt
 from mlopt.recipes.tapweight.methods import (
     METHODS,
     Adapted,
@@ -126,9 +127,52 @@ def test_each_method_is_resumed_from_its_own_checkpoints(tmp_path: Path) -> None
     whole = recipe().fit(6, methods=methods, checkpoint=tmp_path, progress=False)
     names = ("single-square", "equal", "tapweight")
     phases = [*names, *(f"finetuning-{name}-0" for name in names)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(phases)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(phases)
     again = recipe().fit(6, methods=methods, checkpoint=tmp_path, resume=True, progress=False)
     assert (again.scores, again.weights) == (whole.scores, whole.weights)
+
+
+def seeded(seed: int = 8) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder()
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"steps": 8}, "the run has steps=6, not 8; resume with the same options, or give another folder"),
+        ({"steps": None, "passes": 12}, "the run has passes=None, not 12; resume with the same options"),
+        ({"settings": attrs.evolve(SETTINGS, scale="none")}, "the run has scale='gradient', not 'none'; resume"),
+        ({"settings": attrs.evolve(SETTINGS, pretraining_lr=0.5)}, "the run has pretraining_lr=0.001, not 0.5; resume"),
+        ({"seed": 4}, "the run has seed=0, not 4; resume"),
+        ({"objectives": [Reconstruct("square", 2.0), Reconstruct("linear", 1.0)]}, "the run has objectives="),
+        (
+            {"encoder": lambda: seeded(9)},
+            "variables of the encoder .* differ .*; build the same",
+        ),
+        ({"corpus": [torch.zeros(3, dtype=F64)] * 9}, "examples of the corpus differ .* or give another folder"),
+    ],
+)
+def test_a_changed_run_is_not_resumed(changed: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """A phase that ended is read: with other steps, the scores would be those of the encoder before the last ones."""
+    options = {"methods": ["equal"], "checkpoint": tmp_path, "progress": False}
+    recipe(seeded).fit(6, **options)
+    budget = {name: changed[name] for name in ("steps", "passes") if name in changed} or {"steps": 6}
+    arguments = {name: value for name, value in changed.items() if name not in budget}
+    with pytest.raises(mlopt.CheckpointError, match=sentence) as error:
+        recipe(**{"encoder": seeded, **arguments}).fit(**budget, resume=True, **options)
+    assert str(error.value).startswith(str(tmp_path / "run.json"))
+    more = recipe(seeded).fit(6, resume=True, **{**options, "methods": ["direct", "equal"]})
+    assert list(more.scores) == ["direct", "equal"]
+
+
+def test_a_refused_start_does_not_change_the_description_of_the_run(tmp_path: Path) -> None:
+    options = {"methods": ["equal"], "checkpoint": tmp_path, "progress": False}
+    recipe().fit(6, **options)
+    with pytest.raises(mlopt.CheckpointError, match="already holds checkpoints"):
+        recipe().fit(8, **options)
+    with pytest.raises(mlopt.CheckpointError, match="steps=6, not 8"):
+        recipe().fit(8, resume=True, **options)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def begun(folder: Path) -> dict[str, str]:
     """Return the newest checkpoint of each phase that has one."""
-    steps = {phase.name: sorted(step.name for step in phase.iterdir()) for phase in folder.iterdir()}
+    steps = {phase.name: sorted(step.name for step in phase.iterdir()) for phase in folder.iterdir() if phase.is_dir()}
     return {phase: own[-1] for phase, own in steps.items() if own}
 
 
