@@ -77,8 +77,12 @@ class Bounds:
         if any(v.dtype not in _WIDE for v in variables):
             return cls()
         if point.carryover is not None and level.name in point.carryover.held:
-            held = point.carryover.held[level.name]
-            return cls(free=tuple((~h).to(v) for h, v in zip(held, variables, strict=True)))
+            # Where decay balances the gradient, a variable rests without a bound.
+            rates = _rates(variables, optimizer, point.groups(level.name))
+            visible = _visible(gradient(), variables, rates)
+            held = [h & v for h, v in zip(point.carryover.held[level.name], visible, strict=True)]
+            free = tuple((~h).to(v) for h, v in zip(held, variables, strict=True))
+            return cls(free=free if any(bool(h.any()) for h in held) else ())
         aside = point.workspace.optimizers.get(level.name) is optimizer
         if type(optimizer).__module__.startswith("torch.optim.") and not (aside and has_hooks(optimizer)):
             return cls()
@@ -162,15 +166,25 @@ def unmoved(before: Tensors, variables: Tensors, optimizer: Optimizer) -> Tensor
         variables: the variables after the step, with the gradients of the step in `.grad`.
         optimizer: the optimiser that took it.
     """
-    rates = {id(p): float(group.get("lr") or 0.0) for group in optimizer.param_groups for p in group["params"]}
-    masks = []
-    for old, variable in zip(before, variables, strict=True):
-        size = torch.zeros_like(old) if variable.grad is None else variable.grad.abs()
-        # Steps of SGD are proportional to the gradient, and those of adaptive methods to the learning rate.
-        shortest = 0.1 * rates.get(id(variable), 0.0) * size.clamp_max(1.0)
-        visible = shortest > torch.finfo(old.dtype).eps * old.abs()
-        masks.append((variable.detach() == old) & (size > 0) & visible)
-    return tuple(masks)
+    gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in variables]
+    visible = _visible(gradients, before, _rates(variables, optimizer))
+    return tuple((v.detach() == old) & seen for v, old, seen in zip(variables, before, visible, strict=True))
+
+
+def _rates(variables: Tensors, optimizer: Optimizer, settings: Sequence[dict[str, Any]] | None = None) -> list[float]:
+    """Return the learning rate of each variable, by given settings of the groups or the present ones."""
+    groups = zip(optimizer.param_groups, settings or optimizer.param_groups, strict=True)
+    rates = {id(p): float(own.get("lr") or 0.0) for group, own in groups for p in group["params"]}
+    return [rates.get(id(variable), 0.0) for variable in variables]
+
+
+def _visible(gradients: Sequence[Tensor], values: Sequence[Tensor], rates: Sequence[float]) -> Tensors:
+    """Return where a step along the gradient changes the values in spite of rounding."""
+    # Steps of SGD are proportional to the gradient, and those of adaptive methods to the learning rate.
+    return tuple(
+        0.1 * rate * g.abs().clamp_max(1.0) > torch.finfo(x.dtype).eps * x.detach().abs()
+        for g, x, rate in zip(gradients, values, rates, strict=True)
+    )
 
 
 def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:

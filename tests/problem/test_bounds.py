@@ -143,6 +143,30 @@ def test_a_step_that_rounding_swallows_is_at_no_bound() -> None:
     assert problem["outer"].parameters[0].grad.tolist() == pytest.approx([2.0, 2.0])  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("products", ["autograd", "finite_difference"])
+def test_a_variable_that_decay_holds_is_at_no_bound(products: str) -> None:
+    """Where the decay cancels the gradient, steps leave a variable unchanged. The loss and the decay end at x = u / 1.5."""
+    x = mlopt.variables(torch.tensor([0.5, 0.0], dtype=F64))
+    problem = mlopt.Problem(
+        mlopt.Level(
+            "outer",
+            mlopt.variables(torch.tensor([0.75, -1.0], dtype=F64)),
+            lambda own, batch, *, model: model().sum(),
+            optimizer=partial(SGD, lr=0.0),
+        ),
+        mlopt.Level(
+            "model",
+            x,
+            lambda own, batch, *, outer: (own() - outer()).square().sum() / 2,
+            optimizer=partial(hooked, kind=partial(SGD, weight_decay=0.5)),
+            estimator=mlopt.Dense(products=products),
+        ),
+    )
+    expected = torch.tensor([1 / 1.5, 0.0], dtype=F64)
+    torch.testing.assert_close(in_a_run(problem, "outer"), expected, rtol=0, atol=1e-8)
+    assert x.value.tolist() == [0.5, 0.0]
+
+
 @pytest.mark.parametrize("kind", [Ball, Simplex])
 def test_a_constraint_on_several_variables_is_doubtful(kind: type[Projected]) -> None:
     problem = build(partial(kind, lr=0.1), mlopt.Dense(), projected(OUTER, kind.bound))
@@ -268,12 +292,12 @@ def clamped_beside(rate: float, dtype: torch.dtype, *, clamp: bool = True) -> ml
     )
 
 
-def in_a_run(problem: mlopt.Problem) -> Tensor:
+def in_a_run(problem: mlopt.Problem, outer: str = "u") -> Tensor:
     seen: list[Tensor] = []
 
     class Note(mlopt.Callback):
         def on_step_end(self, run: Any) -> None:
-            seen.append(run.problem["u"].module.value.grad.double())
+            seen.append(run.problem[outer].module.value.grad.double())
 
     mlopt.solve(problem, steps=1, callbacks=[Note()], progress=False)
     return seen[-1]
