@@ -316,7 +316,7 @@ def _estimator_findings(
             torch.finfo(level.parameters[0].dtype).eps,
             mixed_only=isinstance(rule.solver, linear.AssumedInverse | None),
         )
-    if measures.spectrum is not None and rule.solver is not None:
+    if rule.solver is not None:
         judged[str(rule.solver)] = rate_solver(rule.solver, measures.spectrum)
     if measures.pulled is not None and measures.pulled.converged is False:
         sentence = "; ".join(measures.pulled.remarks) or f"it left a residual of {measures.pulled.residual:.1e}"

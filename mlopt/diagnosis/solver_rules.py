@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import linear
-from ..linear import LinearSolver
+from ..linear import AssumedInverse, LinearSolver
 from .finding import Finding
 from .spectrum import Spectrum
 
@@ -27,10 +27,14 @@ def neumann_iterations_for(condition: float, accuracy: float = _ACCURACY) -> int
     return 1 if condition <= 1.0 else max(1, math.ceil(math.log(accuracy) / math.log1p(-1 / condition)) - 1)
 
 
-def rate_solver(solver: LinearSolver, spectrum: Spectrum) -> Finding | None:
-    """Return a finding on the safety of a solver for a spectrum; None for a solver without a rule."""
+def rate_solver(solver: LinearSolver, spectrum: Spectrum | None) -> Finding | None:
+    """Return a finding on the safety of a solver for a spectrum, if it is known; None for a solver without a rule."""
+    if isinstance(solver, AssumedInverse) and solver.vanishes:
+        return Finding(
+            "warning", "cannot fail, but leaves the response of the level out", "another scale, if it matters"
+        )
     rule = _RULES.get(type(solver).__name__)
-    return None if rule is None else rule(solver, spectrum.damped(float(solver.damping)))
+    return None if rule is None or spectrum is None else rule(solver, spectrum.damped(float(solver.damping)))
 
 
 def _indefinite(spectrum: Spectrum) -> Finding:
@@ -43,10 +47,6 @@ def _indefinite(spectrum: Spectrum) -> Finding:
 
 
 def _identity(solver: Any, spectrum: Spectrum) -> Finding:
-    if solver.vanishes:
-        return Finding(
-            "warning", "cannot fail, but leaves the response of the level out", "another scale, if it matters"
-        )
     spread = f"curvature from {spectrum.low:.2g} to {spectrum.high:.2g} is assumed to be {1 / solver.scale:.3g}"
     if spectrum.condition <= 3.0:
         return Finding("ok", f"safe: {spread}, so the direction is nearly right")

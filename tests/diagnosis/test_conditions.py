@@ -59,6 +59,12 @@ def test_a_solver_that_does_not_converge_and_a_singular_condition_are_found() ->
     assert any("numerically singular" in finding for finding in findings)
 
 
+def test_an_estimator_that_leaves_the_response_out_is_found() -> None:
+    found = mlopt.diagnose(linear(MATRIX, torch.ones(2, dtype=F64), estimator=mlopt.Identity(scale=0.0))).levels["x"]
+    sentences = [finding.sentence for finding in found.findings if finding.severity == "warning"]
+    assert any("Identity(scale=0.0): cannot fail, but leaves the response" in sentence for sentence in sentences)
+
+
 def test_a_detach_in_a_residual_is_unsafe() -> None:
     problem = linear(
         MATRIX,

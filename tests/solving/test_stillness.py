@@ -27,7 +27,7 @@ def linear(y: nn.Module, u: nn.Module) -> Tensor:
     return (y() - u()).square().sum()
 
 
-def remarks(form: Any, *, steps: int = 4, lr: float = 0.1, streamed: bool = False, **options: Any) -> list[str]:
+def remarks(form: Any, *, steps: int = 4, lr: float = 0.1, estimator: Any = None, **options: Any) -> list[str]:
     step = partial(SGD, lr=0.1)
     problem = mlopt.Problem(
         mlopt.Level("u", mlopt.variables(torch.ones(2)), outer_loss, optimizer=partial(SGD, lr=lr), **options),
@@ -36,7 +36,7 @@ def remarks(form: Any, *, steps: int = 4, lr: float = 0.1, streamed: bool = Fals
             mlopt.variables(torch.full((2,), 0.5)),
             lambda y, batch, *, u: form(y, u),
             optimizer=step,
-            estimator=mlopt.Dense(),
+            estimator=estimator or mlopt.Dense(),
         ),
     )
     with warnings.catch_warnings(record=True) as caught:
@@ -48,6 +48,11 @@ def remarks(form: Any, *, steps: int = 4, lr: float = 0.1, streamed: bool = Fals
 def test_hypergradients_that_are_all_zero_are_reported_once() -> None:
     (sentence,) = remarks(zero, steps=10)
     assert sentence.startswith("the hypergradient of level 'u' was exactly zero in the first 3 steps")
+
+
+def test_a_scale_of_zero_is_named() -> None:
+    (sentence,) = remarks(linear, estimator=mlopt.Identity(scale=0.0))
+    assert "leave the response of a level out (scale=0)" in sentence
 
 
 def test_a_learning_rate_of_zero_is_reported_once() -> None:
