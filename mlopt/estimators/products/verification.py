@@ -151,9 +151,13 @@ def _sentence(product: Product, gap: float) -> str:
         )
     return (
         f"second derivatives of the {part} differ from differences of its gradient by {gap:.1%}: look for detach() or no_grad() "
-        "in the loss, hooks of parameters, custom functions, and kernels with a wrong second derivative; in the last two cases, "
-        "use products='finite_difference'"
+        f"in the loss, {_READS * isinstance(product, ForwardProduct)}hooks of parameters, custom functions, and kernels with a "
+        "wrong second derivative; in the last two cases, use products='finite_difference'"
     )
+
+
+#: Forward mode evaluates a loss with tensors in place of its parameters.
+_READS = "requires_grad of a parameter, which is False in forward mode (use products='autograd'), "
 
 
 def _unverified(product: Product, failure: Exception) -> str:

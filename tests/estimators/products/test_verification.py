@@ -477,3 +477,18 @@ def test_hooks_after_the_gradient_was_accumulated_are_in_doubt(estimator: mlopt.
     assert any("register_post_accumulate_grad_hook" in remark for remark in report.remarks)
     handle.remove()
     assert "register_post_accumulate_grad_hook" not in str(mlopt.hypergradient(problem).reports["y"].remarks)
+
+
+@pytest.mark.parametrize(("products", "named"), [("forward", True), ("autograd", False)])
+@pytest.mark.filterwarnings("ignore::mlopt.TrustWarning")
+def test_a_ridge_on_trainable_parameters_alone_is_found_in_forward_mode(products: str, named: bool) -> None:
+    """Such a loss is right by autograd. In forward mode, tensors without `requires_grad` take the place of parameters."""
+
+    def inner(y: nn.Module, batch: Any, *, x: nn.Module) -> Tensor:
+        fit = (INPUTS[:, :4] @ y() - TARGETS).square().mean()
+        own = [p for p in y.parameters() if p.requires_grad]
+        return fit + sum((x().exp() * p.square()).sum() for p in own)  # type: ignore[return-value]
+
+    problem = two(inner, torch.ones(4, dtype=torch.float64), products, torch.zeros(4, dtype=torch.float64))
+    remarks = " ".join(mlopt.hypergradient(problem).reports["y"].remarks)
+    assert ("requires_grad of a parameter, which is False in forward mode" in remarks) is named
