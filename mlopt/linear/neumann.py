@@ -77,6 +77,7 @@ class Neumann(LinearSolver):
         # With a given start, the update above is the first iteration.
         budget = self.iterations if initial is None else self.iterations - 1
         low, high, relative = math.inf, -math.inf, 1.0 if initial is None else float(norm(residual)) / size
+        rounding = max(torch.finfo(x.dtype).eps for x in rhs)
         k, remark = 0, ""
         while k < budget:
             k += 1
@@ -84,7 +85,8 @@ class Neumann(LinearSolver):
             along, length = inner(step, product), inner(step, step)
             torch._foreach_add_(step, product, alpha=-alpha)
             curvature, square, remaining = numbers(along, length, norm(step).to(along.dtype))
-            if square > 0:
+            # Steps below rounding change nothing, and in the end underflow: their curvature is noise.
+            if square > 0 and relative > rounding:
                 low, high = min(low, curvature / square), max(high, curvature / square)
             relative = remaining / alpha / size
             remark = "" if low > 0 else f"negative curvature {low:.3g}"

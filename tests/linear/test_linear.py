@@ -166,6 +166,18 @@ def test_neumann_chooses_a_step_size_that_converges(seed: int, condition: float,
     assert solution.products == system.products == 210
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_series_far_beyond_rounding_measures_no_curvature_there(dtype: torch.dtype) -> None:
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    matrix = (basis * torch.linspace(0.5, 1.0, 6, dtype=torch.float64) @ basis.T).to(dtype)
+    solver = linear.Neumann(iterations=5_000, step_size=0.9)
+    solution = solver.solve(lambda v: (matrix @ v[0],), (torch.ones(6, dtype=dtype),))
+    assert solution.curvature is not None
+    # The curvature along a vector is between the eigenvalues; each step is known to rounding.
+    assert 0.5 * (1 - 1e-5) <= solution.curvature[0] <= solution.curvature[1] <= 1 + 1e-5
+    assert solution.remark == ""
+
+
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_zero_right_hand_side_needs_no_product(solver: linear.LinearSolver, warm: bool) -> None:
