@@ -71,7 +71,12 @@ def require_that_run(folder: Path, experiment: Experiment, *, resume: bool) -> N
     """
     file, own = folder / _RUN, _description(experiment)
     if resume and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file}: it is damaged ({error}); delete it if the run is the same, or give another folder"
+            ) from error
         for name in own["options"]:
             if (value := before["options"].get(name)) != own["options"][name]:
                 raise CheckpointError(

@@ -175,6 +175,16 @@ def test_a_refused_start_does_not_change_the_description_of_the_run(tmp_path: Pa
         recipe().fit(8, resume=True, **options)
 
 
+def test_a_damaged_description_of_the_run_is_named(tmp_path: Path) -> None:
+    options = {"methods": ["equal"], "checkpoint": tmp_path, "progress": False}
+    whole = recipe().fit(6, **options)
+    (tmp_path / "run.json").write_text('{"options": ')
+    with pytest.raises(mlopt.CheckpointError, match=r"run\.json: it is damaged .*delete it if the run is the same"):
+        recipe().fit(6, resume=True, **options)
+    (tmp_path / "run.json").unlink()
+    assert recipe().fit(6, resume=True, **options).scores == whole.scores
+
+
 @pytest.mark.parametrize(
     ("methods", "sentence"),
     [
