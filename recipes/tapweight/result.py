@@ -248,7 +248,7 @@ class TapWeightResult:
             right.errorbar(signal.mean, row, xerr=error, fmt="o", color=colours[name], markerfacecolor=face, capsize=3)
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(rows)), rows)
-        right.set(xlabel="signal, with two standard errors", title="Benefit over the average (filled: significant)")
+        right.set(xlabel="signal, two standard errors (filled: significant)", title="Benefit over the average")
         figure.savefig(file, dpi=150)
 
     def _draw_paths(self, axes: Any, order: Sequence[str], colours: Mapping[str, str]) -> None:

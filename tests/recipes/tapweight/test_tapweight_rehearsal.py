@@ -8,6 +8,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from tapweight_cases import F64, SETTINGS, Sum
@@ -206,3 +207,21 @@ def test_the_picture_shows_each_weight_with_its_error(monkeypatch: pytest.Monkey
         [0.0, 0.1875],
         [0.0625, 0.0625],
     ]
+
+
+def test_no_text_leaves_the_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    result = narrow(0).fit(4, progress=False)
+    # The longest name among the objectives has 20 letters.
+    names = {name: f"{name:_<20}" for name in result.weights}
+    main = attrs.evolve(result.main, weights={names[name]: weight for name, weight in result.weights.items()})
+    signals = {names[name]: signal for name, signal in result.signals.items()}
+    attrs.evolve(result, signals=signals, outcomes={"rehearsal": main}).plot(tmp_path / "weights.png")
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, *axes.get_yticklabels())]
+    assert len(texts) == 2 * (2 + len(names))
+    for text in texts:
+        extent = text.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0 <= extent.x1 <= figure.bbox.x1, text.get_text()
