@@ -56,8 +56,7 @@ def _label_table(group: Sequence[Regime]) -> str:
         for regime in group:
             if task in regime.tasks:
                 column = _score_column(regime, task, names)
-                metric = f"{regime.metrics[task]} {'↑' if regime.better[task] else '↓'}"
-                body.append([f"{task}, {metric}", regime.labels, *(column[name] for name in names)])
+                body.append([_heading(regime, task), regime.labels, *(column[name] for name in names)])
     note = (
         "Test scores by number of labels, mean (standard deviation) over the seeds; ▲ better and ▼ worse than equal weights: "
         "paired t test at 5%, Holm's correction over the tasks of a number of labels."
@@ -122,8 +121,12 @@ def _score_table(regime: Regime, corner: str, names: dict[str, str]) -> str:
         [title, *(column[name] for column in columns), f"{mean_ranks[name]:.2f}" if name in mean_ranks else "-"]
         for name, title in names.items()
     ]
-    header = [f"{task}, {regime.metrics[task]} {'↑' if regime.better[task] else '↓'}" for task in regime.tasks]
-    return table([corner, *header, "mean rank"], body)
+    return table([corner, *(_heading(regime, task) for task in regime.tasks), "mean rank"], body)
+
+
+def _heading(regime: Regime, task: str) -> str:
+    """Return a task with its metric and the direction that is better."""
+    return f"{task}, {regime.metrics[task]} {'↑' if regime.better[task] else '↓'}"
 
 
 def _score_column(regime: Regime, task: str, names: Sequence[str]) -> dict[str, str]:

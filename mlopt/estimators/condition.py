@@ -12,7 +12,7 @@ from ..linear import AssumedInverse, LinearSolution, LinearSolver, Matrix, MatVe
 from ..problem import Block, Bounds, FixedPoint, Linearization, Objective, Point, Report, ResidualTerm, Term, Vectors
 from ..tensors import Tensors, add, norm, scale, zeros_like
 from .products import MeanSecondDerivatives, Product, SecondDerivatives, on_batches
-from .recording import doubt_unsteady, record
+from .recording import doubt_unsteady, record, recorded_product
 
 __all__ = ["Condition"]
 
@@ -85,12 +85,12 @@ class Condition(Linearization):
         solution = self._solve(Matrix(self._transposed, self._along), cotangent[self.name], initial)
         if self._warm_start and any(bool(x.any()) for x in solution):
             self.point.keep_warm(self.name, solution, self.report.residual)
-        pulled = self._products(self._derivatives, {self._row: solution}, wanted)
+        pulled = recorded_product(self.report, self._derivatives, {self._row: solution}, wanted)
         return {block: scale(-1.0, vectors) for block, vectors in pulled.items()}
 
     def pushforward(self, tangent: Vectors) -> dict[Block, Tensors]:
         """Return the tangent of the solution for a tangent on the arguments: the transpose of `pullback`."""
-        moved = self._products(self._derivatives, tangent, [self._row])
+        moved = recorded_product(self.report, self._derivatives, tangent, [self._row])
         return {self.name: self.respond(moved[self._row])} if moved else {}
 
     def respond(self, change: Tensors) -> Tensors:
@@ -107,30 +107,17 @@ class Condition(Linearization):
 
     def _transposed(self, q: Tensors) -> Tensors:
         """Return F_x^T q, on the curvature batch if there is one."""
-        return self._decayed(self._products(self._curvature, {self._row: q}, [self.name])[self.name], q)
+        return self._decayed(recorded_product(self.report, self._curvature, {self._row: q}, [self.name])[self.name], q)
 
     def _along(self, t: Tensors) -> Tensors:
         """Return F_x t, on the curvature batch if there is one."""
-        return self._decayed(self._products(self._curvature, {self.name: t}, [self._row])[self._row], t)
+        return self._decayed(recorded_product(self.report, self._curvature, {self.name: t}, [self._row])[self._row], t)
 
     def _decayed(self, product: Tensors, vector: Tensors) -> Tensors:
         """Return a product, and that of the decay, which is diagonal."""
         for term in self._decay:
             product = add(product, term.product({self.name: vector})[self.name])
         return product
-
-    def _products(
-        self,
-        derivatives: SecondDerivatives | MeanSecondDerivatives,
-        direction: Vectors,
-        wanted: Sequence[Block],
-    ) -> dict[Block, Tensors]:
-        total = derivatives(direction, wanted)
-        if derivatives.step is not None:
-            self.report.step = derivatives.step
-        for remark in derivatives.remarks:
-            self.report.doubt(remark)
-        return total
 
     @cached_property
     def _bounds(self) -> Bounds:

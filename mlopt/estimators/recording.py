@@ -1,12 +1,15 @@
-"""Additions to the report on a level: a linear solve, and a doubt about the decay of its optimiser."""
+"""Additions to the report on a level: a linear solve, a product, and a doubt about the decay of its optimiser."""
 
 from __future__ import annotations
 
-from ..linear import LinearSolution
-from ..problem import FixedPoint, Report
-from ..tensors import Tensors
+from collections.abc import Sequence
 
-__all__ = ["doubt_unsteady", "record"]
+from ..linear import LinearSolution
+from ..problem import Block, FixedPoint, Report, Vectors
+from ..tensors import Tensors
+from .products import MeanSecondDerivatives, SecondDerivatives
+
+__all__ = ["doubt_unsteady", "record", "recorded_product"]
 
 
 def record(report: Report, solution: LinearSolution) -> None:
@@ -23,6 +26,21 @@ def record(report: Report, solution: LinearSolution) -> None:
         report.curvature = (min(low, solution.curvature[0]), max(high, solution.curvature[1]))
     if solution.remark and solution.remark not in report.remarks:
         report.remarks = (*report.remarks, solution.remark)
+
+
+def recorded_product(
+    report: Report,
+    derivatives: SecondDerivatives | MeanSecondDerivatives,
+    direction: Vectors,
+    wanted: Sequence[Block],
+) -> dict[Block, Tensors]:
+    """Return a product with second derivatives; add its difference step and its doubts to a report."""
+    total = derivatives(direction, wanted)
+    if derivatives.step is not None:
+        report.step = derivatives.step
+    for remark in derivatives.remarks:
+        report.doubt(remark)
+    return total
 
 
 def doubt_unsteady(report: Report, fixed: FixedPoint, gradient: Tensors, variables: Tensors, name: str) -> None:

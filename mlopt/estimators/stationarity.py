@@ -28,7 +28,7 @@ from .joint import joined, joint_system
 from .multiplier import MultiplierTerm
 from .products import PRODUCTS, MeanSecondDerivatives, Product, SecondDerivatives, on_batches
 from .products.promotion import Copies, has_half, in_single_precision
-from .recording import doubt_unsteady, record
+from .recording import doubt_unsteady, record, recorded_product
 
 __all__ = ["Stationarity"]
 
@@ -129,7 +129,7 @@ class Stationarity(Linearization):
         """Return the components d/dw <grad_D L, direction> for w in `wanted`; absent ones are zero."""
         for child in self._children:
             self._verify_inside(child, [block for block in wanted if block in child.arguments])
-        return self._apply(self.second_derivatives, direction, wanted)
+        return recorded_product(self.report, self.second_derivatives, direction, wanted)
 
     def _verify_inside(self, child: Stationarity, wanted: Sequence[Block]) -> None:
         """Take the products of a level inside with its multiplier once, so that they are verified.
@@ -143,16 +143,6 @@ class Stationarity(Linearization):
         if any(bool(x.any()) for vectors in multiplier.values() for x in vectors):
             child.product(multiplier, wanted)
             verified.add(key)
-
-    def _apply(
-        self, products: SecondDerivatives | MeanSecondDerivatives, direction: Vectors, wanted: Sequence[Block]
-    ) -> dict[Block, Tensors]:
-        total = products(direction, wanted)
-        if products.step is not None:
-            self.report.step = products.step
-        for remark in products.remarks:
-            self.report.doubt(remark)
-        return total
 
     def solve(self, load: Vectors, initial: Tensors | History | None = None) -> dict[Block, Tensors]:
         """Return Q over the blocks with (d2L / dblocks2) Q = load; blocks that are absent from either are zero."""
@@ -225,7 +215,7 @@ class Stationarity(Linearization):
     def _hessian(self, q: Tensors) -> Tensors:
         """Return H q, on the curvature batch if there is one; once along with the mixed product, if that is asked for."""
         blocks, self._asked = [self.name, *self._asked], ()
-        products = self._apply(self._curvature, {self.name: q}, blocks)
+        products = recorded_product(self.report, self._curvature, {self.name: q}, blocks)
         own = products.pop(self.name)
         if len(blocks) > 1:
             self._mixed = q, products

@@ -47,9 +47,9 @@ class Stillness:
         self._moves = []
         if zero:
             warnings.warn(
-                f"the hypergradient of level {self._name!r} was exactly zero in the first {_STEPS} steps: does a loss use its "
-                "variables, and not only detached values of them, and does an estimator leave the response of a level out "
-                "(scale=0)? See check_hypergradient and diagnose",
+                f"the hypergradient of level {self._name!r} was exactly zero in the first {_STEPS} steps. Either no "
+                "loss uses its variables (detached values do not count), or an estimator leaves the response of a level out "
+                "(scale=0). See check_hypergradient and diagnose",
                 TrustWarning,
                 stacklevel=2,
             )

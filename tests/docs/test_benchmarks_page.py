@@ -219,19 +219,18 @@ def test_the_ablation_is_that_of_its_rows() -> None:
     assert shown == [line for line in ablation.report(rows, ABLATIONS["length"]).splitlines() if line.startswith("|")]
 
 
-def test_the_tables_of_the_repeated_study_are_those_of_the_report() -> None:
-    rows = read([ROOT / "benchmarks" / "results" / "tapweight-molecules-repeat-2026-11-28.jsonl"])
-    section = PAGE.split("## TapWeight: molecules again, with two levels\n")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("heading", "file", "least"),
+    [
+        ("TapWeight: molecules again, with two levels", "tapweight-molecules-repeat-2026-11-28.jsonl", 10),
+        ("An earlier text plan on ChemProt", "tapweight-text-2026-11-26.jsonl", 15),
+    ],
+)
+def test_the_tables_of_a_further_study_are_those_of_the_report(heading: str, file: str, least: int) -> None:
+    rows = read([ROOT / "benchmarks" / "results" / file])
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
     shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(shown) > 10
-    assert set(shown) <= {line for line in markdown(rows).splitlines() if line.startswith("|")}
-
-
-def test_the_tables_of_the_earlier_text_plan_are_those_of_the_report() -> None:
-    rows = read([ROOT / "benchmarks" / "results" / "tapweight-text-2026-11-26.jsonl"])
-    section = PAGE.split("## An earlier text plan on ChemProt\n")[1].split("\n## ")[0]
-    shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(shown) > 15
+    assert len(shown) > least
     assert set(shown) <= {line for line in markdown(rows).splitlines() if line.startswith("|")}
 
 

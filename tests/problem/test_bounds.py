@@ -145,7 +145,7 @@ def test_a_step_that_rounding_swallows_is_at_no_bound() -> None:
 
 @pytest.mark.parametrize("products", ["autograd", "finite_difference"])
 def test_a_variable_that_decay_holds_is_at_no_bound(products: str) -> None:
-    """Where the decay cancels the gradient, steps leave a variable unchanged. The loss and the decay end at x = u / 1.5."""
+    """The steps end at x = u / 1.5, where the decay cancels the gradient. A variable that rests there is not at a bound."""
     x = mlopt.variables(torch.tensor([0.5, 0.0], dtype=F64))
     problem = mlopt.Problem(
         mlopt.Level(

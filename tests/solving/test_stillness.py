@@ -52,7 +52,7 @@ def test_hypergradients_that_are_all_zero_are_reported_once() -> None:
 
 def test_a_scale_of_zero_is_named() -> None:
     (sentence,) = remarks(linear, estimator=mlopt.Identity(scale=0.0))
-    assert "leave the response of a level out (scale=0)" in sentence
+    assert "leaves the response of a level out (scale=0)" in sentence
 
 
 def test_a_learning_rate_of_zero_is_reported_once() -> None:
