@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import mlopt
-from mlopt.recipes.tapweight.exact_head import labelled_features, ridge_fit, ridge_leave_one_out
+from mlopt.recipes.tapweight.exact_head import labelled_features, labelled_groups, ridge_fit, ridge_leave_one_out
 from mlopt.recipes.tapweight.finetuning import finetune
 from mlopt.rng import derive_seed
 
@@ -46,7 +46,8 @@ def full(encoder: Encoder, task: Task, settings: Settings, seed: int) -> float:
 
 def _ridge(task: Task, features: Tensor, targets: Tensor, test: Tensor) -> float:
     """Return the test score of ridge regression, whose penalty has the least leave-one-out loss on the labelled examples."""
-    penalty = ridge_leave_one_out(features, targets).penalty
+    groups = labelled_groups(task, ["train", "valid"])
+    penalty = ridge_leave_one_out(features, targets, groups).penalty
     # Outputs for classes are ranked, or compared with each other: clipping would tie some of them.
     outputs = ridge_fit(features, targets, penalty, clip=task.kind == "regression")(test)  # type: ignore[attr-defined]
     labels = torch.cat([task.targets(batch) for batch in task.loader("test", 256)])

@@ -12,14 +12,14 @@ from mlopt.problem import to_device
 from .task import evaluation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from torch import Tensor
 
     from .encoder import Encoder
     from .task import Split, Task
 
-__all__ = ["LeaveOneOut", "feature_passes", "labelled_features", "ridge_fit", "ridge_leave_one_out"]
+__all__ = ["LeaveOneOut", "feature_passes", "labelled_features", "labelled_groups", "ridge_fit", "ridge_leave_one_out"]
 
 #: Penalties to choose from, as multiples of the number of examples; the features are standardised.
 _PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 7))
@@ -33,9 +33,9 @@ class LeaveOneOut:
     """The leave-one-out error of a ridge regression.
 
     Attributes:
-        predictions: for each example, the prediction of the regression on all others, clipped to the range of the labels,
+        predictions: for each row, the prediction of the regression on all other examples, clipped to the range of the labels,
             (n, T).
-        losses: the squared error of each example, a mean over its labels, (n,).
+        losses: the squared error of each of g distinct examples, a mean over the labels of its rows, (g,).
         penalty: the penalty of the smallest mean loss.
     """
 
@@ -66,21 +66,33 @@ def labelled_features(encoder: Encoder, task: Task, splits: Sequence[Split]) -> 
     return torch.cat(features), torch.cat(targets)
 
 
+def labelled_groups(task: Task, splits: Sequence[Split]) -> Tensor:
+    """Return the number of the distinct example in each row of `labelled_features`, from 0 in the order of the rows, (n,)."""
+    numbers: dict[Hashable, int] = {}
+    keys = (key for split in splits for key in task.keys(split))
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
 def feature_passes(task: Task, splits: Sequence[Split]) -> int:
     """Return how often `labelled_features` evaluates the encoder."""
     return sum(-(-len(task.splits[split]) // _BATCH_SIZE) for split in splits)
 
 
-def ridge_leave_one_out(features: Tensor, targets: Tensor) -> LeaveOneOut:
+def ridge_leave_one_out(features: Tensor, targets: Tensor, groups: Tensor | None = None) -> LeaveOneOut:
     """Return the leave-one-out error of a ridge regression with an intercept, in closed form.
 
     With Z the features, standardised over all n examples, the hat matrix is H = 1 1^T / n + Z (Z^T Z + a I)^-1 Z^T, and the
-    regression on all examples but i predicts y_i - (y_i - (H y)_i) / (1 - H_ii) for example i. The penalty a is the one with
-    the smallest mean loss among multiples of n.
+    regression on all examples but i predicts y_i - (y_i - (H y)_i) / (1 - H_ii) for example i. An example that is listed more
+    than once is left out with all of its rows G, otherwise the regression would have seen it:
+
+        y_G - (I - H_GG)^-1 (y_G - (H y)_G)
+
+    The penalty a is the one with the smallest mean loss among multiples of n.
 
     Args:
         features: (n, F), n >= 2.
         targets: (n, T); NaN if missing. An example without any label has the loss 0.
+        groups: the number of the example in each row, from 0 to g - 1, (n,); None if all rows are different examples.
 
     Example:
         >>> import torch
@@ -92,13 +104,14 @@ def ridge_leave_one_out(features: Tensor, targets: Tensor) -> LeaveOneOut:
     Source: Allen, "The relationship between variable selection and data augmentation and a method for prediction",
     Technometrics 1974 (the predicted residual sum of squares, PRESS).
     """
+    groups = torch.arange(len(features)) if groups is None else groups
     present = ~targets.isnan()
     by_penalty = [torch.zeros_like(targets) for _ in _PENALTIES]
     for rows, columns in _patterns(present):
-        for k, predictions in enumerate(_held_out(features[rows], targets[rows][:, columns])):
+        for k, predictions in enumerate(_held_out(features[rows], targets[rows][:, columns], groups[rows])):
             by_penalty[k][rows[:, None], columns] = predictions
-    counts = present.sum(1).clamp(min=1)
-    errors = [torch.where(present, p - targets, 0).square().sum(1) / counts for p in by_penalty]
+    counts = _summed(present.sum(1), groups).clamp(min=1)
+    errors = [_summed(torch.where(present, p - targets, 0).square().sum(1), groups) / counts for p in by_penalty]
     best = min(range(len(_PENALTIES)), key=lambda k: float(errors[k].mean()))
     return LeaveOneOut(by_penalty[best], errors[best], _PENALTIES[best])
 
@@ -142,11 +155,23 @@ def _patterns(present: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(patterns[:, k].nonzero().squeeze(1), (group == k).nonzero().squeeze(1)) for k in range(patterns.shape[1])]
 
 
-def _held_out(features: Tensor, targets: Tensor) -> list[Tensor]:
+def _summed(values: Tensor, groups: Tensor) -> Tensor:
+    """Return the sum over the rows of each group, (g,)."""
+    return values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)
+
+
+def _repeated(groups: Tensor) -> list[Tensor]:
+    """Return the rows of the groups of more than one row; those of one size s are the rows of one table (m, s)."""
+    _, own, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    rows, size = own.argsort(stable=True), sizes[own]
+    return [rows[size[rows] == s].reshape(-1, s) for s in sizes.unique().tolist() if s > 1]
+
+
+def _held_out(features: Tensor, targets: Tensor, groups: Tensor) -> list[Tensor]:
     """Return the held-out predictions for each penalty, all labels being present."""
-    count = len(features)
-    if count < 2:
+    if len(set(groups.tolist())) < 2:
         return [targets for _ in _PENALTIES]
+    count, repeated = len(features), _repeated(groups)
     standardised = (features - features.mean(0)) / (features.std(0, correction=0) + _SMALLEST_DEVIATION)
     left, values, _ = torch.linalg.svd(standardised, full_matrices=False)
     centred = targets - targets.mean(0)
@@ -157,5 +182,9 @@ def _held_out(features: Tensor, targets: Tensor) -> list[Tensor]:
         shares = values.square() / (values.square() + penalty * count)
         leverage = left.square() @ shares + 1 / count
         residual = centred - left @ (shares[:, None] * projected)
-        predictions.append((targets - residual / (1 - leverage)[:, None]).clamp(low, high))
+        errors = residual / (1 - leverage)[:, None]
+        for rows in repeated:
+            hat = (left[rows] * shares) @ left[rows].mT + 1 / count
+            errors[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
+        predictions.append((targets - errors).clamp(low, high))
     return predictions

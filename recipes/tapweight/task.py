@@ -14,7 +14,7 @@ from mlopt.problem import to_device
 from .files import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     import torchmetrics
     from torch import Tensor, nn
@@ -81,6 +81,13 @@ class Task(ABC):
     @abstractmethod
     def targets(self, batch: Any) -> Tensor:
         """Return the labels of a batch, in the shape that the metric takes."""
+
+    def keys(self, split: Split) -> Sequence[Hashable]:
+        """Return the identity of each example of a split; by default each example has its own.
+
+        Examples of one key are one example that is listed more than once: it is left out as a whole, and drawn as a whole.
+        """
+        return [(split, index) for index in range(len(self.splits[split]))]
 
     def predictor(self, members: Sequence[Member]) -> Predictor | None:
         """Return the predictor of finetuned models; None if the task defines none, then results hold no predictor.

@@ -13,7 +13,7 @@ import torch
 from mlopt.errors import NonFiniteError
 from mlopt.rng import derive_seed, seed_everything
 
-from ..exact_head import feature_passes, labelled_features, ridge_leave_one_out
+from ..exact_head import feature_passes, labelled_features, labelled_groups, ridge_leave_one_out
 from ..models import Pretraining
 from ..sharing import shared
 from .method import Adapted
@@ -40,6 +40,7 @@ _ROUNDING = 1e-6
 def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float]]) -> Tensor:
     """Return the leave-one-out loss of each labelled example after pretraining at each candidate, (C, n).
 
+    An example that is listed more than once is one of the n: it is left out, and drawn by the bootstrap, with all of its rows.
     All candidates have the same start and batches. The losses are means over the rehearsals of the settings, each of which has
     batches and heads of its own. Several processes share the rehearsals.
 
@@ -51,12 +52,13 @@ def rehearse(experiment: Experiment, candidates: Mapping[str, Mapping[str, float
     Raises:
         NonFiniteError: a rehearsal diverges, or a loss is not finite: there is nothing to choose weights by.
     """
+    groups = labelled_groups(experiment.task, _LABELLED)
     repeats = range(experiment.settings.rehearsals)
     rehearsals = [(repeat, name) for repeat in repeats for name in candidates]
     tasks, costs = [], []
     for number, (repeat, name) in enumerate(rehearsals, 1):
         title = f"rehearsal {number} of {len(rehearsals)} ({name})"
-        tasks.append(partial(_loss, experiment, repeat, name, candidates[name], title))
+        tasks.append(partial(_loss, experiment, groups, repeat, name, candidates[name], title))
         costs.append(drawn_passes(experiment, candidates[name]))
     losses = torch.stack(shared(experiment.ranks, tasks, costs, saved=experiment.checkpoints is not None))
     return losses.reshape(len(repeats), len(candidates), -1).mean(0)
@@ -110,7 +112,9 @@ def main_run(
     return Adapted(encoder=model.encoder, weights=weights, history=solution.history, steps=steps)
 
 
-def _loss(experiment: Experiment, repeat: int, name: str, weights: Mapping[str, float], title: str) -> Tensor:
+def _loss(
+    experiment: Experiment, groups: Tensor, repeat: int, name: str, weights: Mapping[str, float], title: str
+) -> Tensor:
     """Pretrain the encoder at the weights; return the leave-one-out loss of each labelled example, (n,)."""
     # No weights move in a rehearsal, so its length need not be a multiple of `every`.
     settings = attrs.evolve(experiment.settings, every=1)
@@ -133,7 +137,7 @@ def _loss(experiment: Experiment, repeat: int, name: str, weights: Mapping[str, 
         raise NonFiniteError(
             f"rehearsal of {name!r}: the encoder's features of the labelled examples are not finite; {remedy}"
         )
-    losses = ridge_leave_one_out(features, targets).losses
+    losses = ridge_leave_one_out(features, targets, groups).losses
     if not losses.isfinite().all():
         raise NonFiniteError(
             f"rehearsal of {name!r}: the losses of the labelled examples are not finite; give finite labels"

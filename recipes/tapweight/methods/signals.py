@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from .levels import Chunks
 from .weights import relative_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,6 +33,7 @@ class SignalMeter(mlopt.Callback):
     Args:
         names: the objectives' names, in the order of their weights.
         valid: the validation examples.
+        keys: the identity of each; the rows of one example are in the same half.
         collate: joins examples into a batch.
         streams: pretraining and finetuning batches of the meter's own, by level name.
         start: outer steps before the first interval.
@@ -47,6 +49,7 @@ class SignalMeter(mlopt.Callback):
         self,
         names: Sequence[str],
         valid: Sequence[Any],
+        keys: Sequence[Hashable],
         collate: Callable[[list[Any]], Any],
         streams: Mapping[str, Stream],
         *,
@@ -56,7 +59,7 @@ class SignalMeter(mlopt.Callback):
         batch_size: int,
         seed: int,
     ) -> None:
-        self.names, self._valid, self._collate, self._streams = names, valid, collate, streams
+        self.names, self._valid, self._keys, self._collate, self._streams = names, valid, keys, collate, streams
         self._start, self._interval, self._limit, self._batch_size = start, interval, limit, batch_size
         self._generator = torch.Generator().manual_seed(seed)
         #: For each interval, the mean signal of its steps, (K,), and the signals of two halves at its end.
@@ -79,14 +82,20 @@ class SignalMeter(mlopt.Callback):
             self.halves.append(self._measure(run.problem))
 
     def _measure(self, problem: mlopt.Problem) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(self._valid), generator=self._generator).tolist()
-        size = min(len(order) // 2, self._limit)
+        rows: dict[Hashable, list[int]] = {}
+        for index in torch.randperm(len(self._valid), generator=self._generator).tolist():
+            rows.setdefault(self._keys[index], []).append(index)
+        order, size = list(chain(*rows.values())), min(len(self._valid) // 2, self._limit)
+        last = rows[self._keys[order[size - 1]]]
+        start = order.index(last[0])
+        # The first half holds all rows of its last example, or none of them if no other example would be left.
+        border = next((end for end in (start + len(last), start) if 0 < end < len(order)), size)
         batches = {name: stream.next() for name, stream in self._streams.items()}
         seed = int(torch.randint(2**31, (), generator=self._generator))
         weights = problem["reweighting"].module().detach()
         signals = []
-        for half in (order[:size], order[size : 2 * size]):
-            pieces = (half[k : k + self._batch_size] for k in range(0, size, self._batch_size))
+        for half in (order[:border], order[border : border + size]):
+            pieces = (half[k : k + self._batch_size] for k in range(0, len(half), self._batch_size))
             chunks = Chunks(self._collate([self._valid[i] for i in piece]) for piece in pieces)
             result = mlopt.hypergradient(problem, {**batches, "reweighting": chunks}, seed=seed)
             signals.append(relative_signals(result.gradient["logits"], weights).cpu())

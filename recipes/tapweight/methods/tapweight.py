@@ -125,6 +125,7 @@ class ThreeLevels(Method):
         return SignalMeter(
             experiment.names,
             task.splits["valid"],
+            task.keys("valid"),
             task.collate,
             {"pretraining": experiment.stream("measure"), "finetuning": train},
             start=settings.schedule(experiment.steps)[1],

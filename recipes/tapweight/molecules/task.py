@@ -22,7 +22,7 @@ from .splitting import Method, divided
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch_geometric.data import Batch, Data
@@ -228,6 +228,13 @@ class MoleculeTask(PropertyTask):
         """Return the labels (B, T) in their unit, NaN if missing."""
         labels: Tensor = batch.y
         return labels
+
+    def keys(self, split: Split) -> Sequence[Hashable]:
+        """Return the canonical SMILES of each molecule that was read from a file; by default graphs are all different."""
+        examples = self.splits[split]
+        if not isinstance(examples, Molecules):
+            return super().keys(split)
+        return [canonical(smiles) for smiles in examples.smiles]
 
     def predictor(self, members: Sequence[Member]) -> Predictor:
         """Return the predictor of finetuned models."""

@@ -20,7 +20,7 @@ from .splitting import content
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -131,6 +131,10 @@ class OnTexts(Task):
         """Return the labels of a batch."""
         labels: Tensor = batch["label"]
         return labels
+
+    def keys(self, split: Split) -> Sequence[Hashable]:
+        """Return the text, or the two texts, of each example."""
+        return [content(example) for example in self.splits[split]]
 
     def predictor(self, members: Sequence[Member]) -> Predictor | None:
         """Return the predictor of finetuned models; None for encoders of another class than `TextEncoder`."""

@@ -24,15 +24,16 @@ def problem(seed: int, count: int, width: int, columns: int, missing: float) -> 
     return features, targets.masked_fill(gone, torch.nan)
 
 
-def refitted(features: Tensor, targets: Tensor, penalty: float) -> Tensor:
-    """Return held-out predictions by scikit-learn, one fit for each example and column."""
+def refitted(features: Tensor, targets: Tensor, penalty: float, groups: Tensor | None = None) -> Tensor:
+    """Return held-out predictions by scikit-learn, one fit for each row and column, without the rows of the same example."""
+    groups = torch.arange(len(features)) if groups is None else groups
     predictions = torch.zeros_like(targets)
     for column in range(targets.shape[1]):
         rows = (~targets[:, column].isnan()).nonzero().squeeze(1)
         own, labels = features[rows].numpy(), targets[rows, column].numpy()
         own = (own - own.mean(0)) / (own.std(0) + 1e-6)
         for k, row in enumerate(rows.tolist()):
-            others = np.arange(len(rows)) != k
+            others = (groups[rows] != groups[row]).numpy()
             ridge = Ridge(alpha=penalty * len(rows), solver="svd").fit(own[others], labels[others])
             value = ridge.predict(own[k : k + 1])[0]
             predictions[row, column] = float(np.clip(value, labels.min(), labels.max()))
@@ -56,6 +57,39 @@ def test_the_held_out_predictions_are_those_of_fits_without_the_example(seed, co
     present = ~targets.isnan()
     errors = torch.where(present, targets - expected, 0).square().sum(1) / present.sum(1).clamp(min=1)
     torch.testing.assert_close(ours.losses, errors, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.lists(st.integers(0, 8), min_size=6, max_size=25).filter(lambda groups: len(set(groups[:4])) > 1),
+    width=st.integers(1, 30),
+    columns=st.integers(1, 3),
+    missing=st.sampled_from([0.0, 0.3]),
+)
+def test_the_rows_of_one_example_are_held_out_together(seed, groups, width, columns, missing):
+    features, targets = problem(seed, len(groups), width, columns, missing)
+    numbers = torch.tensor([list(dict.fromkeys(groups)).index(group) for group in groups])
+    ours = ridge_leave_one_out(features, targets, numbers)
+    expected = refitted(features, targets, ours.penalty, numbers)
+    torch.testing.assert_close(ours.predictions, expected, rtol=1e-7, atol=1e-7)
+    squares = torch.where(targets.isnan(), 0, targets - expected).square()
+    for number, loss in enumerate(ours.losses):
+        rows = numbers == number
+        mean = squares[rows].sum() / (~targets[rows].isnan()).sum().clamp(min=1)
+        torch.testing.assert_close(loss, mean, rtol=1e-6, atol=1e-6)
+
+
+def test_numbers_of_rows_that_all_differ_change_nothing():
+    features, targets = problem(0, 20, 12, 2, 0.3)
+    plain, numbered = ridge_leave_one_out(features, targets), ridge_leave_one_out(features, targets, torch.arange(20))
+    assert torch.equal(plain.losses, numbered.losses)
+    assert torch.equal(plain.predictions, numbered.predictions)
+
+
+def test_without_a_second_example_there_is_no_loss():
+    features, targets = problem(0, 5, 2, 1, 0.0)
+    assert ridge_leave_one_out(features, targets, torch.zeros(5, dtype=torch.int64)).losses.tolist() == [0.0]
 
 
 @settings(deadline=None)

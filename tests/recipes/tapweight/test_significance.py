@@ -98,17 +98,19 @@ def test_candidates_that_never_differ_are_not_significant():
     assert not any(signal.significant or signal.z for signal in compare(["a", "b", "c"], losses, seed=0).values())
 
 
-def test_at_most_five_percent_of_runs_without_a_difference_have_a_significant_candidate():
-    """Features of seven random networks; labels that belong to none of the examples."""
+@pytest.mark.parametrize("times", [1, 4], ids=["once", "four times"])
+def test_at_most_five_percent_of_runs_without_a_difference_have_a_significant_candidate(times: int):
+    """Features of seven random networks; labels that belong to none of the examples, each listed once or four times."""
     generator = torch.Generator().manual_seed(0)
     wrong, runs = 0, 300
+    groups = torch.arange(120).repeat(times)
     for _ in range(runs):
         inputs = torch.randn(120, 6, dtype=F64, generator=generator)
-        labels = torch.randn(120, 1, dtype=F64, generator=generator) ** 3  # heavy tails
+        labels = (torch.randn(120, 1, dtype=F64, generator=generator) ** 3).repeat(times, 1)  # heavy tails
         losses = []
         for _ in range(7):
             features = (inputs @ torch.randn(6, 16, dtype=F64, generator=generator)).tanh()
-            losses.append(ridge_leave_one_out(features, labels).losses)
+            losses.append(ridge_leave_one_out(features.repeat(times, 1), labels, groups).losses)
         signals = compare([str(k) for k in range(7)], torch.stack(losses), seed=0)
         wrong += any(signal.significant for signal in signals.values())
     # 5% of 300 is 15; with the standard error of 3.8, up to 22 are within two of it.

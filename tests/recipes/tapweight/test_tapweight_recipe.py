@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import attrs
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tapweight_cases import F64, SETTINGS, Encoder, Reconstruct, Sum, recipe
 from torch import nn
@@ -16,6 +19,7 @@ from torch import nn
 import mlopt
 from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.finetuning import Score, finetune
+from mlopt.recipes.tapweight.methods.signals import SignalMeter
 from mlopt.recipes.tapweight.settings import Settings
 
 #: The published form is the main method.
@@ -146,6 +150,26 @@ def test_a_measurement_takes_no_more_examples_at_once_than_a_step():
     made.fit(6, methods=["tapweight"], progress=False)
     # Steps on batches of 5; measurements on halves of 12, in parts of 5, 5 and 2.
     assert set(rows) == {5, 2}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.lists(st.integers(0, 6), min_size=2, max_size=30).filter(lambda keys: len(set(keys)) > 1))
+def test_the_rows_of_one_example_are_in_the_same_half(keys: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    halves: list[set[int]] = []
+
+    def noted(problem, batches, *, seed):
+        halves.append({key for piece in batches["reweighting"] for key in piece})
+        return SimpleNamespace(gradient={"logits": torch.zeros(2)})
+
+    monkeypatch.setattr(mlopt, "hypergradient", noted)
+    meter = SignalMeter(["a", "b"], keys, keys, list, {}, start=0, interval=1, limit=8, batch_size=3, seed=len(keys))
+    problem = {"reweighting": SimpleNamespace(module=lambda: torch.full((2,), 0.5))}
+    for _ in range(3):
+        meter._measure(problem)
+    for first, second in zip(halves[::2], halves[1::2], strict=True):
+        assert first
+        assert second
+        assert not first & second
 
 
 def test_equal_weights_see_the_batches_that_tapweight_sees():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import attrs
@@ -22,6 +22,7 @@ from mlopt.recipes.tapweight.methods import RandomSearch, Rehearsal, Single
 from mlopt.recipes.tapweight.methods.rehearsing import rehearse
 from mlopt.recipes.tapweight.objective import Objective
 from mlopt.recipes.tapweight.significance import Signal
+from mlopt.recipes.tapweight.task import Split
 from mlopt.rng import derive_seed
 
 
@@ -100,6 +101,29 @@ def test_a_rehearsal_is_pretraining_on_one_objective_judged_by_held_out_examples
     expected = ridge_leave_one_out(*labelled_features(model.encoder, made.task, ("train", "valid"))).losses
     assert len(losses) == 60
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+
+
+class Listed(Sum):
+    """A task whose examples are listed twice each: those of the training split again in the validation split."""
+
+    def keys(self, split: Split) -> Sequence[Hashable]:
+        return [tuple(example.tolist()) for example in self.splits[split]]
+
+
+def test_an_example_that_is_listed_twice_is_judged_once_by_a_head_that_did_not_see_it() -> None:
+    experiment = narrow(0).experiment(60, progress=False)
+    train = experiment.task.splits["train"]
+    task = Listed({**experiment.task.splits, "valid": train[::-1]})
+    settings = attrs.evolve(experiment.settings, rehearsals=1, rehearsal_steps=1)
+    experiment = attrs.evolve(experiment, task=task, settings=settings)
+    (losses,) = rehearse(experiment, {"sum": {"sum": 1.0, "difference": 0.0, "contrast": 0.0}})
+    assert len(losses) == len(train)
+    model = experiment.model()
+    alone = Single("sum")
+    experiment.solve("alone", alone.problem(experiment, model), 1, seed=derive_seed(experiment.seed, "rehearsal", 0))
+    features, targets = labelled_features(model.encoder, task, ("train",))
+    # With each row twice, the penalty n a is that of twice as many rows, and the fit is that of the rows once.
+    torch.testing.assert_close(losses, ridge_leave_one_out(features, targets).losses, rtol=1e-9, atol=1e-12)
 
 
 def test_random_search_takes_the_candidate_of_the_smallest_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.molecules.data import Molecules, read_corpus, read_table
 from mlopt.recipes.tapweight.molecules.splits import balanced_scaffold_split, scaffold_split
 from mlopt.recipes.tapweight.molecules.task import MoleculeTask
+from mlopt.recipes.tapweight.task import Split
 
 CASES = Path(__file__).parents[1] / "cases" / "molecules"
 #: The solubilities of most cases, in tenths.
@@ -113,6 +114,8 @@ def test_rows_of_one_molecule_stay_together_and_contradictions_are_named(split: 
         for smiles in molecules.smiles:
             homes.setdefault(Chem.CanonSmiles(smiles), set()).add(name)
     assert all(len(names) == 1 for names in homes.values())
+    for name in get_args(Split):
+        assert list(task.keys(name)) == [Chem.CanonSmiles(smiles) for smiles in task.splits[name].smiles]
     assert task.remarks[0] == "molecules of duplicates_with_contradicting_labels.csv listed more than once: 2"
     assert task.remarks[1] == (
         "of these, with different labels: 2; CCO in rows 2, 42, 43 (y: -2, 9, -9); Cc1ccccc1 in rows 6, 44 (y: -1.6, 5)"

@@ -57,6 +57,11 @@ CLASSES = [[0.0, 1.0], [1.0, NAN], [NAN, 0.0], [NAN, NAN]]
 VALUES = [[10.0, 1.0], [20.0, NAN], [30.0, 5.0], [NAN, NAN]]
 
 
+def test_graphs_that_were_not_read_from_a_file_are_all_different() -> None:
+    made = task_of(VALUES)
+    assert len({key for split in made.splits for key in made.keys(split)}) == 3 * len(VALUES)
+
+
 def test_classification_loss_is_the_mean_over_labelled_tasks() -> None:
     outputs = torch.tensor([[2.0, 1.0], [-1.0, 50.0], [9.0, 3.0], [4.0, 4.0]], dtype=torch.float64, requires_grad=True)
     losses = task_of(CLASSES).losses(outputs, batch_of(CLASSES))

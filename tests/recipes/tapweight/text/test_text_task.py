@@ -56,6 +56,14 @@ def test_the_kind_is_inferred_from_the_labels(labels: tuple[Any, ...], kind: str
     assert of(labelled(*labels)).kind == kind
 
 
+def test_examples_of_the_same_texts_have_the_same_key() -> None:
+    rows = [("good", "bad"), (" good", "bad "), ("good", "worse"), ("good bad", "")]
+    pairs = texts([{"text": a, "text_b": b, "label": k % 2} for k, (a, b) in enumerate(rows)], "made")
+    first, second, third, fourth = of(pairs).keys("train")
+    assert first == second
+    assert len({first, third, fourth}) == 3
+
+
 def test_classes_can_be_named_if_a_split_lacks_some() -> None:
     made = of(labelled("b", "a"), labelled("c"), classes=("c", "b", "a"))
     assert made.classes == ("c", "b", "a")
