@@ -32,7 +32,7 @@ STUDIES = {
 }
 #: The methods in the summary of the study.
 SUMMARY = ("direct", "equal", "tapweight", "rehearsal")
-SUMMARY_HEADER = "| task | metric | no pretraining | equal weights | TapWeight as published | TapWeight by rehearsal |"
+SUMMARY_HEADER = "| task | metric | direct finetuning | equal weights | TapWeight as published | TapWeight by rehearsal |"
 SUMMARY_RULE = "|---|---|---:|---:|---:|---:|"
 LIBRARIES = {
     "hypertorch": "hypertorch",
