@@ -37,7 +37,7 @@ class Stacked(nn.Module):
 
     Raises:
         ArgumentError: `copies` is not a whole number >= 1.
-        ProblemError: the module has running statistics.
+        ProblemError: the module has running statistics, in train mode.
 
     Example:
         >>> mlopt.Stacked(torch.nn.Linear(3, 1), copies=5).module.weight.shape
@@ -79,7 +79,7 @@ def stacked(module: nn.Module, copies: int) -> Stacked:
 
     Raises:
         ArgumentError: `copies` is not a whole number >= 1.
-        ProblemError: the module has running statistics, which tasks would share.
+        ProblemError: the module has running statistics, in train mode; tasks would write to the same.
 
     Example:
         >>> mlopt.stacked(torch.nn.Linear(3, 1), copies=5).task(2)
@@ -105,7 +105,7 @@ def over_tasks(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         ProblemError: at an evaluation: no level is stacked, numbers of tasks differ, a tensor of the batch has no entry for each
-            task, the loss is a `Mixture` or not a scalar, or a module has running statistics.
+            task, the loss is a `Mixture` or not a scalar, or a module has running statistics, in train mode.
 
     Source: `torch.func.vmap`; tasks as copies of a level, Finn et al. 2017 (arXiv 1703.03400).
 
@@ -229,11 +229,11 @@ def _replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module
 
 
 def _refuse_running_statistics(modules: Any) -> None:
-    """Raise if a module has running statistics, as BatchNorm: each task would write its own to one buffer."""
+    """Raise if a module in train mode has running statistics, as BatchNorm: each task would write its own to one buffer."""
     for module in modules:
         for name, part in module.named_modules():
-            if getattr(part, "track_running_stats", False):
+            if part.training and getattr(part, "track_running_stats", False):
                 raise ProblemError(
                     f"{type(part).__name__} {name!r} has running statistics, to which all tasks would write; use GroupNorm or "
-                    f"LayerNorm, or {type(part).__name__}(track_running_stats=False)"
+                    f"LayerNorm, or {type(part).__name__}(track_running_stats=False), or call its eval() if the statistics stay"
                 )

@@ -170,11 +170,39 @@ def test_tied_and_frozen_parameters_remain_so() -> None:
     torch.testing.assert_close(value, one(inputs[0]).sum() + other(inputs[1]).sum())
 
 
+def test_running_statistics_that_stay_are_shared_by_the_tasks() -> None:
+    """Values, gradients and second-order products are those of BatchNorm written by hand for each task."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
+    net(torch.randn(50, 3))
+    stack = mlopt.stacked(net.eval(), 2)
+    variables = list(stack.parameters())
+    with torch.no_grad():
+        for p in variables:
+            p.add_(torch.randn_like(p) / 3)
+    batch, mean, variance = draw(2, 0), net[1].running_mean, net[1].running_var + net[1].eps
+
+    def by_hand() -> Tensor:
+        losses = []
+        for k in range(2):
+            w, b, scale, shift, last, bias = (p[k] for p in variables)
+            hidden = (((batch["x"][k] @ w.T + b) - mean) / variance.sqrt() * scale + shift).tanh()
+            losses.append(((hidden @ last.T + bias).squeeze(-1) - batch["y"][k]).square().sum() / 2)
+        return torch.stack(losses).sum()
+
+    along = [torch.randn_like(p) for p in variables]
+    results = []
+    for value in (summed(stack, batch), by_hand()):
+        gradient = torch.autograd.grad(value, variables, create_graph=True)
+        results.append((value, gradient, torch.autograd.grad(gradient, variables, along)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
         (lambda: mlopt.stacked(nn.Linear(1, 1), 0), r"copies=0; it must be a whole number >= 1"),
         (lambda: mlopt.stacked(nn.Sequential(nn.BatchNorm1d(3)), 2), r"BatchNorm1d '0' has running statistics"),
+        (lambda: summed(mlopt.stacked(norm().eval(), 2).train(), draw(2, 0)), r"BatchNorm1d 'module' has running"),
         (lambda: mlopt.stacked(nn.Linear(1, 1), 2)(torch.ones(1)), r"stacked Linear has 2 copies and cannot be called"),
         (lambda: summed(nn.Linear(3, 1), draw(2, 0)), r"no level that the loss takes is stacked"),
         (lambda: summed(mlopt.stacked(nn.Linear(3, 1), 3), draw(2, 0)), r"shape \(2, 7, 3\), .* that of the 3 tasks"),
