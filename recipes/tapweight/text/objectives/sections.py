@@ -106,7 +106,7 @@ def sections_of(corpus: Sequence[Example]) -> tuple[list[str], list[int]]:
 def _heading(sentence: str) -> tuple[int | None, str]:
     """Return the section that the heading of a sentence names, None without a heading, and the rest of the sentence."""
     words = sentence.split()
-    capitals = [word.strip(":,") for word in takewhile(lambda word: not any(map(str.islower, word)), words)]
+    capitals = [word.strip(":,.") for word in takewhile(lambda word: not any(map(str.islower, word)), words)]
     places = [place for place, word in enumerate(capitals) if word in _SECTION_OF]
     if not places:
         return None, sentence

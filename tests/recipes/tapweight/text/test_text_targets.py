@@ -130,6 +130,7 @@ def abstract(*parts: str) -> Texts:
         ("PURPOSE: thing1 is good", 1, "thing1 is good"),
         ("PATIENTS AND METHODS thing1 is good", 2, "thing1 is good"),
         ("MAIN RESULTS thing1 is good", 3, "thing1 is good"),
+        ("RESULTS. 12 thing1 is good", 3, "12 thing1 is good"),
         # Only the words up to the last that names a section are the heading.
         ("RESULTS HIV thing1 is good", 3, "HIV thing1 is good"),
         # These are no headings: the section goes on.
@@ -152,6 +153,19 @@ def test_a_heading_names_the_section_and_is_not_shown(sentence: str, section: in
     assert torch.equal(view["input_ids"], expected["input_ids"])
     assert torch.equal(view["attention_mask"], expected["attention_mask"])
     assert head(own.pool(view)).shape == (9, 5)
+
+
+def test_a_heading_with_a_period_is_a_sentence_by_itself_and_begins_a_section() -> None:
+    document = "BACKGROUND: Rats are small. METHODS: Ten rats were fed. RESULTS. All recovered. Some grew."
+    some = texts([{"text": document}]).sentences()
+    Sections().prepare(some, 0)
+    assert [(example["text"], example["section"]) for example in some] == [
+        ("BACKGROUND: Rats are small.", 0),
+        ("METHODS: Ten rats were fed.", 2),
+        ("RESULTS.", -100),
+        ("All recovered.", 3),
+        ("Some grew.", 3),
+    ]
 
 
 def test_sections_follow_the_places_in_the_document_not_the_order_of_the_corpus() -> None:
