@@ -40,7 +40,7 @@ class Uncertainty(Method):
 
     This is twice the loss of the source for a regression, with s_k = log sigma_k^2. At a minimum over s, exp(s_k) = L_k: an
     objective of small loss has a large weight. The downstream task has no influence. s is stepped at the learning rate of
-    weights, without weight decay.
+    weights, without weight decay; a schedule of the learning rate lowers it as well.
 
     Source: Kendall, Gal & Cipolla, CVPR 2018 (arXiv 1705.07115), equation 7.
     """
