@@ -49,20 +49,29 @@ class SplitScore(Metric):
         function: the metric of outputs and labels.
         classes: the number of classes; 0 for numbers.
         several: True if a text has any number of classes.
+        mean: the mean that standardised numbers are relative to, in the labels' unit.
+        std: the unit of standardised numbers, in the labels' unit.
     """
 
     full_state_update = False
     outputs: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], classes: int, several: bool = False) -> None:
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        classes: int,
+        several: bool = False,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
         super().__init__()
-        self._function, self._classes, self._several = function, classes, several
+        self._function, self._classes, self._several, self._mean, self._std = function, classes, several, mean, std
         self.add_state("outputs", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
 
     def update(self, outputs: Tensor, labels: Tensor) -> None:
-        """Add a batch: outputs (B, C) or (B,), and labels (B,).
+        """Add a batch: logits (B, C) or standardised predictions (B,), and labels, numbers in their unit, (B,).
 
         Raises:
             ValueError: the shapes do not fit, or an output is not finite.
@@ -70,7 +79,7 @@ class SplitScore(Metric):
         _check_shapes(outputs, labels, self._classes, self._several)
         if not outputs.isfinite().all():
             raise ArgumentError("outputs are not finite, so they have no score; lower the learning rate")
-        self.outputs.append(outputs.detach().double())
+        self.outputs.append(outputs.detach().double() * self._std + self._mean)
         self.labels.append(labels if self._classes else labels.double())
 
     def compute(self) -> Tensor:
@@ -193,7 +202,8 @@ class TextTask(OnTexts):
 
     def metric(self) -> SplitScore:
         """Return a fresh metric."""
-        return SplitScore(measure_of(self.metric_name, self.form).function, len(self.classes), self.form == "several")
+        function = measure_of(self.metric_name, self.form).function
+        return SplitScore(function, len(self.classes), self.form == "several", self.mean, self.std)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
         """Return every metric that is defined for the outputs and the labels of a split."""

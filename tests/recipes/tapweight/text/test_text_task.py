@@ -169,6 +169,26 @@ def test_numbers_are_never_broadcast_over_the_batch(pairs: bool) -> None:
         made.metric().update(outputs[:, None], made.targets(batch))
 
 
+@pytest.mark.parametrize("name", ["rmse", "mae", "r2"])
+def test_the_score_of_numbers_is_in_the_unit_of_the_labels(name: str) -> None:
+    own, numbers = encoder().eval(), [110.0, 140.0, 125.0, 185.0]
+    some = texts([{"text": f"thing{k} is good", "label": number} for k, number in enumerate(numbers)])
+    made = of(some, metric=name, kind="regression")
+    head, batch = made.head(own).eval(), made.collate(list(made.splits["test"]))
+    outputs = made.outputs(own, head, batch).tolist()
+    mean, std = statistics.fmean(numbers), statistics.pstdev(numbers)
+    errors = [mean + std * output - number for output, number in zip(outputs, numbers, strict=True)]
+    square = statistics.fmean(error**2 for error in errors)
+    expected = {
+        "rmse": math.sqrt(square),
+        "mae": statistics.fmean(map(abs, errors)),
+        "r2": 1 - square / std**2,
+    }
+    # The outputs are float32, and the score of a batch of another size may round differently.
+    assert made.score(own, head, "test") == pytest.approx(expected[name], rel=1e-4)
+    assert made.score(own, head, "test") == pytest.approx(made.evaluate(own, head, "test")["label"][name], rel=1e-4)
+
+
 def test_the_loss_of_classes_is_the_cross_entropy() -> None:
     own = encoder().eval()
     made = task(own)
