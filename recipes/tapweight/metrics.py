@@ -49,7 +49,7 @@ class Measure:
     Args:
         function: of outputs and labels; see `METRICS` for their shapes.
         greater_is_better: True if a larger value is better.
-        distinct: the number of distinct labels without which the metric is undefined.
+        distinct: the number of distinct labels, in any column, without which the metric is undefined.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -167,8 +167,8 @@ METRICS: dict[Form, dict[str, Measure]] = {
         "micro_f1": Measure(_of_several(multilabel_f1_score, "micro")),
         "macro_f1": Measure(_of_several(multilabel_f1_score, "macro")),
         "accuracy": Measure(_of_several(multilabel_accuracy, "micro")),
-        "roc_auc": Measure(_over_columns(_roc_auc)),
-        "pr_auc": Measure(_over_columns(_pr_auc)),
+        "roc_auc": Measure(_over_columns(_roc_auc), distinct=2),
+        "pr_auc": Measure(_over_columns(_pr_auc), distinct=2),
     },
     "numbers": {
         "rmse": Measure(

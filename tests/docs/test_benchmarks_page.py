@@ -32,7 +32,9 @@ STUDIES = {
 }
 #: The methods in the summary of the study.
 SUMMARY = ("direct", "equal", "tapweight", "rehearsal")
-SUMMARY_HEADER = "| task | metric | direct finetuning | equal weights | TapWeight as published | TapWeight by rehearsal |"
+SUMMARY_HEADER = (
+    "| task | metric | direct finetuning | equal weights | TapWeight as published | TapWeight by rehearsal |"
+)
 SUMMARY_RULE = "|---|---|---:|---:|---:|---:|"
 LIBRARIES = {
     "hypertorch": "hypertorch",

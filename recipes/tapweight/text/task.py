@@ -112,8 +112,8 @@ class TextTask(OnTexts):
         remarks: sentences that a user should read: rows left out, texts of two splits, texts cut off.
 
     Raises:
-        DataError: a label is not one of the classes, not a number, or missing; all labels are the same; or some texts are pairs
-            and others are not.
+        DataError: a label is not one of the classes, not a number, or missing; all labels are the same; the metric of a split is
+            undefined; or some texts are pairs and others are not.
     """
 
     def __init__(
@@ -160,6 +160,8 @@ class TextTask(OnTexts):
             problem=_PROBLEMS[self.form],
             remarks=[*remarks, *stated],
         )
+        for split, texts in splits.items():
+            self._check_metric(split, texts.source)
         labels = [example["label"] for example in self.splits["train"]]
         self.mean, self.std = _standardisation(splits["train"], labels, self.kind)
         self.class_weights = None
@@ -219,6 +221,17 @@ class TextTask(OnTexts):
         if self.classes:
             return Target(form="classes", labels=(self.label_name,), classes=self.classes)
         return Target(form="numbers", labels=(self.label_name,), mean=(self.mean,), std=(self.std,))
+
+    def _check_metric(self, split: Split, source: str) -> None:
+        """Check that a split has as many distinct labels as the metric needs."""
+        labels = [example["label"] for example in self.splits[split]]
+        columns = list(zip(*labels, strict=True)) if self.form == "several" else [labels]
+        if max(len(set(column)) for column in columns) < measure_of(self.metric_name, self.form).distinct:
+            same = self.classes[labels[0]] if self.form == "classes" else labels[0]
+            raise DataError(
+                f"{source}: all labels of the {split} split are {shown(same)}, so its {self.metric_name} is undefined; give "
+                "another --metric, --split stratified, other --split-fractions, or other files"
+            )
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.splits.items())

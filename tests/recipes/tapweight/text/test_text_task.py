@@ -189,6 +189,27 @@ def test_the_score_of_numbers_is_in_the_unit_of_the_labels(name: str) -> None:
     assert made.score(own, head, "test") == pytest.approx(made.evaluate(own, head, "test")["label"][name], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("labels", "constant", "metric", "word"),
+    [
+        (("a", "b"), ("b", "b"), "roc_auc", "'b'"),
+        (("a", "b", "c"), ("b", "b"), "pr_auc", "'b'"),
+        ((0.5, 1.5), (1.5, 1.5), "r2", "1.5"),
+        ((["a"], ["b"]), (["b"], ["b"]), "roc_auc", r"\[0.0, 1.0\]"),
+    ],
+)
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_metric_that_is_undefined_on_a_split_is_refused(
+    split: str, labels: tuple[Any, ...], constant: tuple[Any, ...], metric: str, word: str
+) -> None:
+    """A score of 0 or NaN in every epoch would choose the first."""
+    with pytest.raises(
+        DataError, match=f"made: all labels of the {split} split are {word}, so its {metric} is undefin"
+    ):
+        of(labelled(*labels), metric=metric, **{split: labelled(*constant)})
+    of(labelled(*labels), **{split: labelled(*constant)})
+
+
 def test_the_loss_of_classes_is_the_cross_entropy() -> None:
     own = encoder().eval()
     made = task(own)
