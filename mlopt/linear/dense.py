@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import attrs
 import torch
+from torch import Tensor
 
 from ..errors import EstimatorError, NonFiniteError
 from ..tensors import Tensors, flatten, unflatten
@@ -22,7 +23,8 @@ _EXACT = 1e-3
 class Dense(LinearSolver):
     """Write A out by n products with unit vectors, then solve by LU: exact, for small n.
 
-    If A is singular, the solution is that of least norm, by the pseudo-inverse.
+    If A is singular, the solution is that of least norm, by the pseudo-inverse. Rounding hides this from LU, so it is also
+    taken if LU leaves a residual.
 
     Args:
         damping: added to the diagonal of A.
@@ -62,12 +64,16 @@ class Dense(LinearSolver):
         eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
         low, high = float(eigenvalues[0]), float(eigenvalues[-1])
         remark = "" if low > 0 else f"negative curvature {low:.3g}"
+
+        def left(solution: Tensor) -> float:
+            return float(torch.linalg.vector_norm(flat - matrix @ solution)) / size
+
         solution, info = torch.linalg.solve_ex(matrix, flat)
-        if info:
+        if info or not left(solution) < _EXACT:
             # A variable that the objective does not use has an empty row; the solution of least norm leaves it at zero.
             solution = torch.linalg.pinv(matrix) @ flat
             remark = "the matrix is singular; solved by its pseudo-inverse"
-        residual = float(torch.linalg.vector_norm(flat - matrix @ solution)) / size
+        residual = left(solution)
         return LinearSolution(
             value=tuple(x.to(y) for x, y in zip(unflatten(solution, rhs), rhs, strict=True)),
             residual=residual,

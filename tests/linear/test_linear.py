@@ -336,6 +336,17 @@ def test_dense_solves_a_singular_matrix_in_its_range_with_a_remark() -> None:
     assert solution.residual == pytest.approx(5 / 34**0.5)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_dense_solves_a_matrix_that_is_singular_up_to_rounding_by_its_pseudo_inverse(seed: int) -> None:
+    rows, right = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrix, vector = rows[:4].T @ rows[:4], right[0]
+    solution = linear.Dense().solve(lambda v: (matrix @ v[0],), (vector,))
+    expected = torch.linalg.pinv(matrix, rtol=1e-9) @ vector
+    assert torch.allclose(solution.value[0], expected, rtol=1e-6, atol=1e-9)  # the rounding of a condition of 1e3
+    assert "singular" in solution.remark
+    assert solution.converged is False
+
+
 def test_dense_refuses_more_unknowns_than_its_limit() -> None:
     system = System.definite(0, 3.0)
     with pytest.raises(mlopt.EstimatorError, match=r"the level has 10 unknowns and limit=9; use ConjugateGradient"):
