@@ -25,10 +25,11 @@ class ConjugateGradient(LinearSolver):
     """Conjugate gradients (Hestenes & Stiefel 1952) for a positive definite A, one product an iteration.
 
     The residual is that of the recurrence; rounding, or differences in place of products, can leave the true one larger.
-    A direction of negative or no curvature shows that A is not positive definite. If it is the first direction d, a warm start
-    is dropped, and the solution from zero is d ||b|| / ||A d||, or d if A d = 0. The method keeps four vectors, and one more with
-    a preconditioner, besides those of the preconditioner. A preconditioner that turns out not to be positive definite is dropped.
-    A history with pairs takes the place of the preconditioner.
+    A direction of negative or no curvature shows that A is not positive definite; a curvature that rounding could cause counts
+    as none. If it is the first direction d, a warm start is dropped, and the solution from zero is d ||b|| / ||A d||, or d if
+    A d = 0. The method keeps four vectors, and one more with a preconditioner, besides those of the preconditioner. A
+    preconditioner that turns out not to be positive definite is dropped. A history with pairs takes the place of the
+    preconditioner.
 
     Args:
         iterations: the most iterations.
@@ -37,7 +38,7 @@ class ConjugateGradient(LinearSolver):
         preconditioner: changes the norm in which the iterates are best, so that fewer are needed; its products are counted.
             The residual that is measured and reported remains b - A x.
         negative_curvature: the reaction to <p, A p> <= 0: "stop", keep the iterate and add a remark; "raise" an error;
-            or "continue" with the recurrences and add a remark (they end at <p, A p> = 0).
+            or "continue" with the recurrences and add a remark (they end where there is no curvature).
 
     Raises:
         ArgumentError: the preconditioner is not a `Preconditioner`.
@@ -91,6 +92,8 @@ class ConjugateGradient(LinearSolver):
             (slope,) = dots((residual, conditioned))
         direction = tuple(x.clone() for x in conditioned)
         low, high, dropped, remark, k = math.inf, -math.inf, "", "", 0
+        # The half precisions are summed in single precision.
+        rounding = min(stopping.rounding, 4 * torch.finfo(torch.float32).eps)
         pairs: deque[Pair] = deque(maxlen=before.limit if before is not None else 0)
         while k < self.iterations and not stopping.met(math.sqrt(square)):
             if slope <= 0:
@@ -103,10 +106,12 @@ class ConjugateGradient(LinearSolver):
             if not math.isfinite(curvature):
                 raise NonFiniteError(f"{self}: a product with the Hessian is not finite at iteration {k + 1}")
             quotient = curvature / length
+            # Below the rounding of a product, a curvature is not known from zero, and a step along it is noise of any size.
+            flat = abs(quotient) <= rounding * max(high, -low, quotient)
             low, high = min(low, quotient), max(high, quotient)
-            if curvature <= 0:
+            if curvature <= 0 or flat:
                 remark = remark or self._negative(quotient, k + 1)
-                if self.negative_curvature == "stop" or curvature == 0:
+                if self.negative_curvature == "stop" or curvature == 0 or flat:
                     if k == 0:
                         alpha = first_step(product, size)
                         torch._foreach_add_(solution, direction, alpha=alpha)

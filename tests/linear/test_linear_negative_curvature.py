@@ -104,3 +104,18 @@ def test_an_indefinite_preconditioner_is_reported() -> None:
     assert solution.converged is True
     with pytest.raises(mlopt.ArgumentError, match="it must be a Preconditioner, or None"):
         linear.ConjugateGradient(preconditioner=linear.Nystrom())
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_curvature_within_rounding_counts_as_none(seed: int, policy: str) -> None:
+    """Along the null space of a singular matrix the curvature is rounding above zero, and a step along it has any size."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    right = torch.randn(8, generator=generator, dtype=torch.float64)
+    solver = linear.ConjugateGradient(iterations=50, negative_curvature=policy)
+    solution = solver.solve(lambda v: (rows.T @ (rows @ v[0]),), (right,))
+    assert solution.converged is False
+    assert solution.remark.startswith("negative curvature ")
+    # The other curvatures of these matrices allow less than 1e5; a step along the null space is at least 1e12.
+    assert float(solution.value[0].norm()) < 1e8 * float(right.norm())
