@@ -236,6 +236,7 @@ def _against_resolved(
         norms = resolver.gradient_norms()
         before = {name: flatten(problem[name].parameters).detach().clone() for name in norms}
         resolver.solve_inside(estimate.level)
+        resolver.require_bounds()
         after = {name: flatten(problem[name].parameters).detach() for name in norms}
         moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
         settled = standalone(problem, batches, estimate.level, seed, Workspace())

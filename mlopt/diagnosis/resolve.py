@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import EstimatorError, NonFiniteError
 from ..estimators import GMRES, Condition, ConjugateGradient, Implicit
 from ..hypergradient import run_solvers, seeded_generators
 from ..problem import Bounds, Level, Objective, Point, Problem, Workspace
-from ..tensors import flatten, norm, unflatten
+from ..tensors import Tensors, flatten, norm, unflatten
 from .evaluation import evaluate, put_back
 from .minimize import minimize
 from .root import find_root
@@ -112,8 +113,29 @@ class Resolver:
     def _bounds_of(self, level: Level) -> Bounds:
         """Return the bounds at which the level's optimiser holds variables at the first call; they stay there."""
         if level.name not in self._bounds:
-            self._bounds[level.name] = Bounds.of(level, self._point, lambda: evaluate(self._point, level)[1])
+            self._bounds[level.name] = Bounds.of(level, self._point, partial(self._gradient, level))
         return self._bounds[level.name]
+
+    def require_bounds(self) -> None:
+        """Raise unless each level that was solved is within its bounds, and is held where its first point is.
+
+        Raises:
+            EstimatorError: the solution passes a bound, or leaves one at which the first point is held.
+        """
+        for name, before in self._bounds.items():
+            level = self._problem[name]
+            now = Bounds.of(level, self._point, partial(self._gradient, level)).free
+            free = now or tuple(map(torch.ones_like, before.free))
+            released = sum(int((f > b).sum()) for f, b in zip(free, before.free, strict=True)) if before.free else 0
+            if count := released + Bounds.passed(level, self._point):
+                raise EstimatorError(
+                    f"check_hypergradient: the optimiser of level {name!r} would hold other variables at a bound at its solution "
+                    f"than at this point ({count} of them), so the 'resolve' oracle does not apply here; take more steps first, "
+                    "or use oracle='dense'"
+                )
+
+    def _gradient(self, level: Level) -> Tensors:
+        return evaluate(self._point, level)[1]
 
     def run_solvers(self) -> None:
         """Move the levels inside that have solvers of their own to where these take the solutions to be."""

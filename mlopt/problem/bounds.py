@@ -83,18 +83,30 @@ class Bounds:
             held = [h & v for h, v in zip(point.carryover.held[level.name], visible, strict=True)]
             free = tuple((~h).to(v) for h, v in zip(held, variables, strict=True))
             return cls(free=free if any(bool(h.any()) for h in held) else ())
-        aside = point.workspace.optimizers.get(level.name) is optimizer
-        if type(optimizer).__module__.startswith("torch.optim.") and not (aside and has_hooks(optimizer)):
+        if not _may_project(level, point, optimizer):
             return cls()
-        devices = point.problem.devices
-        before = GeneratorState.capture(devices)
         try:
-            with contextlib.nullcontext() if aside else _without_hooks(optimizer):
+            with _probed(level, point, optimizer):
                 return _bounds(level, optimizer, variables, gradient)
         except _StepError:
             return cls()
-        finally:
-            before.restore()
+
+    @staticmethod
+    def passed(level: Level, point: Point) -> int:
+        """Return the number of variables beyond their bounds: steps of the optimiser to either side bring them back."""
+        optimizer, variables = level_optimizer(level, point), point.values[level.name]
+        if (
+            optimizer is None
+            or not _may_project(level, point, optimizer)
+            or any(v.dtype not in _WIDE for v in variables)
+        ):
+            return 0
+        try:
+            with _probed(level, point, optimizer):
+                moves = zip(*_to_both_sides(optimizer, variables), strict=True)
+                return sum(int((down * up > 0).sum()) for down, up in moves)
+        except _StepError:
+            return 0
 
     def on_free(self, vectors: Tensors) -> Tensors:
         """Return vectors with zeros on the held variables."""
@@ -187,13 +199,40 @@ def _visible(gradients: Sequence[Tensor], values: Sequence[Tensor], rates: Seque
     )
 
 
-def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:
+def _may_project(level: Level, point: Point, optimizer: Optimizer) -> bool:
+    """Return True if steps of the optimiser may project: its class is the user's own, or its hooks were made to be read."""
+    aside = point.workspace.optimizers.get(level.name) is optimizer
+    return not type(optimizer).__module__.startswith("torch.optim.") or (aside and has_hooks(optimizer))
+
+
+@contextlib.contextmanager
+def _probed(level: Level, point: Point, optimizer: Optimizer) -> Iterator[None]:
+    """Restore the generators on exit, and leave out the hooks of an optimiser that was not made to be read."""
+    before = GeneratorState.capture(point.problem.devices)
+    aside = point.workspace.optimizers.get(level.name) is optimizer
+    try:
+        with contextlib.nullcontext() if aside else _without_hooks(optimizer):
+            yield
+    finally:
+        before.restore()
+
+
+def _noise(variables: Tensors) -> list[Tensor]:
+    """Return numbers from 0 to 1 for each variable, the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.rand(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v) for v in variables]
-    # Of different sizes, because a projection may undo a step that all variables share.
-    down, up = (
-        tuple(m == 0 for m in _moves(optimizer, variables, [sign * (0.5 + n) for n in noise])) for sign in (1.0, -1.0)
-    )
+    return [torch.rand(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v) for v in variables]
+
+
+def _to_both_sides(optimizer: Optimizer, variables: Tensors) -> tuple[Tensors, Tensors]:
+    """Return the displacements by a step down and by a step up, of a different size for each variable."""
+    # A projection may undo a step that all variables share.
+    down, up = (_moves(optimizer, variables, [sign * (0.5 + n) for n in _noise(variables)]) for sign in (1.0, -1.0))
+    return down, up
+
+
+def _bounds(level: Level, optimizer: Optimizer, variables: Tensors, gradient: Callable[[], Tensors]) -> Bounds:
+    noise = _noise(variables)
+    down, up = (tuple(m == 0 for m in moves) for moves in _to_both_sides(optimizer, variables))
     if all(bool((a & b).all()) for a, b in zip(down, up, strict=True)):
         return Bounds()  # a learning rate of zero
     slope = gradient()

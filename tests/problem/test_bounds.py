@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_fixed_point import F64, HESSIAN, OUTER, A, B, C, D, build, distance
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -95,6 +97,52 @@ def test_check_diagnosis_and_run_know_the_bound() -> None:
     run = mlopt.solve(problem, 2, progress=False)
     assert run.reports["model"].stationarity < 1e-12  # type: ignore[operator]
     assert float((problem["outer"].parameters[0].grad - differences()).norm()) < 1e-7  # type: ignore[operator]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    targets=st.lists(st.floats(-2, 2).filter(lambda x: abs(x) > 0.1), min_size=1, max_size=4),
+    start=st.lists(st.sampled_from([0.0, 0.5, 1.5]), min_size=4, max_size=4),
+)
+def test_resolving_is_refused_if_the_bounds_at_the_solution_are_others(
+    targets: list[float], start: list[float]
+) -> None:
+    """The solution is max(0, u); L-BFGS does not know the bounds, and leaves what is held at the start where it is."""
+    u, x = torch.tensor(targets, dtype=F64), torch.tensor(start[: len(targets)], dtype=F64)
+    problem = mlopt.Problem(
+        mlopt.Level("outer", mlopt.variables(u), lambda outer, batch, *, model: (model() ** 2).sum()),
+        mlopt.Level(
+            "model",
+            mlopt.variables(x),
+            lambda model, batch, *, outer: ((model() - outer()) ** 2).sum(),
+            optimizer=partial(Projected, lr=0.1),
+            estimator=mlopt.Dense(),
+        ),
+    )
+    if ((u < 0) == (x == 0)).all():
+        check = mlopt.check_hypergradient(problem, oracle="resolve", tolerance=10.0)
+        assert check.error_at_solution < 1e-6
+    elif ((u < 0) & (x > 0)).any():
+        with pytest.raises(
+            mlopt.EstimatorError, match=r"'model' would hold other variables at a bound .* take more steps"
+        ):
+            mlopt.check_hypergradient(problem, oracle="resolve", tolerance=10.0)
+
+
+def test_resolving_is_refused_if_the_solution_leaves_a_bound() -> None:
+    """At (1.5, 0) the second variable is pushed to its bound; the solution is (0.1, 0.4)."""
+    problem = mlopt.Problem(
+        mlopt.Level("outer", mlopt.variables(torch.ones(1, dtype=F64)), lambda outer, batch, *, model: model().sum()),
+        mlopt.Level(
+            "model",
+            mlopt.variables(torch.tensor([1.5, 0.0], dtype=F64)),
+            lambda model, batch, *, outer: (model()[0] - 0.1 * outer()[0]) ** 2 + (model().sum() - 0.5) ** 2,
+            optimizer=partial(Projected, lr=0.1),
+            estimator=mlopt.Dense(),
+        ),
+    )
+    with pytest.raises(mlopt.EstimatorError, match=r"'model' would hold other variables at a bound .* \(1 of them\)"):
+        mlopt.check_hypergradient(problem, oracle="resolve", tolerance=10.0)
 
 
 @pytest.mark.parametrize("optimizer", [hooked, partial(Projected, lr=0.1)])
