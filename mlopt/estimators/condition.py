@@ -168,4 +168,4 @@ class Condition(Linearization):
 
 def _without_curvature(solution: LinearSolution) -> LinearSolution:
     """Return a solution without its remark on negative curvature, which means nothing if the matrix is not symmetric."""
-    return attrs.evolve(solution, remark="") if solution.remark.startswith("negative curvature") else solution
+    return attrs.evolve(solution, remark="") if solution.remark.startswith(("negative", "no curvature")) else solution

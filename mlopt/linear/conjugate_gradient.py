@@ -145,7 +145,9 @@ class ConjugateGradient(LinearSolver):
         return reached
 
     def _negative(self, quotient: float, iteration: int) -> str:
-        remark = f"negative curvature {quotient:.3g} at iteration {iteration}; raise the damping"
+        # A small positive number is the rounding of zero.
+        curvature = f"negative curvature {quotient:.3g}" if quotient < 0 else f"no curvature ({quotient:.3g})"
+        remark = f"{curvature} at iteration {iteration}; raise the damping"
         if self.negative_curvature == "raise":
             raise EstimatorError(f"ConjugateGradient: {remark}, or use MINRES, which takes an indefinite Hessian")
         return remark
