@@ -82,7 +82,7 @@ class MoleculeStudy(Modality):
             pool, test = usual["train"] + usual["valid"], usual["test"]
         else:
             pool, test = half_of_the_groups(scaffolds, seed)
-        # ESOL lists five molecules twice, some of them without a ring.
+        # Some files, such as that of ESOL, list molecules twice, some of them without a ring.
         known = {names[index] for index in pool}
         test = [index for index in test if names[index] not in known]
         test = sorted(test[place] for place in permutation(len(test), "test", seed)[: self.plan.test_limit])
