@@ -82,9 +82,10 @@ class Neumann(LinearSolver):
         while k < budget:
             k += 1
             product = matvec(step)
-            along, length = inner(step, product), inner(step, step)
+            along = inner(step, product)
             torch._foreach_add_(step, product, alpha=-alpha)
-            curvature, square, remaining = numbers(along, length, norm(step).to(along.dtype))
+            curvature, remaining = numbers(along, norm(step).to(along.dtype))
+            square = (alpha * size * relative) ** 2  # <step, step>
             # Steps below rounding change nothing, and in the end underflow: their curvature is noise.
             if square > 0 and relative > rounding:
                 low, high = min(low, curvature / square), max(high, curvature / square)
