@@ -134,8 +134,13 @@ def standalone(
     seed: int | None,
     workspace: Workspace,
     estimators: Mapping[str, Estimator] | None = None,
+    *,
+    solved: bool = False,
 ) -> Hypergradient:
-    """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's."""
+    """Return the result of `hypergradient`, evaluated in a workspace, with estimators in place of the problem's.
+
+    If `solved`, the present variables of levels that have solvers of their own are their solutions.
+    """
     target = problem.outermost if level is None else problem[level]
     if target.residual is not None:
         raise ProblemError(f"level {target.name!r}: it has a residual and no loss, so it has no hypergradient")
@@ -144,8 +149,8 @@ def standalone(
     response = target.response if estimators is None else None
     given = dict(batches)
     # A response draws the batches of the levels inside from streams.
-    solved = _inside_with_solvers(problem, target.name)
-    evaluated = [problem[name] for name in (target.name, *solved)] if response is not None else problem.levels
+    alone = _inside_with_solvers(problem, target.name)
+    evaluated = [problem[name] for name in (target.name, *alone)] if response is not None else problem.levels
     batches |= {other.name: workspace.next_batch(other) for other in evaluated if other.name not in given}
     rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
@@ -167,13 +172,13 @@ def standalone(
             point.generators[other.name].restore()
             require_mean(problem, other, batches[other.name])
     if response is None:
-        with point.generators_preserved(), at_solutions(point, target):
+        with point.generators_preserved(), at_solutions(point, target, solved=solved):
             loss = Objective.of(target, point).value()
             cotangents = partial_derivatives(point, target, loss)
             gradient = total_derivative(point, target, cotangents)
     else:
         with point.generators_preserved():
-            loss = _value_at_solvers(point, target, solved)
+            loss = _value_at_solvers(point, target, alone)
             gradient = response.total_derivative(point, target.name, _streams(problem, given, workspace))
     for name, report in point.reports.items():
         if report.doubtful:
@@ -212,15 +217,16 @@ def seeded_generators(problem: Problem, *chosen: object) -> dict[str, GeneratorS
 
 
 @contextlib.contextmanager
-def at_solutions(point: Point, level: Level) -> Iterator[None]:
+def at_solutions(point: Point, level: Level, *, solved: bool = False) -> Iterator[None]:
     """Move the variables of the levels inside to the solutions that their estimators assume; restore them on exit.
 
-    Each level is moved after those that its objective refers to. In a run, levels with solvers of their own are already solved.
+    Each level is moved after those that its objective refers to. In a run, or if `solved`, levels with solvers of their own are
+    already solved.
     """
-    problem = point.problem
+    problem, solved = point.problem, solved or point.carryover is not None
     with contextlib.ExitStack() as moved:
         for part in reversed(problem.graph[level.name].parts):
-            for name in _with_solvers(problem, part) if point.carryover is None else ():
+            for name in () if solved else _with_solvers(problem, part):
                 moved.enter_context(_at_own_solution(point, problem[name]))
             estimator = point.estimator(part)
             if estimator is not None and problem.graph[part].arguments:

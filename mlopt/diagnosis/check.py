@@ -239,7 +239,7 @@ def _against_resolved(
         resolver.require_bounds()
         after = {name: flatten(problem[name].parameters).detach() for name in norms}
         moved = {name: _relative(float((after[name] - x).norm()), float(x.norm())) for name, x in before.items()}
-        settled = standalone(problem, batches, estimate.level, seed, Workspace())
+        settled = standalone(problem, batches, estimate.level, seed, Workspace(), solved=True)
         resolver.unsolved = 0.0
         measured = [resolver.derivative(flatten(axis)) for axis in axes]
     present, at_solution = (_along(axes, result) for result in (estimate, settled))
@@ -289,9 +289,14 @@ def _judge(check: Check, approximate: list[str]) -> None:
         )
         sentence += "; ".join(_doubts(check)) or f"give {_unfinished(check)} more steps"
         sentence += "."
-    elif any(report.converged is False for report in check.reports.values()):
-        names = ", ".join(repr(name) for name, report in check.reports.items() if report.converged is False)
-        sentence += f" The linear solve of {names} did not converge: use more iterations, a preconditioner, or damping."
+    else:
+        if doubts := _doubts(check):
+            sentence += f" Doubtful: {'; '.join(doubts)}."
+        short = [repr(name) for name, r in check.reports.items() if r.converged is False and not r.doubtful]
+        if names := ", ".join(short):
+            sentence += (
+                f" The linear solve of {names} did not converge: use more iterations, a preconditioner, or damping."
+            )
     if approximate:
         sentence += (
             f" {' '.join(approximate)} The error comes from its own approximation (number of unrolled steps, size of a "

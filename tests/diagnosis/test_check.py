@@ -126,6 +126,44 @@ def test_the_point_is_named_as_the_cause_off_the_solution() -> None:
     assert "the point is the cause" not in str(caught.value)
 
 
+def left_by_a_solver(scale: float, estimator: mlopt.Estimator) -> mlopt.Problem:
+    """Return x* = 2 u with a solver that leaves x at `scale` u, below the sum of cubes of x."""
+
+    def outer(u: nn.Module, batch: None, *, x: nn.Module) -> Tensor:
+        return x().pow(3).sum()
+
+    def inner(x: nn.Module, batch: None, *, u: nn.Module) -> Tensor:
+        return (x() - 2 * u()).square().sum() / 2
+
+    def solver(x: nn.Module, batch: None, *, u: nn.Module) -> None:
+        x.value.data.copy_(scale * u().detach())
+
+    u, x = (mlopt.variables(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    return mlopt.Problem(mlopt.Level("u", u, outer), mlopt.Level("x", x, inner, solver=solver, estimator=estimator))
+
+
+def test_a_solver_that_misses_the_solution_is_named_as_the_cause() -> None:
+    with (
+        pytest.warns(mlopt.TrustWarning),
+        pytest.raises(mlopt.DisagreementError, match=r"the point is the cause.*its solver left it about") as caught,
+    ):
+        mlopt.check_hypergradient(left_by_a_solver(2.2, mlopt.Dense()), oracle="resolve")
+    check = caught.value.check
+    assert check.error == pytest.approx(0.21, rel=1e-6)  # of 2.2^2 to 2^2
+    assert check.error_at_solution < 1e-7
+    assert "linear solve" not in str(caught.value)
+
+
+def test_remarks_of_doubtful_reports_are_stated() -> None:
+    problem = quadratic("two", mlopt.Neumann(iterations=2, step_size=10.0)).problem
+    with (
+        pytest.warns(mlopt.TrustWarning),
+        pytest.raises(mlopt.DisagreementError, match="Doubtful: level 'y': the series does not converge") as caught,
+    ):
+        mlopt.check_hypergradient(problem)
+    assert "The linear solve" not in str(caught.value)
+
+
 def test_a_small_parameter_is_not_hidden_by_a_large_one() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
