@@ -353,11 +353,14 @@ def _measure(point: Point, level: Level, report: Report) -> None:
         report.measured(norm(gradient), norm([v.detach() for v in point.values[level.name]]))
     if level.solver is None or report.curvature is None:
         return
-    distance = report.stationarity
+    distance, host = report.stationarity, point.problem.graph[level.name].host
     if distance is not None and distance > _UNSOLVED:
+        since = ""
+        if point.carryover is not None and host is not None and point.problem.responds(host):
+            since = f", or {host!r}, inside which it was solved, moved since (it would be solved after {host!r} if listed before)"
         report.doubt(
             f"its solver left it about {distance:.0%} of ||x|| away from a zero gradient, which the implicit derivative assumes: "
-            "it stopped early, or holds variables at a bound"
+            f"it stopped early, or holds variables at a bound{since}"
         )
 
 

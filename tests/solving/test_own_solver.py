@@ -162,6 +162,37 @@ def test_a_solver_that_stops_early_is_reported_as_far_from_stationary() -> None:
     assert run.history.column("model/gradient_norm")[0] == pytest.approx(size, rel=1e-12)
 
 
+@pytest.mark.parametrize("last", ["x", "y"])
+def test_a_level_that_was_solved_before_what_it_depends_on_moved_says_so(last: str) -> None:
+    def outer(u: Any, batch: None, *, y: Any) -> Tensor:
+        return y().square().sum()
+
+    def middle(x: Any, batch: None, *, u: Any) -> Tensor:
+        return (x() - 2 * u()).square().sum()
+
+    def bottom(y: Any, batch: None, *, x: Any) -> Tensor:
+        return (y() - 3 * x()).square().sum()
+
+    def solve_middle(x: Any, batch: None, *, u: Any) -> None:
+        x.value.data.copy_(2 * u().detach())
+
+    def solve_bottom(y: Any, batch: None, *, x: Any) -> None:
+        y.value.data.copy_(3 * x().detach())
+
+    inside = [
+        Level("x", vector(1.0), middle, solver=solve_middle, estimator=mlopt.Dense()),
+        Level("y", vector(1.0), bottom, solver=solve_bottom, estimator=mlopt.Dense()),
+    ]
+    problem = Problem(
+        Level("u", vector(1.0), outer, optimizer=partial(SGD, lr=0.0)), *(inside if last == "y" else inside[::-1])
+    )
+    if last == "x":  # y is solved last, although it is listed first
+        assert mlopt.solve(problem, 1, progress=False).reports["y"].remarks == ()
+        return
+    with pytest.warns(mlopt.TrustWarning, match="or 'x', inside which it was solved, moved since"):
+        mlopt.solve(problem, 1, progress=False)
+
+
 def test_a_level_with_an_optimizer_reports_the_same_stationarity() -> None:
     stationarities = [
         mlopt.hypergradient(ridge(**options)).reports["model"].stationarity
