@@ -302,6 +302,10 @@ def _judge(check: Check, approximate: list[str]) -> None:
             f" {' '.join(approximate)} The error comes from its own approximation (number of unrolled steps, size of a "
             "penalty), not from a linear solve: improve that, or raise the tolerance. RealSteps takes the steps themselves."
         )
+        if check.oracle == "dense":
+            sentence += (
+                " Or its steps leave this point, which the oracle takes for the solution; oracle='resolve' does not."
+            )
     raise DisagreementError(sentence, check)
 
 
