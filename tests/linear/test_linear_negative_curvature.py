@@ -122,3 +122,15 @@ def test_a_curvature_within_rounding_counts_as_none(policy: str) -> None:
         silent += not (short and remarked and solution.converged is False)
     # Rounding differs between processors, and may exceed the bound in one of some hundred matrices.
     assert silent <= 1
+
+
+@given(seed=seeds, turned=st.booleans())
+def test_a_series_calls_a_singular_matrix_flat_whichever_sign_rounding_has(seed: int, turned: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
+    basis = basis if turned else torch.eye(3, dtype=torch.float64)
+    matrix = basis @ torch.diag(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)) @ basis.T
+    right = basis @ (1 + torch.rand(3, generator=generator, dtype=torch.float64))
+    solution = linear.Neumann(iterations=300).solve(lambda vector: (matrix @ vector[0],), (right,))
+    assert solution.remark.startswith("no curvature (")
+    assert solution.converged is False
