@@ -357,7 +357,7 @@ def _measure(point: Point, level: Level, report: Report) -> None:
     if distance is not None and distance > _UNSOLVED:
         since = ""
         if point.carryover is not None and host is not None and point.problem.responds(host):
-            since = f", or {host!r}, inside which it was solved, moved since (it would be solved after {host!r} if listed before)"
+            since = f", or {host!r} has moved since then; list it before {host!r} to solve it after {host!r}"
         report.doubt(
             f"its solver left it about {distance:.0%} of ||x|| away from a zero gradient, which the implicit derivative assumes: "
             f"it stopped early, or holds variables at a bound{since}"

@@ -90,11 +90,13 @@ class Neumann(LinearSolver):
             if square > 0 and relative > rounding:
                 low, high = min(low, curvature / square), max(high, curvature / square)
             relative = remaining / alpha / size
-            # A step that changes by no more than rounding has no curvature, of whichever sign.
-            flat = alpha * abs(low) <= 4 * rounding
-            remark = f"no curvature ({low:.3g})" if flat else "" if low > 0 else f"negative curvature {low:.3g}"
             if not relative < 1.0:
                 remark = f"the series does not converge (curvature up to {high:.3g} at step size {alpha:.3g})"
+            elif alpha * abs(low) <= 4 * rounding:
+                # A step that changes by no more than rounding has no curvature, of whichever sign.
+                remark = f"no curvature ({low:.3g})"
+            else:
+                remark = "" if low > 0 else f"negative curvature {low:.3g}"
             torch._foreach_add_(solution, step)
             if relative <= self.rtol or not relative < _DIVERGED:
                 break

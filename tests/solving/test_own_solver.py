@@ -189,7 +189,7 @@ def test_a_level_that_was_solved_before_what_it_depends_on_moved_says_so(last: s
     if last == "x":  # y is solved last, although it is listed first
         assert mlopt.solve(problem, 1, progress=False).reports["y"].remarks == ()
         return
-    with pytest.warns(mlopt.TrustWarning, match="or 'x', inside which it was solved, moved since"):
+    with pytest.warns(mlopt.TrustWarning, match="or 'x' has moved since then; list it before 'x'"):
         mlopt.solve(problem, 1, progress=False)
 
 
