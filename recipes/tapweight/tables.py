@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -142,14 +143,10 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
     notes = list(content.notes)
     if separator != usual:
         notes.append(f"the cells are separated by {_SEPARATORS[separator]}")
-    try:
-        (_, header), *records = _records(path, text, separator, longest)
-    except DataError:
-        if separator != "\t":
-            raise
-        # Files of tabs usually have quotes that are part of the text.
-        (_, header), *records = _records(path, text, separator, longest, quoting=csv.QUOTE_NONE)
+    quoting = _quoting_of_tabs(path, text, longest) if separator == "\t" else csv.QUOTE_MINIMAL
+    if quoting == csv.QUOTE_NONE:
         notes.append("quotes are part of the text")
+    (_, header), *records = _records(path, text, separator, longest, quoting)
     header = [name.strip() for name in header]
     if not records and any(header):
         raise DataError(f"{path}: there is no row below the header; give a file with at least one example")
@@ -229,6 +226,24 @@ def _records(
                 f"separator, or add {_SEPARATORS[separator]}{above}"
             )
         yield row, cells
+
+
+def _quoting_of_tabs(path: Path, text: str, longest: int) -> int:
+    """Return the meaning of quotes in a file of tabs: they usually are part of the text."""
+
+    def cells(quoting: int) -> list[str]:
+        return [cell for _, cells in _records(path, text, "\t", longest, quoting) for cell in cells]
+
+    try:
+        quoted = cells(csv.QUOTE_MINIMAL)
+    except DataError:
+        return csv.QUOTE_NONE
+    # A quote that begins one text and a quote that ends a later text would enclose the rows between them.
+    if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in quoted):
+        with contextlib.suppress(DataError):
+            cells(csv.QUOTE_NONE)
+            return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
 
 
 def _with_points(cells: list[list[str]], width: int) -> list[int]:

@@ -154,6 +154,22 @@ def test_quotes_of_a_file_of_tabs_may_be_text(tmp_path: Path) -> None:
     assert table.notes == ("quotes are part of the text",)
 
 
+QUOTED_ROWS = 'text\tlabel\nfine\t1\n"so he left\t0\nplain\t1\nhe said "\t0\n'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_quote_of_a_file_of_tabs_never_encloses_rows(tmp_path: Path, end: str) -> None:
+    table = table_of(written(tmp_path, "a.tsv", QUOTED_ROWS.replace("\n", end)))
+    assert cells_of(table) == [["fine", "1"], ['"so he left', "0"], ["plain", "1"], ['he said "', "0"]]
+    assert table.notes == ("quotes are part of the text",)
+
+
+def test_a_quoted_cell_of_a_file_of_tabs_may_hold_a_line_break(tmp_path: Path) -> None:
+    table = table_of(written(tmp_path, "a.tsv", 'text\tlabel\n"two\nlines"\t1\n"a\ttab"\t0\n'))
+    assert cells_of(table) == [["two\nlines", "1"], ["a\ttab", "0"]]
+    assert table.notes == ()
+
+
 def test_a_column_is_not_taken_for_decimal_commas_unless_all_of_it_is_numbers(tmp_path: Path) -> None:
     table = table_of(written(tmp_path, "a.csv", "x;y;z\n1,5;1,5;1,5\n2;a,b;3.5\n"))
     assert cells_of(table) == [["1.5", "1,5", "1,5"], ["2", "a,b", "3.5"]]
