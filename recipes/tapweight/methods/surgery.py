@@ -99,8 +99,10 @@ class Surgery(Method):
                 rows.append(_flat(gradient))
             gradients, size = torch.stack(rows), sum(p.numel() for p in encoder)
             of_encoder, of_heads = gradients[:, :size], gradients[:, size:]
-            weights = surgery(of_encoder @ of_encoder.T)
-            aggregated = torch.cat([weights @ of_encoder, of_heads.mean(0)])
+            # The loss is evaluated under autocast, which would round the gradients.
+            with torch.autocast(gradients.device.type, enabled=False):
+                weights = surgery(of_encoder @ of_encoder.T)
+                aggregated = torch.cat([weights @ of_encoder, of_heads.mean(0)])
             total = _with_gradient(torch.stack([*losses.values()]).mean(), aggregated, [*encoder, *heads])
             shares = zip(losses, weights / weights.sum(), strict=True)
             return {"loss": total, **losses, **{f"weight/{name}": share for name, share in shares}}

@@ -202,6 +202,24 @@ def test_without_conflicts_the_gradient_is_that_of_equal_weights() -> None:
         torch.testing.assert_close(ours, equal, rtol=1e-12, atol=1e-15)
 
 
+def test_surgery_under_autocast_does_not_round_the_gradients() -> None:
+    experiment = full_experiment()
+    model, batch = experiment.model().float(), torch.stack(list(experiment.corpus)).float()
+    encoder = list(model.encoder.parameters())
+    loss = Surgery().problem(experiment, model)["pretraining"].loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = []
+        for objective in OBJECTIVES:
+            own = objective.loss(model.encoder, model.heads[objective.name], batch)
+            rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(own, encoder)]))
+        torch.manual_seed(0)
+        value = loss(model, batch)["loss"]
+    value.backward()
+    torch.manual_seed(0)
+    ours = torch.cat([p.grad.flatten() for p in encoder])
+    torch.testing.assert_close(ours, projected(torch.stack(rows)))
+
+
 def test_surgery_refuses_fp16() -> None:
     with pytest.raises(ValueError, match="pcgrad: precision='fp16'"):
         recipe(settings=attrs.evolve(SETTINGS, precision="fp16")).fit(4, methods=["pcgrad"], progress=False)
