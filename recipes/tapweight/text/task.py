@@ -190,11 +190,15 @@ class TextTask(OnTexts):
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each example (B,): the cross entropy, its mean over classes, or the squared error in standard units.
 
+        The losses are in float32 at least.
+
         Raises:
             ValueError: the outputs are not (B, C) or (B,): a (B, 1) against (B,) would broadcast to (B, B).
         """
         labels = self.targets(batch)
         _check_shapes(outputs, labels, len(self.classes), self.form == "several")
+        # Under autocast, outputs have fewer bits than labels need.
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if self.form == "several":
             return binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none").mean(1)
         if self.classes:

@@ -74,7 +74,9 @@ class Regression(Objective):
     def loss(self, encoder: Encoder, head: nn.Module, view: Batch) -> Tensor:
         """Return the mean over the known numbers, zero if there are none."""
         predicted: Tensor = head(self.embed(encoder, view))
-        numbers = self.scaled(view[self.key][:, self.columns].to(predicted))
+        # Under autocast, predictions have fewer bits than the numbers need.
+        working = torch.promote_types(predicted.dtype, torch.float32)
+        numbers = self.scaled(view[self.key][:, self.columns].to(working))
         expected = (numbers - self.mean.to(numbers)) / self.deviation.to(numbers)
         known = ~expected.isnan()
         # Not mse_loss: torch 2.13 cannot take a forward-mode derivative of the gradient of its mean.

@@ -51,5 +51,5 @@ class SentenceLength(Objective):
         """Return the mean over the texts."""
         predicted: Tensor = head(encoder.pool(view)).squeeze(1)
         # Not mse_loss: torch 2.13 cannot take a forward-mode derivative of the gradient of its mean.
-        expected: Tensor = view[self.name].to(predicted)
+        expected: Tensor = view[self.name].to(torch.promote_types(predicted.dtype, torch.float32))
         return (predicted - expected).square().mean()

@@ -251,6 +251,16 @@ def test_lengths_are_standardised_logarithms() -> None:
     assert objective.loss(own, head, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_autocast_does_not_round_lengths() -> None:
+    objective, own = SentenceLength(), encoder().eval()
+    head, batch = prepared(objective, corpus(), own)
+    torch.nn.init.zeros_(head.linear.weight)
+    torch.nn.init.zeros_(head.linear.bias)
+    expected = batch["sentence_length"].square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(objective.loss(own, head, batch).detach(), expected)
+
+
 @pytest.mark.parametrize("name", WITH_TARGETS)
 def test_targets_are_the_same_each_time(name: str) -> None:
     first, second = corpus(), corpus()

@@ -210,6 +210,14 @@ def test_a_metric_that_is_undefined_on_a_split_is_refused(
     of(labelled(*labels), **{split: labelled(*constant)})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_do_not_round_the_labels_to_the_type_of_the_outputs(dtype: torch.dtype) -> None:
+    made = of(labelled(2001.5, 2003.0, 200_000.0, 200_002.5))
+    batch = made.collate(list(made.splits["train"]))
+    outputs = torch.zeros(4)
+    torch.testing.assert_close(made.losses(outputs.to(dtype), batch), made.losses(outputs, batch))
+
+
 def test_the_loss_of_classes_is_the_cross_entropy() -> None:
     own = encoder().eval()
     made = task(own)
