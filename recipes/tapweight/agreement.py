@@ -13,6 +13,9 @@ from mlopt.files import replacing
 from mlopt.problem import copied, fingerprint
 from mlopt.rng import preserved
 
+from .examples import Examples
+from .task import SCORED_AT_ONCE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -32,8 +35,8 @@ _RUN = "run.json"
 def require_same_run(ranks: Ranks, experiment: Experiment, methods: Sequence[str]) -> None:
     """Raise unless all processes begin the same run.
 
-    Compared are the start, bit for bit, the settings, and the data: their sizes, and the whole numbers and labels of the first
-    batches.
+    Compared are the start, bit for bit, the settings, and the data: the whole numbers and labels of all labelled examples, those
+    of a batch of the corpus, and the contents of all of a corpus that was read from a file.
 
     Args:
         ranks: the processes.
@@ -101,6 +104,7 @@ def _description(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "objectives": experiment.names,
         "estimator": str(experiment.estimator),
+        "metric": experiment.task.metric_name,
         # Under a budget, each method has steps of its own.
         "passes": experiment.budget,
         "steps": experiment.steps if experiment.budget is None else None,
@@ -123,15 +127,18 @@ def _prints(experiment: Experiment, methods: Sequence[str]) -> dict[str, Any]:
 
 def _states(experiment: Experiment) -> dict[str, Any]:
     """Return checksums of the start and of the data, by a plural noun."""
-    task = experiment.task
+    task, corpus = experiment.task, experiment.corpus
+    contents = corpus.checksum() if isinstance(corpus, Examples) else 0
     prints: dict[str, Any] = {
         "the variables of the encoder or of the objectives' heads": fingerprint(experiment.model()),
-        "the examples of the corpus": (len(experiment.corpus), _print_of(experiment.stream("agreement").next())),
+        "the examples of the corpus": (len(corpus), contents, _print_of(experiment.stream("agreement").next())),
     }
     for split, examples in task.splits.items():
-        batch = next(iter(task.loader(split, min(len(examples), 256))))
-        labels = zlib.crc32(task.targets(batch).cpu().contiguous().numpy().data)
-        prints[f"the examples of the {split} split"] = (len(examples), labels, _print_of(batch))
+        labels = inputs = 0
+        for batch in task.loader(split, SCORED_AT_ONCE):
+            labels = zlib.crc32(task.targets(batch).cpu().contiguous().numpy().data, labels)
+            inputs = zlib.crc32(repr(_print_of(batch)).encode(), inputs)
+        prints[f"the examples of the {split} split"] = (len(examples), labels, inputs)
     return prints
 
 

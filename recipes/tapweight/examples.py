@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
@@ -99,6 +100,14 @@ class Examples(Sequence[T], Generic[T]):
             skipped=(),
             notes=(),
         )
+
+    def contents(self) -> Iterable[str]:
+        """Return the contents of the examples, without labels."""
+        return map(str, self.examples)
+
+    def checksum(self) -> int:
+        """Return a number that differs, but for rare chance, from that of examples with other contents."""
+        return zlib.crc32("\0".join(self.contents()).encode())
 
     def record_numbers(self) -> tuple[int, ...]:
         """Return the 0-based number of each example among the records of the whole, those left out counted."""

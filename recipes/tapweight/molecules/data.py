@@ -72,6 +72,10 @@ class Molecules(Examples["Data"]):
         """The SMILES of each graph, as in the file, but without atom maps."""
         return tuple(graph.smiles for graph in self.examples)
 
+    def contents(self) -> tuple[str, ...]:
+        """Return the SMILES."""
+        return self.smiles
+
     def copy(self) -> Molecules:
         """Return the same molecules in graphs of their own, to which objectives may attach targets."""
         return attrs.evolve(self, examples=tuple(copy.copy(graph) for graph in self.examples))

@@ -49,6 +49,10 @@ class Texts(Examples["Example"]):
 
     noun = "texts"
 
+    def contents(self) -> list[str]:
+        """Return the texts, those of a pair one after the other."""
+        return [text for example in self.examples for text in _texts(example)]
+
     def copy(self) -> Texts:
         """Return the same texts in examples of their own, to which objectives may attach targets."""
         return attrs.evolve(self, examples=tuple(dict(example) for example in self.examples))

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
-from tapweight_cases import F64, SETTINGS, Encoder, Reconstruct, recipe
+from tapweight_cases import F64, SETTINGS, Encoder, Reconstruct, Sum, recipe
 from torch import nn
 
 import mlopt
+from mlopt.recipes import TapWeight
 from mlopt.recipes.tapweight.methods import (
     METHODS,
     Adapted,
@@ -164,6 +165,34 @@ def test_a_changed_run_is_not_resumed(changed: dict[str, Any], sentence: str, tm
     assert str(error.value).startswith(str(tmp_path / "run.json"))
     more = recipe(seeded).fit(6, resume=True, **{**options, "methods": ["direct", "equal"]})
     assert list(more.scores) == ["direct", "equal"]
+
+
+class Labelled(Sum):
+    """Predict labels that are part of the examples."""
+
+    def __init__(self, changed: int | None = None, metric: str = "mse") -> None:
+        table = torch.randn(600, 3, dtype=F64, generator=torch.Generator().manual_seed(2))
+        super().__init__({"train": list(table.clone()), "valid": list(table[:9]), "test": list(table[:9])})
+        self.metric_name = metric
+        if changed is not None:
+            self.splits["train"][changed][2] = 9.0
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        (lambda: Labelled(changed=599), "the examples of the train split differ"),
+        (lambda: Labelled(metric="error"), "the run has metric='mse', not 'error'"),
+    ],
+)
+def test_a_run_on_a_changed_task_is_not_resumed(task: Any, sentence: str, tmp_path: Path) -> None:
+    """The score of a phase that ended would be that of other labels."""
+    corpus = list(torch.ones(9, 3, dtype=F64))
+    objectives = [Reconstruct("linear", 1.0), Reconstruct("square", 2.0)]
+    options = {"methods": ["direct"], "checkpoint": tmp_path, "progress": False}
+    TapWeight(seeded(), objectives, Labelled(), corpus, settings=SETTINGS).fit(2, **options)
+    with pytest.raises(mlopt.CheckpointError, match=sentence):
+        TapWeight(seeded(), objectives, task(), corpus, settings=SETTINGS).fit(2, resume=True, **options)
 
 
 def test_a_refused_start_does_not_change_the_description_of_the_run(tmp_path: Path) -> None:

@@ -340,3 +340,12 @@ def test_rdkit_is_silent(tmp_path: Path) -> None:
         "import sys, mlopt.recipes.tapweight.molecules.data as data; print(len(data.read_corpus(sys.argv[1]).skipped))"
     )
     assert run(code, str(path)) == ("2", "")
+
+
+def test_a_changed_molecule_changes_the_checksum_and_targets_do_not(tmp_path: Path) -> None:
+    (tmp_path / "a.smi").write_text("C\nCC\n")
+    (tmp_path / "b.smi").write_text("C\nCO\n")
+    first, second = read_corpus(tmp_path / "a.smi"), read_corpus(tmp_path / "b.smi")
+    before = first.checksum()
+    first[0].charges = torch.ones(1)
+    assert first.checksum() == before != second.checksum()

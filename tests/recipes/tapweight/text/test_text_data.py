@@ -13,7 +13,7 @@ import pytest
 from text_cases import write_glue
 
 from mlopt.recipes.tapweight.files import DataError
-from mlopt.recipes.tapweight.text.data import from_dataset, read_corpus, read_table
+from mlopt.recipes.tapweight.text.data import Texts, from_dataset, read_corpus, read_table
 from mlopt.recipes.tapweight.text.glue_tasks import GLUE, glue
 
 
@@ -220,3 +220,12 @@ def test_an_unknown_task_of_glue_or_one_that_cannot_be_fetched_is_refused(tmp_pa
         glue("coal")
     with pytest.raises(DataError, match=r"GLUE's rte cannot be fetched .*; pass the files with --train instead"):
         glue("rte", cache_dir=tmp_path)
+
+
+def test_a_changed_text_changes_the_checksum_and_targets_do_not() -> None:
+    first, second = (
+        Texts(examples=({"text": "good"}, {"text": text}), rows=(0, 1), source="made") for text in ("bad", "poor")
+    )
+    before = first.checksum()
+    first[0]["keywords"] = 1.0
+    assert first.checksum() == before != second.checksum()
