@@ -51,17 +51,21 @@ def repetitions(
 
 
 def shared(splits: Mapping[Split, Examples[Any]], key: Callable[[Any], Hashable]) -> list[str]:
-    """Return a sentence for each other split that shares examples with the training split.
+    """Return a sentence for each split that shares examples with a split by which the model is chosen.
 
     Args:
         splits: the examples of each split.
         key: returns the identity of an example.
     """
-    train = set(map(key, splits["train"]))
+    keys = {split: [key(example) for example in examples] for split, examples in splits.items()}
+    pairs: tuple[tuple[Split, Split, str], ...] = (
+        ("valid", "train", "training"),
+        ("test", "train", "training"),
+        ("test", "valid", "validation"),
+    )
     sentences = []
-    for split in ("valid", "test"):
-        examples = splits[split]
-        if count := sum(key(example) in train for example in examples):
-            noun = examples.noun
-            sentences.append(f"{count} of {len(examples)} {split} {noun} are also among the training {noun}")
+    for split, other, word in pairs:
+        if count := sum(map(set(keys[other]).__contains__, keys[split])):
+            noun = splits[split].noun
+            sentences.append(f"{count} of {len(keys[split])} {split} {noun} are also among the {word} {noun}")
     return sentences

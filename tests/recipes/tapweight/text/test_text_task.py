@@ -302,9 +302,9 @@ def test_a_task_is_read_from_three_files(tmp_path: Path) -> None:
 def test_truncated_texts_are_reported() -> None:
     long = texts([{"text": "good " * 30, "label": "a"}, {"text": "bad", "label": "b"}], "long.csv")
     made = of(long, labelled("a"), labelled("b"))
-    assert made.remarks[1:] == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
+    assert made.remarks[-1:] == ["1 of 2 texts of long.csv are longer than 16 tokens and are cut off"]
     made = of(long, texts([{"text": "bad " * 30, "label": "a"}], "long.csv"), labelled("b"))
-    assert made.remarks[1:] == ["2 of 3 texts of long.csv are longer than 16 tokens and are cut off"]
+    assert made.remarks[-1:] == ["2 of 3 texts of long.csv are longer than 16 tokens and are cut off"]
 
 
 def test_texts_that_are_also_in_the_training_split_are_reported() -> None:
@@ -314,7 +314,11 @@ def test_texts_that_are_also_in_the_training_split_are_reported() -> None:
     train = split(("good", "bad"), ("fine", "bad"))
     made = of(train, split(("bad", "good"), ("good", "fine")), split(("good", "bad"), ("bad", "bad"), ("good", "bad")))
     assert made.remarks == ["2 of 3 test texts are also among the training texts"]
-    assert of(train).remarks == [f"2 of 2 {name} texts are also among the training texts" for name in ("valid", "test")]
+    assert of(train).remarks == [
+        "2 of 2 valid texts are also among the training texts",
+        "2 of 2 test texts are also among the training texts",
+        "2 of 2 test texts are also among the validation texts",
+    ]
 
 
 def test_a_split_is_scored_as_a_whole_and_modes_are_restored() -> None:
