@@ -78,7 +78,9 @@ class Neumann(LinearSolver):
         budget = self.iterations if initial is None else self.iterations - 1
         low, high, relative = math.inf, -math.inf, 1.0 if initial is None else float(norm(residual)) / size
         rounding = max(torch.finfo(x.dtype).eps for x in rhs)
-        k, remark = 0, ""
+        # With one iteration from a given start, nothing else shows that the series of the solves before diverges.
+        remark = "" if initial is None or relative < 1.0 else f"the start is worse than zero (residual {relative:.3g})"
+        k = 0
         while k < budget:
             k += 1
             product = matvec(step)

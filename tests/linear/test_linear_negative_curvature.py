@@ -134,3 +134,15 @@ def test_a_series_calls_a_singular_matrix_flat_whichever_sign_rounding_has(seed:
     solution = linear.Neumann(iterations=300).solve(lambda vector: (matrix @ vector[0],), (right,))
     assert solution.remark.startswith("no curvature (")
     assert solution.converged is False
+
+
+@pytest.mark.parametrize(("step_size", "diverges"), [(0.4, False), (1.0, True)])
+def test_a_series_that_diverges_over_warm_started_solves_says_so(step_size: float, diverges: bool) -> None:
+    """Each solve has one iteration, so none of them sees the series diverge."""
+    diagonal, right = torch.tensor([1.0, 4.0]), (torch.ones(2),)
+    solver = linear.Neumann(iterations=1, step_size=step_size)
+    solution = solver.solve(lambda v: (diagonal * v[0],), right)
+    for _ in range(5):
+        solution = solver.solve(lambda v: (diagonal * v[0],), right, initial=solution.value)
+    assert solution.remark.startswith("the start is worse than zero") == diverges
+    assert diverges or not solution.remark
