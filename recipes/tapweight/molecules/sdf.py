@@ -6,7 +6,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from ..examples import UnusableError
-from ..files import DataError, unpacked
+from ..files import DataError, text_of
 from ..tables import Table
 from .graphs import import_extra
 
@@ -28,9 +28,10 @@ def sdf_table(path: Path) -> Table:
         FileNotFoundError: there is no such file.
     """
     chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
-    content = unpacked(path).content
+    content = text_of(path)
     with base.BlockLogs():
-        molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(content)))
+        # RDKit reads properties as UTF-8.
+        molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(content.text.encode())))
     if not any(molecules):
         raise DataError(
             f"{path}: RDKit reads no molecule from {len(molecules)} blocks; give an SD file, or a table of SMILES"
@@ -45,4 +46,4 @@ def sdf_table(path: Path) -> Table:
         for molecule in molecules
     ]
     rows = tuple(range(1, len(cells) + 1))
-    return Table(source=str(path), header=("smiles", *columns), rows=rows, cells=tuple(cells))
+    return Table(source=str(path), header=("smiles", *columns), rows=rows, cells=tuple(cells), notes=content.notes)

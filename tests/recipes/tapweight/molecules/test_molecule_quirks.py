@@ -227,6 +227,16 @@ def test_an_sd_file_is_a_table(tmp_path: Path) -> None:
         read_table(tmp_path / "b.sdf")
 
 
+def test_an_sd_file_is_read_in_the_encodings_of_tables(tmp_path: Path) -> None:
+    for k, molecule in enumerate(map(Chem.MolFromSmiles, ("CCO", "c1ccccc1"))):
+        with open(tmp_path / "a.sdf", "a", encoding="cp1252") as file:
+            file.write(f"{Chem.MolToMolBlock(molecule)}> <löslich>\n{k}.5\n\n$$$$\n")
+    molecules = read_table(tmp_path / "a.sdf")
+    assert molecules.label_names == ("löslich",)
+    assert [float(graph.y) for graph in molecules] == [0.5, 1.5]
+    assert molecules.notes == ("read as Windows-1252",)
+
+
 def test_columns_of_different_kinds_are_not_predicted_together(tmp_path: Path) -> None:
     rows = "".join(f"{'C' * k},{k / 10},{k % 2},{'ab'[k % 2]}\n" for k in range(1, 11))
     (tmp_path / "a.csv").write_text(f"smiles,x,y,z\n{rows}")
