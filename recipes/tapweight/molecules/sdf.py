@@ -30,8 +30,8 @@ def sdf_table(path: Path) -> Table:
     chem, base = import_extra("rdkit.Chem"), import_extra("rdkit.rdBase")
     content = text_of(path)
     with base.BlockLogs():
-        # RDKit reads properties as UTF-8.
-        molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(content.text.encode())))
+        # RDKit reads properties as UTF-8, and blank lines at the end as a block.
+        molecules: list[Any] = list(chem.ForwardSDMolSupplier(io.BytesIO(f"{content.text.rstrip()}\n".encode())))
     if not any(molecules):
         raise DataError(
             f"{path}: RDKit reads no molecule from {len(molecules)} blocks; give an SD file, or a table of SMILES"

@@ -227,6 +227,13 @@ def test_an_sd_file_is_a_table(tmp_path: Path) -> None:
         read_table(tmp_path / "b.sdf")
 
 
+def test_blank_lines_at_the_end_of_an_sd_file_are_no_block(tmp_path: Path) -> None:
+    block = Chem.MolToMolBlock(Chem.MolFromSmiles("CCO"))
+    (tmp_path / "a.sdf").write_text(f"{block}> <y>\n1\n\n$$$$\n{block}> <y>\n2\n\n$$$$\n\n \n")
+    molecules = read_table(tmp_path / "a.sdf", kind="regression")
+    assert (molecules.rows, molecules.skipped) == ((1, 2), ())
+
+
 def test_an_sd_file_is_read_in_the_encodings_of_tables(tmp_path: Path) -> None:
     for k, molecule in enumerate(map(Chem.MolFromSmiles, ("CCO", "c1ccccc1"))):
         with open(tmp_path / "a.sdf", "a", encoding="cp1252") as file:
