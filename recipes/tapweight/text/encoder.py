@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
@@ -114,7 +115,7 @@ class TextEncoder(Encoder):
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 model, report = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 masked = _masked_model(name, model.config, options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError) as error:
             raise ModelError(
                 f"model={name!r} cannot be loaded ({_first_sentence(error)}); give a folder, or a name on the hub"
             ) from error
@@ -287,6 +288,11 @@ def _check_vocabulary(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBa
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {embeddings.num_embeddings}; give the tokenizer "
             "of this model, or call model.resize_token_embeddings(len(tokenizer))"
+        )
+    # Where the files of a tokenizer are missing, transformers makes one without words.
+    if {*tokenizer.get_vocab().values()} <= {*tokenizer.all_special_ids}:
+        raise ModelError(
+            "the tokenizer has special tokens only, so all texts would be alike; save the tokenizer of this model in its folder"
         )
     if tokenizer.pad_token_id is None:
         raise ModelError("the tokenizer has no padding token, which batches need; set tokenizer.pad_token")

@@ -352,6 +352,24 @@ def test_a_tokenizer_that_is_a_model_of_sentencepiece_is_read(tmp_path: Path) ->
     assert own.pool(batch).isfinite().all()
 
 
+def test_a_model_without_the_files_of_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes a tokenizer of special tokens, for which all words are unknown."""
+    encoder().save(tmp_path)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(
+        ModelError, match="the tokenizer has special tokens only, so all texts would be alike; save the"
+    ):
+        TextEncoder.load(tmp_path)
+
+
+def test_a_model_whose_tensors_are_cut_off_is_refused(tmp_path: Path) -> None:
+    encoder().save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:50])
+    with pytest.raises(ModelError, match=r"cannot be loaded \(.*header"):
+        TextEncoder.load(tmp_path)
+
+
 def test_the_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     own = encoder()
     own.save(tmp_path)
