@@ -44,6 +44,11 @@ class Target:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    def __attrs_post_init__(self) -> None:
+        for name in {"numbers": ("mean", "std"), "binary": ("pairs", "thresholds")}.get(self.form, ()):
+            if (count := len(getattr(self, name))) != len(self.labels):
+                raise ValueError(f"{name}: {count} for {len(self.labels)} labels")
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the K outputs: the classes of "classes", else the labels."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
 import torch
+from safetensors import SafetensorError
 
-from mlopt.errors import ArgumentError
+from mlopt.errors import ArgumentError, MloptError
 from mlopt.files import replacing
 from mlopt.problem import to_device
 
@@ -220,7 +221,8 @@ class Predictor(ABC):
             device: the device to compute on.
 
         Raises:
-            DataError: the folder holds no predictor of this kind.
+            DataError: the folder holds no predictor of this kind, or a file is missing or damaged.
+            ValueError: the encoder cannot be loaded.
         """
         folder = model_folder(folder)
         content = describe(folder)
@@ -229,10 +231,18 @@ class Predictor(ABC):
             raise DataError(
                 f"{folder} holds a predictor of {own}, not of {cls.modality}; load it with the Predictor of {own}"
             )
-        target = Target.read(content["target"])
-        members = [
-            cls.load_member(_place(folder, k), target, content["options"]) for k in range(int(content["members"]))
-        ]
+        try:
+            target = Target.read(content["target"])
+            members = [
+                cls.load_member(_place(folder, k), target, content["options"]) for k in range(int(content["members"]))
+            ]
+        except MloptError:
+            raise
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+            raise DataError(
+                f"{folder}: a file of the predictor is missing or damaged ({' '.join(str(error).split())}); copy the whole "
+                "folder again, or repeat the run"
+            ) from error
         for part in (part for member in members for part in member):
             for tensor in (*part.parameters(), *part.buffers()):
                 # A copy: a tensor of a file is not aligned in memory as others are, and kernels may then round differently.

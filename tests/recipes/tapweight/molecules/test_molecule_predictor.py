@@ -201,6 +201,34 @@ def test_a_folder_without_this_kind_of_predictor_is_refused(
         Predictor.load(tmp_path / "seed-4")
 
 
+def test_a_predictor_that_is_damaged_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    file = table(tmp_path, {"length": [len(smiles) / 10 for smiles in SMILES]})
+    recipe(file, attrs.evolve(SETTINGS, epochs=1)).fit(1, methods=["direct"], progress=False).predictor.save(
+        tmp_path / "model"
+    )
+    files = {name: tmp_path / "model" / f"{name}.safetensors" for name in ("head", "model")}
+    described = tmp_path / "model" / "predictor.json"
+    whole = {place: place.read_bytes() for place in (*files.values(), described)}
+    target = json.loads(whole[described])["target"]
+    damages = [(place, content[:50]) for place, content in whole.items() if place != described]
+    for changed in ({}, {"target": {**target, "mean": []}}, {"target": {**target, "other": 1}}):
+        content = {name: value for name, value in json.loads(whole[described]).items() if name != "target"}
+        damages.append((described, json.dumps({**content, **changed}).encode()))
+    assert len(damages) == 5
+    for place, content in damages:
+        place.write_bytes(content)
+        with pytest.raises(
+            DataError, match=r"a file of the predictor is missing or damaged \(.*\); copy the whole folder"
+        ):
+            Predictor.load(tmp_path / "model")
+        place.write_bytes(whole[place])
+    files["head"].unlink()
+    with pytest.raises(
+        DataError, match=r"missing or damaged \(No such file.*head\.safetensors\); copy the whole folder"
+    ):
+        Predictor.load(tmp_path / "model")
+
+
 def test_balanced_classes_weigh_as_in_scikit_learn_task_by_task(tmp_path: Path) -> None:
     file = twelve_tasks(tmp_path)
     plain, balanced = (MoleculeTask.from_csv(file, split="random", class_weights=way) for way in ("none", "balanced"))
