@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 __all__ = ["flush", "flush_folder", "named_errors", "replacing"]
 
@@ -35,11 +38,13 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def named_errors(file: Path) -> Iterator[None]:
-    """Name the file in an OSError that may lack it, such as that of a full disk."""
+    """Name the file in an OSError that may lack it, such as that of a full disk, which safetensors raises as its own error."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from error
 
 
 def flush(file: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from mlopt.errors import ArgumentError, MloptError
-from mlopt.files import replacing
+from mlopt.files import named_errors, replacing
 from mlopt.problem import to_device
 
 from .examples import UnusableError
@@ -205,7 +205,8 @@ class Predictor(ABC):
         for k, (encoder, head) in enumerate(self.members):
             place = _place(folder, k)
             place.mkdir(parents=True)
-            self.save_member(encoder, head, place)
+            with named_errors(place):
+                self.save_member(encoder, head, place)
         content = {"format": _FORMAT, "version": _VERSION, "modality": self.modality, "members": len(self.members)}
         content |= {"columns": self.columns, "file_columns": self.file_columns}
         content |= {"target": attrs.asdict(self.target), "options": self.options()}

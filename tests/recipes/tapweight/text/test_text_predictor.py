@@ -10,11 +10,12 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from text_cases import KINDS, SETTINGS, encoder, model, sentences, splits, tapweight, task, texts, tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from mlopt.recipes.tapweight.files import DataError
 from mlopt.recipes.tapweight.text import Predictor, TextEncoder, TextTask
@@ -141,6 +142,22 @@ def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
     losses = cross_entropy(outputs, batch["label"], reduction="none")
     assert torch.equal(plain.losses(outputs, batch), losses)
     torch.testing.assert_close(balanced.losses(outputs, batch), losses * torch.from_numpy(expected)[batch["label"]])
+
+
+@pytest.mark.parametrize("head", ["linear", "classifier"])
+def test_a_full_disk_is_an_oserror_that_names_the_folder(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    own = encoder()
+    (first,) = tapweight(own, OBJECTIVES, task=task(own, head=head)).fit(1, **DIRECT).predictor.members
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"No space left on device.*adapted"):
+        own.save(tmp_path / "adapted")
+    with pytest.raises(OSError, match=r"No space left on device.*model"):
+        Predictor([first], task(own, head=head).target()).save(tmp_path / "model")
 
 
 def test_numbers_have_no_weights_of_classes() -> None:
