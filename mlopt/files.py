@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["flush", "flush_folder", "named_errors", "replacing"]
+__all__ = ["flush", "flush_folder", "named_errors", "replacing", "saving"]
 
 
 @contextlib.contextmanager
@@ -45,6 +46,23 @@ def named_errors(file: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(file)) from error
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Name a folder in the errors of writing tensors to it, and on exit give these files the permissions of new ones.
+
+    safetensors lets only their owner read them.
+    """
+    with named_errors(folder):
+        yield
+        new = folder / ".new"
+        new.touch()
+        try:
+            for file in folder.glob("*.safetensors"):
+                shutil.copymode(new, file)
+        finally:
+            new.unlink()
 
 
 def flush(file: Path) -> None:

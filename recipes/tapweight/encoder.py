@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_model
 from torch import nn
 
+from mlopt.files import saving
+
 if TYPE_CHECKING:
     import os
 
@@ -52,4 +54,5 @@ class Encoder(nn.Module):
         """Write the encoder into a folder, which is made if it is missing; by default its tensors, to `model.safetensors`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / "model.safetensors"))
+        with saving(folder):
+            save_model(self, str(folder / "model.safetensors"))

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from mlopt.errors import ArgumentError, MloptError
-from mlopt.files import named_errors, replacing
+from mlopt.files import replacing, saving
 from mlopt.problem import to_device
 
 from .examples import UnusableError
@@ -205,7 +205,7 @@ class Predictor(ABC):
         for k, (encoder, head) in enumerate(self.members):
             place = _place(folder, k)
             place.mkdir(parents=True)
-            with named_errors(place):
+            with saving(place):
                 self.save_member(encoder, head, place)
         content = {"format": _FORMAT, "version": _VERSION, "modality": self.modality, "members": len(self.members)}
         content |= {"columns": self.columns, "file_columns": self.file_columns}

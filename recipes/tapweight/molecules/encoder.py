@@ -15,7 +15,7 @@ from torch_geometric.nn import BatchNorm, GINEConv, global_add_pool, global_mean
 from torch_geometric.utils.smiles import e_map, x_map
 
 from mlopt.errors import ArgumentError
-from mlopt.files import replacing
+from mlopt.files import replacing, saving
 from mlopt.validation import is_whole
 
 from ..encoder import Encoder
@@ -233,7 +233,7 @@ class GINE(Encoder):
         folder = Path(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         config = json.dumps({"format": _FORMAT, "version": _VERSION, **self.config}, indent=2) + "\n"
-        with replacing(folder / _TENSORS) as staged:
+        with saving(folder), replacing(folder / _TENSORS) as staged:
             save_file(tensors, staged)
         with replacing(folder / _CONFIG) as staged:
             staged.write_text(config, encoding="utf-8")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from mlopt.files import named_errors
+from mlopt.files import saving
 
 from ..encoder import Encoder
 from .batches import Collate
@@ -188,7 +188,7 @@ class TextEncoder(Encoder):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer into `folder`, from which `AutoModel` and `AutoTokenizer` read them."""
-        with quiet(), named_errors(Path(folder)):
+        with quiet(), saving(Path(folder)):
             self.model.save_pretrained(folder)  # type: ignore[operator]
         self.save_tokenizer(folder)
 

@@ -161,6 +161,15 @@ def test_an_ensemble_predicts_the_mean_and_the_spread_of_finetunings_on_one_enco
     assert np.array_equal(loaded.embed(MIXED)[[0, 4]], features)
 
 
+def test_whoever_may_read_the_folder_may_read_its_tensors(tmp_path: Path) -> None:
+    file = table(tmp_path, {"length": [len(smiles) / 10 for smiles in SMILES]})
+    result = recipe(file, attrs.evolve(SETTINGS, ensemble=2, epochs=1)).fit(1, methods=["direct"], progress=False)
+    result.save(tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 5  # two members, and the adapted encoder
+    assert len({path.stat().st_mode for path in (file, *files)}) == 1
+
+
 def test_a_predictor_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     file = table(tmp_path, {"length": [len(smiles) / 10 for smiles in SMILES]})
     large = recipe(file, attrs.evolve(SETTINGS, ensemble=3, epochs=1)).fit(1, methods=["direct"], progress=False)

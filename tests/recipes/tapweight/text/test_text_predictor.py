@@ -160,6 +160,15 @@ def test_a_full_disk_is_an_oserror_that_names_the_folder(
         Predictor([first], task(own, head=head).target()).save(tmp_path / "model")
 
 
+@pytest.mark.parametrize("head", ["linear", "classifier"])
+def test_whoever_may_read_the_folder_may_read_its_tensors(head: str, tmp_path: Path) -> None:
+    own = encoder()
+    tapweight(own, OBJECTIVES, task=task(own, head=head)).fit(1, **DIRECT).save(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files if path.suffix == ".safetensors"} == {"encoder", "model"}
+    assert len({path.stat().st_mode for path in files}) == 1
+
+
 def test_numbers_have_no_weights_of_classes() -> None:
     numbers = {split: texts([{"text": "a", "label": k / 3} for k in range(4)]) for split in ("train", "valid", "test")}
     with pytest.raises(DataError, match="class_weights='balanced' needs classes, but the labels are numbers"):
