@@ -8,6 +8,8 @@ import attrs
 import numpy as np
 import torch
 
+from mlopt.errors import ArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -47,7 +49,7 @@ class Target:
     def __attrs_post_init__(self) -> None:
         for name in {"numbers": ("mean", "std"), "binary": ("pairs", "thresholds")}.get(self.form, ()):
             if (count := len(getattr(self, name))) != len(self.labels):
-                raise ValueError(f"{name}: {count} for {len(self.labels)} labels")
+                raise ArgumentError(f"{name} must have one entry for each of {len(self.labels)} labels; got {count}")
 
     @property
     def names(self) -> tuple[str, ...]:

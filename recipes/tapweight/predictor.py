@@ -237,9 +237,9 @@ class Predictor(ABC):
             members = [
                 cls.load_member(_place(folder, k), target, content["options"]) for k in range(int(content["members"]))
             ]
-        except MloptError:
-            raise
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, MloptError) and not isinstance(error, ArgumentError):
+                raise  # with a remedy of its own
             raise DataError(
                 f"{folder}: a file of the predictor is missing or damaged ({' '.join(str(error).split())}); copy the whole "
                 "folder again, or repeat the run"
