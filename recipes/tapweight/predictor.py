@@ -237,19 +237,25 @@ class Predictor(ABC):
             members = [
                 cls.load_member(_place(folder, k), target, content["options"]) for k in range(int(content["members"]))
             ]
+        except ArgumentError as error:
+            raise _damaged(folder, error) from error
+        except MloptError:
+            raise  # with a remedy of its own
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, MloptError) and not isinstance(error, ArgumentError):
-                raise  # with a remedy of its own
-            raise DataError(
-                f"{folder}: a file of the predictor is missing or damaged ({' '.join(str(error).split())}); copy the whole "
-                "folder again, or repeat the run"
-            ) from error
+            raise _damaged(folder, error) from error
         for part in (part for member in members for part in member):
             for tensor in (*part.parameters(), *part.buffers()):
                 # A copy: a tensor of a file is not aligned in memory as others are, and kernels may then round differently.
                 tensor.data = tensor.data.clone()
             part.to(device)
         return cls(members, target, content["columns"], content.get("file_columns", ()))
+
+
+def _damaged(folder: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{folder}: a file of the predictor is missing or damaged ({' '.join(str(error).split())}); copy the whole folder again, "
+        "or repeat the run"
+    )
 
 
 def _examples(contents: Sequence[Any], make: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:
