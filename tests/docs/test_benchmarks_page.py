@@ -227,6 +227,7 @@ def test_the_ablation_is_that_of_its_rows() -> None:
         ("TapWeight: molecules again, with two levels", "tapweight-molecules-repeat-2026-11-28.jsonl", 10),
         ("TapWeight: molecules by number of labels", "tapweight-molecules-labels-2026-11-28.jsonl", 30),
         ("TapWeight: molecules with full finetuning", "tapweight-molecules-full-2026-11-28.jsonl", 15),
+        ("TapWeight: molecules on ten fresh seeds", "tapweight-molecules-fresh-2026-11-28.jsonl", 15),
         ("TapWeight: molecules with the customary split", "tapweight-molecules-usual-2026-11-28.jsonl", 15),
         ("An earlier text plan on ChemProt", "tapweight-text-2026-11-26.jsonl", 15),
     ],
