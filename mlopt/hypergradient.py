@@ -149,8 +149,8 @@ def standalone(
     response = target.response if estimators is None else None
     given = dict(batches)
     # A response draws the batches of the levels inside from streams.
-    alone = _inside_with_solvers(problem, target.name)
-    evaluated = [problem[name] for name in (target.name, *alone)] if response is not None else problem.levels
+    solver_levels = _inside_with_solvers(problem, target.name)
+    evaluated = [problem[name] for name in (target.name, *solver_levels)] if response is not None else problem.levels
     batches |= {other.name: workspace.next_batch(other) for other in evaluated if other.name not in given}
     rules = {other.name: other.estimator for other in problem} | dict(estimators or {})
     curvature = {
@@ -178,7 +178,7 @@ def standalone(
             gradient = total_derivative(point, target, cotangents)
     else:
         with point.generators_preserved():
-            loss = _value_at_solvers(point, target, alone)
+            loss = _value_at_solvers(point, target, solver_levels)
             gradient = response.total_derivative(point, target.name, _streams(problem, given, workspace))
     for name, report in point.reports.items():
         if report.doubtful:

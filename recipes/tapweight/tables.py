@@ -143,10 +143,13 @@ def _delimited(path: Path, suffix: str, longest: int) -> Table:
     notes = list(content.notes)
     if separator != usual:
         notes.append(f"the cells are separated by {_SEPARATORS[separator]}")
-    quoting = _quoting_of_tabs(path, text, longest) if separator == "\t" else csv.QUOTE_MINIMAL
-    if quoting == csv.QUOTE_NONE:
+    if separator == "\t":
+        rows, verbatim = _records_of_tabs(path, text, longest)
+    else:
+        rows, verbatim = list(_records(path, text, separator, longest)), False
+    if verbatim:
         notes.append("quotes are part of the text")
-    (_, header), *records = _records(path, text, separator, longest, quoting)
+    (_, header), *records = rows
     header = [name.strip() for name in header]
     if not records and any(header):
         raise DataError(f"{path}: there is no row below the header; give a file with at least one example")
@@ -228,22 +231,21 @@ def _records(
         yield row, cells
 
 
-def _quoting_of_tabs(path: Path, text: str, longest: int) -> int:
-    """Return the meaning of quotes in a file of tabs: they usually are part of the text."""
+def _records_of_tabs(path: Path, text: str, longest: int) -> tuple[list[tuple[int, list[str]]], bool]:
+    """Return the rows of a file of tabs, and True if its quotes are part of the text, as they usually are."""
 
-    def cells(quoting: int) -> list[str]:
-        return [cell for _, cells in _records(path, text, "\t", longest, quoting) for cell in cells]
+    def rows(quoting: int) -> list[tuple[int, list[str]]]:
+        return list(_records(path, text, "\t", longest, quoting))
 
     try:
-        quoted = cells(csv.QUOTE_MINIMAL)
+        quoted = rows(csv.QUOTE_MINIMAL)
     except DataError:
-        return csv.QUOTE_NONE
+        return rows(csv.QUOTE_NONE), True
     # A quote that begins one text and a quote that ends a later text would enclose the rows between them.
-    if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in quoted):
+    if any("\t" in cell and ("\n" in cell or "\r" in cell) for _, cells in quoted for cell in cells):
         with contextlib.suppress(DataError):
-            cells(csv.QUOTE_NONE)
-            return csv.QUOTE_NONE
-    return csv.QUOTE_MINIMAL
+            return rows(csv.QUOTE_NONE), True
+    return quoted, False
 
 
 def _with_points(cells: list[list[str]], width: int) -> list[int]:
